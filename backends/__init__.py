@@ -1,0 +1,139 @@
+"""The backends: one small protocol, implemented on torch (``cuda``, ``cpu``) and on MLX (``mlx``).
+
+Nothing here imports an array library; `load` imports the one that is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lite_dil.batch import Batch
+from lite_dil.config import TrainConfig
+from lite_dil.errors import UserError
+
+# (policy, reference, lengths, chosen, rejected) -> a loss a pair; see lite_dil.train.pair_losses.
+PairLosses = Callable[[Any, Any, Any, Any, Any], Any]
+
+CHECKPOINT_FROM = 10**9  # parameters from which gradient checkpointing is on unless said otherwise
+
+INSTALL = {
+    "cuda": 'pip install "lite-dil[cuda]"',
+    "cpu": 'pip install "lite-dil[cpu]"',
+    "mlx": 'pip install "lite-dil[mlx]"',
+}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step leaves for the metrics.
+
+    `policy` and `reference` are summed log-probs in nats, float32, shape (responses,), in the order of the batches; `loss` is
+    the mean over the pairs; `grad_norm` is taken before clipping; `skipped` is true where float16's loss scaling found an
+    overflow and left the weights alone.
+    """
+
+    loss: float
+    grad_norm: float
+    policy: np.ndarray
+    reference: np.ndarray
+    skipped: bool = False
+
+
+class Backend(Protocol):
+    """A frozen base model with a trainable LoRA adapter, and the reference that is the same model with the adapter off."""
+
+    name: str
+    description: str  # device, dtype and quantisation, for people
+
+    def adapter_off(self) -> AbstractContextManager[None]:
+        """Make the model the reference inside the block, and the policy again after it, also after an exception."""
+
+    def token_logps(self, batch: Batch) -> np.ndarray:
+        """Return log-probs of all response tokens under the policy (or the reference, inside `adapter_off`), without dropout.
+
+        Shape (tokens,), float32, in nats, in the order of the batch's responses.
+        """
+
+    def sequence_logps(self, batch: Batch) -> np.ndarray:
+        """Like `token_logps`, summed over each response: shape (responses,)."""
+
+    def step(self, batches: Sequence[Batch], losses: PairLosses, learning_rate: float) -> StepResult:
+        """Take one AdamW step on the mean loss over all pairs of the micro-batches, the reference computed on the way."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int]) -> list[list[int]]:
+        """Continue each prompt greedily; return the new token ids up to and without the first of `end_ids`."""
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the policy's adapter in this library's own format."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write adapter, optimiser and random state, for `load_state`."""
+
+    def load_state(self, folder: Path) -> None:
+        """Go on exactly where `save_state` was called."""
+
+    def peak_memory_mb(self) -> float:
+        """Return the peak so far in MiB: of the device's allocator, or of the process on a CPU."""
+
+
+def resolve(name: str) -> str:
+    """Return the backend that `name` stands for on this machine, or raise UserError with the fix."""
+    if name == "auto":
+        return _best()
+    if name == "mlx":
+        if importlib.util.find_spec("mlx") is None or importlib.util.find_spec("mlx_lm") is None:
+            raise UserError(f"--backend mlx: mlx and mlx-lm are not installed: {INSTALL['mlx']}")
+        return name
+    missing = [module for module in ("torch", "peft") if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f"--backend {name}: {' and '.join(missing)} not installed: {INSTALL[name]}")
+    if name == "cuda" and not _has_cuda():
+        raise UserError("--backend cuda: torch finds no CUDA GPU here; use --backend cpu, or install a CUDA build of torch")
+    return name
+
+
+def _best() -> str:
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    if apple and importlib.util.find_spec("mlx_lm") is not None:
+        return "mlx"
+    if importlib.util.find_spec("torch") is not None and importlib.util.find_spec("peft") is not None:
+        return "cuda" if _has_cuda() else "cpu"
+    if importlib.util.find_spec("mlx_lm") is not None:
+        return "mlx"
+    best = "mlx" if apple else "cpu"
+    raise UserError(f"no backend is installed: {INSTALL[best]}" + ("" if apple else f" (with a GPU: {INSTALL['cuda']})"))
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def load(name: str, config: TrainConfig, model: str) -> Backend:
+    """Load `model` (a folder or hub id) with a trainable adapter on backend `name`, "cuda", "cpu" or "mlx"."""
+    if name == "mlx":
+        from lite_dil.backends.mlx import MLXBackend
+
+        return MLXBackend(config, model)
+    from lite_dil.backends.torch import TorchBackend
+
+    return TorchBackend(config, model, device=name)
+
+
+@contextmanager
+def switched(set_reference: Callable[[bool], None]) -> Iterator[None]:
+    """Run a block with the reference switched on, and switch back to the policy whatever happens in it."""
+    set_reference(True)
+    try:
+        yield
+    finally:
+        set_reference(False)

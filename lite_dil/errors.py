@@ -1,0 +1,28 @@
+"""Errors that are the user's to mend: one clear message, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """What is wrong, where, what was expected and how to mend it, in words for the person who typed the command."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient is no longer finite; nothing was saved after the last good checkpoint. Exit code 1."""
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """Return ``" (did you mean 'x'?)"`` for the allowed name nearest to `word`, or an empty string."""
+    near = get_close_matches(word, list(allowed), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def gather(problems: list[str], heading: str, shown: int = 10) -> str:
+    """Join problems into one message: the heading, the first `shown` of them, and how many more there are."""
+    lines = [heading, *(f"  - {problem}" for problem in problems[:shown])]
+    if len(problems) > shown:
+        lines.append(f"  ... and {len(problems) - shown} more")
+    return "\n".join(lines)

@@ -1,0 +1,173 @@
+"""From text to token ids: where the prompt ends, where the answer ends, and what is cut when a pair is too long."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lite_dil.data import Message, Preference
+from lite_dil.errors import UserError, gather
+
+CHOSEN, REJECTED = 1, -1
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised prompt and the answers to it.
+
+    `responses` are token ids that continue `prompt`, each ending in its end-of-turn token unless it was cut; `signs` holds
+    ``CHOSEN`` or ``REJECTED`` for each.
+    """
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+    signs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How many of a data set's examples `max_length` touched."""
+
+    prompts: int
+    responses: int
+
+
+class Encoder:
+    """Turns rows into examples with one tokenizer (a Hugging Face fast tokenizer).
+
+    The prompt is tokenised once, so it is the same tokens for both answers and the tokens that a chat will see. An answer is
+    tokenised as the prompt's continuation: apart, SentencePiece would put a space in front of its first word.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        if tokenizer.eos_token is None:
+            raise UserError("the tokenizer has no end-of-sequence token, so the model could never learn where answers end")
+        with_special = tokenizer("a").input_ids
+        plain = self.ids("a")
+        # What the tokenizer itself puts in front of a text: its BOS token, where the model wants one.
+        self.bos = tuple(with_special[: len(with_special) - len(plain)]) if with_special[-len(plain) :] == plain else ()
+        added = tokenizer.added_tokens_decoder.values()
+        self.control = {token.content for token in added if token.special} | {tokenizer.eos_token}
+
+    def ids(self, text: str) -> list[int]:
+        """Tokenise `text`, adding nothing."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def encode(self, row: Preference) -> Example:
+        """Tokenise one row. Raises ValueError with the reason where the row or the template does not allow it."""
+        if isinstance(row.prompt, str):
+            prompt = row.prompt
+            texts = [self._ended(text, len(text)) for text in (row.chosen, row.rejected)]
+        else:
+            prompt = self.chat_prompt(row.prompt)
+            texts = [self._chat_response(row.prompt, prompt, answer) for answer in (row.chosen, row.rejected)]
+        prompt_ids = self.prompt_ids(prompt, chat=row.chat)
+        responses = tuple(self.continuation(prompt, text) for text in texts)
+        return Example(prompt_ids, responses, (CHOSEN, REJECTED))
+
+    def prompt_ids(self, prompt: str, chat: bool) -> tuple[int, ...]:
+        """Tokenise a laid-out prompt, with exactly one BOS where the model wants one (a chat template prints its own)."""
+        ids = tuple(self.ids(prompt))
+        if not chat and self.bos and ids[: len(self.bos)] != self.bos:
+            return self.bos + ids
+        return ids
+
+    def chat_prompt(self, messages: list[Message]) -> str:
+        """Lay out messages as the model's chat template does, up to where the assistant is to speak."""
+        for message in messages:
+            self._refuse_control(message["content"])
+        return self._render(messages, add_generation_prompt=True)
+
+    def continuation(self, prompt: str, text: str) -> tuple[int, ...]:
+        """Tokenise `text` as what follows `prompt`, no token holding characters of both."""
+        # Where the last prompt token would merge with the answer, anchors that do not merge stand in for the prompt.
+        for anchor in (prompt, "\n", ":", "a", "."):
+            start, whole = self.ids(anchor), self.ids(anchor + text)
+            if whole[: len(start)] == start and len(whole) > len(start):
+                return tuple(whole[len(start) :])
+        raise ValueError(f"the tokenizer merges the start of the answer {text[:20]!r} with whatever precedes it")
+
+    def _chat_response(self, messages: list[Message], prompt: str, answer: str) -> str:
+        self._refuse_control(answer)
+        whole = self._render([*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            raise ValueError("the chat template lays the prompt out differently once an answer follows it")
+        text = whole[len(prompt) :]
+        stripped = answer.strip()
+        found = text.find(stripped)
+        if found < 0:
+            raise ValueError("the chat template changes the text of the answer")
+        return self._ended(text, found + len(stripped))
+
+    def _ended(self, text: str, content_end: int) -> str:
+        """Cut `text` after its end-of-turn token, the first control token behind the content; add EOS where there is none."""
+        marks = [(text.find(token, content_end), token) for token in self.control]
+        found = [(at, -len(token), token) for at, token in marks if at >= 0]
+        if found:
+            at, _, token = min(found)
+            return text[: at + len(token)]
+        content = text[:content_end]
+        return content if content.endswith(self.tokenizer.eos_token) else content + self.tokenizer.eos_token
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the data is chat messages but this model has no chat template; use an instruct model, or give prompt, "
+                "chosen and rejected as plain text"
+            )
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses these messages: {error}") from None
+
+    def _refuse_control(self, content: str) -> None:
+        for token in self.control:
+            if token in content:
+                raise ValueError(f"a message holds the control token {token!r}, which would end or open a turn; remove it")
+
+
+def truncate(example: Example, max_length: int) -> tuple[Example, bool, bool]:
+    """Fit an example into `max_length` tokens; return it, and whether its prompt and any of its responses were cut.
+
+    The prompt is cut first: its first token (BOS) stays, then its last tokens that leave room for the longer answer, the
+    same prompt for both. Only then are answers cut, at their end, and never to nothing.
+    """
+    longest = max(map(len, example.responses))
+    room = max(1, max_length - longest)
+    prompt = example.prompt
+    if len(prompt) > room:
+        prompt = prompt[:1] + prompt[len(prompt) - room + 1 :]
+    limit = max_length - len(prompt)
+    responses = tuple(response[:limit] for response in example.responses)
+    return Example(prompt, responses, example.signs), prompt != example.prompt, longest > limit
+
+
+def encode_all(rows: Sequence[Preference], encoder: Encoder, max_length: int) -> tuple[list[Example], Truncation]:
+    """Tokenise a data set, gathering every row's problem into one UserError."""
+    examples, problems = [], []
+    cut_prompts = cut_responses = 0
+    for row in rows:
+        try:
+            example, cut_prompt, cut_response = truncate(encoder.encode(row), max_length)
+        except ValueError as error:
+            problems.append(f"{row.place}: {error}")
+            continue
+        examples.append(example)
+        cut_prompts += cut_prompt
+        cut_responses += cut_response
+    if problems:
+        raise UserError(gather(problems, f"{len(problems)} of {len(rows)} rows cannot be tokenised:"))
+    return examples, Truncation(cut_prompts, cut_responses)
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """Return a digest of the token ids and their split, so that a resumed run can tell that its data is the same."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr((example.prompt, example.responses, example.signs)).encode())
+    return digest.hexdigest()[:16]

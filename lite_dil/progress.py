@@ -1,0 +1,73 @@
+"""What a run says while it goes: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+
+class Display:
+    """Speaks to the user on standard output."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print one line of text as it stands."""
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def bar(self, steps: int, done: int) -> Iterator[Bar]:
+        """Show the progress of `steps` steps, `done` of them already behind."""
+        if not self.console.is_terminal:
+            yield Bar(self, steps, None)
+            return
+        columns = (
+            BarColumn(16),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+        )
+        with RichProgress(*columns, console=self.console) as live:
+            live.add_task("", total=steps, completed=done, status="")
+            yield Bar(self, steps, live)
+
+
+class Bar:
+    """The progress of one run."""
+
+    def __init__(self, display: Display, steps: int, live: RichProgress | None) -> None:
+        self.display, self.steps, self.live = display, steps, live
+
+    def update(self, step: int, line: dict[str, Any] | None) -> None:
+        """Move to `step`, with the line of metrics where one was logged."""
+        if self.live:
+            task = self.live.task_ids[0]
+            self.live.update(task, completed=step)
+            if line:
+                self.live.update(task, status=_status(line))
+        elif line:
+            seconds = (self.steps - step) * line["seconds_per_step"]
+            self.display.say(f"step {step}/{self.steps}  {_status(line)}  {seconds / 60:.1f} min left")
+
+    def evaluation(self, metrics: dict[str, float]) -> None:
+        """Print the held-out figures."""
+        self.display.say(
+            f"held out: loss {metrics['eval_loss']:.4f}  accuracy {metrics['eval_rewards/accuracies']:.3f}  "
+            f"log-ratio chosen {metrics['eval_log_ratio/chosen']:+.3f} rejected {metrics['eval_log_ratio/rejected']:+.3f}"
+        )
+
+
+def _status(line: dict[str, Any]) -> str:
+    return (
+        f"loss {line['loss']:.4f}  accuracy {line['rewards/accuracies']:.2f}  "
+        f"log-ratio chosen {line['log_ratio/chosen']:+.3f} rejected {line['log_ratio/rejected']:+.3f}  "
+        f"{line['pairs_per_second']:.2f} pairs/s  {line['peak_memory_mb']:.0f} MB"
+    )

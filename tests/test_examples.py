@@ -1,0 +1,165 @@
+"""Where prompts and answers begin and end, with tokenizers of both families, and what is cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import byte_level_tokenizer, sentencepiece_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from lite_dil.data import Preference
+from lite_dil.errors import UserError
+from lite_dil.examples import Encoder, Example, encode_all, fingerprint, truncate
+
+TOKENIZERS = {"byte-level": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    return Encoder(TOKENIZERS[request.param]())
+
+
+def chat(prompt: str, chosen: str, rejected: str) -> Preference:
+    return Preference([{"role": "user", "content": prompt}], chosen, rejected, "file line 1")
+
+
+@pytest.mark.parametrize("answer", ["Paris.", " Paris", "\nParis", "\n\n Paris is the capital", "é🙂"])
+def test_chat_prompt_and_answers_join_to_the_template(encoder: Encoder, answer: str) -> None:
+    row = chat("what is the capital of France", answer, "I do not know")
+    example = encoder.encode(row)
+    tokenizer = encoder.tokenizer
+    whole = tokenizer.apply_chat_template(
+        [*row.prompt, {"role": "assistant", "content": answer}], tokenize=False, add_generation_prompt=False
+    )
+    decoded = tokenizer.decode([*example.prompt, *example.responses[0]])
+    # An answer ends with its end-of-turn token; the newline that ChatML prints after it is dropped.
+    assert decoded.replace(" ", "") == whole.rstrip("\n").replace(" ", "")
+    assert example.responses[0][-1] == tokenizer.eos_token_id
+    assert example.signs == (1, -1)
+
+
+def test_exactly_one_end_of_turn_and_one_bos(encoder: Encoder) -> None:
+    tokenizer = encoder.tokenizer
+    text_row = Preference("the capital of France is ", "Paris", "a river", "file line 1")
+    ended = Preference("the capital of France is ", f"Paris{tokenizer.eos_token}", "a river", "file line 1")
+    for row in (chat("how do I make bread", "good tea", "blue"), text_row, ended):
+        example = encoder.encode(row)
+        for response in example.responses:
+            assert response.count(tokenizer.eos_token_id) == 1
+            assert response[-1] == tokenizer.eos_token_id
+        bos_wanted = tokenizer.bos_token == "<s>"
+        assert example.prompt.count(tokenizer.bos_token_id) == bos_wanted
+        assert (example.prompt[0] == tokenizer.bos_token_id) == bos_wanted
+
+
+def test_text_answers_are_tokenised_as_a_continuation() -> None:
+    encoder = Encoder(sentencepiece_tokenizer())
+    example = encoder.encode(Preference("the capital is\n", "Paris", "a river", "file line 1"))
+    tokens = encoder.tokenizer.convert_ids_to_tokens(list(example.responses[0]))
+    assert not tokens[0].startswith("▁"), "tokenised apart, SentencePiece puts a space in front"
+    apart = encoder.tokenizer.convert_ids_to_tokens(encoder.ids("Paris"))
+    assert apart[0].startswith("▁")
+
+
+def test_a_token_never_straddles_the_boundary(encoder: Encoder) -> None:
+    # "bread" is one token; the boundary inside it must hold, and the prompt must be the same tokens for both answers.
+    tokenizer = encoder.tokenizer
+    assert len(encoder.ids(" make bread")) < len(encoder.ids(" make br")) + len(encoder.ids("ead"))
+    example = encoder.encode(Preference("how do I make br", "ead", "ick", "file line 1"))
+    bos = encoder.bos
+    assert example.prompt == (*bos, *encoder.ids("how do I make br"))
+    text = [tokenizer.decode(response).replace(tokenizer.eos_token, "") for response in example.responses]
+    assert text == ["ead", "ick"]
+
+
+def test_prompt_tokens_are_those_of_a_chat(encoder: Encoder) -> None:
+    messages = [{"role": "user", "content": "make good tea"}]
+    expected = encoder.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    row = Preference(messages, "\nyes", "no", "file line 1")
+    assert list(encoder.encode(row).prompt) == expected
+
+
+def test_what_a_template_prints_behind_the_end_of_turn_is_dropped() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n' }}", "<|im_end|>\nbye<|endoftext|>' }}")
+    example = Encoder(tokenizer).encode(chat("tea", "good", "small"))
+    assert tokenizer.decode(example.responses[0]) == "good<|im_end|>"
+
+
+def test_a_template_without_an_end_mark_gets_eos() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    example = Encoder(tokenizer).encode(chat("tea", "good", "small"))
+    assert tokenizer.decode(example.responses[0]) == " good<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chat_template": None}, "no chat template"),
+        ({"chat_template": "{{ raise_exception('no system role') }}"}, "refuses these messages: no system role"),
+        ({"chat_template": "{% if add_generation_prompt %}A{% else %}B{% endif %}"}, "lays the prompt out differently"),
+        ({"chat_template": "x{% if not add_generation_prompt %}y{% endif %}"}, "changes the text of the answer"),
+    ],
+)
+def test_templates_that_cannot_be_used_name_row_and_reason(change: dict[str, Any], message: str) -> None:
+    tokenizer = byte_level_tokenizer()
+    for name, value in change.items():
+        setattr(tokenizer, name, value)
+    with pytest.raises(UserError, match=f"file line 1: .*{message}"):
+        encode_all([chat("tea", "good", "small")], Encoder(tokenizer), 100)
+
+
+def test_control_tokens_in_messages_are_refused() -> None:
+    for row in (chat("a <|im_start|>system", "b", "c"), chat("a", "b<|im_end|>", "c")):
+        with pytest.raises(ValueError, match="control token"):
+            Encoder(byte_level_tokenizer()).encode(row)
+
+
+def test_a_tokenizer_without_eos_is_refused() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer().backend_tokenizer)
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        Encoder(tokenizer)
+
+
+def test_truncation_by_hand() -> None:
+    example = Example((1, 2, 3, 4, 5), ((10, 11, 12), (20,)), (1, -1))
+    assert truncate(example, 8) == (example, False, False)
+    # 6 = 3 prompt tokens, the first and the last two, + the longer answer
+    assert truncate(example, 6) == (Example((1, 4, 5), ((10, 11, 12), (20,)), (1, -1)), True, False)
+    assert truncate(example, 4) == (Example((1,), ((10, 11, 12), (20,)), (1, -1)), True, False)
+    assert truncate(example, 3) == (Example((1,), ((10, 11), (20,)), (1, -1)), True, True)
+    assert truncate(example, 2) == (Example((1,), ((10,), (20,)), (1, -1)), True, True)
+
+
+def test_fingerprint_sees_tokens_and_split() -> None:
+    base = Example((1, 2), ((3, 4), (5,)), (1, -1))
+    others = [
+        Example((1,), ((2, 3, 4), (5,)), (1, -1)),
+        Example((1, 2), ((3, 4), (5,)), (-1, 1)),
+        Example((1, 2), ((3, 4), (6,)), (1, -1)),
+    ]
+    assert len({fingerprint([example]) for example in [base, *others]}) == 4
+    assert fingerprint([base]) == fingerprint([Example((1, 2), ((3, 4), (5,)), (1, -1))])
+
+
+def test_the_embedded_data_is_what_the_readme_says() -> None:
+    import lite_dil
+
+    folder = Path(lite_dil.__file__).parent / "short_answers"
+    rows = {
+        split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for split in ("train", "test")
+    }
+    assert sum(map(len, rows.values())) >= 240
+    questions = [row["prompt"][-1]["content"].lower() for split in rows.values() for row in split]
+    assert len(set(questions)) == len(questions), "a question of the test split is in the train split"
+    words = [[len(row[side][0]["content"].split()) for side in ("chosen", "rejected")] for row in rows["train"]]
+    assert max(chosen for chosen, _ in words) <= 32
+    assert sum(chosen < rejected for chosen, rejected in words) / len(words) > 0.8

@@ -1,0 +1,55 @@
+"""lite_dil imports no array library, and `--help` imports nothing heavy; proven in a new interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+CORE = [
+    "adapters",
+    "batch",
+    "cli",
+    "config",
+    "data",
+    "demo",
+    "errors",
+    "examples",
+    "losses",
+    "memory",
+    "metrics",
+    "models",
+    "progress",
+    "run",
+    "schedule",
+    "train",
+]
+HEAVY = ("torch", "mlx", "transformers", "peft")
+
+
+def modules_after(code: str) -> set[str]:
+    out = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint('loaded', *sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {name.partition(".")[0] for name in out.stdout.splitlines()[-1].split()[1:]}
+
+
+def test_the_core_imports_no_array_library() -> None:
+    loaded = modules_after("\n".join(f"import lite_dil.{name}" for name in CORE) + "\nimport lite_dil.backends")
+    assert loaded.isdisjoint(HEAVY)
+    assert "lite_dil" in loaded
+
+
+def test_losses_run_on_numpy_without_torch_or_mlx() -> None:
+    code = "import numpy, lite_dil.losses as l; assert l.OBJECTIVES['bce'].loss(numpy.zeros(2), numpy.zeros(2)).shape == (2,)"
+    assert modules_after(code).isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = f"import lite_dil.cli as c\ntry: c.main(['{command}', '--help'])\nexcept SystemExit as e: assert e.code == 0"
+    assert modules_after(code).isdisjoint((*HEAVY, "numpy", "yaml", "rich"))

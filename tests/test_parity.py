@@ -1,0 +1,155 @@
+"""The same Hugging Face checkpoint on torch and on MLX, float32: log-probs, gradients and the first steps of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import bare_model, batch, config, load, make_checkpoint, oracle_logps
+from test_backend import adapter, step
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, Qwen3Config
+
+from lite_dil.batch import Batch
+from lite_dil.metrics import pair_losses
+
+
+def gradients(name: str, model: str, data: Batch, **changes: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """LoRA gradients of the lsif loss at an adapter whose B is not 0, and the policy's log-probs there.
+
+    One AdamW step from m = v = 0 moves a weight by rate * g / (|g| + eps); what is wanted is g itself, so each backend's own
+    gradient is taken.
+    """
+    backend = load(name, model, **changes)
+    weights = adapter(backend)
+    draw = np.random.default_rng(1)
+    values = {
+        k: draw.normal(0, 0.02, v.shape).astype(np.float32) if k.endswith("lora_b") else v for k, v in sorted(weights.items())
+    }
+    losses = pair_losses(config(**changes))
+    if name == "mlx":
+        import mlx.core as mx
+        from mlx.utils import tree_flatten, tree_unflatten
+
+        backend.model.update(tree_unflatten([(k, mx.array(v)) for k, v in values.items()]))
+        with backend.adapter_off():
+            reference = backend._sequence_logps(data, with_grad=False)
+        _, grads = backend._loss_and_grad(data, reference, losses, data.pairs)
+        return {k: np.array(v) for k, v in tree_flatten(grads)}, backend.token_logps(data)
+    parameters = {
+        k.removeprefix("base_model.model.")
+        .replace(".default.weight", "")
+        .replace("lora_A", "lora_a")
+        .replace("lora_B", "lora_b"): p
+        for k, p in backend._policy_parameters().items()
+    }
+    with torch.no_grad():
+        for k, p in parameters.items():
+            p.copy_(torch.from_numpy(values[k].T))
+    with backend.adapter_off(), torch.no_grad():
+        reference = backend._sequence_logps(data)
+    lengths, chosen, rejected = map(torch.from_numpy, (data.lengths, data.chosen, data.rejected))
+    loss = losses(backend._sequence_logps(data), reference, lengths, chosen, rejected).sum() / data.pairs
+    grads = torch.autograd.grad(loss, list(parameters.values()))
+    return {k: g.numpy().T for k, g in zip(parameters, grads, strict=True)}, backend.token_logps(data)
+
+
+def assert_same_gradients(model: str, data: Batch, tolerance: float, **changes: Any) -> None:
+    (in_torch, torch_logps), (in_mlx, mlx_logps) = (gradients(name, model, data, **changes) for name in ("cpu", "mlx"))
+    np.testing.assert_allclose(mlx_logps, torch_logps, atol=tolerance)
+    assert in_torch.keys() == in_mlx.keys()
+    for name, gradient in in_torch.items():
+        error = np.linalg.norm(in_mlx[name] - gradient) / np.linalg.norm(gradient)
+        assert error < 1e-3, f"{name}: {error}"
+
+
+def test_tiny_gradients(tiny: str) -> None:
+    assert_same_gradients(tiny, batch(), 1e-4)
+
+
+@pytest.mark.parametrize("loss", ["lsif", "ukl", "bce", "dpo"])
+def test_first_steps_of_training(tiny: str, loss: str) -> None:
+    results = {}
+    for name in ("cpu", "mlx"):
+        backend = load(name, tiny, loss=loss, weight_decay=0.1)
+        results[name] = [step(backend, [batch(2, seed), batch(1, seed + 9)], 1e-3, loss=loss) for seed in range(5)]
+    for one, two in zip(results["cpu"], results["mlx"], strict=True):
+        assert two.loss == pytest.approx(one.loss, rel=1e-3, abs=1e-5)
+        assert two.grad_norm == pytest.approx(one.grad_norm, rel=2e-3)
+
+
+ROPES = {
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 20000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "linear": {"rope_type": "linear", "rope_theta": 20000.0, "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_scaled_ropes(kind: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, rope_theta=1.0)
+    config = LlamaConfig.from_pretrained(tmp_path)
+    config.rope_parameters = ROPES[kind]
+    config.save_pretrained(tmp_path)
+    data = batch(2)
+    with torch.no_grad():
+        expected = oracle_logps(bare_model(str(tmp_path)), data).numpy()
+    np.testing.assert_allclose(load("mlx", str(tmp_path)).token_logps(data), expected, atol=1e-4)
+
+
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+ARCHITECTURES = {
+    "soft-capped (Gemma 2)": Gemma2Config(**SMALL, final_logit_softcapping=3.0, query_pre_attn_scalar=16, sliding_window=256),
+    "divided (Granite)": GraniteConfig(**{**SMALL, "logits_scaling": 4.0}),
+    "multiplied (Cohere)": CohereConfig(**{**SMALL, "logit_scale": 0.25}),
+    "Qwen 3": Qwen3Config(**SMALL),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_what_models_do_behind_their_head(kind: str, tmp_path: Path) -> None:
+    """Log-probs and gradients, against the model's own logits."""
+    torch.manual_seed(0)
+    architecture = ARCHITECTURES[kind]
+    model = AutoModelForCausalLM.from_config(architecture)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    data = batch(2)
+    with torch.no_grad():
+        expected = oracle_logps(bare_model(str(tmp_path)), data).numpy()
+    for name in ("cpu", "mlx"):
+        np.testing.assert_allclose(load(name, str(tmp_path)).token_logps(data), expected, atol=1e-4)
+    assert_same_gradients(str(tmp_path), data, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["cpu", "mlx"])
+def test_an_unknown_transform_behind_the_head_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lite_dil.backends import head
+
+    AutoModelForCausalLM.from_config(ARCHITECTURES["divided (Granite)"]).save_pretrained(tmp_path)
+    module = __import__(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}", fromlist=["logit_transform"])
+    monkeypatch.setattr(module, "logit_transform", lambda config: head.LogitTransform())
+    with pytest.raises(head.HeadMismatch, match="does something after its output head"):
+        load(name, str(tmp_path))

@@ -1,0 +1,280 @@
+"""Whole runs through the command line, on both backends, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import batch, load, make_checkpoint, write_pairs
+from safetensors.numpy import load_file
+
+from lite_dil.batch import Batch
+from lite_dil.cli import main
+
+TRL_NAMES = {
+    "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
+    "rewards/margins", "logps/chosen", "logps/rejected",
+}  # fmt: skip
+OURS = {"step", "log_ratio/chosen", "log_ratio/rejected", "tokens_per_second", "peak_memory_mb"}
+# What a clock or the machine decides; everything else in a line is the same in every run of the same options.
+MEASURED = {"tokens_per_second", "pairs_per_second", "seconds_per_step", "peak_memory_mb"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
+
+
+@pytest.fixture
+def flags(tiny: str, data: Path, backend_name: str) -> list[str]:
+    """12 pairs in steps of 4, so that 2 epochs are 6 steps."""
+    return [
+        "--model", tiny, "--backend", backend_name, "--data", str(data), "--dtype", "float32", "--learning-rate", "1e-3",
+        "--batch-size", "2", "--gradient-accumulation-steps", "2", "--epochs", "2", "--lora-r", "4",
+    ]  # fmt: skip
+
+
+def run(flags: list[str], folder: Path, *more: str) -> list[dict[str, Any]]:
+    assert main(["train", *flags, "--output-dir", str(folder), *more]) == 0
+    return metrics(folder)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(next(folder.glob("adapter*.safetensors")))
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_writes_what_the_design_says(flags: list[str], data: Path, tmp_path: Path) -> None:
+    lines = run(flags, tmp_path / "run", "--eval-data", str(data), "--eval-steps", "3", "--save-steps", "2")
+    raw = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert raw.keys() >= TRL_NAMES | OURS
+    training = [line for line in lines if "loss" in line]
+    held_out = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in held_out] == [3, 6]
+    assert training[-1]["epoch"] == 2
+    assert training[0]["log_ratio/chosen"] == training[0]["log_ratio/rejected"] == 0
+    assert held_out[-1]["eval_rewards/margins"] > held_out[0]["eval_rewards/margins"] > 0
+    # A reward is beta * f, and logps are sums: the run's own numbers must agree with each other.
+    assert training[-1]["rewards/chosen"] == training[-1]["log_ratio/chosen"]
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (saved["learning_rate"], saved["lora_alpha"], saved["logp_reduction"]) == (1e-3, 8.0, "mean")
+    checkpoints = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert checkpoints == {"step-2", "step-4", "step-6"}
+    assert same_weights(tmp_path / "run" / "adapter", tmp_path / "run" / "checkpoints" / "step-6" / "adapter")
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(flags: list[str], tmp_path: Path) -> None:
+    first, second = run(flags, tmp_path / "a"), run(flags, tmp_path / "b")
+    assert first == second
+    assert same_weights(tmp_path / "a" / "adapter", tmp_path / "b" / "adapter")
+    assert run(flags, tmp_path / "c", "--seed", "1") != first
+
+
+@pytest.mark.parametrize("dropout", ["0", "0.3"])
+def test_resumed_equals_never_stopped(flags: list[str], data: Path, tmp_path: Path, dropout: str) -> None:
+    more = ["--lora-dropout", dropout, "--logging-steps", "2", "--eval-data", str(data), "--eval-steps", "2"]
+    whole = run(flags, tmp_path / "whole", *more, "--save-steps", "3")
+    # As if killed after step 4: metrics beyond the checkpoint, half a line, and a half-written checkpoint.
+    broken = tmp_path / "broken"
+    run(flags, broken, *more, "--save-steps", "3")
+    shutil.rmtree(broken / "adapter")
+    shutil.rmtree(broken / "checkpoints" / "step-6")
+    (broken / "checkpoints" / ".step-6.partial").mkdir()
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    assert main(["train", "--resume", str(broken)]) == 0
+    assert metrics(broken) == whole
+    assert same_weights(broken / "adapter", tmp_path / "whole" / "adapter")
+
+
+def test_resume_auto_starts_then_goes_on(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "auto"
+    run(flags, folder, "--resume", "auto", "--max-steps", "3")
+    assert "going on" not in capsys.readouterr().out
+    run(flags, folder, "--resume", "auto", "--max-steps", "3")
+    assert "going on after step 3 of 3" in capsys.readouterr().out
+    assert main(["train", *flags, "--output-dir", str(folder), "--resume", "--learning-rate", "5"]) == 2
+    assert "--learning-rate is 5.0, but the run has 0.001" in capsys.readouterr().err
+
+
+def test_resume_refuses_other_data(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = write_pairs(tmp_path / "mine.jsonl", 8)
+    flags = [str(mine) if "pairs.jsonl" in flag else flag for flag in flags]
+    run(flags, tmp_path / "run", "--max-steps", "1")
+    write_pairs(mine, 9)
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    assert "is not the data that this run was trained on" in capsys.readouterr().err
+
+
+def test_a_run_is_never_written_over(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = run(flags, tmp_path / "run", "--max-steps", "1")
+    assert main(["train", *flags, "--output-dir", str(tmp_path / "run")]) == 2
+    assert f"already holds a run; go on with it by --resume {tmp_path / 'run'}" in capsys.readouterr().err
+    assert metrics(tmp_path / "run") == before
+
+
+def test_ctrl_c_saves_and_resume_goes_on(flags: list[str], tmp_path: Path) -> None:
+    whole = run(flags, tmp_path / "whole", "--max-steps", "40")
+    folder = tmp_path / "stopped"
+    command = [sys.executable, "-m", "lite_dil.cli", "train", *flags, "--max-steps", "40", "--output-dir", str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"go on with --resume {folder}" in out
+    done = metrics(folder)[-1]["step"]
+    assert done < 40
+    assert (folder / "checkpoints" / f"step-{done}").is_dir()
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert metrics(folder) == whole
+    assert same_weights(folder / "adapter", tmp_path / "whole" / "adapter")
+
+
+def test_save_total_limit_keeps_the_newest(flags: list[str], tmp_path: Path) -> None:
+    run(flags, tmp_path / "run", "--save-steps", "1", "--save-total-limit", "2")
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-5", "step-6"}
+
+
+def test_config_yaml_of_a_run_trains_the_same(flags: list[str], tmp_path: Path) -> None:
+    first = run(flags, tmp_path / "a", "--max-steps", "2")
+    assert main(["train", "--config", str(tmp_path / "a" / "config.yaml"), "--output-dir", str(tmp_path / "b")]) == 0
+    assert metrics(tmp_path / "b") == first
+
+
+def test_learning_rate_schedules(flags: list[str], tmp_path: Path) -> None:
+    rates = {}
+    for kind in ("linear", "cosine", "constant"):
+        lines = run(flags, tmp_path / kind, "--lr-scheduler-type", kind, "--warmup-ratio", "0.3")
+        rates[kind] = [line["learning_rate"] / 1e-3 for line in lines]
+    # 6 steps, 2 of them warm-up, then 4 more: linear falls by fifths.
+    assert rates["linear"] == pytest.approx([0.5, 1, 0.8, 0.6, 0.4, 0.2])
+    assert rates["constant"] == pytest.approx([0.5, 1, 1, 1, 1, 1])
+    assert rates["cosine"] == pytest.approx([0.5, 1, *((1 - np.cos(np.pi * np.array([0.8, 0.6, 0.4, 0.2]))) / 2)])
+
+
+def test_going_on_from_an_adapter(flags: list[str], tmp_path: Path) -> None:
+    """base: f starts at what the adapter has learned; initial-adapter: at 0 exactly, and the reference stays what it was."""
+    run(flags, tmp_path / "sft")
+    start = str(tmp_path / "sft" / "adapter")
+    flags = [*flags[: flags.index("--lora-r")], "--init-adapter", start, "--max-steps", "3"]
+    from_base = run(flags, tmp_path / "base", "--reference", "base")
+    from_adapter = run(flags, tmp_path / "initial", "--reference", "initial-adapter")
+    assert from_base[0]["log_ratio/chosen"] > 0.01
+    assert from_adapter[0]["log_ratio/chosen"] == from_adapter[0]["log_ratio/rejected"] == 0
+    assert from_adapter[0]["logps/chosen"] == from_base[0]["logps/chosen"]
+    assert from_adapter[0]["grad_norm"] > 0
+    backend = load(flags[3], flags[1], init_adapter=start, reference="initial-adapter")
+    tuned = load(flags[3], flags[1], init_adapter=start, reference="base")
+    with backend.adapter_off():
+        np.testing.assert_array_equal(backend.token_logps(batch()), tuned.token_logps(batch()))
+    # The adapter that was handed in is untouched, and the new one has its rank and only the policy's weights.
+    assert weights(tmp_path / "initial" / "adapter").keys() == weights(tmp_path / "sft" / "adapter").keys()
+    assert not same_weights(tmp_path / "initial" / "adapter", tmp_path / "sft" / "adapter")
+
+
+def test_resume_with_a_reference_adapter(flags: list[str], tmp_path: Path) -> None:
+    run(flags, tmp_path / "sft", "--max-steps", "2")
+    flags = [*flags[: flags.index("--lora-r")], "--init-adapter", str(tmp_path / "sft" / "adapter")]
+    flags += ["--reference", "initial-adapter", "--save-steps", "2"]
+    whole = run(flags, tmp_path / "whole")
+    broken = tmp_path / "broken"
+    run(flags, broken)
+    for step in (4, 6):
+        shutil.rmtree(broken / "checkpoints" / f"step-{step}")
+    assert main(["train", "--resume", str(broken)]) == 0
+    assert metrics(broken) == whole
+
+
+def test_adapters_of_one_backend_go_on_in_the_other(tiny: str, data: Path, tmp_path: Path) -> None:
+    folders = {}
+    for name in ("cpu", "mlx"):
+        folder = folders[name] = tmp_path / name
+        flags = ["--model", tiny, "--data", str(data), "--dtype", "float32", "--max-steps", "3", "--learning-rate", "1e-2"]
+        run([*flags, "--backend", name], folder)
+    for written in ("cpu", "mlx"):
+        adapter = str(folders[written] / "adapter")
+        logps = [load(n, tiny, init_adapter=adapter, reference="base").token_logps(batch()) for n in ("cpu", "mlx")]
+        np.testing.assert_allclose(*logps, atol=1e-4)
+        assert np.abs(logps[0] - load("cpu", tiny).token_logps(batch())).max() > 0.05
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT's own
+def test_peft_loads_our_adapter(tiny: str, data: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    flags = ["--model", tiny, "--data", str(data), "--dtype", "float32", "--max-steps", "3", "--learning-rate", "1e-2"]
+    run([*flags, "--backend", "cpu"], tmp_path / "run")
+    adapter = tmp_path / "run" / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].numpy()
+    ours = load("cpu", tiny, init_adapter=str(adapter), reference="base")
+    mine = ours.token_logps(Batch([ids[0, :1].numpy()], [ids[0, 1:].numpy()], np.array([0]), np.array([1])))
+    np.testing.assert_allclose(mine, logps, atol=1e-5)
+    target = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    assert sorted(target) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def test_mlx_lm_loads_our_adapter(data: Path, tmp_path: Path) -> None:
+    import mlx.core as mx
+    from mlx_lm import load as mlx_load
+
+    # mlx-lm's own loader takes rope theta 10000 for this folder, so the checkpoint has that.
+    tiny = str(make_checkpoint(tmp_path / "tiny", rope_theta=10000.0))
+    flags = ["--model", tiny, "--data", str(data), "--dtype", "float32", "--max-steps", "3", "--learning-rate", "1e-2"]
+    run([*flags, "--backend", "mlx", "--target-modules", "q_proj,up_proj"], tmp_path / "run")
+    adapter = tmp_path / "run" / "adapter"
+    model, _ = mlx_load(tiny, adapter_path=str(adapter))
+    ids = np.arange(3, 12)
+    logits = model(mx.array(ids[None, :-1]))[0]
+    logps = np.array(mx.take_along_axis(logits - mx.logsumexp(logits, -1, keepdims=True), mx.array(ids[1:, None]), -1)[:, 0])
+    ours = load("mlx", tiny, init_adapter=str(adapter), reference="base")
+    mine = ours.token_logps(Batch([ids[:1]], [ids[1:]], np.array([0]), np.array([1])))
+    np.testing.assert_allclose(mine, logps, atol=1e-5)
+    with ours.adapter_off():
+        assert np.abs(ours.token_logps(Batch([ids[:1]], [ids[1:]], np.array([0]), np.array([1]))) - logps).max() > 0.05
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    more = ["--logp-reduction", "sum", "--beta", "1e4", "--save-steps", "1", "--output-dir", str(folder)]
+    assert main(["train", *flags, *more]) == 1
+    err = capsys.readouterr().err
+    assert "log-ratio" in err
+    assert f"the last good checkpoint is {folder / 'checkpoints'}" in err
+    assert not (folder / "adapter").exists()
+
+
+def test_long_rows_are_cut_and_counted(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(flags, tmp_path / "run", "--max-length", "12", "--max-steps", "2")
+    assert "--max-length 12 cut 12 prompts and" in capsys.readouterr().out
+    assert all(np.isfinite(line["loss"]) for line in lines)
