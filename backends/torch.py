@@ -6,6 +6,7 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class TorchBackend:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.scaler.get_scale() < scale:
-                result = StepResult(result.loss, norm, result.policy, result.reference, skipped=True)
+                result = replace(result, grad_norm=0.0, skipped=True)
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
@@ -254,10 +255,11 @@ def _load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: bo
         )
     try:
         config = AutoConfig.from_pretrained(model)
-        for name, value in vars(config).items():
-            # The base model's own dropout would make the log-ratio noisy, and not 0 at the start.
-            if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
-                setattr(config, name, 0.0)
+        for part in (config, config.get_text_config()):
+            for name, value in list(vars(part).items()):
+                # The base model's own dropout would make the log-ratio noisy, and not 0 at the start.
+                if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+                    setattr(part, name, 0.0)
         base = AutoModelForCausalLM.from_pretrained(
             model,
             config=config,

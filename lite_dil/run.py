@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -67,10 +68,11 @@ class RunFolder:
         text = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
         _replace_file(self.path / "config.yaml", text)
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Append one object to metrics.jsonl."""
+    def log(self, line: dict[str, float]) -> None:
+        """Append one object to metrics.jsonl; what is not finite becomes null, which JSON has."""
+        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
     def latest(self) -> Path | None:
         """Return the newest checkpoint, if there is one."""

@@ -26,7 +26,7 @@ from lite_dil.run import Progress, RunFolder, read_progress
 from lite_dil.schedule import Schedule, by_length
 
 # Weights of a logged mean: these are sums over the window, everything else is a mean over its pairs.
-_SUMS = ("pairs", "tokens", "seconds", "steps")
+_SUMS = ("pairs", "tokens", "seconds", "steps", "skipped")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
 
         return folder.save_checkpoint(progress, write, config.save_total_limit)
 
-    with StopSignal() as stop, display.bar(schedule.steps, progress.step) as bar:
+    with StopSignal(display) as stop, display.bar(schedule.steps, progress.step) as bar:
         while progress.step < schedule.steps and not stop.asked:
             step, started = progress.step + 1, time.perf_counter()
             batches = schedule.batches(step)
@@ -92,7 +92,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
             tokens = sum(batch.tokens for batch in batches)
             progress.step, progress.num_tokens = step, progress.num_tokens + tokens
             pairs = sum(batch.pairs for batch in batches)
-            _accumulate(progress.window, metrics, pairs, tokens, time.perf_counter() - started)
+            _accumulate(progress.window, metrics, (pairs, tokens, time.perf_counter() - started, 1, int(result.skipped)))
             last = step == schedule.steps
             if step % config.logging_steps == 0 or last:
                 line = _line(progress, schedule, rate, backend)
@@ -141,8 +141,8 @@ class Evaluator:
 class StopSignal:
     """Turns the first Ctrl-C or termination signal into a request to stop after the step; a second Ctrl-C stops at once."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, display: Display) -> None:
+        self.display, self.asked = display, False
 
     def __enter__(self) -> StopSignal:
         self._before = {}
@@ -161,6 +161,7 @@ class StopSignal:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+        self.display.say("stopping after this step, and saving; Ctrl-C again stops at once")
 
 
 def _load_examples(source: str, split: str, encoder: Encoder, config: TrainConfig, display: Display) -> list[Example]:
@@ -209,9 +210,9 @@ def _step_metrics(result: backends.StepResult, batches: Sequence[Batch], config:
     return {"loss": result.loss, "grad_norm": result.grad_norm, **pair_metrics(*arrays, config)}
 
 
-def _accumulate(window: dict[str, float], metrics: dict[str, float], pairs: int, tokens: int, seconds: float) -> None:
-    sums = dict(zip(_SUMS, (pairs, tokens, seconds, 1), strict=True))
-    for name, value in {**{name: mean * pairs for name, mean in metrics.items()}, **sums}.items():
+def _accumulate(window: dict[str, float], metrics: dict[str, float], sums: tuple[float, ...]) -> None:
+    """Add a step to the window: its means weighted by its pairs, and the `_SUMS`."""
+    for name, value in {**{n: mean * sums[0] for n, mean in metrics.items()}, **dict(zip(_SUMS, sums, strict=True))}.items():
         window[name] = window.get(name, 0) + value
 
 
@@ -227,6 +228,7 @@ def _line(progress: Progress, schedule: Schedule, rate: float, backend: backends
         "pairs_per_second": window["pairs"] / window["seconds"],
         "seconds_per_step": window["seconds"] / window["steps"],
         "peak_memory_mb": backend.peak_memory_mb(),
+        "skipped_steps": window["skipped"],
     }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import bare_model, batch, config, examples, load, oracle_logps
+from conftest import bare_model, batch, config, examples, load, make_checkpoint, oracle_logps
 
 from lite_dil import backends
 from lite_dil.batch import Batch, plain
@@ -235,4 +236,30 @@ def test_non_finite_gradients_leave_the_weights_alone(backend_name: str, tiny: s
     assert not np.isfinite(result.grad_norm)
     for name, value in adapter(backend).items():
         np.testing.assert_array_equal(value, weights[name])
-    assert replace(result, skipped=True).skipped
+
+
+def test_loss_scaling_changes_nothing_and_skips_overflows(tiny: str) -> None:
+    """The float16 path of GPUs, whose scaler runs on a CPU too."""
+    plain_backend, scaled = load("cpu", tiny), load("cpu", tiny)
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for _ in range(2):
+        one, two = step(plain_backend, [batch()], 1e-3), step(scaled, [batch()], 1e-3)
+        assert two.loss == one.loss
+        assert two.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
+        assert not two.skipped
+    weights = adapter(scaled)
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    result = step(scaled, [batch()])
+    assert result.skipped
+    assert result.grad_norm == 0
+    for name, value in adapter(scaled).items():
+        np.testing.assert_array_equal(value, weights[name])
+    assert scaled.scaler.get_scale() == 2.0**126
+
+
+def test_the_base_models_own_dropout_is_off(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"attention_dropout": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    result = step(load("cpu", str(tmp_path)), [batch()])
+    assert (result.policy == result.reference).all()

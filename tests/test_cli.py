@@ -1,0 +1,134 @@
+"""The command line: errors are one message and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_pairs
+
+from lite_dil import backends
+from lite_dil.cli import main
+from lite_dil.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: COMMAND; see lite-dil --help"),
+        (["trian"], "invalid choice: 'trian'"),
+        (
+            ["train", "--learning-rat", "1"],
+            "unknown argument --learning-rat (did you mean '--learning-rate'?); see lite-dil train",
+        ),
+        (["train", "--learing-rate=1"], "(did you mean '--learning-rate'?)"),
+        (["train", "--max-length"], "argument --max-length: expected one argument"),
+        (["train", "--loss", "sfl"], "'sfl'"),
+        (["train", "--config", "none.yaml"], "none.yaml: cannot be read"),
+        (["train", "--resume", "none"], "--resume none: no checkpoint there"),
+        (["train", "--model", "./none"], "--model ./none: no such folder, and not a hub id"),
+        (["train", "--model", "none"], "--model none: no such folder, and not a hub id"),
+        (["train", "--backend", "tpu"], "is not one of auto, cuda, mlx, cpu"),
+    ],
+)
+def test_user_errors(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("lite-dil: ")
+    assert "Traceback" not in err
+
+
+def test_bad_data_and_models_are_found_before_anything_is_written(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = str(write_pairs(tmp_path / "good.jsonl"))
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no-weights").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "no-weights" / name).write_bytes((Path(tiny) / name).read_bytes())
+    before = set(tmp_path.rglob("*"))
+    for flags, message in (
+        (["--model", tiny, "--data", "bad.jsonl"], "line 1: no field 'chosen'"),
+        (["--model", tiny, "--data", good, "--eval-data", "none.jsonl"], "none.jsonl: no such file"),
+        (["--model", "empty", "--data", good], "the folder has no config.json"),
+        (["--model", good, "--data", good], "is a file; give the folder"),
+        (["--model", "no-weights", "--data", good], "--model no-weights: cannot be loaded"),
+        (["--model", "no-weights", "--data", good, "--backend", "mlx"], "no model*.safetensors"),
+        (["--model", "no/such-model", "--data", good], "--model no/such-model: its tokenizer cannot be loaded"),
+        (["--model", tiny, "--data", good, "--init-adapter", "empty", "--reference", "base"], "no adapter_config.json there"),
+        (["--model", tiny, "--data", good, "--output-dir", good], "--output-dir"),
+    ):
+        backend = [] if "--backend" in flags else ["--backend", "cpu"]
+        assert main(["train", *flags, *backend]) == 2, flags
+        captured = capsys.readouterr()
+        assert message in captured.err, (flags, captured.err)
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_adapters_that_do_not_fit_are_refused(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    good = str(write_pairs(tmp_path / "good.jsonl"))
+    other = AutoModelForCausalLM.from_config(
+        LlamaConfig(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
+    import warnings
+
+    for name, settings, message in (
+        ("narrow", {}, "is for 32 x 32 weights, the model's are 64 x 64"),
+        ("dora", {"use_dora": True}, "use_dora = True is not supported"),
+        ("bias", {"bias": "all"}, "bias = 'all' is not supported"),
+        ("head", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ("pissa", {"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = get_peft_model(other, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings))
+            made.save_pretrained(tmp_path / name)
+            other = made.unload()
+        flags = ["--model", tiny, "--data", good, "--backend", "cpu", "--init-adapter", str(tmp_path / name)]
+        assert main(["train", *flags, "--reference", "base"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_backend_that_is_not_there_is_one_line_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_has_cuda", lambda: False)
+    with pytest.raises(UserError, match="--backend cuda: torch finds no CUDA GPU here; use --backend cpu"):
+        backends.resolve("cuda")
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    for name in ("cpu", "cuda", "mlx"):
+        with pytest.raises(UserError, match=rf'--backend {name}: .*not installed: pip install "lite-dil\[{name}\]"'):
+            backends.resolve(name)
+    with pytest.raises(UserError, match="no backend is installed"):
+        backends.resolve("auto")
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "cuda", "best"),
+    [
+        ("Darwin", "arm64", False, "mlx"),
+        ("Linux", "x86_64", True, "cuda"),
+        ("Linux", "x86_64", False, "cpu"),
+        ("Darwin", "x86_64", False, "cpu"),
+    ],
+)
+def test_auto_takes_the_best_backend(
+    monkeypatch: pytest.MonkeyPatch, system: str, machine: str, cuda: bool, best: str
+) -> None:
+    monkeypatch.setattr(backends.platform, "system", lambda: system)
+    monkeypatch.setattr(backends.platform, "machine", lambda: machine)
+    monkeypatch.setattr(backends, "_has_cuda", lambda: cuda)
+    assert backends.resolve("auto") == best
+
+
+def test_a_closed_pipe_is_no_traceback() -> None:
+    command = f"{sys.executable} -m lite_dil.cli train --help | head -1"
+    out = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert out.stdout.startswith("usage: lite-dil train")
+    assert "Traceback" not in out.stderr

@@ -1,0 +1,86 @@
+"""The README cannot rot: every command in it parses, every make target exists, and its training lines run."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import write_pairs
+
+from lite_dil.cli import main
+from lite_dil.config import add_flags, build, read_yaml
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip() and not line.startswith("#")
+]
+TRAIN = [c for c in COMMANDS if re.match(r"(python scripts/train\.py|lite-dil (train|demo))\b", c)]
+
+
+def train_flags(command: str) -> list[str]:
+    words = shlex.split(command)
+    return words[3 - (words[0] == "python") - (words[0] == "lite-dil") :]
+
+
+def test_there_are_commands() -> None:
+    assert len(TRAIN) >= 5
+    assert {"make demo", "make test"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_train_commands_parse(command: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    parser.add_argument("--config")
+    parser.add_argument("--resume", nargs="?")
+    given = vars(parser.parse_args(train_flags(command)))
+    build({name: value for name, value in given.items() if name not in ("config", "resume")}, {})
+
+
+def test_make_targets_and_scripts_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.M), command
+        if words[:1] == ["python"] and words[1].startswith("scripts/"):
+            assert (ROOT / words[1]).is_file(), command
+
+
+def test_extras_exist() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    for names in re.findall(r"\.\[([\w,]+)\]|lite-dil\[([\w,]+)\]", README):
+        for extra in "".join(names).split(","):
+            assert re.search(rf"^{extra} = \[", project, re.M), extra
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_readmes_data_and_yaml_train(tiny: str, tmp_path: Path) -> None:
+    """The example rows and the example config, on a tiny model."""
+    rows = next(block for language, block in BLOCKS if language == "json")
+    options = next(block for language, block in BLOCKS if language == "yaml")
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    for form in (rows.splitlines()[:1], rows.splitlines()[1:]):
+        data = tmp_path / "one.jsonl"
+        data.write_text("\n".join(form), encoding="utf-8")
+        flags = ["--model", tiny, "--backend", "cpu", "--data", str(data), "--max-steps", "1"]
+        assert main(["train", *flags, "--output-dir", str(tmp_path / f"out{len(list(tmp_path.iterdir()))}")]) == 0
+    (tmp_path / "c.yaml").write_text(options, encoding="utf-8")
+    assert read_yaml(tmp_path / "c.yaml").keys() == yaml.safe_load(options).keys()
+    own = ["--model", tiny, "--data", str(write_pairs(tmp_path / "p.jsonl")), "--max-steps", "1", "--dtype", "float32"]
+    flags = ["--config", str(tmp_path / "c.yaml"), *own, "--backend", "cpu", "--no-4bit", "--output-dir", str(tmp_path / "o")]
+    assert main(["train", *flags]) == 0
