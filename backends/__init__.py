@@ -19,7 +19,7 @@ from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
 from lite_dil.errors import UserError
 
-# (policy, reference, lengths, chosen, rejected) -> a loss a pair; see lite_dil.train.pair_losses.
+# (policy, reference, lengths, chosen, rejected) -> a loss a pair; see lite_dil.metrics.pair_losses.
 PairLosses = Callable[[Any, Any, Any, Any, Any], Any]
 
 CHECKPOINT_FROM = 10**9  # parameters from which gradient checkpointing is on unless said otherwise
@@ -52,6 +52,7 @@ class Backend(Protocol):
 
     name: str
     description: str  # device, dtype and quantisation, for people
+    dtype_name: str  # what --dtype auto came to
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Make the model the reference inside the block, and the policy again after it, also after an exception."""

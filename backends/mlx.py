@@ -25,8 +25,7 @@ from lite_dil.backends.mlx_head import token_logps
 from lite_dil.backends.mlx_lora import add_lora, checkpoint_layers, linear_layers
 from lite_dil.batch import Batch, plain
 from lite_dil.config import TrainConfig
-from lite_dil.errors import UserError
-from lite_dil.models import first_line
+from lite_dil.errors import UserError, first_line
 
 GROUP_SIZE, BITS = 64, 4
 
@@ -41,10 +40,11 @@ class MLXBackend:
             raise UserError("--optim paged_adamw_8bit is for the cuda and cpu backends; use adamw with mlx")
         if config.dtype == "float16":
             raise UserError("--dtype float16 is for the cuda backend, which scales the loss for it; use bfloat16 with mlx")
-        mx.random.seed(config.seed)
+        initial = adapters.read(config.init_adapter, _load_tensors) if config.init_adapter else None
         folder = _folder(model)
         self.model, self.config, bits = _load(folder, model, config)
         self.dtype = _set_dtype(self.model, config.dtype, pre_quantised=bool(bits))
+        self.dtype_name = str(self.dtype).removeprefix("mlx.core.")
         if config.load_in_4bit and not bits:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints how many bits a weight came to
                 self.model, _ = quantize_model(self.model, self.config, GROUP_SIZE, BITS)
@@ -53,9 +53,9 @@ class MLXBackend:
         parameters = sum(
             value.size * (32 // BITS if value.dtype == mx.uint32 else 1) for _, value in tree_flatten(self.model.parameters())
         )
-        self.switch = add_lora(
-            self.model, self._adapter(config), config.lora_dropout or 0.0, config.reference == "initial-adapter"
-        )
+        adapter = adapters.choose(config, linear_layers(self.model), initial)
+        self.switch = add_lora(self.model, adapter, config.lora_dropout or 0.0, config.reference == "initial-adapter")
+        self.seed, self.passes = config.seed, 0
         self.transform = logit_transform(self.config)
         self.vocabulary = int(self._project(mx.zeros((1, self._width()), self.dtype)).shape[-1])
         checkpointing = config.gradient_checkpointing
@@ -68,17 +68,17 @@ class MLXBackend:
             "fine_tune_type": "lora",
             "num_layers": len(self.model.layers),
             "lora_parameters": {
-                "rank": self.rank,
-                "scale": self.scale,
+                "rank": adapter.rank,
+                "scale": adapter.scale,
                 "dropout": config.lora_dropout or 0.0,
-                "keys": self.keys,
+                "keys": _keys(self.model, adapter),
             },
             "model": model,
         }
         self._check_head(model)
         device = "Metal" if mx.metal.is_available() else "CPU"
         quantised = f", {bits}-bit" if bits else ""
-        self.description = f"mlx ({device}), {str(self.dtype).removeprefix('mlx.core.')}{quantised}"
+        self.description = f"mlx ({device}), {self.dtype_name}{quantised}"
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Make the model the reference inside the block."""
@@ -141,11 +141,11 @@ class MLXBackend:
         (folder / "adapter_config.json").write_text(json.dumps(self.adapter_config, indent=2) + "\n", encoding="utf-8")
 
     def save_state(self, folder: Path) -> None:
-        """Write adapter, optimiser and random state."""
+        """Write adapter, optimiser and how many passes have drawn dropout masks."""
         state = {
             "adapter": self.model.trainable_parameters(),
             "optimizer": self.optimizer.state,
-            "rng": list(mx.random.state),
+            "passes": mx.array(self.passes),
         }
         mx.save_safetensors(str(folder / "state.safetensors"), dict(tree_flatten(state)))
 
@@ -154,33 +154,18 @@ class MLXBackend:
         state = tree_unflatten(list(mx.load(str(folder / "state.safetensors")).items()))
         self.model.update(state["adapter"])
         self.optimizer.state = state["optimizer"]
-        # The key cannot be set, but it is made of the two halves of the seed.
-        high, low = state["rng"][0].tolist()
-        mx.random.seed(high << 32 | low)
+        self.passes = state["passes"].item()
 
     def peak_memory_mb(self) -> float:
         """Return MLX's own peak, in MiB."""
         return mx.get_peak_memory() / 2**20
 
-    def _adapter(self, config: TrainConfig) -> adapters.Adapter:
-        linear = linear_layers(self.model)
-        if config.init_adapter:
-            adapter = adapters.read(config.init_adapter, _load_tensors)
-            adapters.match(adapter, linear, config.init_adapter)
-        else:
-            assert config.lora_r and config.lora_alpha and config.target_modules  # filled in by TrainConfig.resolved
-            chosen = adapters.select_targets(linear, config.target_modules)
-            adapter = adapters.fresh(chosen, config.lora_r, config.lora_alpha / config.lora_r, config.seed)
-        self.rank, self.scale = adapter.rank, adapter.scale
-        # mlx-lm names layers within a block where all blocks have them.
-        prefix = next(name for name, module in self.model.named_modules() if module is self.model.layers[0]).rpartition("0")[0]
-        self.keys = sorted({name.removeprefix(prefix).partition(".")[2] for name in adapter.weights})
-        return adapter
-
     def _loss_and_grad(
         self, batch: Batch, reference: mx.array, losses: PairLosses, pairs: int
     ) -> tuple[tuple[mx.array, mx.array], Any]:
         lengths, chosen, rejected = map(mx.array, (batch.lengths, batch.chosen, batch.rejected))
+        self.passes += 1
+        self.switch.draw = int(np.random.SeedSequence((self.seed, self.passes)).generate_state(1)[0])
 
         def loss() -> tuple[mx.array, mx.array]:
             policy = self._sequence_logps(batch, with_grad=True)
@@ -248,7 +233,7 @@ def _load(folder: Path, name: str, config: TrainConfig) -> tuple[Any, dict[str, 
         model, loaded = load_model(folder, lazy=True, model_config=rope_config(raw))
     except FileNotFoundError:
         raise UserError(f"--model {name}: no model*.safetensors in {folder}; MLX reads no other weights") from None
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"--model {name}: mlx-lm cannot load it ({first_line(error)})") from None
     bits = int((loaded.get("quantization") or {}).get("bits", 0))
     if config.load_in_4bit and bits not in (0, BITS):
@@ -268,9 +253,11 @@ def rope_config(config: dict[str, Any]) -> dict[str, Any]:
     if not rope:
         return {}
     added: dict[str, Any] = {}
-    if local := rope.get("sliding_attention"):  # Gemma 3: one rope a layer type
-        added["rope_local_base_freq"] = local["rope_theta"]
+    if rope.keys() == {"full_attention", "sliding_attention"}:  # Gemma 3: one rope a layer type
+        added["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
+    if "rope_theta" not in rope:
+        raise UserError(f"config.json: rope_parameters has {', '.join(rope)}; expected rope_theta, which mlx-lm must be told")
     added["rope_theta"] = rope["rope_theta"]
     added["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     if "partial_rotary_factor" in rope:
@@ -294,4 +281,13 @@ def _set_dtype(model: Any, name: str, pre_quantised: bool) -> mx.Dtype:
 
 
 def _load_tensors(path: Path) -> dict[str, np.ndarray]:
-    return {name: np.array(value.astype(mx.float32)) for name, value in mx.load(str(path)).items()}
+    try:
+        return {name: np.array(value.astype(mx.float32)) for name, value in mx.load(str(path)).items()}
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+
+
+def _keys(model: Any, adapter: adapters.Adapter) -> list[str]:
+    """Return the adapted layers' names within a block, as mlx-lm's adapter_config.json wants them."""
+    prefix = next(name for name, module in model.named_modules() if module is model.layers[0]).rpartition("0")[0]
+    return sorted({name.removeprefix(prefix).partition(".")[2] for name in adapter.weights})

@@ -13,10 +13,15 @@ from lite_dil.adapters import Adapter
 
 
 class Switch:
-    """Whether the model is the reference just now; one is shared by all the adapted layers of a model."""
+    """What all the adapted layers of a model share.
+
+    `reference`: whether the model is the reference just now. `draw`: the seed of this pass's dropout masks, so that a layer
+    that is computed again for the backward pass drops the same.
+    """
 
     def __init__(self) -> None:
         self.reference = False
+        self.draw = 0
 
 
 class LoRALinear(nn.Module):
@@ -25,12 +30,13 @@ class LoRALinear(nn.Module):
     Parameters are named and laid out as in mlx-lm: lora_a (in, rank), lora_b (rank, out).
     """
 
-    def __init__(self, linear: nn.Module, a: np.ndarray, b: np.ndarray, scale: float, dropout: float, switch: Switch) -> None:
+    def __init__(
+        self, linear: nn.Module, a: np.ndarray, b: np.ndarray, scale: float, dropout: float, switch: Switch, index: int
+    ) -> None:
         super().__init__()
         self.linear = linear
         self.lora_a, self.lora_b = mx.array(a.T), mx.array(b.T)
-        self.scale, self.switch = scale, switch
-        self.dropout = nn.Dropout(dropout)
+        self.scale, self.dropout, self.switch, self.index = scale, dropout, switch, index
         self._initial: list[mx.array] = []  # a leading underscore keeps it out of the parameters
 
     def freeze_initial(self) -> None:
@@ -41,12 +47,19 @@ class LoRALinear(nn.Module):
         """Apply the layer."""
         y = self.linear(x)
         if not self.switch.reference:
-            z = (self.dropout(x) @ self.lora_a) @ self.lora_b
+            z = (self._dropped(x) @ self.lora_a) @ self.lora_b
         elif self._initial:
             z = (x @ self._initial[0]) @ self._initial[1]
         else:
             return y  # not y + 0 * z: that would cost as much, and let an inf or NaN of the adapter through
         return y + (self.scale * z).astype(x.dtype)
+
+    def _dropped(self, x: mx.array) -> mx.array:
+        if not (self.training and self.dropout):
+            return x
+        keep = 1 - self.dropout
+        mask = mx.random.bernoulli(keep, x.shape, key=mx.random.key((self.switch.draw << 16) + self.index))
+        return mask * x / keep
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -68,8 +81,8 @@ def add_lora(model: nn.Module, adapter: Adapter, dropout: float, keep_initial: b
     model.freeze()
     modules = dict(model.named_modules())
     adapted = []
-    for name, (a, b) in adapter.weights.items():
-        layer = LoRALinear(modules[name], a, b, adapter.scale, dropout, switch)
+    for index, (name, (a, b)) in enumerate(adapter.weights.items()):
+        layer = LoRALinear(modules[name], a, b, adapter.scale, dropout, switch, index)
         if keep_initial:
             layer.freeze_initial()
         adapted.append((name, layer))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -23,8 +24,7 @@ from lite_dil.backends.head import HeadMismatch, logit_transform
 from lite_dil.backends.torch_head import token_logps
 from lite_dil.batch import Batch, plain
 from lite_dil.config import TrainConfig
-from lite_dil.errors import UserError
-from lite_dil.models import first_line
+from lite_dil.errors import OutOfMemory, UserError, first_line
 
 POLICY, REFERENCE = "default", "reference"
 
@@ -36,9 +36,14 @@ class TorchBackend:
         self.name = device
         self.device = torch.device(device)
         self.dtype = _dtype(config.dtype, device)
+        self.dtype_name = str(self.dtype).removeprefix("torch.")
+        initial = adapters.read(config.init_adapter, _load_tensors) if config.init_adapter else None
+        if config.load_in_4bit or config.optim == "paged_adamw_8bit":
+            _need_bitsandbytes()
         base = _load_base(model, self.dtype, self.device, config.load_in_4bit)
+        in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))  # also of a checkpoint that was packed before
         self.transform = logit_transform(base.config.to_dict())
-        self.model = self._adapted(base, config, model)
+        self.model = self._adapted(base, config, model, initial)
         self.layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         self.has_reference_adapter = config.reference == "initial-adapter"
         self.base = base
@@ -46,7 +51,7 @@ class TorchBackend:
         self.head = base.get_output_embeddings()
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.max_grad_norm = config.max_grad_norm
-        self.optimizer = _optimizer(self.trainable, config, device)
+        self.optimizer = _optimizer(self.trainable, config, in_4bit, device)
         # float16 gradients underflow without it; it stays idle in the other types.
         self.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
 
@@ -57,9 +62,9 @@ class TorchBackend:
             _checkpoint_layers(base, model)
         torch.manual_seed(config.seed)
         self._check_head(model)
-        bits = ", 4-bit" if getattr(base, "is_loaded_in_4bit", False) else ""
+        bits = ", 4-bit" if in_4bit else ""
         where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        self.description = f"{device} ({where}), {str(self.dtype).removeprefix('torch.')}{bits}"
+        self.description = f"{device} ({where}), {self.dtype_name}{bits}"
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Make the model the reference inside the block."""
@@ -79,6 +84,12 @@ class TorchBackend:
 
     def step(self, batches: Sequence[Batch], losses: PairLosses, learning_rate: float) -> StepResult:
         """Take one AdamW step on the mean loss over all pairs of `batches`."""
+        try:
+            return self._step(batches, losses, learning_rate)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(first_line(error)) from None
+
+    def _step(self, batches: Sequence[Batch], losses: PairLosses, learning_rate: float) -> StepResult:
         self.model.train()
         pairs = sum(batch.pairs for batch in batches)
         total, policies, references = 0.0, [], []
@@ -145,15 +156,16 @@ class TorchBackend:
 
     def load_state(self, folder: Path) -> None:
         """Go on exactly where `save_state` was called."""
-        state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
+        # On the CPU first: the optimiser moves what belongs on the device, and leaves its step counters, as in a new run.
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, parameter in self._policy_parameters().items():
                 parameter.copy_(state["adapter"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"].cpu())
+        torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+            torch.cuda.set_rng_state(state["cuda_rng"])
 
     def peak_memory_mb(self) -> float:
         """Return the allocator's peak on a GPU, the process's on a CPU, in MiB."""
@@ -166,16 +178,9 @@ class TorchBackend:
     def _policy_parameters(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def _adapted(self, base: Any, config: TrainConfig, model: str) -> Any:
+    def _adapted(self, base: Any, config: TrainConfig, model: str, initial: adapters.Adapter | None) -> Any:
         """Put the policy's adapter, and the frozen initial one where it is the reference, on the base."""
-        linear = _linear_layers(base)
-        if config.init_adapter:
-            adapter = adapters.read(config.init_adapter, _load_tensors)
-            adapters.match(adapter, linear, config.init_adapter)
-        else:
-            assert config.lora_r and config.lora_alpha and config.target_modules  # filled in by TrainConfig.resolved
-            chosen = adapters.select_targets(linear, config.target_modules)
-            adapter = adapters.fresh(chosen, config.lora_r, config.lora_alpha / config.lora_r, config.seed)
+        adapter = adapters.choose(config, _linear_layers(base), initial)
         settings: dict[str, Any] = {
             "r": adapter.rank,
             "lora_alpha": adapter.scale * adapter.rank,
@@ -245,8 +250,6 @@ def _dtype(name: str, device: str) -> torch.dtype:
 def _load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: bool) -> Any:
     quantization = None
     if in_4bit:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError("--4bit needs bitsandbytes: pip install bitsandbytes")
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -260,16 +263,23 @@ def _load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: bo
                 # The base model's own dropout would make the log-ratio noisy, and not 0 at the start.
                 if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
                     setattr(part, name, 0.0)
-        base = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model,
+            output_loading_info=True,
             config=config,
             dtype=dtype,
             quantization_config=quantization,
             device_map={"": device},
         )
-    except (OSError, ValueError) as error:
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"--model {model}: not enough memory to load it ({first_line(error)}); try --4bit") from None
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {model}: cannot be loaded ({first_line(error)})") from None
-    if in_4bit:
+    base, report = loaded
+    if absent := sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"])):
+        # transformers would fill them with random numbers.
+        raise UserError(f"--model {model}: its files lack {len(absent)} of the model's weights, the first is {absent[0]}")
+    if getattr(base, "is_loaded_in_4bit", False):
         import bitsandbytes
 
         for module in base.modules():
@@ -277,6 +287,8 @@ def _load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: bo
                 # On a CPU with avx512_bf16 the first forward in eval mode repacks the weights for inference, after which
                 # gradients are silently wrong.
                 module.support_avx512bf16_for_cpu = False
+                # A checkpoint packed before names a type of its own, which this machine may not have.
+                module.compute_dtype, module.compute_type_is_set = dtype, True
     base.requires_grad_(False)
     return base
 
@@ -317,17 +329,23 @@ def _set_weights(model: Any, name: str, adapter: adapters.Adapter) -> None:
 def _load_tensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors.torch import load_file
 
-    return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
+    try:
+        return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def _optimizer(parameters: list[Tensor], config: TrainConfig, device: str) -> torch.optim.Optimizer:
+def _need_bitsandbytes() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--4bit and --optim paged_adamw_8bit need bitsandbytes: pip install bitsandbytes")
+
+
+def _optimizer(parameters: list[Tensor], config: TrainConfig, in_4bit: bool, device: str) -> torch.optim.Optimizer:
     name = config.optim
     if name == "auto":
-        name = "paged_adamw_8bit" if config.load_in_4bit else "adamw"
+        name = "paged_adamw_8bit" if in_4bit else "adamw"
     if name == "adamw":
         return torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("--optim paged_adamw_8bit needs bitsandbytes: pip install bitsandbytes")
     import bitsandbytes
 
     # On a CPU there is nothing to page from, and the paged class warns.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lite_dil.config import TrainConfig
 from lite_dil.errors import UserError
 
 
@@ -61,6 +62,8 @@ def read(folder: str, load: TensorLoader) -> Adapter:
         raise UserError(f"{where}: no adapter_config.json there; give a folder that holds an adapter") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: adapter_config.json cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{where}: adapter_config.json is not a LoRA adapter's")
     try:
         peft = "peft_type" in config
         rank, scale = _peft_scale(config, where) if peft else _mlx_scale(config, where)
@@ -85,16 +88,30 @@ def read(folder: str, load: TensorLoader) -> Adapter:
     return Adapter(rank, scale, {layer: (sides["lora_a"], sides["lora_b"]) for layer, sides in layers.items()})
 
 
+# Options of PEFT that make more of an adapter than W x + scale B A x on linear layers.
+_PEFT_VARIANTS = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+
+
 def _peft_scale(config: dict[str, Any], where: str) -> tuple[int, float]:
-    refused = {
+    refused = {name: config.get(name) for name in _PEFT_VARIANTS} | {
         "peft_type": config["peft_type"] != "LORA",
-        "use_dora": config.get("use_dora"),
         "bias": config.get("bias", "none") != "none",
-        "modules_to_save": config.get("modules_to_save"),
-        "rank_pattern": config.get("rank_pattern"),
-        "alpha_pattern": config.get("alpha_pattern"),
-        # These rewrite the base weights, so that "adapter off" would no longer be the base model.
-        "init_lora_weights": str(config.get("init_lora_weights")).startswith(("pissa", "olora", "loftq", "corda")),
+        # Others (pissa, olora, ...) rewrite the base weights, so that "adapter off" would no longer be the base model.
+        "init_lora_weights": config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"),
     }
     for name, bad in refused.items():
         if bad:
@@ -108,6 +125,22 @@ def _mlx_scale(config: dict[str, Any], where: str) -> tuple[int, float]:
         raise UserError(f"{where}: fine_tune_type = {config['fine_tune_type']!r} is not supported; lora is")
     parameters = config["lora_parameters"]
     return parameters["rank"], float(parameters["scale"])
+
+
+def choose(config: TrainConfig, linear: dict[str, tuple[int, int]], initial: Adapter | None) -> Adapter:
+    """Return the adapter that training starts from: `initial`, if it fits the model, or a new one on the target layers.
+
+    Args:
+        linear: the (out, in) shapes of the decoder's linear layers, by name.
+    """
+    if not linear:
+        raise UserError(f"--model {config.model}: its decoder has no linear layers that LoRA could adapt")
+    if initial is not None:
+        match(initial, linear, config.init_adapter or "")
+        return initial
+    assert config.lora_r and config.lora_alpha and config.target_modules  # filled in by TrainConfig.resolved
+    targets = select_targets(linear, config.target_modules)
+    return fresh(targets, config.lora_r, config.lora_alpha / config.lora_r, config.seed)
 
 
 def match(adapter: Adapter, shapes: dict[str, tuple[int, int]], folder: str) -> None:

@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 
 from lite_dil import __version__
 from lite_dil.config import FIELDS, TrainConfig, add_flags, build, read_yaml
+from lite_dil.data import EMBEDDED
 from lite_dil.errors import TrainingDiverged, UserError, did_you_mean
+from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.run import check_same_run, find_checkpoint, saved_config
 
 _TRAIN = """\
@@ -81,6 +83,8 @@ def _run(argv: list[str]) -> int:
     chosen = commands.choices.get(name)
     args = chosen.parse_args(argv[1:]) if chosen else parser.parse_args(argv)
     config, resume = _config(args)
+    if name == "demo" and (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED):
+        raise UserError("the demo is the embedded model on the embedded data; use lite-dil train for --model and --data")
 
     from lite_dil.progress import Display
     from lite_dil.train import train
@@ -101,13 +105,17 @@ def _config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
     base = read_yaml(Path(args.config)) if args.config else {}
     if not args.resume:
         return build(given, base), None
-    checkpoint = find_checkpoint(args.resume, given.get("output_dir", base.get("output_dir")))
+    output_dir = given.get("output_dir", base.get("output_dir"))
+    checkpoint = find_checkpoint(args.resume, output_dir)
     if checkpoint is None:
         return build(given, base), None
-    saved = saved_config(checkpoint)
-    run = str(checkpoint.parent.parent)
-    config = build(given, saved | base | {"output_dir": run})
-    check_same_run(config, saved, Path(run))
+    saved, run = saved_config(checkpoint), checkpoint.parent.parent
+    if output_dir and Path(output_dir).resolve() != run.resolve():
+        raise UserError(f"--resume {args.resume} goes on in {run}; leave --output-dir {output_dir} out")
+    # "auto" asks for what the run already found to be best.
+    given, base = ({n: v for n, v in options.items() if v != "auto" and n != "output_dir"} for options in (given, base))
+    config = build(given, saved | base | {"output_dir": str(run)})
+    check_same_run(config, saved, args.resume)
     return config, checkpoint
 
 
@@ -120,7 +128,10 @@ def _quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    disable_progress_bar()  # of loading weights, and, without being asked, of downloads
+    from huggingface_hub.utils import enable_progress_bars
+
+    enable_progress_bars()
 
 
 if __name__ == "__main__":

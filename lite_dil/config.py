@@ -79,7 +79,13 @@ class TrainConfig:
         "longest prompt plus answer, in tokens; the prompt is cut from the left first, and an answer is never cut to nothing",
     )
 
-    loss: str = _option("objective", "lsif", "the objective", choices=tuple(OBJECTIVES))
+    loss: str = _option(
+        "objective",
+        "lsif",
+        "the objective of a pair, by the log-ratio f and r = exp(f) of its chosen (w) and rejected (l) answer: "
+        + "; ".join(f"{name}: {objective.formula} ({objective.source})" for name, objective in OBJECTIVES.items()),
+        choices=tuple(OBJECTIVES),
+    )
     logp_reduction: str | None = _option(
         "objective",
         None,
@@ -127,7 +133,7 @@ class TrainConfig:
     )
     batch_size: int = _option("optimisation", 2, "pairs in one forward and backward pass")
     gradient_accumulation_steps: int = _option(
-        "optimisation", 4, "passes an optimiser step; any split of the same pairs gives the same step"
+        "optimisation", 2, "passes an optimiser step; any split of the same pairs gives the same step"
     )
     epochs: float = _option("optimisation", 1.0, "passes over the data")
     max_steps: int | None = _option("optimisation", None, "stop after this many optimiser steps instead of after --epochs")
@@ -161,6 +167,8 @@ class TrainConfig:
                 problems.append(f"{flag(name)} is {value:g}; expected a number above 0")
         if self.init_adapter is None and self.reference == "initial-adapter":
             problems.append("--reference initial-adapter needs --init-adapter DIR")
+        if self.eval_steps and not self.eval_data and self.data != EMBEDDED:
+            problems.append("--eval-steps needs --eval-data, the data to evaluate on")
         if self.init_adapter is not None and self.reference is None:
             problems.append(
                 "--init-adapter needs --reference: initial-adapter if the adapter belongs to the model that you prefer to "
@@ -254,7 +262,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
                 raise ValueError
         else:
             value = kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"{where}: {value!r} is not {expected}") from None
     if choices and value not in choices:
         raise UserError(f"{where}: {value!r}{did_you_mean(str(value), choices)} is not one of {', '.join(choices)}")

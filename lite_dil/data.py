@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lite_dil.errors import UserError, did_you_mean, gather
+from lite_dil.errors import UserError, did_you_mean, first_line, gather
 
 EMBEDDED = "short-answers"
 FIELDS = ("prompt", "chosen", "rejected")
@@ -137,7 +137,7 @@ def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = datasets.load_dataset(name, split=named_split or split)
     except (OSError, ValueError) as error:
-        raise UserError(f"{source}: cannot be loaded from the hub ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{source}: cannot be loaded from the hub ({first_line(error)})") from None
     for number, row in enumerate(rows, 1):
         yield f"{source} row {number}", row
 

@@ -10,6 +10,16 @@ class UserError(Exception):
     """What is wrong, where, what was expected and how to mend it, in words for the person who typed the command."""
 
 
+class OutOfMemory(UserError):
+    """The device's memory did not hold a training step."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(
+            f"out of memory in a training step ({detail}). What helps: a smaller --batch-size with more "
+            "--gradient-accumulation-steps (the same result), --gradient-checkpointing, --4bit, a smaller --max-length"
+        )
+
+
 class TrainingDiverged(RuntimeError):
     """The loss or its gradient is no longer finite; nothing was saved after the last good checkpoint. Exit code 1."""
 
@@ -26,3 +36,8 @@ def gather(problems: list[str], heading: str, shown: int = 10) -> str:
     if len(problems) > shown:
         lines.append(f"  ... and {len(problems) - shown} more")
     return "\n".join(lines)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text that is not empty, or the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -11,6 +11,8 @@ from lite_dil.data import Message, Preference
 from lite_dil.errors import UserError, gather
 
 CHOSEN, REJECTED = 1, -1
+# Templates that print today's date would give other tokens tomorrow, to a run that is resumed. This is Llama 3's own fallback.
+FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Encoder:
         with_special = tokenizer("a").input_ids
         plain = self.ids("a")
         # What the tokenizer itself puts in front of a text: its BOS token, where the model wants one.
-        self.bos = tuple(with_special[: len(with_special) - len(plain)]) if with_special[-len(plain) :] == plain else ()
+        at = next((i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain), 0)
+        self.bos = tuple(with_special[:at])
         added = tokenizer.added_tokens_decoder.values()
         self.control = {token.content for token in added if token.special} | {tokenizer.eos_token}
 
@@ -60,12 +63,16 @@ class Encoder:
         """Tokenise one row. Raises ValueError with the reason where the row or the template does not allow it."""
         if isinstance(row.prompt, str):
             prompt = row.prompt
-            texts = [self._ended(text, len(text)) for text in (row.chosen, row.rejected)]
+            texts = [self._text_response(text) for text in (row.chosen, row.rejected)]
         else:
             prompt = self.chat_prompt(row.prompt)
             texts = [self._chat_response(row.prompt, prompt, answer) for answer in (row.chosen, row.rejected)]
         prompt_ids = self.prompt_ids(prompt, chat=row.chat)
+        if not prompt_ids:
+            raise ValueError("the prompt has no token, so nothing predicts the first token of the answers")
         responses = tuple(self.continuation(prompt, text) for text in texts)
+        if responses[0] == responses[1]:
+            raise ValueError("'chosen' and 'rejected' are the same tokens; there is no preference to learn")
         return Example(prompt_ids, responses, (CHOSEN, REJECTED))
 
     def prompt_ids(self, prompt: str, chat: bool) -> tuple[int, ...]:
@@ -90,6 +97,14 @@ class Encoder:
                 return tuple(whole[len(start) :])
         raise ValueError(f"the tokenizer merges the start of the answer {text[:20]!r} with whatever precedes it")
 
+    def _text_response(self, text: str) -> str:
+        """End a plain-text answer with exactly one EOS, which it may bring along."""
+        eos = self.tokenizer.eos_token
+        content = text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
+        if eos in content:
+            raise ValueError(f"an answer holds {eos!r} before its end; remove it")
+        return content + eos
+
     def _chat_response(self, messages: list[Message], prompt: str, answer: str) -> str:
         self._refuse_control(answer)
         whole = self._render([*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
@@ -109,19 +124,21 @@ class Encoder:
         if found:
             at, _, token = min(found)
             return text[: at + len(token)]
-        content = text[:content_end]
-        return content if content.endswith(self.tokenizer.eos_token) else content + self.tokenizer.eos_token
+        return text[:content_end] + self.tokenizer.eos_token
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
-        if not self.tokenizer.chat_template:
+        template = self.tokenizer.chat_template
+        if not template:
             raise ValueError(
                 "the data is chat messages but this model has no chat template; use an instruct model, or give prompt, "
                 "chosen and rejected as plain text"
             )
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=FIXED_DATE + template
+            )
         except TemplateError as error:
             raise ValueError(f"the model's chat template refuses these messages: {error}") from None
 

@@ -85,7 +85,7 @@ class Objective:
     source: str
 
 
-_DIL = "Xiao et al., ICLR 2025, arXiv 2503.05079"
+_DIL = "DIL, arXiv 2503.05079"
 
 OBJECTIVES: dict[str, Objective] = {
     "lsif": Objective(
@@ -100,7 +100,7 @@ OBJECTIVES: dict[str, Objective] = {
         "log(1 + 1/r_w) + log(1 + r_l)",
         f"{_DIL}, h = r log r - (r + 1) log(r + 1)",
     ),
-    "dpo": Objective(dpo, "sum", 0.1, 1e-4, "-log sigmoid(beta (f_w - f_l))", "Rafailov et al. 2023, arXiv 2305.18290"),
+    "dpo": Objective(dpo, "sum", 0.1, 1e-4, "-log sigmoid(beta (f_w - f_l))", "DPO, arXiv 2305.18290"),
 }
 
 

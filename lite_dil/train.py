@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -28,6 +29,9 @@ from lite_dil.schedule import Schedule, by_length
 # Weights of a logged mean: these are sums over the window, everything else is a mean over its pairs.
 _SUMS = ("pairs", "tokens", "seconds", "steps", "skipped")
 
+# float16's loss scale halves with each skipped step: after this many it is not the scale that is wrong.
+MAX_SKIPPED = 25
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -47,7 +51,10 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
         UserError: something that the user can mend, before anything was changed.
         TrainingDiverged: loss or gradient became non-finite; the checkpoints up to then are good.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training runs in one process; start it without torchrun or accelerate launch")
     config = replace(config, backend=backends.resolve(config.backend))
+    folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config)
     model = resolve_model(config.model, display.say)
     encoder = Encoder(load_tokenizer(model))
     examples = _load_examples(config.data, "train", encoder, config, display)
@@ -58,7 +65,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
         saved = read_progress(resume)
         if saved.fingerprint != progress.fingerprint:
             raise UserError(f"--resume {resume}: {config.data} is not the data that this run was trained on; start a new run")
-        folder, progress = RunFolder(resume.parent.parent), saved
+        progress = saved
     backend = backends.load(config.backend, config, model)
     display.say(f"{config.model} on {backend.description}")
     if resume:
@@ -67,12 +74,12 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
         display.say(f"going on after step {progress.step} of {schedule.steps} in {folder.path}")
     else:
         _check_start(backend, schedule, config)
-        folder, config = RunFolder.create(config)
+        folder.create(replace(config, dtype=backend.dtype_name))
         display.say(f"writing to {folder.path}")
 
     losses = pair_losses(config)
     evaluator = Evaluator(backend, held_out, config)
-    evaluation = None
+    evaluation, skipped_in_a_row = None, 0
 
     def save() -> Path:
         def write(path: Path) -> None:
@@ -81,13 +88,14 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
 
         return folder.save_checkpoint(progress, write, config.save_total_limit)
 
-    with StopSignal(display) as stop, display.bar(schedule.steps, progress.step) as bar:
+    with StopSignal() as stop, display.bar(schedule.steps, progress.step) as bar:
         while progress.step < schedule.steps and not stop.asked:
             step, started = progress.step + 1, time.perf_counter()
             batches = schedule.batches(step)
             result = backend.step(batches, losses, rate := schedule.learning_rate(step))
             metrics = _step_metrics(result, batches, config)
-            if not (result.skipped or (math.isfinite(result.loss) and math.isfinite(result.grad_norm))):
+            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)) or skipped_in_a_row == MAX_SKIPPED:
                 raise TrainingDiverged(_diverged(step, metrics, folder))
             tokens = sum(batch.tokens for batch in batches)
             progress.step, progress.num_tokens = step, progress.num_tokens + tokens
@@ -114,6 +122,8 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
             save()
         display.say(f"stopped after step {progress.step} of {schedule.steps}, saved; go on with --resume {folder.path}")
         return Trained(backend, encoder, folder, evaluation, stopped=True)
+    if held_out and evaluation is None:  # a finished run, resumed
+        evaluation = evaluator.run()
     folder.save_adapter(backend.save_adapter)
     display.say(f"adapter in {folder.adapter}")
     return Trained(backend, encoder, folder, evaluation, stopped=False)
@@ -141,8 +151,8 @@ class Evaluator:
 class StopSignal:
     """Turns the first Ctrl-C or termination signal into a request to stop after the step; a second Ctrl-C stops at once."""
 
-    def __init__(self, display: Display) -> None:
-        self.display, self.asked = display, False
+    def __init__(self) -> None:
+        self.asked = False
 
     def __enter__(self) -> StopSignal:
         self._before = {}
@@ -161,7 +171,8 @@ class StopSignal:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        self.display.say("stopping after this step, and saving; Ctrl-C again stops at once")
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step, and saving; Ctrl-C again stops at once\n")
 
 
 def _load_examples(source: str, split: str, encoder: Encoder, config: TrainConfig, display: Display) -> list[Example]:

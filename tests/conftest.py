@@ -93,9 +93,14 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, show_progress=False)
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens], show_progress=False)
+    inner.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # SentencePiece never merges across words
     inner.train_from_iterator(_corpus(), trainer)
+    state = json.loads(inner.to_str())
+    state["pre_tokenizer"] = None
+    state["added_tokens"] = state["added_tokens"][:3]  # bytes are ordinary tokens
+    inner = Tokenizer.from_str(json.dumps(state))
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = LLAMA2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import batch, config, load, make_checkpoint
 from test_backend import adapter, step
 
 from lite_dil.errors import UserError
+from lite_dil.metrics import pair_losses
 
 
 def test_nf4_gradients_equal_those_of_dequantised_weights_bitwise(tiny: str) -> None:
@@ -37,6 +39,23 @@ def test_nf4_gradients_equal_those_of_dequantised_weights_bitwise(tiny: str) -> 
         np.testing.assert_array_equal(value, adapter(plain)[name])
 
 
+def lora_gradients(backend: Any) -> list[np.ndarray]:
+    """Gradients of the MLX backend's adapter, with a B that is not 0."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_map_with_path
+
+    fill = tree_map_with_path(
+        lambda name, value: mx.full(value.shape, 0.01) if name.endswith("lora_b") else value,
+        backend.model.trainable_parameters(),
+    )
+    backend.model.update(fill)
+    data = batch()
+    with backend.adapter_off():
+        reference = backend._sequence_logps(data, with_grad=False)
+    _, gradients = backend._loss_and_grad(data, reference, pair_losses(config()), data.pairs)
+    return [np.array(value) for _, value in sorted(tree_flatten(gradients))]
+
+
 def test_mlx_4bit_gradients_equal_those_of_dequantised_weights(tiny: str) -> None:
     import mlx.nn as nn
     from mlx_lm.utils import dequantize_model
@@ -47,6 +66,8 @@ def test_mlx_4bit_gradients_equal_those_of_dequantised_weights(tiny: str) -> Non
     for layer in [m for _, m in oracle.model.named_modules() if type(m).__name__ == "LoRALinear"]:
         layer.linear = dequantize_model(layer).linear
         layer.linear.freeze()
+    for one, two in zip(*(lora_gradients(backend) for backend in (packed, oracle)), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-4 * np.abs(two).max())
     for _ in range(3):
         one, two, full = (step(backend, [batch()], 1e-3) for backend in (packed, oracle, plain))
         assert one.grad_norm == pytest.approx(two.grad_norm, rel=1e-4)
@@ -116,4 +137,20 @@ def test_mlx_refuses_what_it_cannot_do(tiny: str, changes: dict[str, str], messa
 def test_cpu_refuses_float16(tiny: str) -> None:
     with pytest.raises(UserError, match="--dtype float16 is for GPUs"):
         load("cpu", tiny, dtype="float16")
-    assert config().dtype == "float32"
+
+
+def test_a_checkpoint_packed_by_bitsandbytes_trains_as_with_the_flag(tiny: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    AutoModelForCausalLM.from_pretrained(tiny, quantization_config=settings, dtype=torch.float32).save_pretrained(tmp_path)
+    packed, flagged = load("cpu", str(tmp_path)), load("cpu", tiny, load_in_4bit=True)
+    assert packed.description == flagged.description
+    assert type(packed.optimizer) is type(flagged.optimizer)
+    for _ in range(2):
+        packed.sequence_logps(batch())
+        one, two = step(packed, [batch()], 1e-3), step(flagged, [batch()], 1e-3)
+        assert one.grad_norm == two.grad_norm
+        assert one.loss == two.loss
+    with pytest.raises(UserError, match="packed by bitsandbytes, for CUDA; give the 16-bit model"):
+        load("mlx", str(tmp_path))

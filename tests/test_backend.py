@@ -92,12 +92,15 @@ def test_padding_pad_id_and_order_change_nothing(backend_name: str, tiny: str, m
     backend, data = load(backend_name, tiny), batch(4)
     step(backend, [data])
     logps = backend.sequence_logps(data)
+    norm = step(backend, [data], rate=0.0).grad_norm
     module = __import__(f"lite_dil.backends.{'mlx' if backend_name == 'mlx' else 'torch'}", fromlist=["plain"])
     for pad_id, multiple in ((7, 1), (500, 64)):
         with monkeypatch.context() as patch:
             patch.setattr(module, "plain", lambda data, p=pad_id, m=multiple: plain(data, pad_id=p, multiple=m))
             np.testing.assert_allclose(backend.sequence_logps(data), logps, atol=5e-5)
+            assert step(backend, [data], rate=0.0).grad_norm == pytest.approx(norm, rel=1e-4)
     backwards = Batch.of(examples(4)[::-1])
+    assert step(backend, [backwards], rate=0.0).grad_norm == pytest.approx(norm, rel=1e-4)
     np.testing.assert_allclose(backend.sequence_logps(backwards).reshape(4, 2)[::-1].ravel(), logps, atol=5e-5)
     one_by_one = [backend.sequence_logps(Batch.of([example])) for example in examples(4)]
     np.testing.assert_allclose(np.concatenate(one_by_one), logps, atol=5e-5)
@@ -160,10 +163,12 @@ def test_gradients_equal_autograd_through_whole_logits(backend_name: str, tiny: 
     assert result.grad_norm == pytest.approx(norm, rel=1e-3)
 
 
-def test_gradient_checkpointing_changes_nothing(backend_name: str, tiny: str) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradient_checkpointing_changes_nothing(backend_name: str, tiny: str, dropout: float) -> None:
+    """With dropout too: what is computed again for the backward pass must drop the same."""
     results = {}
     for on in (False, True):
-        backend = load(backend_name, tiny, gradient_checkpointing=on)
+        backend = load(backend_name, tiny, gradient_checkpointing=on, lora_dropout=dropout)
         results[on] = [step(backend, [batch()]) for _ in range(3)]
     for plain_result, checkpointed in zip(results[False], results[True], strict=True):
         assert checkpointed.grad_norm == pytest.approx(plain_result.grad_norm, rel=1e-5)
@@ -179,7 +184,7 @@ def test_dropout_acts_in_training_only_and_never_on_the_reference(backend_name: 
     assert (first.policy != second.policy).any()
 
 
-def test_weight_decay_and_clipping_reach_the_optimiser(backend_name: str, tiny: str) -> None:
+def test_weight_decay_reaches_the_optimiser(backend_name: str, tiny: str) -> None:
     weights = {}
     for decay in (0.0, 0.5):
         backend = load(backend_name, tiny, weight_decay=decay)
@@ -189,6 +194,18 @@ def test_weight_decay_and_clipping_reach_the_optimiser(backend_name: str, tiny: 
     start = adapter(load(backend_name, tiny))[name]
     # One AdamW step: w - rate * decay * w - rate * update, the same update in both.
     np.testing.assert_allclose(weights[0.5][name], weights[0.0][name] - 0.1 * 0.5 * start, atol=1e-6)
+
+
+def test_gradients_are_clipped_and_the_norm_is_from_before(backend_name: str, tiny: str) -> None:
+    """AdamW divides by |g| + 1e-8, so a clip far below that shows in the step."""
+    moved, norms = {}, {}
+    for limit in (1.0, 1e-12):
+        backend = load(backend_name, tiny, max_grad_norm=limit)
+        norms[limit] = step(backend, [batch()], 1e-3).grad_norm
+        moved[limit] = max(np.abs(value).max() for name, value in adapter(backend).items() if name.endswith("lora_b"))
+    assert moved[1.0] == pytest.approx(1e-3, rel=1e-3)
+    assert moved[1e-12] < 1e-6
+    assert norms[1.0] == norms[1e-12]
 
 
 def test_generation_is_greedy_and_stops_at_the_end_token(backend_name: str, tiny: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,8 @@ from lite_dil.errors import UserError
         (["train", "--resume", "none"], "--resume none: no checkpoint there"),
         (["train", "--model", "./none"], "--model ./none: no such folder, and not a hub id"),
         (["train", "--model", "none"], "--model none: no such folder, and not a hub id"),
+        (["train", "--data", "x.jsonl", "--eval-steps", "5"], "--eval-steps needs --eval-data"),
+        (["demo", "--data", "x.jsonl"], "the demo is the embedded model on the embedded data; use lite-dil train"),
         (["train", "--backend", "tpu"], "is not one of auto, cuda, mlx, cpu"),
     ],
 )
@@ -70,6 +74,61 @@ def test_bad_data_and_models_are_found_before_anything_is_written(
     assert set(tmp_path.rglob("*")) == before
 
 
+def test_broken_checkpoints_are_refused(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    good = str(write_pairs(tmp_path / "good.jsonl"))
+    for name in ("cut", "lacking", "gpt2"):
+        shutil.copytree(tiny, tmp_path / name)
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    tensors = load_file(tmp_path / "lacking" / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "lacking" / "model.safetensors", {"format": "pt"})
+    gpt2 = GPT2Config(vocab_size=512, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=2)
+    AutoModelForCausalLM.from_config(gpt2).save_pretrained(tmp_path / "gpt2")
+    for name, cpu, mlx in (
+        ("cut", "cannot be loaded", "mlx-lm cannot load it"),
+        ("lacking", "lack 1 of the model's weights, the first is model.layers.1.mlp.up_proj.weight", "mlx-lm cannot load it"),
+        ("gpt2", "its decoder has no linear layers that LoRA could adapt", "mlx-lm cannot load it"),
+    ):
+        for backend, message in (("cpu", cpu), ("mlx", mlx)):
+            assert main(["train", "--model", str(tmp_path / name), "--data", good, "--backend", backend]) == 2, (name, backend)
+            assert message in capsys.readouterr().err, (name, backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "mlx"])
+def test_broken_adapters_are_refused(tiny: str, tmp_path: Path, backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    good = str(write_pairs(tmp_path / "good.jsonl"))
+    peft, mlx = '{"peft_type": "LORA", "r": 2, "lora_alpha": 4}', '{"lora_parameters": {"rank": 2, "scale": 2}}'
+    for config, tensors, message in (
+        ("[]", b"", "is not a LoRA adapter's"),
+        ("{", b"", "adapter_config.json cannot be read"),
+        ('{"peft_type": "LORA"}', b"", "is not a LoRA adapter's (KeyError('r'))"),
+        (peft, None, "no adapter_model.safetensors there"),
+        (peft, b"not tensors at all", "adapter_model.safetensors: cannot be read"),
+        (mlx, b"not tensors at all", "adapters.safetensors: cannot be read"),
+    ):
+        folder = tmp_path / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(config)
+        for name in ("adapter_model.safetensors", "adapters.safetensors") if tensors is not None else ():
+            (folder / name).write_bytes(tensors or b"")
+        flags = ["--model", tiny, "--data", good, "--backend", backend, "--init-adapter", str(folder), "--reference", "base"]
+        assert main(["train", *flags]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--model", tiny, "--data", str(write_pairs(tmp_path / "good.jsonl"))]) == 2
+    assert "training runs in one process" in capsys.readouterr().err
+
+
 def test_adapters_that_do_not_fit_are_refused(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -78,8 +137,6 @@ def test_adapters_that_do_not_fit_are_refused(tiny: str, tmp_path: Path, capsys:
     other = AutoModelForCausalLM.from_config(
         LlamaConfig(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     )
-    import warnings
-
     for name, settings, message in (
         ("narrow", {}, "is for 32 x 32 weights, the model's are 64 x 64"),
         ("dora", {"use_dora": True}, "use_dora = True is not supported"),

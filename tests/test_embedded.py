@@ -15,7 +15,7 @@ from test_parity import assert_same_gradients
 
 from lite_dil import models
 from lite_dil.batch import Batch
-from lite_dil.data import EMBEDDED, read_preferences
+from lite_dil.data import EMBEDDED, Preference, read_preferences
 from lite_dil.errors import UserError
 from lite_dil.examples import Encoder
 from lite_dil.models import load_tokenizer
@@ -35,20 +35,27 @@ def short_pair(encoder: Encoder) -> Batch:
     return Batch.of([min(encoded, key=lambda e: len(e.prompt) + sum(map(len, e.responses)))])
 
 
-@pytest.mark.parametrize("in_4bit", [False, True])
-def test_it_answers(embedded: str, encoder: Encoder, in_4bit: bool) -> None:
-    backend = load("cpu", embedded, load_in_4bit=in_4bit)
-    prompt = encoder.prompt_ids(
-        encoder.chat_prompt([{"role": "user", "content": "What is the capital of France?"}]), chat=True
-    )
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def test_it_answers(embedded: str, encoder: Encoder) -> None:
+    backend = load("cpu", embedded)
+    prompt = encoder.prompt_ids(encoder.chat_prompt(QUESTION), chat=True)
     (answer,) = backend.generate([prompt], 16, [encoder.tokenizer.eos_token_id])
-    assert "Paris" in encoder.tokenizer.decode(answer)
+    assert encoder.tokenizer.decode(answer).strip() == "The capital of France is Paris."
+
+
+@pytest.mark.parametrize("name", ["cpu", "mlx"])
+def test_it_knows_in_4_bits(embedded: str, encoder: Encoder, name: str) -> None:
+    text = "The capital of France is Paris."
+    wrong = encoder.encode(Preference(QUESTION, text, "The capital of France is Berlin.", ""))
+    right, other = load(name, embedded, load_in_4bit=True).sequence_logps(Batch.of([wrong])) / len(wrong.responses[0])
+    assert right > -0.5
+    assert right > other + 0.5
 
 
 def test_it_answers_on_mlx(embedded: str, encoder: Encoder) -> None:
-    prompt = encoder.prompt_ids(
-        encoder.chat_prompt([{"role": "user", "content": "What is the capital of France?"}]), chat=True
-    )
+    prompt = encoder.prompt_ids(encoder.chat_prompt(QUESTION), chat=True)
     (answer,) = load("mlx", embedded).generate([prompt], 7, [encoder.tokenizer.eos_token_id])
     assert encoder.tokenizer.decode(answer).startswith("The capital of France is Paris")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import byte_level_tokenizer, sentencepiece_tokenizer
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from lite_dil.data import Preference
@@ -120,6 +121,43 @@ def test_control_tokens_in_messages_are_refused() -> None:
     for row in (chat("a <|im_start|>system", "b", "c"), chat("a", "b<|im_end|>", "c")):
         with pytest.raises(ValueError, match="control token"):
             Encoder(byte_level_tokenizer()).encode(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (Preference("a", "b<|im_end|>c", "d", ""), "holds '<|im_end|>' before its end"),
+        (Preference("a", "b<|im_end|>", "b", ""), "are the same tokens"),
+        (Preference("", "b", "c", ""), "the prompt has no token"),
+    ],
+)
+def test_text_rows_that_cannot_be_used(row: Preference, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Encoder(byte_level_tokenizer()).encode(row)
+
+
+def test_an_eos_that_an_answer_brings_along_is_not_doubled() -> None:
+    encoder = Encoder(byte_level_tokenizer())
+    plain, ended = (Preference("make", answer, "tea", "") for answer in (" bread", " bread<|im_end|>\n"))
+    assert encoder.encode(plain) == encoder.encode(ended)
+
+
+def test_bos_of_a_tokenizer_that_appends_eos_too() -> None:
+    tokenizer = sentencepiece_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    example = Encoder(tokenizer).encode(Preference("make bread", " yes", " no", ""))
+    assert example.prompt[0] == 1
+    assert 2 not in example.prompt
+    assert example.responses[0].count(2) == 1
+
+
+def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    encoder = Encoder(tokenizer)
+    assert encoder.chat_prompt([{"role": "user", "content": "tea"}]).startswith("26 Jul 2024\n<|im_start|>user\ntea")
 
 
 def test_a_tokenizer_without_eos_is_refused() -> None:

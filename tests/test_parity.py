@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from test_backend import adapter, step
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
 from lite_dil.batch import Batch
+from lite_dil.errors import UserError
 from lite_dil.metrics import pair_losses
 
 
@@ -103,6 +105,15 @@ def test_scaled_ropes(kind: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = oracle_logps(bare_model(str(tmp_path)), data).numpy()
     np.testing.assert_allclose(load("mlx", str(tmp_path)).token_logps(data), expected, atol=1e-4)
+
+
+def test_a_rope_that_mlx_lm_would_not_read_is_refused(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["rope_parameters"] = {"rope_type": "default", "base": 7}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="rope_parameters has rope_type, base; expected rope_theta"):
+        load("mlx", str(tmp_path))
 
 
 SMALL = {

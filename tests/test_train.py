@@ -19,8 +19,10 @@ import yaml
 from conftest import batch, load, make_checkpoint, write_pairs
 from safetensors.numpy import load_file
 
+from lite_dil import backends
 from lite_dil.batch import Batch
 from lite_dil.cli import main
+from lite_dil.train import MAX_SKIPPED
 
 TRL_NAMES = {
     "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
@@ -118,6 +120,41 @@ def test_resume_auto_starts_then_goes_on(flags: list[str], tmp_path: Path, capsy
     assert "--learning-rate is 5.0, but the run has 0.001" in capsys.readouterr().err
 
 
+def test_resume_names_what_it_cannot_do(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    whole = run(flags, folder, "--save-steps", "2")
+    for resume, more, message in (
+        (folder / "checkpoints" / "step-2", [], "the run has gone on to step-6; move the later checkpoints away first"),
+        (folder, ["--output-dir", str(tmp_path / "other")], f"goes on in {folder}; leave --output-dir"),
+        (tmp_path, [], "no checkpoint there"),
+    ):
+        assert main(["train", "--resume", str(resume), *more]) == 2
+        assert message in capsys.readouterr().err
+    # From within the run's folder, by a relative name, from an earlier checkpoint, with --backend auto.
+    for step in (4, 6):
+        (folder / "checkpoints" / f"step-{step}").rename(tmp_path / f"step-{step}")
+    monkeypatch.chdir(folder / "checkpoints")
+    assert main(["train", "--resume", "step-2", "--backend", "auto", "--dtype", "auto"]) == 0
+    assert metrics(folder) == whole
+
+
+@pytest.mark.parametrize("split", [(4, 1), (1, 4), (3, 2)])
+def test_any_split_into_micro_batches_is_the_same_run(flags: list[str], tmp_path: Path, split: tuple[int, int]) -> None:
+    """10 pairs in steps of 4 (or 6), so that the last batch of an epoch is short; compared with one pass a step."""
+    data = str(write_pairs(tmp_path / "ten.jsonl", 10))
+    size = split[0] * split[1]
+    runs = []
+    for passes, name in ((split, "split"), ((size, 1), "whole")):
+        more = ["--data", data, "--batch-size", str(passes[0]), "--gradient-accumulation-steps", str(passes[1])]
+        runs.append(run(flags, tmp_path / name, *more))
+    for one, two in zip(*runs, strict=True):
+        assert one.keys() == two.keys()
+        for name in one:
+            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=2e-4), name
+
+
 def test_resume_refuses_other_data(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = write_pairs(tmp_path / "mine.jsonl", 8)
     flags = [str(mine) if "pairs.jsonl" in flag else flag for flag in flags]
@@ -130,7 +167,7 @@ def test_resume_refuses_other_data(flags: list[str], tmp_path: Path, capsys: pyt
 def test_a_run_is_never_written_over(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = run(flags, tmp_path / "run", "--max-steps", "1")
     assert main(["train", *flags, "--output-dir", str(tmp_path / "run")]) == 2
-    assert f"already holds a run; go on with it by --resume {tmp_path / 'run'}" in capsys.readouterr().err
+    assert f"already holds a run; go on with --resume {tmp_path / 'run'}" in capsys.readouterr().err
     assert metrics(tmp_path / "run") == before
 
 
@@ -278,3 +315,58 @@ def test_long_rows_are_cut_and_counted(flags: list[str], tmp_path: Path, capsys:
     lines = run(flags, tmp_path / "run", "--max-length", "12", "--max-steps", "2")
     assert "--max-length 12 cut 12 prompts and" in capsys.readouterr().out
     assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def with_scaler(monkeypatch: pytest.MonkeyPatch, **settings: float) -> None:
+    """Give the torch backend the loss scaler that float16 has on a GPU; it runs on a CPU too."""
+    original = backends.load
+
+    def load_scaled(*args: Any) -> Any:
+        backend: Any = original(*args)
+        backend.scaler = torch.amp.GradScaler("cpu", **settings)
+        return backend
+
+    monkeypatch.setattr(backends, "load", load_scaled)
+
+
+def steep(model: str, data: Path) -> list[str]:
+    """Flags with gradients so large that a scale of 2 ** 127 overflows."""
+    return ["--model", model, "--backend", "cpu", "--data", str(data), "--dtype", "float32", "--loss", "dpo", "--beta", "10"]
+
+
+def test_skipped_steps_are_counted_and_training_goes_on(
+    tiny: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_scaler(monkeypatch, init_scale=2.0**127)
+    lines = run(
+        ["--model", tiny, "--backend", "cpu", "--data", str(data), "--dtype", "float32", "--epochs", "8"], tmp_path / "run"
+    )
+    skipped = [line["skipped_steps"] for line in lines]
+    assert skipped[0] == 1
+    assert skipped[-1] == 0
+    assert lines[0]["grad_norm"] == 0 < lines[-1]["grad_norm"]
+
+
+def test_endless_skipping_stops_the_run(
+    tiny: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_scaler(monkeypatch, init_scale=2.0**127, backoff_factor=0.9999)
+    assert main(["train", *steep(tiny, data), "--epochs", "30", "--output-dir", str(tmp_path / "run")]) == 1
+    assert f"step {MAX_SKIPPED}: loss" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_one_message(
+    tiny: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lite_dil.backends.torch import TorchBackend
+
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(TorchBackend, "_step", full)
+    assert (
+        main(["train", "--model", tiny, "--backend", "cpu", "--data", str(data), "--output-dir", str(tmp_path / "run")]) == 2
+    )
+    assert "out of memory in a training step (CUDA out of memory. Tried to allocate 2.00 GiB.). What helps: a smaller" in (
+        capsys.readouterr().err
+    )
