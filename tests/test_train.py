@@ -338,9 +338,7 @@ def test_skipped_steps_are_counted_and_training_goes_on(
     tiny: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_scaler(monkeypatch, init_scale=2.0**127)
-    lines = run(
-        ["--model", tiny, "--backend", "cpu", "--data", str(data), "--dtype", "float32", "--epochs", "8"], tmp_path / "run"
-    )
+    lines = run([*steep(tiny, data), "--epochs", "8"], tmp_path / "run")
     skipped = [line["skipped_steps"] for line in lines]
     assert skipped[0] == 1
     assert skipped[-1] == 0
