@@ -129,13 +129,13 @@ class Encoder:
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
-        template = self.tokenizer.chat_template
-        if not template:
+        if not self.tokenizer.chat_template:
             raise ValueError(
                 "the data is chat messages but this model has no chat template; use an instruct model, or give prompt, "
                 "chosen and rejected as plain text"
             )
         try:
+            template = self.tokenizer.get_chat_template()  # of several named ones, the default
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=FIXED_DATE + template
             )

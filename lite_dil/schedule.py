@@ -35,7 +35,7 @@ class Schedule:
         return step / self.steps_per_epoch
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate of step 1, 2, ...: a linear rise to the peak over the warm-up, then the decay, never 0 in the run."""
+        """Return the rate of step 1, 2, ...: a linear rise over the warm-up, then the decay, never 0 in the run."""
         peak = self.config.learning_rate
         assert peak is not None  # filled in by TrainConfig.resolved
         warmup = math.ceil(self.config.warmup_ratio * self.steps)

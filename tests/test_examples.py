@@ -153,6 +153,13 @@ def test_bos_of_a_tokenizer_that_appends_eos_too() -> None:
     assert example.responses[0].count(2) == 1
 
 
+def test_of_several_templates_the_default_is_taken() -> None:
+    tokenizer = byte_level_tokenizer()
+    alone = Encoder(tokenizer).encode(chat("tea", "good", "small"))
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "tools"}
+    assert Encoder(tokenizer).encode(chat("tea", "good", "small")) == alone
+
+
 def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day() -> None:
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
