@@ -17,7 +17,7 @@ from lite_dil import models
 from lite_dil.batch import Batch
 from lite_dil.data import EMBEDDED, Preference, read_preferences
 from lite_dil.errors import UserError
-from lite_dil.examples import Encoder
+from lite_dil.examples import Encoder, Example
 from lite_dil.models import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("all_threads")
@@ -30,9 +30,9 @@ def encoder(embedded: str) -> Encoder:
 
 @pytest.fixture(scope="module")
 def short_pair(encoder: Encoder) -> Batch:
-    rows = read_preferences(EMBEDDED, "test")
-    encoded = [encoder.encode(row) for row in rows]
-    return Batch.of([min(encoded, key=lambda e: len(e.prompt) + sum(map(len, e.responses)))])
+    """A held-out pair, cut to 12 + 10 tokens."""
+    example, *_ = (encoder.encode(row) for row in read_preferences(EMBEDDED, "test"))
+    return Batch.of([Example(example.prompt[-12:], tuple(r[:10] for r in example.responses), example.signs)])
 
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -60,31 +60,24 @@ def test_it_answers_on_mlx(embedded: str, encoder: Encoder) -> None:
     assert encoder.tokenizer.decode(answer).startswith("The capital of France is Paris")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fresh_start_and_first_step(embedded: str, short_pair: Batch, dtype: str) -> None:
-    backend = load("cpu", embedded, dtype=dtype)
-    first = step(backend, [short_pair], 1e-4)
+@pytest.mark.parametrize(("name", "dtype"), [("cpu", "float32"), ("cpu", "bfloat16"), ("mlx", "float32")])
+def test_fresh_start_first_step_and_adapter_off(embedded: str, short_pair: Batch, name: str, dtype: str) -> None:
+    backend = load(name, embedded, dtype=dtype)
+    first = step(backend, [short_pair], 1e-3)
     assert (first.policy == first.reference).all()
     assert first.grad_norm > 1e-3
-    second = step(backend, [short_pair], 1e-4)
+    second = step(backend, [short_pair], 1e-3)
     np.testing.assert_array_equal(second.reference, first.reference)
     assert second.loss < first.loss
-
-
-def test_adapter_off_is_the_base(embedded: str, short_pair: Batch) -> None:
-    backend = load("cpu", embedded)
-    step(backend, [short_pair], 1e-3)
     with torch.no_grad():
-        expected = oracle_logps(bare_model(embedded), short_pair).numpy()
+        base = oracle_logps(bare_model(embedded), short_pair).numpy()
     with backend.adapter_off():
-        np.testing.assert_allclose(backend.token_logps(short_pair), expected, atol=5e-4)
-    assert np.abs(backend.token_logps(short_pair) - expected).max() > 0.05
+        np.testing.assert_allclose(backend.token_logps(short_pair), base, atol=5e-4 if dtype == "float32" else 0.5)
+    assert np.abs(backend.token_logps(short_pair) - base).max() > 0.05
 
 
 def test_parity_of_torch_and_mlx(embedded: str, short_pair: Batch) -> None:
-    prompt = short_pair.prompts[0][-12:]
-    cut = Batch([prompt], [response[:10] for response in short_pair.responses], short_pair.prompt_of, short_pair.signs)
-    assert_same_gradients(embedded, cut, 5e-4)
+    assert_same_gradients(embedded, short_pair, 5e-4)
 
 
 def test_a_missing_package_is_one_line_with_the_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
