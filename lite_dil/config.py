@@ -16,6 +16,8 @@ from lite_dil.losses import OBJECTIVES
 from lite_dil.models import EMBEDDED_MODEL
 
 ALL_LINEAR = "all-linear"
+# The embedded pairs are few and easy: at the general rates one pass leaves the answers half-changed (docs/LOG.md).
+EMBEDDED_RATE = 2e-4
 
 
 def _option(
@@ -118,7 +120,11 @@ class TrainConfig:
         metavar="NAMES",
     )
 
-    learning_rate: float | None = _option("optimisation", None, f"peak learning rate (default: {_per_loss('learning_rate')})")
+    learning_rate: float | None = _option(
+        "optimisation",
+        None,
+        f"peak learning rate (default: {_per_loss('learning_rate')}; with --data {EMBEDDED} {EMBEDDED_RATE:g})",
+    )
     lr_scheduler_type: str = _option(
         "optimisation", "linear", "decay after the warm-up", choices=("linear", "cosine", "constant")
     )
@@ -194,7 +200,7 @@ class TrainConfig:
             rank = self.lora_r or 16
             fill |= {"reference": "base", "lora_r": rank, "lora_alpha": 2.0 * rank, "target_modules": ALL_LINEAR}
         if self.data == EMBEDDED:
-            fill["eval_data"] = EMBEDDED
+            fill |= {"eval_data": EMBEDDED, "learning_rate": EMBEDDED_RATE}
         return dataclasses.replace(self, **{name: value for name, value in fill.items() if getattr(self, name) is None})
 
     def as_dict(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def test_every_field_has_a_flag_with_help() -> None:
 
 @pytest.mark.parametrize("loss", list(OBJECTIVES))
 def test_defaults_that_depend_on_the_loss(loss: str) -> None:
-    config = TrainConfig(loss=loss).resolved()
+    config = TrainConfig(loss=loss, data="prefs.jsonl").resolved()
     objective = OBJECTIVES[loss]
     assert (config.logp_reduction, config.beta, config.learning_rate) == (
         objective.reduction,
@@ -45,6 +45,12 @@ def test_defaults_that_depend_on_the_loss(loss: str) -> None:
         objective.learning_rate,
     )
     assert TrainConfig(loss=loss, beta=0.3).resolved().beta == 0.3
+
+
+def test_the_embedded_data_brings_its_test_split_and_rate() -> None:
+    config = TrainConfig().resolved()
+    assert (config.data, config.eval_data, config.learning_rate) == ("short-answers", "short-answers", 2e-4)
+    assert TrainConfig(learning_rate=1e-5).resolved().learning_rate == 1e-5
 
 
 def test_lora_defaults_follow_the_rank() -> None:
