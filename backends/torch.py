@@ -263,9 +263,12 @@ def _load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: bo
                 # The base model's own dropout would make the log-ratio noisy, and not 0 at the start.
                 if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
                     setattr(part, name, 0.0)
+        # transformers 5.17 computes Gemma 2 by SDPA, which leaves out the soft cap on its attention scores.
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model,
             output_loading_info=True,
+            attn_implementation="eager" if capped else None,
             config=config,
             dtype=dtype,
             quantization_config=quantization,

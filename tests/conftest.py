@@ -208,7 +208,7 @@ def write_pairs(path: Path, pairs: int = 12) -> Path:
 
 def bare_model(model: str) -> torch.nn.Module:
     """The checkpoint as transformers alone loads it, in float32: the oracle."""
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def oracle_logps(model: torch.nn.Module, data: Batch) -> torch.Tensor:
