@@ -76,7 +76,7 @@ def _run(argv: list[str]) -> int:
             const="auto",
             metavar="DIR",
             help="go on with a run, as if it had never stopped: its folder, one of its checkpoints, or auto (the newest in "
-            "--output-dir or under runs/, or a new run where there is none)",
+            "--output-dir or under runs/, or a new run where there is none); auto if no DIR is given",
         )
     name = argv[0] if argv else ""
     # Given to the sub-parser itself, so that an unknown flag is compared with that command's flags.

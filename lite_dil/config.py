@@ -313,6 +313,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if name not in FIELDS:
             problems.append(f"unknown key {key!r}{did_you_mean(name, FIELDS)}")
             continue
+        if name == "target_modules" and isinstance(value, list):  # a list is the natural YAML for it
+            value = ",".join(map(str, value))
         try:
             checked[name] = coerce(name, value, f"key {key!r}")
         except UserError as error:

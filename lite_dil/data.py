@@ -121,7 +121,9 @@ def _parse_line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return RowError(f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8")
     except json.JSONDecodeError as error:
-        return RowError(f"not valid JSON ({error.msg} at column {error.colno}); expected one whole JSON object a line")
+        return RowError(
+            f"not valid JSON ({error.msg} at column {error.colno}); expected one whole JSON object a line, or one JSON array"
+        )
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, nesting of thousands of levels
         return RowError(f"not usable JSON ({error})")
 
@@ -152,6 +154,8 @@ def _check(row: Any, place: str) -> Preference:
     prompt = row["prompt"]
     if isinstance(prompt, list):
         prompt = _messages(prompt, "prompt")
+        if prompt[-1]["role"] == "assistant":
+            raise RowError("the prompt ends with the assistant's turn; the answers belong in 'chosen' and 'rejected' alone")
         chosen, rejected = (_answer(row[side], side) for side in ("chosen", "rejected"))
     else:
         prompt, chosen, rejected = (_text(row[name], name) for name in FIELDS)
@@ -181,8 +185,10 @@ def _messages(value: Any, field: str) -> list[Message]:
     messages = []
     for index, message in enumerate(value):
         where = f"{field}[{index}]"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        if not isinstance(message, dict):
             raise RowError(f"{where} is {_kind(message)}; expected an object with 'role' and 'content'")
+        if lacking := {"role", "content"} - message.keys():
+            raise RowError(f"{where} has no {' and no '.join(map(repr, sorted(lacking)))}; expected 'role' and 'content'")
         if message["role"] not in ROLES:
             hint = did_you_mean(str(message["role"]).lower(), ROLES)
             raise RowError(f"{where} has role {message['role']!r}{hint}; expected one of {', '.join(ROLES)}")

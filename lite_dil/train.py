@@ -71,7 +71,9 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
     if resume:
         backend.load_state(resume)
         folder.rewind(progress.step)
-        display.say(f"going on after step {progress.step} of {schedule.steps} in {folder.path}")
+        finished = progress.step >= schedule.steps
+        where = f"step {progress.step} of {schedule.steps} in {folder.path}"
+        display.say(f"the run is finished: {where}" if finished else f"going on after {where}")
     else:
         _check_start(backend, schedule, config)
         folder.create(replace(config, dtype=backend.dtype_name))
@@ -178,7 +180,7 @@ class StopSignal:
 def _load_examples(source: str, split: str, encoder: Encoder, config: TrainConfig, display: Display) -> list[Example]:
     rows = read_preferences(source, split)
     examples, cut = encode_all(rows, encoder, config.max_length)
-    text = f"{source}: {len(examples)} pairs"
+    text = f"{'training' if split == 'train' else 'held-out'} data {source}: {len(examples)} pairs"
     if not rows[0].chat:
         text += " of plain text (no chat template)"
     if cut.prompts or cut.responses:

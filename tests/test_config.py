@@ -20,8 +20,9 @@ def flags(*argv: str) -> dict[str, object]:
 
 def test_precedence_flag_yaml_default(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("learning_rate: 1e-5\nmax-length: 77\n4bit: true\nbatch_size: 3\n")
+    path.write_text("learning_rate: 1e-5\nmax-length: 77\n4bit: true\nbatch_size: 3\ntarget_modules: [q_proj, v_proj]\n")
     config = build(flags("--batch-size", "5"), read_yaml(path))
+    assert config.target_modules == "q_proj,v_proj"
     assert (config.learning_rate, config.max_length, config.load_in_4bit, config.batch_size) == (1e-5, 77, True, 5)
     assert config.epochs == 1
 

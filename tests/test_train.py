@@ -115,7 +115,7 @@ def test_resume_auto_starts_then_goes_on(flags: list[str], tmp_path: Path, capsy
     run(flags, folder, "--resume", "auto", "--max-steps", "3")
     assert "going on" not in capsys.readouterr().out
     run(flags, folder, "--resume", "auto", "--max-steps", "3")
-    assert "going on after step 3 of 3" in capsys.readouterr().out
+    assert "the run is finished: step 3 of 3" in capsys.readouterr().out
     assert main(["train", *flags, "--output-dir", str(folder), "--resume", "--learning-rate", "5"]) == 2
     assert "--learning-rate is 5.0, but the run has 0.001" in capsys.readouterr().err
 
