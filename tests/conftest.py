@@ -167,7 +167,7 @@ def backend_name(request: pytest.FixtureRequest) -> str:
 
 def config(**changes: object) -> TrainConfig:
     """A resolved float32 config."""
-    made = TrainConfig(**{"dtype": "float32", **changes})  # type: ignore[arg-type]
+    made = TrainConfig(**{"dtype": "float32", **changes})
     made.check()
     return made.resolved()
 

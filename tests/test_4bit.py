@@ -90,14 +90,14 @@ def test_4bit_starts_at_0_and_trains(backend_name: str, tiny: str) -> None:
 def test_8bit_adamw_state_survives_a_checkpoint(tmp_path: Path) -> None:
     model = str(make_checkpoint(tmp_path / "model"))
     # Rank 64 on 64-wide layers: 4096 elements, from which bitsandbytes keeps 8-bit state.
-    make = lambda: load("cpu", model, load_in_4bit=True, lora_r=64)  # noqa: E731
-    whole = make()
+    same: dict[str, Any] = {"load_in_4bit": True, "lora_r": 64}
+    whole = load("cpu", model, **same)
     assert type(whole.optimizer).__name__ == "AdamW8bit"
     for _ in range(2):
         step(whole, [batch()], 1e-3)
     whole.save_state(tmp_path)
     assert any(s["state1"].dtype == torch.uint8 for s in whole.optimizer.state.values())
-    resumed = make()
+    resumed = load("cpu", model, **same)
     resumed.load_state(tmp_path)
     for _ in range(2):
         one, two = step(whole, [batch()], 1e-3), step(resumed, [batch()], 1e-3)
