@@ -130,6 +130,12 @@ def load(name: str, config: TrainConfig, model: str) -> Backend:
     return TorchBackend(config, model, device=name)
 
 
+def wants_checkpointing(config: TrainConfig, parameters: int) -> bool:
+    """Return whether to compute activations again for the backward pass: as asked, or from `CHECKPOINT_FROM` parameters."""
+    asked = config.gradient_checkpointing
+    return parameters >= CHECKPOINT_FROM if asked is None else asked
+
+
 @contextmanager
 def switched(set_reference: Callable[[bool], None]) -> Iterator[None]:
     """Run a block with the reference switched on, and switch back to the policy whatever happens in it."""

@@ -19,7 +19,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model, quantize_model
 
 from lite_dil import adapters
-from lite_dil.backends import CHECKPOINT_FROM, PairLosses, StepResult, switched
+from lite_dil.backends import PairLosses, StepResult, switched, wants_checkpointing
 from lite_dil.backends.head import HeadMismatch, logit_transform
 from lite_dil.backends.mlx_head import token_logps
 from lite_dil.backends.mlx_lora import add_lora, checkpoint_layers, linear_layers
@@ -58,8 +58,7 @@ class MLXBackend:
         self.seed, self.passes = config.seed, 0
         self.transform = logit_transform(self.config)
         self.vocabulary = int(self._project(mx.zeros((1, self._width()), self.dtype)).shape[-1])
-        checkpointing = config.gradient_checkpointing
-        if checkpointing if checkpointing is not None else parameters >= CHECKPOINT_FROM:
+        if wants_checkpointing(config, parameters):
             checkpoint_layers(self.model)
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = optimizers.AdamW(config.learning_rate or 0.0, weight_decay=config.weight_decay, bias_correction=True)

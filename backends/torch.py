@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lite_dil import adapters
-from lite_dil.backends import CHECKPOINT_FROM, PairLosses, StepResult, switched
+from lite_dil.backends import PairLosses, StepResult, switched, wants_checkpointing
 from lite_dil.backends.head import HeadMismatch, logit_transform
 from lite_dil.backends.torch_head import token_logps
 from lite_dil.batch import Batch, plain
@@ -57,8 +57,7 @@ class TorchBackend:
 
         # A packed weight counts for two parameters a byte.
         parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
-        checkpointing = config.gradient_checkpointing
-        if checkpointing if checkpointing is not None else parameters >= CHECKPOINT_FROM:
+        if wants_checkpointing(config, parameters):
             _checkpoint_layers(base, model)
         torch.manual_seed(config.seed)
         self._check_head(model)
