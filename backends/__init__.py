@@ -53,6 +53,8 @@ class Backend(Protocol):
     name: str
     description: str  # device, dtype and quantisation, for people
     dtype_name: str  # what --dtype auto came to
+    layout: str  # "plain", "packed" or "prefix"
+    identity: str  # what the reference's log-probs depend on beside the checkpoint: library, dtype, quantisation
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Make the model the reference inside the block, and the policy again after it, also after an exception."""
@@ -66,8 +68,19 @@ class Backend(Protocol):
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         """Like `token_logps`, summed over each response: shape (responses,)."""
 
-    def step(self, batches: Sequence[Batch], losses: PairLosses, learning_rate: float) -> StepResult:
-        """Take one AdamW step on the mean loss over all pairs of the micro-batches, the reference computed on the way."""
+    def step(
+        self,
+        batches: Sequence[Batch],
+        losses: PairLosses,
+        learning_rate: float,
+        references: Sequence[np.ndarray | None] | None = None,
+    ) -> StepResult:
+        """Take one AdamW step on the mean loss over all pairs of the micro-batches.
+
+        Args:
+            references: for each micro-batch the reference's summed log-probs, (responses,) float32, where they are known;
+                the others are computed on the way.
+        """
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int]) -> list[list[int]]:
         """Continue each prompt greedily; return the new token ids up to and without the first of `end_ids`."""
@@ -130,10 +143,11 @@ def load(name: str, config: TrainConfig, model: str) -> Backend:
     return TorchBackend(config, model, device=name)
 
 
-def wants_checkpointing(config: TrainConfig, parameters: int) -> bool:
-    """Return whether to compute activations again for the backward pass: as asked, or from `CHECKPOINT_FROM` parameters."""
-    asked = config.gradient_checkpointing
-    return parameters >= CHECKPOINT_FROM if asked is None else asked
+def checkpointing(config: TrainConfig, parameters: int) -> str:
+    """Return "off", "selective" or "full": as asked, or by the number of parameters."""
+    if config.gradient_checkpointing == "auto":
+        return "full" if parameters >= CHECKPOINT_FROM else "off"
+    return config.gradient_checkpointing
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from lite_dil import adapters
 from lite_dil.backends import PairLosses, StepResult, switched, wants_checkpointing
 from lite_dil.backends.head import HeadMismatch, logit_transform
 from lite_dil.backends.torch_head import token_logps
-from lite_dil.batch import Batch, plain
+from lite_dil.batch import Batch
+from lite_dil.layouts import plain
 from lite_dil.config import TrainConfig
 from lite_dil.errors import OutOfMemory, UserError, first_line
 

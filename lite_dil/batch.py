@@ -1,4 +1,4 @@
-"""A batch is ragged and free of any layout; a layout turns it into numpy arrays that every backend can use."""
+"""A batch is ragged and free of any layout; lite_dil.layouts turns it into arrays."""
 
 from __future__ import annotations
 
@@ -53,55 +53,11 @@ class Batch:
         return len(self.chosen)
 
     @property
+    def shared_tokens(self) -> int:
+        """Tokens that must be computed where a prompt is computed once: prompts and responses, without padding."""
+        return sum(map(len, self.prompts)) + sum(map(len, self.responses))
+
+    @property
     def tokens(self) -> int:
         """Tokens of all the sequences, each response counted with its prompt, without padding."""
         return sum(len(response) + len(self.prompts[p]) for response, p in zip(self.responses, self.prompt_of, strict=True))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a forward pass needs, as arrays.
-
-    Attributes:
-        input_ids: (rows, columns) int64, padded on the right. Attention is causal, so that a pad is seen by no token.
-        hidden_index: (tokens,) int64, for each response token the flat index row * columns + column of the hidden state
-            that predicts it (for the first token of each response, that of the last prompt token).
-        targets: (tokens,) int64, the response tokens themselves.
-        token_index: (responses, longest) int64, which of the `tokens` each response is made of; 0 where `token_mask` is 0.
-        token_mask: (responses, longest) float32, 1 on tokens, 0 behind a response's end.
-    """
-
-    input_ids: np.ndarray
-    hidden_index: np.ndarray
-    targets: np.ndarray
-    token_index: np.ndarray
-    token_mask: np.ndarray
-
-
-def plain(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Layout:
-    """Lay a batch out with a row a response, its prompt repeated before it. The oracle for every other layout.
-
-    Args:
-        pad_id: the id that fills rows up; it has no influence on any result.
-        multiple: rows are padded to a multiple of this many tokens.
-    """
-    prompts = [batch.prompts[i] for i in batch.prompt_of]
-    lengths = np.array([len(response) for response in batch.responses])
-    starts = np.array([len(prompt) for prompt in prompts])
-    columns = -(-int((starts + lengths).max()) // multiple) * multiple
-
-    input_ids = np.full((len(prompts), columns), pad_id, np.int64)
-    for row, (prompt, response) in enumerate(zip(prompts, batch.responses, strict=True)):
-        input_ids[row, : len(prompt) + len(response)] = np.concatenate([prompt, response])
-
-    column = np.arange(lengths.max())
-    token_mask = column < lengths[:, None]
-    first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    hidden = np.arange(len(prompts))[:, None] * columns + (starts - 1)[:, None] + column
-    return Layout(
-        input_ids=input_ids,
-        hidden_index=hidden[token_mask],
-        targets=np.concatenate(batch.responses),
-        token_index=np.where(token_mask, first[:, None] + column, 0),
-        token_mask=token_mask.astype(np.float32),
-    )

@@ -137,19 +137,80 @@ class TrainConfig:
         "AdamW with float32 state, or bitsandbytes' paged 8-bit one (cuda, cpu); auto is the latter with --4bit on those",
         choices=("auto", "adamw", "paged_adamw_8bit"),
     )
-    batch_size: int = _option("optimisation", 2, "pairs in one forward and backward pass")
+    batch_size: int = _option(
+        "optimisation", 2, "pairs in one forward and backward pass; --row-tokens may split it, with the same result"
+    )
     gradient_accumulation_steps: int = _option(
         "optimisation", 2, "passes an optimiser step; any split of the same pairs gives the same step"
     )
     epochs: float = _option("optimisation", 1.0, "passes over the data")
     max_steps: int | None = _option("optimisation", None, "stop after this many optimiser steps instead of after --epochs")
-    gradient_checkpointing: bool | None = _option(
-        "optimisation",
-        None,
-        "keep only each layer's input and compute the rest again: far less memory, about a third more time "
-        "(default: on from a billion parameters)",
-    )
     seed: int = _option("optimisation", 0, "of the adapter's first weights, the order of the data and dropout")
+
+    layout: str = _option(
+        "engine",
+        "auto",
+        "how a pass is laid out; none changes a result. plain: each prompt before each of its answers; packed (cuda, cpu): "
+        "each prompt once, pairs end to end in one row without padding; prefix (mlx): prompts in one block, answers in another. "
+        "auto takes the sharing one unless the model's layers forbid it, and says which",
+        choices=("auto", "plain", "packed", "prefix"),
+    )
+    row_tokens: int | None = _option(
+        "engine",
+        None,
+        "tokens in one pass at most, padding included: pairs of a batch beyond it take another pass, with the same result. "
+        "Less saves memory, more is faster on a large GPU (default: twice --max-length, what the longest pair may need)",
+    )
+    gradient_checkpointing: str = _option(
+        "engine",
+        "auto",
+        "what is computed again for the backward pass instead of kept. selective: the MLP's inside, about half of the "
+        "activations for a fifth more time; full: all but each layer's input, far less memory for a third more time; "
+        "auto is full from a billion parameters, else off",
+        choices=("auto", "off", "selective", "full"),
+    )
+    offload_activations: bool = _option(
+        "engine",
+        False,
+        "keep what full checkpointing stores in the computer's memory, copied while the GPU computes (cuda): saves layers x "
+        "tokens x width x 2 bytes of GPU memory, costs little time on rows of thousands of tokens",
+    )
+    offload_embeddings: bool = _option(
+        "engine",
+        False,
+        "keep the embedding table in the computer's memory and look tokens up there (cuda): saves vocabulary x width x 2 bytes "
+        "of GPU memory; a table that is also the output head must be quantised with --head-bits for it",
+    )
+    head_bits: int | None = _option(
+        "engine",
+        None,
+        "quantise the frozen output head to 8 or 4 bits: saves half or three quarters of vocabulary x width x 2 bytes, and "
+        "changes the model, policy and reference alike, a little (default: 16 bits, or as --4bit has it on mlx)",
+    )
+    fused_layers: bool = _option(
+        "engine",
+        True,
+        "this library's own LoRA, gated MLP and norm layers (cuda, cpu), which keep less for the backward pass; layers of an "
+        "unknown kind are left as they are",
+    )
+    compile: bool | None = _option(
+        "engine", None, "compile the step of mlx: faster once a shape was seen, slow at first (default: on with Metal)"
+    )
+    unsloth: bool = _option(
+        "engine", False, "load the model through unsloth and use its kernels (cuda, plain layout; pip install unsloth)"
+    )
+    reference_cache: str | None = _option(
+        "engine",
+        None,
+        "folder that remembers the reference's log-probs, so that the next epoch, run or loss on the same data and model "
+        "computes none; off computes them every time (default: in the user's cache folder)",
+        metavar="DIR|off",
+    )
+    precompute_reference: bool = _option(
+        "engine",
+        False,
+        "fill the reference cache before training, in large batches; Ctrl-C keeps what was done",
+    )
 
     output_dir: str | None = _option(
         "run", None, "folder for everything the run writes (default: a new folder under runs/)", metavar="DIR"
@@ -171,6 +232,14 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < _BIG:
                 problems.append(f"{flag(name)} is {value:g}; expected a number above 0")
+        if self.head_bits not in (None, 4, 8):
+            problems.append(f"--head-bits is {self.head_bits}; expected 8 or 4, or leave it out for 16 bits")
+        if self.precompute_reference and self.reference_cache == "off":
+            problems.append("--precompute-reference fills the cache that --reference-cache off switches off")
+        if self.offload_activations and self.gradient_checkpointing in ("off", "selective"):
+            problems.append("--offload-activations stores what --gradient-checkpointing full keeps; ask for that, or auto")
+        if self.unsloth and self.layout in ("packed", "prefix"):
+            problems.append(f"--unsloth has kernels for the plain layout only, not for --layout {self.layout}")
         if self.init_adapter is None and self.reference == "initial-adapter":
             problems.append("--reference initial-adapter needs --init-adapter DIR")
         if self.eval_steps and not self.eval_data and self.data != EMBEDDED:
@@ -218,6 +287,7 @@ _RANGES = [
     ("batch_size", 1, _BIG),
     ("gradient_accumulation_steps", 1, _BIG),
     ("max_steps", 1, _BIG),
+    ("row_tokens", 1, _BIG),
     ("seed", 0, 2**32 - 1),
     ("logging_steps", 1, _BIG),
     ("eval_steps", 1, _BIG),
@@ -228,7 +298,11 @@ _RANGES = [
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 _HINTS = typing.get_type_hints(TrainConfig)
 # What may differ from the run that is resumed, because it does not change what is learned.
-FREE_ON_RESUME = {"output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"}
+FREE_ON_RESUME = {
+    *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+    *("layout", "row_tokens", "gradient_checkpointing", "offload_activations", "offload_embeddings", "fused_layers", "compile"),
+    *("reference_cache", "precompute_reference"),
+}
 
 
 def flag(name: str) -> str:

@@ -16,19 +16,19 @@ from lite_dil.examples import Example
 class Schedule:
     """The plan of a run over `examples`: each epoch a new order, drawn from the seed; a short last batch is taken as it is."""
 
-    def __init__(self, config: TrainConfig, examples: Sequence[Example]) -> None:
-        self.config, self.examples = config, examples
+    def __init__(self, config: TrainConfig, examples: Sequence[Example], layout: str = "plain") -> None:
+        self.config, self.examples, self.layout = config, examples, layout
         self.pairs_per_step = config.batch_size * config.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(len(examples) / self.pairs_per_step)
         self.steps = config.max_steps or math.ceil(config.epochs * self.steps_per_epoch)
         self._order = lru_cache(1)(self._shuffled)
 
     def batches(self, step: int) -> list[Batch]:
-        """Return the micro-batches of step 1, 2, ...; pairs of like length share one, to pad little."""
+        """Return the micro-batches of step 1, 2, ..., which depend on the layout; their pairs together do not."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         start = position * self.pairs_per_step
         picked = [self.examples[i] for i in self._order(epoch)[start : start + self.pairs_per_step]]
-        return by_length(picked, self.config.batch_size)
+        return plan(picked, self.layout, self.config.batch_size, row_tokens(self.config))
 
     def epoch(self, step: int) -> float:
         """Return how many epochs are done after `step`."""
@@ -52,7 +52,37 @@ class Schedule:
         return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.examples))
 
 
-def by_length(examples: Sequence[Example], size: int) -> list[Batch]:
-    """Group examples of like length into batches of `size`."""
-    ordered = sorted(examples, key=lambda e: len(e.prompt) + max(map(len, e.responses)), reverse=True)
-    return [Batch.of(ordered[i : i + size]) for i in range(0, len(ordered), size)]
+OPEN_ROWS = 8  # how many unfilled rows first-fit looks at, so that a whole data set is planned in no time
+
+
+def row_tokens(config: TrainConfig) -> int:
+    """Return the tokens of a pass at most: as asked, or what the longest pair that --max-length allows needs in any layout."""
+    return config.row_tokens or 2 * config.max_length
+
+
+def plan(examples: Sequence[Example], layout: str, pairs: int, tokens: int) -> list[Batch]:
+    """Group examples into batches of at most `pairs` examples and `tokens` tokens, padding counted; a longer one goes alone.
+
+    First-fit over the examples from the longest to the shortest, which pads little and fills rows well.
+    """
+    rows: list[list[Example]] = []
+    for example in sorted(examples, key=lambda e: len(e.prompt) + max(map(len, e.responses)), reverse=True):
+        for row in rows[-OPEN_ROWS:]:
+            if len(row) < pairs and computed_tokens([*row, example], layout) <= tokens:
+                row.append(example)
+                break
+        else:
+            rows.append([example])
+    return [Batch.of(row) for row in rows]
+
+
+def computed_tokens(examples: Sequence[Example], layout: str) -> int:
+    """Return how many tokens a layout computes for these examples in one pass, padding included."""
+    prompts = [len(example.prompt) for example in examples]
+    responses = [list(map(len, example.responses)) for example in examples]
+    count = sum(map(len, responses))
+    if layout == "packed":
+        return sum(prompts) + sum(map(sum, responses))
+    if layout == "prefix":
+        return len(prompts) * max(prompts) + count * max(map(max, responses))
+    return count * max(prompt + max(lengths) for prompt, lengths in zip(prompts, responses, strict=True))

@@ -13,7 +13,8 @@ import torch
 from conftest import bare_model, batch, config, examples, load, make_checkpoint, oracle_logps
 
 from lite_dil import backends
-from lite_dil.batch import Batch, plain
+from lite_dil.batch import Batch
+from lite_dil.layouts import plain
 from lite_dil.metrics import pair_losses
 
 
