@@ -24,9 +24,9 @@ from lite_dil.backends.head import HeadMismatch, logit_transform
 from lite_dil.backends.mlx_head import token_logps
 from lite_dil.backends.mlx_lora import add_lora, checkpoint_layers, linear_layers
 from lite_dil.batch import Batch
-from lite_dil.layouts import plain
 from lite_dil.config import TrainConfig
 from lite_dil.errors import UserError, first_line
+from lite_dil.layouts import plain
 
 GROUP_SIZE, BITS = 64, 4
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -14,18 +13,26 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lite_dil import adapters
-from lite_dil.backends import PairLosses, StepResult, switched, wants_checkpointing
+from lite_dil.backends import PairLosses, StepResult, checkpointing, switched, torch_fused, torch_layers, torch_packed
 from lite_dil.backends.head import HeadMismatch, logit_transform
-from lite_dil.backends.torch_head import token_logps
+from lite_dil.backends.torch_head import QuantizedHead, token_logps, vocabulary
+from lite_dil.backends.torch_load import (
+    compute_dtype,
+    linear_layers,
+    load_base,
+    load_tensors,
+    make_optimizer,
+    need_bitsandbytes,
+    set_weights,
+    target_names,
+)
 from lite_dil.batch import Batch
-from lite_dil.layouts import plain
 from lite_dil.config import TrainConfig
 from lite_dil.errors import OutOfMemory, UserError, first_line
+from lite_dil.layouts import Layout, packed, plain
 
 POLICY, REFERENCE = "default", "reference"
 
@@ -36,35 +43,40 @@ class TorchBackend:
     def __init__(self, config: TrainConfig, model: str, device: str) -> None:
         self.name = device
         self.device = torch.device(device)
-        self.dtype = _dtype(config.dtype, device)
+        _check_options(config, device)
+        self.dtype = compute_dtype(config.dtype, device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
-        initial = adapters.read(config.init_adapter, _load_tensors) if config.init_adapter else None
-        if config.load_in_4bit or config.optim == "paged_adamw_8bit":
-            _need_bitsandbytes()
-        base = _load_base(model, self.dtype, self.device, config.load_in_4bit)
+        initial = adapters.read(config.init_adapter, load_tensors) if config.init_adapter else None
+        base = load_base(model, self.dtype, self.device, config.load_in_4bit)
         in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))  # also of a checkpoint that was packed before
+        # A packed weight counts for two parameters a byte.
+        parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
         self.transform = logit_transform(base.config.to_dict())
+        self.base = base
+        self.decoder = base.get_decoder()
+        if config.head_bits:
+            self._quantize_head(config.head_bits)
+        self.head = base.get_output_embeddings()
+        if config.offload_embeddings:
+            self._offload_embeddings()
         self.model = self._adapted(base, config, model, initial)
         self.layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         self.has_reference_adapter = config.reference == "initial-adapter"
-        self.base = base
-        self.decoder = base.get_decoder()
-        self.head = base.get_output_embeddings()
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.max_grad_norm = config.max_grad_norm
-        self.optimizer = _optimizer(self.trainable, config, in_4bit, device)
+        self.optimizer = make_optimizer(self.trainable, config, in_4bit, device)
         # float16 gradients underflow without it; it stays idle in the other types.
         self.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
-
-        # A packed weight counts for two parameters a byte.
-        parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
-        if wants_checkpointing(config, parameters):
-            _checkpoint_layers(base, model)
+        self._arrange_layers(config, model, checkpointing(config, parameters))
         torch.manual_seed(config.seed)
+        self.layout, self.layout_reason = "plain", ""
         self._check_head(model)
+        self._choose_layout(config, model)
         bits = ", 4-bit" if in_4bit else ""
+        bits += f", {config.head_bits}-bit head" if config.head_bits else ""
         where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         self.description = f"{device} ({where}), {self.dtype_name}{bits}"
+        self.identity = f"torch {self.dtype_name}{' nf4' if in_4bit else ''} head {config.head_bits or 16}"
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Make the model the reference inside the block."""
@@ -82,20 +94,31 @@ class TorchBackend:
         with torch.no_grad():
             return self._sequence_logps(batch).cpu().numpy()
 
-    def step(self, batches: Sequence[Batch], losses: PairLosses, learning_rate: float) -> StepResult:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        losses: PairLosses,
+        learning_rate: float,
+        references: Sequence[np.ndarray | None] | None = None,
+    ) -> StepResult:
         """Take one AdamW step on the mean loss over all pairs of `batches`."""
         try:
-            return self._step(batches, losses, learning_rate)
+            return self._step(batches, losses, learning_rate, references or [None] * len(batches))
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(first_line(error)) from None
 
-    def _step(self, batches: Sequence[Batch], losses: PairLosses, learning_rate: float) -> StepResult:
+    def _step(
+        self, batches: Sequence[Batch], losses: PairLosses, learning_rate: float, known: Sequence[np.ndarray | None]
+    ) -> StepResult:
         self.model.train()
         pairs = sum(batch.pairs for batch in batches)
         total, policies, references = 0.0, [], []
-        for batch in batches:
-            with self.adapter_off(), torch.no_grad():
-                reference = self._sequence_logps(batch)
+        for batch, remembered in zip(batches, known, strict=True):
+            if remembered is None:
+                with self.adapter_off(), torch.no_grad():
+                    reference = self._sequence_logps(batch)
+            else:
+                reference = self._tensor(remembered)
             policy = self._sequence_logps(batch)
             lengths, chosen, rejected = map(self._tensor, (batch.lengths, batch.chosen, batch.rejected))
             loss = losses(policy, reference, lengths, chosen, rejected).sum() / pairs
@@ -180,11 +203,11 @@ class TorchBackend:
 
     def _adapted(self, base: Any, config: TrainConfig, model: str, initial: adapters.Adapter | None) -> Any:
         """Put the policy's adapter, and the frozen initial one where it is the reference, on the base."""
-        adapter = adapters.choose(config, _linear_layers(base), initial)
+        adapter = adapters.choose(config, linear_layers(base), initial)
         settings: dict[str, Any] = {
             "r": adapter.rank,
             "lora_alpha": adapter.scale * adapter.rank,
-            "target_modules": _target_names(base, set(adapter.weights)),
+            "target_modules": target_names(base, set(adapter.weights)),
             "bias": "none",
             "task_type": "CAUSAL_LM",
         }
@@ -193,10 +216,10 @@ class TorchBackend:
             # PEFT 0.21 asks transformers 5 for an attribute by its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             adapted = get_peft_model(base, LoraConfig(**settings, lora_dropout=config.lora_dropout or 0.0))
-        _set_weights(adapted, POLICY, adapter)
+        set_weights(adapted, POLICY, adapter)
         if config.reference == "initial-adapter":
             adapted.add_adapter(REFERENCE, LoraConfig(**settings, inference_mode=True))
-            _set_weights(adapted, REFERENCE, adapter)
+            set_weights(adapted, REFERENCE, adapter)
             for name, parameter in adapted.named_parameters():
                 parameter.requires_grad_(f".{POLICY}." in name)
         return adapted
@@ -209,10 +232,20 @@ class TorchBackend:
             else:
                 layer._disable_adapters = on
 
-    def _token_logps(self, batch: Batch) -> tuple[Tensor, Any]:
-        layout = plain(batch)
-        hidden = self.decoder(input_ids=self._tensor(layout.input_ids), use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1)[self._tensor(layout.hidden_index)]
+    def _token_logps(self, batch: Batch) -> tuple[Tensor, Layout]:
+        layout: Layout
+        if self.layout == "packed":
+            multiple = torch_packed.BLOCK if self.name == "cuda" else 1
+            layout = in_row = packed(batch, multiple=multiple)
+            row = torch_packed.Row.of(in_row, self.device, self.last_layer)
+            ids = self._tensor(in_row.input_ids)
+            with torch_packed.computing(self.decoder.config, row):
+                output = self.decoder(input_ids=ids, position_ids=row.position_ids, use_cache=False)
+            hidden = output.last_hidden_state[0]  # of the response tokens only
+        else:
+            layout = repeated = plain(batch)
+            output = self.decoder(input_ids=self._tensor(repeated.input_ids), use_cache=False)
+            hidden = output.last_hidden_state.flatten(0, 1)[self._tensor(layout.hidden_index)]
         return token_logps(hidden, self.head, self._tensor(layout.targets), self.transform), layout
 
     def _sequence_logps(self, batch: Batch) -> Tensor:
@@ -225,7 +258,7 @@ class TorchBackend:
 
     def _check_head(self, model: str) -> None:
         """Compare with the model's own logits on a few tokens; an unknown architecture must not be trained wrongly."""
-        ids = np.random.default_rng(0).integers(0, self.head.weight.shape[0], 9)
+        ids = np.random.default_rng(0).integers(0, vocabulary(self.head), 9)
         batch = Batch([ids[:1]], [ids[1:]], np.array([0]), np.array([1]))
         with torch.no_grad():
             self.model.eval()
@@ -235,122 +268,87 @@ class TorchBackend:
         if not difference < (1e-3 if self.dtype == torch.float32 else 0.3):
             raise HeadMismatch(model, difference)
 
+    def _quantize_head(self, bits: int) -> None:
+        need_bitsandbytes()
+        head = QuantizedHead(self.base.get_output_embeddings(), bits, self.dtype)
+        self.base.set_output_embeddings(head)
 
-def _dtype(name: str, device: str) -> torch.dtype:
-    if name == "auto" and device == "cuda":
-        # By default torch also says True where bf16 is emulated, as on a T4.
-        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    elif name == "auto":
-        name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-    elif name == "float16" and device == "cpu":
-        raise UserError("--dtype float16 is for GPUs; on a CPU use bfloat16 or float32")
-    return getattr(torch, name)
+    def _offload_embeddings(self) -> None:
+        embedding = self.base.get_input_embeddings()
+        if getattr(self.head, "weight", None) is embedding.weight:
+            raise UserError(
+                "--offload-embeddings: this model's embedding table is its output head too, which the GPU needs; "
+                "add --head-bits 8 (or 4), which gives the head a small copy of its own"
+            )
+        torch_layers.offload_embeddings(embedding, self.device)
 
+    def _arrange_layers(self, config: TrainConfig, model: str, mode: str) -> None:
+        """Put in the fused layers, and computing again for the backward pass as `mode` says."""
+        layers = torch_layers.layers_of(self.decoder)
+        fused = torch_fused.install(self.decoder, mode == "selective") if config.fused_layers else set()
+        self.last_layer = -1
+        if layers is None:
+            if mode != "off":
+                raise UserError(
+                    f"--gradient-checkpointing {mode}: the layers of {model} ({type(self.base).__name__}) are unknown"
+                )
+            return
+        text = self.decoder.config
+        if mode == "selective":
+            for layer in layers:
+                mlp = getattr(layer, "mlp", None)
+                if mlp is None:
+                    raise UserError(f"--gradient-checkpointing selective: a layer of {model} has no MLP; take full")
+                if id(mlp) not in fused:
+                    torch_layers.again(mlp, text)
+        if hasattr(self.decoder, "norm"):
+            torch_layers.skip_unread(self.decoder)
+            self.last_layer = len(layers) - 1
+        if mode == "full":
+            store = torch_layers.HostStore() if config.offload_activations else None
+            for layer in layers:
+                torch_layers.again(layer, text, store)
 
-def _load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: bool) -> Any:
-    quantization = None
-    if in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    try:
-        config = AutoConfig.from_pretrained(model)
-        for part in (config, config.get_text_config()):
-            for name, value in list(vars(part).items()):
-                # The base model's own dropout would make the log-ratio noisy, and not 0 at the start.
-                if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
-                    setattr(part, name, 0.0)
-        # transformers 5.17 computes Gemma 2 by SDPA, which leaves out the soft cap on its attention scores.
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model,
-            output_loading_info=True,
-            attn_implementation="eager" if capped else None,
-            config=config,
-            dtype=dtype,
-            quantization_config=quantization,
-            device_map={"": device},
-        )
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"--model {model}: not enough memory to load it ({first_line(error)}); try --4bit") from None
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {model}: cannot be loaded ({first_line(error)})") from None
-    base, report = loaded
-    if absent := sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"])):
-        # transformers would fill them with random numbers.
-        raise UserError(f"--model {model}: its files lack {len(absent)} of the model's weights, the first is {absent[0]}")
-    if getattr(base, "is_loaded_in_4bit", False):
-        import bitsandbytes
+    def _choose_layout(self, config: TrainConfig, model: str) -> None:
+        """Take the packed layout where it is right for this model, which is computed and not assumed."""
+        if config.layout == "plain" or config.unsloth:
+            return
+        reason = torch_packed.why_not(self.base, config.max_length) or self._packed_differs()
+        if not reason:
+            self.layout = "packed"
+        elif config.layout == "packed":
+            raise UserError(f"--layout packed: not for {model}: {reason}; leave --layout out")
+        else:
+            self.layout_reason = f"plain layout, each prompt computed for each of its answers: {reason}"
 
-        for module in base.modules():
-            if isinstance(module, bitsandbytes.nn.Linear4bit):
-                # On a CPU with avx512_bf16 the first forward in eval mode repacks the weights for inference, after which
-                # gradients are silently wrong.
-                module.support_avx512bf16_for_cpu = False
-                # A checkpoint packed before names a type of its own, which this machine may not have.
-                module.compute_dtype, module.compute_type_is_set = dtype, True
-    base.requires_grad_(False)
-    return base
-
-
-def _checkpoint_layers(base: Any, model: str) -> None:
-    if not base.supports_gradient_checkpointing:
-        raise UserError(f"--gradient-checkpointing: {model} ({type(base).__name__}) has no support for it in transformers")
-    # Renamed in transformers 5.18; the old name warns.
-    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def _linear_layers(base: Any) -> dict[str, tuple[int, int]]:
-    """Return the (out, in) shape of each linear layer of the decoder, by its name in the model."""
-    decoder = {id(module) for module in base.get_decoder().modules()} - {id(base.get_output_embeddings())}
-    return {
-        name: (module.out_features, module.in_features)
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and id(module) in decoder
-    }
+    def _packed_differs(self) -> str:
+        """Compare both layouts on a few tokens; what no config tells shows here."""
+        if self.last_layer < 0:
+            return "its layers are unknown"
+        draw = np.random.default_rng(0)
+        parts = [draw.integers(0, vocabulary(self.head), length) for length in (5, 3, 6, 2, 4, 1)]
+        batch = Batch([parts[0], parts[3]], [parts[1], parts[2], parts[4], parts[5]], np.array([0, 0, 1, 1]), np.ones(4))
+        expected = self.token_logps(batch)
+        self.layout = "packed"
+        try:
+            difference = float(np.abs(self.token_logps(batch) - expected).max())
+        except torch_packed.Unsupported as error:
+            return str(error)
+        finally:
+            self.layout = "plain"
+        close = 1e-3 if self.dtype == torch.float32 else 0.3
+        return "" if difference < close else f"its log-probs differ from the plain layout's by {difference:.3g} nats"
 
 
-def _target_names(base: Any, wanted: set[str]) -> list[str]:
-    """Return the shortest names by which PEFT finds exactly the wanted layers: last parts where they suffice."""
-    suffixes = {name.rpartition(".")[2] for name in wanted}
-    matched = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in suffixes}
-    return sorted(suffixes if matched == wanted else wanted)
-
-
-def _set_weights(model: Any, name: str, adapter: adapters.Adapter) -> None:
-    modules = dict(model.get_base_model().named_modules())
-    with torch.no_grad():
-        for layer, (a, b) in adapter.weights.items():
-            modules[layer].lora_A[name].weight.copy_(torch.from_numpy(a))
-            modules[layer].lora_B[name].weight.copy_(torch.from_numpy(b))
-
-
-def _load_tensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors.torch import load_file
-
-    try:
-        return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-
-
-def _need_bitsandbytes() -> None:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("--4bit and --optim paged_adamw_8bit need bitsandbytes: pip install bitsandbytes")
-
-
-def _optimizer(parameters: list[Tensor], config: TrainConfig, in_4bit: bool, device: str) -> torch.optim.Optimizer:
-    name = config.optim
-    if name == "auto":
-        name = "paged_adamw_8bit" if in_4bit else "adamw"
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
-    import bitsandbytes
-
-    # On a CPU there is nothing to page from, and the paged class warns.
-    kind = bitsandbytes.optim.PagedAdamW8bit if device == "cuda" else bitsandbytes.optim.AdamW8bit
-    return kind(parameters, weight_decay=config.weight_decay)
+def _check_options(config: TrainConfig, device: str) -> None:
+    """Raise UserError for what this backend cannot honour."""
+    if config.layout == "prefix":
+        raise UserError(f"--layout prefix is for the mlx backend; {device} has packed, which shares prompts too")
+    if config.compile is not None:
+        raise UserError(f"--compile is for the mlx backend; leave it out with {device}")
+    if device == "cpu":
+        for name in ("offload_activations", "offload_embeddings", "unsloth"):
+            if getattr(config, name):
+                raise UserError(f"--{name.replace('_', '-')} is for the cuda backend: it needs a GPU")
+    if config.load_in_4bit or config.optim == "paged_adamw_8bit":
+        need_bitsandbytes()

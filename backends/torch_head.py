@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lite_dil.backends.head import LogitTransform, chunk_tokens
 
 CHUNK_ELEMENTS = 2**24  # 64 MiB of float32 logits
+TILE_ROWS = 2**14  # of a quantised head, unpacked at a time
+
+
+class QuantizedHead(nn.Module):
+    """A frozen output head in 8 or 4 bits (bitsandbytes' blockwise types), unpacked `TILE_ROWS` tokens at a time."""
+
+    def __init__(self, head: Any, bits: int, dtype: torch.dtype) -> None:
+        from bitsandbytes import functional
+
+        super().__init__()
+        quantize = functional.quantize_4bit if bits == 4 else functional.quantize_blockwise
+        self.unpack = functional.dequantize_4bit if bits == 4 else functional.dequantize_blockwise
+        settings = {"blocksize": 64, "quant_type": "nf4"} if bits == 4 else {"blocksize": 64}
+        self.bias, self.dtype, self.vocabulary = head.bias, dtype, len(head.weight)
+        # bitsandbytes packs float16 and float32 everywhere, bfloat16 not in every version.
+        rows = head.weight.detach().split(TILE_ROWS)
+        self.packed = [quantize(part.float().contiguous(), **settings) for part in rows]
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Return the weight (vocabulary, width) piece by piece, each with the tokens it is for."""
+        for number, (data, state) in enumerate(self.packed):
+            start = number * TILE_ROWS
+            yield slice(start, min(start + TILE_ROWS, self.vocabulary)), self.unpack(data, state).to(self.dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the logits, as the layer that this stands for."""
+        logits = torch.cat([F.linear(hidden, weight) for _, weight in self.tiles()], -1)
+        return logits if self.bias is None else logits + self.bias
+
+
+def vocabulary(head: Any) -> int:
+    """Return how many tokens the head knows."""
+    return head.vocabulary if isinstance(head, QuantizedHead) else len(head.weight)
+
+
+def _tiles(head: Any) -> Iterator[tuple[slice, Tensor]]:
+    if isinstance(head, QuantizedHead):
+        return head.tiles()
+    return iter([(slice(None), head.weight)])
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -17,17 +58,15 @@ class _TokenLogps(torch.autograd.Function):
     through the head and no gradient for the frozen weight."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, transform: LogitTransform
-    ) -> Tensor:
-        needs_grad = hidden.requires_grad
+    def forward(ctx: Any, hidden: Tensor, head: Any, targets: Tensor, transform: LogitTransform, needs_grad: bool) -> Tensor:
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grads = torch.empty_like(hidden) if needs_grad else None
-        size = chunk_tokens(len(weight), CHUNK_ELEMENTS)
+        size = chunk_tokens(vocabulary(head), CHUNK_ELEMENTS)
+        bias = getattr(head, "bias", None)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             target = targets[part, None]
-            logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            logits = _logits(hidden[part], head, bias)
             slope = None
             if transform.scale != 1.0:
                 logits.mul_(transform.scale)
@@ -45,7 +84,7 @@ class _TokenLogps(torch.autograd.Function):
                     grad.mul_(slope)
                 if transform.scale != 1.0:
                     grad.mul_(transform.scale)
-                grads[part] = grad.to(weight.dtype) @ weight
+                grads[part] = _back(grad, head)
         if grads is not None:
             ctx.save_for_backward(grads)
         return logps
@@ -56,13 +95,33 @@ class _TokenLogps(torch.autograd.Function):
         return (grad_outputs[0][:, None] * grads).to(grads.dtype), None, None, None, None
 
 
-def token_logps(hidden: Tensor, head: torch.nn.Module, targets: Tensor, transform: LogitTransform) -> Tensor:
+def _logits(hidden: Tensor, head: Any, bias: Tensor | None) -> Tensor:
+    """Return float32 logits, (tokens, vocabulary)."""
+    if not isinstance(head, QuantizedHead):
+        return F.linear(hidden, head.weight, bias).float()
+    logits = torch.empty(len(hidden), vocabulary(head), dtype=torch.float32, device=hidden.device)
+    for rows, weight in head.tiles():
+        logits[:, rows] = F.linear(hidden, weight, None if bias is None else bias[rows])
+    return logits
+
+
+def _back(grad: Tensor, head: Any) -> Tensor:
+    """Return the gradient of the hidden states from that of the logits."""
+    parts = (grad[:, rows].to(weight.dtype) @ weight for rows, weight in _tiles(head))
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    return total
+
+
+def token_logps(hidden: Tensor, head: Any, targets: Tensor, transform: LogitTransform) -> Tensor:
     """Return log p(target | hidden state) in nats, float32.
 
     Args:
         hidden: (tokens, width), after the model's last norm.
-        head: the frozen output layer, weight (vocabulary, width) and perhaps a bias.
+        head: the frozen output layer, weight (vocabulary, width) and perhaps a bias, or a `QuantizedHead`.
         targets: (tokens,) int64.
         transform: what the model does to its logits afterwards.
     """
-    return _TokenLogps.apply(hidden, head.weight, getattr(head, "bias", None), targets, transform)
+    needs_grad = torch.is_grad_enabled() and hidden.requires_grad
+    return _TokenLogps.apply(hidden, head, targets, transform, needs_grad)

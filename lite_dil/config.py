@@ -151,8 +151,8 @@ class TrainConfig:
         "engine",
         "auto",
         "how a pass is laid out; none changes a result. plain: each prompt before each of its answers; packed (cuda, cpu): "
-        "each prompt once, pairs end to end in one row without padding; prefix (mlx): prompts in one block, answers in another. "
-        "auto takes the sharing one unless the model's layers forbid it, and says which",
+        "each prompt once, pairs end to end in one row without padding; prefix (mlx): prompts in one block, answers in "
+        "another. auto takes the sharing one unless the model's layers forbid it, and says which",
         choices=("auto", "plain", "packed", "prefix"),
     )
     row_tokens: int | None = _option(
@@ -178,8 +178,8 @@ class TrainConfig:
     offload_embeddings: bool = _option(
         "engine",
         False,
-        "keep the embedding table in the computer's memory and look tokens up there (cuda): saves vocabulary x width x 2 bytes "
-        "of GPU memory; a table that is also the output head must be quantised with --head-bits for it",
+        "keep the embedding table in the computer's memory and look tokens up there (cuda): saves vocabulary x width x 2 "
+        "bytes of GPU memory; a table that is also the output head must be quantised with --head-bits for it",
     )
     head_bits: int | None = _option(
         "engine",
@@ -300,7 +300,15 @@ _HINTS = typing.get_type_hints(TrainConfig)
 # What may differ from the run that is resumed, because it does not change what is learned.
 FREE_ON_RESUME = {
     *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
-    *("layout", "row_tokens", "gradient_checkpointing", "offload_activations", "offload_embeddings", "fused_layers", "compile"),
+    *(
+        "layout",
+        "row_tokens",
+        "gradient_checkpointing",
+        "offload_activations",
+        "offload_embeddings",
+        "fused_layers",
+        "compile",
+    ),
     *("reference_cache", "precompute_reference"),
 }
 

@@ -1,7 +1,7 @@
 """Layouts: a ragged batch as arrays that a forward pass can take. They cost differently and mean the same.
 
-*plain* repeats each prompt before each of its answers and pads. *packed* writes each prompt once, its answers after it, and many
-pairs in one row. *prefix* holds prompts in one block and answers in another. Pure numpy, shared by the backends.
+*plain* repeats each prompt before each of its answers and pads. *packed* writes each prompt once, its answers after it, and
+many pairs in one row. *prefix* holds prompts in one block and answers in another. Pure numpy, shared by the backends.
 """
 
 from __future__ import annotations

@@ -43,6 +43,17 @@ def resolve_model(name: str, say: Any = None) -> str:
     return name
 
 
+def model_folder(name: str) -> Path:
+    """Return the folder of a resolved model that was loaded: itself, or where the hub's files are cached."""
+    if Path(name).is_dir():
+        return Path(name)
+    from transformers.utils import cached_file
+
+    config = cached_file(name, "config.json", local_files_only=True)
+    assert config is not None  # it was loaded before
+    return Path(config).parent
+
+
 def prepare_embedded(say: Any = None) -> Path:
     """Make SmolLM2-135M-Instruct into a Hugging Face folder in the cache, unless it is there, and return the folder.
 

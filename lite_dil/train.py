@@ -23,11 +23,12 @@ from lite_dil.examples import Encoder, Example, encode_all, fingerprint
 from lite_dil.metrics import pair_losses, pair_metrics
 from lite_dil.models import load_tokenizer, resolve_model
 from lite_dil.progress import Display
+from lite_dil.reference import ReferenceCache, open_cache
 from lite_dil.run import Progress, RunFolder, read_progress
-from lite_dil.schedule import Schedule, by_length
+from lite_dil.schedule import Schedule, plan, row_tokens
 
 # Weights of a logged mean: these are sums over the window, everything else is a mean over its pairs.
-_SUMS = ("pairs", "tokens", "seconds", "steps", "skipped")
+_SUMS = ("pairs", "tokens", "seconds", "steps", "skipped", "reference_passes")
 
 # float16's loss scale halves with each skipped step: after this many it is not the scale that is wrong.
 MAX_SKIPPED = 25
@@ -59,7 +60,6 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
     encoder = Encoder(load_tokenizer(model))
     examples = _load_examples(config.data, "train", encoder, config, display)
     held_out = _load_examples(config.eval_data, "test", encoder, config, display) if config.eval_data else []
-    schedule = Schedule(config, examples)
     progress = Progress(fingerprint=fingerprint(examples))
     if resume:
         saved = read_progress(resume)
@@ -67,7 +67,13 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
             raise UserError(f"--resume {resume}: {config.data} is not the data that this run was trained on; start a new run")
         progress = saved
     backend = backends.load(config.backend, config, model)
-    display.say(f"{config.model} on {backend.description}")
+    display.say(f"{config.model} on {backend.description}, {backend.layout} layout")
+    if backend.layout_reason:
+        display.say(backend.layout_reason)
+    schedule = Schedule(config, examples, backend.layout)
+    cache = open_cache(config, model, backend.identity)
+    if cache.damaged:
+        display.say(f"{cache.path}: {cache.damaged} damaged records, which will be computed again")
     if resume:
         backend.load_state(resume)
         folder.rewind(progress.step)
@@ -75,12 +81,12 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
         where = f"step {progress.step} of {schedule.steps} in {folder.path}"
         display.say(f"the run is finished: {where}" if finished else f"going on after {where}")
     else:
-        _check_start(backend, schedule, config)
+        _check_start(backend, schedule, config, cache)
         folder.create(replace(config, dtype=backend.dtype_name))
         display.say(f"writing to {folder.path}")
 
     losses = pair_losses(config)
-    evaluator = Evaluator(backend, held_out, config)
+    evaluator = Evaluator(backend, held_out, config, cache)
     evaluation, skipped_in_a_row = None, 0
 
     def save() -> Path:
@@ -90,11 +96,17 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
 
         return folder.save_checkpoint(progress, write, config.save_total_limit)
 
+    if config.precompute_reference and not precompute(backend, [*examples, *held_out], config, cache, display):
+        display.say(f"stopped; the reference cache keeps what was computed: {cache.path}")
+        return Trained(backend, encoder, folder, None, stopped=True)
+
     with StopSignal() as stop, display.bar(schedule.steps, progress.step) as bar:
         while progress.step < schedule.steps and not stop.asked:
             step, started = progress.step + 1, time.perf_counter()
             batches = schedule.batches(step)
-            result = backend.step(batches, losses, rate := schedule.learning_rate(step))
+            known = [cache.lookup(batch) for batch in batches]
+            result = backend.step(batches, losses, rate := schedule.learning_rate(step), known)
+            computed = _remember(cache, batches, known, result.reference)
             metrics = _step_metrics(result, batches, config)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)) or skipped_in_a_row == MAX_SKIPPED:
@@ -102,7 +114,8 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
             tokens = sum(batch.tokens for batch in batches)
             progress.step, progress.num_tokens = step, progress.num_tokens + tokens
             pairs = sum(batch.pairs for batch in batches)
-            _accumulate(progress.window, metrics, (pairs, tokens, time.perf_counter() - started, 1, int(result.skipped)))
+            seconds = time.perf_counter() - started
+            _accumulate(progress.window, metrics, (pairs, tokens, seconds, 1, int(result.skipped), computed))
             last = step == schedule.steps
             if step % config.logging_steps == 0 or last:
                 line = _line(progress, schedule, rate, backend)
@@ -132,29 +145,71 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
 
 
 class Evaluator:
-    """Evaluates the policy on held-out pairs; the reference's log-probs never change, so they are computed once."""
+    """Evaluates the policy on held-out pairs; the reference's log-probs come from the cache once they are known."""
 
-    def __init__(self, backend: backends.Backend, examples: Sequence[Example], config: TrainConfig) -> None:
-        self.backend, self.config = backend, config
-        self.batches = by_length(examples, config.batch_size)
-        self.reference: list[np.ndarray] = []
+    def __init__(
+        self, backend: backends.Backend, examples: Sequence[Example], config: TrainConfig, cache: ReferenceCache
+    ) -> None:
+        self.backend, self.config, self.cache = backend, config, cache
+        self.batches = plan(examples, backend.layout, config.batch_size, row_tokens(config))
 
     def run(self) -> dict[str, float]:
         """Return the metrics with an ``eval_`` before their names."""
-        if not self.reference:
-            with self.backend.adapter_off():
-                self.reference = [self.backend.sequence_logps(batch) for batch in self.batches]
+        reference = [_reference(self.backend, batch, self.cache) for batch in self.batches]
         policy = [self.backend.sequence_logps(batch) for batch in self.batches]
-        arrays = _joined(policy, self.reference, self.batches)
+        arrays = _joined(policy, reference, self.batches)
         metrics = {"loss": float(pair_losses(self.config)(*arrays).mean()), **pair_metrics(*arrays, self.config)}
         return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+# Without gradients a pass keeps next to nothing, so that it can take more tokens than one of training.
+PRECOMPUTE_ROWS = 4
+
+
+def precompute(
+    backend: backends.Backend, examples: Sequence[Example], config: TrainConfig, cache: ReferenceCache, display: Display
+) -> bool:
+    """Fill the cache with the reference's log-probs of all examples; return False where Ctrl-C ended it early."""
+    missing = [example for example in examples if cache.lookup(Batch.of([example])) is None]
+    batches = plan(missing, backend.layout, len(missing), PRECOMPUTE_ROWS * row_tokens(config))
+    display.say(f"reference: {len(examples) - len(missing)} of {len(examples)} pairs are cached, {len(missing)} to compute")
+    with StopSignal("stopping after this batch; what was computed is kept") as stop, display.bar(len(batches), 0) as bar:
+        for number, batch in enumerate(batches, 1):
+            if stop.asked:
+                return False
+            _reference(backend, batch, cache)
+            bar.update(number, None)
+    return True
+
+
+def _reference(backend: backends.Backend, batch: Batch, cache: ReferenceCache) -> np.ndarray:
+    """Return the reference's summed log-probs, (responses,), from the cache or computed and remembered."""
+    known = cache.lookup(batch)
+    if known is None:
+        with backend.adapter_off():
+            known = backend.sequence_logps(batch)
+        cache.add(batch, known)
+    return known
+
+
+def _remember(
+    cache: ReferenceCache, batches: Sequence[Batch], known: Sequence[np.ndarray | None], reference: np.ndarray
+) -> int:
+    """Add to the cache what a step computed on its way; return how many of its passes did."""
+    starts = np.cumsum([0, *(len(batch.responses) for batch in batches)])
+    computed = 0
+    for batch, values, start in zip(batches, known, starts, strict=False):
+        if values is None:
+            cache.add(batch, reference[start : start + len(batch.responses)])
+            computed += 1
+    return computed
 
 
 class StopSignal:
     """Turns the first Ctrl-C or termination signal into a request to stop after the step; a second Ctrl-C stops at once."""
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, text: str = "stopping after this step, and saving") -> None:
+        self.asked, self.text = False, text
 
     def __enter__(self) -> StopSignal:
         self._before = {}
@@ -174,7 +229,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.asked = True
         # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping after this step, and saving; Ctrl-C again stops at once\n")
+        os.write(2, f"\n{self.text}; Ctrl-C again stops at once\n".encode())
 
 
 def _load_examples(source: str, split: str, encoder: Encoder, config: TrainConfig, display: Display) -> list[Example]:
@@ -189,13 +244,14 @@ def _load_examples(source: str, split: str, encoder: Encoder, config: TrainConfi
     return examples
 
 
-def _check_start(backend: backends.Backend, schedule: Schedule, config: TrainConfig) -> None:
+def _check_start(backend: backends.Backend, schedule: Schedule, config: TrainConfig, cache: ReferenceCache) -> None:
     """The log-ratio of a policy that is its own reference must be exactly 0, or every figure after it is wrong."""
     if config.init_adapter and config.reference == "base":
         return
     batch = schedule.batches(1)[0]
     with backend.adapter_off():
         reference = backend.sequence_logps(batch)
+    cache.add(batch, reference)
     worst = float(np.abs(backend.sequence_logps(batch) - reference).max())
     if worst != 0:
         raise UserError(
@@ -242,6 +298,7 @@ def _line(progress: Progress, schedule: Schedule, rate: float, backend: backends
         "seconds_per_step": window["seconds"] / window["steps"],
         "peak_memory_mb": backend.peak_memory_mb(),
         "skipped_steps": window["skipped"],
+        "reference_passes": window["reference_passes"],
     }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from lite_dil.batch import Batch
-from lite_dil.layouts import plain
 from lite_dil.examples import Example
+from lite_dil.layouts import plain
 
 PAIRS = [Example((1, 2, 3), ((4, 5), (6,)), (1, -1)), Example((7,), ((8,), (9, 10, 11)), (1, -1))]
 

@@ -1,0 +1,310 @@
+"""LoRA, gated MLP and RMS norm as single autograd functions that keep only what their backward passes need.
+
+The base is frozen, so no gradient of its weights is ever made, and stock modules keep much that can be had again for next to
+nothing: float32 copies inside the norms, a second copy of each input for the adapter, the product of gate and up. `install`
+replaces the forward of the modules it knows, checks each kind against the stock module, and leaves all others as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TILE_ELEMENTS = 2**25  # of one intermediate (tokens, width) array where an MLP is computed again: 64 MiB of bfloat16
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A frozen linear layer, perhaps packed to 4 bits, and the scale of its adapter."""
+
+    layer: Any
+    scale: float
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the (out, in) weight, unpacked."""
+        weight = self.layer.weight
+        if (state := getattr(weight, "quant_state", None)) is None:
+            return weight
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, state).to(dtype)
+
+
+Adapter = tuple[Tensor | None, Tensor | None]  # A (rank, in) and B (out, rank), or two None where it is off
+NONE: Adapter = (None, None)
+
+
+def _linear(x: Tensor, frozen: Frozen, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return ``W x + scale B A x`` and ``A x``, for x of shape (tokens, in)."""
+    y = F.linear(x, frozen.weight(x.dtype), frozen.layer.bias)
+    if a is None or b is None:
+        return y, None
+    low = F.linear(x, a.to(x.dtype))
+    return y.addmm_(low, b.to(x.dtype).t(), alpha=frozen.scale), low
+
+
+def _linear_backward(
+    grad: Tensor, x: Tensor, low: Tensor | None, frozen: Frozen, a: Tensor | None, b: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of x, A and B; `low` is ``A x``, and A's and B's are None where they are."""
+    grad_x = grad @ frozen.weight(grad.dtype)
+    if a is None or b is None or low is None:
+        return grad_x, None, None
+    grad_low = (grad @ b.to(grad.dtype)).mul_(frozen.scale)
+    grad_x.addmm_(grad_low, a.to(grad.dtype))
+    return grad_x, (grad_low.t() @ x).to(a.dtype), (grad.t() @ low).mul_(frozen.scale).to(b.dtype)
+
+
+class _LoRA(torch.autograd.Function):
+    """``W x + scale B A x``; keeps x and A x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, frozen: Frozen, a: Tensor | None, b: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y, low = _linear(rows, frozen, a, b)
+        ctx.save_for_backward(x, low, a, b)
+        ctx.frozen = frozen
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, a, b = ctx.saved_tensors
+        rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
+        grad_x, grad_a, grad_b = _linear_backward(grad, rows, low, ctx.frozen, a, b)
+        return grad_x.view(x.shape), None, grad_a, grad_b
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """``down(act(gate x) * up x)``."""
+
+    gate: Frozen
+    up: Frozen
+    down: Frozen
+    activation: str
+    recompute: bool  # keep x only, and compute gate and up again, tile by tile
+
+    def tiles(self, tokens: int) -> Iterator[slice]:
+        """Return the pieces in which tokens go through: one where nothing is computed again."""
+        size = max(64, TILE_ELEMENTS // self.gate.layer.out_features) if self.recompute else tokens
+        return (slice(start, start + size) for start in range(0, tokens, size))
+
+
+class _GatedMLP(torch.autograd.Function):
+    """Keeps x, gate x, up x and the low-rank products, or x alone; the activation and its product are always made again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mlp: GatedMLP, *adapters: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(rows) if mlp.recompute else None
+        inside: tuple[Tensor | None, ...] = ()
+        for tile in mlp.tiles(len(rows)):
+            gate, gate_low = _linear(rows[tile], mlp.gate, *adapters[:2])
+            up, up_low = _linear(rows[tile], mlp.up, *adapters[2:4])
+            product = ACTIVATIONS[mlp.activation][0](gate).mul_(up)
+            y, down_low = _linear(product, mlp.down, *adapters[4:])
+            if out is None:
+                out, inside = y, (gate, gate_low, up, up_low, down_low)
+            else:
+                out[tile] = y
+        assert out is not None
+        ctx.save_for_backward(x, *adapters, *inside)
+        ctx.mlp = mlp
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        mlp: GatedMLP = ctx.mlp
+        x, *rest = ctx.saved_tensors
+        adapters, inside = rest[:6], rest[6:]
+        activation, activation_backward = ACTIVATIONS[mlp.activation]
+        rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
+        grad_x = torch.empty_like(rows)
+        sums: list[Tensor | None] = [None] * 6
+        for tile in mlp.tiles(len(rows)):
+            part = rows[tile]
+            if inside:
+                gate, gate_low, up, up_low, down_low = inside
+            else:
+                gate, gate_low = _linear(part, mlp.gate, *adapters[:2])
+                up, up_low = _linear(part, mlp.up, *adapters[2:4])
+            active = activation(gate)
+            product = active * up
+            if not inside:
+                down_low = None if adapters[4] is None else F.linear(product, adapters[4].to(product.dtype))
+            grad_product, *grad_down = _linear_backward(grad[tile], product, down_low, mlp.down, *adapters[4:])
+            del product
+            grad_up = active.mul_(grad_product)
+            grad_gate = activation_backward(grad_product.mul_(up), gate)
+            part_x, *grad_g = _linear_backward(grad_gate, part, gate_low, mlp.gate, *adapters[:2])
+            del grad_gate, grad_product
+            other_x, *grad_u = _linear_backward(grad_up, part, up_low, mlp.up, *adapters[2:4])
+            grad_x[tile] = part_x.add_(other_x)
+            for i, new in enumerate((*grad_g, *grad_u, *grad_down)):
+                total = sums[i]
+                sums[i] = new if total is None or new is None else total.add_(new)
+        return grad_x.view(x.shape), None, *sums
+
+
+class _RMSNorm(torch.autograd.Function):
+    """``w * x / rms(x)``, rounded as the stock modules do; keeps x and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.gemma = gemma
+        if gemma:
+            return (wide * scale).mul_(1.0 + weight.float()).to(x.dtype)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        grad = grads[0].float() * (1.0 + weight.float() if ctx.gemma else weight.float())
+        normed = x.float() * scale
+        # d (x / rms) / dx = (1 - n n^T / width) / rms, with n = x / rms
+        grad.addcmul_(normed, (grad * normed).mean(-1, keepdim=True), value=-1).mul_(scale)
+        return grad.to(x.dtype), None, None, None
+
+
+def adapter_of(layer: Any) -> Adapter:
+    """Return the A and B that are switched on just now, or two None."""
+    if not isinstance(layer, LoraLayer) or layer._disable_adapters:
+        return NONE
+    name = layer._active_adapter[0]
+    a: Any = layer.lora_A[name]
+    b: Any = layer.lora_B[name]
+    return a.weight, b.weight
+
+
+def _frozen(layer: Any) -> Frozen | None:
+    """Describe a linear layer, adapted or not, or return None where it is more than that."""
+    if not isinstance(layer, LoraLayer):
+        return Frozen(layer, 0.0) if _is_linear(layer) else None
+    names = set(layer.lora_A)
+    dropout = any(not isinstance(module, nn.Identity) for module in layer.lora_dropout.values())
+    if dropout or not _is_linear(layer.base_layer) or len({layer.scaling[name] for name in names}) != 1:
+        return None
+    return Frozen(layer.base_layer, layer.scaling[next(iter(names))])
+
+
+def _is_linear(layer: Any) -> bool:
+    if type(layer) is nn.Linear:
+        return True
+    return type(layer).__name__ == "Linear4bit" and type(layer).__module__.startswith("bitsandbytes")
+
+
+def _lora_forward(layer: Any, frozen: Frozen) -> Callable[..., Tensor]:
+    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _LoRA.apply(x, frozen, *adapter_of(layer))
+
+    return forward
+
+
+def _mlp_forward(module: Any, mlp: GatedMLP) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        parts = (module.gate_proj, module.up_proj, module.down_proj)
+        return _GatedMLP.apply(x, mlp, *(tensor for part in parts for tensor in adapter_of(part)))
+
+    return forward
+
+
+def _norm_forward(module: Any, eps: float, gemma: bool) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, module.weight, eps, gemma)
+
+    return forward
+
+
+def _activation(module: Any) -> str | None:
+    """Return the name of the activation that `module` computes, found by computing it."""
+    x = torch.linspace(-6, 6, 97)
+    if isinstance(module, nn.Module) and not any(True for _ in module.parameters()):
+        for name, (function, _) in ACTIVATIONS.items():
+            if torch.equal(module(x), function(x)):
+                return name
+    return None
+
+
+def _gated_mlp(module: Any, recompute: bool) -> GatedMLP | None:
+    if [name for name, _ in module.named_children()] != ["gate_proj", "up_proj", "down_proj", "act_fn"]:
+        return None
+    gate, up, down = _frozen(module.gate_proj), _frozen(module.up_proj), _frozen(module.down_proj)
+    activation = _activation(module.act_fn)
+    if gate is None or up is None or down is None or activation is None:
+        return None
+    return GatedMLP(gate, up, down, activation, recompute)
+
+
+def _norm(module: Any) -> tuple[float, bool] | None:
+    """Return the epsilon of an RMS norm and whether its weight is stored less one, found by computing it."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weights = [name for name, _ in module.named_parameters()]
+    if weights != ["weight"] or module.weight.ndim != 1 or not isinstance(eps, float) or any(True for _ in module.children()):
+        return None
+    weight = module.weight
+    x = torch.linspace(-3, 5, 4 * len(weight)).reshape(4, -1).to(weight)
+    for gemma in (False, True):
+        if torch.equal(module(x), _RMSNorm.apply(x, weight, eps, gemma)):
+            return eps, gemma
+    return None
+
+
+@torch.no_grad()
+def install(decoder: nn.Module, recompute_mlp: bool) -> set[int]:
+    """Replace the forward of what is known in `decoder`; return the ids of the MLPs that now are computed again if asked.
+
+    Raises nothing: a module of an unknown kind, or one that does not compute what its kind does, keeps its own forward.
+    """
+    recomputed = set()
+    for module in list(decoder.modules()):
+        if isinstance(module, LoraLayer):
+            if (frozen := _frozen(module)) is not None:
+                module.forward = _lora_forward(module, frozen)  # type: ignore[method-assign]
+        elif hasattr(module, "gate_proj"):
+            mlp = _gated_mlp(module, recompute_mlp)
+            if mlp is not None and _same(module, _mlp_forward(module, mlp), mlp.gate.layer.in_features):
+                module.forward = _mlp_forward(module, mlp)  # type: ignore[method-assign]
+                recomputed.add(id(module))
+        elif type(module).__name__.endswith("RMSNorm") and (norm := _norm(module)) is not None:
+            module.forward = _norm_forward(module, *norm)  # type: ignore[method-assign]
+    return recomputed
+
+
+def _same(module: Any, forward: Callable[[Tensor], Tensor], width: int) -> bool:
+    """Whether a replacement computes what the module does, to rounding."""
+    parameter = next(p for p in module.parameters() if p.is_floating_point())
+    dtype = getattr(module.gate_proj, "compute_dtype", None) or _compute_dtype(module)
+    x = torch.sin(torch.arange(3 * width, device=parameter.device)).reshape(1, 3, width).to(dtype)
+    expected, got = module(x).float(), forward(x).float()
+    scale = expected.abs().max().item()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    return math.isfinite(scale) and bool((expected - got).abs().max() <= tolerance * max(scale, 1e-6))
+
+
+def _compute_dtype(module: Any) -> torch.dtype:
+    for part in module.modules():
+        if type(part).__name__ == "Linear4bit":
+            return part.compute_dtype
+        if type(part) is nn.Linear and not part.weight.requires_grad and part.weight.dtype != torch.uint8:
+            return part.weight.dtype
+    return torch.float32
