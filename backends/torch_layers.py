@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lite_dil.backends import torch_packed
+from lite_dil.errors import UserError
 
 
 class HostStore:
@@ -86,14 +87,24 @@ def again(module: nn.Module, config: Any, store: HostStore | None = None) -> Non
     """Make `module` keep only its first argument for the backward pass; `config` is the decoder's."""
     forward = module.forward
 
-    def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        def run(x: Tensor) -> Tensor:
-            return forward(x, *args, **kwargs)
-
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return run(x)
+            return forward(x, *args, **kwargs)
+        rest: list[Any] | None = None  # older models return a tuple, of which the decoder goes on with the first alone
+
+        def run(x: Tensor) -> Tensor:
+            nonlocal rest
+            out = forward(x, *args, **kwargs)
+            if isinstance(out, tuple):
+                out, *rest = out
+            return out
+
+        if any(isinstance(other, Tensor) and other.requires_grad for other in (*args, *kwargs.values())):
+            # Only the first argument's gradient would come back.
+            raise UserError(f"--gradient-checkpointing: {type(module).__name__} takes more than one input with a gradient")
         # The first layer's input comes from a frozen table; what needs no gradient would have no backward pass.
-        return _Again.apply(x if x.requires_grad else x.detach().requires_grad_(), run, config, store)
+        out = _Again.apply(x if x.requires_grad else x.detach().requires_grad_(), run, config, store)
+        return out if rest is None else (out, *rest)
 
     module.forward = call  # type: ignore[method-assign]
 

@@ -90,7 +90,7 @@ def test_a_step_after_adapter_off_still_trains(backend_name: str, tiny: str) -> 
 
 
 def test_padding_pad_id_and_order_change_nothing(backend_name: str, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, data = load(backend_name, tiny), batch(4)
+    backend, data = load(backend_name, tiny, layout="plain"), batch(4)
     step(backend, [data])
     logps = backend.sequence_logps(data)
     norm = step(backend, [data], rate=0.0).grad_norm
@@ -165,13 +165,14 @@ def test_gradients_equal_autograd_through_whole_logits(backend_name: str, tiny: 
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_gradient_checkpointing_changes_nothing(backend_name: str, tiny: str, dropout: float) -> None:
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_gradient_checkpointing_changes_nothing(backend_name: str, tiny: str, dropout: float, mode: str) -> None:
     """With dropout too: what is computed again for the backward pass must drop the same."""
     results = {}
-    for on in (False, True):
+    for on in ("off", mode):
         backend = load(backend_name, tiny, gradient_checkpointing=on, lora_dropout=dropout)
         results[on] = [step(backend, [batch()]) for _ in range(3)]
-    for plain_result, checkpointed in zip(results[False], results[True], strict=True):
+    for plain_result, checkpointed in zip(results["off"], results[mode], strict=True):
         assert checkpointed.grad_norm == pytest.approx(plain_result.grad_norm, rel=1e-5)
         np.testing.assert_allclose(checkpointed.policy, plain_result.policy, atol=1e-5)
 

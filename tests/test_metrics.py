@@ -7,7 +7,7 @@ import pytest
 from conftest import config, examples
 
 from lite_dil.metrics import pair_losses, pair_metrics
-from lite_dil.schedule import Schedule, by_length
+from lite_dil.schedule import Schedule, plan
 
 # Two pairs, as chosen, rejected, chosen, rejected; f = policy - reference = 2, -1, 1, 3 as sums.
 POLICY, REFERENCE = np.array([-8, -6, -4, -2], np.float32), np.array([-10, -5, -5, -5], np.float32)
@@ -57,8 +57,8 @@ def test_every_epoch_takes_every_pair_once_in_another_order() -> None:
 
 def test_batches_are_of_like_length() -> None:
     data = examples(9)
-    assert [batch.pairs for batch in by_length(data, 4)] == [4, 4, 1]
-    rows = [len(batch.prompts[0]) + int(batch.lengths.max()) for batch in by_length(data, 1)]
+    assert [batch.pairs for batch in plan(data, "plain", 4, 10**6)] == [4, 4, 1]
+    rows = [len(batch.prompts[0]) + int(batch.lengths.max()) for batch in plan(data, "plain", 1, 10**6)]
     assert rows == sorted((len(e.prompt) + max(map(len, e.responses)) for e in data), reverse=True)
 
 
