@@ -285,7 +285,7 @@ class TorchBackend:
     def _arrange_layers(self, config: TrainConfig, model: str, mode: str) -> None:
         """Put in the fused layers, and computing again for the backward pass as `mode` says."""
         layers = torch_layers.layers_of(self.decoder)
-        fused = torch_fused.install(self.decoder, mode == "selective") if config.fused_layers else set()
+        fused = torch_fused.install(self.decoder, self.dtype, mode == "selective") if config.fused_layers else set()
         self.last_layer = -1
         if layers is None:
             if mode != "off":

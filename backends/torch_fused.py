@@ -270,10 +270,11 @@ def _norm(module: Any) -> tuple[float, bool] | None:
 
 
 @torch.no_grad()
-def install(decoder: nn.Module, recompute_mlp: bool) -> set[int]:
-    """Replace the forward of what is known in `decoder`; return the ids of the MLPs that now are computed again if asked.
+def install(decoder: nn.Module, dtype: torch.dtype, recompute_mlp: bool) -> set[int]:
+    """Replace the forward of what is known in `decoder`, which computes in `dtype`.
 
-    Raises nothing: a module of an unknown kind, or one that does not compute what its kind does, keeps its own forward.
+    Returns the ids of the MLPs that now are computed again for the backward pass where `recompute_mlp` asks for it. A module
+    of an unknown kind, or one that does not compute what its kind does, keeps its own forward.
     """
     recomputed = set()
     for module in list(decoder.modules()):
@@ -282,7 +283,7 @@ def install(decoder: nn.Module, recompute_mlp: bool) -> set[int]:
                 module.forward = _lora_forward(module, frozen)  # type: ignore[method-assign]
         elif hasattr(module, "gate_proj"):
             mlp = _gated_mlp(module, recompute_mlp)
-            if mlp is not None and _same(module, _mlp_forward(module, mlp), mlp.gate.layer.in_features):
+            if mlp is not None and _same(module, _mlp_forward(module, mlp), mlp.gate.layer.in_features, dtype):
                 module.forward = _mlp_forward(module, mlp)  # type: ignore[method-assign]
                 recomputed.add(id(module))
         elif type(module).__name__.endswith("RMSNorm") and (norm := _norm(module)) is not None:
@@ -290,21 +291,11 @@ def install(decoder: nn.Module, recompute_mlp: bool) -> set[int]:
     return recomputed
 
 
-def _same(module: Any, forward: Callable[[Tensor], Tensor], width: int) -> bool:
+def _same(module: Any, forward: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype) -> bool:
     """Whether a replacement computes what the module does, to rounding."""
-    parameter = next(p for p in module.parameters() if p.is_floating_point())
-    dtype = getattr(module.gate_proj, "compute_dtype", None) or _compute_dtype(module)
-    x = torch.sin(torch.arange(3 * width, device=parameter.device)).reshape(1, 3, width).to(dtype)
+    device = next(module.parameters()).device
+    x = torch.sin(torch.arange(3 * width, device=device)).reshape(1, 3, width).to(dtype)
     expected, got = module(x).float(), forward(x).float()
     scale = expected.abs().max().item()
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     return math.isfinite(scale) and bool((expected - got).abs().max() <= tolerance * max(scale, 1e-6))
-
-
-def _compute_dtype(module: Any) -> torch.dtype:
-    for part in module.modules():
-        if type(part).__name__ == "Linear4bit":
-            return part.compute_dtype
-        if type(part) is nn.Linear and not part.weight.requires_grad and part.weight.dtype != torch.uint8:
-            return part.weight.dtype
-    return torch.float32

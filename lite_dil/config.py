@@ -203,7 +203,7 @@ class TrainConfig:
         "engine",
         None,
         "folder that remembers the reference's log-probs, so that the next epoch, run or loss on the same data and model "
-        "computes none; off computes them every time (default: in the user's cache folder)",
+        "computes none; off remembers them for this run only (default: in the user's cache folder)",
         metavar="DIR|off",
     )
     precompute_reference: bool = _option(

@@ -27,7 +27,7 @@ from lite_dil import backends
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
 from lite_dil.examples import Example
-from lite_dil.models import EMBEDDED_MODEL, resolve_model
+from lite_dil.models import EMBEDDED_MODEL, cache_dir, resolve_model
 
 BACKENDS = ["cpu", "mlx"]
 CHATML = (
@@ -131,6 +131,17 @@ def make_checkpoint(folder: Path, tied: bool = False, rope_theta: float = 50000.
     model.save_pretrained(folder)
     byte_level_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of the tests' own, which sees the embedded model in the user's and writes nothing there."""
+    real, own = cache_dir() / EMBEDDED_MODEL, tmp_path_factory.mktemp("cache")
+    if real.is_dir():
+        (own / EMBEDDED_MODEL).symlink_to(real)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LITE_DIL_CACHE", str(own))
+        yield
 
 
 @pytest.fixture(scope="session")
