@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lite_dil import adapters
-from lite_dil.backends import PairLosses, StepResult, switched, wants_checkpointing
+from lite_dil.backends import PairLosses, StepResult, checkpointing, switched, torch_unsloth
 from lite_dil.backends.head import HeadMismatch, logit_transform
 from lite_dil.backends.torch_head import token_logps
 from lite_dil.batch import Batch
@@ -41,8 +41,15 @@ class TorchBackend:
         initial = adapters.read(config.init_adapter, _load_tensors) if config.init_adapter else None
         if config.load_in_4bit or config.optim == "paged_adamw_8bit":
             _need_bitsandbytes()
-        base = _load_base(model, self.dtype, self.device, config.load_in_4bit)
+        self.unsloth = config.unsloth
+        if self.unsloth:
+            base = torch_unsloth.load(model, self.dtype, self.device, config.load_in_4bit, config.max_length)
+        else:
+            base = _load_base(model, self.dtype, self.device, config.load_in_4bit)
         in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))  # also of a checkpoint that was packed before
+        # A packed weight counts for two parameters a byte.
+        parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
+        self.checkpointing = checkpointing(config, parameters)
         self.transform = logit_transform(base.config.to_dict())
         self.model = self._adapted(base, config, model, initial)
         self.layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
@@ -56,13 +63,11 @@ class TorchBackend:
         # float16 gradients underflow without it; it stays idle in the other types.
         self.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
 
-        # A packed weight counts for two parameters a byte.
-        parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
-        if wants_checkpointing(config, parameters):
+        if self.checkpointing != "off" and not self.unsloth:
             _checkpoint_layers(base, model)
         torch.manual_seed(config.seed)
         self._check_head(model)
-        bits = ", 4-bit" if in_4bit else ""
+        bits = (", 4-bit" if in_4bit else "") + (", unsloth" if self.unsloth else "")
         where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         self.description = f"{device} ({where}), {self.dtype_name}{bits}"
 
@@ -124,14 +129,15 @@ class TorchBackend:
         longest = max(map(len, prompts))
         ids = torch.tensor([[end_ids[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        out = self.base.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=list(end_ids),
-            pad_token_id=end_ids[0],
-        )
+        with torch_unsloth.generating(self.model, longest) if self.unsloth else nullcontext():
+            out = self.base.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=list(end_ids),
+                pad_token_id=end_ids[0],
+            )
         answers = []
         for row in out[:, longest:].tolist():
             end = next((i for i, token in enumerate(row) if token in end_ids), len(row))
@@ -189,10 +195,15 @@ class TorchBackend:
             "task_type": "CAUSAL_LM",
         }
         base.name_or_path = model
+        dropout = config.lora_dropout or 0.0
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5 for an attribute by its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            adapted = get_peft_model(base, LoraConfig(**settings, lora_dropout=config.lora_dropout or 0.0))
+            if self.unsloth:
+                rank, alpha, targets = (settings[name] for name in ("r", "lora_alpha", "target_modules"))
+                adapted = torch_unsloth.adapt(base, rank, alpha, targets, dropout, self.checkpointing, config.seed)
+            else:
+                adapted = get_peft_model(base, LoraConfig(**settings, lora_dropout=dropout))
         _set_weights(adapted, POLICY, adapter)
         if config.reference == "initial-adapter":
             adapted.add_adapter(REFERENCE, LoraConfig(**settings, inference_mode=True))
