@@ -23,9 +23,9 @@ from lite_dil.backends import PairLosses, StepResult, checkpointing, switched, t
 from lite_dil.backends.head import HeadMismatch, logit_transform
 from lite_dil.backends.torch_head import token_logps
 from lite_dil.batch import Batch
-from lite_dil.layouts import plain
 from lite_dil.config import TrainConfig
 from lite_dil.errors import OutOfMemory, UserError, first_line
+from lite_dil.layouts import plain
 
 POLICY, REFERENCE = "default", "reference"
 

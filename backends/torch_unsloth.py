@@ -1,4 +1,4 @@
-"""``--unsloth``: the torch backend's model loaded through unsloth, with its kernels; losses, log-probs and reference stay ours.
+"""``--unsloth``: the torch backend's model loaded through unsloth, with its kernels; losses and log-probs stay ours.
 
 unsloth (parts of it AGPL) is used as a library and imported only when asked for: it rewrites TRL, and patches transformers and
 PEFT, which it must therefore precede. Nothing here imports them at the top.
@@ -25,7 +25,7 @@ PACKAGES = ("unsloth", "unsloth_zoo")
 # What it patches or computes with: another version of these breaks it. It asks for versions of much else besides.
 PATCHED = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "triton", "trl", "unsloth_zoo")
 # The architectures that unsloth has a forward of its own for, each tried against the plain path. It would compile others anew.
-KERNELS = ("gemma", "llama", "mistral", "qwen2", "qwen3")
+KERNELS = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 
 
 def check(config: TrainConfig, backend: str) -> None:
@@ -80,7 +80,7 @@ def load(model: str, dtype: Any, device: Any, in_4bit: bool, max_length: int) ->
         max_length: longest row, in tokens; unsloth cuts longer ones off.
     """
     unsloth = require()
-    _check_model(model, max_length)
+    check_model(model, max_length)
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -105,14 +105,12 @@ def load(model: str, dtype: Any, device: Any, in_4bit: bool, max_length: int) ->
         logging.set_verbosity(before)
     if base.dtype != dtype or (in_4bit and not getattr(base, "is_loaded_in_4bit", False)):
         asked = f"{dtype}{', 4-bit' if in_4bit else ''}".removeprefix("torch.")
-        raise UserError(f"--unsloth: unsloth did not load {model} as {asked} here; choose another --dtype or leave out --unsloth")
+        raise UserError(f"--unsloth: unsloth did not load {model} as {asked} here; give another --dtype, or leave it out")
     base.requires_grad_(False)
     return base
 
 
-def adapt(
-    base: Any, rank: int, alpha: float, targets: list[str], dropout: float, checkpointing: str, seed: int
-) -> Any:
+def adapt(base: Any, rank: int, alpha: float, targets: list[str], dropout: float, checkpointing: str, seed: int) -> Any:
     """Put a LoRA adapter named "default" on the base and return the PEFT model; its first weights are the caller's to set.
 
     Args:
@@ -133,7 +131,7 @@ def adapt(
 
 @contextlib.contextmanager
 def generating(model: Any, longest: int) -> Iterator[None]:
-    """Switch to unsloth's forward for generation in the block, and back to the one for training with its checkpointing after it.
+    """Switch to unsloth's forward for generation in the block, and back to the one for training after it.
 
     Args:
         longest: of the prompts, in tokens.
@@ -148,7 +146,7 @@ def generating(model: Any, longest: int) -> Iterator[None]:
         fast.for_training(model)
 
 
-def _check_model(model: str, max_length: int) -> None:
+def check_model(model: str, max_length: int) -> None:
     """Refuse what unsloth would compute differently from transformers."""
     from transformers import AutoConfig
 
@@ -157,14 +155,14 @@ def _check_model(model: str, max_length: int) -> None:
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"--model {model}: cannot be loaded ({first_line(error)})") from None
     if config.model_type not in KERNELS:
-        raise UserError(f"--unsloth has kernels for {', '.join(KERNELS)}, not for {config.model_type}; leave it out for {model}")
+        raise UserError(f"--unsloth has kernels for {', '.join(KERNELS)}, not for {config.model_type}: {model}; leave it out")
     longest = config.max_position_embeddings
     if max_length > longest:  # it would stretch the rotary positions
         raise UserError(f"--max-length {max_length}: with --unsloth at most what the model was made for, {longest}")
     window = getattr(config, "sliding_window", None)
     # The window of a decoder that is called without its head is left out by unsloth.
     if window and getattr(config, "use_sliding_window", True) and window < max_length:
-        raise UserError(f"--unsloth: {model} sees {window} tokens back; give --max-length {window} at most, or leave out --unsloth")
+        raise UserError(f"--unsloth: {model} looks {window} tokens back; give --max-length {window} at most, or leave it out")
 
 
 def _mismatches() -> list[str]:

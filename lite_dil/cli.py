@@ -87,12 +87,13 @@ def _run(argv: list[str]) -> int:
         raise UserError("the demo is the embedded model on the embedded data; use lite-dil train for --model and --data")
 
     from lite_dil.backends import prepare
-    from lite_dil.progress import Display
-    from lite_dil.train import train
 
     _quiet_environment()
     prepare(config.backend, config)
     _quiet_bars()
+    from lite_dil.progress import Display
+    from lite_dil.train import train
+
     display = Display()
     trained = train(config, display, resume)
     if name == "demo" and not trained.stopped:

@@ -3,8 +3,9 @@
     python tests/unsloth_run.py kernels|stock MODEL OUT.npz OPTION=VALUE ...
 
 unsloth must be imported before transformers, which the tests' own process has imported. Without a GPU it loads by stock
-transformers and PEFT ("stock"). "kernels" takes the path of a GPU: its patched forward, its fused LoRA functions and its Triton
-kernels, which Triton's interpreter computes with numpy; what asks for CUDA is answered by a stand-in.
+transformers and PEFT ("stock"). "kernels" takes the path of a GPU: its patched forward, its fused LoRA functions and its
+Triton kernels, which Triton's interpreter computes with numpy; what asks for CUDA is answered by a stand-in. The interpreter
+gets bfloat16 wrong, so 16 bits are float16 here, which the product has for GPUs only.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def pretend_cuda() -> None:
             kwargs = dict(kwargs or {})
             if function is torch.device and here(args[0]) is cpu:
                 return cpu
+            kwargs.pop("pin_memory", None)
             if "device" in kwargs:
                 kwargs["device"] = here(kwargs["device"])
             if function is torch.Tensor.to:
@@ -94,24 +96,38 @@ def measure(backend: Any) -> dict[str, np.ndarray]:
     return out
 
 
+def make(model: str, half: bool = False, **changes: Any) -> Any:
+    """The torch backend on the CPU, past the checks at the door; in float16 without loss scaling if `half`."""
+    import torch
+    from conftest import config
+
+    from lite_dil.backends import torch as module
+
+    name = "_dtype" if hasattr(module, "_dtype") else "compute_dtype"
+    before = getattr(module, name)
+    if half:
+        setattr(module, name, lambda *_: torch.float16)
+    try:
+        backend = module.TorchBackend(config(**changes), model, device="cpu")
+    finally:
+        setattr(module, name, before)
+    backend.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return backend
+
+
 def main(path: str, model: str, out: str, *options: str) -> None:
     if path == "kernels":
         pretend_cuda()
     from lite_dil.backends import torch_unsloth
 
-    unsloth = torch_unsloth.require()
-    from conftest import config
-
-    from lite_dil.backends.torch import TorchBackend
-
-    if path == "kernels":
-        unsloth.models.llama.is_bfloat16_supported = lambda: True
+    torch_unsloth.require()
     changes = {name: json.loads(value) for name, value in (option.split("=", 1) for option in options)}
-    backend = TorchBackend(config(unsloth=True, **changes), model, device="cpu")
+    backend = make(model, unsloth=True, **changes)
     results = measure(backend)
     backend.save_adapter(Path(out).with_suffix(""))
     layer = backend.decoder.layers[0]
     forwards = (type(backend.decoder).forward, layer.mlp.forward, getattr(layer.self_attn, "apply_qkv", None))
+    results["checkpointing"] = np.array(bool(backend.decoder.gradient_checkpointing))
     results["forwards"] = np.array([getattr(forward, "__name__", "") for forward in forwards])
     np.savez(out, **results)
 
