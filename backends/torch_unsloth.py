@@ -81,11 +81,6 @@ def load(model: str, dtype: Any, device: Any, in_4bit: bool, max_length: int) ->
     """
     unsloth = require()
     check_model(model, max_length)
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    # unsloth finds weights that the files lack by reading the log of transformers, so that must be on.
-    logging.set_verbosity(min(before, logging.WARNING))
     try:
         with _quietly():
             base, _ = unsloth.FastLanguageModel.from_pretrained(
@@ -101,8 +96,6 @@ def load(model: str, dtype: Any, device: Any, in_4bit: bool, max_length: int) ->
     except Exception as error:  # it raises plain Exception too
         hint = "; try --4bit" if type(error).__name__ == "OutOfMemoryError" and not in_4bit else ""
         raise UserError(f"--model {model}: cannot be loaded through unsloth ({first_line(error)}){hint}") from None
-    finally:
-        logging.set_verbosity(before)
     if base.dtype != dtype or (in_4bit and not getattr(base, "is_loaded_in_4bit", False)):
         asked = f"{dtype}{', 4-bit' if in_4bit else ''}".removeprefix("torch.")
         raise UserError(f"--unsloth: unsloth did not load {model} as {asked} here; give another --dtype, or leave it out")
@@ -163,6 +156,24 @@ def check_model(model: str, max_length: int) -> None:
     # The window of a decoder that is called without its head is left out by unsloth.
     if window and getattr(config, "use_sliding_window", True) and window < max_length:
         raise UserError(f"--unsloth: {model} looks {window} tokens back; give --max-length {window} at most, or leave it out")
+    if getattr(config, "quantization_config", None) is None:  # packed weights cannot be put on the device "meta"
+        _check_weights(model)
+
+
+def _check_weights(model: str) -> None:
+    """Raise UserError if the model's files lack a weight: unsloth says nothing, and random numbers take its place.
+
+    On the device "meta" only the names are read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, device_map="meta")
+    except Exception as error:  # safetensors and bitsandbytes have their own
+        raise UserError(f"--model {model}: cannot be loaded ({first_line(error)})") from None
+    report = loaded[1]
+    if absent := sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"])):
+        raise UserError(f"--model {model}: its files lack {len(absent)} of the model's weights, the first is {absent[0]}")
 
 
 def _mismatches() -> list[str]:

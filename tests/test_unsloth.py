@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, LlamaConfig, MistralConfig
 from unsloth_run import make, measure
 
 from lite_dil import backends
@@ -113,10 +115,17 @@ def test_a_window_long_rows_and_other_architectures_are_refused(tmp_path: Path) 
         model.save_pretrained(tmp_path)
         with pytest.raises(UserError, match=text):
             torch_unsloth.check_model(str(tmp_path), longest)
-    MistralConfig(sliding_window=32).save_pretrained(tmp_path)
-    torch_unsloth.check_model(str(tmp_path), 32)
-    Qwen2Config(sliding_window=32, use_sliding_window=False).save_pretrained(tmp_path)
-    torch_unsloth.check_model(str(tmp_path), 64)
+
+
+def test_lacking_weights_are_refused(tiny: str, tmp_path: Path) -> None:
+    """unsloth would train on random numbers in their place."""
+    torch_unsloth.check_model(tiny, 64)
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"files lack 1 of the model's weights, the first is model\.layers\.0\.mlp\.up_proj"):
+        torch_unsloth.check_model(str(tmp_path), 64)
 
 
 def test_options_that_unsloth_does_not_go_with_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
