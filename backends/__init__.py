@@ -140,7 +140,7 @@ def prepare(name: str, config: TrainConfig) -> None:
     if config.unsloth:
         from lite_dil.backends import torch_unsloth
 
-        torch_unsloth.check(config, resolve(name))
+        torch_unsloth.check(config, name if name in ("cpu", "mlx") else resolve(name))
         torch_unsloth.require()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig, MistralConfig
 from unsloth_run import make, measure
@@ -197,4 +198,17 @@ def test_fused_lora_kernels_are_as_near_to_float32_as_stock_layers_are(tiny: str
     check_reference(results)
     exact, stock = measure(make(tiny)), measure(make(tiny, half=True))
     for prefix in ("start", "policy0", "gradient0", "on"):
+        assert distance(results, exact, prefix) < 2 * distance(stock, exact, prefix), prefix
+
+
+@needs_unsloth
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_on_a_gpu_it_is_as_near_to_float32_as_the_plain_path_is(in_4bit: bool, tiny: str, tmp_path: Path) -> None:
+    """bfloat16 by real kernels, with activations moved off the GPU, against the same weights in float32."""
+    results = through_unsloth("cuda", tiny, tmp_path, dtype="bfloat16", load_in_4bit=in_4bit, gradient_checkpointing="full")
+    check_reference(results)
+    exact = measure(make(tiny, "cuda", load_in_4bit=in_4bit, optim="adamw"))
+    stock = measure(make(tiny, "cuda", dtype="bfloat16", load_in_4bit=in_4bit, optim="adamw"))
+    for prefix in ("start", "policy0", "gradient0"):
         assert distance(results, exact, prefix) < 2 * distance(stock, exact, prefix), prefix

@@ -1,11 +1,11 @@
 """Run the torch backend through unsloth in a process of its own, on the CPU, and save what it computes.
 
-    python tests/unsloth_run.py kernels|stock MODEL OUT.npz OPTION=VALUE ...
+    python tests/unsloth_run.py kernels|stock|cuda MODEL OUT.npz OPTION=VALUE ...
 
 unsloth must be imported before transformers, which the tests' own process has imported. Without a GPU it loads by stock
 transformers and PEFT ("stock"). "kernels" takes the path of a GPU: its patched forward, its fused LoRA functions and its
 Triton kernels, which Triton's interpreter computes with numpy; what asks for CUDA is answered by a stand-in. The interpreter
-gets bfloat16 wrong, so 16 bits are float16 here, which the product has for GPUs only.
+gets bfloat16 wrong, so 16 bits are float16 there, which the product has for GPUs only. "cuda" is a real GPU.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def measure(backend: Any) -> dict[str, np.ndarray]:
 
     def keep(*_: Any) -> None:
         named = backend._policy_parameters().items()
-        gradients.update({name: parameter.grad.float().numpy().copy() for name, parameter in named})
+        gradients.update({name: parameter.grad.float().cpu().numpy().copy() for name, parameter in named})
 
     backend.optimizer.register_step_pre_hook(keep)
     losses = pair_losses(config(loss="dpo", beta=0.5))
@@ -96,8 +96,8 @@ def measure(backend: Any) -> dict[str, np.ndarray]:
     return out
 
 
-def make(model: str, half: bool = False, **changes: Any) -> Any:
-    """The torch backend on the CPU, past the checks at the door; in float16 without loss scaling if `half`."""
+def make(model: str, device: str = "cpu", half: bool = False, **changes: Any) -> Any:
+    """The torch backend, past the checks at the door; in float16 if `half`; without loss scaling."""
     import torch
     from conftest import config
 
@@ -108,10 +108,10 @@ def make(model: str, half: bool = False, **changes: Any) -> Any:
     if half:
         setattr(module, name, lambda *_: torch.float16)
     try:
-        backend = module.TorchBackend(config(**changes), model, device="cpu")
+        backend = module.TorchBackend(config(**changes), model, device)
     finally:
         setattr(module, name, before)
-    backend.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    backend.scaler = torch.amp.GradScaler(device, enabled=False)
     return backend
 
 
@@ -122,7 +122,7 @@ def main(path: str, model: str, out: str, *options: str) -> None:
 
     torch_unsloth.require()
     changes = {name: json.loads(value) for name, value in (option.split("=", 1) for option in options)}
-    backend = make(model, unsloth=True, **changes)
+    backend = make(model, "cuda" if path == "cuda" else "cpu", unsloth=True, **changes)
     results = measure(backend)
     backend.save_adapter(Path(out).with_suffix(""))
     layer = backend.decoder.layers[0]
