@@ -133,8 +133,21 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def prepare(name: str, config: TrainConfig) -> None:
+    """Import what must come before transformers, that is unsloth, if the run on backend `name` asks for it.
+
+    Raises UserError where it cannot be used.
+    """
+    if config.unsloth:
+        from lite_dil.backends import torch_unsloth
+
+        torch_unsloth.check(config, name if name in ("cpu", "mlx") else resolve(name))
+        torch_unsloth.require()
+
+
 def load(name: str, config: TrainConfig, model: str) -> Backend:
     """Load `model` (a folder or hub id) with a trainable adapter on backend `name`, "cuda", "cpu" or "mlx"."""
+    prepare(name, config)
     if name == "mlx":
         from lite_dil.backends.mlx import MLXBackend
 

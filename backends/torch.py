@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,16 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from lite_dil import adapters
-from lite_dil.backends import PairLosses, StepResult, checkpointing, switched, torch_fused, torch_layers, torch_packed
+from lite_dil.backends import (
+    PairLosses,
+    StepResult,
+    checkpointing,
+    switched,
+    torch_fused,
+    torch_layers,
+    torch_packed,
+    torch_unsloth,
+)
 from lite_dil.backends.head import HeadMismatch, logit_transform
 from lite_dil.backends.torch_head import QuantizedHead, token_logps, vocabulary
 from lite_dil.backends.torch_load import (
@@ -47,10 +56,15 @@ class TorchBackend:
         self.dtype = compute_dtype(config.dtype, device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         initial = adapters.read(config.init_adapter, load_tensors) if config.init_adapter else None
-        base = load_base(model, self.dtype, self.device, config.load_in_4bit)
+        self.unsloth = config.unsloth
+        if self.unsloth:
+            base = torch_unsloth.load(model, self.dtype, self.device, config.load_in_4bit, config.max_length)
+        else:
+            base = load_base(model, self.dtype, self.device, config.load_in_4bit)
         in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))  # also of a checkpoint that was packed before
         # A packed weight counts for two parameters a byte.
         parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
+        self.checkpointing = checkpointing(config, parameters)
         self.transform = logit_transform(base.config.to_dict())
         self.base = base
         self.decoder = base.get_decoder()
@@ -67,16 +81,20 @@ class TorchBackend:
         self.optimizer = make_optimizer(self.trainable, config, in_4bit, device)
         # float16 gradients underflow without it; it stays idle in the other types.
         self.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
-        self._arrange_layers(config, model, checkpointing(config, parameters))
+        self.last_layer = -1
+        if not self.unsloth:  # whose layers are its own
+            self._arrange_layers(config, model)
         torch.manual_seed(config.seed)
         self.layout, self.layout_reason = "plain", ""
         self._check_head(model)
         self._choose_layout(config, model)
         bits = ", 4-bit" if in_4bit else ""
         bits += f", {config.head_bits}-bit head" if config.head_bits else ""
+        bits += ", unsloth" if self.unsloth else ""
         where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         self.description = f"{device} ({where}), {self.dtype_name}{bits}"
-        self.identity = f"torch {self.dtype_name}{' nf4' if in_4bit else ''} head {config.head_bits or 16}"
+        kernels = " unsloth" if self.unsloth else ""
+        self.identity = f"torch {self.dtype_name}{' nf4' if in_4bit else ''} head {config.head_bits or 16}{kernels}"
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Make the model the reference inside the block."""
@@ -147,14 +165,15 @@ class TorchBackend:
         longest = max(map(len, prompts))
         ids = torch.tensor([[end_ids[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        out = self.base.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=list(end_ids),
-            pad_token_id=end_ids[0],
-        )
+        with torch_unsloth.generating(self.model, longest) if self.unsloth else nullcontext():
+            out = self.base.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=list(end_ids),
+                pad_token_id=end_ids[0],
+            )
         answers = []
         for row in out[:, longest:].tolist():
             end = next((i for i, token in enumerate(row) if token in end_ids), len(row))
@@ -212,10 +231,15 @@ class TorchBackend:
             "task_type": "CAUSAL_LM",
         }
         base.name_or_path = model
+        dropout = config.lora_dropout or 0.0
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5 for an attribute by its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            adapted = get_peft_model(base, LoraConfig(**settings, lora_dropout=config.lora_dropout or 0.0))
+            if self.unsloth:
+                rank, alpha, targets = (settings[name] for name in ("r", "lora_alpha", "target_modules"))
+                adapted = torch_unsloth.adapt(base, rank, alpha, targets, dropout, self.checkpointing, config.seed)
+            else:
+                adapted = get_peft_model(base, LoraConfig(**settings, lora_dropout=dropout))
         set_weights(adapted, POLICY, adapter)
         if config.reference == "initial-adapter":
             adapted.add_adapter(REFERENCE, LoraConfig(**settings, inference_mode=True))
@@ -282,11 +306,11 @@ class TorchBackend:
             )
         torch_layers.offload_embeddings(embedding, self.device)
 
-    def _arrange_layers(self, config: TrainConfig, model: str, mode: str) -> None:
-        """Put in the fused layers, and computing again for the backward pass as `mode` says."""
+    def _arrange_layers(self, config: TrainConfig, model: str) -> None:
+        """Put in the fused layers, and computing again for the backward pass."""
+        mode = self.checkpointing
         layers = torch_layers.layers_of(self.decoder)
         fused = torch_fused.install(self.decoder, self.dtype, mode == "selective") if config.fused_layers else set()
-        self.last_layer = -1
         if layers is None:
             if mode != "off":
                 raise UserError(
@@ -311,7 +335,7 @@ class TorchBackend:
 
     def _choose_layout(self, config: TrainConfig, model: str) -> None:
         """Take the packed layout where it is right for this model, which is computed and not assumed."""
-        if config.layout == "plain" or config.unsloth:
+        if config.layout == "plain" or self.unsloth:
             return
         reason = torch_packed.why_not(self.base, config.max_length) or self._packed_differs()
         if not reason:
@@ -347,7 +371,7 @@ def _check_options(config: TrainConfig, device: str) -> None:
     if config.compile is not None:
         raise UserError(f"--compile is for the mlx backend; leave it out with {device}")
     if device == "cpu":
-        for name in ("offload_activations", "offload_embeddings", "unsloth"):
+        for name in ("offload_activations", "offload_embeddings"):
             if getattr(config, name):
                 raise UserError(f"--{name.replace('_', '-')} is for the cuda backend: it needs a GPU")
     if config.load_in_4bit or config.optim == "paged_adamw_8bit":

@@ -86,10 +86,14 @@ def _run(argv: list[str]) -> int:
     if name == "demo" and (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED):
         raise UserError("the demo is the embedded model on the embedded data; use lite-dil train for --model and --data")
 
+    from lite_dil.backends import prepare
+
+    _quiet_environment()
+    prepare(config.backend, config)
+    _quiet_bars()
     from lite_dil.progress import Display
     from lite_dil.train import train
 
-    _quiet()
     display = Display()
     trained = train(config, display, resume)
     if name == "demo" and not trained.stopped:
@@ -119,13 +123,17 @@ def _config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
     return config, checkpoint
 
 
-def _quiet() -> None:
-    """Leave the terminal to this program: no bars and notices of the libraries below it."""
+def _quiet_environment() -> None:
+    """Leave the terminal to this program: no notices of the libraries below it. They read this when imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT imports bitsandbytes, which warns on a CPU of a kernel that only inference would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _quiet_bars() -> None:
+    """Leave out the bars of transformers."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading weights, and, without being asked, of downloads

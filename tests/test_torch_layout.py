@@ -300,7 +300,6 @@ def test_the_table_that_is_offloaded_is_looked_up_the_same(tiny: str) -> None:
         ({"compile": True}, "--compile is for the mlx backend"),
         ({"offload_activations": True, "gradient_checkpointing": "full"}, "--offload-activations is for the cuda backend"),
         ({"offload_embeddings": True}, "--offload-embeddings is for the cuda backend"),
-        ({"unsloth": True}, "--unsloth is for the cuda backend"),
     ],
 )
 def test_the_cpu_refuses_what_it_cannot_do(changes: dict[str, Any], message: str, tiny: str) -> None:
