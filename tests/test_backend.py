@@ -14,7 +14,7 @@ from conftest import bare_model, batch, config, examples, load, make_checkpoint,
 
 from lite_dil import backends
 from lite_dil.batch import Batch
-from lite_dil.layouts import plain
+from lite_dil.layouts import plain, prefix
 from lite_dil.metrics import pair_losses
 
 
@@ -97,7 +97,13 @@ def test_padding_pad_id_and_order_change_nothing(backend_name: str, tiny: str, m
     module = __import__(f"lite_dil.backends.{'mlx' if backend_name == 'mlx' else 'torch'}", fromlist=["plain"])
     for pad_id, multiple in ((7, 1), (500, 64)):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "plain", lambda data, p=pad_id, m=multiple: plain(data, pad_id=p, multiple=m))
+            for layout in (plain, prefix):
+                patch.setattr(
+                    module,
+                    layout.__name__,
+                    lambda data, layout=layout, p=pad_id, m=multiple, **_: layout(data, pad_id=p, multiple=m),
+                    raising=False,
+                )
             np.testing.assert_allclose(backend.sequence_logps(data), logps, atol=5e-5)
             assert step(backend, [data], rate=0.0).grad_norm == pytest.approx(norm, rel=1e-4)
     backwards = Batch.of(examples(4)[::-1])
@@ -168,12 +174,13 @@ def test_gradients_equal_autograd_through_whole_logits(backend_name: str, tiny: 
 def test_gradient_checkpointing_changes_nothing(backend_name: str, tiny: str, dropout: float) -> None:
     """With dropout too: what is computed again for the backward pass must drop the same."""
     results = {}
-    for on in (False, True):
-        backend = load(backend_name, tiny, gradient_checkpointing=on, lora_dropout=dropout)
-        results[on] = [step(backend, [batch()]) for _ in range(3)]
-    for plain_result, checkpointed in zip(results[False], results[True], strict=True):
-        assert checkpointed.grad_norm == pytest.approx(plain_result.grad_norm, rel=1e-5)
-        np.testing.assert_allclose(checkpointed.policy, plain_result.policy, atol=1e-5)
+    for mode in ("off", "selective", "full"):
+        backend = load(backend_name, tiny, gradient_checkpointing=mode, lora_dropout=dropout)
+        results[mode] = [step(backend, [batch()]) for _ in range(3)]
+    for mode in ("selective", "full"):
+        for kept, checkpointed in zip(results["off"], results[mode], strict=True):
+            assert checkpointed.grad_norm == pytest.approx(kept.grad_norm, rel=1e-5)
+            np.testing.assert_allclose(checkpointed.policy, kept.policy, atol=1e-5)
 
 
 def test_dropout_acts_in_training_only_and_never_on_the_reference(backend_name: str, tiny: str) -> None:
