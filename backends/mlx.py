@@ -294,7 +294,10 @@ class MLXBackend:
     def _check_head(self, model: str) -> None:
         """Compare with the model's own logits on a few tokens; an unknown architecture must not be trained wrongly."""
         ids = np.random.default_rng(0).integers(0, self.vocabulary, 9)
-        logits = self.model(mx.array(ids[None, :-1]))[0].astype(mx.float32)
+        try:
+            logits = self.model(mx.array(ids[None, :-1]))[0].astype(mx.float32)
+        except TypeError:  # some of mlx-lm's older models insist on a cache
+            raise UserError(f"--model {model}: mlx-lm builds this architecture in a way that lite-dil does not know") from None
         logps = logits - mx.logsumexp(logits, -1, keepdims=True)
         own = np.array(mx.take_along_axis(logps, mx.array(ids[1:, None]), -1)[:, 0])
         batch = Batch([ids[:1]], [ids[1:]], np.array([0]), np.array([1]))

@@ -108,6 +108,9 @@ def quantise(model: Any, config: dict[str, Any], options: TrainConfig, name: str
     Args:
         bits: what the checkpoint is quantised to already, or 0.
     """
+    inner = causal_lm(model)
+    if "model" not in inner or not ("lm_head" in inner or "embed_tokens" in inner.model) or not hasattr(model, "layers"):
+        raise UserError(f"--model {name}: mlx-lm builds this architecture in a way that lite-dil does not know")
     path, head = output_head(model)
     own = getattr(head, "bits", None)
     wanted = options.head_bits
