@@ -294,14 +294,15 @@ class MLXBackend:
     def _check_head(self, model: str) -> None:
         """Compare with the model's own logits on a few tokens; an unknown architecture must not be trained wrongly."""
         ids = np.random.default_rng(0).integers(0, self.vocabulary, 9)
+        batch = Batch([ids[:1]], [ids[1:]], np.array([0]), np.array([1]))
         try:
             logits = self.model(mx.array(ids[None, :-1]))[0].astype(mx.float32)
+            here = self.token_logps(batch)
         except TypeError:  # some of mlx-lm's older models insist on a cache
             raise UserError(f"--model {model}: mlx-lm builds this architecture in a way that lite-dil does not know") from None
         logps = logits - mx.logsumexp(logits, -1, keepdims=True)
         own = np.array(mx.take_along_axis(logps, mx.array(ids[1:, None]), -1)[:, 0])
-        batch = Batch([ids[:1]], [ids[1:]], np.array([0]), np.array([1]))
-        difference = float(np.abs(own - self.token_logps(batch)).max())
+        difference = float(np.abs(own - here).max())
         if not difference < _tolerance(self.dtype):
             raise HeadMismatch(model, difference)
 

@@ -264,40 +264,25 @@ def test_known_references_cost_no_pass(tiny: str, monkeypatch: pytest.MonkeyPatc
         backend.step([ragged()], pair_losses(config()), 1e-2)
 
 
-def test_the_last_layer_of_the_prefix_layout_computes_only_what_is_read(tiny: str) -> None:
-    """Its norm and MLP are handed the response tokens alone, and nobody asks for more of the prompts than keys and values."""
+def test_the_prefix_layout_computes_only_what_is_read(tiny: str, tmp_path: Path) -> None:
+    """Matrix products in the graph of a pass: of the prompts, the last of two layers computes keys and values alone."""
     backend, data = load("mlx", tiny, layout="prefix"), ragged()
-    broken = backend.model.layers[-1].mlp
-    kind, seen = type(broken), []
+    whole_layer = 7 + 2  # linear layers, and two products in attention
+    with mx.stream(mx.cpu), backend.adapter_off():
+        mx.export_to_dot(str(tmp_path / "graph"), backend._sequence_logps(backend._arrays(data)))
+    products = (tmp_path / "graph").read_text().count("Matmul")
+    assert products == 2 * whole_layer + 2 + whole_layer + 1  # and the head
 
-    def poisoned(self: Any, x: mx.array) -> mx.array:
-        seen.append(x.shape[1])
-        return kind.__call__(self, x)
-
-    broken.__class__ = type("Poisoned", (kind,), {"__call__": poisoned})
-    hidden = []
-    backend._project = lambda h, project=backend._project: (hidden.append(h.shape[0]), project(h))[1]
+    seen = []  # tokens, not places in padded blocks, go through the MLPs and the head
+    for layer in backend.model.layers:
+        kind = type(layer.mlp)
+        call = lambda self, x, kind=kind: (seen.append(x.shape[:2]), kind.__call__(self, x))[1]  # noqa: E731
+        layer.mlp.__class__ = type("Watched", (kind,), {"__call__": call})
+    project = backend._project
+    backend._project = lambda hidden: (seen.append(hidden.shape[:1]), project(hidden))[1]
     backend.token_logps(data)
     prompts, responses = sum(map(len, data.prompts)) - len(data.prompts), int(data.lengths.sum())
-    assert seen == [prompts, responses]  # of the first, in the graph and never evaluated, see the next test
-    assert hidden == [responses]
-
-
-def test_nothing_of_the_prompts_last_layer_is_evaluated(tiny: str) -> None:
-    """Counted in the exported graph of a pass: products with the last layer's MLP weights."""
-    backend, data = load("mlx", tiny, layout="prefix"), ragged()
-    inputs = backend._arrays(data)
-
-    class Counts(dict):
-        total = 0
-
-    def count() -> int:
-        counted = Counts()
-        mx.export_to_dot(path := "/dev/null", backend._sequence_logps(inputs))
-        del path
-        return counted.total
-
-    assert count() == 0
+    assert seen == [(1, prompts), (1, responses)] * 2 + [(responses,)]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -325,7 +310,7 @@ def test_head_bits(bits: int, four: bool, tiny: str, tiny_tied: str) -> None:
         np.testing.assert_array_equal(backend.token_logps(data), again.token_logps(data))
         whole = load("mlx", model, load_in_4bit=four)
         difference = np.abs(backend.token_logps(data) - whole.token_logps(data)).max()
-        assert 1e-4 < difference < (0.1 if bits == 8 and not four else 3)
+        assert 1e-4 < difference < (0.5 if bits == 8 and not four else 5)
         result = step(backend, [data])
         assert (result.policy == result.reference).all()
         head = f"head {bits}"
