@@ -130,7 +130,7 @@ SMALL = {
     "pad_token_id": 2,
 }
 ARCHITECTURES = {
-    "soft-capped (Gemma 2)": Gemma2Config(**SMALL, final_logit_softcapping=3.0, query_pre_attn_scalar=16, sliding_window=256),
+    "soft-capped (Gemma 2)": Gemma2Config(**SMALL, final_logit_softcapping=3.0, query_pre_attn_scalar=16, sliding_window=2048),
     "divided (Granite)": GraniteConfig(**{**SMALL, "logits_scaling": 4.0}),
     "multiplied (Cohere)": CohereConfig(**{**SMALL, "logit_scale": 0.25}),
     "Qwen 3": Qwen3Config(**SMALL),
