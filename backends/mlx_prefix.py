@@ -81,7 +81,7 @@ class Pass:
 
     def __init__(self, arrays: dict[str, mx.array], head_axes: int = 1, probe: list[int | None] | None = None) -> None:
         self.arrays, self.head_axes, self.probe = arrays, head_axes, probe
-        self._masks: dict[int | None, tuple[mx.array, mx.array]] = {}
+        self._masks: dict[int | None, tuple[mx.array, ...]] = {}
 
     def make_mask(self, *_: Any, window_size: int | None = None, **__: Any) -> Window:
         """Answer mlx-lm's create_attention_mask."""
@@ -95,7 +95,7 @@ class Pass:
             self.probe.append(window.size)
             return x
         split = self.arrays["prompt_at"].shape[0]
-        prompt_mask, response_mask = self.masks(window.size)
+        prompt_mask, response_mask = self.masks(window.size, x.dtype)
         prompts = Prompts(self.arrays, prompt_mask)
         prompts_out = block(x[:, :split], prompt_mask, prompts)
         if prompts.keys is None:
@@ -103,8 +103,11 @@ class Pass:
         responses_out = block(x[:, split:], response_mask, Responses(self.arrays, response_mask, prompts))
         return responses_out if last else mx.concatenate([prompts_out, responses_out], 1)
 
-    def masks(self, window: int | None) -> tuple[mx.array, mx.array]:
-        """Return who sees whom: (B, 1, columns, columns) and (n, 1, R, columns + R), bool."""
+    def masks(self, window: int | None, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+        """Return who sees whom: (B, 1, columns, columns) and (n, 1, R, columns + R), to be added to scores.
+
+        Sums are many times faster than a choice by a bool mask on a CPU, and as fast on Metal.
+        """
         if window not in self._masks:
             keys = self.arrays["prompt_mask"]
             columns, width = keys.shape[1], self.arrays["token_index"].shape[1]
@@ -113,7 +116,8 @@ class Pass:
             keys = mx.concatenate([rows, mx.ones((len(rows), width), mx.bool_)], 1)
             responses = keys[:, None] & _causal(width, columns + width, window)
             axes = tuple(range(1, 1 + self.head_axes))
-            self._masks[window] = (mx.expand_dims(prompts, axes), mx.expand_dims(responses, axes))
+            seen, unseen = mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype)
+            self._masks[window] = tuple(mx.expand_dims(mx.where(mask, seen, unseen), axes) for mask in (prompts, responses))
         return self._masks[window]
 
 
