@@ -285,6 +285,14 @@ def test_the_prefix_layout_computes_only_what_is_read(tiny: str, tmp_path: Path)
     assert seen == [(1, prompts), (1, responses)] * 2 + [(responses,)]
 
 
+def test_the_prefix_layout_in_bfloat16_starts_at_0(tiny: str) -> None:
+    backend, data = load("mlx", tiny, dtype="bfloat16"), ragged()
+    assert (backend.layout, backend.identity) == ("prefix", "mlx bfloat16")
+    result = step(backend, [data])
+    assert (result.policy == result.reference).all()
+    np.testing.assert_allclose(result.policy, load("mlx", tiny).sequence_logps(data), rtol=0.02)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_compiled_step_equals_the_plain_one(tiny: str, dropout: float) -> None:
     """Padded to multiples of 64, so dropout is compared with itself: another step draws another mask."""
@@ -298,6 +306,10 @@ def test_a_compiled_step_equals_the_plain_one(tiny: str, dropout: float) -> None
     expected = step(moved(load("mlx", tiny)), [data], 0.0)
     np.testing.assert_allclose(first.policy, expected.policy, atol=5e-5)
     assert first.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+    with compiled.adapter_off():  # on and off are functions of their own
+        off = compiled.sequence_logps(data)
+    assert (compiled.sequence_logps(data) != off).all()
+    np.testing.assert_array_equal(off, first.reference)
     fresh = step(load("mlx", tiny, compile=True), [data])
     assert (fresh.policy == fresh.reference).all()
 
