@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.generate import generate_step
-from mlx_lm.utils import load_model, quantize_model
 
 from lite_dil import adapters
-from lite_dil.backends import PairLosses, StepResult, switched, wants_checkpointing
+from lite_dil.backends import PairLosses, StepResult, checkpointing, switched
 from lite_dil.backends.head import HeadMismatch, logit_transform
 from lite_dil.backends.mlx_head import token_logps
-from lite_dil.backends.mlx_lora import add_lora, checkpoint_layers, linear_layers
+from lite_dil.backends.mlx_load import (
+    BITS,
+    causal_lm,
+    check_windows,
+    folder_of,
+    limit_memory,
+    load,
+    load_tensors,
+    output_head,
+    quantise,
+    set_dtype,
+)
+from lite_dil.backends.mlx_lora import add_lora, linear_layers
+from lite_dil.backends.mlx_prefix import NoPrefix, Pass, arrays, wrap_layers
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
-from lite_dil.errors import UserError, first_line
-from lite_dil.layouts import plain
+from lite_dil.errors import UserError, gather
+from lite_dil.layouts import plain, prefix
 
-GROUP_SIZE, BITS = 64, 4
+# What an unknown model's code raises where a cache is not what it expects.
+MODEL_ERRORS = (NoPrefix, TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError)
+COMPILED_MULTIPLE = 64  # tokens; shapes must repeat, or the step is compiled anew for every batch
 
 
 class MLXBackend:
@@ -37,19 +48,13 @@ class MLXBackend:
     name = "mlx"
 
     def __init__(self, config: TrainConfig, model: str) -> None:
-        if config.optim == "paged_adamw_8bit":
-            raise UserError("--optim paged_adamw_8bit is for the cuda and cpu backends; use adamw with mlx")
-        if config.dtype == "float16":
-            raise UserError("--dtype float16 is for the cuda backend, which scales the loss for it; use bfloat16 with mlx")
-        initial = adapters.read(config.init_adapter, _load_tensors) if config.init_adapter else None
-        folder = _folder(model)
-        self.model, self.config, bits = _load(folder, model, config)
-        self.dtype = _set_dtype(self.model, config.dtype, pre_quantised=bool(bits))
+        _check(config)
+        limit_memory()
+        initial = adapters.read(config.init_adapter, load_tensors) if config.init_adapter else None
+        self.model, self.config, bits = load(folder_of(model), model, config)
+        self.dtype = set_dtype(self.model, config.dtype, pre_quantised=bool(bits))
         self.dtype_name = str(self.dtype).removeprefix("mlx.core.")
-        if config.load_in_4bit and not bits:
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints how many bits a weight came to
-                self.model, _ = quantize_model(self.model, self.config, GROUP_SIZE, BITS)
-            bits = BITS
+        self.model, quantised = quantise(self.model, self.config, config, model, bits)
         mx.eval(self.model.parameters())
         parameters = sum(
             value.size * (32 // BITS if value.dtype == mx.uint32 else 1) for _, value in tree_flatten(self.model.parameters())
@@ -58,9 +63,8 @@ class MLXBackend:
         self.switch = add_lora(self.model, adapter, config.lora_dropout or 0.0, config.reference == "initial-adapter")
         self.seed, self.passes = config.seed, 0
         self.transform = logit_transform(self.config)
-        self.vocabulary = int(self._project(mx.zeros((1, self._width()), self.dtype)).shape[-1])
-        if wants_checkpointing(config, parameters):
-            checkpoint_layers(self.model)
+        self.vocabulary = output_head(self.model)[1].weight.shape[0]
+        wrap_layers(self.model, checkpointing(config, parameters))
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = optimizers.AdamW(config.learning_rate or 0.0, weight_decay=config.weight_decay, bias_correction=True)
         self.optimizer.init(self.model.trainable_parameters())
@@ -75,10 +79,16 @@ class MLXBackend:
             },
             "model": model,
         }
+        self.compile = mx.metal.is_available() if config.compile is None else config.compile
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self.layout, self.layout_reason, self.head_axes = "plain", "", 1
+        self.model.eval()
+        check_windows(self.config, self._windows(), config.max_length, model)
         self._check_head(model)
+        self._choose_layout(config, model)
         device = "Metal" if mx.metal.is_available() else "CPU"
-        quantised = f", {bits}-bit" if bits else ""
-        self.description = f"mlx ({device}), {self.dtype_name}{quantised}"
+        self.identity = f"mlx {self.dtype_name} {quantised}".strip()
+        self.description = ", ".join(filter(None, [f"mlx ({device})", self.dtype_name, quantised, f"{self.layout} layout"]))
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Make the model the reference inside the block."""
@@ -91,35 +101,45 @@ class MLXBackend:
     def token_logps(self, batch: Batch) -> np.ndarray:
         """Return the log-prob of every response token, without dropout; shape (tokens,), float32."""
         self.model.eval()
-        return np.array(self._token_logps(batch, with_grad=False)[0])
+        return np.array(self._token_logps(self._arrays(batch), with_grad=False))[: int(batch.lengths.sum())]
 
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         """Return the summed log-prob of every response, without dropout; shape (responses,), float32."""
         self.model.eval()
-        return np.array(self._sequence_logps(batch, with_grad=False))
+        return np.array(self._sequence_logps(self._arrays(batch)))
 
-    def step(self, batches: Sequence[Batch], losses: PairLosses, learning_rate: float) -> StepResult:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        losses: PairLosses,
+        learning_rate: float,
+        references: Sequence[np.ndarray | None] | None = None,
+    ) -> StepResult:
         """Take one AdamW step on the mean loss over all pairs of `batches`."""
         self.model.train()
         pairs = sum(batch.pairs for batch in batches)
-        total, grads, policies, references = 0.0, None, [], []
-        for batch in batches:
-            with self.adapter_off():
-                reference = mx.stop_gradient(self._sequence_logps(batch, with_grad=False))
-                mx.eval(reference)
-            (loss, policy), grad = self._loss_and_grad(batch, reference, losses, pairs)
+        total, grads, policies, used = 0.0, None, [], []
+        for batch, known in zip(batches, references or [None] * len(batches), strict=True):
+            inputs = self._arrays(batch)
+            if known is None:
+                with self.adapter_off():
+                    reference = mx.stop_gradient(self._sequence_logps(inputs))
+                    mx.eval(reference)
+            else:
+                reference = mx.array(np.asarray(known, np.float32))
+            loss, policy, grad = self._loss_and_grad(batch, inputs, reference, losses, pairs)
             grads = grad if grads is None else tree_map(mx.add, grads, grad)
             mx.eval(loss, policy, grads)  # frees this micro-batch's activations before the next
             total += loss.item()
             policies.append(np.array(policy))
-            references.append(np.array(reference))
+            used.append(np.array(reference))
 
         grads, norm = optimizers.clip_grad_norm(grads, self.max_grad_norm)
         if np.isfinite(norm.item()):
             self.optimizer.learning_rate = learning_rate
             self.optimizer.update(self.model, grads)
             mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        return StepResult(total, norm.item(), np.concatenate(policies), np.concatenate(references))
+        return StepResult(total, norm.item(), np.concatenate(policies), np.concatenate(used))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int]) -> list[list[int]]:
         """Continue each prompt greedily, one after the other."""
@@ -160,131 +180,155 @@ class MLXBackend:
         """Return MLX's own peak, in MiB."""
         return mx.get_peak_memory() / 2**20
 
+    def _arrays(self, batch: Batch) -> dict[str, mx.array]:
+        """Lay the batch out as this backend does; what a pure function of it takes."""
+        multiple = COMPILED_MULTIPLE if self.compile else 1
+        if self.layout == "prefix":
+            made = arrays(prefix(batch, multiple=multiple), multiple)
+        else:
+            layout = plain(batch, multiple=multiple)
+            made = {"ids": layout.input_ids}
+            for name in ("hidden_index", "targets", "token_index", "token_mask"):
+                value = getattr(layout, name)
+                made[name] = np.pad(value, [*[(0, 0)] * (value.ndim - 1), (0, -value.shape[-1] % multiple)])
+        return {n: mx.array(v.astype(np.int32) if v.dtype == np.int64 else v) for n, v in made.items()}
+
     def _loss_and_grad(
-        self, batch: Batch, reference: mx.array, losses: PairLosses, pairs: int
-    ) -> tuple[tuple[mx.array, mx.array], Any]:
-        lengths, chosen, rejected = map(mx.array, (batch.lengths, batch.chosen, batch.rejected))
+        self, batch: Batch, arrays: dict[str, mx.array], reference: mx.array, losses: PairLosses, pairs: int
+    ) -> tuple[mx.array, mx.array, Any]:
+        """Return loss, the policy's summed log-probs and the adapter's gradients."""
         self.passes += 1
-        self.switch.draw = int(np.random.SeedSequence((self.seed, self.passes)).generate_state(1)[0])
+        draw = int(np.random.SeedSequence((self.seed, self.passes)).generate_state(1)[0])
 
-        def loss() -> tuple[mx.array, mx.array]:
-            policy = self._sequence_logps(batch, with_grad=True)
-            return losses(policy, reference, lengths, chosen, rejected).sum() / pairs, policy
+        def run(weights: Any, inputs: Any, reference: mx.array, sides: Any, share: mx.array, key: mx.array) -> Any:
+            def loss(weights: Any) -> tuple[mx.array, mx.array]:
+                self.model.update(weights)
+                policy = self._sums(inputs, with_grad=True)
+                return losses(policy, reference, *sides).sum() * share, policy
 
-        return nn.value_and_grad(self.model, loss)()
+            with self._borrowed(key):  # also while checkpointed layers are traced again, after `loss`
+                return mx.value_and_grad(loss)(weights)
 
-    def _token_logps(self, batch: Batch, with_grad: bool) -> tuple[mx.array, Any]:
-        layout = plain(batch)
-        hidden = self._decoder()(mx.array(layout.input_ids))
-        hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(layout.hidden_index)]
-        targets = mx.array(layout.targets)
-        return token_logps(hidden, self._project, targets, self.vocabulary, self.transform, with_grad), layout
+        sides = [mx.array(side) for side in (batch.lengths, batch.chosen, batch.rejected)]
+        inputs = (arrays, reference, sides, mx.array(1 / pairs), mx.random.key(draw))
+        (value, policy), grads = self._pure(("step", losses), run)(self.model.trainable_parameters(), *inputs)
+        return value, policy, grads
 
-    def _sequence_logps(self, batch: Batch, with_grad: bool) -> mx.array:
-        logps, layout = self._token_logps(batch, with_grad)
-        return (logps[mx.array(layout.token_index)] * mx.array(layout.token_mask)).sum(-1)
+    def _sequence_logps(self, inputs: dict[str, mx.array]) -> mx.array:
+        """Return summed log-probs without a gradient."""
 
-    def _causal_lm(self) -> Any:
-        """The text model: mlx-lm wraps that of a multimodal checkpoint once more."""
-        return getattr(self.model, "language_model", self.model)
+        def run(weights: Any, inputs: Any) -> mx.array:
+            with self._borrowed(None):
+                self.model.update(weights)
+                return self._sums(inputs, with_grad=False)
 
-    def _decoder(self) -> Any:
-        return self._causal_lm().model
+        return self._pure("sums", run)(self.model.trainable_parameters(), inputs)
+
+    def _pure(self, name: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of arrays alone, compiled if asked; a trace bakes the switch into itself, so there is one each."""
+        if not self.compile:
+            return function
+        return self._compiled.setdefault((name, self.switch.reference), mx.compile(function))
+
+    @contextmanager
+    def _borrowed(self, key: mx.array | None) -> Iterator[None]:
+        """Let a trace put its own arrays into the model, and the model's back after it."""
+        own, self.switch.key = self.model.trainable_parameters(), key
+        try:
+            yield
+        finally:
+            self.model.update(own)
+            self.switch.key = None
+
+    def _sums(self, inputs: dict[str, mx.array], with_grad: bool) -> mx.array:
+        logps = self._token_logps(inputs, with_grad)
+        return (logps[inputs["token_index"]] * inputs["token_mask"]).sum(-1)
+
+    def _token_logps(self, inputs: dict[str, mx.array], with_grad: bool) -> mx.array:
+        """Return the log-probs of the response tokens, and of those that fill up."""
+        decoder = causal_lm(self.model).model
+        if "hidden_index" in inputs:
+            hidden = decoder(inputs["ids"])
+            hidden = hidden.reshape(-1, hidden.shape[-1])[inputs["hidden_index"]]
+        else:
+            hidden = decoder(inputs["ids"], cache=[Pass(inputs, self.head_axes)] * len(self.model.layers))[0]
+        return token_logps(hidden, self._project, inputs["targets"], self.vocabulary, self.transform, with_grad)
 
     def _project(self, hidden: mx.array) -> mx.array:
-        causal_lm = self._causal_lm()
-        if "lm_head" in causal_lm:
-            return causal_lm.lm_head(hidden)
-        return causal_lm.model.embed_tokens.as_linear(hidden)
+        head = output_head(self.model)[1]
+        return head(hidden) if "lm_head" in causal_lm(self.model) else head.as_linear(hidden)
 
-    def _width(self) -> int:
-        return int(self._decoder()(mx.array([[0]])).shape[-1])
+    def _windows(self) -> list[int | None] | None:
+        """Return the window that mlx-lm gives each layer, or None where that cannot be told."""
+        probe: list[int | None] = []
+        layers = len(self.model.layers)
+        try:
+            causal_lm(self.model).model(mx.array([[0, 1]]), cache=[Pass({}, probe=probe)] * layers)
+        except MODEL_ERRORS:  # a loop that does more than run its layers
+            return None
+        return probe if len(probe) == layers else None
+
+    def _choose_layout(self, config: TrainConfig, model: str) -> None:
+        """Take the prefix layout where it agrees with the plain one on a few tokens, and say why not elsewhere."""
+        if config.layout == "plain":
+            return
+        draw = np.random.default_rng(0)
+        lengths = (5, 2, 1, 4, 2, 6)
+        rows = [draw.integers(0, self.vocabulary, length) for length in lengths]
+        batch = Batch(rows[:2], rows[2:], np.array([0, 0, 1, 1]), np.array([1, -1, 1, -1]))
+        expected = self.token_logps(batch)
+        self.layout, reason = "prefix", ""
+        for self.head_axes in (1, 2):
+            try:
+                difference = float(np.abs(self.token_logps(batch) - expected).max())
+                if difference < _tolerance(self.dtype):
+                    return
+                reason = reason or f"its log-probs would be off by {difference:.2g} nats"
+            except NoPrefix as error:
+                reason = str(error)
+            except MODEL_ERRORS as error:
+                reason = reason or f"its code does not take it ({type(error).__name__})"
+        self.layout = "plain"
+        self.layout_reason = f"plain layout: {reason}"
+        if config.layout == "prefix":
+            raise UserError(f"--layout prefix cannot be had for {model}: {reason}; use --layout plain")
 
     def _check_head(self, model: str) -> None:
         """Compare with the model's own logits on a few tokens; an unknown architecture must not be trained wrongly."""
         ids = np.random.default_rng(0).integers(0, self.vocabulary, 9)
-        logits = self.model(mx.array(ids[None, :-1]))[0].astype(mx.float32)
+        batch = Batch([ids[:1]], [ids[1:]], np.array([0]), np.array([1]))
+        try:
+            logits = self.model(mx.array(ids[None, :-1]))[0].astype(mx.float32)
+            here = self.token_logps(batch)
+        except TypeError:  # some of mlx-lm's older models insist on a cache
+            raise UserError(f"--model {model}: mlx-lm builds this architecture in a way that lite-dil does not know") from None
         logps = logits - mx.logsumexp(logits, -1, keepdims=True)
         own = np.array(mx.take_along_axis(logps, mx.array(ids[1:, None]), -1)[:, 0])
-        batch = Batch([ids[:1]], [ids[1:]], np.array([0]), np.array([1]))
-        difference = float(np.abs(own - self.token_logps(batch)).max())
-        if not difference < (1e-3 if self.dtype == mx.float32 else 0.3):
+        difference = float(np.abs(own - here).max())
+        if not difference < _tolerance(self.dtype):
             raise HeadMismatch(model, difference)
 
 
-def _folder(model: str) -> Path:
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "model*.safetensors", "*.jinja", "tokenizer.model"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"--model {model}: cannot be had from the hub ({first_line(error)})") from None
-
-
-def _load(folder: Path, name: str, config: TrainConfig) -> tuple[Any, dict[str, Any], int]:
-    """Return the model, its config and the bits that the checkpoint is quantised to (0 where it is not)."""
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if (method := (raw.get("quantization_config") or {}).get("quant_method")) == "bitsandbytes":
-        raise UserError(f"--model {name}: its weights are packed by {method}, for CUDA; give the 16-bit model, with --4bit")
-    try:
-        model, loaded = load_model(folder, lazy=True, model_config=rope_config(raw))
-    except FileNotFoundError:
-        raise UserError(f"--model {name}: no model*.safetensors in {folder}; MLX reads no other weights") from None
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"--model {name}: mlx-lm cannot load it ({first_line(error)})") from None
-    bits = int((loaded.get("quantization") or {}).get("bits", 0))
-    if config.load_in_4bit and bits not in (0, BITS):
-        raise UserError(f"--4bit: {name} is quantised to {bits} bits already; leave --4bit out")
-    return model, loaded, bits
+def _check(config: TrainConfig) -> None:
+    """Raise UserError for options that have no meaning on MLX."""
+    shared = "is for the cuda backend; on Apple silicon the GPU uses the computer's own memory already"
+    refused = {
+        "--optim paged_adamw_8bit is for the cuda and cpu backends; use adamw with mlx": config.optim == "paged_adamw_8bit",
+        "--dtype float16 is for the cuda backend, which scales the loss for it; use bfloat16 with mlx": config.dtype
+        == "float16",
+        "--layout packed is for the cuda and cpu backends; mlx has prefix": config.layout == "packed",
+        f"--offload-activations {shared}": config.offload_activations,
+        f"--offload-embeddings {shared}": config.offload_embeddings,
+        "--no-fused-layers is for the cuda and cpu backends; mlx has no such layers, leave it out": not config.fused_layers,
+    }
+    problems = [text for text, given in refused.items() if given]
+    if problems:
+        raise UserError(gather(problems, "these options cannot be used with mlx:") if len(problems) > 1 else problems[0])
 
 
-def rope_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what to add to a config.json so that mlx-lm rotates as the model was trained to.
-
-    transformers 5 writes ``rope_parameters``, which mlx-lm 0.32 does not read for Llama and others: it takes theta 10000
-    instead and says nothing.
-    """
-    if "text_config" in config:
-        return {"text_config": config["text_config"] | rope_config(config["text_config"])}
-    rope = config.get("rope_parameters")
-    if not rope:
-        return {}
-    added: dict[str, Any] = {}
-    if rope.keys() == {"full_attention", "sliding_attention"}:  # Gemma 3: one rope a layer type
-        added["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        rope = rope["full_attention"]
-    if "rope_theta" not in rope:
-        raise UserError(f"config.json: rope_parameters has {', '.join(rope)}; expected rope_theta, which mlx-lm must be told")
-    added["rope_theta"] = rope["rope_theta"]
-    added["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-    if "partial_rotary_factor" in rope:
-        added["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    return added
-
-
-def _set_dtype(model: Any, name: str, pre_quantised: bool) -> mx.Dtype:
-    """Cast the floating weights (lazily) and return the type that the model computes in."""
-    if name == "auto" and pre_quantised:
-        own = next(value.dtype for key, value in tree_flatten(model.parameters()) if key.endswith("scales"))
-        # A quantised checkpoint keeps its scales: rounding them again would be another model. float16 would need loss
-        # scaling, and goes to float32, which holds it exactly.
-        dtype = own if own in (mx.bfloat16, mx.float32) else mx.float32
-    elif name == "auto":
-        dtype = mx.bfloat16 if mx.metal.is_available() else mx.float32
-    else:
-        dtype = getattr(mx, name)
-    model.set_dtype(dtype)
-    return dtype
-
-
-def _load_tensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return {name: np.array(value.astype(mx.float32)) for name, value in mx.load(str(path)).items()}
-    except RuntimeError as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+def _tolerance(dtype: mx.Dtype) -> float:
+    """How far two ways of computing the same log-probs may be apart, in nats."""
+    return 1e-3 if dtype == mx.float32 else 0.3
 
 
 def _keys(model: Any, adapter: adapters.Adapter) -> list[str]:

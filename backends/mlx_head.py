@@ -49,20 +49,21 @@ def _chunk(
             logits = transform.cap * mx.tanh(logits / transform.cap)
         return logits
 
-    def logps_of(logits: mx.array) -> tuple[mx.array, mx.array]:
-        normaliser = mx.logsumexp(logits, -1, keepdims=True)
-        return (mx.take_along_axis(logits, targets, -1) - normaliser)[:, 0], normaliser
+    def logps_of(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        # logsumexp and softmax from one exp, which is what MLX is slow at on a CPU
+        logits = logits - logits.max(-1, keepdims=True)
+        powers = mx.exp(logits)
+        total = powers.sum(-1, keepdims=True)
+        return (mx.take_along_axis(logits, targets, -1) - mx.log(total))[:, 0], powers, total
 
     if not with_grad:
         return logps_of(logits_of(hidden))[0]
 
     @mx.custom_function
     def value_and_slope(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        logits = logits_of(hidden)
-        values, normaliser = logps_of(logits)
+        values, powers, total = logps_of(logits_of(hidden))
         # d logp / d logits = onehot(target) - softmax(logits), and a token's log-prob depends on its own hidden state only.
-        onehot = mx.arange(logits.shape[-1]) == targets
-        slope = mx.where(onehot, 1.0, 0.0) - mx.exp(logits - normaliser)
+        slope = mx.put_along_axis(powers * (-1 / total), targets, 1 - mx.exp(values[:, None]), -1)
         _, (slope,) = mx.vjp(logits_of, [hidden], [slope])
         (values,) = mx.depends([values], [slope])  # so that the next chunk waits for the whole of this one
         return values, slope

@@ -1,8 +1,6 @@
-"""A LoRA layer for MLX that can be switched off exactly, and per-instance gradient checkpointing."""
+"""A LoRA layer for MLX that can be switched off exactly."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,13 +13,13 @@ from lite_dil.adapters import Adapter
 class Switch:
     """What all the adapted layers of a model share.
 
-    `reference`: whether the model is the reference just now. `draw`: the seed of this pass's dropout masks, so that a layer
-    that is computed again for the backward pass drops the same.
+    `reference`: whether the model is the reference just now. `key`: of this pass's dropout masks, an array, so that a layer
+    that is computed again for the backward pass drops the same, and a compiled step does not drop the same every time.
     """
 
     def __init__(self) -> None:
         self.reference = False
-        self.draw = 0
+        self.key: mx.array | None = None
 
 
 class LoRALinear(nn.Module):
@@ -58,7 +56,9 @@ class LoRALinear(nn.Module):
         if not (self.training and self.dropout):
             return x
         keep = 1 - self.dropout
-        mask = mx.random.bernoulli(keep, x.shape, key=mx.random.key((self.switch.draw << 16) + self.index))
+        # A layer runs on prompts and responses apart: their sizes keep the two from dropping alike.
+        key = self.switch.key + mx.array([x.size, self.index], mx.uint32)
+        mask = mx.random.bernoulli(keep, x.shape, key=key)
         return mask * x / keep
 
 
@@ -88,23 +88,3 @@ def add_lora(model: nn.Module, adapter: Adapter, dropout: float, keep_initial: b
         adapted.append((name, layer))
     model.update_modules(tree_unflatten(adapted))
     return switch
-
-
-def checkpoint_layers(model: nn.Module) -> None:
-    """Make each decoder block keep only its input for the backward pass.
-
-    mlx-lm's grad_checkpoint patches the block's class for the whole process; here each instance gets a class of its own.
-    """
-    for layer in model.layers:
-        layer.__class__ = _checkpointed(type(layer))
-
-
-def _checkpointed(kind: type) -> type:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        def inner(parameters: Any, *args: Any, **kwargs: Any) -> Any:
-            self.update(parameters)
-            return kind.__call__(self, *args, **kwargs)
-
-        return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
-
-    return type(f"Checkpointed{kind.__name__}", (kind,), {"__call__": call})

@@ -92,7 +92,7 @@ class TorchBackend:
         bits += f", {config.head_bits}-bit head" if config.head_bits else ""
         bits += ", unsloth" if self.unsloth else ""
         where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        self.description = f"{device} ({where}), {self.dtype_name}{bits}"
+        self.description = f"{device} ({where}), {self.dtype_name}{bits}, {self.layout} layout"
         kernels = " unsloth" if self.unsloth else ""
         self.identity = f"torch {self.dtype_name}{' nf4' if in_4bit else ''} head {config.head_bits or 16}{kernels}"
 

@@ -67,7 +67,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
             raise UserError(f"--resume {resume}: {config.data} is not the data that this run was trained on; start a new run")
         progress = saved
     backend = backends.load(config.backend, config, model)
-    display.say(f"{config.model} on {backend.description}, {backend.layout} layout")
+    display.say(f"{config.model} on {backend.description}")
     if backend.layout_reason:
         display.say(backend.layout_reason)
     schedule = Schedule(config, examples, backend.layout)

@@ -51,8 +51,8 @@ def lora_gradients(backend: Any) -> list[np.ndarray]:
     backend.model.update(fill)
     data = batch()
     with backend.adapter_off():
-        reference = backend._sequence_logps(data, with_grad=False)
-    _, gradients = backend._loss_and_grad(data, reference, pair_losses(config()), data.pairs)
+        reference = backend._sequence_logps(backend._arrays(data))
+    _, _, gradients = backend._loss_and_grad(data, backend._arrays(data), reference, pair_losses(config()), data.pairs)
     return [np.array(value) for _, value in sorted(tree_flatten(gradients))]
 
 

@@ -14,7 +14,7 @@ from conftest import bare_model, batch, config, examples, load, make_checkpoint,
 
 from lite_dil import backends
 from lite_dil.batch import Batch
-from lite_dil.layouts import plain
+from lite_dil.layouts import plain, prefix
 from lite_dil.metrics import pair_losses
 
 
@@ -97,7 +97,13 @@ def test_padding_pad_id_and_order_change_nothing(backend_name: str, tiny: str, m
     module = __import__(f"lite_dil.backends.{'mlx' if backend_name == 'mlx' else 'torch'}", fromlist=["plain"])
     for pad_id, multiple in ((7, 1), (500, 64)):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "plain", lambda data, p=pad_id, m=multiple: plain(data, pad_id=p, multiple=m))
+            for layout in (plain, prefix):
+                patch.setattr(
+                    module,
+                    layout.__name__,
+                    lambda data, layout=layout, p=pad_id, m=multiple, **_: layout(data, pad_id=p, multiple=m),
+                    raising=False,
+                )
             np.testing.assert_allclose(backend.sequence_logps(data), logps, atol=5e-5)
             assert step(backend, [data], rate=0.0).grad_norm == pytest.approx(norm, rel=1e-4)
     backwards = Batch.of(examples(4)[::-1])

@@ -37,8 +37,8 @@ def gradients(name: str, model: str, data: Batch, **changes: Any) -> tuple[dict[
 
         backend.model.update(tree_unflatten([(k, mx.array(v)) for k, v in values.items()]))
         with backend.adapter_off():
-            reference = backend._sequence_logps(data, with_grad=False)
-        _, grads = backend._loss_and_grad(data, reference, losses, data.pairs)
+            reference = backend._sequence_logps(backend._arrays(data))
+        _, _, grads = backend._loss_and_grad(data, backend._arrays(data), reference, losses, data.pairs)
         return {k: np.array(v) for k, v in tree_flatten(grads)}, backend.token_logps(data)
     parameters = {
         k.removeprefix("base_model.model.")
@@ -130,7 +130,7 @@ SMALL = {
     "pad_token_id": 2,
 }
 ARCHITECTURES = {
-    "soft-capped (Gemma 2)": Gemma2Config(**SMALL, final_logit_softcapping=3.0, query_pre_attn_scalar=16, sliding_window=256),
+    "soft-capped (Gemma 2)": Gemma2Config(**SMALL, final_logit_softcapping=3.0, query_pre_attn_scalar=16, sliding_window=2048),
     "divided (Granite)": GraniteConfig(**{**SMALL, "logits_scaling": 4.0}),
     "multiplied (Cohere)": CohereConfig(**{**SMALL, "logit_scale": 0.25}),
     "Qwen 3": Qwen3Config(**SMALL),

@@ -1,0 +1,229 @@
+"""The prefix layout on mlx-lm's unmodified models: a prompt is computed once, and only what is read is computed after it.
+
+The decoder's own loop runs once, over one row of all real tokens: those of the prompts, then those of the responses. Its
+layers are handed a `Pass` in the place of a cache. A layer runs on the prompts, hands their keys and values to the responses
+and runs on these: one pure function a layer, which can be checkpointed. Norms, MLPs and adapters see no padding; attention
+alone sees blocks, (prompts, columns) padded on the left and (responses, columns) padded on the right.
+
+The responses' part of a row holds, for each response token, the token before it: the last prompt token, then the response
+without its last token. So it is exactly what is read, in the last layer nothing else is computed beyond the prompts' keys and
+values (MLX computes nothing whose result is not used), and the hidden states come out in the order of the response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from lite_dil.layouts import Prefix
+
+ATTENTION = ("self_attn", "attention", "attn")
+MLP = ("mlp", "block_sparse_moe", "feed_forward")
+
+
+class NoPrefix(Exception):
+    """The model cannot have the prefix layout; the text says why."""
+
+
+class Window(NamedTuple):
+    """What stands for a mask in the model's own loop: how far back a token sees, or None for all of it."""
+
+    size: int | None
+
+
+def arrays(layout: Prefix, multiple: int = 1) -> dict[str, np.ndarray]:
+    """Turn a prefix layout into the arrays of a `Pass`; rows are filled up to a multiple of this many tokens.
+
+    Returns:
+        ids: (1, Tp + Tr), prompts without their last tokens, then the token before each response token.
+        prompt_from: (B, columns), which of the Tp tokens is where in the prompts' block; prompt_mask: true on tokens.
+        prompt_at: (Tp,), the flat place of each token in that block.
+        response_at: (Tr,), the same in the (n, R) block; `token_index`, (n, R), is its inverse.
+        owner: (n,), the prompt of each response; left out where each prompt has the same number of them, in order.
+        targets, token_mask: as in the layout, filled up.
+    """
+    mask = layout.prompt_mask[:, :-1]
+    if not mask.any():  # prompts of a single token each, which belongs to the responses' part
+        mask = np.zeros((len(mask), 1), bool)
+    prompt_ids, prompt_at = layout.prompt_ids[:, :-1][layout.prompt_mask[:, :-1]], np.flatnonzero(mask)
+    before = np.concatenate([layout.prompt_ids[layout.owner, -1:], layout.response_ids[:, :-1]], 1)
+    rows, width = before.shape
+    token_index, token_mask = (_widened(array, width) for array in (layout.token_index, layout.token_mask))
+    made = {
+        "ids": np.concatenate([_filled(prompt_ids, multiple), _filled(before.ravel()[layout.hidden_index], multiple)])[None],
+        "prompt_from": np.where(mask, np.cumsum(mask).reshape(mask.shape) - 1, 0),
+        "prompt_mask": mask,
+        "prompt_at": _filled(prompt_at, multiple),
+        "response_at": _filled(layout.hidden_index, multiple),
+        "targets": _filled(layout.targets, multiple),
+        "token_index": token_index,
+        "token_mask": token_mask,
+    }
+    if rows % len(mask) or (layout.owner != np.repeat(np.arange(len(mask)), rows // len(mask))).any():
+        made["owner"] = layout.owner
+    return made
+
+
+class Pass:
+    """One pass through the decoder, in the place of each layer's cache.
+
+    Args:
+        arrays: what `arrays` returns, as MLX arrays.
+        head_axes: how many axes of heads the model's scores have between batch and tokens: 1, or 2 (Gemma 2).
+        probe: a list that collects each layer's `Window`; no layer computes anything then.
+    """
+
+    offset = 0  # the loops of some models ask for it
+
+    def __init__(self, arrays: dict[str, mx.array], head_axes: int = 1, probe: list[int | None] | None = None) -> None:
+        self.arrays, self.head_axes, self.probe = arrays, head_axes, probe
+        self._masks: dict[int | None, tuple[mx.array, ...]] = {}
+
+    def make_mask(self, *_: Any, window_size: int | None = None, **__: Any) -> Window:
+        """Answer mlx-lm's create_attention_mask."""
+        return Window(window_size)
+
+    def run(self, block: Callable[..., mx.array], x: mx.array, window: Any, last: bool) -> mx.array:
+        """Run a decoder block on (1, Tp + Tr, width); the last one returns the responses' part alone."""
+        if not isinstance(window, Window):
+            raise NoPrefix("the model makes its attention masks itself")
+        if self.probe is not None:
+            self.probe.append(window.size)
+            return x
+        split = self.arrays["prompt_at"].shape[0]
+        prompt_mask, response_mask = self.masks(window.size, x.dtype)
+        prompts = Prompts(self.arrays, prompt_mask)
+        prompts_out = block(x[:, :split], prompt_mask, prompts)
+        if prompts.keys is None:
+            raise NoPrefix("not every layer is attention over keys and values")
+        responses_out = block(x[:, split:], response_mask, Responses(self.arrays, response_mask, prompts))
+        return responses_out if last else mx.concatenate([prompts_out, responses_out], 1)
+
+    def masks(self, window: int | None, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+        """Return who sees whom: (B, 1, columns, columns) and (n, 1, R, columns + R), to be added to scores.
+
+        Sums are many times faster than a choice by a bool mask on a CPU, and as fast on Metal.
+        """
+        if window not in self._masks:
+            keys = self.arrays["prompt_mask"]
+            columns, width = keys.shape[1], self.arrays["token_index"].shape[1]
+            prompts = (keys[:, None] & _causal(columns, columns, window)) | mx.eye(columns, dtype=mx.bool_)
+            rows = _to_responses(keys, self.arrays)
+            keys = mx.concatenate([rows, mx.ones((len(rows), width), mx.bool_)], 1)
+            responses = keys[:, None] & _causal(width, columns + width, window)
+            axes = tuple(range(1, 1 + self.head_axes))
+            seen, unseen = mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype)
+            self._masks[window] = tuple(mx.expand_dims(mx.where(mask, seen, unseen), axes) for mask in (prompts, responses))
+        return self._masks[window]
+
+
+class Prompts:
+    """The cache of a block's run on the prompts: it remembers their keys and values."""
+
+    offset = 0
+
+    def __init__(self, arrays: dict[str, mx.array], mask: mx.array) -> None:
+        self.mask, self.places, self.back = mask, arrays["prompt_from"], arrays["prompt_at"]
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Answer the model's attention."""
+        if self.keys is not None:
+            raise NoPrefix("a layer attends more than once")
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class Responses:
+    """The cache of a block's run on the responses: it puts the prompts' keys and values before theirs."""
+
+    def __init__(self, arrays: dict[str, mx.array], mask: mx.array, prompts: Prompts) -> None:
+        self.mask, self.places, self.back = mask, arrays["token_index"], arrays["response_at"]
+        self.arrays, self.prompts = arrays, prompts
+        self.offset = prompts.places.shape[1]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Answer the model's attention."""
+        past = [_to_responses(array, self.arrays) for array in (self.prompts.keys, self.prompts.values)]
+        return mx.concatenate([past[0], keys], 2), mx.concatenate([past[1], values], 2)
+
+
+def wrap_layers(model: nn.Module, checkpointing: str) -> None:
+    """Teach each decoder block to run a `Pass`, and to keep as little for the backward pass as asked.
+
+    Args:
+        checkpointing: "off"; "selective", a block's MLP is computed again; "full", a block keeps only its input.
+
+    Instances get a class of their own: mlx-lm's grad_checkpoint patches the class for the whole process.
+    """
+    for layer in model.layers:
+        if name := next((name for name in ATTENTION if name in layer), None):
+            layer[name].__class__ = _attention(type(layer[name]))
+        if checkpointing == "selective" and (name := next((name for name in MLP if name in layer), None)):
+            layer[name].__class__ = _checkpointed(type(layer[name]))
+        layer.__class__ = _block(type(layer), last=layer is model.layers[-1], checkpoint=checkpointing == "full")
+
+
+def _attention(kind: type) -> type:
+    def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        cache = kwargs.get("cache", args[-1] if args else None)
+        if not isinstance(cache, (Prompts, Responses)):
+            return kind.__call__(self, x, *args, **kwargs)
+        out = kind.__call__(self, x[0][cache.places], cache.mask, cache)
+        return out.reshape(-1, out.shape[-1])[cache.back][None]
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _block(kind: type, last: bool, checkpoint: bool) -> type:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        whole = [*args, *kwargs.values()]
+        if not any(isinstance(arg, Pass) for arg in whole):
+            return kind.__call__(self, *args, **kwargs)
+        if len(whole) != 3 or not isinstance(whole[2], Pass):
+            raise NoPrefix("a layer takes more than hidden states, a mask and a cache")
+        if not any(name in self for name in ATTENTION):
+            raise NoPrefix("not every layer is attention over keys and values")
+        x, window, cache = whole
+        return cache.run(lambda *args: kind.__call__(self, *args), x, window, last)
+
+    made = type(kind.__name__, (kind,), {"__call__": forward})
+    return _checkpointed(made) if checkpoint else made
+
+
+def _checkpointed(kind: type) -> type:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def inner(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            self.update(parameters)
+            return kind.__call__(self, *args, **kwargs)
+
+        return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _to_responses(of_prompts: mx.array, arrays: dict[str, mx.array]) -> mx.array:
+    """Repeat what belongs to each prompt, (B, ...), for each of its responses, (n, ...)."""
+    if "owner" in arrays:
+        return of_prompts[arrays["owner"]]
+    return mx.repeat(of_prompts, arrays["token_index"].shape[0] // of_prompts.shape[0], 0)
+
+
+def _causal(queries: int, keys: int, window: int | None) -> mx.array:
+    """(queries, keys) bool: the queries are the last of the keys."""
+    query, key = mx.arange(keys - queries, keys)[:, None], mx.arange(keys)
+    seen = query >= key
+    return seen if window is None else seen & (query < key + window)
+
+
+def _filled(array: np.ndarray, multiple: int) -> np.ndarray:
+    return np.pad(array, (0, max(1, -(-len(array) // multiple)) * multiple - len(array)))
+
+
+def _widened(array: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(array, ((0, 0), (0, width - array.shape[1])))
