@@ -1,7 +1,7 @@
 """Attention over a packed row, for transformers' models: each prompt once, its responses after it, many pairs end to end.
 
-On CUDA it is FlexAttention with a block mask. On a CPU it is the flash kernel, called on the pieces of a row that need no
-mask (a prompt on itself, the responses on their prompt, each response on itself), which their log-sum-exps put together.
+On CUDA it is FlexAttention with a block mask. On a CPU it is a function of its own, which takes a block of queries at a time
+and leaves out the keys that no query of it can see: no mask is larger than such a block.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lite_dil.layouts import Packed, Segment
@@ -22,8 +21,7 @@ from lite_dil.layouts import Packed, Segment
 NAME = "lite_dil_packed"
 BLOCK = 128  # FlexAttention's blocks; rows on CUDA are padded to a multiple of it
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+QUERIES = 64  # in a block on a CPU: its scores over some hundred keys stay in the cache
 
 
 class Unsupported(Exception):
@@ -108,66 +106,135 @@ def attention(
     window = sliding_window if sliding_window is not None and sliding_window < row.longest else None
     if query.device.type == "cuda":
         return _flex(query, key, value, row, scale, softcap, window), None
-    if softcap or window or value.shape[-1] != query.shape[-1]:
-        return _dense(query, key, value, row, scale, softcap, window), None
     last = getattr(module, "layer_idx", None) == row.last_layer
-    return _Pieces.apply(query, key, value, row.segments, scale, last), None
+    return _Blocks.apply(query, key, value, row.segments, Scores(scale, softcap or 0.0, window), last), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
 
 
-def pieces(segments: tuple[Segment, ...], last: bool) -> Iterator[tuple[slice, slice, bool, bool]]:
-    """Return the attentions that a row consists of, none of which needs a mask: queries, keys, causal, continued.
+class Scores(NamedTuple):
+    """What becomes of a query's product with a key: scaled, capped by ``cap * tanh(s / cap)``, and seen within a window."""
 
-    `last` leaves out all queries of a prompt but its last token. A continued piece adds to the one before it.
-    """
+    scale: float
+    cap: float
+    window: int | None
+
+
+class Unit(NamedTuple):
+    """Queries of a row, and the keys before and among them: a prompt, or a response after its prompt."""
+
+    rows: slice
+    prompt: slice
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Take this unit's keys or values, (heads, n, width), from the row's."""
+        if self.rows.stop == self.prompt.stop:
+            return x[:, self.prompt]
+        return torch.cat((x[:, self.prompt], x[:, self.rows]), 1)
+
+    def blocks(self, window: int | None) -> Iterator[tuple[slice, slice, int]]:
+        """Return the blocks of queries, which of `keys` each can see, and the place of its first query among them."""
+        response = self.rows.stop != self.prompt.stop
+        first = (self.prompt.stop if response else self.rows.start) - self.prompt.start
+        for start in range(self.rows.start, self.rows.stop, QUERIES):
+            stop = min(start + QUERIES, self.rows.stop)
+            place = first + start - self.rows.start
+            low = 0 if window is None else max(0, place - window + 1)
+            yield slice(start, stop), slice(low, place + stop - start), place
+
+
+def units(segments: tuple[Segment, ...], last: bool) -> Iterator[Unit]:
+    """Return what a row consists of; `last` leaves out all queries of a prompt but its last token."""
     for segment in segments:
-        start, at = segment.start, segment.start + segment.prompt
-        prompt = slice(start, at)
-        yield (slice(at - 1, at), prompt, False, False) if last else (prompt, prompt, True, False)
-        if segment.responses:
-            yield slice(at, at + sum(segment.responses)), prompt, False, False
+        at = segment.start + segment.prompt
+        prompt = slice(segment.start, at)
+        yield Unit(slice(at - 1, at) if last else prompt, prompt)
         for length in segment.responses:
-            yield slice(at, at + length), slice(at, at + length), True, True
+            yield Unit(slice(at, at + length), prompt)
             at += length
 
 
-class _Pieces(torch.autograd.Function):
-    """The flash kernel over a row's pieces. Keeps queries, keys, values, the result and its log-sum-exp."""
+def _scores(q: Tensor, keys: Tensor, seen: slice, place: int, of: Scores) -> Tensor:
+    """Return (heads, group, queries, keys) float32 scores, -inf where a key is not to be seen.
+
+    Args:
+        q: (heads, group, queries, width), already scaled; `keys` is (heads, width, all keys of the unit), both float32.
+    """
+    heads, group, queries, width = q.shape
+    scores = torch.bmm(q.reshape(heads, group * queries, width), keys[:, :, seen]).view(heads, group, queries, -1)
+    if of.cap:
+        scores.div_(of.cap).tanh_().mul_(of.cap)
+    row = torch.arange(place, place + queries)[:, None]
+    if of.window is None:  # only the keys among the queries can come too late
+        scores[..., -queries:].masked_fill_(torch.arange(place, place + queries) > row, -torch.inf)
+    else:
+        key = torch.arange(seen.start, seen.stop)
+        scores.masked_fill_((key > row) | (key <= row - of.window), -torch.inf)
+    return scores
+
+
+class _Blocks(torch.autograd.Function):
+    """Keeps queries, keys, values, the result and its log-sum-exp. Scores and softmax are float32 in every type."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], scale: float, last: bool) -> Tensor:
-        _, heads, tokens, width = q.shape
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], of: Scores, last: bool) -> Tensor:
+        heads, tokens = k.shape[1], q.shape[2]
         # Laid out as what follows wants it, so that it is not copied there.
-        out = q.new_zeros(1, tokens, heads, width).transpose(1, 2)
-        total = torch.zeros(1, heads, tokens, dtype=torch.float32)
-        for rows, columns, causal, continued in pieces(segments, last):
-            part, logs = _flash(q[:, :, rows], k[:, :, columns], v[:, :, columns], 0.0, causal, scale=scale)
-            if continued:
-                before = total[:, :, rows]
-                both = torch.logaddexp(before, logs)
-                old = out[:, :, rows].float().mul_((before - both).exp_().unsqueeze(-1))
-                part, logs = old.addcmul_(part.float(), (logs - both).exp_().unsqueeze(-1)), both
-            out[:, :, rows], total[:, :, rows] = part, logs
-        ctx.save_for_backward(q, k, v, out, total)
-        ctx.of = segments, scale, last
-        return out.transpose(1, 2)
+        result = q.new_zeros(1, tokens, q.shape[1], v.shape[-1])
+        out = result[0].unflatten(1, (heads, -1)).permute(1, 2, 0, 3)  # (key heads, group, tokens, width)
+        grouped = q[0].unflatten(0, (heads, -1))
+        total = torch.zeros(grouped.shape[:3], dtype=torch.float32)
+        for unit in units(segments, last):
+            keys, values = unit.keys(k[0]).float().transpose(1, 2).contiguous(), unit.keys(v[0])
+            for rows, seen, place in unit.blocks(of.window):
+                scores = _scores(grouped[:, :, rows].float() * of.scale, keys, seen, place, of)
+                top = scores.amax(-1, keepdim=True)
+                weights = scores.sub_(top).exp_()
+                mass = weights.sum(-1, keepdim=True)
+                mixed = torch.bmm(weights.to(v.dtype).flatten(1, 2), values[:, seen])
+                out[:, :, rows] = mixed.view(*weights.shape[:3], -1) / mass
+                total[:, :, rows] = (top + mass.log())[..., 0]
+        ctx.save_for_backward(q, k, v, result, total)
+        ctx.of = segments, of, last
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, total = ctx.saved_tensors
-        segments, scale, last = ctx.of
-        grad = grads[0].transpose(1, 2)
-        grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
-        for rows, columns, causal, _ in pieces(segments, last):
-            # With the result and the log-sum-exp of the whole, the kernel differentiates each piece of it.
-            kept = [x[:, :, rows] for x in (grad, q)] + [x[:, :, columns] for x in (k, v)] + [out[:, :, rows]]
-            parts = _flash_backward(*kept, total[:, :, rows].contiguous(), 0.0, causal, scale=scale)
-            grad_q[:, :, rows] += parts[0]
-            grad_k[:, :, columns] += parts[1]
-            grad_v[:, :, columns] += parts[2]
-        return grad_q, grad_k, grad_v, None, None, None
+        q, k, v, result, total = ctx.saved_tensors
+        segments, of, last = ctx.of
+        heads = k.shape[1]
+        out, grad = (x[0].unflatten(1, (heads, -1)).permute(1, 2, 0, 3) for x in (result, grads[0]))
+        grouped = q[0].unflatten(0, (heads, -1))
+        grad_q = torch.zeros_like(q)
+        grad_k, grad_v = (torch.zeros(x.shape[1:], dtype=torch.float32) for x in (k, v))
+        into_q = grad_q[0].unflatten(0, (heads, -1))
+        for unit in units(segments, last):
+            keys, values = unit.keys(k[0]), unit.keys(v[0]).transpose(1, 2).contiguous()
+            wide = keys.float().transpose(1, 2).contiguous()
+            own_k, own_v = torch.zeros(keys.shape, dtype=torch.float32), torch.zeros(values.mT.shape, dtype=torch.float32)
+            for rows, seen, place in unit.blocks(of.window):
+                here = grouped[:, :, rows]
+                scores = _scores(here.float() * of.scale, wide, seen, place, of)
+                slope = 1 - (scores / of.cap).square_() if of.cap else None
+                weights = scores.sub_(total[:, :, rows, None]).exp_()
+                back = grad[:, :, rows]
+                # d score = weight * (d weight - sum(d weight * weight)), and the sum is that of grad * out
+                mean = (back.float() * out[:, :, rows].float()).sum(-1, keepdim=True)
+                flat = back.flatten(1, 2)
+                grad_s = torch.bmm(flat, values[:, :, seen]).float().view_as(weights).sub_(mean).mul_(weights)
+                if slope is not None:
+                    grad_s.mul_(slope.nan_to_num_(neginf=0.0))
+                own_v[:, seen] += torch.bmm(weights.to(v.dtype).flatten(1, 2).mT, flat)
+                grad_s = grad_s.mul_(of.scale).to(q.dtype).flatten(1, 2)
+                into_q[:, :, rows] = torch.bmm(grad_s, keys[:, seen]).view_as(here)
+                own_k[:, seen] += torch.bmm(grad_s.mT, here.flatten(1, 2))
+            size = unit.prompt.stop - unit.prompt.start
+            for whole, own in ((grad_k, own_k), (grad_v, own_v)):
+                whole[:, unit.prompt] += own[:, :size]
+                if own.shape[1] > size:
+                    whole[:, unit.rows] += own[:, size:]
+        return grad_q, grad_k[None].to(k.dtype), grad_v[None].to(v.dtype), None, None, None
 
 
 def _allowed(row: Row, window: int | None) -> Callable[[Any, Any, Any, Any], Any]:
@@ -188,28 +255,6 @@ def _allowed(row: Row, window: int | None) -> Callable[[Any, Any, Any, Any], Any
         return mask if window is None else mask & (position[q] - position[k] < window)
 
     return allowed
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float, softcap: float | None, window: int | None) -> Tensor:
-    """Attention with a soft cap or a window, on a CPU: a prompt and its responses at a time, with a mask of that size."""
-    allowed = _allowed(row, window)
-    parts = []
-    for segment in row.segments:
-        end = segment.start + segment.prompt + sum(segment.responses)
-        here = torch.arange(segment.start, end)
-        if (mask := row.masks.get((segment, window))) is None:
-            mask = row.masks[segment, window] = allowed(0, 0, here[:, None], here[None, :])
-        own_q, own_k, own_v = (x[:, :, segment.start : end] for x in (q, k, v))
-        if softcap:
-            own_k, own_v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (own_k, own_v))
-            scores = torch.tanh(own_q @ own_k.transpose(-1, -2) * scale / softcap) * softcap
-            weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
-            parts.append(weights @ own_v)
-        else:
-            parts.append(F.scaled_dot_product_attention(own_q, own_k, own_v, mask, scale=scale, enable_gqa=True))
-    rest = q.shape[2] - sum(part.shape[2] for part in parts)
-    parts.append(q.new_zeros(1, q.shape[1], rest, v.shape[-1]))
-    return torch.cat(parts, 2).transpose(1, 2)
 
 
 @cache
