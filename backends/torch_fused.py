@@ -103,7 +103,7 @@ class GatedMLP:
 
     def tiles(self, tokens: int) -> Iterator[slice]:
         """Return the pieces in which tokens go through: one where nothing is computed again."""
-        size = max(64, TILE_ELEMENTS // self.gate.layer.out_features) if self.recompute else tokens
+        size = max(16, TILE_ELEMENTS // self.gate.layer.out_features) if self.recompute else tokens
         return (slice(start, start + size) for start in range(0, tokens, size))
 
 

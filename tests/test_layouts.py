@@ -87,6 +87,10 @@ def test_rows_of_a_layout_hold_every_pair_once_within_their_limits(layout: str) 
         assert len(both) > 5 or computed_tokens(both, layout) > 150
 
 
+def test_a_row_holds_no_more_pairs_than_asked() -> None:
+    assert [row.pairs for row in plan([PAIRS[0]] * 7, "packed", 3, 10**6)] == [3, 3, 1]
+
+
 def test_a_pair_longer_than_a_row_goes_alone() -> None:
     rows = plan([Example((1,) * 50, ((2,), (3,)), (1, -1)), *PAIRS], "packed", 8, 20)
     assert [row.pairs for row in rows] == [1, 2]

@@ -43,7 +43,9 @@ def test_a_prompt_and_its_response_are_kept_apart(tmp_path: Path) -> None:
     cache.add(pair([1, 2], [3]), np.array([-1.0], np.float32))
     assert cache.lookup(pair([1], [2, 3])) is None
     assert cache.lookup(pair([1, 2], [4])) is None
-    assert cache.lookup(pair([1, 2], [3])) is not None
+    cache.add(pair([1], [2, 3]), np.array([-2.0], np.float32))
+    assert cache.lookup(pair([1, 2], [3])) == [-1.0]
+    assert cache.lookup(pair([1], [2, 3])) == [-2.0]
 
 
 def test_damaged_and_torn_records_are_computed_again(tmp_path: Path) -> None:
@@ -151,6 +153,16 @@ def test_the_cache_holds_what_the_loop_computes(backend_name: str, tiny: str, tm
         assert one["log_ratio/chosen"] == pytest.approx(other["log_ratio/chosen"], abs=1e-5)
         assert one["logps/chosen"] == pytest.approx(other["logps/chosen"], abs=1e-4)
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_what_several_passes_of_a_step_compute_is_remembered_for_the_right_answers(tiny: str, tmp_path: Path) -> None:
+    small = {"batch_size": 1, "gradient_accumulation_steps": 4, "layout": "plain"}
+    run("cpu", tiny, tmp_path, "filling", **small)
+    again = run("cpu", tiny, tmp_path, "again", **small)
+    without = run("cpu", tiny, tmp_path, "without", reference_cache=str(tmp_path / "other"), **small)
+    for one, other in zip(again, without, strict=True):
+        assert (one["reference_passes"], other["reference_passes"] > 0) == (0, True)
+        assert one["log_ratio/chosen"] == other["log_ratio/chosen"]
 
 
 def test_precomputing_goes_on_where_it_was_stopped(tiny: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from lite_dil.backends import torch_packed
+from lite_dil.backends import torch_fused, torch_packed
 from lite_dil.backends.torch_packed import Row
 from lite_dil.batch import Batch
 from lite_dil.errors import UserError
@@ -223,6 +223,16 @@ def test_no_mask_is_larger_than_a_pair(tiny: str) -> None:
     with LargestTensor() as seen:
         backend.step([data], pair_losses(config()), 1e-3)
     assert seen.largest < 1500 * 1500 / 4
+
+
+def test_an_mlp_that_is_computed_again_goes_in_tiles(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = batch(8)
+    expected = gradients(load("cpu", tiny, max_grad_norm=1e9), data)
+    monkeypatch.setattr(torch_fused, "TILE_ELEMENTS", 128 * 20)  # 20 tokens
+    backend = load("cpu", tiny, gradient_checkpointing="selective", max_grad_norm=1e9)
+    with Widths(128) as seen:
+        assert_same(expected, gradients(backend, data))
+    assert max(seen.rows) == 20 < data.shared_tokens / 4
 
 
 def test_fused_layers_keep_less(tiny: str) -> None:
