@@ -42,6 +42,7 @@ from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
 from lite_dil.errors import OutOfMemory, UserError, first_line
 from lite_dil.layouts import Layout, packed, plain
+from lite_dil.memory import keep_freed_memory, peak_rss_mb
 
 POLICY, REFERENCE = "default", "reference"
 
@@ -53,6 +54,8 @@ class TorchBackend:
         self.name = device
         self.device = torch.device(device)
         _check_options(config, device)
+        if device == "cpu":
+            keep_freed_memory()
         self.dtype = compute_dtype(config.dtype, device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         initial = adapters.read(config.init_adapter, load_tensors) if config.init_adapter else None
@@ -213,8 +216,6 @@ class TorchBackend:
         """Return the allocator's peak on a GPU, the process's on a CPU, in MiB."""
         if self.name == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        from lite_dil.memory import peak_rss_mb
-
         return peak_rss_mb()
 
     def _policy_parameters(self) -> dict[str, Tensor]:

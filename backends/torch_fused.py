@@ -168,22 +168,34 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        rows = x.reshape(-1, x.shape[-1])
+        out, scale = torch.empty_like(rows), rows.new_empty(len(rows), 1, dtype=torch.float32)
+        for part in _pieces(rows):
+            wide = rows[part].float()
+            scale[part] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+            wide = wide * scale[part]
+            out[part] = wide.mul_(1.0 + weight.float()) if gemma else weight * wide.to(x.dtype)
         ctx.save_for_backward(x, weight, scale)
         ctx.gemma = gemma
-        if gemma:
-            return (wide * scale).mul_(1.0 + weight.float()).to(x.dtype)
-        return weight * (wide * scale).to(x.dtype)
+        return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        grad = grads[0].float() * (1.0 + weight.float() if ctx.gemma else weight.float())
-        normed = x.float() * scale
-        # d (x / rms) / dx = (1 - n n^T / width) / rms, with n = x / rms
-        grad.addcmul_(normed, (grad * normed).mean(-1, keepdim=True), value=-1).mul_(scale)
-        return grad.to(x.dtype), None, None, None
+        rows, back = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
+        out = torch.empty_like(rows)
+        factor = 1.0 + weight.float() if ctx.gemma else weight.float()
+        for part in _pieces(rows):
+            grad, normed = back[part].float() * factor, rows[part].float() * scale[part]
+            # d (x / rms) / dx = (1 - n n^T / width) / rms, with n = x / rms
+            out[part] = grad.addcmul_(normed, (grad * normed).mean(-1, keepdim=True), value=-1).mul_(scale[part])
+        return out.view(x.shape), None, None, None
+
+
+def _pieces(rows: Tensor) -> Iterator[slice]:
+    """Return pieces of the rows whose float32 copies stay in a CPU's cache; elsewhere all of them."""
+    size = max(1, 2**17 // rows.shape[-1]) if rows.device.type == "cpu" else max(1, len(rows))
+    return (slice(start, start + size) for start in range(0, len(rows), size))
 
 
 def adapter_of(layer: Any) -> Adapter:

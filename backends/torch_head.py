@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lite_dil.backends.head import LogitTransform, chunk_tokens
 
-CHUNK_ELEMENTS = 2**24  # 64 MiB of float32 logits
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}  # 16 or 64 MiB of float32 logits: a GPU wants larger products
 TILE_ROWS = 2**14  # of a quantised head, unpacked at a time
 
 
@@ -25,7 +25,7 @@ class QuantizedHead(nn.Module):
         quantize = functional.quantize_4bit if bits == 4 else functional.quantize_blockwise
         self.unpack = functional.dequantize_4bit if bits == 4 else functional.dequantize_blockwise
         settings = {"blocksize": 64, "quant_type": "nf4"} if bits == 4 else {"blocksize": 64}
-        self.bias, self.dtype, self.vocabulary = head.bias, dtype, len(head.weight)
+        self.bias, self.dtype, (self.vocabulary, self.width) = head.bias, dtype, head.weight.shape
         # bitsandbytes packs float16 and float32 everywhere, bfloat16 not in every version.
         rows = head.weight.detach().split(TILE_ROWS)
         self.packed = [quantize(part.float().contiguous(), **settings) for part in rows]
@@ -61,7 +61,7 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Any, targets: Tensor, transform: LogitTransform, needs_grad: bool) -> Tensor:
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grads = torch.empty_like(hidden) if needs_grad else None
-        size = chunk_tokens(vocabulary(head), CHUNK_ELEMENTS)
+        size = chunk_tokens(vocabulary(head), CHUNK_ELEMENTS[hidden.device.type])
         bias = getattr(head, "bias", None)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
@@ -74,17 +74,16 @@ class _TokenLogps(torch.autograd.Function):
                 logits.div_(transform.cap).tanh_()
                 slope = 1 - logits.square() if needs_grad else None
                 logits.mul_(transform.cap)
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            logps[part] = (logits.gather(-1, target) - normaliser)[:, 0]
+            chosen, top = logits.gather(-1, target), logits.amax(-1, keepdim=True)
+            weights = logits.sub_(top).exp_()
+            mass = weights.sum(-1, keepdim=True)
+            logps[part] = (chosen - top - mass.log())[:, 0]
             if grads is not None:
-                # d logp / d logits = onehot(target) - softmax(logits)
-                grad = logits.sub_(normaliser).exp_().neg_()
-                grad.scatter_add_(-1, target, torch.ones_like(target, dtype=torch.float32))
+                # d logp / d logits = onehot(target) - softmax(logits), times what the transform adds
+                own = slope.gather(-1, target) if slope is not None else 1.0
                 if slope is not None:
-                    grad.mul_(slope)
-                if transform.scale != 1.0:
-                    grad.mul_(transform.scale)
-                grads[part] = _back(grad, head)
+                    weights.mul_(slope)
+                grads[part] = (_rows(head, targets[part]) * own - _back(weights, head) / mass) * transform.scale
         if grads is not None:
             ctx.save_for_backward(grads)
         return logps
@@ -105,13 +104,24 @@ def _logits(hidden: Tensor, head: Any, bias: Tensor | None) -> Tensor:
     return logits
 
 
-def _back(grad: Tensor, head: Any) -> Tensor:
-    """Return the gradient of the hidden states from that of the logits."""
-    parts = (grad[:, rows].to(weight.dtype) @ weight for rows, weight in _tiles(head))
+def _back(weights: Tensor, head: Any) -> Tensor:
+    """Return ``weights @ W``, (tokens, width) float32, for weights (tokens, vocabulary)."""
+    parts = ((weights[:, rows].to(weight.dtype) @ weight).float() for rows, weight in _tiles(head))
     total = next(parts)
     for part in parts:
-        total = total + part
+        total += part
     return total
+
+
+def _rows(head: Any, targets: Tensor) -> Tensor:
+    """Return the targets' rows of the weight, (tokens, width) float32."""
+    if not isinstance(head, QuantizedHead):
+        return head.weight[targets].float()
+    found = torch.empty(len(targets), head.width, dtype=torch.float32, device=targets.device)
+    for rows, weight in head.tiles():
+        here = (targets >= rows.start) & (targets < rows.stop)
+        found[here] = weight[targets[here] - rows.start].float()
+    return found
 
 
 def token_logps(hidden: Tensor, head: Any, targets: Tensor, transform: LogitTransform) -> Tensor:
