@@ -31,7 +31,7 @@ from lite_dil.backends.mlx_load import (
     set_dtype,
 )
 from lite_dil.backends.mlx_lora import add_lora, linear_layers
-from lite_dil.backends.mlx_prefix import NoPrefix, Pass, arrays, wrap_layers
+from lite_dil.backends.mlx_prefix import NoPrefix, Pass, Rows, arrays, wrap_layers
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
 from lite_dil.errors import UserError, gather
@@ -46,6 +46,7 @@ class MLXBackend:
     """A causal language model of mlx-lm with a LoRA adapter; see `lite_dil.backends.Backend`."""
 
     name = "mlx"
+    pads_attention = mx.metal.is_available()  # a GPU wants few large products, a CPU little work
 
     def __init__(self, config: TrainConfig, model: str) -> None:
         _check(config)
@@ -180,18 +181,21 @@ class MLXBackend:
         """Return MLX's own peak, in MiB."""
         return mx.get_peak_memory() / 2**20
 
-    def _arrays(self, batch: Batch) -> dict[str, mx.array]:
-        """Lay the batch out as this backend does; what a pure function of it takes."""
+    def _arrays(self, batch: Batch) -> dict[str, Any]:
+        """Lay the batch out as this backend does; what a pure function of it takes. Compiled ones get arrays alone."""
         multiple = COMPILED_MULTIPLE if self.compile else 1
         if self.layout == "prefix":
-            made = arrays(prefix(batch, multiple=multiple), multiple)
+            layout = prefix(batch, multiple=multiple)
+            made = arrays(layout, multiple)
+            rows = None if self.compile or self.pads_attention else Rows.of(layout)
         else:
-            layout = plain(batch, multiple=multiple)
-            made = {"ids": layout.input_ids}
+            repeated, rows = plain(batch, multiple=multiple), None
+            made = {"ids": repeated.input_ids}
             for name in ("hidden_index", "targets", "token_index", "token_mask"):
-                value = getattr(layout, name)
+                value = getattr(repeated, name)
                 made[name] = np.pad(value, [*[(0, 0)] * (value.ndim - 1), (0, -value.shape[-1] % multiple)])
-        return {n: mx.array(v.astype(np.int32) if v.dtype == np.int64 else v) for n, v in made.items()}
+        out: dict[str, Any] = {n: mx.array(v.astype(np.int32) if v.dtype == np.int64 else v) for n, v in made.items()}
+        return out if rows is None else out | {"rows": rows}
 
     def _loss_and_grad(
         self, batch: Batch, arrays: dict[str, mx.array], reference: mx.array, losses: PairLosses, pairs: int
@@ -251,7 +255,9 @@ class MLXBackend:
             hidden = decoder(inputs["ids"])
             hidden = hidden.reshape(-1, hidden.shape[-1])[inputs["hidden_index"]]
         else:
-            hidden = decoder(inputs["ids"], cache=[Pass(inputs, self.head_axes)] * len(self.model.layers))[0]
+            hidden = decoder(
+                inputs["ids"], cache=[Pass(inputs, self.head_axes, rows=inputs.get("rows"))] * len(self.model.layers)
+            )[0]
         return token_logps(hidden, self._project, inputs["targets"], self.vocabulary, self.transform, with_grad)
 
     def _project(self, hidden: mx.array) -> mx.array:

@@ -3,7 +3,8 @@
 The decoder's own loop runs once, over one row of all real tokens: those of the prompts, then those of the responses. Its
 layers are handed a `Pass` in the place of a cache. A layer runs on the prompts, hands their keys and values to the responses
 and runs on these: one pure function a layer, which can be checkpointed. Norms, MLPs and adapters see no padding; attention
-alone sees blocks, (prompts, columns) padded on the left and (responses, columns) padded on the right.
+alone sees blocks, (prompts, columns) padded on the left and (responses, columns) padded on the right. On a CPU, which spends
+its time on the softmax, it sees no padding either: each prompt and each response goes by itself, some queries at a time.
 
 The responses' part of a row holds, for each response token, the token before it: the last prompt token, then the response
 without its last token. So it is exactly what is read, in the last layer nothing else is computed beyond the prompts' keys and
@@ -13,6 +14,7 @@ values (MLX computes nothing whose result is not used), and the hidden states co
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -21,6 +23,7 @@ import numpy as np
 
 from lite_dil.layouts import Prefix
 
+QUERIES = 256  # of a prompt or response that attend at a time on a CPU, so that the keys after them cost nothing
 ATTENTION = ("self_attn", "attention", "attn")
 MLP = ("mlp", "block_sparse_moe", "feed_forward")
 
@@ -68,6 +71,20 @@ def arrays(layout: Prefix, multiple: int = 1) -> dict[str, np.ndarray]:
     return made
 
 
+class Rows(NamedTuple):
+    """Lengths for attention without padding: tokens of each prompt but its last, tokens and prompt of each response."""
+
+    prompts: list[int]
+    responses: list[int]
+    owners: list[int]
+
+    @classmethod
+    def of(cls, layout: Prefix) -> Rows:
+        """Read them from a layout."""
+        prompts, responses = layout.prompt_mask.sum(1) - 1, layout.token_mask.sum(1).astype(int)
+        return cls(prompts.tolist(), responses.tolist(), layout.owner.tolist())
+
+
 class Pass:
     """One pass through the decoder, in the place of each layer's cache.
 
@@ -75,13 +92,20 @@ class Pass:
         arrays: what `arrays` returns, as MLX arrays.
         head_axes: how many axes of heads the model's scores have between batch and tokens: 1, or 2 (Gemma 2).
         probe: a list that collects each layer's `Window`; no layer computes anything then.
+        rows: attend by these lengths, without padding.
     """
 
     offset = 0  # the loops of some models ask for it
 
-    def __init__(self, arrays: dict[str, mx.array], head_axes: int = 1, probe: list[int | None] | None = None) -> None:
-        self.arrays, self.head_axes, self.probe = arrays, head_axes, probe
-        self._masks: dict[int | None, tuple[mx.array, ...]] = {}
+    def __init__(
+        self,
+        arrays: dict[str, mx.array],
+        head_axes: int = 1,
+        probe: list[int | None] | None = None,
+        rows: Rows | None = None,
+    ) -> None:
+        self.arrays, self.head_axes, self.probe, self.rows = arrays, head_axes, probe, rows
+        self._masks: dict[Any, Any] = {}
 
     def make_mask(self, *_: Any, window_size: int | None = None, **__: Any) -> Window:
         """Answer mlx-lm's create_attention_mask."""
@@ -95,13 +119,31 @@ class Pass:
             self.probe.append(window.size)
             return x
         split = self.arrays["prompt_at"].shape[0]
-        prompt_mask, response_mask = self.masks(window.size, x.dtype)
-        prompts = Prompts(self.arrays, prompt_mask)
-        prompts_out = block(x[:, :split], prompt_mask, prompts)
-        if prompts.keys is None:
+        prompts: Any
+        responses: Any
+        if self.rows is not None:
+
+            def mask_of(queries: int, keys: int) -> mx.array:
+                return self.causal(queries, keys, window.size, x.dtype)
+
+            prompts = PromptRows(self.rows, mask_of)
+            responses = ResponseRows(self.rows, mask_of, prompts)
+        else:
+            prompt_mask, response_mask = self.masks(window.size, x.dtype)
+            prompts = Prompts(self.arrays, prompt_mask)
+            responses = Responses(self.arrays, response_mask, prompts)
+        prompts_out = block(x[:, :split], prompts.mask, prompts)
+        if not prompts.attended:
             raise NoPrefix("not every layer is attention over keys and values")
-        responses_out = block(x[:, split:], response_mask, Responses(self.arrays, response_mask, prompts))
+        responses_out = block(x[:, split:], responses.mask, responses)
         return responses_out if last else mx.concatenate([prompts_out, responses_out], 1)
+
+    def causal(self, queries: int, keys: int, window: int | None, dtype: mx.Dtype) -> mx.array:
+        """Return which keys the last `queries` of `keys` tokens see, to be added to scores."""
+        if (mask := self._masks.get((queries, keys, window))) is None:
+            seen, unseen = mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype)
+            mask = self._masks[queries, keys, window] = mx.where(_causal(queries, keys, window), seen, unseen)
+        return mask
 
     def masks(self, window: int | None, dtype: mx.Dtype) -> tuple[mx.array, ...]:
         """Return who sees whom: (B, 1, columns, columns) and (n, 1, R, columns + R), to be added to scores.
@@ -131,12 +173,74 @@ class Prompts:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 
+    @property
+    def attended(self) -> bool:
+        """Whether the block's attention has asked for keys."""
+        return self.keys is not None
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Answer the model's attention."""
         if self.keys is not None:
             raise NoPrefix("a layer attends more than once")
         self.keys, self.values = keys, values
         return keys, values
+
+
+class PromptRows:
+    """The cache of a block's run on the prompts, one after the other: it remembers their keys and values."""
+
+    mask = None  # it hands each call its own
+
+    def __init__(self, rows: Rows, mask_of: Callable[[int, int], mx.array]) -> None:
+        self.rows, self.mask_of = rows, mask_of
+        self.offset, self.attended = 0, not any(rows.prompts)
+        self.past: tuple[mx.array, ...] | None = None
+        self.kept: list[tuple[mx.array, ...] | None] = []
+
+    def attend(self, attention: Callable[..., mx.array], x: mx.array) -> mx.array:
+        """Run the model's attention on (1, Tp, width)."""
+        self.kept, parts, at = [], [], 0
+        for length in self.rows.prompts:
+            parts += self._pieces(attention, x[:, at : at + length], 0, None)
+            self.kept.append(self.past)
+            at += length
+        parts.append(mx.zeros((1, x.shape[1] - at, x.shape[2]), x.dtype))  # what fills up
+        return mx.concatenate(parts, 1)
+
+    def _pieces(
+        self, attention: Callable[..., mx.array], x: mx.array, before: int, past: tuple[mx.array, ...] | None
+    ) -> list[mx.array]:
+        """Attend to `before` keys, `past`, and causally to itself."""
+        parts, self.past = [], past
+        for start in range(0, x.shape[1], QUERIES):
+            stop, self.offset = min(start + QUERIES, x.shape[1]), before + start
+            parts.append(attention(x[:, start:stop], self.mask_of(stop - start, before + stop), self))
+            if self.past is None or self.past[0].shape[2] != before + stop:
+                raise NoPrefix("a layer does not attend once over keys and values")
+        return parts
+
+    def update_and_fetch(self, *new: mx.array) -> tuple[mx.array, ...]:
+        """Answer the model's attention, which is to see all keys and values so far."""
+        self.attended = True
+        self.past = new if self.past is None else tuple(mx.concatenate(two, 2) for two in zip(self.past, new, strict=True))
+        return self.past
+
+
+class ResponseRows(PromptRows):
+    """The cache of a block's run on the responses, one after the other, each against its prompt's keys and values."""
+
+    def __init__(self, rows: Rows, mask_of: Callable[[int, int], mx.array], prompts: PromptRows) -> None:
+        super().__init__(rows, mask_of)
+        self.prompts = prompts
+
+    def attend(self, attention: Callable[..., mx.array], x: mx.array) -> mx.array:
+        """Run the model's attention on (1, Tr, width)."""
+        parts, at = [], 0
+        for length, owner in zip(self.rows.responses, self.rows.owners, strict=True):
+            parts += self._pieces(attention, x[:, at : at + length], self.rows.prompts[owner], self.prompts.kept[owner])
+            at += length
+        parts.append(mx.zeros((1, x.shape[1] - at, x.shape[2]), x.dtype))
+        return mx.concatenate(parts, 1)
 
 
 class Responses:
@@ -172,6 +276,8 @@ def wrap_layers(model: nn.Module, checkpointing: str) -> None:
 def _attention(kind: type) -> type:
     def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         cache = kwargs.get("cache", args[-1] if args else None)
+        if isinstance(cache, PromptRows):
+            return cache.attend(partial(kind.__call__, self), x)
         if not isinstance(cache, (Prompts, Responses)):
             return kind.__call__(self, x, *args, **kwargs)
         out = kind.__call__(self, x[0][cache.places], cache.mask, cache)

@@ -10,7 +10,6 @@ import platform
 import resource
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -205,13 +204,10 @@ def measure(job: Job) -> dict[str, Any]:
         told = driver(job, steps, meter)
     except (NotRun, ImportError) as error:
         return {"status": "not run", "reason": str(error)}
-    except Exception as error:
-        traceback.print_exc()
-        status = "out of memory" if "OutOfMemory" in type(error).__name__ else "failed"
-        return {
-            "status": status,
-            "reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
-        }
+    except (MemoryError, RuntimeError) as error:  # anything else ends the process, and its last line is the reason
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        return {"status": "out of memory", "reason": str(error).strip().partition("\n")[0]}
     result: dict[str, Any] = {"status": "ok", **told}
     if meter.seconds:
         each = np.array(meter.seconds).reshape(job.rounds, -1)

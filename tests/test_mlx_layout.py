@@ -31,6 +31,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from lite_dil.backends import mlx_prefix
+from lite_dil.backends.mlx import MLXBackend
 from lite_dil.backends.mlx_load import memory_limits, windows
 from lite_dil.batch import Batch
 from lite_dil.errors import UserError
@@ -55,6 +57,13 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
         **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, shared_expert_intermediate_size=64
     ),
 }
+
+
+@pytest.fixture(autouse=True, params=["by itself", "padded"])
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either way to attend: a CPU's, row by row and here three queries at a time, and Metal's, in padded blocks."""
+    monkeypatch.setattr(MLXBackend, "pads_attention", request.param == "padded")
+    monkeypatch.setattr(mlx_prefix, "QUERIES", 3)
 
 
 def make(architecture: PretrainedConfig, folder: Path) -> str:
@@ -264,8 +273,9 @@ def test_known_references_cost_no_pass(tiny: str, monkeypatch: pytest.MonkeyPatc
         backend.step([ragged()], pair_losses(config()), 1e-2)
 
 
-def test_the_prefix_layout_computes_only_what_is_read(tiny: str, tmp_path: Path) -> None:
+def test_the_prefix_layout_computes_only_what_is_read(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrix products in the graph of a pass: of the prompts, the last of two layers computes keys and values alone."""
+    monkeypatch.setattr(MLXBackend, "pads_attention", True)  # by itself a prompt has products of its own
     backend, data = load("mlx", tiny, layout="prefix"), ragged()
     whole_layer = 7 + 2  # linear layers, and two products in attention
     with mx.stream(mx.cpu), backend.adapter_off():
