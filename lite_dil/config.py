@@ -164,9 +164,9 @@ class TrainConfig:
     gradient_checkpointing: str = _option(
         "engine",
         "auto",
-        "what is computed again for the backward pass instead of kept. selective: the MLP's inside, about half of the "
-        "activations for a fifth more time; full: all but each layer's input, far less memory for a third more time; "
-        "auto is full from a billion parameters, else off",
+        "what is computed again for the backward pass instead of kept. selective: the MLP's inside, a third of the "
+        "activations for about a twentieth more time; full: all but each layer's input, a fifth to a quarter of the memory "
+        "for a quarter to a third more time; auto is full from a billion parameters, else off",
         choices=("auto", "off", "selective", "full"),
     )
     offload_activations: bool = _option(
