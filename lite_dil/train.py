@@ -82,6 +82,11 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
         display.say(f"the run is finished: {where}" if finished else f"going on after {where}")
     else:
         _check_start(backend, schedule, config, cache)
+
+    if config.precompute_reference and not precompute(backend, [*examples, *held_out], config, cache, display):
+        display.say(f"stopped; the reference cache keeps what was computed: {cache.path}")
+        return Trained(backend, encoder, folder, None, stopped=True)
+    if not resume:
         folder.create(replace(config, dtype=backend.dtype_name))
         display.say(f"writing to {folder.path}")
 
@@ -95,10 +100,6 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
             backend.save_state(path)
 
         return folder.save_checkpoint(progress, write, config.save_total_limit)
-
-    if config.precompute_reference and not precompute(backend, [*examples, *held_out], config, cache, display):
-        display.say(f"stopped; the reference cache keeps what was computed: {cache.path}")
-        return Trained(backend, encoder, folder, None, stopped=True)
 
     with StopSignal() as stop, display.bar(schedule.steps, progress.step) as bar:
         while progress.step < schedule.steps and not stop.asked:

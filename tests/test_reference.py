@@ -193,7 +193,7 @@ sys.exit(main(sys.argv[1:]))
     assert 2 < records < 80
     plain = "import sys; from lite_dil.cli import main; sys.exit(main(sys.argv[1:]))"
     again = subprocess.run(
-        [sys.executable, "-c", plain, *arguments, "--output-dir", str(tmp_path / "two")], capture_output=True, text=True
+        [sys.executable, "-c", plain, *arguments, "--output-dir", str(tmp_path / "one")], capture_output=True, text=True
     )
     assert again.returncode == 0, again.stderr
     assert f"reference: {records // 2} of 40 pairs are cached, {40 - records // 2} to compute" in again.stdout
