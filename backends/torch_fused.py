@@ -289,17 +289,19 @@ def install(decoder: nn.Module, dtype: torch.dtype, recompute_mlp: bool) -> set[
     of an unknown kind, or one that does not compute what its kind does, keeps its own forward.
     """
     recomputed = set()
-    for module in list(decoder.modules()):
+    modules: list[Any] = list(decoder.modules())
+    for module in modules:
         if isinstance(module, LoraLayer):
-            if (frozen := _frozen(module)) is not None:
-                module.forward = _lora_forward(module, frozen)  # type: ignore[method-assign]
+            layer: Any = module
+            if (frozen := _frozen(layer)) is not None:
+                layer.forward = _lora_forward(layer, frozen)
         elif hasattr(module, "gate_proj"):
             mlp = _gated_mlp(module, recompute_mlp)
             if mlp is not None and _same(module, _mlp_forward(module, mlp), mlp.gate.layer.in_features, dtype):
-                module.forward = _mlp_forward(module, mlp)  # type: ignore[method-assign]
+                module.forward = _mlp_forward(module, mlp)
                 recomputed.add(id(module))
         elif type(module).__name__.endswith("RMSNorm") and (norm := _norm(module)) is not None:
-            module.forward = _norm_forward(module, *norm)  # type: ignore[method-assign]
+            module.forward = _norm_forward(module, *norm)
     return recomputed
 
 

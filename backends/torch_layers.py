@@ -83,7 +83,7 @@ class _Again(torch.autograd.Function):
         return x.grad, None, None, None
 
 
-def again(module: nn.Module, config: Any, store: HostStore | None = None) -> None:
+def again(module: Any, config: Any, store: HostStore | None = None) -> None:
     """Make `module` keep only its first argument for the backward pass; `config` is the decoder's."""
     forward = module.forward
 
@@ -106,7 +106,7 @@ def again(module: nn.Module, config: Any, store: HostStore | None = None) -> Non
         out = _Again.apply(x if x.requires_grad else x.detach().requires_grad_(), run, config, store)
         return out if rest is None else (out, *rest)
 
-    module.forward = call  # type: ignore[method-assign]
+    module.forward = call
 
 
 def layers_of(decoder: nn.Module) -> nn.ModuleList | None:
@@ -122,7 +122,7 @@ def skip_unread(decoder: Any) -> None:
     The MLP's rows that nobody reads become 0; the decoder then returns (1, tokens, width), a hidden state a response token.
     """
     layers = layers_of(decoder)
-    mlp = getattr(layers[-1], "mlp", None) if layers is not None else None
+    mlp: Any = getattr(layers[-1], "mlp", None) if layers is not None else None
     if isinstance(mlp, nn.Module):
         forward = mlp.forward
 
@@ -133,7 +133,7 @@ def skip_unread(decoder: Any) -> None:
             out = forward(x[:, row.read], *args, **kwargs)
             return x.new_zeros(x.shape).index_copy(1, row.read, out)
 
-        mlp.forward = call  # type: ignore[method-assign]
+        mlp.forward = call
     norm = decoder.norm.forward
 
     def normed(x: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def skip_unread(decoder: Any) -> None:
     decoder.norm.forward = normed
 
 
-def offload_embeddings(embedding: nn.Module, device: torch.device) -> None:
+def offload_embeddings(embedding: Any, device: torch.device) -> None:
     """Keep the table in the computer's memory; only the rows that are looked up go to the device."""
     embedding.to("cpu")
     forward = embedding.forward
@@ -151,4 +151,4 @@ def offload_embeddings(embedding: nn.Module, device: torch.device) -> None:
     def call(ids: Tensor) -> Tensor:
         return forward(ids.cpu()).to(device)
 
-    embedding.forward = call  # type: ignore[method-assign]
+    embedding.forward = call

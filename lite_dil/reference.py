@@ -8,6 +8,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -154,8 +155,8 @@ def _fingerprint(folder: Path, memo: Path) -> str:
     return total.hexdigest()
 
 
-def _hash_of(file: object) -> str:
+def _hash_of(file: BinaryIO) -> str:
     value = hashlib.blake2b(digest_size=16)
-    while block := file.read(2**24):  # type: ignore[attr-defined]
+    while block := file.read(2**24):
         value.update(block)
     return value.hexdigest()

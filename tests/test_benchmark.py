@@ -7,15 +7,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import benchmark_worker
 import pytest
+from benchmark_cases import EOS, HH, Job, lengths_of, operations, steps_of
+from benchmark_models import text_of, word_tokenizer
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import benchmark_worker  # noqa: E402
-from benchmark_cases import EOS, HH, Job, lengths_of, operations, steps_of  # noqa: E402
-from benchmark_models import text_of, word_tokenizer  # noqa: E402
-
 JOB = Job("short", "lite-dil", "cpu", "nowhere", lengths_of("short", 2), 2)
 ONE_LAYER = {
     "hidden_size": 2,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_parity
 import torch
 from conftest import bare_model, batch, config, load, oracle_logps
 from test_memory import LargestTensor
@@ -31,19 +32,7 @@ from lite_dil.errors import UserError
 from lite_dil.layouts import packed
 from lite_dil.metrics import pair_losses
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
+SMALL: dict[str, Any] = {**test_parity.SMALL, "max_position_embeddings": 4096}
 SLIDING = ["sliding_attention", "full_attention"]
 ARCHITECTURES = {
     "Llama": LlamaConfig(**SMALL),
