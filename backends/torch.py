@@ -336,6 +336,8 @@ class TorchBackend:
 
     def _choose_layout(self, config: TrainConfig, model: str) -> None:
         """Take the packed layout where it is right for this model, which is computed and not assumed."""
+        if self.unsloth:
+            self.layout_reason = "plain layout, each prompt computed for each of its answers: unsloth's kernels know no other"
         if config.layout == "plain" or self.unsloth:
             return
         reason = torch_packed.why_not(self.base, config.max_length) or self._packed_differs()
