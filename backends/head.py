@@ -1,9 +1,12 @@
-"""What models do to their logits after the output head, read from their config; shared by the backends."""
+"""What models do to their logits after the output head, and the tokens that are tried at start-up; shared by the backends."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from lite_dil.batch import Batch
 from lite_dil.errors import UserError
 
 
@@ -29,6 +32,24 @@ def logit_transform(config: dict[str, Any]) -> LogitTransform:
 def chunk_tokens(vocabulary: int, elements: int) -> int:
     """Return how many tokens to send through the head at once: at most `elements` logits, and at least 16 tokens."""
     return max(16, elements // vocabulary)
+
+
+def tolerance(dtype_name: str) -> float:
+    """Return how far two ways of computing the same log-probs may be apart in this type, in nats."""
+    return 1e-3 if dtype_name == "float32" else 0.3
+
+
+def head_probe(vocabulary: int) -> Batch:
+    """Return a few tokens on which to compare log-probs with the model's own."""
+    ids = np.random.default_rng(0).integers(0, vocabulary, 9)
+    return Batch([ids[:1]], [ids[1:]], np.array([0]), np.array([1]))
+
+
+def layout_probe(vocabulary: int) -> Batch:
+    """Return two prompts of unequal lengths with two responses each, on which to compare a layout with the plain one."""
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(0, vocabulary, length) for length in (5, 2, 1, 4, 2, 6)]
+    return Batch(rows[:2], rows[2:], np.array([0, 0, 1, 1]), np.array([1, -1, 1, -1]))
 
 
 class HeadMismatch(UserError):

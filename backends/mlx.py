@@ -16,7 +16,7 @@ from mlx_lm.generate import generate_step
 
 from lite_dil import adapters
 from lite_dil.backends import PairLosses, StepResult, checkpointing, switched
-from lite_dil.backends.head import HeadMismatch, logit_transform
+from lite_dil.backends.head import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
 from lite_dil.backends.mlx_head import token_logps
 from lite_dil.backends.mlx_load import (
     BITS,
@@ -278,16 +278,13 @@ class MLXBackend:
         """Take the prefix layout where it agrees with the plain one on a few tokens, and say why not elsewhere."""
         if config.layout == "plain":
             return
-        draw = np.random.default_rng(0)
-        lengths = (5, 2, 1, 4, 2, 6)
-        rows = [draw.integers(0, self.vocabulary, length) for length in lengths]
-        batch = Batch(rows[:2], rows[2:], np.array([0, 0, 1, 1]), np.array([1, -1, 1, -1]))
+        batch = layout_probe(self.vocabulary)
         expected = self.token_logps(batch)
         self.layout, reason = "prefix", ""
         for self.head_axes in (1, 2):
             try:
                 difference = float(np.abs(self.token_logps(batch) - expected).max())
-                if difference < _tolerance(self.dtype):
+                if difference < tolerance(self.dtype_name):
                     return
                 reason = reason or f"its log-probs would be off by {difference:.2g} nats"
             except NoPrefix as error:
@@ -301,8 +298,8 @@ class MLXBackend:
 
     def _check_head(self, model: str) -> None:
         """Compare with the model's own logits on a few tokens; an unknown architecture must not be trained wrongly."""
-        ids = np.random.default_rng(0).integers(0, self.vocabulary, 9)
-        batch = Batch([ids[:1]], [ids[1:]], np.array([0]), np.array([1]))
+        batch = head_probe(self.vocabulary)
+        ids = np.concatenate([*batch.prompts, *batch.responses])
         try:
             logits = self.model(mx.array(ids[None, :-1]))[0].astype(mx.float32)
             here = self.token_logps(batch)
@@ -311,7 +308,7 @@ class MLXBackend:
         logps = logits - mx.logsumexp(logits, -1, keepdims=True)
         own = np.array(mx.take_along_axis(logps, mx.array(ids[1:, None]), -1)[:, 0])
         difference = float(np.abs(own - here).max())
-        if not difference < _tolerance(self.dtype):
+        if not difference < tolerance(self.dtype_name):
             raise HeadMismatch(model, difference)
 
 
@@ -330,11 +327,6 @@ def _check(config: TrainConfig) -> None:
     problems = [text for text, given in refused.items() if given]
     if problems:
         raise UserError(gather(problems, "these options cannot be used with mlx:") if len(problems) > 1 else problems[0])
-
-
-def _tolerance(dtype: mx.Dtype) -> float:
-    """How far two ways of computing the same log-probs may be apart, in nats."""
-    return 1e-3 if dtype == mx.float32 else 0.3
 
 
 def _keys(model: Any, adapter: adapters.Adapter) -> list[str]:

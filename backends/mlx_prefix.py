@@ -119,30 +119,32 @@ class Pass:
             self.probe.append(window.size)
             return x
         split = self.arrays["prompt_at"].shape[0]
+
+        def mask_of(queries: int, keys: int) -> mx.array:
+            return self.causal(queries, keys, window.size, x.dtype)
+
         prompts: Any
         responses: Any
-        if self.rows is not None:
-
-            def mask_of(queries: int, keys: int) -> mx.array:
-                return self.causal(queries, keys, window.size, x.dtype)
-
-            prompts = PromptRows(self.rows, mask_of)
-            responses = ResponseRows(self.rows, mask_of, prompts)
+        rows = self.rows
+        if rows is not None:
+            prompts = Unpadded(rows.prompts, [None] * len(rows.prompts), mask_of)
         else:
             prompt_mask, response_mask = self.masks(window.size, x.dtype)
             prompts = Prompts(self.arrays, prompt_mask)
-            responses = Responses(self.arrays, response_mask, prompts)
         prompts_out = block(x[:, :split], prompts.mask, prompts)
         if not prompts.attended:
             raise NoPrefix("not every layer is attention over keys and values")
+        if rows is not None:
+            responses = Unpadded(rows.responses, [prompts.kept[owner] for owner in rows.owners], mask_of)
+        else:
+            responses = Responses(self.arrays, response_mask, prompts)
         responses_out = block(x[:, split:], responses.mask, responses)
         return responses_out if last else mx.concatenate([prompts_out, responses_out], 1)
 
     def causal(self, queries: int, keys: int, window: int | None, dtype: mx.Dtype) -> mx.array:
         """Return which keys the last `queries` of `keys` tokens see, to be added to scores."""
         if (mask := self._masks.get((queries, keys, window))) is None:
-            seen, unseen = mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype)
-            mask = self._masks[queries, keys, window] = mx.where(_causal(queries, keys, window), seen, unseen)
+            mask = self._masks[queries, keys, window] = _additive(_causal(queries, keys, window), dtype)
         return mask
 
     def masks(self, window: int | None, dtype: mx.Dtype) -> tuple[mx.array, ...]:
@@ -158,8 +160,7 @@ class Pass:
             keys = mx.concatenate([rows, mx.ones((len(rows), width), mx.bool_)], 1)
             responses = keys[:, None] & _causal(width, columns + width, window)
             axes = tuple(range(1, 1 + self.head_axes))
-            seen, unseen = mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype)
-            self._masks[window] = tuple(mx.expand_dims(mx.where(mask, seen, unseen), axes) for mask in (prompts, responses))
+            self._masks[window] = tuple(mx.expand_dims(_additive(mask, dtype), axes) for mask in (prompts, responses))
         return self._masks[window]
 
 
@@ -186,61 +187,45 @@ class Prompts:
         return keys, values
 
 
-class PromptRows:
-    """The cache of a block's run on the prompts, one after the other: it remembers their keys and values."""
+Keys = tuple[mx.array, ...]  # keys and values
+
+
+class Unpadded:
+    """The cache of a block's run on sequences that attend one after the other; it remembers their keys and values.
+
+    Args:
+        lengths: tokens of each sequence.
+        before: keys and values that come before each, or None.
+    """
 
     mask = None  # it hands each call its own
 
-    def __init__(self, rows: Rows, mask_of: Callable[[int, int], mx.array]) -> None:
-        self.rows, self.mask_of = rows, mask_of
-        self.offset, self.attended = 0, not any(rows.prompts)
-        self.past: tuple[mx.array, ...] | None = None
-        self.kept: list[tuple[mx.array, ...] | None] = []
+    def __init__(self, lengths: list[int], before: list[Keys | None], mask_of: Callable[[int, int], mx.array]) -> None:
+        self.lengths, self.before, self.mask_of = lengths, before, mask_of
+        self.offset, self.attended = 0, not any(lengths)
+        self.seen: Keys | None = None
+        self.kept: list[Keys | None] = []
 
     def attend(self, attention: Callable[..., mx.array], x: mx.array) -> mx.array:
-        """Run the model's attention on (1, Tp, width)."""
+        """Run the model's attention on (1, tokens, width), some queries at a time."""
         self.kept, parts, at = [], [], 0
-        for length in self.rows.prompts:
-            parts += self._pieces(attention, x[:, at : at + length], 0, None)
-            self.kept.append(self.past)
+        for length, before in zip(self.lengths, self.before, strict=True):
+            self.seen, past = before, 0 if before is None else before[0].shape[2]
+            for start in range(0, length, QUERIES):
+                stop, self.offset = min(start + QUERIES, length), past + start
+                parts.append(attention(x[:, at + start : at + stop], self.mask_of(stop - start, past + stop), self))
+                if self.seen is None or self.seen[0].shape[2] != past + stop:
+                    raise NoPrefix("a layer does not attend once over keys and values")
+            self.kept.append(self.seen)
             at += length
         parts.append(mx.zeros((1, x.shape[1] - at, x.shape[2]), x.dtype))  # what fills up
         return mx.concatenate(parts, 1)
 
-    def _pieces(
-        self, attention: Callable[..., mx.array], x: mx.array, before: int, past: tuple[mx.array, ...] | None
-    ) -> list[mx.array]:
-        """Attend to `before` keys, `past`, and causally to itself."""
-        parts, self.past = [], past
-        for start in range(0, x.shape[1], QUERIES):
-            stop, self.offset = min(start + QUERIES, x.shape[1]), before + start
-            parts.append(attention(x[:, start:stop], self.mask_of(stop - start, before + stop), self))
-            if self.past is None or self.past[0].shape[2] != before + stop:
-                raise NoPrefix("a layer does not attend once over keys and values")
-        return parts
-
-    def update_and_fetch(self, *new: mx.array) -> tuple[mx.array, ...]:
+    def update_and_fetch(self, *new: mx.array) -> Keys:
         """Answer the model's attention, which is to see all keys and values so far."""
         self.attended = True
-        self.past = new if self.past is None else tuple(mx.concatenate(two, 2) for two in zip(self.past, new, strict=True))
-        return self.past
-
-
-class ResponseRows(PromptRows):
-    """The cache of a block's run on the responses, one after the other, each against its prompt's keys and values."""
-
-    def __init__(self, rows: Rows, mask_of: Callable[[int, int], mx.array], prompts: PromptRows) -> None:
-        super().__init__(rows, mask_of)
-        self.prompts = prompts
-
-    def attend(self, attention: Callable[..., mx.array], x: mx.array) -> mx.array:
-        """Run the model's attention on (1, Tr, width)."""
-        parts, at = [], 0
-        for length, owner in zip(self.rows.responses, self.rows.owners, strict=True):
-            parts += self._pieces(attention, x[:, at : at + length], self.rows.prompts[owner], self.prompts.kept[owner])
-            at += length
-        parts.append(mx.zeros((1, x.shape[1] - at, x.shape[2]), x.dtype))
-        return mx.concatenate(parts, 1)
+        self.seen = new if self.seen is None else tuple(mx.concatenate(two, 2) for two in zip(self.seen, new, strict=True))
+        return self.seen
 
 
 class Responses:
@@ -276,7 +261,7 @@ def wrap_layers(model: nn.Module, checkpointing: str) -> None:
 def _attention(kind: type) -> type:
     def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         cache = kwargs.get("cache", args[-1] if args else None)
-        if isinstance(cache, PromptRows):
+        if isinstance(cache, Unpadded):
             return cache.attend(partial(kind.__call__, self), x)
         if not isinstance(cache, (Prompts, Responses)):
             return kind.__call__(self, x, *args, **kwargs)
@@ -325,6 +310,11 @@ def _causal(queries: int, keys: int, window: int | None) -> mx.array:
     query, key = mx.arange(keys - queries, keys)[:, None], mx.arange(keys)
     seen = query >= key
     return seen if window is None else seen & (query < key + window)
+
+
+def _additive(mask: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Turn "is seen" into what is added to scores."""
+    return mx.where(mask, mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype))
 
 
 def _filled(array: np.ndarray, multiple: int) -> np.ndarray:

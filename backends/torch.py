@@ -26,7 +26,7 @@ from lite_dil.backends import (
     torch_packed,
     torch_unsloth,
 )
-from lite_dil.backends.head import HeadMismatch, logit_transform
+from lite_dil.backends.head import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
 from lite_dil.backends.torch_head import QuantizedHead, token_logps, vocabulary
 from lite_dil.backends.torch_load import (
     compute_dtype,
@@ -283,14 +283,14 @@ class TorchBackend:
 
     def _check_head(self, model: str) -> None:
         """Compare with the model's own logits on a few tokens; an unknown architecture must not be trained wrongly."""
-        ids = np.random.default_rng(0).integers(0, vocabulary(self.head), 9)
-        batch = Batch([ids[:1]], [ids[1:]], np.array([0]), np.array([1]))
+        batch = head_probe(vocabulary(self.head))
+        ids = np.concatenate([*batch.prompts, *batch.responses])
         with torch.no_grad():
             self.model.eval()
             logits = self.base(input_ids=self._tensor(ids[None, :-1])).logits[0].float()
         own = logits.log_softmax(-1).gather(-1, self._tensor(ids[1:, None]))[:, 0].cpu().numpy()
         difference = float(np.abs(own - self.token_logps(batch)).max())
-        if not difference < (1e-3 if self.dtype == torch.float32 else 0.3):
+        if not difference < tolerance(self.dtype_name):
             raise HeadMismatch(model, difference)
 
     def _quantize_head(self, bits: int) -> None:
@@ -327,7 +327,7 @@ class TorchBackend:
                 if id(mlp) not in fused:
                     torch_layers.again(mlp, text)
         if hasattr(self.decoder, "norm"):
-            torch_layers.skip_unread(self.decoder)
+            torch_layers.skip_unread(self.decoder, layers[-1])
             self.last_layer = len(layers) - 1
         if mode == "full":
             store = torch_layers.HostStore() if config.offload_activations else None
@@ -352,9 +352,7 @@ class TorchBackend:
         """Compare both layouts on a few tokens; what no config tells shows here."""
         if self.last_layer < 0:
             return "its layers are unknown"
-        draw = np.random.default_rng(0)
-        parts = [draw.integers(0, vocabulary(self.head), length) for length in (5, 3, 6, 2, 4, 1)]
-        batch = Batch([parts[0], parts[3]], [parts[1], parts[2], parts[4], parts[5]], np.array([0, 0, 1, 1]), np.ones(4))
+        batch = layout_probe(vocabulary(self.head))
         expected = self.token_logps(batch)
         self.layout = "packed"
         try:
@@ -363,8 +361,11 @@ class TorchBackend:
             return str(error)
         finally:
             self.layout = "plain"
-        close = 1e-3 if self.dtype == torch.float32 else 0.3
-        return "" if difference < close else f"its log-probs differ from the plain layout's by {difference:.3g} nats"
+        return (
+            ""
+            if difference < tolerance(self.dtype_name)
+            else f"its log-probs differ from the plain layout's by {difference:.3g} nats"
+        )
 
 
 def _check_options(config: TrainConfig, device: str) -> None:

@@ -103,8 +103,7 @@ class GatedMLP:
 
     def tiles(self, tokens: int) -> Iterator[slice]:
         """Return the pieces in which tokens go through: one where nothing is computed again."""
-        size = max(16, TILE_ELEMENTS // self.gate.layer.out_features) if self.recompute else tokens
-        return (slice(start, start + size) for start in range(0, tokens, size))
+        return _slices(tokens, max(16, TILE_ELEMENTS // self.gate.layer.out_features) if self.recompute else tokens)
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -194,8 +193,11 @@ class _RMSNorm(torch.autograd.Function):
 
 def _pieces(rows: Tensor) -> Iterator[slice]:
     """Return pieces of the rows whose float32 copies stay in a CPU's cache; elsewhere all of them."""
-    size = max(1, 2**17 // rows.shape[-1]) if rows.device.type == "cpu" else max(1, len(rows))
-    return (slice(start, start + size) for start in range(0, len(rows), size))
+    return _slices(len(rows), max(1, 2**17 // rows.shape[-1]) if rows.device.type == "cpu" else len(rows))
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, total, max(1, size)))
 
 
 def adapter_of(layer: Any) -> Adapter:
@@ -289,6 +291,7 @@ def install(decoder: nn.Module, dtype: torch.dtype, recompute_mlp: bool) -> set[
     of an unknown kind, or one that does not compute what its kind does, keeps its own forward.
     """
     recomputed = set()
+    same: dict[type, bool] = {}  # the layers of a model compute alike, and unpacking 4 bits takes a while
     modules: list[Any] = list(decoder.modules())
     for module in modules:
         if isinstance(module, LoraLayer):
@@ -296,9 +299,13 @@ def install(decoder: nn.Module, dtype: torch.dtype, recompute_mlp: bool) -> set[
             if (frozen := _frozen(layer)) is not None:
                 layer.forward = _lora_forward(layer, frozen)
         elif hasattr(module, "gate_proj"):
-            mlp = _gated_mlp(module, recompute_mlp)
-            if mlp is not None and _same(module, _mlp_forward(module, mlp), mlp.gate.layer.in_features, dtype):
-                module.forward = _mlp_forward(module, mlp)
+            if (mlp := _gated_mlp(module, recompute_mlp)) is None:
+                continue
+            forward, kind = _mlp_forward(module, mlp), type(module)
+            if kind not in same:
+                same[kind] = _same(module, forward, mlp.gate.layer.in_features, dtype)
+            if same[kind]:
+                module.forward = forward
                 recomputed.add(id(module))
         elif type(module).__name__.endswith("RMSNorm") and (norm := _norm(module)) is not None:
             module.forward = _norm_forward(module, *norm)

@@ -25,8 +25,7 @@ class QuantizedHead(nn.Module):
         quantize = functional.quantize_4bit if bits == 4 else functional.quantize_blockwise
         self.unpack = functional.dequantize_4bit if bits == 4 else functional.dequantize_blockwise
         settings = {"blocksize": 64, "quant_type": "nf4"} if bits == 4 else {"blocksize": 64}
-        self.bias, self.dtype, (self.vocabulary, self.width) = head.bias, dtype, head.weight.shape
-        # bitsandbytes packs float16 and float32 everywhere, bfloat16 not in every version.
+        self.bias, self.dtype, self.vocabulary = head.bias, dtype, len(head.weight)
         rows = head.weight.detach().split(TILE_ROWS)
         self.packed = [quantize(part.float().contiguous(), **settings) for part in rows]
 
@@ -48,9 +47,8 @@ def vocabulary(head: Any) -> int:
 
 
 def _tiles(head: Any) -> Iterator[tuple[slice, Tensor]]:
-    if isinstance(head, QuantizedHead):
-        return head.tiles()
-    return iter([(slice(None), head.weight)])
+    """Return the weight in pieces, each with the tokens it is for: one piece where it is not quantised."""
+    return head.tiles() if isinstance(head, QuantizedHead) else iter([(slice(0, len(head.weight)), head.weight)])
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -58,15 +56,15 @@ class _TokenLogps(torch.autograd.Function):
     through the head and no gradient for the frozen weight."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Any, targets: Tensor, transform: LogitTransform, needs_grad: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Any, targets: Tensor, transform: LogitTransform) -> Tensor:
+        needs_grad = hidden.requires_grad
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grads = torch.empty_like(hidden) if needs_grad else None
         size = chunk_tokens(vocabulary(head), CHUNK_ELEMENTS[hidden.device.type])
-        bias = getattr(head, "bias", None)
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             target = targets[part, None]
-            logits = _logits(hidden[part], head, bias)
+            logits = _logits(hidden[part], head)
             slope = None
             if transform.scale != 1.0:
                 logits.mul_(transform.scale)
@@ -91,15 +89,14 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grads,) = ctx.saved_tensors
-        return (grad_outputs[0][:, None] * grads).to(grads.dtype), None, None, None, None
+        return (grad_outputs[0][:, None] * grads).to(grads.dtype), None, None, None
 
 
-def _logits(hidden: Tensor, head: Any, bias: Tensor | None) -> Tensor:
+def _logits(hidden: Tensor, head: Any) -> Tensor:
     """Return float32 logits, (tokens, vocabulary)."""
-    if not isinstance(head, QuantizedHead):
-        return F.linear(hidden, head.weight, bias).float()
+    bias = getattr(head, "bias", None)
     logits = torch.empty(len(hidden), vocabulary(head), dtype=torch.float32, device=hidden.device)
-    for rows, weight in head.tiles():
+    for rows, weight in _tiles(head):
         logits[:, rows] = F.linear(hidden, weight, None if bias is None else bias[rows])
     return logits
 
@@ -115,12 +112,10 @@ def _back(weights: Tensor, head: Any) -> Tensor:
 
 def _rows(head: Any, targets: Tensor) -> Tensor:
     """Return the targets' rows of the weight, (tokens, width) float32."""
-    if not isinstance(head, QuantizedHead):
-        return head.weight[targets].float()
-    found = torch.empty(len(targets), head.width, dtype=torch.float32, device=targets.device)
-    for rows, weight in head.tiles():
+    found: Any = 0.0
+    for rows, weight in _tiles(head):
         here = (targets >= rows.start) & (targets < rows.stop)
-        found[here] = weight[targets[here] - rows.start].float()
+        found = found + weight[(targets - rows.start).clamp(0, len(weight) - 1)].float() * here[:, None]
     return found
 
 
@@ -133,5 +128,4 @@ def token_logps(hidden: Tensor, head: Any, targets: Tensor, transform: LogitTran
         targets: (tokens,) int64.
         transform: what the model does to its logits afterwards.
     """
-    needs_grad = torch.is_grad_enabled() and hidden.requires_grad
-    return _TokenLogps.apply(hidden, head, targets, transform, needs_grad)
+    return _TokenLogps.apply(hidden, head, targets, transform)

@@ -116,13 +116,12 @@ def layers_of(decoder: nn.Module) -> nn.ModuleList | None:
     return same[0] if len(same) == 1 else None
 
 
-def skip_unread(decoder: Any) -> None:
+def skip_unread(decoder: Any, last_layer: Any) -> None:
     """Where a row is packed, compute the last layer's MLP and the last norm only for positions that are read.
 
     The MLP's rows that nobody reads become 0; the decoder then returns (1, tokens, width), a hidden state a response token.
     """
-    layers = layers_of(decoder)
-    mlp: Any = getattr(layers[-1], "mlp", None) if layers is not None else None
+    mlp: Any = getattr(last_layer, "mlp", None)
     if isinstance(mlp, nn.Module):
         forward = mlp.forward
 

@@ -252,10 +252,8 @@ def run(job: Job, options: argparse.Namespace) -> Result:
         if not answer.is_file():
             lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
             killed = "killed, perhaps for want of memory: " if code < 0 else ""
-            return {"status": "failed", "reason": f"{killed}{lines[-1]}"}
+            return {"status": "failed", "reason": f"{killed}{lines[-1]}", "log": "\n".join(lines)[-4000:]}
         result = json.loads(answer.read_text())
-        if result["status"] == "failed":
-            result["log"] = log.read_text(errors="replace")[-4000:]
     return {**result, "process_seconds": time.perf_counter() - start}
 
 

@@ -138,8 +138,8 @@ def mlx_lm_lora(job: Job, steps: Steps, meter: Meter) -> dict[str, Any]:
     rows = [_mlx_row(example) for step in _timed_once(job, steps, meter) for example in step]
     longest = max(len(row[side]) for row in rows for side in ("chosen", "rejected"))
     # Its own batches (pairs sorted by the chosen answer's length), each once a round instead of drawn with replacement.
-    batched: Any = dpo_trainer.iterate_dpo_batches
-    own = list(batched(rows, job.batch, longest, train=False))
+    trainer: Any = dpo_trainer
+    own = list(trainer.iterate_dpo_batches(rows, job.batch, longest, train=False))
     assert len(own) * job.batch == len(rows)
     order = iter([*own, *own * job.rounds] if job.warmup == "full" else [own[0], *own * job.rounds])
 
@@ -148,7 +148,7 @@ def mlx_lm_lora(job: Job, steps: Steps, meter: Meter) -> dict[str, Any]:
         meter.begin()
         yield batch
 
-    dpo_trainer.iterate_dpo_batches = batches  # type: ignore[assignment]
+    trainer.iterate_dpo_batches = batches
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         loaded: Any = from_pretrained(
             model=job.model,

@@ -7,8 +7,6 @@ import gc
 import importlib
 import importlib.util
 import platform
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,6 +18,7 @@ import numpy as np
 from benchmark_cases import Job, read_config, steps_of
 
 from lite_dil.examples import Example
+from lite_dil.memory import peak_rss_mb
 
 
 class NotRun(Exception):
@@ -134,7 +133,7 @@ class Meter:
             import mlx.core as mx
 
             return float(mx.get_peak_memory())
-        return _status("VmHWM") if self.gauge == "VmHWM" else _getrusage_peak()
+        return _status("VmHWM") if self.gauge == "VmHWM" else peak_rss_mb() * 2**20
 
     def _baseline(self) -> None:
         gc.collect()
@@ -157,7 +156,7 @@ class Meter:
                 Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
                 self.base = _status("VmRSS")
             else:
-                self.base = _getrusage_peak()
+                self.base = peak_rss_mb() * 2**20
 
     def _synchronize(self) -> None:
         if self.device == "cuda":
@@ -178,11 +177,6 @@ def _status(field: str) -> float:
         if line.startswith(field):
             return 1024.0 * int(line.split()[1])
     return 0.0
-
-
-def _getrusage_peak() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -282,8 +276,7 @@ def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict
         meter.begin()
         backend.step(planned, losses, rate, references=cached[number] if cached else None)
         meter.end()
-    layout = "" if "layout" in backend.description else f", {backend.layout} layout"
-    return {"description": backend.description + layout, "passes": len(planned)}
+    return {"description": backend.description, "passes": len(planned)}
 
 
 def _engine(job: Job) -> dict[str, Any]:

@@ -273,6 +273,16 @@ def test_known_references_cost_no_pass(tiny: str, monkeypatch: pytest.MonkeyPatc
         backend.step([ragged()], pair_losses(config()), 1e-2)
 
 
+def watched(kind: type, seen: list[Any]) -> type:
+    """A class of modules that notes the shape of what goes in."""
+
+    def call(self: Any, x: mx.array) -> mx.array:
+        seen.append(x.shape[:2])
+        return kind.__call__(self, x)
+
+    return type("Watched", (kind,), {"__call__": call})
+
+
 def test_the_prefix_layout_computes_only_what_is_read(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrix products in the graph of a pass: of the prompts, the last of two layers computes keys and values alone."""
     monkeypatch.setattr(MLXBackend, "pads_attention", True)  # by itself a prompt has products of its own
@@ -285,9 +295,7 @@ def test_the_prefix_layout_computes_only_what_is_read(tiny: str, tmp_path: Path,
 
     seen = []  # tokens, not places in padded blocks, go through the MLPs and the head
     for layer in backend.model.layers:
-        kind = type(layer.mlp)
-        call = lambda self, x, kind=kind: (seen.append(x.shape[:2]), kind.__call__(self, x))[1]  # noqa: E731
-        layer.mlp.__class__ = type("Watched", (kind,), {"__call__": call})
+        layer.mlp.__class__ = watched(type(layer.mlp), seen)
     project = backend._project
     backend._project = lambda hidden: (seen.append(hidden.shape[:1]), project(hidden))[1]
     backend.token_logps(data)
