@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
+from lite_dil.criterion import Criterion
 from lite_dil.errors import UserError
-
-# (policy, reference, lengths, chosen, rejected) -> a loss a pair; see lite_dil.metrics.pair_losses.
-PairLosses = Callable[[Any, Any, Any, Any, Any], Any]
 
 CHECKPOINT_FROM = 10**9  # parameters from which gradient checkpointing is on unless said otherwise
 
@@ -36,8 +34,8 @@ class StepResult:
     """What one optimiser step leaves for the metrics.
 
     `policy` and `reference` are summed log-probs in nats, float32, shape (responses,), in the order of the batches; `loss` is
-    the mean over the pairs; `grad_norm` is taken before clipping; `skipped` is true, and `grad_norm` 0, where float16's loss
-    scaling found an overflow and left the weights alone.
+    the mean over the examples; `grad_norm` is taken before clipping; `skipped` is true, and `grad_norm` 0, where float16's
+    loss scaling found an overflow and left the weights alone.
     """
 
     loss: float
@@ -72,15 +70,17 @@ class Backend(Protocol):
     def step(
         self,
         batches: Sequence[Batch],
-        losses: PairLosses,
+        criterion: Criterion,
         learning_rate: float,
         references: Sequence[np.ndarray | None] | None = None,
+        baseline: float = 0.0,
     ) -> StepResult:
-        """Take one AdamW step on the mean loss over all pairs of the micro-batches.
+        """Take one AdamW step on the mean loss over all examples of the micro-batches.
 
         Args:
             references: for each micro-batch the reference's summed log-probs, (responses,) float32, where they are known;
                 the others are computed on the way.
+            baseline: kto's z0; see `Criterion.inputs`.
         """
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int]) -> list[list[int]]:

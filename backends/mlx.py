@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.generate import generate_step
 
 from lite_dil import adapters
-from lite_dil.backends import PairLosses, StepResult, checkpointing, switched
+from lite_dil.backends import StepResult, checkpointing, switched
 from lite_dil.backends.head import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
 from lite_dil.backends.mlx_head import token_logps
 from lite_dil.backends.mlx_load import (
@@ -34,6 +34,7 @@ from lite_dil.backends.mlx_lora import add_lora, linear_layers
 from lite_dil.backends.mlx_prefix import NoPrefix, Pass, Rows, arrays, wrap_layers
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
+from lite_dil.criterion import Criterion
 from lite_dil.errors import UserError, gather
 from lite_dil.layouts import plain, prefix
 
@@ -112,13 +113,14 @@ class MLXBackend:
     def step(
         self,
         batches: Sequence[Batch],
-        losses: PairLosses,
+        criterion: Criterion,
         learning_rate: float,
         references: Sequence[np.ndarray | None] | None = None,
+        baseline: float = 0.0,
     ) -> StepResult:
-        """Take one AdamW step on the mean loss over all pairs of `batches`."""
+        """Take one AdamW step on the mean loss over all examples of `batches`."""
         self.model.train()
-        pairs = sum(batch.pairs for batch in batches)
+        examples = sum(batch.examples for batch in batches)
         total, grads, policies, used = 0.0, None, [], []
         for batch, known in zip(batches, references or [None] * len(batches), strict=True):
             inputs = self._arrays(batch)
@@ -128,7 +130,7 @@ class MLXBackend:
                     mx.eval(reference)
             else:
                 reference = mx.array(np.asarray(known, np.float32))
-            loss, policy, grad = self._loss_and_grad(batch, inputs, reference, losses, pairs)
+            loss, policy, grad = self._loss_and_grad(criterion, criterion.inputs(batch, baseline), inputs, reference, examples)
             grads = grad if grads is None else tree_map(mx.add, grads, grad)
             mx.eval(loss, policy, grads)  # frees this micro-batch's activations before the next
             total += loss.item()
@@ -136,7 +138,7 @@ class MLXBackend:
             used.append(np.array(reference))
 
         grads, norm = optimizers.clip_grad_norm(grads, self.max_grad_norm)
-        if np.isfinite(norm.item()):
+        if np.isfinite([norm.item(), total]).all():
             self.optimizer.learning_rate = learning_rate
             self.optimizer.update(self.model, grads)
             mx.eval(self.model.trainable_parameters(), self.optimizer.state)
@@ -198,24 +200,35 @@ class MLXBackend:
         return out if rows is None else out | {"rows": rows}
 
     def _loss_and_grad(
-        self, batch: Batch, arrays: dict[str, mx.array], reference: mx.array, losses: PairLosses, pairs: int
+        self,
+        criterion: Criterion,
+        sides: dict[str, np.ndarray],
+        arrays: dict[str, mx.array],
+        reference: mx.array,
+        examples: int,
     ) -> tuple[mx.array, mx.array, Any]:
-        """Return loss, the policy's summed log-probs and the adapter's gradients."""
+        """Return loss, the policy's summed log-probs and the adapter's gradients; `sides` is what the criterion made."""
         self.passes += 1
         draw = int(np.random.SeedSequence((self.seed, self.passes)).generate_state(1)[0])
 
         def run(weights: Any, inputs: Any, reference: mx.array, sides: Any, share: mx.array, key: mx.array) -> Any:
             def loss(weights: Any) -> tuple[mx.array, mx.array]:
                 self.model.update(weights)
-                policy = self._sums(inputs, with_grad=True)
-                return losses(policy, reference, *sides).sum() * share, policy
+                logps = self._token_logps(inputs, with_grad=True)
+                policy, given = _sums(logps, inputs), sides
+                if "token_weights" in sides:
+                    given = sides | {"weighted_logps": _sums(logps * sides["token_weights"], inputs)}
+                return criterion(policy, reference, given) * share, policy
 
             with self._borrowed(key):  # also while checkpointed layers are traced again, after `loss`
                 return mx.value_and_grad(loss)(weights)
 
-        sides = [mx.array(side) for side in (batch.lengths, batch.chosen, batch.rejected)]
-        inputs = (arrays, reference, sides, mx.array(1 / pairs), mx.random.key(draw))
-        (value, policy), grads = self._pure(("step", losses), run)(self.model.trainable_parameters(), *inputs)
+        if "token_weights" in sides:  # tokens that fill up are behind the others
+            fill = arrays["targets"].size - len(sides["token_weights"])
+            sides = sides | {"token_weights": np.pad(sides["token_weights"], (0, fill))}
+        given = {name: mx.array(value.astype(np.int32) if value.dtype == np.int64 else value) for name, value in sides.items()}
+        inputs = (arrays, reference, given, mx.array(1 / examples), mx.random.key(draw))
+        (value, policy), grads = self._pure(("step", criterion), run)(self.model.trainable_parameters(), *inputs)
         return value, policy, grads
 
     def _sequence_logps(self, inputs: dict[str, mx.array]) -> mx.array:
@@ -224,7 +237,7 @@ class MLXBackend:
         def run(weights: Any, inputs: Any) -> mx.array:
             with self._borrowed(None):
                 self.model.update(weights)
-                return self._sums(inputs, with_grad=False)
+                return _sums(self._token_logps(inputs, with_grad=False), inputs)
 
         return self._pure("sums", run)(self.model.trainable_parameters(), inputs)
 
@@ -243,10 +256,6 @@ class MLXBackend:
         finally:
             self.model.update(own)
             self.switch.key = None
-
-    def _sums(self, inputs: dict[str, mx.array], with_grad: bool) -> mx.array:
-        logps = self._token_logps(inputs, with_grad)
-        return (logps[inputs["token_index"]] * inputs["token_mask"]).sum(-1)
 
     def _token_logps(self, inputs: dict[str, mx.array], with_grad: bool) -> mx.array:
         """Return the log-probs of the response tokens, and of those that fill up."""
@@ -310,6 +319,11 @@ class MLXBackend:
         difference = float(np.abs(own - here).max())
         if not difference < tolerance(self.dtype_name):
             raise HeadMismatch(model, difference)
+
+
+def _sums(logps: mx.array, inputs: dict[str, mx.array]) -> mx.array:
+    """Sum values of the response tokens over each response: (tokens,) to (responses,)."""
+    return (logps[inputs["token_index"]] * inputs["token_mask"]).sum(-1)
 
 
 def _check(config: TrainConfig) -> None:

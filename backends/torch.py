@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lite_dil import adapters
 from lite_dil.backends import (
-    PairLosses,
     StepResult,
     checkpointing,
     switched,
@@ -40,6 +39,7 @@ from lite_dil.backends.torch_load import (
 )
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
+from lite_dil.criterion import Criterion
 from lite_dil.errors import OutOfMemory, UserError, first_line
 from lite_dil.layouts import Layout, packed, plain
 from lite_dil.memory import keep_freed_memory, peak_rss_mb
@@ -118,21 +118,27 @@ class TorchBackend:
     def step(
         self,
         batches: Sequence[Batch],
-        losses: PairLosses,
+        criterion: Criterion,
         learning_rate: float,
         references: Sequence[np.ndarray | None] | None = None,
+        baseline: float = 0.0,
     ) -> StepResult:
-        """Take one AdamW step on the mean loss over all pairs of `batches`."""
+        """Take one AdamW step on the mean loss over all examples of `batches`."""
         try:
-            return self._step(batches, losses, learning_rate, references or [None] * len(batches))
+            return self._step(batches, criterion, learning_rate, references or [None] * len(batches), baseline)
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(first_line(error)) from None
 
     def _step(
-        self, batches: Sequence[Batch], losses: PairLosses, learning_rate: float, known: Sequence[np.ndarray | None]
+        self,
+        batches: Sequence[Batch],
+        criterion: Criterion,
+        learning_rate: float,
+        known: Sequence[np.ndarray | None],
+        baseline: float,
     ) -> StepResult:
         self.model.train()
-        pairs = sum(batch.pairs for batch in batches)
+        examples = sum(batch.examples for batch in batches)
         total, policies, references = 0.0, [], []
         for batch, remembered in zip(batches, known, strict=True):
             if remembered is None:
@@ -140,9 +146,12 @@ class TorchBackend:
                     reference = self._sequence_logps(batch)
             else:
                 reference = self._tensor(remembered)
-            policy = self._sequence_logps(batch)
-            lengths, chosen, rejected = map(self._tensor, (batch.lengths, batch.chosen, batch.rejected))
-            loss = losses(policy, reference, lengths, chosen, rejected).sum() / pairs
+            inputs = {name: self._tensor(array) for name, array in criterion.inputs(batch, baseline).items()}
+            logps, layout = self._token_logps(batch)
+            policy = self._sums(logps, layout)
+            if "token_weights" in inputs:
+                inputs["weighted_logps"] = self._sums(logps * inputs["token_weights"], layout)
+            loss = criterion(policy, reference, inputs) / examples
             self.scaler.scale(loss).backward()
             total += loss.item()
             policies.append(policy.detach().cpu().numpy())
@@ -151,7 +160,7 @@ class TorchBackend:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm).item()
         result = StepResult(total, norm, np.concatenate(policies), np.concatenate(references))
-        if np.isfinite(norm) or self.scaler.is_enabled():
+        if np.isfinite([norm, total]).all() or self.scaler.is_enabled():
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             scale = self.scaler.get_scale()
@@ -274,7 +283,10 @@ class TorchBackend:
         return token_logps(hidden, self.head, self._tensor(layout.targets), self.transform), layout
 
     def _sequence_logps(self, batch: Batch) -> Tensor:
-        logps, layout = self._token_logps(batch)
+        return self._sums(*self._token_logps(batch))
+
+    def _sums(self, logps: Tensor, layout: Layout) -> Tensor:
+        """Sum values of the response tokens over each response: (tokens,) to (responses,)."""
         # A gather and a sum over rows, not index_add: the order of additions is fixed, so equal log-probs sum to equal bits.
         return (logps[self._tensor(layout.token_index)] * self._tensor(layout.token_mask)).sum(-1)
 

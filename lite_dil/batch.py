@@ -7,20 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lite_dil.examples import CHOSEN, Example
+from lite_dil.data import CHOSEN
+from lite_dil.examples import Example
 
 
 @dataclass(frozen=True)
 class Batch:
     """Prompts, and responses that name their prompt.
 
-    prompts=[p0, p1], responses=[w0, l0, w1, l1], prompt_of=[0, 0, 1, 1], signs=[1, -1, 1, -1] are two pairs.
+    prompts=[p0, p1], responses=[w0, l0, w1, l1], prompt_of=[0, 0, 1, 1], signs=[1, -1, 1, -1] are two pairs. Answers without
+    a partner are prompts with one response. `places` says where each prompt's example came from.
     """
 
     prompts: list[np.ndarray]
     responses: list[np.ndarray]
     prompt_of: np.ndarray
     signs: np.ndarray
+    places: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Batch:
@@ -30,17 +33,25 @@ class Batch:
             responses=[np.array(response, np.int64) for example in examples for response in example.responses],
             prompt_of=np.array([i for i, example in enumerate(examples) for _ in example.responses], np.int64),
             signs=np.array([sign for example in examples for sign in example.signs], np.int64),
+            places=tuple(example.place for example in examples),
         )
 
     @property
     def chosen(self) -> np.ndarray:
-        """Indices of the chosen responses, pair by pair."""
+        """Indices of the chosen responses."""
         return np.flatnonzero(self.signs == CHOSEN)
 
     @property
     def rejected(self) -> np.ndarray:
-        """Indices of the rejected responses, pair by pair."""
+        """Indices of the rejected responses."""
         return np.flatnonzero(self.signs != CHOSEN)
+
+    @property
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the chosen and of the rejected response of every pair: the two have one prompt."""
+        same = self.prompt_of[self.chosen][:, None] == self.prompt_of[self.rejected]
+        first, second = np.nonzero(same)
+        return self.chosen[first], self.rejected[second]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -48,9 +59,9 @@ class Batch:
         return np.array([len(response) for response in self.responses], np.float32)
 
     @property
-    def pairs(self) -> int:
-        """How many pairs there are."""
-        return len(self.chosen)
+    def examples(self) -> int:
+        """How many prompts there are, each with its responses."""
+        return len(self.prompts)
 
     @property
     def shared_tokens(self) -> int:

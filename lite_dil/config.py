@@ -12,8 +12,8 @@ from typing import Any
 
 from lite_dil.data import EMBEDDED
 from lite_dil.errors import UserError, did_you_mean, gather
-from lite_dil.losses import OBJECTIVES
 from lite_dil.models import EMBEDDED_MODEL
+from lite_dil.objectives import OBJECTIVES, OPTIONS
 
 ALL_LINEAR = "all-linear"
 # The embedded pairs are few and easy: at the general rates one pass leaves the answers half-changed (docs/LOG.md).
@@ -28,7 +28,20 @@ def _option(
 
 
 def _per_loss(attribute: str) -> str:
-    return ", ".join(f"{name} {getattr(objective, attribute):g}" for name, objective in OBJECTIVES.items())
+    """Return every loss's default, losses of the same default together."""
+    values: dict[Any, list[str]] = {}
+    for name, objective in OBJECTIVES.items():
+        values.setdefault(getattr(objective, attribute), []).append(name)
+    values.pop(None, None)
+    return "; ".join(f"{value} {', '.join(names)}" for value, names in values.items())
+
+
+def _constant(name: str) -> Any:
+    """Return the option of a constant in the table of objectives."""
+    option = OPTIONS[name]
+    losses = ", ".join(loss for loss, objective in OBJECTIVES.items() if name in objective.options)
+    default = "off" if option.default is None else option.default
+    return _option("objective", None, f"{option.help} (default: {default}; of {losses})", choices=option.choices)
 
 
 @dataclass(frozen=True)
@@ -65,8 +78,9 @@ class TrainConfig:
     data: str = _option(
         "data",
         EMBEDDED,
-        "preference data: a .jsonl or .json file (or .gz) of prompt, chosen and rejected, as text or as chat messages, or a "
-        f"hub id owner/name[:split]; {EMBEDDED} is the set inside this package",
+        "a .jsonl or .json file (or .gz) of prompt, chosen and rejected (pairs), or prompt, completion and label (true or "
+        "false), or prompt and completion, as text or as chat messages; or a hub id owner/name[:split]; "
+        f"{EMBEDDED} is the set of pairs inside this package",
         metavar="FILE_OR_HUB_ID",
     )
     eval_data: str | None = _option(
@@ -81,21 +95,46 @@ class TrainConfig:
         "longest prompt plus answer, in tokens; the prompt is cut from the left first, and an answer is never cut to nothing",
     )
 
+    sample_rejected: int | None = _option(
+        "data",
+        None,
+        "for data of good answers alone: draw this many rejected answers a prompt from the model with its adapter off, which "
+        "is what the DIL family assumes of them, once, into a file that later runs read",
+    )
+    sample_file: str | None = _option(
+        "data",
+        None,
+        "the file of --sample-rejected, JSON Lines (default: in the user's cache folder, by model and data)",
+        metavar="FILE",
+    )
+
     loss: str = _option(
         "objective",
         "lsif",
-        "the objective of a pair, by the log-ratio f and r = exp(f) of its chosen (w) and rejected (l) answer: "
-        + "; ".join(f"{name}: {objective.formula} ({objective.source})" for name, objective in OBJECTIVES.items()),
+        "the objective, by f and r = exp(f) of chosen (w) and rejected (l) answers (docs/losses.md): "
+        + "; ".join(f"{name}: {objective.formula}" for name, objective in OBJECTIVES.items()),
         choices=tuple(OBJECTIVES),
     )
     logp_reduction: str | None = _option(
         "objective",
         None,
-        "whether the log-ratio is summed over an answer's tokens or averaged "
-        f"(default: {', '.join(f'{n} {o.reduction}' for n, o in OBJECTIVES.items())})",
+        f"whether the log-ratio is summed over an answer's tokens or averaged (default: {_per_loss('reduction')})",
         choices=("mean", "sum"),
     )
     beta: float | None = _option("objective", None, f"multiplies the log-ratio (default: {_per_loss('beta')})")
+    basu_alpha: float | None = _constant("basu_alpha")
+    relative_alpha: float | None = _constant("relative_alpha")
+    denominator: str | None = _constant("denominator")
+    log_ratio_cap: float | None = _constant("log_ratio_cap")
+    chosen_weight: float | None = _constant("chosen_weight")
+    rejected_weight: float | None = _constant("rejected_weight")
+    divergence: str | None = _constant("divergence")
+    divergence_alpha: float | None = _constant("divergence_alpha")
+    slic_delta: float | None = _constant("slic_delta")
+    slic_lambda: float | None = _constant("slic_lambda")
+    cpo_lambda: float | None = _constant("cpo_lambda")
+    simpo_gamma: float | None = _constant("simpo_gamma")
+    bpo_lambda: float | None = _constant("bpo_lambda")
 
     init_adapter: str | None = _option(
         "adapter",
@@ -138,10 +177,12 @@ class TrainConfig:
         choices=("auto", "adamw", "paged_adamw_8bit"),
     )
     batch_size: int = _option(
-        "optimisation", 2, "pairs in one forward and backward pass; --row-tokens may split it, with the same result"
+        "optimisation",
+        2,
+        "pairs (or single answers) in one forward and backward pass; --row-tokens may split it, with the same result",
     )
     gradient_accumulation_steps: int = _option(
-        "optimisation", 2, "passes an optimiser step; any split of the same pairs gives the same step"
+        "optimisation", 2, "passes an optimiser step; any split of the same data gives the same step"
     )
     epochs: float = _option("optimisation", 1.0, "passes over the data")
     max_steps: int | None = _option("optimisation", None, "stop after this many optimiser steps instead of after --epochs")
@@ -226,12 +267,12 @@ class TrainConfig:
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not (low <= value <= high):
-                allowed = f"between {low:g} and {high:g}" if high < _BIG else f"at least {low:g}"
-                problems.append(f"{flag(name)} is {value:g}; expected {allowed}")
+                problems.append(f"{flag(name)} is {value:g}; expected {_between(low, high)}")
         for name in ("beta", "learning_rate", "epochs", "lora_alpha", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < _BIG:
                 problems.append(f"{flag(name)} is {value:g}; expected a number above 0")
+        problems += self._objective_problems()
         if self.head_bits not in (None, 4, 8):
             problems.append(f"--head-bits is {self.head_bits}; expected 8 or 4, or leave it out for 16 bits")
         if self.precompute_reference and self.reference_cache == "off":
@@ -256,12 +297,38 @@ class TrainConfig:
         if problems:
             raise UserError(gather(problems, "these options cannot be used:") if len(problems) > 1 else problems[0])
 
+    def _objective_problems(self) -> list[str]:
+        """Return what is wrong with the objective's constants: those of another objective, or out of range."""
+        name, objective = self.loss, OBJECTIVES[self.loss]
+        problems = []
+        for option, spec in OPTIONS.items():
+            value = getattr(self, option)
+            if value is None:
+                continue
+            if option not in objective.options:
+                owners = [loss for loss, other in OBJECTIVES.items() if option in other.options]
+                problems.append(f"{flag(option)} belongs to --loss {', '.join(owners)}, not to {name}; leave it out")
+            elif not spec.choices and not spec.low <= value <= spec.high:
+                problems.append(f"{flag(option)} is {value:g}; expected {_between(spec.low, spec.high)}")
+        if objective.beta is None and self.beta not in (None, 1.0):
+            problems.append(f"--beta: {name} has none; leave it out")
+        if objective.token_weights and self.logp_reduction == "mean":
+            problems.append(f"--logp-reduction mean: {name} weighs the tokens of a sum; leave it out")
+        if self.sample_rejected is not None and objective.data == "chosen":
+            problems.append(f"--sample-rejected: {name} trains on good answers alone; leave it out")
+        if self.sample_file is not None and self.sample_rejected is None:
+            problems.append("--sample-file is the file of --sample-rejected; give that too")
+        if objective.baseline and self.batch_size * self.gradient_accumulation_steps < 2:
+            problems.append(f"--loss {name} compares the answers of a step; --batch-size 2 or --gradient-accumulation-steps 2")
+        return problems
+
     def resolved(self) -> TrainConfig:
         """Return a copy with the defaults that depend on other options filled in."""
         objective = OBJECTIVES[self.loss]
         fill: dict[str, Any] = {
             "logp_reduction": objective.reduction,
-            "beta": objective.beta,
+            "beta": 1.0 if objective.beta is None else objective.beta,
+            **{name: OPTIONS[name].default for name in objective.options},
             "learning_rate": objective.learning_rate,
             "lora_dropout": 0.0,
         }
@@ -280,6 +347,7 @@ class TrainConfig:
 _BIG = 1e18
 _RANGES = [
     ("max_length", 2, _BIG),
+    ("sample_rejected", 1, 1000),
     ("lora_r", 1, 1024),
     ("lora_dropout", 0, 0.99),
     ("warmup_ratio", 0, 1),
@@ -295,6 +363,11 @@ _RANGES = [
     ("save_total_limit", 1, _BIG),
 ]
 
+
+def _between(low: float, high: float) -> str:
+    return f"between {low:g} and {high:g}" if high < _BIG else f"at least {low:g}"
+
+
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 _HINTS = typing.get_type_hints(TrainConfig)
 # What may differ from the run that is resumed, because it does not change what is learned.
@@ -309,7 +382,7 @@ FREE_ON_RESUME = {
         "fused_layers",
         "compile",
     ),
-    *("reference_cache", "precompute_reference"),
+    *("reference_cache", "precompute_reference", "sample_file"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Reading preference data: every row is checked at the door, and every problem names its file, line, field and fix."""
+"""Reading data: every row is checked at the door, and every problem names its file, line, field and fix."""
 
 from __future__ import annotations
 
@@ -13,24 +13,38 @@ from typing import Any
 from lite_dil.errors import UserError, did_you_mean, first_line, gather
 
 EMBEDDED = "short-answers"
-FIELDS = ("prompt", "chosen", "rejected")
+CHOSEN, REJECTED = 1, -1
+# The fields by which each form is known; the form of a file is that of its first row.
+FORMS = {
+    "pairs": ("prompt", "chosen", "rejected"),
+    "unpaired": ("prompt", "completion", "label"),
+    "demonstrations": ("prompt", "completion"),
+}
+_ALL_FORMS = "; or ".join(f"{', '.join(fields)} ({form})" for form, fields in FORMS.items())
 ROLES = ("system", "user", "assistant", "tool")
 
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Preference:
-    """One row: a prompt and two answers to it, `chosen` better than `rejected`.
+class Row:
+    """One row: a prompt and the answers to it, each ``CHOSEN`` (good) or ``REJECTED`` (bad) by its sign.
 
-    With `chat` the prompt is a list of messages, to be laid out by the model's chat template; otherwise it is plain text that
-    the answers continue as it stands. `place` is where the row came from, for error messages.
+    A pair has one of each, an unpaired row a single answer, a demonstration a single good one. With `chat` the prompt is a
+    list of messages, to be laid out by the model's chat template; otherwise it is plain text that the answers continue as it
+    stands. `place` is where the row came from, for error messages.
     """
 
     prompt: str | list[Message]
-    chosen: str
-    rejected: str
+    answers: tuple[str, ...]
+    signs: tuple[int, ...]
     place: str
+    form: str
+
+    @classmethod
+    def pair(cls, prompt: str | list[Message], chosen: str, rejected: str, place: str) -> Row:
+        """Make a row of a pair."""
+        return cls(prompt, (chosen, rejected), (CHOSEN, REJECTED), place, "pairs")
 
     @property
     def chat(self) -> bool:
@@ -42,8 +56,8 @@ class RowError(ValueError):
     """Why one row cannot be trained on."""
 
 
-def read_preferences(source: str, split: str = "train") -> list[Preference]:
-    """Read and check a whole data set.
+def read_rows(source: str, split: str = "train") -> list[Row]:
+    """Read and check a whole data set, all of whose rows have one form: pairs, unpaired or demonstrations.
 
     Args:
         source: a ``.jsonl`` or ``.json`` file, plain or gzipped; ``short-answers``, the set inside this package; or the id
@@ -60,30 +74,39 @@ def read_preferences(source: str, split: str = "train") -> list[Preference]:
     else:
         rows = _hub_rows(source, split)
 
-    kept: list[Preference] = []
+    kept: list[Row] = []
     problems: list[str] = []
-    for place, row in rows:
-        if isinstance(row, RowError):
-            problems.append(f"{place}: {row}")
+    form = ""
+    for place, value in rows:
+        if isinstance(value, RowError):
+            problems.append(f"{place}: {value}")
             continue
+        form = form or _form(value)
         try:
-            preference = _check(row, place)
+            row = _check(value, place, form or "pairs")
         except RowError as error:
             problems.append(f"{place}: {error}")
             continue
-        if kept and kept[0].chat != preference.chat:
+        if kept and kept[0].chat != row.chat:
             kinds = ("plain text", "chat messages")
             problems.append(
-                f"{place}: the prompt is {kinds[preference.chat]}, but {kept[0].place} has {kinds[kept[0].chat]}; "
-                "keep one form in a file"
+                f"{place}: the prompt is {kinds[row.chat]}, but {kept[0].place} has {kinds[kept[0].chat]}; "
+                "keep one kind in a file"
             )
             continue
-        kept.append(preference)
+        kept.append(row)
     if problems:
         raise UserError(gather(problems, f"{source}: {len(problems)} of {len(kept) + len(problems)} rows cannot be used:"))
     if not kept:
-        raise UserError(f"{source}: no rows; expected one JSON object a line with the fields {', '.join(FIELDS)}")
+        raise UserError(f"{source}: no rows; expected one JSON object a line with the fields {_ALL_FORMS}")
     return kept
+
+
+def _form(row: Any) -> str:
+    """Return the form whose fields a row has, or nothing where it has those of none."""
+    if not isinstance(row, dict):
+        return ""
+    return next((form for form, fields in FORMS.items() if row.keys() >= set(fields)), "")
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -144,34 +167,49 @@ def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
         yield f"{source} row {number}", row
 
 
-def _check(row: Any, place: str) -> Preference:
+def _check(row: Any, place: str, form: str) -> Row:
+    fields = FORMS[form]
     if not isinstance(row, dict):
-        raise RowError(f"expected a JSON object with the fields {', '.join(FIELDS)}, found {_kind(row)}")
-    for name in FIELDS:
+        raise RowError(f"expected a JSON object with the fields {', '.join(fields)}, found {_kind(row)}")
+    for name in fields:
         if name not in row:
-            hint = did_you_mean(name, row.keys() - set(FIELDS)) or f"; the row has {', '.join(map(str, row)) or 'no fields'}"
+            hint = did_you_mean(name, row.keys() - set(fields)) or f"; the row has {', '.join(map(str, row)) or 'no fields'}"
             raise RowError(f"no field {name!r}{hint}")
+    if form == "demonstrations" and "label" in row:
+        raise RowError("the row has a 'label', and the rows before it have none; keep one form in a file")
+    sides = [name for name in fields if name in ("chosen", "rejected", "completion")]
     prompt = row["prompt"]
     if isinstance(prompt, list):
         prompt = _messages(prompt, "prompt")
         if prompt[-1]["role"] == "assistant":
-            raise RowError("the prompt ends with the assistant's turn; the answers belong in 'chosen' and 'rejected' alone")
-        chosen, rejected = (_answer(row[side], side) for side in ("chosen", "rejected"))
+            raise RowError(
+                f"the prompt ends with the assistant's turn; the answer belongs in {' or '.join(map(repr, sides))} alone"
+            )
+        answers = tuple(_answer(row[side], side) for side in sides)
     else:
-        prompt, chosen, rejected = (_text(row[name], name) for name in FIELDS)
+        texts = [_text(row[name], name, fields) for name in ("prompt", *sides)]
+        prompt, answers = texts[0], tuple(texts[1:])
         if not prompt.strip():
             raise RowError("field 'prompt' is empty")
-    for name, text in (("chosen", chosen), ("rejected", rejected)):
+    for name, text in zip(sides, answers, strict=True):
         if not text.strip():
             raise RowError(f"field {name!r} is empty; an answer needs at least one token")
-    if chosen.strip() == rejected.strip():
+    if form == "unpaired":
+        if not isinstance(row["label"], bool):
+            raise RowError(
+                f"field 'label' is {_kind(row['label'])} ({row['label']!r}); expected true for a good answer, false for a bad "
+                "one"
+            )
+        return Row(prompt, answers, (CHOSEN if row["label"] else REJECTED,), place, form)
+    if form == "pairs" and answers[0].strip() == answers[1].strip():
         raise RowError("'chosen' and 'rejected' are the same text; there is no preference to learn")
-    return Preference(prompt, chosen, rejected, place)
+    return Row(prompt, answers, (CHOSEN, REJECTED)[: len(answers)], place, form)
 
 
-def _text(value: Any, field: str) -> str:
+def _text(value: Any, field: str, fields: tuple[str, ...] = FORMS["pairs"]) -> str:
     if not isinstance(value, str):
-        raise RowError(f"field {field!r} is {_kind(value)}; expected text, or chat messages in all of {', '.join(FIELDS)}")
+        texts = [name for name in fields if name != "label"]
+        raise RowError(f"field {field!r} is {_kind(value)}; expected text, or chat messages in all of {', '.join(texts)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

@@ -6,7 +6,7 @@ import json
 
 from rich.table import Table
 
-from lite_dil.data import EMBEDDED, read_preferences
+from lite_dil.data import EMBEDDED, read_rows
 from lite_dil.progress import Display
 from lite_dil.train import Trained
 
@@ -20,7 +20,7 @@ def show(trained: Trained, display: Display) -> None:
     Before and after come from one model in memory: the adapter off, and on.
     """
     encoder, backend = trained.encoder, trained.backend
-    rows = read_preferences(EMBEDDED, "test")[:MEASURED]
+    rows = read_rows(EMBEDDED, "test")[:MEASURED]
     questions = [row.prompt[-1]["content"] for row in rows if not isinstance(row.prompt, str)]
     prompts = [
         encoder.prompt_ids(encoder.chat_prompt(row.prompt), chat=True) for row in rows if not isinstance(row.prompt, str)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lite_dil.data import Message, Preference
+from lite_dil.data import Message, Row
 from lite_dil.errors import UserError, gather
 
-CHOSEN, REJECTED = 1, -1
 # Templates that print today's date would give other tokens tomorrow, to a run that is resumed. This is Llama 3's own fallback.
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
@@ -20,12 +19,13 @@ class Example:
     """A tokenised prompt and the answers to it.
 
     `responses` are token ids that continue `prompt`, each ending in its end-of-turn token unless it was cut; `signs` holds
-    ``CHOSEN`` or ``REJECTED`` for each.
+    ``CHOSEN`` or ``REJECTED`` for each. `place` is where it came from, for messages.
     """
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
     signs: tuple[int, ...]
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,21 @@ class Encoder:
         """Tokenise `text`, adding nothing."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def encode(self, row: Preference) -> Example:
+    def encode(self, row: Row) -> Example:
         """Tokenise one row. Raises ValueError with the reason where the row or the template does not allow it."""
         if isinstance(row.prompt, str):
             prompt = row.prompt
-            texts = [self._text_response(text) for text in (row.chosen, row.rejected)]
+            texts = [self._text_response(text) for text in row.answers]
         else:
             prompt = self.chat_prompt(row.prompt)
-            texts = [self._chat_response(row.prompt, prompt, answer) for answer in (row.chosen, row.rejected)]
+            texts = [self._chat_response(row.prompt, prompt, answer) for answer in row.answers]
         prompt_ids = self.prompt_ids(prompt, chat=row.chat)
         if not prompt_ids:
             raise ValueError("the prompt has no token, so nothing predicts the first token of the answers")
         responses = tuple(self.continuation(prompt, text) for text in texts)
-        if responses[0] == responses[1]:
+        if row.form == "pairs" and responses[0] == responses[1]:
             raise ValueError("'chosen' and 'rejected' are the same tokens; there is no preference to learn")
-        return Example(prompt_ids, responses, (CHOSEN, REJECTED))
+        return Example(prompt_ids, responses, row.signs, row.place)
 
     def prompt_ids(self, prompt: str, chat: bool) -> tuple[int, ...]:
         """Tokenise a laid-out prompt, with exactly one BOS where the model wants one (a chat template prints its own)."""
@@ -161,10 +161,10 @@ def truncate(example: Example, max_length: int) -> tuple[Example, bool, bool]:
         prompt = prompt[:1] + prompt[len(prompt) - room + 1 :]
     limit = max_length - len(prompt)
     responses = tuple(response[:limit] for response in example.responses)
-    return Example(prompt, responses, example.signs), prompt != example.prompt, longest > limit
+    return replace(example, prompt=prompt, responses=responses), prompt != example.prompt, longest > limit
 
 
-def encode_all(rows: Sequence[Preference], encoder: Encoder, max_length: int) -> tuple[list[Example], Truncation]:
+def encode_all(rows: Sequence[Row], encoder: Encoder, max_length: int) -> tuple[list[Example], Truncation]:
     """Tokenise a data set, gathering every row's problem into one UserError."""
     examples, problems = [], []
     cut_prompts = cut_responses = 0

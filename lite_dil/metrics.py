@@ -1,55 +1,68 @@
-"""The figures of a batch of pairs, in numpy, the same for training and evaluation and for every backend."""
+"""The figures of answers and pairs, in numpy, the same for training and evaluation and for every backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
+from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
-from lite_dil.losses import OBJECTIVES, log_ratio
+from lite_dil.losses import log_ratio
+from lite_dil.objectives import OBJECTIVES, constants
 
 
-def pair_losses(config: TrainConfig) -> Callable[[Any, Any, Any, Any, Any], Any]:
-    """Return the config's objective as a function of arrays of any library, with nothing reduced.
+class Means:
+    """Running means by name, each over its own number of things: of pairs, of good answers, of bad answers.
 
-    It takes summed log-probs of the policy and the reference and the lengths, each (responses,), and the indices of the chosen
-    and of the rejected responses, each (pairs,); it returns a loss a pair, (pairs,).
+    Args:
+        state: sums and counts by name, which is also what a checkpoint keeps of it; changed in place.
     """
-    objective = OBJECTIVES[config.loss]
-    beta, reduction = config.beta, config.logp_reduction
-    assert beta is not None and reduction is not None  # filled in by TrainConfig.resolved
 
-    def losses(policy: Any, reference: Any, lengths: Any, chosen: Any, rejected: Any) -> Any:
-        f = log_ratio(policy, reference, lengths, reduction)
-        return objective.loss(beta * f[chosen], beta * f[rejected])
+    def __init__(self, state: dict[str, list[float]] | None = None) -> None:
+        self.state = {} if state is None else state
 
-    return losses
+    def add(self, name: str, values: np.ndarray | float, count: int | None = None) -> None:
+        """Add values, or a mean over `count` things."""
+        array = np.asarray(values, np.float64)
+        number = array.size if count is None else count
+        if number:
+            entry = self.state.setdefault(name, [0.0, 0.0])
+            entry[0] += float(array.sum()) if count is None else float(array) * count
+            entry[1] += number
+
+    def total(self, name: str) -> float:
+        """Return the sum."""
+        return self.state[name][0]
+
+    def means(self) -> dict[str, float]:
+        """Return every mean."""
+        return {name: total / count for name, (total, count) in self.state.items()}
 
 
-def pair_metrics(
-    policy: np.ndarray,
-    reference: np.ndarray,
-    lengths: np.ndarray,
-    chosen: np.ndarray,
-    rejected: np.ndarray,
-    config: TrainConfig,
-) -> dict[str, float]:
-    """Return the means over pairs, under TRL's names; arguments as in `pair_losses`.
+def answer_metrics(means: Means, policy: np.ndarray, reference: np.ndarray, batch: Batch, config: TrainConfig) -> None:
+    """Add a batch's figures under TRL's names; `policy` and `reference` are summed log-probs in nats, (responses,).
 
     A reward is ``beta * f`` and nothing else, an accuracy is the share of pairs with ``f_w > f_l``, and ``logps/*`` are sums
-    over the answer's tokens in nats.
+    over the answer's tokens in nats. Answers without a partner have no accuracy, and no margin of their own: `with_margin`.
     """
-    f = log_ratio(policy.astype(np.float64), reference.astype(np.float64), lengths, config.logp_reduction or "mean")
-    rewards = (config.beta or 1.0) * f
-    return {
-        "rewards/chosen": float(rewards[chosen].mean()),
-        "rewards/rejected": float(rewards[rejected].mean()),
-        "rewards/accuracies": float((f[chosen] > f[rejected]).mean()),
-        "rewards/margins": float((rewards[chosen] - rewards[rejected]).mean()),
-        "logps/chosen": float(policy[chosen].mean(dtype=np.float64)),
-        "logps/rejected": float(policy[rejected].mean(dtype=np.float64)),
-        "log_ratio/chosen": float(f[chosen].mean()),
-        "log_ratio/rejected": float(f[rejected].mean()),
-    }
+    f = log_ratio(policy.astype(np.float64), reference.astype(np.float64), batch.lengths, config.logp_reduction or "mean")
+    rewards = (1.0 if config.beta is None else config.beta) * f
+    for name, index in (("chosen", batch.chosen), ("rejected", batch.rejected)):
+        means.add(f"rewards/{name}", rewards[index])
+    first, second = batch.pairs
+    means.add("rewards/accuracies", f[first] > f[second])
+    means.add("rewards/margins", rewards[first] - rewards[second])
+    for name, index in (("chosen", batch.chosen), ("rejected", batch.rejected)):
+        means.add(f"logps/{name}", policy[index])
+    for name, index in (("chosen", batch.chosen), ("rejected", batch.rejected)):
+        means.add(f"log_ratio/{name}", f[index])
+    if (capped := OBJECTIVES[config.loss].capped) and (compared := capped(f, constants(config.loss, config))):
+        value, cap = compared
+        means.add("capped", value > cap)
+
+
+def with_margin(figures: dict[str, float]) -> dict[str, float]:
+    """Add the difference of the mean rewards as the margin where answers have no partners."""
+    sides = [figures.get(f"rewards/{side}") for side in ("chosen", "rejected")]
+    if "rewards/margins" not in figures and None not in sides:
+        return figures | {"rewards/margins": sides[0] - sides[1]}  # type: ignore[operator]
+    return figures

@@ -26,7 +26,7 @@ class Answers(NamedTuple):
     log_ratio: Array
     logps: Array
     mean_logps: Array
-    weighted_logps: Array | None
+    weighted_logps: Array
     baseline: Array
 
 
@@ -47,7 +47,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Option:
-    """A constant of some objectives: its default, its range (exclusive where `open`) and what it is."""
+    """A constant of some objectives: what it is, its default (None is off) and its range."""
 
     help: str
     default: float | str | None
@@ -94,9 +94,9 @@ class Objective:
 
 SIDES = ("chosen_weight", "rejected_weight")
 OPTIONS = {
-    "basu_alpha": Option("power of Basu's divergence: towards 0 it is ukl, at 1 lsif", 0.5),
+    "basu_alpha": Option("power of Basu's divergence: towards 0 it is ukl, at 1 lsif", 0.5, low=1e-3),
     "relative_alpha": Option(
-        "share of pi_chosen in the denominator of the relative ratio, which is at most 1 / this", 0.1, 0, 1
+        "share of pi_chosen in the denominator of the relative ratio, which is at most 1 / this", 0.1, low=1e-3, high=0.999
     ),
     "denominator": Option(
         "which answers stand for pi_ref: the rejected ones, or rejected and chosen together",
@@ -107,16 +107,17 @@ OPTIONS = {
         "above this value of beta f the loss goes on along its tangent line instead of exponentially; metrics say how often "
         "(capped)",
         None,
+        low=1e-3,
     ),
     "chosen_weight": Option("multiplies the good answers' side of the loss, on top of what evens out unequal numbers", 1.0),
     "rejected_weight": Option("multiplies the bad answers' side of the loss, on top of what evens out unequal numbers", 1.0),
     "divergence": Option("the f-divergence that keeps the policy near its reference", "js", choices=losses.DIVERGENCES),
-    "divergence_alpha": Option("alpha of --divergence alpha", 0.5, 0, 1),
+    "divergence_alpha": Option("alpha of --divergence alpha", 0.5, low=1e-3, high=0.999),
     "slic_delta": Option("margin, in nats", 1.0),
     "slic_lambda": Option("weight of the term that keeps the chosen answers' likelihood", 0.1),
     "cpo_lambda": Option("weight of the term that keeps the chosen answers' likelihood", 1.0),
     "simpo_gamma": Option("margin by which beta times the mean log-probs should differ", 1.0),
-    "bpo_lambda": Option("power of the scaled Basu divergence", 0.5),
+    "bpo_lambda": Option("power of the scaled Basu divergence", 0.5, low=1e-3),
 }
 
 
@@ -133,7 +134,7 @@ def _of_ratios(loss: Callable[..., Array], **constants: str) -> Callable[[Consta
 
     def form(c: Constants) -> Pairs:
         values = {parameter: c[option] for parameter, option in constants.items()}
-        return Pairs(lambda w, l: loss(w.log_ratio, l.log_ratio, c["beta"], **values))
+        return Pairs(lambda good, bad: loss(good.log_ratio, bad.log_ratio, c["beta"], **values))
 
     return form
 
@@ -157,9 +158,9 @@ def _above_limit(f: Array, c: Constants) -> tuple[Array, float] | None:
 
 _DIL = "Xiao et al., ICLR 2025, arXiv 2503.05079"
 _MEAN = (
-    "The paper writes the log-ratio of the whole answer; the authors' code averages it over the answer's tokens. The average is "
-    "the default here too, because e^f of a sum overflows; `--logp-reduction sum` is the paper's, to which alone its theorem "
-    "applies."
+    "The paper writes the log-ratio of the whole answer; the authors' code averages it over the answer's tokens. The average "
+    "is the default here too, because e^f of a sum overflows; `--logp-reduction sum` is the paper's, to which alone its "
+    "theorem applies."
 )
 _CONSTANT = "The value here equals the definition up to a constant, which no gradient sees"
 
@@ -172,9 +173,9 @@ OBJECTIVES: dict[str, Objective] = {
         beta=1.0,
         learning_rate=1e-4,
         formula="-r_w + r_l^2 / 2",
-        use="The paper's first choice, and the default. It raises the chosen answers and holds the rejected ones by the square of "
-        "their ratio. It is not bounded below: where the two sides hardly overlap it can run away (see `--log-ratio-cap`, or "
-        "rulsif).",
+        use="The paper's first choice, and the default. It raises the chosen answers and holds the rejected ones by the "
+        "square of their ratio. It is not bounded below: where the two sides hardly overlap it can run away (see "
+        "`--log-ratio-cap`, or rulsif).",
         source=f"{_DIL}, Table 1 and eq. 18-24; h(r) = (r - 1)^2 / 2",
         note=f"{_MEAN} {_CONSTANT} (here -1/2 at f = 0; the definition gives 1/2 more).",
         options=("denominator", "log_ratio_cap", *SIDES),
@@ -188,11 +189,12 @@ OBJECTIVES: dict[str, Objective] = {
         beta=1.0,
         learning_rate=1e-4,
         formula="-f_w + r_l",
-        use="Maximum likelihood of the chosen answers, held back by the ratio of the rejected ones: the one closest to sft, and "
-        "gentle. The chosen side never saturates.",
+        use="Maximum likelihood of the chosen answers, held back by the ratio of the rejected ones: the one closest to sft, "
+        "and gentle. The chosen side never saturates.",
         source=f"{_DIL}, Table 1; h(r) = r log r - r",
         note=f"{_MEAN} The authors' code uses -log pi(y_w) in place of -f_w. The two differ by the constant log pi_ref(y_w), "
-        "which no gradient sees; the paper's is used here, so that the loss is 1 at the start and comparable between data sets.",
+        "which no gradient sees; the paper's is used here, so that the loss is 1 at the start and comparable between data "
+        "sets.",
         options=("denominator", "log_ratio_cap", *SIDES),
         capped=_above_cap,
     ),
@@ -204,8 +206,8 @@ OBJECTIVES: dict[str, Objective] = {
         beta=1.0,
         learning_rate=1e-4,
         formula="log(1 + 1/r_w) + log(1 + r_l)",
-        use="A logistic classifier of chosen against rejected whose logit is the log-ratio. Both sides saturate, so that it is the "
-        "calmest of the family on noisy data.",
+        use="A logistic classifier of chosen against rejected whose logit is the log-ratio. Both sides saturate, so that it "
+        "is the calmest of the family on noisy data.",
         source=f"{_DIL}, Table 1; h(r) = r log r - (r + 1) log(r + 1)",
         note=_MEAN,
         options=("denominator", *SIDES),
@@ -233,8 +235,8 @@ OBJECTIVES: dict[str, Objective] = {
         beta=1.0,
         learning_rate=1e-4,
         formula="-g_w + alpha g_w^2 / 2 + (1 - alpha) g_l^2 / 2,  g = 1 / (alpha + (1 - alpha) / r)",
-        use="lsif on the ratio to a mixture that holds a share alpha of the chosen answers: bounded, so that it cannot run away. The "
-        "safe choice for long runs and for answers that hardly overlap.",
+        use="lsif on the ratio to a mixture that holds a share alpha of the chosen answers: bounded, so that it cannot run "
+        "away. The safe choice for long runs and for answers that hardly overlap.",
         source="Yamada et al. 2013, arXiv 1106.4729",
         note="Not in the DIL paper, whose other choices for the reduction it shares.",
         options=("relative_alpha", "denominator", *SIDES),
@@ -250,7 +252,8 @@ OBJECTIVES: dict[str, Objective] = {
         use="The field's standard. It sees only the difference of the two log-ratios, so that both may fall; watch "
         "`logps/chosen`.",
         source="Rafailov et al. 2023, arXiv 2305.18290, eq. 7; by contrastive predictive coding in the DIL paper, eq. 25-27",
-        note="The DIL authors' code averages the log-ratios of its \"DPO\" as well; here they are summed, as DPO's own paper has them.",
+        note="The DIL authors' code averages the log-ratios of its \"DPO\" as well; here they are summed, as DPO's own paper "
+        "has them.",
     ),
     "f-dpo": Objective(
         title="DPO with an f-divergence",
@@ -261,12 +264,12 @@ OBJECTIVES: dict[str, Objective] = {
         learning_rate=1e-4,
         formula="-log sigmoid(beta (g'(r_w) - g'(r_l))),  g' = f | -1/r | f - log(1 + r) | (1 - r^-alpha) / alpha "
         "for --divergence reverse_kl | forward_kl | js | alpha",
-        use="DPO that trades alignment against diversity: reverse_kl is dpo, forward_kl keeps the most diversity, js and alpha lie "
-        "between.",
+        use="DPO that trades alignment against diversity: reverse_kl is dpo, forward_kl keeps the most diversity, js and "
+        "alpha lie between.",
         source="Wang et al. 2024, arXiv 2309.16240, Table 1",
-        note="The paper names no default; js is its balanced choice. 1/r and r^-alpha overflow at ordinary log-ratios of whole "
-        f"answers: above an exponent of {EXPONENT_LIMIT:g} they go on along their tangent, always, and the metric `capped` counts "
-        "where.",
+        note="The paper names no default; js is its balanced choice. 1/r and r^-alpha overflow at ordinary log-ratios of "
+        f"whole answers: above an exponent of {EXPONENT_LIMIT:g} they go on along their tangent, always, and the metric "
+        f"`capped` counts where.",
         options=("divergence", "divergence_alpha"),
         capped=_above_limit,
     ),
@@ -278,23 +281,24 @@ OBJECTIVES: dict[str, Objective] = {
         beta=0.1,
         learning_rate=1e-4,
         formula="(f_w - f_l - 1 / (2 beta))^2",
-        use="Pulls the difference of the log-ratios to a target instead of pushing it without end. A small beta is a far target.",
+        use="Pulls the difference of the log-ratios to a target instead of pushing it without end. A small beta is a far "
+        "target.",
         source="Azar et al. 2023, arXiv 2310.12036, eq. 17 (beta is its tau)",
-        note="The paper sums the log-ratio over the answer; its authors later said to average it over the tokens, which is the "
-        "default here (and in TRL).",
+        note="The paper sums the log-ratio over the answer; its authors later said to average it over the tokens, which is "
+        "the default here (and in TRL).",
     ),
     "slic": Objective(
         title="sequence likelihood calibration",
         data="pairs",
-        form=lambda c: Pairs(lambda w, l: losses.slic(w.logps, l.logps, c["slic_delta"], c["slic_lambda"])),
+        form=lambda c: Pairs(lambda good, bad: losses.slic(good.logps, bad.logps, c["slic_delta"], c["slic_lambda"])),
         reduction="sum",
         beta=None,
         learning_rate=1e-4,
         formula="max(0, delta - log pi(y_w) + log pi(y_l)) - lambda log pi(y_w)",
         use="A hinge on the likelihoods with a maximum-likelihood term beside it; needs no reference.",
         source="Zhao et al. 2023, arXiv 2305.10425, eq. 5",
-        note="As in the paper's comparison, the chosen answer stands for the paper's separate reference answer. Its delta is 1; "
-        "lambda 0.1 is ours, from the range that the SimPO paper (arXiv 2405.14734) searches.",
+        note="As in the paper's comparison, the chosen answer stands for the paper's separate reference answer. Its delta is "
+        "1; lambda 0.1 is ours, from the range that the SimPO paper (arXiv 2405.14734) searches.",
         options=("slic_delta", "slic_lambda"),
         reference=False,
     ),
@@ -309,31 +313,32 @@ OBJECTIVES: dict[str, Objective] = {
         "z0 = max(0, mean f of answers to other prompts)",
         use="For thumbs up and thumbs down without partners. Saturates on both sides.",
         source="Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8",
-        note="z0 is the mean over one such answer for each example of the whole optimiser step, without a gradient: splitting the "
-        "step into passes changes nothing. The paper evens out unequal numbers of good and bad answers by its lambdas, to a ratio "
-        "of 1 to 4/3; here they are evened out to 1 already, and --chosen-weight and --rejected-weight are the lambdas on top.",
+        note="z0 is the mean over one such answer for each example of the whole optimiser step, without a gradient: splitting "
+        "the step into passes changes nothing. The paper evens out unequal numbers of good and bad answers by its lambdas, to "
+        "a ratio of 1 to 4/3; here they are evened out to 1 already, and --chosen-weight and --rejected-weight are the "
+        "lambdas on top.",
         options=SIDES,
         baseline=True,
     ),
     "cpo": Objective(
         title="contrastive preference optimisation",
         data="pairs",
-        form=lambda c: Pairs(lambda w, l: losses.cpo(w.logps, l.logps, w.mean_logps, c["beta"], c["cpo_lambda"])),
+        form=lambda c: Pairs(lambda good, bad: losses.cpo(good.logps, bad.logps, good.mean_logps, c["beta"], c["cpo_lambda"])),
         reduction="sum",
         beta=0.1,
         learning_rate=1e-4,
         formula="-log sigmoid(beta (log pi(y_w) - log pi(y_l))) - lambda log pi(y_w) / |y_w|",
         use="dpo with a uniform reference and a likelihood term; needs no reference.",
         source="Xu et al. 2024, arXiv 2401.08417, eq. 5",
-        note="The paper writes the likelihood term for the whole answer; its authors' code, and TRL, average it over the tokens, as "
-        "here.",
+        note="The paper writes the likelihood term for the whole answer; its authors' code, and TRL, average it over the "
+        "tokens, as here.",
         options=("cpo_lambda",),
         reference=False,
     ),
     "simpo": Objective(
         title="simple preference optimisation",
         data="pairs",
-        form=lambda c: Pairs(lambda w, l: losses.simpo(w.logps, l.logps, c["beta"], c["simpo_gamma"])),
+        form=lambda c: Pairs(lambda good, bad: losses.simpo(good.logps, bad.logps, c["beta"], c["simpo_gamma"])),
         reduction="mean",
         beta=2.0,
         learning_rate=1e-4,
@@ -365,7 +370,8 @@ OBJECTIVES: dict[str, Objective] = {
         beta=None,
         learning_rate=1e-4,
         formula="-log pi(y_w)",
-        use="Demonstrations without bad answers, and the baseline for everything above: covers all that the demonstrations do.",
+        use="Demonstrations without bad answers, and the baseline for everything above: covers all that the demonstrations "
+        "do.",
         source="Sun 2024, arXiv 2403.12017, eq. 7",
         note="Summed over the answer's tokens, as written; many trainers average over all tokens of a batch "
         "(`--logp-reduction mean` averages over each answer's).",
@@ -381,8 +387,8 @@ OBJECTIVES: dict[str, Objective] = {
         formula="-sum_k (n - k) / n log pi(y_k),  k = 0 .. n - 1",
         use="sft that weighs an answer's first tokens most, because every later one depends on them.",
         source="Sun 2024, arXiv 2403.12017, eq. 12",
-        note="The paper's own indices would give the end-of-turn token weight 0, and the model would not learn to stop; here it has "
-        "1/n.",
+        note="The paper's own indices would give the end-of-turn token weight 0, and the model would not learn to stop; here "
+        "it has 1/n.",
         reference=False,
         token_weights=losses.occupancy_weights,
     ),

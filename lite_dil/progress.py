@@ -59,15 +59,18 @@ class Bar:
 
     def evaluation(self, metrics: dict[str, float]) -> None:
         """Print the held-out figures."""
-        self.display.say(
-            f"held out: loss {metrics['eval_loss']:.4f}  accuracy {metrics['eval_rewards/accuracies']:.3f}  "
-            f"log-ratio chosen {metrics['eval_log_ratio/chosen']:+.3f} rejected {metrics['eval_log_ratio/rejected']:+.3f}"
-        )
+        self.display.say(f"held out: {_figures({n.removeprefix('eval_'): value for n, value in metrics.items()}, 3)}")
 
 
 def _status(line: dict[str, Any]) -> str:
-    return (
-        f"loss {line['loss']:.4f}  accuracy {line['rewards/accuracies']:.2f}  "
-        f"log-ratio chosen {line['log_ratio/chosen']:+.3f} rejected {line['log_ratio/rejected']:+.3f}  "
-        f"{line['pairs_per_second']:.2f} pairs/s  {line['peak_memory_mb']:.0f} MB"
-    )
+    unit = "pairs" if "rewards/accuracies" in line else "answers"
+    return f"{_figures(line, 2)}  {line['examples_per_second']:.2f} {unit}/s  {line['peak_memory_mb']:.0f} MB"
+
+
+def _figures(line: dict[str, Any], digits: int) -> str:
+    """Lay out what there is: single answers have no accuracy, demonstrations no rejected side."""
+    text = f"loss {line['loss']:.4f}"
+    if "rewards/accuracies" in line:
+        text += f"  accuracy {line['rewards/accuracies']:.{digits}f}"
+    sides = [f"{side} {line[name]:+.3f}" for side in ("chosen", "rejected") if (name := f"log_ratio/{side}") in line]
+    return f"{text}  log-ratio {' '.join(sides)}"

@@ -28,7 +28,7 @@ class Progress:
     step: int = 0
     num_tokens: int = 0
     fingerprint: str = ""
-    window: dict[str, float] = field(default_factory=dict)
+    window: dict[str, list[float]] = field(default_factory=dict)
 
 
 class RunFolder:

@@ -1,4 +1,4 @@
-"""Which pairs a step takes, and at what learning rate: pure functions of the step, so a resumed run needs no more than it."""
+"""Which examples a step takes, and at what rate: pure functions of the step, so a resumed run needs no more than it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,33 @@ from lite_dil.examples import Example
 
 
 class Schedule:
-    """The plan of a run over `examples`: each epoch a new order, drawn from the seed; a short last batch is taken as it is."""
+    """The plan of a run over `examples`: each epoch a new order, drawn from the seed; a short last batch is taken as it is.
 
-    def __init__(self, config: TrainConfig, examples: Sequence[Example], layout: str = "plain") -> None:
-        self.config, self.examples, self.layout = config, examples, layout
-        self.pairs_per_step = config.batch_size * config.gradient_accumulation_steps
-        self.steps_per_epoch = math.ceil(len(examples) / self.pairs_per_step)
+    Args:
+        others: for each example one that goes with it wherever it goes (kto's rows for z0), or none at all.
+    """
+
+    def __init__(
+        self, config: TrainConfig, examples: Sequence[Example], layout: str = "plain", others: Sequence[Example] = ()
+    ) -> None:
+        self.config, self.examples, self.layout, self._others = config, examples, layout, others
+        self.examples_per_step = config.batch_size * config.gradient_accumulation_steps
+        self.steps_per_epoch = math.ceil(len(examples) / self.examples_per_step)
         self.steps = config.max_steps or math.ceil(config.epochs * self.steps_per_epoch)
         self._order = lru_cache(1)(self._shuffled)
 
     def batches(self, step: int) -> list[Batch]:
-        """Return the micro-batches of step 1, 2, ..., which depend on the layout; their pairs together do not."""
+        """Return the micro-batches of step 1, 2, ..., which depend on the layout; their examples together do not."""
+        return self._planned(self.examples, step)
+
+    def others(self, step: int) -> list[Batch]:
+        """Return batches of what goes with the step's examples."""
+        return self._planned(self._others, step)
+
+    def _planned(self, examples: Sequence[Example], step: int) -> list[Batch]:
         epoch, position = divmod(step - 1, self.steps_per_epoch)
-        start = position * self.pairs_per_step
-        picked = [self.examples[i] for i in self._order(epoch)[start : start + self.pairs_per_step]]
+        start = position * self.examples_per_step
+        picked = [examples[i] for i in self._order(epoch)[start : start + self.examples_per_step]]
         return plan(picked, self.layout, self.config.batch_size, row_tokens(self.config))
 
     def epoch(self, step: int) -> float:
@@ -60,15 +73,15 @@ def row_tokens(config: TrainConfig) -> int:
     return config.row_tokens or 2 * config.max_length
 
 
-def plan(examples: Sequence[Example], layout: str, pairs: int, tokens: int) -> list[Batch]:
-    """Group examples into batches of at most `pairs` examples and `tokens` tokens, padding counted; a longer one goes alone.
+def plan(examples: Sequence[Example], layout: str, count: int, tokens: int) -> list[Batch]:
+    """Group examples into batches of at most `count` examples and `tokens` tokens, padding counted; a longer one goes alone.
 
     First-fit over the examples from the longest to the shortest, which pads little and fills rows well.
     """
     rows: list[list[Example]] = []
     for example in sorted(examples, key=lambda e: len(e.prompt) + max(map(len, e.responses)), reverse=True):
         for row in rows[-OPEN_ROWS:]:
-            if len(row) < pairs and computed_tokens([*row, example], layout) <= tokens:
+            if len(row) < count and computed_tokens([*row, example], layout) <= tokens:
                 row.append(example)
                 break
         else:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -17,18 +15,23 @@ import numpy as np
 from lite_dil import backends
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
-from lite_dil.data import read_preferences
+from lite_dil.criterion import Criterion, check_data, mismatched
+from lite_dil.data import CHOSEN, read_rows
 from lite_dil.errors import TrainingDiverged, UserError
 from lite_dil.examples import Encoder, Example, encode_all, fingerprint
-from lite_dil.metrics import pair_losses, pair_metrics
+from lite_dil.losses import log_ratio
+from lite_dil.metrics import Means, answer_metrics, with_margin
 from lite_dil.models import load_tokenizer, resolve_model
+from lite_dil.objectives import OBJECTIVES
 from lite_dil.progress import Display
 from lite_dil.reference import ReferenceCache, open_cache
 from lite_dil.run import Progress, RunFolder, read_progress
+from lite_dil.sampled import add_samples, needed, sample_path
 from lite_dil.schedule import Schedule, plan, row_tokens
+from lite_dil.signals import StopSignal
 
-# Weights of a logged mean: these are sums over the window, everything else is a mean over its pairs.
-_SUMS = ("pairs", "tokens", "seconds", "steps", "skipped", "reference_passes")
+# What the window counts; everything else in it is a mean.
+_SUMS = ("examples", "tokens", "seconds", "steps", "skipped", "reference_passes")
 
 # float16's loss scale halves with each skipped step: after this many it is not the scale that is wrong.
 MAX_SKIPPED = 25
@@ -70,7 +73,18 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
     display.say(f"{config.model} on {backend.description}")
     if backend.layout_reason:
         display.say(backend.layout_reason)
-    schedule = Schedule(config, examples, backend.layout)
+    if config.sample_rejected:
+        path = sample_path(config, model, backend.identity)
+        sampled = [
+            add_samples(part, config.sample_rejected, backend, encoder, path, config, display)
+            for part in (needed(config, examples), held_out)
+            if part
+        ]
+        if None in sampled:
+            return Trained(backend, encoder, folder, None, stopped=True)
+        examples, held_out = (part or [] for part in [*sampled, None][:2])
+    others = mismatched(examples, config) if OBJECTIVES[config.loss].baseline else []
+    schedule = Schedule(config, examples, backend.layout, others)
     cache = open_cache(config, model, backend.identity)
     if cache.damaged:
         display.say(f"{cache.path}: {cache.damaged} damaged records, which will be computed again")
@@ -83,14 +97,14 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
     else:
         _check_start(backend, schedule, config, cache)
 
-    if config.precompute_reference and not precompute(backend, [*examples, *held_out], config, cache, display):
+    if config.precompute_reference and not precompute(backend, [*examples, *others, *held_out], config, cache, display):
         display.say(f"stopped; the reference cache keeps what was computed: {cache.path}")
         return Trained(backend, encoder, folder, None, stopped=True)
     if not resume:
         folder.create(replace(config, dtype=backend.dtype_name))
         display.say(f"writing to {folder.path}")
 
-    losses = pair_losses(config)
+    criterion = Criterion(config, examples)
     evaluator = Evaluator(backend, held_out, config, cache)
     evaluation, skipped_in_a_row = None, 0
 
@@ -106,17 +120,24 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
             step, started = progress.step + 1, time.perf_counter()
             batches = schedule.batches(step)
             known = [cache.lookup(batch) for batch in batches]
-            result = backend.step(batches, losses, rate := schedule.learning_rate(step), known)
+            baseline = _baseline(backend, schedule.others(step), config, cache) if others else 0.0
+            result = backend.step(batches, criterion, rate := schedule.learning_rate(step), known, baseline)
             computed = _remember(cache, batches, known, result.reference)
-            metrics = _step_metrics(result, batches, config)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)) or skipped_in_a_row == MAX_SKIPPED:
-                raise TrainingDiverged(_diverged(step, metrics, folder))
+                # The weights are still those of the step before, which had a finite loss.
+                kept = save() if progress.step else folder.latest()
+                raise TrainingDiverged(_diverged(step, result, batches, examples, config, kept))
             tokens = sum(batch.tokens for batch in batches)
             progress.step, progress.num_tokens = step, progress.num_tokens + tokens
-            pairs = sum(batch.pairs for batch in batches)
+            number = sum(batch.examples for batch in batches)
             seconds = time.perf_counter() - started
-            _accumulate(progress.window, metrics, (pairs, tokens, seconds, 1, int(result.skipped), computed))
+            window = Means(progress.window)
+            _add_step(window, result, batches, config)
+            if others:
+                window.add("kl", baseline, number)
+            for name, value in zip(_SUMS, (number, tokens, seconds, 1, int(result.skipped), computed), strict=True):
+                window.add(name, value)
             last = step == schedule.steps
             if step % config.logging_steps == 0 or last:
                 line = _line(progress, schedule, rate, backend)
@@ -146,21 +167,40 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
 
 
 class Evaluator:
-    """Evaluates the policy on held-out pairs; the reference's log-probs come from the cache once they are known."""
+    """Evaluates the policy on held-out data; the reference's log-probs come from the cache once they are known."""
 
     def __init__(
         self, backend: backends.Backend, examples: Sequence[Example], config: TrainConfig, cache: ReferenceCache
     ) -> None:
         self.backend, self.config, self.cache = backend, config, cache
-        self.batches = plan(examples, backend.layout, config.batch_size, row_tokens(config))
+        self.criterion = Criterion(config, examples)
+        others = mismatched(examples, config) if examples and OBJECTIVES[config.loss].baseline else []
+        self.batches, self.others = (
+            plan(part, backend.layout, config.batch_size, row_tokens(config)) for part in (examples, others)
+        )
 
     def run(self) -> dict[str, float]:
         """Return the metrics with an ``eval_`` before their names."""
-        reference = [_reference(self.backend, batch, self.cache) for batch in self.batches]
-        policy = [self.backend.sequence_logps(batch) for batch in self.batches]
-        arrays = _joined(policy, reference, self.batches)
-        metrics = {"loss": float(pair_losses(self.config)(*arrays).mean()), **pair_metrics(*arrays, self.config)}
-        return {f"eval_{name}": value for name, value in metrics.items()}
+        means = Means()
+        baseline = _baseline(self.backend, self.others, self.config, self.cache) if self.others else 0.0
+        for batch in self.batches:
+            reference = _reference(self.backend, batch, self.cache)
+            inputs = self.criterion.inputs(batch, baseline)
+            policy, weighted = self._policy(batch, inputs.get("token_weights"))
+            loss = self.criterion(policy, reference, inputs | weighted)
+            means.add("loss", float(loss) / batch.examples, batch.examples)
+            answer_metrics(means, policy, reference, batch, self.config)
+        if self.others:
+            means.add("kl", baseline)
+        return {f"eval_{name}": value for name, value in with_margin(means.means()).items()}
+
+    def _policy(self, batch: Batch, token_weights: np.ndarray | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Return the policy's summed log-probs, and those with the objective's token weights where it has them."""
+        if token_weights is None:
+            return self.backend.sequence_logps(batch), {}
+        tokens = self.backend.token_logps(batch)
+        starts = np.cumsum([0, *batch.lengths[:-1]]).astype(np.int64)
+        return np.add.reduceat(tokens, starts), {"weighted_logps": np.add.reduceat(tokens * token_weights, starts)}
 
 
 # Without gradients a pass keeps next to nothing, so that it can take more tokens than one of training.
@@ -206,37 +246,34 @@ def _remember(
     return computed
 
 
-class StopSignal:
-    """Turns the first Ctrl-C or termination signal into a request to stop after the step; a second Ctrl-C stops at once."""
-
-    def __init__(self, text: str = "stopping after this step, and saving") -> None:
-        self.asked, self.text = False, text
-
-    def __enter__(self) -> StopSignal:
-        self._before = {}
-        for name in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[name] = signal.signal(name, self._ask)
-            except ValueError:  # not in the main thread, where Python allows no handlers
-                break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name, handler in self._before.items():
-            signal.signal(name, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{self.text}; Ctrl-C again stops at once\n".encode())
+def _baseline(backend: backends.Backend, batches: Sequence[Batch], config: TrainConfig, cache: ReferenceCache) -> float:
+    """Return kto's z0: the mean log-ratio of answers to other prompts, and 0 where that is negative (its eq. 8)."""
+    found = [
+        log_ratio(
+            backend.sequence_logps(batch), _reference(backend, batch, cache), batch.lengths, config.logp_reduction or "sum"
+        )
+        for batch in batches
+    ]
+    return max(0.0, float(np.concatenate(found).mean()))
 
 
 def _load_examples(source: str, split: str, encoder: Encoder, config: TrainConfig, display: Display) -> list[Example]:
-    rows = read_preferences(source, split)
+    rows = read_rows(source, split)
+    form, objective = rows[0].form, OBJECTIVES[config.loss]
+    check_data(config, form, {sign for row in rows for sign in row.signs}, source)
+    left_out = ""
+    if objective.data == "chosen" and form == "unpaired":
+        good = [row for row in rows if CHOSEN in row.signs]
+        left_out = f", and {len(rows) - len(good)} bad ones that {config.loss} leaves out"
+        rows = good
     examples, cut = encode_all(rows, encoder, config.max_length)
-    text = f"{'training' if split == 'train' else 'held-out'} data {source}: {len(examples)} pairs"
+    number = sum(CHOSEN in example.signs for example in examples)
+    kinds = {
+        "pairs": "pairs",
+        "unpaired": f"answers, {number} good and {len(examples) - number} bad" if not left_out else f"good answers{left_out}",
+        "demonstrations": "demonstrations",
+    }
+    text = f"{'training' if split == 'train' else 'held-out'} data {source}: {len(examples)} {kinds[form]}"
     if not rows[0].chat:
         text += " of plain text (no chat template)"
     if cut.prompts or cut.responses:
@@ -261,53 +298,66 @@ def _check_start(backend: backends.Backend, schedule: Schedule, config: TrainCon
         )
 
 
-def _joined(
-    policy: Sequence[np.ndarray], reference: Sequence[np.ndarray], batches: Sequence[Batch]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Join batches into the five arrays that `pair_losses` and `pair_metrics` take."""
-    starts = np.cumsum([0, *(len(batch.responses) for batch in batches)])
-    return (
-        np.concatenate(policy),
-        np.concatenate(reference),
-        np.concatenate([batch.lengths for batch in batches]),
-        np.concatenate([batch.chosen + start for batch, start in zip(batches, starts, strict=False)]),
-        np.concatenate([batch.rejected + start for batch, start in zip(batches, starts, strict=False)]),
-    )
-
-
-def _step_metrics(result: backends.StepResult, batches: Sequence[Batch], config: TrainConfig) -> dict[str, float]:
-    arrays = _joined([result.policy], [result.reference], batches)
-    return {"loss": result.loss, "grad_norm": result.grad_norm, **pair_metrics(*arrays, config)}
-
-
-def _accumulate(window: dict[str, float], metrics: dict[str, float], sums: tuple[float, ...]) -> None:
-    """Add a step to the window: its means weighted by its pairs, and the `_SUMS`."""
-    for name, value in {**{n: mean * sums[0] for n, mean in metrics.items()}, **dict(zip(_SUMS, sums, strict=True))}.items():
-        window[name] = window.get(name, 0) + value
+def _add_step(means: Means, result: backends.StepResult, batches: Sequence[Batch], config: TrainConfig) -> None:
+    number, start = sum(batch.examples for batch in batches), 0
+    means.add("loss", result.loss, number)
+    means.add("grad_norm", result.grad_norm, number)
+    for batch in batches:
+        own = slice(start, start := start + len(batch.responses))
+        answer_metrics(means, result.policy[own], result.reference[own], batch, config)
 
 
 def _line(progress: Progress, schedule: Schedule, rate: float, backend: backends.Backend) -> dict[str, Any]:
-    window = progress.window
+    window = Means(progress.window)
+    figures = {name: value for name, value in window.means().items() if name not in _SUMS}
+    examples, tokens, seconds, steps, skipped, passes = map(window.total, _SUMS)
     return {
         "step": progress.step,
         "epoch": schedule.epoch(progress.step),
-        **{name: value / window["pairs"] for name, value in window.items() if name not in _SUMS},
+        **with_margin(figures),
         "learning_rate": rate,
         "num_tokens": progress.num_tokens,
-        "tokens_per_second": window["tokens"] / window["seconds"],
-        "pairs_per_second": window["pairs"] / window["seconds"],
-        "seconds_per_step": window["seconds"] / window["steps"],
+        "tokens_per_second": tokens / seconds,
+        "examples_per_second": examples / seconds,
+        "seconds_per_step": seconds / steps,
         "peak_memory_mb": backend.peak_memory_mb(),
-        "skipped_steps": window["skipped"],
-        "reference_passes": window["reference_passes"],
+        "skipped_steps": skipped,
+        "reference_passes": passes,
     }
 
 
-def _diverged(step: int, metrics: dict[str, float], folder: RunFolder) -> str:
-    checkpoint = folder.latest()
+def _diverged(
+    step: int,
+    result: backends.StepResult,
+    batches: Sequence[Batch],
+    examples: Sequence[Example],
+    config: TrainConfig,
+    kept: Path | None,
+) -> str:
+    """Say where it went wrong: at the example whose log-ratio is not finite, or else the farthest from 0."""
+    worst, start = (-1.0, "", ""), 0
+    reduction = config.logp_reduction or "mean"
+    for batch in batches:
+        own = slice(start, start := start + len(batch.responses))
+        f = log_ratio(result.policy[own], result.reference[own], batch.lengths, reduction)
+        for number, place in enumerate(batch.places):
+            here = batch.prompt_of == number
+            size = float(np.abs(f[here]).max()) if np.isfinite(f[here]).all() else math.inf
+            if size > worst[0]:
+                sides = {CHOSEN: "chosen", -CHOSEN: "rejected"}
+                ratios = ", ".join(
+                    f"{value:.3g} {sides[sign]}" for value, sign in zip(f[here], batch.signs[here], strict=True)
+                )
+                worst = (size, place, ratios)
+    index = next(i for i, example in enumerate(examples) if example.place == worst[1])
+    advice = ["a lower --learning-rate"]
+    if reduction == "sum" and OBJECTIVES[config.loss].reduction == "mean":
+        advice.append("--logp-reduction mean")
+    if "log_ratio_cap" in OBJECTIVES[config.loss].options and config.log_ratio_cap is None:
+        advice.append("--log-ratio-cap 3, or --loss rulsif, which is bounded")
     return (
-        f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, log-ratio "
-        f"{metrics['log_ratio/chosen']:.3g} chosen, {metrics['log_ratio/rejected']:.3g} rejected. The weights were left as "
-        f"they were. A lower --learning-rate helps, and --logp-reduction mean; "
-        + (f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved (--save-steps)")
+        f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}. Farthest off is example {index + 1} of the "
+        f"data ({worst[1]}), with log-ratio {worst[2]} ({reduction} over its tokens, in nats). The weights were left as they "
+        f"were before the step. What helps: {'; '.join(advice)}. "
+        + (f"The last good checkpoint is {kept}" if kept else "No checkpoint had been saved: this was the first step")
     )

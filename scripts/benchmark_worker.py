@@ -241,7 +241,7 @@ def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict
     """Drive this library as lite_dil.train does, less the data and the files."""
     from lite_dil import backends
     from lite_dil.config import TrainConfig
-    from lite_dil.metrics import pair_losses
+    from lite_dil.criterion import Criterion
     from lite_dil.schedule import plan, row_tokens
 
     longest = max(prompt + max(answers) for prompt, *answers in job.lengths)
@@ -260,13 +260,17 @@ def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict
         **_engine(job),
     ).resolved()
     backend = backends.load(job.device, config, job.model)
-    losses, rate = pair_losses(config), config.learning_rate or 0.0
+    criterion = Criterion(config, [example for step in steps for example in step])
+    rate = config.learning_rate or 0.0
 
     def batches(step: Sequence[Example]) -> Any:
         return plan(step, backend.layout, job.batch, row_tokens(config))
 
     if job.longest:
-        return {"longest": _longest(job, lambda step: backend.step(batches(step), losses, rate)), "peak_bytes": meter.peak()}
+        return {
+            "longest": _longest(job, lambda step: backend.step(batches(step), criterion, rate)),
+            "peak_bytes": meter.peak(),
+        }
     cached = None
     if job.contestant == "lite-dil-cached":
         with backend.adapter_off():
@@ -274,7 +278,7 @@ def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict
     for number, step in enumerate(steps):
         planned = batches(step)
         meter.begin()
-        backend.step(planned, losses, rate, references=cached[number] if cached else None)
+        backend.step(planned, criterion, rate, references=cached[number] if cached else None)
         meter.end()
     return {"description": backend.description, "passes": len(planned)}
 

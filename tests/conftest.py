@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from lite_dil import backends
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
+from lite_dil.criterion import Criterion
 from lite_dil.examples import Example
 from lite_dil.models import EMBEDDED_MODEL, cache_dir, resolve_model
 
@@ -186,6 +187,11 @@ def config(**changes: object) -> TrainConfig:
 def load(name: str, model: str, **changes: object) -> backends.Backend:
     """A backend on a tiny model."""
     return backends.load(name, config(**changes), model)
+
+
+def criterion(**changes: object) -> Criterion:
+    """The objective of a config, for data of pairs."""
+    return Criterion(config(**changes), examples(1))
 
 
 def examples(pairs: int = 3, seed: int = 0, vocabulary: int = 512) -> list[Example]:

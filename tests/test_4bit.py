@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import batch, config, load, make_checkpoint
+from conftest import batch, criterion, load, make_checkpoint
 from test_backend import adapter, step
 
 from lite_dil.errors import UserError
-from lite_dil.metrics import pair_losses
 
 
 def test_nf4_gradients_equal_those_of_dequantised_weights_bitwise(tiny: str) -> None:
@@ -52,7 +51,8 @@ def lora_gradients(backend: Any) -> list[np.ndarray]:
     data = batch()
     with backend.adapter_off():
         reference = backend._sequence_logps(backend._arrays(data))
-    _, _, gradients = backend._loss_and_grad(data, backend._arrays(data), reference, pair_losses(config()), data.pairs)
+    loss = criterion()
+    _, _, gradients = backend._loss_and_grad(loss, loss.inputs(data), backend._arrays(data), reference, data.examples)
     return [np.array(value) for _, value in sorted(tree_flatten(gradients))]
 
 

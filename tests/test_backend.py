@@ -10,16 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bare_model, batch, config, examples, load, make_checkpoint, oracle_logps
+from conftest import bare_model, batch, criterion, examples, load, make_checkpoint, oracle_logps
 
 from lite_dil import backends
 from lite_dil.batch import Batch
 from lite_dil.layouts import plain, prefix
-from lite_dil.metrics import pair_losses
 
 
 def step(backend: Any, batches: list[Batch], rate: float = 1e-2, **changes: object) -> Any:
-    return backend.step(batches, pair_losses(config(**changes)), rate)
+    return backend.step(batches, criterion(**changes), rate)
 
 
 def adapter(backend: Any) -> dict[str, np.ndarray]:
@@ -253,11 +252,7 @@ def test_target_modules_are_the_ones_that_get_an_adapter(backend_name: str, tiny
 def test_non_finite_gradients_leave_the_weights_alone(backend_name: str, tiny: str) -> None:
     backend = load(backend_name, tiny)
     weights = adapter(backend)
-
-    def broken(policy: Any, *rest: Any) -> Any:
-        return policy[:2] * float("inf")
-
-    result = backend.step([batch()], broken, 0.1)
+    result = backend.step([batch()], criterion(), 0.1, references=[np.full(6, -np.inf, np.float32)])
     assert not np.isfinite(result.grad_norm)
     for name, value in adapter(backend).items():
         np.testing.assert_array_equal(value, weights[name])
@@ -274,7 +269,7 @@ def test_loss_scaling_changes_nothing_and_skips_overflows(tiny: str) -> None:
         assert not two.skipped
     weights = adapter(scaled)
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    result = scaled.step([batch()], lambda *arrays: 1e3 * pair_losses(config())(*arrays), 1e-2)
+    result = scaled.step([batch()], criterion(chosen_weight=1e3, rejected_weight=1e3), 1e-2)
     assert result.skipped
     assert result.grad_norm == 0
     for name, value in adapter(scaled).items():

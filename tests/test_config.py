@@ -9,7 +9,7 @@ import pytest
 
 from lite_dil.config import FIELDS, TrainConfig, add_flags, build, flag, read_yaml
 from lite_dil.errors import UserError
-from lite_dil.losses import OBJECTIVES
+from lite_dil.objectives import OBJECTIVES
 
 
 def flags(*argv: str) -> dict[str, object]:

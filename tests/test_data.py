@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lite_dil.data import EMBEDDED, read_preferences
+from lite_dil.data import EMBEDDED, read_rows
 from lite_dil.errors import UserError
 
 TEXT = {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}
@@ -27,9 +27,9 @@ def write(path: Path, *rows: Any) -> str:
 
 
 def test_text_and_chat_rows(tmp_path: Path) -> None:
-    (row,) = read_preferences(write(tmp_path / "a.jsonl", TEXT))
+    (row,) = read_rows(write(tmp_path / "a.jsonl", TEXT))
     assert (row.prompt, row.chosen, row.rejected, row.chat) == ("What is 2 + 2?", "4", "5", False)
-    (row,) = read_preferences(write(tmp_path / "b.jsonl", {**CHAT, "extra": None}))
+    (row,) = read_rows(write(tmp_path / "b.jsonl", {**CHAT, "extra": None}))
     assert (row.prompt, row.chosen, row.rejected, row.chat) == (CHAT["prompt"], "4", "5", True)
 
 
@@ -48,11 +48,11 @@ def test_every_accepted_file_form(tmp_path: Path) -> None:
     for name, raw in forms.items():
         path = tmp_path / name
         path.write_bytes(raw)
-        assert len(read_preferences(str(path))) == 3, name
+        assert len(read_rows(str(path))) == 3, name
 
 
 def test_embedded_splits_are_read() -> None:
-    assert len(read_preferences(EMBEDDED, "train")) + len(read_preferences(EMBEDDED, "test")) >= 240
+    assert len(read_rows(EMBEDDED, "train")) + len(read_rows(EMBEDDED, "test")) >= 240
 
 
 MESSAGE = {"role": "user", "content": "x"}
@@ -94,13 +94,13 @@ MESSAGE = {"role": "user", "content": "x"}
 def test_bad_rows_name_line_field_and_reason(tmp_path: Path, bad: Any, message: str) -> None:
     path = write(tmp_path / "bad.jsonl", TEXT, bad)
     with pytest.raises(UserError, match=rf"(?s)1 of 2 rows cannot be used:.*bad\.jsonl {message}"):
-        read_preferences(path)
+        read_rows(path)
 
 
 def test_all_problems_are_gathered_and_ten_are_shown(tmp_path: Path) -> None:
     path = write(tmp_path / "bad.jsonl", *[{**TEXT, "chosen": ""}] * 12, TEXT)
     with pytest.raises(UserError, match=r"(?s)12 of 13 rows.*line 1: .*line 10: .*and 2 more") as caught:
-        read_preferences(path)
+        read_rows(path)
     assert "line 11" not in str(caught.value)
 
 
@@ -122,16 +122,16 @@ def test_all_problems_are_gathered_and_ten_are_shown(tmp_path: Path) -> None:
 def test_bad_files(tmp_path: Path, name: str, raw: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(UserError, match=message):
-        read_preferences(str(tmp_path / name))
+        read_rows(str(tmp_path / name))
 
 
 def test_sources_that_are_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="is a directory"):
-        read_preferences(str(tmp_path))
+        read_rows(str(tmp_path))
     with pytest.raises(UserError, match="no such file"):
-        read_preferences(str(tmp_path / "missing.jsonl"))
+        read_rows(str(tmp_path / "missing.jsonl"))
     with pytest.raises(UserError, match="no such file, and not a data set id"):
-        read_preferences("prefs")
+        read_rows("prefs")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r'owner/name: .* pip install "lite-dil\[hub\]"'):
-        read_preferences("owner/name")
+        read_rows("owner/name")

@@ -15,7 +15,7 @@ from test_parity import assert_same_gradients
 
 from lite_dil import models
 from lite_dil.batch import Batch
-from lite_dil.data import EMBEDDED, Preference, read_preferences
+from lite_dil.data import EMBEDDED, Row, read_rows
 from lite_dil.errors import UserError
 from lite_dil.examples import Encoder, Example
 from lite_dil.models import load_tokenizer
@@ -31,7 +31,7 @@ def encoder(embedded: str) -> Encoder:
 @pytest.fixture(scope="module")
 def short_pair(encoder: Encoder) -> Batch:
     """A held-out pair, cut to 12 + 10 tokens."""
-    example, *_ = (encoder.encode(row) for row in read_preferences(EMBEDDED, "test"))
+    example, *_ = (encoder.encode(row) for row in read_rows(EMBEDDED, "test"))
     return Batch.of([Example(example.prompt[-12:], tuple(r[:10] for r in example.responses), example.signs)])
 
 
@@ -48,7 +48,7 @@ def test_it_answers(embedded: str, encoder: Encoder) -> None:
 @pytest.mark.parametrize("name", ["cpu", "mlx"])
 def test_it_knows_in_4_bits(embedded: str, encoder: Encoder, name: str) -> None:
     text = "The capital of France is Paris."
-    wrong = encoder.encode(Preference(QUESTION, text, "The capital of France is Berlin.", ""))
+    wrong = encoder.encode(Row.pair(QUESTION, text, "The capital of France is Berlin.", ""))
     right, other = load(name, embedded, load_in_4bit=True).sequence_logps(Batch.of([wrong])) / len(wrong.responses[0])
     assert right > -1  # nats a token; by chance it would be -log(49152) = -10.8
     assert right > other + 0.5

@@ -22,7 +22,7 @@ def test_batch_by_hand() -> None:
     assert batch.chosen.tolist() == [0, 2]
     assert batch.rejected.tolist() == [1, 3]
     assert batch.lengths.tolist() == [2, 1, 1, 3]
-    assert (batch.pairs, batch.tokens) == (2, 5 + 4 + 2 + 4)
+    assert (batch.examples, batch.tokens) == (2, 5 + 4 + 2 + 4)
 
 
 def test_plain_layout_by_hand() -> None:
@@ -88,9 +88,9 @@ def test_rows_of_a_layout_hold_every_pair_once_within_their_limits(layout: str) 
 
 
 def test_a_row_holds_no_more_pairs_than_asked() -> None:
-    assert [row.pairs for row in plan([PAIRS[0]] * 7, "packed", 3, 10**6)] == [3, 3, 1]
+    assert [row.examples for row in plan([PAIRS[0]] * 7, "packed", 3, 10**6)] == [3, 3, 1]
 
 
 def test_a_pair_longer_than_a_row_goes_alone() -> None:
     rows = plan([Example((1,) * 50, ((2,), (3,)), (1, -1)), *PAIRS], "packed", 8, 20)
-    assert [row.pairs for row in rows] == [1, 2]
+    assert [row.examples for row in rows] == [1, 2]

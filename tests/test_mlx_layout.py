@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from conftest import bare_model, config, load, oracle_logps
+from conftest import bare_model, criterion, load, oracle_logps
 from mlx.utils import tree_flatten, tree_unflatten
 from test_backend import adapter, step
 from test_parity import SMALL
@@ -36,7 +36,6 @@ from lite_dil.backends.mlx import MLXBackend
 from lite_dil.backends.mlx_load import memory_limits, windows
 from lite_dil.batch import Batch
 from lite_dil.errors import UserError
-from lite_dil.metrics import pair_losses
 
 ARCHITECTURES: dict[str, PretrainedConfig] = {
     "Llama": LlamaConfig(**SMALL, rope_theta=50000.0),
@@ -102,7 +101,8 @@ def gradients(backend: Any, data: Batch) -> dict[str, np.ndarray]:
     inputs = backend._arrays(data)
     with backend.adapter_off():
         reference = backend._sequence_logps(inputs)
-    _, _, grads = backend._loss_and_grad(data, inputs, reference, pair_losses(config()), data.pairs)
+    loss = criterion()
+    _, _, grads = backend._loss_and_grad(loss, loss.inputs(data), inputs, reference, data.examples)
     return {k: np.array(v) for k, v in tree_flatten(grads)}
 
 
@@ -257,20 +257,20 @@ def test_known_references_take_the_same_step(tiny: str) -> None:
     expected = step(one, batches)
     with two.adapter_off():
         known = two.sequence_logps(batches[0])
-    result = two.step(batches, pair_losses(config()), 1e-2, references=[known, None])
+    result = two.step(batches, criterion(), 1e-2, references=[known, None])
     assert (result.loss, result.grad_norm) == (expected.loss, expected.grad_norm)
     np.testing.assert_array_equal(result.reference, expected.reference)
     for name, value in adapter(one).items():
         np.testing.assert_array_equal(adapter(two)[name], value)
-    assert wrong.step(batches, pair_losses(config()), 1e-2, references=[known + 1, None]).loss != expected.loss
+    assert wrong.step(batches, criterion(), 1e-2, references=[known + 1, None]).loss != expected.loss
 
 
 def test_known_references_cost_no_pass(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = load("mlx", tiny)
     monkeypatch.setattr(backend, "adapter_off", None)
-    backend.step([ragged()], pair_losses(config()), 1e-2, references=[np.zeros(8, np.float32)])
+    backend.step([ragged()], criterion(), 1e-2, references=[np.zeros(8, np.float32)])
     with pytest.raises(TypeError):
-        backend.step([ragged()], pair_losses(config()), 1e-2)
+        backend.step([ragged()], criterion(), 1e-2)
 
 
 def watched(kind: type, seen: list[Any]) -> type:

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bare_model, batch, config, load, make_checkpoint, oracle_logps
+from conftest import bare_model, batch, criterion, load, make_checkpoint, oracle_logps
 from test_backend import adapter, step
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
 from lite_dil.batch import Batch
 from lite_dil.errors import UserError
-from lite_dil.metrics import pair_losses
 
 
 def gradients(name: str, model: str, data: Batch, **changes: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -30,7 +29,7 @@ def gradients(name: str, model: str, data: Batch, **changes: Any) -> tuple[dict[
     values = {
         k: draw.normal(0, 0.02, v.shape).astype(np.float32) if k.endswith("lora_b") else v for k, v in sorted(weights.items())
     }
-    losses = pair_losses(config(**changes))
+    losses = criterion(**changes)
     if name == "mlx":
         import mlx.core as mx
         from mlx.utils import tree_flatten, tree_unflatten
@@ -38,7 +37,7 @@ def gradients(name: str, model: str, data: Batch, **changes: Any) -> tuple[dict[
         backend.model.update(tree_unflatten([(k, mx.array(v)) for k, v in values.items()]))
         with backend.adapter_off():
             reference = backend._sequence_logps(backend._arrays(data))
-        _, _, grads = backend._loss_and_grad(data, backend._arrays(data), reference, losses, data.pairs)
+        _, _, grads = backend._loss_and_grad(losses, losses.inputs(data), backend._arrays(data), reference, data.examples)
         return {k: np.array(v) for k, v in tree_flatten(grads)}, backend.token_logps(data)
     parameters = {
         k.removeprefix("base_model.model.")
@@ -52,8 +51,8 @@ def gradients(name: str, model: str, data: Batch, **changes: Any) -> tuple[dict[
             p.copy_(torch.from_numpy(values[k].T))
     with backend.adapter_off(), torch.no_grad():
         reference = backend._sequence_logps(data)
-    lengths, chosen, rejected = map(torch.from_numpy, (data.lengths, data.chosen, data.rejected))
-    loss = losses(backend._sequence_logps(data), reference, lengths, chosen, rejected).sum() / data.pairs
+    inputs = {name: torch.from_numpy(value) for name, value in losses.inputs(data).items()}
+    loss = losses(backend._sequence_logps(data), reference, inputs) / data.examples
     grads = torch.autograd.grad(loss, list(parameters.values()))
     return {k: g.numpy().T for k, g in zip(parameters, grads, strict=True)}, backend.token_logps(data)
 

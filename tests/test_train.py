@@ -31,7 +31,7 @@ TRL_NAMES = {
 OURS = {"step", "log_ratio/chosen", "log_ratio/rejected", "tokens_per_second", "peak_memory_mb"}
 # What a clock or the machine decides; everything else in a line is the same in every run of the same options.
 # A run that comes second finds the reference in the cache.
-MEASURED = {"tokens_per_second", "pairs_per_second", "seconds_per_step", "peak_memory_mb", "reference_passes"}
+MEASURED = {"tokens_per_second", "examples_per_second", "seconds_per_step", "peak_memory_mb", "reference_passes"}
 
 
 @pytest.fixture(scope="module")

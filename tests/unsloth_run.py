@@ -66,9 +66,7 @@ def pretend_cuda() -> None:
 
 def measure(backend: Any) -> dict[str, np.ndarray]:
     """What the plain path and unsloth's must agree on: log-probs, a step's loss and gradients, the reference, answers."""
-    from conftest import batch, config
-
-    from lite_dil.metrics import pair_losses
+    from conftest import batch, criterion
 
     data, out = batch(), {}
     out["start"] = backend.token_logps(data)
@@ -81,7 +79,7 @@ def measure(backend: Any) -> dict[str, np.ndarray]:
         gradients.update({name: parameter.grad.float().cpu().numpy().copy() for name, parameter in named})
 
     backend.optimizer.register_step_pre_hook(keep)
-    losses = pair_losses(config(loss="dpo", beta=0.5))
+    losses = criterion(loss="dpo", beta=0.5)
     for step in range(2):  # in the first one B is 0, and so is the gradient of A
         result = backend.step([data], losses, 1e-2)
         out[f"policy{step}"], out[f"reference{step}"] = result.policy, result.reference
