@@ -308,7 +308,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(
     assert main(["train", *flags, *more]) == 1
     err = capsys.readouterr().err
     assert "log-ratio" in err
-    assert f"the last good checkpoint is {folder / 'checkpoints'}" in err
+    assert f"The last good checkpoint is {folder / 'checkpoints'}" in err
     assert not (folder / "adapter").exists()
 
 
