@@ -157,11 +157,7 @@ def _above_limit(f: Array, c: Constants) -> tuple[Array, float] | None:
 
 
 _DIL = "Xiao et al., ICLR 2025, arXiv 2503.05079"
-_MEAN = (
-    "The paper writes the log-ratio of the whole answer; the authors' code averages it over the answer's tokens. The average "
-    "is the default here too, because e^f of a sum overflows; `--logp-reduction sum` is the paper's, to which alone its "
-    "theorem applies."
-)
+_MEAN = "Averaged over the answer's tokens, as in the authors' code, where the paper writes the whole answer ([why](#sum-or-mean))."
 _CONSTANT = "The value here equals the definition up to a constant, which no gradient sees"
 
 OBJECTIVES: dict[str, Objective] = {

@@ -1,0 +1,105 @@
+"""Write docs/losses.md from the table in lite_dil/objectives.py (a test fails when the page is stale).
+
+python scripts/losses_page.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lite_dil.config import flag
+from lite_dil.objectives import OBJECTIVES, OPTIONS, Objective
+
+PAGE = Path(__file__).parent.parent / "docs" / "losses.md"
+DATA = {
+    "pairs": "pairs",
+    "sides": "pairs, or single answers labelled good and bad",
+    "chosen": "good answers",
+}
+INTRO = """\
+# Losses
+
+<!-- Made by scripts/losses_page.py from the table in lite_dil/objectives.py; change it there. -->
+
+What `--loss` takes. x is a prompt, y_w a chosen (good) and y_l a rejected (bad) answer to it. The **log-ratio**
+`f(x, y) = log pi_theta(y|x) - log pi_ref(y|x)` compares the model being trained with its reference, which is the same model
+with its adapter switched off; `r = e^f`. An index says of which answer: `f_w`, `r_l`. With `--beta` other than 1, f stands for
+`beta f` in the losses of the DIL family.
+
+`--logp-reduction sum` takes f and log pi of the whole answer, `mean` averages them over its tokens. The metrics hold f, log-probs
+and the reward `beta f` of both sides for every loss, also for those that do not use the reference.
+
+## Sum or mean
+
+The DIL paper writes the log-ratio of the whole answer; its authors' code averages it over the answer's tokens (for every loss, its
+"DPO" too). The average is the default here for the DIL family: a sum grows with the length, and e^f of it overflows. `--logp-reduction
+sum` is the paper's, and the only one that its theorem is about. Every other loss has the default of its own paper.
+
+## Which one
+
+- **A first run:** lsif, the default. Where its log-ratios run away (the run stops and says so, or `log_ratio/rejected` climbs
+  to several nats): rulsif, which is bounded, or `--log-ratio-cap`.
+- **The good answers should stay likely** (facts, code, a style that was hard to teach): lsif, ukl, bce, rulsif or kto, and watch
+  `logps/chosen`. dpo, ipo and simpo see only the difference between the two answers, so that both may lose likelihood.
+- **Thumbs up and thumbs down without partners:** the DIL family or kto.
+- **Good answers alone:** sft, or sft-occupancy; or the DIL family with `--sample-rejected 1`, which draws the rejected side from
+  the model itself.
+- **To compare with others' results:** dpo, simpo, cpo, ipo, kto, slic with their papers' constants below.
+- **Not sure:** `scripts/compare.py` trains several on your data from the same start and lays the results side by side.
+
+## What the theory promises, and what not
+
+For the DIL family the minimiser is `f = log(pi_chosen / pi_ref)`, that is `pi_theta = pi_chosen`, when the rejected answers are
+drawn from pi_ref, f is the sum over the answer and beta is 1 (tests/test_recovery.py shows it). `--sample-rejected` on
+demonstrations with `--logp-reduction sum` is this setting. With rejected answers from elsewhere each member goes to a place of its
+own; with averaged log-ratios there is no such theorem. In practice both work, and the average is the calmer of the two.
+
+## Answers without partners
+
+The DIL family is one expectation a side, `E_chosen[l_1(f)] + E_ref[l_-1(f)]`, and kto is a mean over answers: neither needs pairs.
+Data of `prompt, completion, label` may hold good and bad answers in any numbers. Each side is weighted by its share of the whole
+data set, not of the batch: over B answers the loss is `(1/B) (sum_good l_1 / p_w + sum_bad l_-1 / p_l)`. For pairs this is the
+mean over pairs. `--chosen-weight` and `--rejected-weight` multiply the two sides on top of that.
+"""
+
+
+def page() -> str:
+    """Return the page."""
+    rows = ["| loss | data | reference | f and log pi | beta | LoRA learning rate |", "|---|---|---|---|---|---|"]
+    for name, objective in OBJECTIVES.items():
+        reference = "yes" if objective.reference else "no"
+        beta = "-" if objective.beta is None else f"{objective.beta:g}"
+        rate = f"{objective.learning_rate:g}"
+        data = DATA[objective.data]
+        rows.append(f"| [{name}](#{name}) | {data} | {reference} | {objective.reduction} | {beta} | {rate} |")
+    overview = (
+        "## All of them, with their defaults\n\n"
+        + "\n".join(rows)
+        + "\n\nThe learning rates are from a sweep (docs/LOG.md).\n"
+    )
+    return "\n".join([INTRO, overview, _options(), *(_section(name, objective) for name, objective in OBJECTIVES.items())])
+
+
+def _options() -> str:
+    lines = ["## Options\n", "| option | default | | losses |", "|---|---|---|---|"]
+    for option, spec in OPTIONS.items():
+        default = "off" if spec.default is None else f"{spec.default}"
+        owners = ", ".join(name for name, objective in OBJECTIVES.items() if option in objective.options)
+        choices = f" ({' or '.join(spec.choices)})" if spec.choices else ""
+        lines.append(f"| `{flag(option)}` | {default} | {spec.help}{choices} | {owners} |")
+    return "\n".join(lines) + "\n"
+
+
+def _section(name: str, objective: Objective) -> str:
+    lines = [f"## {name}\n", f"*{objective.title[0].upper()}{objective.title[1:]}.* {objective.use}\n"]
+    lines.append(f"    {objective.formula}\n")
+    lines.append(f"- Source: {objective.source}.")
+    if objective.note:
+        lines.append(f"- {objective.note}")
+    if objective.options:
+        lines.append(f"- [Options](#options): {', '.join(f'`{flag(option)}`' for option in objective.options)}.")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
