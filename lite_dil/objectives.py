@@ -107,6 +107,7 @@ OPTIONS = {
         "above this value of beta f the loss goes on along its tangent line instead of exponentially; metrics say how often "
         "(capped)",
         None,
+        high=EXPONENT_LIMIT / 2,  # lsif's e^2f has no room in float32 above
     ),
     "chosen_weight": Option("multiplies the good answers' side of the loss, on top of what evens out unequal numbers", 1.0),
     "rejected_weight": Option("multiplies the bad answers' side of the loss, on top of what evens out unequal numbers", 1.0),
