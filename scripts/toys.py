@@ -291,7 +291,7 @@ def draw_overlap(found: dict[str, Descent], path: Path) -> None:
     panels[0].axhline(-RARE + math.log(LIKED[0, 1]), color="#999999", linewidth=1, linestyle=":")
     panels[0].text(1.1, -RARE - 2, "log(pi_chosen / pi_ref)", color="#666666", va="top")
     panels[0].set(title="log-ratio of the answer that nothing covers", xlabel="step", xscale="log")
-    panels[1].set(title="loss", xlabel="step", xscale="log", yscale="symlog")
+    panels[1].set(title="loss", xlabel="step", xscale="log", yscale="symlog", ylim=(-3e4, 6))
     panels[0].legend(frameon=False, loc=(0.02, 0.36))
     save(figure, path)
 
