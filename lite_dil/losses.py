@@ -17,7 +17,7 @@ from typing import Any
 Array = Any  # a torch.Tensor, an mlx.core.array or a numpy.ndarray
 Elementwise = Callable[[Array], Array]
 
-# float32's exp overflows at 88: f-DPO's exponentials go on along their tangent from here.
+# float32's exp overflows at 88: f-DPO's exponentials go on along their tangent from here, and no cap is higher.
 EXPONENT_LIMIT = 80.0
 
 
@@ -39,12 +39,17 @@ def sigmoid(x: Array) -> Array:
 
 
 def exp(x: Array, cap: float | None = None) -> Array:
-    """e^x, and above `cap` its tangent line there: ``e^cap (1 + x - cap)``. (A clip would have gradient 0.)"""
+    """e^x, and above `cap` (or EXPONENT_LIMIT, if that is lower) its tangent line there: ``e^cap (1 + x - cap)``.
+
+    A clip would have gradient 0 there. The line is a term of its own: as a factor of e^(x - over) its parts would cancel in
+    the gradient, which loses digits far above the cap and is NaN where the value overflows.
+    """
     xp = namespace(x)
     if cap is None:
         return xp.exp(x)
+    cap = min(cap, EXPONENT_LIMIT)
     over = xp.maximum(x - cap, xp.zeros_like(x))
-    return xp.exp(x - over) * (1 + over)
+    return xp.exp(x - over) + math.exp(cap) * over
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,7 @@ def f_divergence_slope(f: Array, divergence: str, alpha: float) -> Array:
     if divergence == "alpha":
         xp = namespace(f)
         over = xp.maximum(-alpha * f - EXPONENT_LIMIT, xp.zeros_like(f))
-        inside = -alpha * f - over
-        return -(xp.expm1(inside) + xp.exp(inside) * over) / alpha
+        return -(xp.expm1(-alpha * f - over) + math.exp(EXPONENT_LIMIT) * over) / alpha
     return f
 
 

@@ -108,6 +108,7 @@ OPTIONS = {
         "(capped)",
         None,
         low=1e-3,
+        high=EXPONENT_LIMIT / 2,  # lsif takes e^2f
     ),
     "chosen_weight": Option("multiplies the good answers' side of the loss, on top of what evens out unequal numbers", 1.0),
     "rejected_weight": Option("multiplies the bad answers' side of the loss, on top of what evens out unequal numbers", 1.0),
@@ -157,7 +158,7 @@ def _above_limit(f: Array, c: Constants) -> tuple[Array, float] | None:
 
 
 _DIL = "Xiao et al., ICLR 2025, arXiv 2503.05079"
-_MEAN = "Averaged over the answer's tokens, as in the authors' code, where the paper writes the whole answer ([why](#sum-or-mean))."
+_MEAN = "Averaged over the answer's tokens, as in the authors' code; the paper writes the whole answer ([why](#sum-or-mean))."
 _CONSTANT = "The value here equals the definition up to a constant, which no gradient sees"
 
 OBJECTIVES: dict[str, Objective] = {
@@ -170,8 +171,8 @@ OBJECTIVES: dict[str, Objective] = {
         learning_rate=1e-4,
         formula="-r_w + r_l^2 / 2",
         use="The paper's first choice, and the default. It raises the chosen answers and holds the rejected ones by the "
-        "square of their ratio. It is not bounded below: where the two sides hardly overlap it can run away (see "
-        "`--log-ratio-cap`, or rulsif).",
+        "square of their ratio. It is not bounded below: where the two sides hardly overlap it can run away. "
+        "`--log-ratio-cap` stops the overflow, though not the drift; rulsif is bounded.",
         source=f"{_DIL}, Table 1 and eq. 18-24; h(r) = (r - 1)^2 / 2",
         note=f"{_MEAN} {_CONSTANT} (here -1/2 at f = 0; the definition gives 1/2 more).",
         options=("denominator", "log_ratio_cap", *SIDES),
@@ -232,7 +233,7 @@ OBJECTIVES: dict[str, Objective] = {
         learning_rate=1e-4,
         formula="-g_w + alpha g_w^2 / 2 + (1 - alpha) g_l^2 / 2,  g = 1 / (alpha + (1 - alpha) / r)",
         use="lsif on the ratio to a mixture that holds a share alpha of the chosen answers: bounded, so that it cannot run "
-        "away. The safe choice for long runs and for answers that hardly overlap.",
+        "away. Where the two sides hardly overlap it is stable, and slow.",
         source="Yamada et al. 2013, arXiv 1106.4729",
         note="Not in the DIL paper, whose other choices for the reduction it shares.",
         options=("relative_alpha", "denominator", *SIDES),
