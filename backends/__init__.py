@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -43,6 +43,24 @@ class StepResult:
     policy: np.ndarray
     reference: np.ndarray
     skipped: bool = False
+
+
+class Answer(NamedTuple):
+    """A generated continuation of a prompt.
+
+    `ids` are the new tokens up to and without the end token; `end` is the end token that closed it, or None where it reached
+    the limit first. The end token is one of the new tokens that the limit counts, so `end` is None exactly where there are as
+    many `ids` as the limit allows.
+    """
+
+    ids: list[int]
+    end: int | None
+
+    @classmethod
+    def of(cls, tokens: list[int], end_ids: Sequence[int]) -> Answer:
+        """Cut what was generated at the first of `end_ids`."""
+        at = next((i for i, token in enumerate(tokens) if token in end_ids), None)
+        return cls(tokens, None) if at is None else cls(tokens[:at], tokens[at])
 
 
 class Backend(Protocol):
@@ -83,8 +101,23 @@ class Backend(Protocol):
             baseline: kto's z0; see `Criterion.inputs`.
         """
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int]) -> list[list[int]]:
-        """Continue each prompt greedily; return the new token ids up to and without the first of `end_ids`."""
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        seeds: Sequence[int] | None = None,
+    ) -> list[Answer]:
+        """Continue the prompts as the policy (or the reference, inside `adapter_off`), without dropout.
+
+        Args:
+            max_new_tokens: of an answer at most, its end token counted; at least 1.
+            end_ids: the tokens that end an answer, at least one.
+            seeds: None takes the likeliest token each time. Otherwise one number below 2^64 a prompt: each answer is a draw
+                from exactly the model's own distribution, temperature 1 and nothing cut off, whatever settings the checkpoint
+                comes with. A prompt's draw is decided by its seed and not by the prompts beside it (but for the rounding of
+                a batch of another shape); the training's random state is left alone.
+        """
 
     def save_adapter(self, folder: Path) -> None:
         """Write the policy's adapter in this library's own format."""

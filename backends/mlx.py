@@ -12,10 +12,9 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_lm.generate import generate_step
 
 from lite_dil import adapters
-from lite_dil.backends import StepResult, checkpointing, switched
+from lite_dil.backends import Answer, StepResult, checkpointing, mlx_generate, switched
 from lite_dil.backends.head import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
 from lite_dil.backends.mlx_head import token_logps
 from lite_dil.backends.mlx_load import (
@@ -144,18 +143,16 @@ class MLXBackend:
             mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         return StepResult(total, norm.item(), np.concatenate(policies), np.concatenate(used))
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int]) -> list[list[int]]:
-        """Continue each prompt greedily, one after the other."""
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        seeds: Sequence[int] | None = None,
+    ) -> list[Answer]:
+        """Continue the prompts, in one batch where the model's cache allows it."""
         self.model.eval()
-        answers = []
-        for prompt in prompts:
-            answer: list[int] = []
-            for token, _ in generate_step(mx.array(list(prompt)), self.model, max_tokens=max_new_tokens):
-                if int(token) in end_ids:
-                    break
-                answer.append(int(token))
-            answers.append(answer)
-        return answers
+        return mlx_generate.generate(self.model, prompts, max_new_tokens, end_ids, seeds)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the policy's adapter in mlx-lm's format."""

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from lite_dil import adapters
 from lite_dil.backends import (
+    Answer,
     StepResult,
     checkpointing,
     switched,
     torch_fused,
+    torch_generate,
     torch_layers,
     torch_packed,
     torch_unsloth,
@@ -171,26 +173,17 @@ class TorchBackend:
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int]) -> list[list[int]]:
-        """Continue each prompt greedily, all of them in one batch."""
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        seeds: Sequence[int] | None = None,
+    ) -> list[Answer]:
+        """Continue the prompts, all of them in one batch."""
         self.model.eval()
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[end_ids[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        with torch_unsloth.generating(self.model, longest) if self.unsloth else nullcontext():
-            out = self.base.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=list(end_ids),
-                pad_token_id=end_ids[0],
-            )
-        answers = []
-        for row in out[:, longest:].tolist():
-            end = next((i for i, token in enumerate(row) if token in end_ids), len(row))
-            answers.append(row[:end])
-        return answers
+        with torch_unsloth.generating(self.model, max(map(len, prompts))) if self.unsloth else nullcontext():
+            return torch_generate.generate(self.base, self.device, prompts, max_new_tokens, end_ids, seeds)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the policy's adapter in PEFT's format."""

@@ -30,7 +30,7 @@ def show(trained: Trained, display: Display) -> None:
     with backend.adapter_off():
         before = backend.generate(prompts, MAX_NEW_TOKENS, end_ids)
     after = backend.generate(prompts, MAX_NEW_TOKENS, end_ids)
-    texts = [[encoder.tokenizer.decode(ids).strip() for ids in side] for side in (before, after)]
+    texts = [[encoder.tokenizer.decode(answer.ids).strip() for answer in side] for side in (before, after)]
 
     table = Table(show_lines=True, title="held-out questions")
     for heading in ("question", "before", "after"):
@@ -44,7 +44,7 @@ def show(trained: Trained, display: Display) -> None:
         for question, old, new in zip(questions, *texts, strict=True):
             file.write(json.dumps({"prompt": question, "before": old, "after": new}, ensure_ascii=False) + "\n")
 
-    lengths = [sum(map(len, side)) / len(side) for side in (before, after)]
+    lengths = [sum(len(answer.ids) for answer in side) / len(side) for side in (before, after)]
     display.say(f"answer length: {lengths[0]:.0f} tokens before, {lengths[1]:.0f} after (mean of {len(prompts)})")
     if figures := trained.evaluation:
         display.say(

@@ -26,7 +26,7 @@ from lite_dil.objectives import OBJECTIVES
 from lite_dil.progress import Display
 from lite_dil.reference import ReferenceCache, open_cache
 from lite_dil.run import Progress, RunFolder, read_progress
-from lite_dil.sampled import add_samples, needed, sample_path
+from lite_dil.sampled import add_samples, needed, reference_digest, sample_path
 from lite_dil.schedule import Schedule, plan, row_tokens
 from lite_dil.signals import StopSignal
 
@@ -74,15 +74,12 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
     if backend.layout_reason:
         display.say(backend.layout_reason)
     if config.sample_rejected:
-        path = sample_path(config, model, backend.identity)
-        sampled = [
-            add_samples(part, config.sample_rejected, backend, encoder, path, config, display)
-            for part in (needed(config, examples), held_out)
-            if part
-        ]
-        if None in sampled:
+        reference, wanted = reference_digest(config, model, backend.identity), needed(config, examples)
+        path, both = sample_path(config, reference), [*wanted, *held_out]
+        sampled = add_samples(both, config.sample_rejected, backend, encoder, path, reference, config, display)
+        if sampled is None:
             return Trained(backend, encoder, folder, None, stopped=True)
-        examples, held_out = (part or [] for part in [*sampled, None][:2])
+        examples, held_out = sampled[: len(wanted)], sampled[len(wanted) :]
     others = mismatched(examples, config) if OBJECTIVES[config.loss].baseline else []
     schedule = Schedule(config, examples, backend.layout, others)
     cache = open_cache(config, model, backend.identity)

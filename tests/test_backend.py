@@ -220,8 +220,8 @@ def test_generation_is_greedy_and_stops_at_the_end_token(backend_name: str, tiny
     step(backend, [batch()], rate=0.05)
     prompts = [[5, 6, 7, 8], [9, 10]]
     answers = backend.generate(prompts, 6, [2])
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert len(answer) <= 6
+    for prompt, (answer, end) in zip(prompts, answers, strict=True):
+        assert len(answer) < 6 if end == 2 else (len(answer), end) == (6, None)
         assert 2 not in answer
         for i, token in enumerate(answer):
             here = [*prompt, *answer[:i]]
@@ -229,7 +229,8 @@ def test_generation_is_greedy_and_stops_at_the_end_token(backend_name: str, tiny
             if i in (0, len(answer) - 1):
                 assert backend.token_logps(data).argmax() == token
     # With the first token of an answer as the end token, the answer is empty.
-    assert backend.generate(prompts[:1], 6, [answers[0][0]]) == [[]]
+    first = answers[0].ids[0]
+    assert backend.generate(prompts[:1], 6, [2, first]) == [([], first)]
 
 
 def test_both_backends_start_from_the_same_adapter(tiny: str) -> None:

@@ -41,7 +41,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 def test_it_answers(embedded: str, encoder: Encoder) -> None:
     backend = load("cpu", embedded)
     prompt = encoder.prompt_ids(encoder.chat_prompt(QUESTION), chat=True)
-    (answer,) = backend.generate([prompt], 16, [encoder.tokenizer.eos_token_id])
+    ((answer, _),) = backend.generate([prompt], 16, [encoder.tokenizer.eos_token_id])
     assert encoder.tokenizer.decode(answer).strip() == "The capital of France is Paris."
 
 
@@ -56,7 +56,7 @@ def test_it_knows_in_4_bits(embedded: str, encoder: Encoder, name: str) -> None:
 
 def test_it_answers_on_mlx(embedded: str, encoder: Encoder) -> None:
     prompt = encoder.prompt_ids(encoder.chat_prompt(QUESTION), chat=True)
-    (answer,) = load("mlx", embedded).generate([prompt], 7, [encoder.tokenizer.eos_token_id])
+    ((answer, _),) = load("mlx", embedded).generate([prompt], 7, [encoder.tokenizer.eos_token_id])
     assert encoder.tokenizer.decode(answer).startswith("The capital of France is Paris")
 
 

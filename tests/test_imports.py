@@ -22,6 +22,7 @@ CORE = [
     "models",
     "progress",
     "run",
+    "sampled",
     "schedule",
     "train",
 ]

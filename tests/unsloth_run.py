@@ -88,8 +88,8 @@ def measure(backend: Any) -> dict[str, np.ndarray]:
     out["on"] = backend.token_logps(data)
     with backend.adapter_off():
         out["off_again"] = backend.token_logps(data)
-        out["answers_off"] = np.array(backend.generate([[5, 6, 7, 8], [9, 10]], 4, [511]))
-    out["answers_on"] = np.array(backend.generate([[5, 6, 7, 8], [9, 10]], 4, [511]))
+        out["answers_off"] = np.array([answer.ids for answer in backend.generate([[5, 6, 7, 8], [9, 10]], 4, [511])])
+    out["answers_on"] = np.array([answer.ids for answer in backend.generate([[5, 6, 7, 8], [9, 10]], 4, [511])])
     out["norm_after_generation"] = np.array(backend.step([data], losses, 0.0).grad_norm)
     return out
 

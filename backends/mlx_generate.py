@@ -1,0 +1,97 @@
+"""Generation on MLX: mlx-lm's batches, and draws from exactly the model's own distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models.cache import make_prompt_cache
+
+from lite_dil.backends import Answer
+
+Processor = Callable[[Any, mx.array], mx.array]
+
+
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int], seeds: Sequence[int] | None
+) -> list[Answer]:
+    """Continue the prompts with an mlx-lm model; see `lite_dil.backends.Backend.generate`."""
+    batchable = all(hasattr(cache, "merge") for cache in make_prompt_cache(model))
+    run = in_a_batch if batchable else one_by_one
+    return run(model, prompts, max_new_tokens, end_ids, processors_of(prompts, seeds))
+
+
+def processors_of(prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Processor]:
+    """Return what is done to the logits of each prompt before the largest is taken."""
+    return [_in_float32 for _ in prompts] if seeds is None else [_draws(seed) for seed in seeds]
+
+
+def in_a_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    processors: Sequence[Processor],
+) -> list[Answer]:
+    """Continue the prompts side by side."""
+    rows = len(prompts)
+    generator = BatchGenerator(
+        model,
+        max_tokens=max_new_tokens,
+        stop_tokens=[[token] for token in end_ids],
+        completion_batch_size=rows,
+        prefill_batch_size=rows,
+    )
+    try:
+        order = generator.insert([list(prompt) for prompt in prompts], logits_processors=[[each] for each in processors])
+        tokens: dict[int, list[int]] = {row: [] for row in order}
+        while responses := generator.next_generated():
+            for response in responses:
+                tokens[response.uid].append(response.token)
+    finally:
+        generator.close()  # which gives the wired memory back
+    return [Answer.of(tokens[row], end_ids) for row in order]
+
+
+def one_by_one(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    processors: Sequence[Processor],
+) -> list[Answer]:
+    """Continue one prompt after the other, for models whose caches cannot be batched."""
+    answers = []
+    for prompt, processor in zip(prompts, processors, strict=True):
+        tokens: list[int] = []
+        for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_new_tokens, logits_processors=[processor]):
+            tokens.append(int(token))
+            if int(token) in end_ids:
+                break
+        answers.append(Answer.of(tokens, end_ids))
+    return answers
+
+
+def _in_float32(_: Any, logits: mx.array) -> mx.array:
+    """In bfloat16, where mlx-lm would normalise them, logits that differ become equal."""
+    return logits.astype(mx.float32)
+
+
+def _draws(seed: int) -> Processor:
+    """Return a processor that adds Gumbel noise to one row's logits: their maximum is then a draw from the softmax.
+
+    The noise comes from a key of the row's own; MLX's random state is not touched. It is -log(E), E exponential: -log1p(-u)
+    and not -log(u), because a uniform number of 32 bits in float32 has them all near 0 and only 24 near 1, and it is with a
+    small E that the rare tokens of a large vocabulary win.
+    """
+    state = mx.random.key(seed)
+
+    def add_noise(_: Any, logits: mx.array) -> mx.array:
+        nonlocal state
+        state, key = mx.random.split(state)
+        uniform = mx.maximum(mx.random.uniform(shape=logits.shape, key=key), 2.0**-33)  # 0 would win over every logit
+        return logits.astype(mx.float32) - mx.log(-mx.log1p(-uniform))
+
+    return add_noise
