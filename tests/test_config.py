@@ -9,7 +9,7 @@ import pytest
 
 from lite_dil.config import FIELDS, TrainConfig, add_flags, build, flag, read_yaml
 from lite_dil.errors import UserError
-from lite_dil.objectives import OBJECTIVES
+from lite_dil.objectives import OBJECTIVES, OPTIONS
 
 
 def flags(*argv: str) -> dict[str, object]:
@@ -42,10 +42,38 @@ def test_defaults_that_depend_on_the_loss(loss: str) -> None:
     objective = OBJECTIVES[loss]
     assert (config.logp_reduction, config.beta, config.learning_rate) == (
         objective.reduction,
-        objective.beta,
+        1.0 if objective.beta is None else objective.beta,
         objective.learning_rate,
     )
     assert TrainConfig(loss=loss, beta=0.3).resolved().beta == 0.3
+    for name, option in OPTIONS.items():
+        assert getattr(config, name) == (option.default if name in objective.options else None)
+    config.check()  # a resolved config is what --resume starts from
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--simpo-gamma", "1"), "--simpo-gamma belongs to --loss simpo, not to lsif; leave it out"),
+        (("--loss", "bce", "--log-ratio-cap", "3"), "--log-ratio-cap belongs to --loss lsif, ukl, basu, not to bce"),
+        (("--loss", "rulsif", "--relative-alpha", "1"), "--relative-alpha is 1; expected between 0.001 and 0.999"),
+        (("--loss", "basu", "--basu-alpha", "0"), "--basu-alpha is 0; expected at least 0.001"),
+        (("--loss", "basu", "--basu-alpha", "nan"), "--basu-alpha is nan; expected at least 0.001"),
+        (
+            ("--loss", "f-dpo", "--divergence", "jsd"),
+            r"'jsd' \(did you mean 'js'\?\) is not one of reverse_kl, forward_kl, js",
+        ),
+        (("--loss", "sft", "--beta", "0.1"), "--beta: sft has none; leave it out"),
+        (("--loss", "sft-occupancy", "--logp-reduction", "mean"), "sft-occupancy weighs the tokens of a sum"),
+        (("--loss", "sft", "--sample-rejected", "1"), "sft trains on good answers alone"),
+        (("--sample-rejected", "0"), "--sample-rejected is 0; expected between 1 and 1000"),
+        (("--sample-file", "a.jsonl"), "--sample-file is the file of --sample-rejected; give that too"),
+        (("--loss", "kto", "--batch-size", "1", "--gradient-accumulation-steps", "1"), "kto compares the answers of a step"),
+    ],
+)
+def test_options_of_another_objective_or_out_of_range(argv: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(flags(*argv), {})
 
 
 def test_the_embedded_data_brings_its_test_split_and_rate() -> None:
@@ -66,7 +94,7 @@ def test_lora_defaults_follow_the_rank() -> None:
         (("--max-length", "1.5"), "argument --max-length: '1.5' is not a whole number"),
         (("--beta", "x"), "argument --beta: 'x' is not a number"),
         (("--beta", "nan"), "--beta is nan; expected a number above 0"),
-        (("--loss", "lsfi"), r"'lsfi' \(did you mean 'lsif'\?\) is not one of lsif, ukl, bce, dpo"),
+        (("--loss", "lsfi"), r"'lsfi' \(did you mean 'lsif'\?\) is not one of lsif, ukl, bce, basu"),
         (("--batch-size", "0"), "--batch-size is 0; expected at least 1"),
         (("--max-length", "1"), "--max-length is 1; expected at least 2"),
         (("--warmup-ratio", "2"), "--warmup-ratio is 2; expected between 0 and 1"),

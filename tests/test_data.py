@@ -28,9 +28,46 @@ def write(path: Path, *rows: Any) -> str:
 
 def test_text_and_chat_rows(tmp_path: Path) -> None:
     (row,) = read_rows(write(tmp_path / "a.jsonl", TEXT))
-    assert (row.prompt, row.chosen, row.rejected, row.chat) == ("What is 2 + 2?", "4", "5", False)
+    assert (row.prompt, row.answers, row.signs, row.chat, row.form) == ("What is 2 + 2?", ("4", "5"), (1, -1), False, "pairs")
     (row,) = read_rows(write(tmp_path / "b.jsonl", {**CHAT, "extra": None}))
-    assert (row.prompt, row.chosen, row.rejected, row.chat) == (CHAT["prompt"], "4", "5", True)
+    assert (row.prompt, row.answers, row.signs, row.chat, row.form) == (CHAT["prompt"], ("4", "5"), (1, -1), True, "pairs")
+
+
+SINGLE = {"prompt": "What is 2 + 2?", "completion": "4"}
+SINGLE_CHAT = {"prompt": CHAT["prompt"], "completion": CHAT["chosen"]}
+
+
+def test_answers_without_partners(tmp_path: Path) -> None:
+    for text in (SINGLE, SINGLE_CHAT):
+        rows = read_rows(write(tmp_path / "a.jsonl", {**text, "label": True}, {**text, "label": False}))
+        assert [(row.answers, row.signs, row.form) for row in rows] == [
+            (("4",), (1,), "unpaired"),
+            (("4",), (-1,), "unpaired"),
+        ]
+        (row,) = read_rows(write(tmp_path / "b.jsonl", {**text, "other": 1}))
+        assert (row.answers, row.signs, row.form) == (("4",), (1,), "demonstrations")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (({**SINGLE, "label": 1},), "line 1: field 'label' is a number (1); expected true for a good answer, false for a bad"),
+        (({**SINGLE, "label": "true"},), "line 1: field 'label' is text ('true'); expected true"),
+        (({**SINGLE, "label": None},), "line 1: field 'label' is null"),
+        (({**SINGLE, "label": True}, SINGLE), "line 2: no field 'label'; the row has prompt, completion"),
+        ((SINGLE, {**SINGLE, "label": True}), "line 2: the row has a 'label', and the rows before it have none"),
+        ((SINGLE, TEXT), "line 2: no field 'completion'; the row has prompt, chosen, rejected"),
+        ((TEXT, SINGLE), "line 2: no field 'chosen'; the row has prompt, completion"),
+        (({**SINGLE, "completion": " "},), "line 1: field 'completion' is empty"),
+        (({**SINGLE, "completion": 4},), "line 1: field 'completion' is a number; expected text, or chat messages in all of"),
+        ((SINGLE, SINGLE_CHAT), "line 2: the prompt is chat messages, but"),
+        (({"prompt": "x", "completions": "y"},), "line 1: no field 'chosen'; the row has prompt, completions"),
+    ],
+)
+def test_bad_rows_of_single_answers(tmp_path: Path, rows: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_rows(write(tmp_path / "a.jsonl", *rows))
+    assert message in str(error.value)
 
 
 def test_every_accepted_file_form(tmp_path: Path) -> None:

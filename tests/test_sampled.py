@@ -122,7 +122,7 @@ def test_a_second_call_draws_nothing(
     # Other data needs no draw that is there already, in whatever order.
     fewer, said = add(backend, chosen[3:1:-1], encoder, path, count=1)
     assert [example.responses[1] for example in fewer] == [first[i].responses[1] for i in (3, 2)]
-    assert "10 lines ignored" in said[1]
+    assert len(said) == 1  # the other lines are not wanted, and nothing is wrong with them
 
 
 def test_draws_come_from_the_reference_and_a_fresh_policy_has_log_ratio_0(
@@ -194,7 +194,7 @@ def test_damaged_and_edited_lines_are_ignored_and_drawn_again(
     path.write_bytes(b"\n".join([*lines, b"[]", b"\xff", b"{}"]) + b"\n")
     again, said = add(backend, chosen, encoder, path)
     assert again == whole
-    assert "8 of 12" in said[0] and "7 lines ignored" in said[1]
+    assert "8 of 12" in said[0] and "6 lines ignored" in said[1]
     assert len(rows_that_parse(path)) == 8 + 3 + 2 + 4  # what was there is left there
 
 
