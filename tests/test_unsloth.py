@@ -184,7 +184,7 @@ def test_equals_the_plain_path_in_float32(path: str, tiny: str, tmp_path: Path) 
     check_reference(results)
     for prefix in EQUAL:
         assert distance(results, plain, prefix) < 1e-4, prefix
-    for name in ("answers_off", "answers_on"):
+    for name in ("answers_off", "answers_on", "drawn"):
         np.testing.assert_array_equal(results[name], plain[name])
     assert results["checkpointing"]
     assert results["forwards"][0] == ("forward" if path == "stock" else "LlamaModel_fast_forward")

@@ -89,6 +89,7 @@ def measure(backend: Any) -> dict[str, np.ndarray]:
     with backend.adapter_off():
         out["off_again"] = backend.token_logps(data)
         out["answers_off"] = np.array([answer.ids for answer in backend.generate([[5, 6, 7, 8], [9, 10]], 4, [511])])
+        out["drawn"] = np.array([answer.ids for answer in backend.generate([[5, 6, 7, 8], [9, 10]], 4, [511], [1, 2])])
     out["answers_on"] = np.array([answer.ids for answer in backend.generate([[5, 6, 7, 8], [9, 10]], 4, [511])])
     out["norm_after_generation"] = np.array(backend.step([data], losses, 0.0).grad_norm)
     return out
