@@ -71,14 +71,13 @@ def test_links_lead_somewhere() -> None:
 
 def test_the_readmes_data_and_yaml_train(tiny: str, tmp_path: Path) -> None:
     """The example rows and the example config, on a tiny model."""
-    rows = next(block for language, block in BLOCKS if language == "json")
+    pairs, *others = [block for language, block in BLOCKS if language == "json"]
     options = next(block for language, block in BLOCKS if language == "yaml")
-    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
-    for form in (rows.splitlines()[:1], rows.splitlines()[1:]):
-        data = tmp_path / "one.jsonl"
-        data.write_text("\n".join(form), encoding="utf-8")
-        flags = ["--model", tiny, "--backend", "cpu", "--data", str(data), "--max-steps", "1"]
-        assert main(["train", *flags, "--output-dir", str(tmp_path / f"out{len(list(tmp_path.iterdir()))}")]) == 0
+    for number, (block, loss) in enumerate([*((line, "lsif") for line in pairs.splitlines()), *zip(others, ("kto", "sft"))]):
+        data = tmp_path / f"{number}.jsonl"
+        data.write_text(block, encoding="utf-8")
+        flags = ["--model", tiny, "--backend", "cpu", "--loss", loss, "--data", str(data), "--max-steps", "1"]
+        assert main(["train", *flags, "--output-dir", str(tmp_path / f"out{number}")]) == 0
     (tmp_path / "c.yaml").write_text(options, encoding="utf-8")
     assert read_yaml(tmp_path / "c.yaml").keys() == yaml.safe_load(options).keys()
     own = ["--model", tiny, "--data", str(write_pairs(tmp_path / "p.jsonl")), "--max-steps", "1", "--dtype", "float32"]
