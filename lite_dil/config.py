@@ -36,6 +36,17 @@ def _per_loss(attribute: str) -> str:
     return "; ".join(f"{value} {', '.join(names)}" for value, names in values.items())
 
 
+def _by_data() -> str:
+    """Return every loss with its name in words, by the data that it takes."""
+    kinds = {
+        "sides": "Of pairs, or of good and bad answers without partners",
+        "pairs": "Of pairs",
+        "chosen": "Of good answers",
+    }
+    listed = {kind: ", ".join(f"{name} ({o.title})" for name, o in OBJECTIVES.items() if o.data == kind) for kind in kinds}
+    return " ".join(f"{text}: {listed[kind]}." for kind, text in kinds.items())
+
+
 def _constant(name: str) -> Any:
     """Return the option of a constant in the table of objectives."""
     option = OPTIONS[name]
@@ -111,8 +122,7 @@ class TrainConfig:
     loss: str = _option(
         "objective",
         "lsif",
-        "the objective, by f and r = exp(f) of chosen (w) and rejected (l) answers (docs/losses.md): "
-        + "; ".join(f"{name}: {objective.formula}" for name, objective in OBJECTIVES.items()),
+        f"the objective; formulas, sources and when to use which are in docs/losses.md. {_by_data()}",
         choices=tuple(OBJECTIVES),
     )
     logp_reduction: str | None = _option(

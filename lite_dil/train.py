@@ -74,12 +74,13 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
     if backend.layout_reason:
         display.say(backend.layout_reason)
     if config.sample_rejected:
-        reference, wanted = reference_digest(config, model, backend.identity), needed(config, examples)
-        path, both = sample_path(config, reference), [*wanted, *held_out]
-        sampled = add_samples(both, config.sample_rejected, backend, encoder, path, reference, config, display)
-        if sampled is None:
+        reference, used = reference_digest(config, model, backend.identity), needed(config, examples)
+        path = sample_path(config, reference)
+        drawn = add_samples([*used, *held_out], config.sample_rejected, backend, encoder, path, reference, config, display)
+        if drawn is None:
+            display.say(f"stopped; the same command goes on with what was drawn: {path}")
             return Trained(backend, encoder, folder, None, stopped=True)
-        examples, held_out = sampled[: len(wanted)], sampled[len(wanted) :]
+        examples, held_out = drawn[: len(used)], drawn[len(used) :]
     others = mismatched(examples, config) if OBJECTIVES[config.loss].baseline else []
     schedule = Schedule(config, examples, backend.layout, others)
     cache = open_cache(config, model, backend.identity)

@@ -73,7 +73,9 @@ def test_the_readmes_data_and_yaml_train(tiny: str, tmp_path: Path) -> None:
     """The example rows and the example config, on a tiny model."""
     pairs, *others = [block for language, block in BLOCKS if language == "json"]
     options = next(block for language, block in BLOCKS if language == "yaml")
-    for number, (block, loss) in enumerate([*((line, "lsif") for line in pairs.splitlines()), *zip(others, ("kto", "sft"))]):
+    for number, (block, loss) in enumerate(
+        [*((line, "lsif") for line in pairs.splitlines()), *zip(others, ("kto", "sft"), strict=True)]
+    ):
         data = tmp_path / f"{number}.jsonl"
         data.write_text(block, encoding="utf-8")
         flags = ["--model", tiny, "--backend", "cpu", "--loss", loss, "--data", str(data), "--max-steps", "1"]
