@@ -105,7 +105,7 @@ def render(
 <h2>What the numbers say</h2>
 {_list(sentences)}
 <h2>Held-out answers during training</h2>
-<div class="wide" role="img" aria-label="log-probs of chosen and rejected held-out answers by training step, a curve a loss">{svg}</div>
+<div class="wide" role="img" aria-label="held-out log-probs by training step, a curve a loss">{svg}</div>
 <h2>After training</h2>
 <div class="wide"><table><thead><tr>{head}</tr></thead>
 <tbody>
