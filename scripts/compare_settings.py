@@ -26,6 +26,7 @@ COMMAND = "python scripts/compare.py"
 POINTS = 8  # evaluations over a run, unless --eval-steps says otherwise
 # What is held out where --eval-data is not given: a tenth of the data, within these bounds.
 HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 0.1, 20, 200
+PASSES_OF_A_STEP = 3  # a step's forward and backward pass cost as much as this many forward passes
 # These two decide at which steps there are figures, so that they must be the same in all runs of a comparison.
 FREE = FREE_ON_RESUME - {"eval_steps", "logging_steps"}
 OWN = {"loss": "--losses", "output_dir": "--output"}
@@ -73,72 +74,43 @@ def read(argv: list[str], description: str, say: Any) -> Comparison:
     output = Path(args.output) if args.output else _unused(RUNS / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     source = coerce("data", given.get("data", base.get("data", EMBEDDED)), "--data")
     eval_source = given.get("eval_data", base.get("eval_data")) or (EMBEDDED if source == EMBEDDED else None)
-    train_file, held_out_file = output / "data" / "train.jsonl", output / "data" / "held_out.jsonl"
+    files = [output / "data" / name for name in ("train.jsonl", "held_out.jsonl")]
     fixed: dict[str, Any] = {"data": source, "eval_data": eval_source}
     if eval_source is None:
-        fixed = {"data": str(train_file), "eval_data": str(held_out_file)}
-    # One reference for all: it is computed before the first run, and shared even where nothing is to be kept elsewhere.
-    fixed |= {"precompute_reference": given.get("precompute_reference", base.get("precompute_reference", True))}
+        fixed = {"data": str(files[0]), "eval_data": str(files[1])}
+    # One reference for all, shared even where nothing is to be kept elsewhere.
     if given.get("reference_cache", base.get("reference_cache")) == "off":
         fixed |= {"reference_cache": str(output / "reference-cache")}
-    configs, problems = {}, []
-    for loss in losses:
-        mine = {"loss": loss} | ({"learning_rate": rates[loss]} if loss in rates else {})
-        try:
-            configs[loss] = build(_of_loss(given, loss, losses) | mine | fixed, _of_loss(base, loss, losses))
-        except UserError as error:
-            problems += [problem for problem in str(error).splitlines() if problem not in problems]
-    if problems:
-        raise UserError("\n".join(problems))
+    configs = _configs(given | fixed, base, losses, rates)
 
     rows = read_rows(source)
     held_out = read_rows(eval_source, "test") if eval_source else []
-    digest = _digest([*rows, *held_out])
     settings = {
         "losses": losses,
         "seeds": seeds,
         "sample_prompts": args.sample_prompts,
         "sample_tokens": args.sample_tokens,
-        "contents": digest,
-        "options": {
-            loss: {
-                name: value
-                for name, value in (config.as_dict() | {"data": source, "eval_data": eval_source}).items()
-                if name not in FREE and name not in ("seed", "output_dir", "loss")
-            }
-            for loss, config in configs.items()
-        },
+        "contents": _digest([*rows, *held_out]),
+        "options": _decisive(configs, {"data": source, "eval_data": eval_source}),
     }
-    known = output / "compare.json"
-    if known.exists():
-        _check_same(settings, _saved(known), output)
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} holds something that is no comparison; give a new folder")
+    _check_folder(output, settings)
     if eval_source is None:
         rows, held_out = _split(rows, source)
     for config in configs.values():
         check_data(config, rows[0].form, {sign for row in rows for sign in row.signs}, source)
 
     again = [*argv, *([] if args.output else ["--output", str(output)])]
-    if not known.exists():
-        try:
-            (output / "data").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output {output}: cannot be made ({error.strerror})") from None
-        _replace_file(known, json.dumps({"command": again, "settings": settings}, indent=1, ensure_ascii=False) + "\n")
+    _write_folder(output, {"command": again, "settings": settings})
     if eval_source is None:
-        for path, part in ((train_file, rows), (held_out_file, held_out)):
+        for path, part in zip(files, (rows, held_out), strict=True):
             _replace_file(path, "".join(map(as_json, part)))
         say(
             f"no --eval-data: the last {len(held_out)} of {len(rows) + len(held_out)} rows of {source} are held out, "
-            f"the same for every loss ({held_out_file})"
+            f"the same for every loss ({files[1]})"
         )
     steps = _steps(configs[losses[0]], len(rows))
-    filled = {
-        loss: dataclasses.replace(config, eval_steps=config.eval_steps or math.ceil(steps / POINTS))
-        for loss, config in configs.items()
-    }
-    return Comparison(output, filled, seeds, args.sample_prompts, args.sample_tokens, steps, f"{COMMAND} {shlex.join(again)}")
+    configs = _planned(configs, steps, len(rows), len(held_out), "precompute_reference" in given | base, say)
+    return Comparison(output, configs, seeds, args.sample_prompts, args.sample_tokens, steps, f"{COMMAND} {shlex.join(again)}")
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -210,6 +182,22 @@ def _rates(text: str | None, losses: list[str]) -> dict[str, float]:
     return rates
 
 
+def _configs(
+    given: dict[str, Any], base: dict[str, Any], losses: list[str], rates: dict[str, float]
+) -> dict[str, TrainConfig]:
+    """Return each loss's checked options, or raise one UserError with the problems of all."""
+    configs, problems = {}, []
+    for loss in losses:
+        mine = {"loss": loss} | ({"learning_rate": rates[loss]} if loss in rates else {})
+        try:
+            configs[loss] = build(_of_loss(given, loss, losses) | mine, _of_loss(base, loss, losses))
+        except UserError as error:
+            problems += [problem for problem in str(error).splitlines() if problem not in problems]
+    if problems:
+        raise UserError("\n".join(problems))
+    return configs
+
+
 def _of_loss(options: dict[str, Any], loss: str, losses: list[str]) -> dict[str, Any]:
     """Leave out a constant that only others of the compared losses have; one that none has is left in, to be refused."""
 
@@ -222,6 +210,15 @@ def _of_loss(options: dict[str, Any], loss: str, losses: list[str]) -> dict[str,
         if name in options and not has(name, loss) and any(has(name, other) for other in losses)
     }
     return {name: value for name, value in options.items() if name not in foreign}
+
+
+def _decisive(configs: dict[str, TrainConfig], asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return by loss the options that decide its figures; `asked` are those that stand for files of the comparison's own."""
+    others = FREE | {"seed", "output_dir", "loss"}
+    return {
+        loss: {name: value for name, value in (config.as_dict() | asked).items() if name not in others}
+        for loss, config in configs.items()
+    }
 
 
 def _split(rows: list[Row], source: str) -> tuple[list[Row], list[Row]]:
@@ -252,6 +249,52 @@ def _digest(rows: list[Row]) -> str:
 def _steps(config: TrainConfig, rows: int) -> int:
     per_epoch = math.ceil(rows / (config.batch_size * config.gradient_accumulation_steps))
     return config.max_steps or math.ceil(config.epochs * per_epoch)
+
+
+def _planned(
+    configs: dict[str, TrainConfig], steps: int, rows: int, held_out: int, asked: bool, say: Any
+) -> dict[str, TrainConfig]:
+    """Return the options with what depends on the length of a run filled in.
+
+    Args:
+        asked: whether it was said if the reference is to be precomputed.
+    """
+    first = next(iter(configs.values()))
+    seen = steps * first.batch_size * first.gradient_accumulation_steps
+    eval_steps = first.eval_steps or math.ceil(steps / POINTS)
+    points = math.ceil(steps / eval_steps)
+    if points > 1 and points * held_out > PASSES_OF_A_STEP * seen:
+        say(
+            f"evaluating {held_out} rows {points} times takes longer than a run's {steps} steps; --eval-steps {steps} does it "
+            "once, and --eval-data FILE may hold fewer rows"
+        )
+    # In large batches before the first run, unless that run sees a part of the data only: then it computes what it needs.
+    precompute = first.precompute_reference or (not asked and seen >= rows)
+    return {
+        loss: dataclasses.replace(config, eval_steps=eval_steps, precompute_reference=precompute)
+        for loss, config in configs.items()
+    }
+
+
+def _check_folder(output: Path, settings: dict[str, Any]) -> None:
+    """Raise UserError where the folder holds another comparison, or something else."""
+    known = output / "compare.json"
+    if known.exists():
+        _check_same(settings, _saved(known), output)
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} holds something that is no comparison; give a new folder")
+
+
+def _write_folder(output: Path, content: dict[str, Any]) -> None:
+    """Make the folder and compare.json, where they are not there from an earlier start."""
+    known = output / "compare.json"
+    if known.exists():
+        return
+    try:
+        (output / "data").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be made ({error.strerror})") from None
+    _replace_file(known, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _saved(path: Path) -> dict[str, Any]:

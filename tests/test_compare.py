@@ -161,6 +161,17 @@ def test_stopped_and_gone_on_with_is_the_same(
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
 
 
+def test_a_run_over_part_of_the_data_computes_that_part_of_the_reference(flags: list[str], tmp_path: Path) -> None:
+    """2 steps of 8 of the 20 pairs: the first loss computes them and the next finds them."""
+    more = ["--max-steps", "2", "--sample-prompts", "1", "--output", str(tmp_path / "out"), "--reference-cache", "off"]
+    assert main([*flags, *more]) == 0
+    passes = {
+        loss: sum(line["reference_passes"] for line in metrics(tmp_path / "out", loss) if "loss" in line)
+        for loss in ("lsif", "dpo")
+    }
+    assert passes["lsif"] > 0 == passes["dpo"]
+
+
 def test_other_options_in_the_same_folder_are_refused(
     whole: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,7 +388,7 @@ def test_options_of_a_config_file_are_used(tmp_path: Path, capsys: pytest.Captur
     made = compare_settings.read(argv, "", lines.append)
     assert (made.seeds, made.steps, made.configs["lsif"].eval_steps) == ([3], 16, 2)
     assert made.run("lsif", 3) == build(
-        {"seed": 3, "max_steps": 16, "eval_steps": 2, "precompute_reference": True, "loss": "lsif"}
+        {"seed": 3, "max_steps": 16, "eval_steps": 2, "loss": "lsif"}
         | {"data": str(tmp_path / "out/data/train.jsonl"), "eval_data": str(tmp_path / "out/data/held_out.jsonl")},
         {"output_dir": str(tmp_path / "out" / "runs" / "lsif-seed3")},
     )
