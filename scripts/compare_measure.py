@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,8 +13,9 @@ import numpy as np
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
 from lite_dil.data import CHOSEN, read_rows
-from lite_dil.examples import Encoder, Example, encode_all
+from lite_dil.examples import Example, encode_all
 from lite_dil.run import _replace_file
+from lite_dil.sampled import end_ids
 from lite_dil.train import Trained
 
 TOGETHER = 8  # prompts that are answered in one go: what was answered is kept, and a GPU has room for their keys and values
@@ -37,7 +37,7 @@ class Probe:
         assert config.eval_data is not None  # a comparison always has one
         self.examples, _ = encode_all(read_rows(config.eval_data, "test"), self.encoder, config.max_length)
         self.prompts = list(dict.fromkeys(example.prompt for example in self.examples))[:prompts]
-        self.end = end_of_turn(self.encoder, self.examples)
+        self.ends = end_ids(self.examples, self.encoder)
 
     def logps(self, examples: Sequence[Example], reference: bool = False) -> list[list[float]]:
         """Return the summed log-probs of each example's responses, in nats."""
@@ -60,29 +60,23 @@ class Probe:
         done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
         for start in range(len(done), len(self.prompts), TOGETHER):
             prompts = self.prompts[start : start + TOGETHER]
-            draw = int(np.random.SeedSequence((seed, start)).generate_state(1)[0])  # other noise for other prompts
+            seeds = [int(np.random.SeedSequence((seed, start + i)).generate_state(1)[0]) for i in range(len(prompts))]
             with self.backend.adapter_off() if reference else nullcontext():
-                drawn = self.backend.generate(prompts, self.tokens, [self.end], seed=draw)
-            ended = [len(ids) < self.tokens for ids in drawn]
+                drawn = self.backend.generate(prompts, self.tokens, self.ends, seeds)
             ratios: list[float | None] = [None] * len(prompts)
             if not reference:
-                whole = [(*ids, self.end) if end else tuple(ids) for ids, end in zip(drawn, ended, strict=True)]
+                whole = [(*ids, *(() if end is None else (end,))) for ids, end in drawn]
                 scored = [Example(prompt, (ids,), (CHOSEN,)) for prompt, ids in zip(prompts, whole, strict=True)]
                 both = zip(self.logps(scored), self.logps(scored, reference=True), strict=True)
                 ratios = [policy[0] - base[0] for policy, base in both]
-            for prompt, ids, end, ratio in zip(prompts, drawn, ended, ratios, strict=True):
+            for prompt, (ids, end), ratio in zip(prompts, drawn, ratios, strict=True):
                 texts = [self.encoder.tokenizer.decode(part, skip_special_tokens=True).strip() for part in (prompt, ids)]
-                done.append({"prompt": texts[0], "answer": texts[1], "tokens": len(ids), "ended": end, "log_ratio": ratio})
+                done.append(
+                    {"prompt": texts[0], "answer": texts[1], "tokens": len(ids), "ended": end is not None, "log_ratio": ratio}
+                )
             path.parent.mkdir(parents=True, exist_ok=True)
             _replace_file(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in done))
         return done
-
-
-def end_of_turn(encoder: Encoder, examples: Sequence[Example]) -> int:
-    """Return the token that ends the held-out answers, which the chat template decides; it need not be the tokenizer's EOS."""
-    control = set(encoder.tokenizer.convert_tokens_to_ids(sorted(encoder.control)))
-    ends = Counter(response[-1] for example in examples for response in example.responses if response[-1] in control)
-    return ends.most_common(1)[0][0] if ends else encoder.tokenizer.eos_token_id  # where --max-length cut every answer
 
 
 def measure_reference(probe: Probe, folder: Path, seed: int) -> dict[str, Any]:

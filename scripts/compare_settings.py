@@ -198,17 +198,18 @@ def _configs(
     return configs
 
 
+def _has(loss: str, option: str) -> bool:
+    return OBJECTIVES[loss].beta is not None if option == "beta" else option in OBJECTIVES[loss].options
+
+
 def _of_loss(options: dict[str, Any], loss: str, losses: list[str]) -> dict[str, Any]:
-    """Leave out a constant that only others of the compared losses have; one that none has is left in, to be refused."""
-
-    def has(name: str, other: str) -> bool:
-        return OBJECTIVES[other].beta is not None if name == "beta" else name in OBJECTIVES[other].options
-
-    foreign = {
-        name
-        for name in ("beta", *OPTIONS)
-        if name in options and not has(name, loss) and any(has(name, other) for other in losses)
-    }
+    """Leave out the constants that only others of the compared losses have. Raises UserError for one that none has."""
+    constants = [name for name in ("beta", *OPTIONS) if name in options]
+    for name in constants:
+        if not any(_has(other, name) for other in losses):
+            owners = ", ".join(other for other in OBJECTIVES if _has(other, name))
+            raise UserError(f"{flag(name)} belongs to --loss {owners}, which is not compared; leave it out")
+    foreign = {name for name in constants if not _has(loss, name)}
     return {name: value for name, value in options.items() if name not in foreign}
 
 
@@ -232,6 +233,7 @@ def _split(rows: list[Row], source: str) -> tuple[list[Row], list[Row]]:
 def as_json(row: Row) -> str:
     """Return a row as a line of JSON Lines, in the form that it was read in."""
     answers = [[{"role": "assistant", "content": text}] if row.chat else text for text in row.answers]
+    fields: dict[str, Any]
     if row.form == "pairs":
         fields = {"chosen": answers[0], "rejected": answers[1]}
     else:

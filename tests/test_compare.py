@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from compare import main
 from compare_settings import Comparison
 from conftest import bare_model, config, oracle_logps, write_pairs
 
+from lite_dil.backends import Answer
 from lite_dil.batch import Batch
 from lite_dil.config import build
 from lite_dil.data import read_rows
@@ -211,6 +214,8 @@ def test_other_options_in_the_same_folder_are_refused(
         (["--sample-prompts", "0"], "'0' is not a whole number above 0"),
         (["--data", "few.jsonl"], "few.jsonl has 39 rows, too few to hold 20 of them out; give --eval-data"),
         (["--data", "none.jsonl"], "none.jsonl: no such file"),
+        (["--simpo-gamma", "1"], "--simpo-gamma belongs to --loss simpo, which is not compared"),
+        (["--data", "unpaired.jsonl"], "--loss dpo needs pairs"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_trains_nothing(
@@ -219,10 +224,12 @@ def test_what_cannot_be_used_is_one_line_and_trains_nothing(
     monkeypatch.chdir(tmp_path)
     write_pairs(tmp_path / "few.jsonl", 39)
     write_pairs(tmp_path / "pairs.jsonl", 40)
+    singles = [{"prompt": f"{i}", "completion": "yes", "label": i % 2 == 0} for i in range(40)]
+    (tmp_path / "unpaired.jsonl").write_text("".join(json.dumps(row) + "\n" for row in singles))
     assert main(["--losses", "lsif,dpo", "--data", "pairs.jsonl", "--model", "nowhere", *more]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"few.jsonl", "pairs.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"few.jsonl", "pairs.jsonl", "unpaired.jsonl"}
 
 
 def test_without_matplotlib_it_says_what_to_install(
@@ -358,15 +365,56 @@ def test_rows_over_seeds() -> None:
     assert compare_table.cell(single, "length", ".0f") == "–"
 
 
-def test_answers_end_where_the_template_says(tiny: str) -> None:
-    """The end of turn need not be the tokenizer's EOS; answers that were all cut do not tell."""
-    encoder = Encoder(load_tokenizer(tiny))
-    eos = encoder.tokenizer.eos_token_id
-    turn = encoder.tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    assert turn != eos
-    ended = [Example((5,), ((7, turn), (8, turn)), (1, -1)), Example((5,), ((9, 10),), (1,))]
-    assert compare_measure.end_of_turn(encoder, ended) == turn
-    assert compare_measure.end_of_turn(encoder, ended[1:]) == eos
+class Stub:
+    """A backend whose log-prob of an answer is twice the sum of its tokens, or once with the adapter off."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder, self.factor, self.asked = encoder, 2.0, []
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        self.factor = 1.0
+        yield
+        self.factor = 2.0
+
+    def sequence_logps(self, batch: Batch) -> np.ndarray:
+        return np.array([self.factor * response.sum() for response in batch.responses])
+
+    def generate(self, prompts: Any, limit: int, ends: Any, seeds: Any) -> list[Answer]:
+        self.asked += seeds
+        return [Answer([7, 8], ends[0]) if i == 0 else Answer([5] * limit, None) for i in range(len(prompts))]
+
+
+def test_an_answers_log_ratio_holds_the_end_token_that_was_drawn(tiny: str, tmp_path: Path) -> None:
+    """f of an answer is then the sum of its tokens, by `Stub`; the reference's answers have none."""
+    stub: Any = Stub(Encoder(load_tokenizer(tiny)))
+    stub.backend = stub
+    data = write_pairs(tmp_path / "pairs.jsonl", 3)
+    probe = compare_measure.Probe(stub, config(eval_data=str(data)), 3, 4)
+    (end,) = probe.ends
+    answers = probe.answers(tmp_path / "samples.jsonl", 0)
+    assert [answer["log_ratio"] for answer in answers] == [15 + end, 20, 20]
+    assert [(answer["tokens"], answer["ended"]) for answer in answers] == [(2, True), (4, False), (4, False)]
+    assert len(set(stub.asked)) == 3  # a draw of its own for every prompt
+    assert [answer["log_ratio"] for answer in probe.answers(tmp_path / "reference.jsonl", 0, reference=True)] == [None] * 3
+    assert stub.factor == 2
+
+
+def test_constants_go_to_the_losses_that_have_them() -> None:
+    given = {"simpo_gamma": "0.5", "beta": "2", "log_ratio_cap": "3", "lora_r": "1"}
+    mine = {loss: compare_settings._of_loss(given, loss, ["lsif", "simpo", "slic"]) for loss in ("lsif", "simpo", "slic")}
+    assert mine["lsif"].keys() == {"beta", "log_ratio_cap", "lora_r"}
+    assert mine["simpo"].keys() == {"beta", "simpo_gamma", "lora_r"}
+    assert mine["slic"].keys() == {"lora_r"}
+
+
+@pytest.mark.parametrize("form", ["unpaired", "demonstrations"])
+def test_rows_of_other_forms_too(form: str, tmp_path: Path) -> None:
+    label = {"label": False} if form == "unpaired" else {}
+    line = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}], **label}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    assert "".join(map(compare_settings.as_json, read_rows(str(path)))) == path.read_text()
 
 
 def test_rows_are_written_as_they_were_read(tmp_path: Path) -> None:
