@@ -204,7 +204,7 @@ def _has(loss: str, option: str) -> bool:
 
 def _of_loss(options: dict[str, Any], loss: str, losses: list[str]) -> dict[str, Any]:
     """Leave out the constants that only others of the compared losses have. Raises UserError for one that none has."""
-    constants = [name for name in ("beta", *OPTIONS) if name in options]
+    constants = [name for name in ("beta", *OPTIONS) if options.get(name) is not None]
     for name in constants:
         if not any(_has(other, name) for other in losses):
             owners = ", ".join(other for other in OBJECTIVES if _has(other, name))

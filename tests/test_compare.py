@@ -401,11 +401,11 @@ def test_an_answers_log_ratio_holds_the_end_token_that_was_drawn(tiny: str, tmp_
 
 
 def test_constants_go_to_the_losses_that_have_them() -> None:
-    given = {"simpo_gamma": "0.5", "beta": "2", "log_ratio_cap": "3", "lora_r": "1"}
+    given = {"simpo_gamma": "0.5", "beta": "2", "log_ratio_cap": "3", "lora_r": "1", "bpo_lambda": None}
     mine = {loss: compare_settings._of_loss(given, loss, ["lsif", "simpo", "slic"]) for loss in ("lsif", "simpo", "slic")}
-    assert mine["lsif"].keys() == {"beta", "log_ratio_cap", "lora_r"}
-    assert mine["simpo"].keys() == {"beta", "simpo_gamma", "lora_r"}
-    assert mine["slic"].keys() == {"lora_r"}
+    assert mine["lsif"].keys() == {"beta", "log_ratio_cap", "lora_r", "bpo_lambda"}
+    assert mine["simpo"].keys() == {"beta", "simpo_gamma", "lora_r", "bpo_lambda"}
+    assert mine["slic"].keys() == {"lora_r", "bpo_lambda"}
 
 
 @pytest.mark.parametrize("form", ["unpaired", "demonstrations"])
