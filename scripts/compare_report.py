@@ -15,6 +15,7 @@ from lite_dil.run import _replace_file
 
 def report(comparison: Comparison, display: Any) -> None:
     """Write table.md, table.json, curves.json, figure2.png and index.html, and print the table and what it says."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
     output = comparison.output
@@ -39,9 +40,10 @@ def report(comparison: Comparison, display: Any) -> None:
     _replace_file(output / "index.html", html)
 
     # Losses side by side: a row a loss would be wider than a terminal.
-    table = Table(title=f"{comparison.steps} steps, seeds {', '.join(map(str, comparison.seeds))}")
+    title = f"{comparison.steps} steps, seeds {', '.join(map(str, comparison.seeds))}"
+    table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for number, line in enumerate([headings[:1], *([line[0]] for line in cells)]):
-        table.add_column(line[0], justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(line[0], justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
     for number, heading in enumerate(headings[1:], 1):
         table.add_row(heading, *(line[number] for line in cells))
     display.console.print(table)
