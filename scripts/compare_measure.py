@@ -1,0 +1,161 @@
+"""What a comparison measures on a trained model: held-out log-probs, and answers drawn from it with their KL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lite_dil.batch import Batch
+from lite_dil.config import TrainConfig
+from lite_dil.data import CHOSEN, read_rows
+from lite_dil.examples import Example, encode_all
+from lite_dil.run import _replace_file
+from lite_dil.sampled import end_ids
+from lite_dil.train import Trained
+
+TOGETHER = 8  # prompts that are answered in one go: what was answered is kept, and a GPU has room for their keys and values
+
+Answer = dict[str, Any]
+
+
+class Probe:
+    """Measures a trained model, and the reference by the same model with its adapter off.
+
+    Args:
+        prompts: how many held-out prompts are answered, each once.
+        tokens: of an answer at most; one that has not ended by then is cut.
+    """
+
+    def __init__(self, trained: Trained, config: TrainConfig, prompts: int, tokens: int) -> None:
+        self.backend, self.encoder, self.tokens = trained.backend, trained.encoder, tokens
+        self.together = config.batch_size
+        assert config.eval_data is not None  # a comparison always has one
+        self.examples, _ = encode_all(read_rows(config.eval_data, "test"), self.encoder, config.max_length)
+        self.prompts = list(dict.fromkeys(example.prompt for example in self.examples))[:prompts]
+        self.ends = end_ids(self.examples, self.encoder)
+
+    def logps(self, examples: Sequence[Example], reference: bool = False) -> list[list[float]]:
+        """Return the summed log-probs of each example's responses, in nats."""
+        found: list[list[float]] = []
+        with self.backend.adapter_off() if reference else nullcontext():
+            for start in range(0, len(examples), self.together):
+                some = examples[start : start + self.together]
+                values = self.backend.sequence_logps(Batch.of(some)).tolist()
+                for example in some:
+                    found.append(values[: len(example.responses)])
+                    del values[: len(example.responses)]
+        return found
+
+    def answers(self, path: Path, seed: int, reference: bool = False) -> list[Answer]:
+        """Return an answer to each prompt, drawn at temperature 1; `path` keeps them, and those it holds are not drawn again.
+
+        Each has its text, its tokens without the end token, whether it ended by itself, and, of the policy, its log-ratio
+        f = log pi - log pi_ref in nats, the end token included where it was drawn.
+        """
+        done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        for start in range(len(done), len(self.prompts), TOGETHER):
+            prompts = self.prompts[start : start + TOGETHER]
+            seeds = [int(np.random.SeedSequence((seed, start + i)).generate_state(1)[0]) for i in range(len(prompts))]
+            with self.backend.adapter_off() if reference else nullcontext():
+                drawn = self.backend.generate(prompts, self.tokens, self.ends, seeds)
+            ratios: list[float | None] = [None] * len(prompts)
+            if not reference:
+                whole = [(*ids, *(() if end is None else (end,))) for ids, end in drawn]
+                scored = [Example(prompt, (ids,), (CHOSEN,)) for prompt, ids in zip(prompts, whole, strict=True)]
+                both = zip(self.logps(scored), self.logps(scored, reference=True), strict=True)
+                ratios = [policy[0] - base[0] for policy, base in both]
+            for prompt, (ids, end), ratio in zip(prompts, drawn, ratios, strict=True):
+                texts = [self.encoder.tokenizer.decode(part, skip_special_tokens=True).strip() for part in (prompt, ids)]
+                done.append(
+                    {"prompt": texts[0], "answer": texts[1], "tokens": len(ids), "ended": end is not None, "log_ratio": ratio}
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace_file(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in done))
+        return done
+
+
+def measure_reference(probe: Probe, folder: Path, seed: int) -> dict[str, Any]:
+    """Return what is known of the reference, measured once for all runs and kept in `folder`."""
+    path = folder / "reference.json"
+    if not path.exists():
+        logps = probe.logps(probe.examples, reference=True)
+        answers = probe.answers(folder / "samples.jsonl", seed, reference=True)
+        sides = {side: of_side(probe.examples, logps, sign) for side, sign in (("chosen", True), ("rejected", False))}
+        figures = {f"logps/{side}": float(values.mean()) for side, values in sides.items() if len(values)}
+        _replace_file(path, json.dumps({"logps": logps, "figures": figures | _lengths(answers)}))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def measure(probe: Probe, reference: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
+    """Return a trained model's figures, their standard errors over answers, and how many answers they are of."""
+    examples = probe.examples
+    figures, errors = held_out_figures(examples, probe.logps(examples), reference["logps"])
+    answers = probe.answers(folder / "samples.jsonl", seed)
+    figures["kl"], errors["kl"] = mean_and_error(np.array([answer["log_ratio"] for answer in answers]))
+    return {"figures": figures | _lengths(answers), "errors": errors, "held_out": len(examples), "samples": len(answers)}
+
+
+def held_out_figures(
+    examples: Sequence[Example], policy: list[list[float]], reference: list[list[float]]
+) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Return means over the held-out answers, and the standard errors of some, by name.
+
+    ``logps/*`` are sums over an answer's tokens, ``change/*`` their difference from the reference's, ``log_ratio/*`` that
+    difference a token; ``margin`` is the chosen answer's change minus the rejected one's, of a pair (without pairs: of the
+    means); ``accuracy`` is the share of pairs whose chosen answer gained more, in all, and ``accuracy_per_token`` a token.
+    """
+    ratios = [(np.array(p) - np.array(r)).tolist() for p, r in zip(policy, reference, strict=True)]
+    lengths = [list(map(len, example.responses)) for example in examples]
+    figures: dict[str, float] = {}
+    errors: dict[str, float | None] = {}
+    for side, chosen in (("chosen", True), ("rejected", False)):
+        change = of_side(examples, ratios, chosen)
+        if len(change):
+            figures[f"logps/{side}"] = float(of_side(examples, policy, chosen).mean())
+            figures[f"change/{side}"], errors[f"change/{side}"] = mean_and_error(change)
+            figures[f"log_ratio/{side}"] = float((change / of_side(examples, lengths, chosen)).mean())
+    pairs = [
+        (f[i], f[j], n[i], n[j])
+        for example, f, n in zip(examples, ratios, lengths, strict=True)
+        for i, good in enumerate(example.signs)
+        for j, bad in enumerate(example.signs)
+        if good == CHOSEN != bad
+    ]
+    if pairs:
+        f_w, f_l, n_w, n_l = np.array(pairs).T
+        figures["margin"], errors["margin"] = mean_and_error(f_w - f_l)
+        figures["accuracy"] = float((f_w > f_l).mean())
+        figures["accuracy_per_token"] = float((f_w / n_w > f_l / n_l).mean())
+    elif {"change/chosen", "change/rejected"} <= figures.keys():
+        figures["margin"] = figures["change/chosen"] - figures["change/rejected"]
+    return figures, errors
+
+
+def of_side(examples: Sequence[Example], values: Sequence[Sequence[float]], chosen: bool) -> np.ndarray:
+    """Return the values of the chosen or of the other answers, (answers,)."""
+    return np.array(
+        [
+            value
+            for example, some in zip(examples, values, strict=True)
+            for sign, value in zip(example.signs, some, strict=True)
+            if (sign == CHOSEN) == chosen
+        ]
+    )
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
+    """Return the mean and its standard error, which one value has not."""
+    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return float(values.mean()), error
+
+
+def _lengths(answers: list[Answer]) -> dict[str, float]:
+    return {
+        "length": float(np.mean([answer["tokens"] for answer in answers])),
+        "ended": float(np.mean([answer["ended"] for answer in answers])),
+    }

@@ -1,0 +1,241 @@
+"""The numbers of a comparison: a row a loss, the curves over training, and what they say in plain sentences."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from compare_settings import Comparison
+
+Run = dict[str, Any]  # result.json and what metrics.jsonl adds to it
+Row = dict[str, Any]
+
+# figure, heading, format
+COLUMNS = (
+    ("learning_rate", "learning rate", "g"),
+    ("accuracy", "accuracy (sum)", ".3f"),
+    ("accuracy_per_token", "accuracy (mean)", ".3f"),
+    ("margin", "margin", "+.2f"),
+    ("log_ratio/chosen", "log-ratio chosen", "+.3f"),
+    ("log_ratio/rejected", "log-ratio rejected", "+.3f"),
+    ("logps/chosen", "log-prob chosen", ".1f"),
+    ("change/chosen", "its change", "+.2f"),
+    ("logps/rejected", "log-prob rejected", ".1f"),
+    ("change/rejected", "its change", "+.2f"),
+    ("kl", "KL on samples", "+.2f"),
+    ("length", "answer length", ".0f"),
+    ("seconds", "seconds", ".0f"),
+    ("peak_memory_mb", "peak MB", ".0f"),
+)
+# Wherever the comparison was run or stopped, these are the machine's and not the loss's.
+MEASURED = ("seconds", "peak_memory_mb")
+DIL = ("lsif", "ukl", "bce", "basu", "rulsif")
+OTHERS = ("dpo", "simpo")
+CLAIM = "DIL keeps the chosen answers' likelihood where dpo and simpo lose it"
+
+
+def read_runs(comparison: Comparison, name: str) -> list[Run]:
+    """Read the finished runs; `name` is the file that each has."""
+    runs = []
+    for seed in comparison.seeds:
+        for loss in comparison.configs:
+            folder = Path(comparison.run(loss, seed).output_dir or "")
+            result = json.loads((folder / name).read_text(encoding="utf-8"))
+            metrics = folder / "metrics.jsonl"  # a run that diverged in its first step has none
+            text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
+            lines = [json.loads(line) for line in text.splitlines()]
+            runs.append(result | {"folder": folder} | _of_training(lines))
+    return runs
+
+
+def _of_training(lines: list[dict[str, Any]]) -> Run:
+    training = [line for line in lines if "seconds_per_step" in line]
+    seconds, before = 0.0, 0
+    for line in training:  # a line is the mean over the steps since the one before it
+        seconds += line["seconds_per_step"] * (line["step"] - before)
+        before = line["step"]
+    points = [line for line in lines if "eval_loss" in line]
+    return {
+        "seconds": seconds,
+        "peak_memory_mb": max((line["peak_memory_mb"] for line in training), default=0.0),
+        "curve": {
+            side: {line["step"]: line[f"eval_logps/{side}"] for line in points if line.get(f"eval_logps/{side}") is not None}
+            for side in ("chosen", "rejected")
+        },
+    }
+
+
+def make_rows(runs: Sequence[Run]) -> list[Row]:
+    """Return a row a loss: of each figure its mean over the seeds, their standard deviation, and its error over answers."""
+    rows = []
+    for loss in dict.fromkeys(run["loss"] for run in runs):
+        mine = [run for run in runs if run["loss"] == loss]
+        whole = [run for run in mine if not run["diverged"]]
+        figures: dict[str, dict[str, float | None]] = {"learning_rate": _summary([mine[0]["learning_rate"]], [])}
+        for name in dict.fromkeys(name for run in whole for name in run["figures"]):
+            values = [run["figures"][name] for run in whole]
+            errors = [run["errors"][name] for run in whole if run["errors"].get(name) is not None]
+            figures[name] = _summary(values, errors)
+        for name in MEASURED:
+            if whole:
+                figures[name] = _summary([run[name] for run in whole], [])
+        rows.append(
+            {
+                "loss": loss,
+                "seeds": [run["seed"] for run in mine],
+                "diverged": {str(run["seed"]): run["diverged"] for run in mine if run["diverged"]},
+                "figures": figures,
+            }
+        )
+    return rows
+
+
+def _summary(values: list[float], errors: list[float]) -> dict[str, float | None]:
+    return {
+        "mean": fmean(values),
+        "std": stdev(values) if len(values) > 1 else None,
+        "error": fmean(errors) if errors else None,
+    }
+
+
+def cell(row: Row, name: str, form: str) -> str:
+    """Return a figure for people: with its standard deviation over seeds, or, of one seed, its error over answers."""
+    figure = row["figures"].get(name)
+    if figure is None:
+        return "–"
+    spread = figure["error"] if figure["std"] is None else figure["std"]
+    text = format(figure["mean"], form)
+    return text if spread is None else f"{text} ± {format(spread, form.replace('+', ''))}"
+
+
+def label(row: Row) -> str:
+    """Return the loss, and which of its runs diverged, and when."""
+    if not row["diverged"]:
+        return row["loss"]
+    when = ", ".join(
+        (f"seed {seed}: " if len(row["seeds"]) > 1 else "") + message.partition(":")[0]
+        for seed, message in row["diverged"].items()
+    )
+    return f"{row['loss']} (diverged: {when})"
+
+
+def reference_row(reference: dict[str, Any] | None) -> list[Row]:
+    """Return the reference as a row, where it was measured: every run may have diverged."""
+    if reference is None:
+        return []
+    figures = {name: _summary([value], []) for name, value in reference["figures"].items()}
+    return [{"loss": "reference", "seeds": [], "diverged": {}, "figures": figures}]
+
+
+def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return the table's headings, and the cells of each row."""
+    headings = ["loss", *(heading for _, heading, _ in COLUMNS)]
+    return headings, [[label(row), *(cell(row, name, form) for name, _, form in COLUMNS)] for row in rows]
+
+
+def make_curves(runs: Sequence[Run], reference: dict[str, Any] | None, from_reference: bool) -> dict[str, Any]:
+    """Return the log-probs of the held-out answers during training, by loss and side: means over seeds and their deviation.
+
+    A step has a point where every seed that did not diverge has one; a loss of which all diverged goes as far as all went.
+
+    Args:
+        from_reference: whether the untrained policy is the reference, so that its figures are those of step 0.
+    """
+    known = reference["figures"] if reference else {}
+    start = {side: known.get(f"logps/{side}") for side in ("chosen", "rejected")}
+    losses: dict[str, Any] = {}
+    for loss in dict.fromkeys(run["loss"] for run in runs):
+        mine = [run for run in runs if run["loss"] == loss]
+        mine = [run for run in mine if not run["diverged"]] or mine
+        losses[loss] = {}
+        for side in ("chosen", "rejected"):
+            curves = [run["curve"][side] for run in mine]
+            steps = sorted(set.intersection(*map(set, curves)))
+            values = [[curve[step] for curve in curves] for step in steps]
+            if from_reference and start[side] is not None:
+                steps, values = [0, *steps], [[start[side]] * len(mine), *values]
+            losses[loss][side] = {
+                "steps": steps,
+                "mean": [fmean(some) for some in values],
+                "std": [stdev(some) for some in values] if len(mine) > 1 else None,
+            }
+    unit = "log-probs of held-out answers in nats, summed over an answer's tokens, averaged over the answers"
+    return {"unit": unit, "reference": start, "losses": losses}
+
+
+def verdict(rows: Sequence[Row], steps: int, answers: int) -> list[str]:
+    """Say in sentences what became of the chosen answers' likelihood, and whether that is what the DIL paper claims.
+
+    A change counts where it is more than twice its standard error over answers, and than the deviation over seeds.
+    """
+    moved = {row["loss"]: direction(row["figures"].get("change/chosen")) for row in rows}
+    sentences = []
+    for row in rows:
+        chosen, rejected = (row["figures"].get(f"change/{side}") for side in ("chosen", "rejected"))
+        if chosen is None:
+            sentences.append(f"{label(row)}: no result." if row["diverged"] else f"{label(row)}: no chosen answers held out.")
+            continue
+        text = f"{label(row)}: the chosen answers' log-prob {_words(chosen)}"
+        sentences.append(text + (f"; the rejected answers' {_words(rejected)}." if rejected else "."))
+    ours = [loss for loss in DIL if moved.get(loss)]
+    theirs = [loss for loss in OTHERS if moved.get(loss)]
+    if not ours or not theirs:
+        lacking = f"a loss of the DIL family ({', '.join(DIL)})" if not ours else " or ".join(OTHERS)
+        return [*sentences, f'The claim "{CLAIM}" is not tested here: there is no result of {lacking}.']
+    kept = [loss for loss in ours if moved[loss] in ("rose", "steady")]
+    lost = [loss for loss in theirs if moved[loss] == "fell"]
+    if kept == ours and lost == theirs:
+        judged = "agrees with these numbers"
+    elif kept and lost:
+        judged = "agrees with these numbers in part"
+    else:
+        judged = "does not agree with these numbers"
+    names = {name: ", ".join(loss for loss in [*ours, *theirs] if moved[loss] == name) for name in ("rose", "steady", "fell")}
+    found = "; ".join(
+        f"{text} with {names[name]}"
+        for name, text in (("rose", "it rose"), ("steady", "no change beyond the noise"), ("fell", "it fell"))
+        if names[name]
+    )
+    seeds = max(len(row["seeds"]) for row in rows)
+    scope = f"{seeds} seed{'s' if seeds > 1 else ''}, {steps} steps and {answers} held-out rows at these learning rates"
+    compared = f" (of {' and '.join(OTHERS)} only {theirs[0]} was compared)" if len(theirs) < len(OTHERS) else ""
+    return [*sentences, f'The claim "{CLAIM}" {judged}{compared}: {found}. That is {scope}, and says no more.']
+
+
+def direction(change: dict[str, float | None] | None) -> str:
+    """Return "rose", "fell" or "steady" for a change, or nothing where there is none; without any measure of noise, steady."""
+    if change is None or change["mean"] is None:
+        return ""
+    noise = max((2 * value for value in (change["error"], change["std"]) if value is not None), default=float("inf"))
+    if abs(change["mean"]) <= noise:
+        return "steady"
+    return "rose" if change["mean"] > 0 else "fell"
+
+
+def _words(change: dict[str, float | None]) -> str:
+    mean, spread = change["mean"] or 0.0, change["error"] if change["std"] is None else change["std"]
+    within = "" if spread is None else f" ± {spread:.2f}"
+    which = direction(change)
+    if which == "steady":
+        return f"did not clearly move ({mean:+.2f}{within} nats)"
+    return f"{which} by {abs(mean):.2f}{within} nats"
+
+
+def notes(rows: Sequence[Row], tokens: int) -> list[str]:
+    """Say what the columns are."""
+    seeds = max((len(row["seeds"]) for row in rows), default=1)
+    spread = f"the standard deviation over {seeds} seeds" if seeds > 1 else "the standard error over answers"
+    return [
+        f"± is {spread}. All columns from accuracy to log-prob are of held-out answers, and defined alike for every loss.",
+        "accuracy: the share of pairs whose chosen answer gained more log-prob than the rejected one, in all (sum) or a token "
+        "(mean).",
+        "log-ratio: log pi - log pi_ref in nats a token. log-prob: in nats, summed over the answer's tokens; its change is "
+        "against the reference, and the margin is the chosen answer's change minus the rejected one's.",
+        f"KL on samples: the mean of log pi - log pi_ref over the trained model's own answers, cut at {tokens} tokens: an "
+        "estimate of KL(pi, pi_ref) in nats an answer, which may come out below 0 by chance. Length in tokens, cut likewise.",
+        "seconds: of training steps alone. Peak memory: of the device's allocator; on a CPU the process's, the runs before "
+        "included.",
+    ]
