@@ -185,8 +185,9 @@ class Evaluator:
             reference = _reference(self.backend, batch, self.cache)
             inputs = self.criterion.inputs(batch, baseline)
             policy, weighted = self._policy(batch, inputs.get("token_weights"))
-            loss = self.criterion(policy, reference, inputs | weighted)
-            means.add("loss", float(loss) / batch.examples, batch.examples)
+            with np.errstate(over="ignore"):  # an overflow shows as a loss that is not finite
+                loss = float(self.criterion(policy, reference, inputs | weighted))
+            means.add("loss", loss / batch.examples, batch.examples)
             answer_metrics(means, policy, reference, batch, self.config)
         if self.others:
             means.add("kl", baseline)

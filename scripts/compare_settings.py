@@ -24,7 +24,8 @@ from lite_dil.run import RUNS, _replace_file, _unused
 
 COMMAND = "python scripts/compare.py"
 POINTS = 8  # evaluations over a run, unless --eval-steps says otherwise
-# What is held out where --eval-data is not given: a tenth of the data, within these bounds.
+# What is held out where --eval-data is not given: a tenth of the data, within these bounds, and half of what a run trains on:
+# it is evaluated several times, and more would take longer than the training.
 HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 0.1, 20, 200
 PASSES_OF_A_STEP = 3  # a step's forward and backward pass cost as much as this many forward passes
 # These two decide at which steps there are figures, so that they must be the same in all runs of a comparison.
@@ -95,7 +96,7 @@ def read(argv: list[str], description: str, say: Any) -> Comparison:
     }
     _check_folder(output, settings)
     if eval_source is None:
-        rows, held_out = _split(rows, source)
+        rows, held_out = _split(rows, source, configs[losses[0]])
     for config in configs.values():
         check_data(config, rows[0].form, {sign for row in rows for sign in row.signs}, source)
 
@@ -222,9 +223,10 @@ def _decisive(configs: dict[str, TrainConfig], asked: dict[str, Any]) -> dict[st
     }
 
 
-def _split(rows: list[Row], source: str) -> tuple[list[Row], list[Row]]:
+def _split(rows: list[Row], source: str, config: TrainConfig) -> tuple[list[Row], list[Row]]:
     """Return the rows to train on and the last ones, which are held out."""
-    count = min(max(round(len(rows) * HELD_OUT_SHARE), HELD_OUT_LEAST), HELD_OUT_MOST)
+    seen = _steps(config, len(rows)) * config.batch_size * config.gradient_accumulation_steps
+    count = max(min(round(len(rows) * HELD_OUT_SHARE), HELD_OUT_MOST, seen // 2), HELD_OUT_LEAST)
     if len(rows) < 2 * count:
         raise UserError(f"--data {source} has {len(rows)} rows, too few to hold {count} of them out; give --eval-data")
     return rows[:-count], rows[-count:]

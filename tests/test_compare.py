@@ -29,8 +29,6 @@ from lite_dil.examples import Encoder, Example, encode_all
 from lite_dil.models import load_tokenizer
 from lite_dil.run import RunFolder
 
-pytest.importorskip("matplotlib")
-
 STEPS, PROMPTS, TOKENS = 4, 9, 6
 
 
