@@ -327,8 +327,8 @@ OBJECTIVES: dict[str, Objective] = {
         formula="-log sigmoid(beta (log pi(y_w) - log pi(y_l))) - lambda log pi(y_w) / |y_w|",
         use="dpo with a uniform reference and a likelihood term; needs no reference.",
         source="Xu et al. 2024, arXiv 2401.08417, eq. 5",
-        note="The paper writes the likelihood term for the whole answer; its authors' code, and TRL, average it over the "
-        "tokens, as here.",
+        note="The paper writes the likelihood term for the whole answer; TRL averages it over all the tokens of a batch's "
+        "good answers. Here it is averaged over each answer's own, so that splitting a step changes nothing.",
         options=("cpo_lambda",),
         reference=False,
     ),
