@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lite_dil import __version__
-from lite_dil.config import FIELDS, TrainConfig, add_flags, build, read_yaml
+from lite_dil.config import FIELDS, TrainConfig
 from lite_dil.data import EMBEDDED
 from lite_dil.errors import TrainingDiverged, UserError, did_you_mean
 from lite_dil.models import EMBEDDED_MODEL
+from lite_dil.options import add_flags, build, read_yaml
 from lite_dil.run import check_same_run, find_checkpoint, saved_config
 
 _TRAIN = """\

@@ -62,7 +62,6 @@ def answer_metrics(means: Means, policy: np.ndarray, reference: np.ndarray, batc
 
 def with_margin(figures: dict[str, float]) -> dict[str, float]:
     """Add the difference of the mean rewards as the margin where answers have no partners."""
-    sides = [figures.get(f"rewards/{side}") for side in ("chosen", "rejected")]
-    if "rewards/margins" not in figures and None not in sides:
-        return figures | {"rewards/margins": sides[0] - sides[1]}  # type: ignore[operator]
-    return figures
+    if "rewards/margins" in figures or not {"rewards/chosen", "rewards/rejected"} <= figures.keys():
+        return figures
+    return figures | {"rewards/margins": figures["rewards/chosen"] - figures["rewards/rejected"]}

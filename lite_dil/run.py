@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lite_dil.config import FREE_ON_RESUME, TrainConfig, flag, read_yaml
+from lite_dil.config import FREE_ON_RESUME, TrainConfig, flag
 from lite_dil.errors import UserError, gather
+from lite_dil.options import read_yaml
 
 RUNS = Path("runs")
 

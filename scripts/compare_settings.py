@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.cli import _Parser
-from lite_dil.config import FIELDS, FREE_ON_RESUME, TrainConfig, add_flags, build, coerce, flag, read_yaml
+from lite_dil.config import FIELDS, FREE_ON_RESUME, TrainConfig, flag
 from lite_dil.criterion import check_data
 from lite_dil.data import EMBEDDED, Row, read_rows
 from lite_dil.errors import UserError, did_you_mean, gather
 from lite_dil.objectives import OBJECTIVES, OPTIONS
+from lite_dil.options import add_flags, build, coerce, read_yaml
 from lite_dil.run import RUNS, _replace_file, _unused
 
 COMMAND = "python scripts/compare.py"

@@ -23,10 +23,10 @@ from conftest import bare_model, config, oracle_logps, write_pairs
 
 from lite_dil.backends import Answer
 from lite_dil.batch import Batch
-from lite_dil.config import build
 from lite_dil.data import read_rows
 from lite_dil.examples import Encoder, Example, encode_all
 from lite_dil.models import load_tokenizer
+from lite_dil.options import build
 from lite_dil.run import RunFolder
 
 STEPS, PROMPTS, TOKENS = 4, 9, 6

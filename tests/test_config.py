@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lite_dil.config import FIELDS, TrainConfig, add_flags, build, flag, read_yaml
+from lite_dil.config import FIELDS, TrainConfig, flag
 from lite_dil.errors import UserError
 from lite_dil.objectives import OBJECTIVES, OPTIONS
+from lite_dil.options import add_flags, build, read_yaml
 
 
 def flags(*argv: str) -> dict[str, object]:

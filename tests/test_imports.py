@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-CORE = [
-    "adapters",
-    "batch",
-    "cli",
-    "config",
-    "data",
-    "demo",
-    "errors",
-    "examples",
-    "losses",
-    "memory",
-    "metrics",
-    "models",
-    "progress",
-    "run",
-    "sampled",
-    "schedule",
-    "train",
-]
+import lite_dil
+
+CORE = [path.stem for path in Path(lite_dil.__file__).parent.glob("[!_]*.py")]
 HEAVY = ("torch", "mlx", "transformers", "peft")
 
 

@@ -12,7 +12,7 @@ import yaml
 from conftest import write_pairs
 
 from lite_dil.cli import main
-from lite_dil.config import add_flags, build, read_yaml
+from lite_dil.options import add_flags, build, read_yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
