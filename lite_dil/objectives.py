@@ -340,8 +340,8 @@ OBJECTIVES: dict[str, Objective] = {
         beta=2.0,
         learning_rate=1e-4,
         formula="-log sigmoid(beta (log pi(y_w) / |y_w| - log pi(y_l) / |y_l|) - gamma)",
-        use="Ranks answers by what generation maximises, the mean log-prob; needs no reference, and nothing in it keeps the chosen "
-        "answers likely.",
+        use="Ranks answers by what generation maximises, the mean log-prob; needs no reference, and nothing in it keeps the "
+        "chosen answers likely.",
         source="Meng et al. 2024, arXiv 2405.14734, eq. 6",
         note="beta 2 and gamma 1 are the paper's for Llama 3 8B base; it tunes both for each model.",
         options=("simpo_gamma",),

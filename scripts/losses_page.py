@@ -41,7 +41,8 @@ default of its own paper.
 - **A first run:** lsif, the default. Where its log-ratios run away (the run stops and says so, or `log_ratio/rejected`
   climbs to several nats): rulsif, which is bounded, or `--log-ratio-cap`.
 - **The good answers must stay likely:** cpo, slic and sft have a term for it. ukl and bce moved least in our own run
-  ([results.md](results.md)). dpo, ipo, simpo and bpo see only the difference between the two answers. Watch `logps/chosen`.
+  ([results.md](results.md)). dpo, ipo, simpo and bpo see only the difference between the two answers: watch
+  `logps/chosen`.
 - **Thumbs up and thumbs down without partners:** the DIL family or kto.
 - **Good answers alone:** sft, or sft-occupancy; or the DIL family with `--sample-rejected 1`, which draws the rejected side
   from the model itself.
