@@ -21,7 +21,8 @@ from lite_dil.errors import UserError
 def gradients(name: str, model: str, data: Batch, **changes: Any) -> tuple[Adapter, np.ndarray]:
     """LoRA gradients of the lsif loss at an adapter whose B is not 0, and the policy's log-probs there."""
     backend = load(name, model, max_grad_norm=1e9, **changes)
-    set_adapter(backend, random_adapter(adapter(backend)))
+    own = adapter(backend)  # with A as training draws it: a larger one amplifies the embedded model's rounding
+    set_adapter(backend, {k: v if k.endswith("lora_b") else own[k] for k, v in random_adapter(own).items()})
     return step_gradients(backend, [data], criterion(**changes))[1], backend.token_logps(data)
 
 
