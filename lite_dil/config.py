@@ -108,6 +108,9 @@ class TrainConfig:
         "for data of good answers alone: draw this many rejected answers a prompt from the model with its adapter off, which "
         "is what the DIL family assumes of them, once, into a file that later runs read",
     )
+    sample_max_tokens: int | None = _option(
+        "data", None, "tokens of an answer of --sample-rejected at most; a longer one is cut there (default: 256)"
+    )
     sample_file: str | None = _option(
         "data",
         None,
@@ -322,8 +325,9 @@ class TrainConfig:
             problems.append(f"--logp-reduction mean: {name} weighs the tokens of a sum; leave it out")
         if self.sample_rejected is not None and objective.data == "chosen":
             problems.append(f"--sample-rejected: {name} trains on good answers alone; leave it out")
-        if self.sample_file is not None and self.sample_rejected is None:
-            problems.append("--sample-file is the file of --sample-rejected; give that too")
+        for option in ("sample_file", "sample_max_tokens"):
+            if getattr(self, option) is not None and self.sample_rejected is None:
+                problems.append(f"{flag(option)} is of --sample-rejected; give that too")
         if objective.baseline and self.batch_size * self.gradient_accumulation_steps < 2:
             problems.append(f"--loss {name} compares the answers of a step; --batch-size 2 or --gradient-accumulation-steps 2")
         return problems
@@ -338,6 +342,8 @@ class TrainConfig:
             "learning_rate": objective.learning_rate,
             "lora_dropout": 0.0,
         }
+        if self.sample_rejected is not None:
+            fill["sample_max_tokens"] = 256
         if self.init_adapter is None:
             rank = self.lora_r or 16
             fill |= {"reference": "base", "lora_r": rank, "lora_alpha": 2.0 * rank, "target_modules": ALL_LINEAR}
@@ -354,6 +360,7 @@ _BIG = 1e18
 _RANGES = [
     ("max_length", 2, _BIG),
     ("sample_rejected", 1, 1000),
+    ("sample_max_tokens", 1, _BIG),
     ("lora_r", 1, 1024),
     ("lora_dropout", 0, 0.99),
     ("warmup_ratio", 0, 1),

@@ -58,8 +58,8 @@ def add_samples(
 ) -> list[Example] | None:
     """Add `count` answers drawn from the reference to each example, as rejected ones behind the answers that it has.
 
-    An answer is exactly what was drawn: temperature 1, nothing cut off, its own end token last, or cut at `max_length` as a
-    chosen answer would be. It may happen to be one of the example's other answers.
+    An answer is exactly what was drawn: temperature 1, nothing cut off, its own end token last, or cut at `sample_max_tokens`,
+    or at `max_length` as a chosen answer would be. It may happen to be one of the example's other answers.
 
     Args:
         examples: fitted into `config.max_length` tokens.
@@ -139,14 +139,15 @@ def end_ids(examples: Sequence[Example], encoder: Encoder) -> list[int]:
 
 def draws(examples: Sequence[Example], count: int, ends: Sequence[int], reference: str, config: TrainConfig) -> list[Draw]:
     """Return what is to be drawn, `count` a example, in their order; a prompt that comes twice has draws of its own twice."""
+    longest = config.sample_max_tokens or config.max_length
     wanted: list[Draw] = []
     seen: Counter[tuple[int, ...]] = Counter()
     for example in examples:
         for sample in range(seen[example.prompt], seen[example.prompt] + count):
             # The seed is the prompt's and the number's alone: not of its neighbours in a batch, nor of where a run stopped.
             seed = int(_digest(config.seed, example.prompt, sample)[:16], 16)
-            key = _digest(_VERSION, reference, config.seed, config.max_length, tuple(ends), example.prompt, sample)
-            wanted.append(Draw(example, sample, config.max_length - len(example.prompt), seed, key))
+            key = _digest(_VERSION, reference, config.seed, config.max_length, longest, tuple(ends), example.prompt, sample)
+            wanted.append(Draw(example, sample, min(longest, config.max_length - len(example.prompt)), seed, key))
         seen[example.prompt] += count
     return wanted
 

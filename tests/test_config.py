@@ -68,7 +68,8 @@ def test_defaults_that_depend_on_the_loss(loss: str) -> None:
         (("--loss", "sft-occupancy", "--logp-reduction", "mean"), "sft-occupancy weighs the tokens of a sum"),
         (("--loss", "sft", "--sample-rejected", "1"), "sft trains on good answers alone"),
         (("--sample-rejected", "0"), "--sample-rejected is 0; expected between 1 and 1000"),
-        (("--sample-file", "a.jsonl"), "--sample-file is the file of --sample-rejected; give that too"),
+        (("--sample-file", "a.jsonl"), "--sample-file is of --sample-rejected; give that too"),
+        (("--sample-max-tokens", "9"), "--sample-max-tokens is of --sample-rejected; give that too"),
         (("--loss", "kto", "--batch-size", "1", "--gradient-accumulation-steps", "1"), "kto compares the answers of a step"),
     ],
 )

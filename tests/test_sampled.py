@@ -213,7 +213,10 @@ def test_what_decides_a_draw_is_in_its_key(encoder: Encoder, chosen: list[Exampl
         return {draw.key for draw in wanted_draws(chosen, 2, ends, "a reference", config(**{**SETTINGS, **changes}))}
 
     first = keys()
-    for other in (keys(seed=8), keys(max_length=41), keys(ends=(EOS, 5))):
+    limited = config(**SETTINGS, sample_rejected=1, sample_max_tokens=5)
+    assert {draw.room for draw in wanted_draws(chosen, 1, [EOS], "a reference", limited)} == {5}
+    short = {"sample_rejected": 1, "sample_max_tokens": 5}
+    for other in (keys(seed=8), keys(max_length=41), keys(ends=(EOS, 5)), keys(**short)):
         assert first.isdisjoint(other)
     assert first == keys(row_tokens=None, batch_size=7, learning_rate=1.0)
 
