@@ -34,6 +34,7 @@ def generate(
                 attention_mask=mask.to(device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,  # `Draws` leaves one token to choose from
+                use_cache=True,  # an empty GenerationConfig need not say so
                 logits_processor=None if seeds is None else [Draws(seeds)],
                 eos_token_id=list(end_ids),
                 pad_token_id=end_ids[0],
