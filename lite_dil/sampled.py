@@ -155,7 +155,7 @@ def draws(examples: Sequence[Example], count: int, ends: Sequence[int], referenc
 def plan(wanted: Sequence[Draw], config: TrainConfig) -> list[list[Draw]]:
     """Group draws with prompts of similar length, the longest first, by the tokens that a batch may come to."""
     batches: list[list[Draw]] = []
-    for draw in sorted(wanted, key=lambda draw: draw.room):
+    for draw in sorted(wanted, key=lambda draw: len(draw.example.prompt), reverse=True):
         # Padded to the longest prompt, which is the first, and going on until the shortest one's room is used up.
         if batches and (len(batches[-1]) + 1) * (len(batches[-1][0].example.prompt) + draw.room) <= ROWS * row_tokens(config):
             batches[-1].append(draw)

@@ -215,6 +215,8 @@ def test_what_decides_a_draw_is_in_its_key(encoder: Encoder, chosen: list[Exampl
     first = keys()
     limited = config(**SETTINGS, sample_rejected=1, sample_max_tokens=5)
     assert {draw.room for draw in wanted_draws(chosen, 1, [EOS], "a reference", limited)} == {5}
+    for group in plan(wanted_draws(chosen, 1, [EOS], "a reference", limited), limited):  # also where all have the same room
+        assert len(group[0].example.prompt) == max(len(draw.example.prompt) for draw in group)
     short = {"sample_rejected": 1, "sample_max_tokens": 5}
     for other in (keys(seed=8), keys(max_length=41), keys(ends=(EOS, 5)), keys(**short)):
         assert first.isdisjoint(other)
