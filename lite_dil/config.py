@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from lite_dil.data import EMBEDDED
+from lite_dil.data import EMBEDDED, parse_columns
 from lite_dil.errors import UserError, gather
+from lite_dil.formats import FORMATS
 from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.objectives import OBJECTIVES, OPTIONS
 
@@ -85,9 +86,9 @@ class TrainConfig:
     data: str = _option(
         "data",
         EMBEDDED,
-        "a .jsonl or .json file (or .gz) of prompt, chosen and rejected (pairs), or prompt, completion and label (true or "
-        "false), or prompt and completion, as text or as chat messages; or a hub id owner/name[:split]; "
-        f"{EMBEDDED} is the set of pairs inside this package",
+        "pairs, labelled answers or demonstrations: a file (JSON Lines, JSON, CSV, TSV, Parquet, Arrow; .gz, .zst), a folder "
+        "of them, or a hub id owner/name[/config][:split]; several as a.jsonl,b.jsonl=0.5, which takes half of b's rows an "
+        f"epoch; {EMBEDDED} is the set of pairs inside this package. lite-dil data FILE shows what is trained on",
         metavar="FILE_OR_HUB_ID",
     )
     eval_data: str | None = _option(
@@ -95,6 +96,25 @@ class TrainConfig:
         None,
         f"held-out data in the same form (default: none, or the test split with --data {EMBEDDED})",
         metavar="FILE_OR_HUB_ID",
+    )
+    data_format: str = _option(
+        "data", "auto", "the format of the rows; auto tells it from the first 100", choices=("auto", *FORMATS)
+    )
+    columns: str | None = _option(
+        "data",
+        None,
+        "columns with other names than the format's fields, as chosen=good,rejected=bad",
+        metavar="FIELD=COLUMN,...",
+    )
+    max_rows: int | None = _option(
+        "data",
+        None,
+        "read this many rows of a source at most, from its start; of a hub id no more is downloaded than they need",
+    )
+    skip_bad_rows: bool = _option(
+        "data",
+        False,
+        "leave out the rows that cannot be used, count them and list them in skipped_rows.jsonl, instead of stopping",
     )
     max_length: int = _option(
         "data",
@@ -282,6 +302,10 @@ class TrainConfig:
             if value is not None and not 0 < value < _BIG:
                 problems.append(f"{flag(name)} is {value:g}; expected a number above 0")
         problems += self._objective_problems()
+        try:
+            parse_columns(self.columns)
+        except UserError as error:
+            problems.append(str(error))
         if self.head_bits not in (None, 4, 8):
             problems.append(f"--head-bits is {self.head_bits}; expected 8 or 4, or leave it out for 16 bits")
         if self.precompute_reference and self.reference_cache == "off":
@@ -359,6 +383,7 @@ class TrainConfig:
 _BIG = 1e18
 _RANGES = [
     ("max_length", 2, _BIG),
+    ("max_rows", 1, _BIG),
     ("sample_rejected", 1, 1000),
     ("sample_max_tokens", 1, _BIG),
     ("lora_r", 1, 1024),

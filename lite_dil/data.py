@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
+import itertools
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from lite_dil.errors import UserError, did_you_mean, first_line, gather
+from lite_dil.errors import UserError, did_you_mean, gather
+from lite_dil.formats import FIELDS, FORMATS, Draft, detect, format_of, read
+from lite_dil.messages import CHOSEN, REJECTED, Answer, Message
+from lite_dil.sources import EMBEDDED, RowError, records, split_sources
 
-EMBEDDED = "short-answers"
-CHOSEN, REJECTED = 1, -1
-# The fields by which each form is known; the form of a file is that of its first row.
-FORMS = {
-    "pairs": ("prompt", "chosen", "rejected"),
-    "unpaired": ("prompt", "completion", "label"),
-    "demonstrations": ("prompt", "completion"),
-}
-_ALL_FORMS = "; or ".join(f"{', '.join(fields)} ({form})" for form, fields in FORMS.items())
-ROLES = ("system", "user", "assistant", "tool")
+__all__ = ["CHOSEN", "EMBEDDED", "REJECTED", "Answer", "Message", "Problem", "Reader", "Row", "RowError", "parse_columns"]
 
-Message = dict[str, str]
+LOOKED_AT = 100  # rows from which the format is told
+# Characters that take no room: two texts that differ in them alone are the same to a reader.
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 
 
 @dataclass(frozen=True)
@@ -31,18 +26,19 @@ class Row:
     """One row: a prompt and the answers to it, each ``CHOSEN`` (good) or ``REJECTED`` (bad) by its sign.
 
     A pair has one of each, an unpaired row a single answer, a demonstration a single good one. With `chat` the prompt is a
-    list of messages, to be laid out by the model's chat template; otherwise it is plain text that the answers continue as it
-    stands. `place` is where the row came from, for error messages.
+    list of messages, to be laid out by the model's chat template with the `tools` that it may call; otherwise it is plain text
+    that the answers continue as it stands. `place` is where the row came from, for error messages.
     """
 
     prompt: str | list[Message]
-    answers: tuple[str, ...]
+    answers: tuple[Answer, ...]
     signs: tuple[int, ...]
     place: str
     form: str
+    tools: list[dict[str, Any]] | None = field(default=None, compare=False)
 
     @classmethod
-    def pair(cls, prompt: str | list[Message], chosen: str, rejected: str, place: str) -> Row:
+    def pair(cls, prompt: str | list[Message], chosen: Answer, rejected: Answer, place: str) -> Row:
         """Make a row of a pair."""
         return cls(prompt, (chosen, rejected), (CHOSEN, REJECTED), place, "pairs")
 
@@ -52,202 +48,173 @@ class Row:
         return not isinstance(self.prompt, str)
 
 
-class RowError(ValueError):
-    """Why one row cannot be trained on."""
+class Problem(NamedTuple):
+    """Why one row is left out: a few words that such rows share, where it is, and the whole story."""
+
+    kind: str
+    place: str
+    message: str
 
 
-def read_rows(source: str, split: str = "train") -> list[Row]:
-    """Read and check a whole data set, all of whose rows have one form: pairs, unpaired or demonstrations.
+class Reader:
+    """Reads one source, row by row; iterate over it once.
+
+    Rows that cannot be used are left out and added to `problems`. All rows have one form, that of the first good one, and are
+    all chat messages or all plain text.
 
     Args:
-        source: a ``.jsonl`` or ``.json`` file, plain or gzipped; ``short-answers``, the set inside this package; or the id
-            of a data set on the Hugging Face hub, ``owner/name`` or ``owner/name:split``.
+        source: see `lite_dil.sources.records`.
         split: the split to take where `source` names none.
+        format: the name of one of `lite_dil.formats.FORMATS`, or "auto" to tell it from the first rows.
+        columns: for a field the column to read it from, where they differ; see `parse_columns`.
+        limit: read at most this many rows.
+
+    Attributes:
+        format: the name of the format, once a row was read.
+        form: "pairs", "unpaired" or "demonstrations", of the rows read so far.
+        chat: whether prompts are chat messages.
+        problems: what was left out and why, in the order of the source.
+        notes: what was done to rows that their owner should know, and to how many.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        split: str = "train",
+        *,
+        format: str = "auto",
+        columns: dict[str, str] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.source, self.format, self.columns = source, format, columns or {}
+        self.form, self.chat, self._first = "", False, ""
+        self.problems: list[Problem] = []
+        self.notes: Counter[str] = Counter()
+        self._records = records(source, split, limit)
+
+    def __iter__(self) -> Iterator[Row]:
+        head = list(itertools.islice(self._records, LOOKED_AT))
+        if self.format == "auto":
+            self.format = detect(self._renamed(value) for _, value in head if isinstance(value, dict))
+        for place, value in itertools.chain(head, self._records):
+            try:
+                if isinstance(value, RowError):
+                    raise value
+                row = self._row(self._renamed(value), place)
+            except RowError as error:
+                self.problems.append(Problem(error.kind, place, str(error)))
+                continue
+            yield row
+
+    def _renamed(self, value: Any) -> Any:
+        if not self.columns or not isinstance(value, dict):
+            return value
+        moved = {name: value[column] for name, column in self.columns.items() if column in value}
+        return {name: v for name, v in value.items() if name not in self.columns.values()} | moved
+
+    def _row(self, value: Any, place: str) -> Row:
+        try:
+            draft = read(value, self.format)
+        except RowError as error:
+            other = format_of(value) if isinstance(value, dict) else ""
+            if other and other != self.format and error.kind.startswith("no field"):
+                raise RowError(
+                    "mixed formats",
+                    f"{error}. The row looks like {FORMATS[other].title} ({other}), but the file is read as {self.format}; "
+                    "keep one format in a file",
+                ) from None
+            raise
+        row = _checked(draft, place)
+        if not self._first:
+            self._first, self.form, self.chat = place, row.form, row.chat
+        if row.form != self.form:
+            raise RowError(
+                "mixed formats", f"the row has {row.form}, but {self._first} has {self.form}; keep one form in a file"
+            )
+        if row.chat != self.chat:
+            kinds = ("plain text", "chat messages")
+            raise RowError(
+                "mixed formats",
+                f"the prompt is {kinds[row.chat]}, but {self._first} has {kinds[self.chat]}; keep one kind in a file",
+            )
+        if draft.note:
+            self.notes[draft.note] += 1
+        return row
+
+
+def read_rows(source: str, split: str = "train", *, skip: bool = False, **settings: Any) -> list[Row]:
+    """Read and check all rows of a source, or of several, with the `settings` of `Reader`.
 
     Raises:
-        UserError: naming every bad row (the first ten in full) or what is wrong with the file as a whole.
+        UserError: naming the rows that cannot be used, unless `skip` leaves them out, or that there are none.
     """
-    if source == EMBEDDED:
-        rows = _file_rows(Path(__file__).parent / "short_answers" / f"{split}.jsonl")
-    elif Path(source).exists() or Path(source).suffix in {".jsonl", ".json", ".gz"}:
-        rows = _file_rows(Path(source))
-    else:
-        rows = _hub_rows(source, split)
+    found = []
+    for name, _ in split_sources(source):
+        reader = Reader(name, split, **settings)
+        rows = list(reader)
+        refuse(name, [] if skip and rows else reader.problems, len(rows))
+        found += rows
+    return found
 
-    kept: list[Row] = []
-    problems: list[str] = []
-    form = ""
-    for place, value in rows:
-        if isinstance(value, RowError):
-            problems.append(f"{place}: {value}")
-            continue
-        form = form or _form(value)
-        try:
-            row = _check(value, place, form or "pairs")
-        except RowError as error:
-            problems.append(f"{place}: {error}")
-            continue
-        if kept and kept[0].chat != row.chat:
-            kinds = ("plain text", "chat messages")
-            problems.append(
-                f"{place}: the prompt is {kinds[row.chat]}, but {kept[0].place} has {kinds[kept[0].chat]}; "
-                "keep one kind in a file"
-            )
-            continue
-        kept.append(row)
+
+def refuse(source: str, problems: list[Problem], kept: int) -> None:
+    """Raise UserError where rows cannot be used, or where there are none."""
     if problems:
-        raise UserError(gather(problems, f"{source}: {len(problems)} of {len(kept) + len(problems)} rows cannot be used:"))
+        lines = [f"{problem.place}: {problem.message}" for problem in problems]
+        heading = f"{source}: {len(problems)} of {kept + len(problems)} rows cannot be used (--skip-bad-rows leaves them out):"
+        kinds = Counter(problem.kind for problem in problems).most_common()
+        counts = "" if len(problems) == 1 else f"\n{', '.join(f'{count} {kind}' for kind, count in kinds)}"
+        raise UserError(gather(lines, heading) + counts + ("" if kept else f"\nWhat is read: {_known()}"))
     if not kept:
-        raise UserError(f"{source}: no rows; expected one JSON object a line with the fields {_ALL_FORMS}")
-    return kept
+        raise UserError(f"{source}: no rows; expected {_known()}")
 
 
-def _form(row: Any) -> str:
-    """Return the form whose fields a row has, or nothing where it has those of none."""
-    if not isinstance(row, dict):
-        return ""
-    return next((form for form, fields in FORMS.items() if row.keys() >= set(fields)), "")
+def _known() -> str:
+    return "; ".join(f"{', '.join(spec.fields)} ({name})" for name, spec in FORMATS.items())
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place, parsed row or RowError) for each row of a JSON Lines file or a JSON array."""
-    if path.is_dir():
-        raise UserError(f"{path} is a directory; give one .jsonl, .json or .gz file in it")
-    try:
-        raw = path.read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if raw.startswith(b"\xef\xbb\xbf"):
-        raw = raw[3:]
-
-    if raw.lstrip()[:1] == b"[":
-        try:
-            rows = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a valid JSON array ({error})") from None
-        for number, row in enumerate(rows, 1):
-            yield f"{path} row {number}", row
-        return
-    # Lines end at \n only: U+2028 and its like are legal inside JSON strings.
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if line.strip():
-            yield f"{path} line {number}", _parse_line(line)
-
-
-def _parse_line(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return RowError(f"not UTF-8 at byte {error.start} of the line; save the file as UTF-8")
-    except json.JSONDecodeError as error:
-        return RowError(
-            f"not valid JSON ({error.msg} at column {error.colno}); expected one whole JSON object a line, or one JSON array"
-        )
-    except (ValueError, RecursionError) as error:  # integers of thousands of digits, nesting of thousands of levels
-        return RowError(f"not usable JSON ({error})")
-
-
-def _hub_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    name, _, named_split = source.partition(":")
-    if name.count("/") != 1:
-        raise UserError(f"{source}: no such file, and not a data set id of the form owner/name or owner/name:split")
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f'{source}: data sets from the hub need the datasets package: pip install "lite-dil[hub]"') from None
-    try:
-        rows = datasets.load_dataset(name, split=named_split or split)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: cannot be loaded from the hub ({first_line(error)})") from None
-    for number, row in enumerate(rows, 1):
-        yield f"{source} row {number}", row
-
-
-def _check(row: Any, place: str, form: str) -> Row:
-    fields = FORMS[form]
-    if not isinstance(row, dict):
-        raise RowError(f"expected a JSON object with the fields {', '.join(fields)}, found {_kind(row)}")
-    for name in fields:
-        if name not in row:
-            hint = did_you_mean(name, row.keys() - set(fields)) or f"; the row has {', '.join(map(str, row)) or 'no fields'}"
-            raise RowError(f"no field {name!r}{hint}")
-    if form == "demonstrations" and "label" in row:
-        raise RowError("the row has a 'label', and the rows before it have none; keep one form in a file")
-    sides = [name for name in fields if name in ("chosen", "rejected", "completion")]
-    prompt = row["prompt"]
-    if isinstance(prompt, list):
-        prompt = _messages(prompt, "prompt")
-        if prompt[-1]["role"] == "assistant":
-            raise RowError(
-                f"the prompt ends with the assistant's turn; the answer belongs in {' or '.join(map(repr, sides))} alone"
+def parse_columns(text: str | None) -> dict[str, str]:
+    """Return for each field the column that holds it: ``chosen=good,rejected=bad``."""
+    columns: dict[str, str] = {}
+    for part in (text or "").split(","):
+        name, equals, column = (piece.strip() for piece in part.partition("="))
+        if not part.strip():
+            continue
+        if not (equals and column):
+            raise UserError(f"--columns {part}: expected FIELD=COLUMN, as chosen=good")
+        if name not in FIELDS:
+            raise UserError(
+                f"--columns {part}: unknown field {name!r}{did_you_mean(name, FIELDS)}; expected one of {', '.join(FIELDS)}"
             )
-        answers = tuple(_answer(row[side], side) for side in sides)
+        columns[name] = column
+    return columns
+
+
+def same_text(answer: Answer) -> Any:
+    """Return what two answers share that look the same: without outer or invisible characters, in one Unicode form."""
+    if isinstance(answer, dict):
+        return {**answer, "content": same_text(answer["content"])}
+    return unicodedata.normalize("NFC", answer.translate(_INVISIBLE)).strip()
+
+
+def _checked(draft: Draft, place: str) -> Row:
+    """Make a row of what was read, or raise RowError where nothing can be learned from it."""
+    if isinstance(draft.prompt, str):
+        if not same_text(draft.prompt):
+            raise RowError("empty prompt", "field 'prompt' is empty")
     else:
-        texts = [_text(row[name], name, fields) for name in ("prompt", *sides)]
-        prompt, answers = texts[0], tuple(texts[1:])
-        if not prompt.strip():
-            raise RowError("field 'prompt' is empty")
-    for name, text in zip(sides, answers, strict=True):
-        if not text.strip():
-            raise RowError(f"field {name!r} is empty; an answer needs at least one token")
-    if form == "unpaired":
-        if not isinstance(row["label"], bool):
+        if draft.prompt[-1]["role"] == "assistant":
             raise RowError(
-                f"field 'label' is {_kind(row['label'])} ({row['label']!r}); expected true for a good answer, false for a bad "
-                "one"
+                "prompt ends in an answer", "the prompt ends with the assistant's turn; expected the user's (or a tool's)"
             )
-        return Row(prompt, answers, (CHOSEN if row["label"] else REJECTED,), place, form)
-    if form == "pairs" and answers[0].strip() == answers[1].strip():
-        raise RowError("'chosen' and 'rejected' are the same text; there is no preference to learn")
-    return Row(prompt, answers, (CHOSEN, REJECTED)[: len(answers)], place, form)
-
-
-def _text(value: Any, field: str, fields: tuple[str, ...] = FORMS["pairs"]) -> str:
-    if not isinstance(value, str):
-        texts = [name for name in fields if name != "label"]
-        raise RowError(f"field {field!r} is {_kind(value)}; expected text, or chat messages in all of {', '.join(texts)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowError(f"field {field!r} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character") from None
-    return value
-
-
-def _messages(value: Any, field: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise RowError(f"field {field!r} is {_kind(value)}; expected a list of messages")
-    messages = []
-    for index, message in enumerate(value):
-        where = f"{field}[{index}]"
-        if not isinstance(message, dict):
-            raise RowError(f"{where} is {_kind(message)}; expected an object with 'role' and 'content'")
-        if lacking := {"role", "content"} - message.keys():
-            raise RowError(f"{where} has no {' and no '.join(map(repr, sorted(lacking)))}; expected 'role' and 'content'")
-        if message["role"] not in ROLES:
-            hint = did_you_mean(str(message["role"]).lower(), ROLES)
-            raise RowError(f"{where} has role {message['role']!r}{hint}; expected one of {', '.join(ROLES)}")
-        messages.append({"role": message["role"], "content": _text(message["content"], f"{where}.content")})
-    return messages
-
-
-def _answer(value: Any, field: str) -> str:
-    messages = _messages(value, field)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise RowError(
-            f"field {field!r} has the roles {[m['role'] for m in messages]}; expected one assistant message, "
-            "with everything before it in 'prompt'"
-        )
-    return messages[0]["content"]
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, (list, dict)) and not value:
-        return f"an empty {'list' if isinstance(value, list) else 'object'}"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+        for number, message in enumerate(draft.prompt):
+            if message["role"] == "user" and not same_text(message["content"]):
+                raise RowError("empty prompt", f"the prompt's message {number + 1}, the user's, is empty")
+    for answer, sign in zip(draft.answers, draft.signs, strict=True):
+        if isinstance(answer, str) and not same_text(answer):
+            side = "" if len(draft.signs) == 1 else "chosen " if sign == CHOSEN else "rejected "
+            raise RowError("empty answer", f"the {side}answer is empty; an answer needs at least one token")
+    form = "pairs" if len(draft.signs) > 1 else "unpaired" if draft.labelled else "demonstrations"
+    if form == "pairs" and same_text(draft.answers[0]) == same_text(draft.answers[1]):
+        raise RowError("identical answers", "'chosen' and 'rejected' are the same text; there is no preference to learn")
+    return Row(draft.prompt, draft.answers, draft.signs, place, form, draft.tools)

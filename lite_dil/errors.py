@@ -24,10 +24,15 @@ class TrainingDiverged(RuntimeError):
     """The loss or its gradient is no longer finite; nothing was saved after the last good checkpoint. Exit code 1."""
 
 
+def nearest(word: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return the allowed name nearest to `word`, or an empty string where none is as near as `cutoff`, between 0 and 1."""
+    return next(iter(get_close_matches(word, list(allowed), n=1, cutoff=cutoff)), "")
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the allowed name nearest to `word`, or an empty string."""
-    near = get_close_matches(word, list(allowed), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    near = nearest(word, allowed)
+    return f" (did you mean {near!r}?)" if near else ""
 
 
 def gather(problems: list[str], heading: str, shown: int = 10) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lite_dil.data import Message, Row
-from lite_dil.errors import UserError, gather
+from lite_dil.data import Answer, Message, Row, RowError
+from lite_dil.errors import UserError, first_line
 
 # Templates that print today's date would give other tokens tomorrow, to a run that is resumed. This is Llama 3's own fallback.
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
@@ -26,14 +27,6 @@ class Example:
     responses: tuple[tuple[int, ...], ...]
     signs: tuple[int, ...]
     place: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
-class Truncation:
-    """How many of a data set's examples `max_length` touched."""
-
-    prompts: int
-    responses: int
 
 
 class Encoder:
@@ -60,19 +53,19 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def encode(self, row: Row) -> Example:
-        """Tokenise one row. Raises ValueError with the reason where the row or the template does not allow it."""
+        """Tokenise one row. Raises RowError with the reason where the row or the template does not allow it."""
         if isinstance(row.prompt, str):
             prompt = row.prompt
-            texts = [self._text_response(text) for text in row.answers]
+            texts = [self._text_response(text) for text in row.answers if isinstance(text, str)]
         else:
-            prompt = self.chat_prompt(row.prompt)
-            texts = [self._chat_response(row.prompt, prompt, answer) for answer in row.answers]
+            prompt = self.chat_prompt(row.prompt, row.tools)
+            texts = [self._chat_response(row.prompt, prompt, answer, row.tools) for answer in row.answers]
         prompt_ids = self.prompt_ids(prompt, chat=row.chat)
         if not prompt_ids:
-            raise ValueError("the prompt has no token, so nothing predicts the first token of the answers")
+            raise RowError("empty prompt", "the prompt has no token, so nothing predicts the first token of the answers")
         responses = tuple(self.continuation(prompt, text) for text in texts)
         if row.form == "pairs" and responses[0] == responses[1]:
-            raise ValueError("'chosen' and 'rejected' are the same tokens; there is no preference to learn")
+            raise RowError("identical answers", "'chosen' and 'rejected' are the same tokens; there is no preference to learn")
         return Example(prompt_ids, responses, row.signs, row.place)
 
     def prompt_ids(self, prompt: str, chat: bool) -> tuple[int, ...]:
@@ -82,11 +75,11 @@ class Encoder:
             return self.bos + ids
         return ids
 
-    def chat_prompt(self, messages: list[Message]) -> str:
+    def chat_prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
         """Lay out messages as the model's chat template does, up to where the assistant is to speak."""
         for message in messages:
-            self._refuse_control(message["content"])
-        return self._render(messages, add_generation_prompt=True)
+            self._refuse_control(message)
+        return self._render(messages, tools, add_generation_prompt=True)
 
     def continuation(self, prompt: str, text: str) -> tuple[int, ...]:
         """Tokenise `text` as what follows `prompt`, no token holding characters of both."""
@@ -95,26 +88,37 @@ class Encoder:
             start, whole = self.ids(anchor), self.ids(anchor + text)
             if whole[: len(start)] == start and len(whole) > len(start):
                 return tuple(whole[len(start) :])
-        raise ValueError(f"the tokenizer merges the start of the answer {text[:20]!r} with whatever precedes it")
+        raise RowError(
+            "merged tokens", f"the tokenizer merges the start of the answer {text[:20]!r} with whatever precedes it"
+        )
 
     def _text_response(self, text: str) -> str:
         """End a plain-text answer with exactly one EOS, which it may bring along."""
         eos = self.tokenizer.eos_token
         content = text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
         if eos in content:
-            raise ValueError(f"an answer holds {eos!r} before its end; remove it")
+            raise RowError("control token", f"an answer holds {eos!r} before its end; remove it")
         return content + eos
 
-    def _chat_response(self, messages: list[Message], prompt: str, answer: str) -> str:
-        self._refuse_control(answer)
-        whole = self._render([*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+    def _chat_response(
+        self, messages: list[Message], prompt: str, answer: Answer, tools: list[dict[str, Any]] | None = None
+    ) -> str:
+        message = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
+        self._refuse_control(message)
+        whole = self._render([*messages, message], tools, add_generation_prompt=False)
         if not whole.startswith(prompt):
-            raise ValueError("the chat template lays the prompt out differently once an answer follows it")
+            raise RowError("chat template", "the chat template lays the prompt out differently once an answer follows it")
         text = whole[len(prompt) :]
-        stripped = answer.strip()
+        if message.get("tool_calls"):
+            # How a template writes calls is its own affair; what ends a turn is seen in a plain one.
+            end = self._chat_response(messages, prompt, "x", tools).removeprefix("x")
+            if end not in text:
+                raise RowError("chat template", "the chat template does not end an answer of tool calls as it ends others")
+            return text[: text.rfind(end) + len(end)]
+        stripped = message["content"].strip()
         found = text.find(stripped)
         if found < 0:
-            raise ValueError("the chat template changes the text of the answer")
+            raise RowError("chat template", "the chat template changes the text of the answer")
         return self._ended(text, found + len(stripped))
 
     def _ended(self, text: str, content_end: int) -> str:
@@ -126,26 +130,34 @@ class Encoder:
             return text[: at + len(token)]
         return text[:content_end] + self.tokenizer.eos_token
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[Message], tools: list[dict[str, Any]] | None, add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
         if not self.tokenizer.chat_template:
-            raise ValueError(
-                "the data is chat messages but this model has no chat template; use an instruct model, or give prompt, "
-                "chosen and rejected as plain text"
+            raise RowError(
+                "no chat template",
+                "the data is chat messages but this model has no chat template; use an instruct model, or give prompts and "
+                "answers as plain text",
             )
         try:
             template = self.tokenizer.get_chat_template()  # of several named ones, the default
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=FIXED_DATE + template
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=FIXED_DATE + template,
             )
-        except TemplateError as error:
-            raise ValueError(f"the model's chat template refuses these messages: {error}") from None
+        except (TemplateError, TypeError) as error:  # TypeError: tools of a kind that the template does not expect
+            raise RowError("chat template", f"the model's chat template refuses these messages: {first_line(error)}") from None
 
-    def _refuse_control(self, content: str) -> None:
+    def _refuse_control(self, message: Message) -> None:
+        texts = [message["content"], *([json.dumps(message["tool_calls"])] if "tool_calls" in message else [])]
         for token in self.control:
-            if token in content:
-                raise ValueError(f"a message holds the control token {token!r}, which would end or open a turn; remove it")
+            if any(token in text for text in texts):
+                raise RowError(
+                    "control token", f"a message holds the control token {token!r}, which would end or open a turn; remove it"
+                )
 
 
 def truncate(example: Example, max_length: int) -> tuple[Example, bool, bool]:
@@ -162,24 +174,6 @@ def truncate(example: Example, max_length: int) -> tuple[Example, bool, bool]:
     limit = max_length - len(prompt)
     responses = tuple(response[:limit] for response in example.responses)
     return replace(example, prompt=prompt, responses=responses), prompt != example.prompt, longest > limit
-
-
-def encode_all(rows: Sequence[Row], encoder: Encoder, max_length: int) -> tuple[list[Example], Truncation]:
-    """Tokenise a data set, gathering every row's problem into one UserError."""
-    examples, problems = [], []
-    cut_prompts = cut_responses = 0
-    for row in rows:
-        try:
-            example, cut_prompt, cut_response = truncate(encoder.encode(row), max_length)
-        except ValueError as error:
-            problems.append(f"{row.place}: {error}")
-            continue
-        examples.append(example)
-        cut_prompts += cut_prompt
-        cut_responses += cut_response
-    if problems:
-        raise UserError(gather(problems, f"{len(problems)} of {len(rows)} rows cannot be tokenised:"))
-    return examples, Truncation(cut_prompts, cut_responses)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

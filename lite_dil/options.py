@@ -91,8 +91,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if name not in FIELDS:
             problems.append(f"unknown key {key!r}{did_you_mean(name, FIELDS)}")
             continue
-        if name == "target_modules" and isinstance(value, list):  # a list is the natural YAML for it
+        if name in ("target_modules", "data", "eval_data") and isinstance(value, list):  # a list is the natural YAML for it
             value = ",".join(map(str, value))
+        if name in ("columns", "data", "eval_data") and isinstance(value, dict):
+            value = ",".join(f"{part}={of}" for part, of in value.items())
         try:
             checked[name] = coerce(name, value, f"key {key!r}")
         except UserError as error:

@@ -7,12 +7,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lite_dil.config import FREE_ON_RESUME, TrainConfig, flag
+from lite_dil.data import Problem
 from lite_dil.errors import UserError, gather
 from lite_dil.options import read_yaml
 
@@ -64,6 +65,11 @@ class RunFolder:
             raise UserError(f"--output-dir {self.path}: cannot be made ({error.strerror})") from None
         options = config.as_dict() | {"output_dir": str(self.path)}
         _replace_file(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+
+    def list_skipped(self, problems: Sequence[Problem]) -> None:
+        """Write skipped_rows.jsonl: the place of every row that was left out, and why."""
+        lines = (json.dumps(problem._asdict(), ensure_ascii=False) + "\n" for problem in problems)
+        _replace_file(self.path / "skipped_rows.jsonl", "".join(lines))
 
     def log(self, line: dict[str, float]) -> None:
         """Append one object to metrics.jsonl; what is not finite becomes null, which JSON has."""

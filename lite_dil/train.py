@@ -16,9 +16,10 @@ from lite_dil import backends
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion, check_data, mismatched
-from lite_dil.data import CHOSEN, read_rows
+from lite_dil.data import CHOSEN
+from lite_dil.dataset import DataSet, describe, load, remarks
 from lite_dil.errors import TrainingDiverged, UserError
-from lite_dil.examples import Encoder, Example, encode_all, fingerprint
+from lite_dil.examples import Encoder, Example, fingerprint
 from lite_dil.losses import log_ratio
 from lite_dil.metrics import Means, answer_metrics, with_margin
 from lite_dil.models import load_tokenizer, resolve_model
@@ -61,8 +62,12 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
     folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config)
     model = resolve_model(config.model, display.say)
     encoder = Encoder(load_tokenizer(model))
-    examples = _load_examples(config.data, "train", encoder, config, display)
-    held_out = _load_examples(config.eval_data, "test", encoder, config, display) if config.eval_data else []
+    data = _load(config.data, "train", encoder, config, display)
+    examples, skipped = data.examples, data.problems
+    held_out: Sequence[Example] = []
+    if config.eval_data:
+        evaluation_data = _load(config.eval_data, "test", encoder, config, display)
+        held_out, skipped = evaluation_data.examples, skipped + evaluation_data.problems
     progress = Progress(fingerprint=fingerprint(examples))
     if resume:
         saved = read_progress(resume)
@@ -100,6 +105,8 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
         return Trained(backend, encoder, folder, None, stopped=True)
     if not resume:
         folder.create(replace(config, dtype=backend.dtype_name))
+        if skipped:
+            folder.list_skipped(skipped)
         display.say(f"writing to {folder.path}")
 
     criterion = Criterion(config, examples)
@@ -256,29 +263,25 @@ def _baseline(backend: backends.Backend, batches: Sequence[Batch], config: Train
     return max(0.0, float(np.concatenate(found).mean()))
 
 
-def _load_examples(source: str, split: str, encoder: Encoder, config: TrainConfig, display: Display) -> list[Example]:
-    rows = read_rows(source, split)
-    form, objective = rows[0].form, OBJECTIVES[config.loss]
-    check_data(config, form, {sign for row in rows for sign in row.signs}, source)
-    left_out = ""
-    if objective.data == "chosen" and form == "unpaired":
-        good = [row for row in rows if CHOSEN in row.signs]
-        left_out = f", and {len(rows) - len(good)} bad ones that {config.loss} leaves out"
-        rows = good
-    examples, cut = encode_all(rows, encoder, config.max_length)
-    number = sum(CHOSEN in example.signs for example in examples)
+def _load(source: str, split: str, encoder: Encoder, config: TrainConfig, display: Display) -> DataSet:
+    """Read a data set and say what it is."""
+    data = load(source, split, encoder, config, good_only=OBJECTIVES[config.loss].data == "chosen")
+    check_data(config, data.form, set(data.answers), source)
+    number, good = len(data.examples), data.answers[CHOSEN]
     kinds = {
         "pairs": "pairs",
-        "unpaired": f"answers, {number} good and {len(examples) - number} bad" if not left_out else f"good answers{left_out}",
         "demonstrations": "demonstrations",
+        "unpaired": f"answers, {good} good and {data.answers[-CHOSEN]} bad",
     }
-    text = f"{'training' if split == 'train' else 'held-out'} data {source}: {len(examples)} {kinds[form]}"
-    if not rows[0].chat:
-        text += " of plain text (no chat template)"
-    if cut.prompts or cut.responses:
-        text += f"; --max-length {config.max_length} cut {cut.prompts} prompts and {cut.responses} answers"
+    if data.form == "unpaired" and OBJECTIVES[config.loss].data == "chosen":
+        kinds["unpaired"] = f"good answers, and {data.answers[-CHOSEN]} bad ones that {config.loss} leaves out"
+    text = f"{'training' if split == 'train' else 'held-out'} data {source}: {number} {kinds[data.form]}, {describe(data)}"
+    if data.prompts_cut or data.responses_cut:
+        text += f"; --max-length {config.max_length} cut {data.prompts_cut} prompts and {data.responses_cut} answers"
     display.say(text)
-    return examples
+    for line in remarks(data):
+        display.say(line)
+    return data
 
 
 def _check_start(backend: backends.Backend, schedule: Schedule, config: TrainConfig, cache: ReferenceCache) -> None:

@@ -107,11 +107,12 @@ def lengths_of(case: str, pairs: int, data: Sequence[Lengths] = ()) -> tuple[Len
 
 def lengths_in(file: str, model: str, max_length: int = 1024) -> list[Lengths]:
     """Return the lengths of a file's pairs, tokenised and cut as in training, in an order drawn from a fixed seed."""
-    from lite_dil.data import read_rows
-    from lite_dil.examples import Encoder, encode_all
+    from lite_dil.config import TrainConfig
+    from lite_dil.dataset import load
+    from lite_dil.examples import Encoder
     from lite_dil.models import load_tokenizer
 
-    examples, _ = encode_all(read_rows(file), Encoder(load_tokenizer(model)), max_length)
+    examples = load(file, "train", Encoder(load_tokenizer(model)), TrainConfig(max_length=max_length)).examples
     order = np.random.default_rng(0).permutation(len(examples))
     return [(len(e.prompt), len(e.responses[0]), len(e.responses[1])) for e in (examples[i] for i in order)]
 

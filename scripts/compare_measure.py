@@ -12,8 +12,9 @@ import numpy as np
 
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
-from lite_dil.data import CHOSEN, read_rows
-from lite_dil.examples import Example, encode_all
+from lite_dil.data import CHOSEN
+from lite_dil.dataset import load
+from lite_dil.examples import Example
 from lite_dil.run import _replace_file
 from lite_dil.sampled import end_ids
 from lite_dil.train import Trained
@@ -35,7 +36,7 @@ class Probe:
         self.backend, self.encoder, self.tokens = trained.backend, trained.encoder, tokens
         self.together = config.batch_size
         assert config.eval_data is not None  # a comparison always has one
-        self.examples, _ = encode_all(read_rows(config.eval_data, "test"), self.encoder, config.max_length)
+        self.examples = load(config.eval_data, "test", self.encoder, config).examples
         self.prompts = list(dict.fromkeys(example.prompt for example in self.examples))[:prompts]
         self.ends = end_ids(self.examples, self.encoder)
 

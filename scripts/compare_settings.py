@@ -17,11 +17,12 @@ from typing import Any
 from lite_dil.cli import _Parser
 from lite_dil.config import FIELDS, FREE_ON_RESUME, TrainConfig, flag
 from lite_dil.criterion import check_data
-from lite_dil.data import EMBEDDED, Row, read_rows
+from lite_dil.data import EMBEDDED, Row, parse_columns, read_rows
 from lite_dil.errors import UserError, did_you_mean, gather
 from lite_dil.objectives import OBJECTIVES, OPTIONS
 from lite_dil.options import add_flags, build, coerce, read_yaml
 from lite_dil.run import RUNS, _replace_file, _unused
+from lite_dil.sources import split_sources
 
 COMMAND = "python scripts/compare.py"
 POINTS = 8  # evaluations over a run, unless --eval-steps says otherwise
@@ -79,14 +80,23 @@ def read(argv: list[str], description: str, say: Any) -> Comparison:
     files = [output / "data" / name for name in ("train.jsonl", "held_out.jsonl")]
     fixed: dict[str, Any] = {"data": source, "eval_data": eval_source}
     if eval_source is None:
+        if any(weight != 1 for _, weight in split_sources(source)):
+            raise UserError(f"--data {source}: to weigh sources, give --eval-data, the rows to hold out")
         fixed = {"data": str(files[0]), "eval_data": str(files[1])}
     # One reference for all, shared even where nothing is to be kept elsewhere.
     if given.get("reference_cache", base.get("reference_cache")) == "off":
         fixed |= {"reference_cache": str(output / "reference-cache")}
     configs = _configs(given | fixed, base, losses, rates)
 
-    rows = read_rows(source)
-    held_out = read_rows(eval_source, "test") if eval_source else []
+    first = configs[losses[0]]
+    reading: dict[str, Any] = {
+        "format": first.data_format,
+        "columns": parse_columns(first.columns),
+        "limit": first.max_rows,
+        "skip": first.skip_bad_rows,
+    }
+    rows = read_rows(source, "train", **reading)
+    held_out = read_rows(eval_source, "test", **reading) if eval_source else []
     settings = {
         "losses": losses,
         "seeds": seeds,
@@ -106,11 +116,14 @@ def read(argv: list[str], description: str, say: Any) -> Comparison:
     if eval_source is None:
         for path, part in zip(files, (rows, held_out), strict=True):
             _replace_file(path, "".join(map(as_json, part)))
+        # As these files are read.
+        plain: dict[str, Any] = {"data_format": "auto", "columns": None, "max_rows": None, "skip_bad_rows": False}
+        configs = {loss: dataclasses.replace(config, **plain) for loss, config in configs.items()}
         say(
             f"no --eval-data: the last {len(held_out)} of {len(rows) + len(held_out)} rows of {source} are held out, "
             f"the same for every loss ({files[1]})"
         )
-    steps = _steps(configs[losses[0]], len(rows))
+    steps = _steps(first, len(rows))
     configs = _planned(configs, steps, len(rows), len(held_out), "precompute_reference" in given | base, say)
     return Comparison(output, configs, seeds, args.sample_prompts, args.sample_tokens, steps, f"{COMMAND} {shlex.join(again)}")
 
@@ -235,13 +248,15 @@ def _split(rows: list[Row], source: str, config: TrainConfig) -> tuple[list[Row]
 
 def as_json(row: Row) -> str:
     """Return a row as a line of JSON Lines, in the form that it was read in."""
-    answers = [[{"role": "assistant", "content": text}] if row.chat else text for text in row.answers]
+    said = [answer if isinstance(answer, dict) else {"role": "assistant", "content": answer} for answer in row.answers]
+    answers: list[Any] = [[message] for message in said] if row.chat else list(row.answers)
     fields: dict[str, Any]
     if row.form == "pairs":
         fields = {"chosen": answers[0], "rejected": answers[1]}
     else:
         fields = {"completion": answers[0]} | ({"label": row.signs[0] > 0} if row.form == "unpaired" else {})
-    return json.dumps({"prompt": row.prompt, **fields}, ensure_ascii=False) + "\n"
+    tools = {"tools": row.tools} if row.tools else {}
+    return json.dumps({"prompt": row.prompt, **fields, **tools}, ensure_ascii=False) + "\n"
 
 
 def _digest(rows: list[Row]) -> str:

@@ -23,8 +23,10 @@ from conftest import bare_model, config, oracle_logps, write_pairs
 
 from lite_dil.backends import Answer
 from lite_dil.batch import Batch
+from lite_dil.config import TrainConfig
 from lite_dil.data import read_rows
-from lite_dil.examples import Encoder, Example, encode_all
+from lite_dil.dataset import load
+from lite_dil.examples import Encoder, Example
 from lite_dil.models import load_tokenizer
 from lite_dil.options import build
 from lite_dil.run import RunFolder
@@ -70,7 +72,7 @@ def test_the_table_is_of_the_runs(whole: Path, flags: list[str], tiny: str) -> N
     assert [row["figures"]["learning_rate"]["mean"] for row in content["rows"]] == [1e-3, 2e-3]
     held_out = whole / "data" / "held_out.jsonl"
     encoder = Encoder(load_tokenizer(tiny))
-    examples, _ = encode_all(read_rows(str(held_out)), encoder, 1024)
+    examples = load(str(held_out), "test", encoder, TrainConfig()).examples
     # Held out are the last rows, word for word, and they are not trained on.
     written = [(whole / "data" / name).read_text() for name in ("train.jsonl", "held_out.jsonl")]
     assert "".join(written) == Path(flags[flags.index("--data") + 1]).read_text()

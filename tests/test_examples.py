@@ -11,9 +11,9 @@ from conftest import byte_level_tokenizer, sentencepiece_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from lite_dil.data import Row
+from lite_dil.data import Row, RowError
 from lite_dil.errors import UserError
-from lite_dil.examples import Encoder, Example, encode_all, fingerprint, truncate
+from lite_dil.examples import Encoder, Example, fingerprint, truncate
 
 TOKENIZERS = {"byte-level": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer}
 
@@ -113,8 +113,8 @@ def test_templates_that_cannot_be_used_name_row_and_reason(change: dict[str, Any
     tokenizer = byte_level_tokenizer()
     for name, value in change.items():
         setattr(tokenizer, name, value)
-    with pytest.raises(UserError, match=f"file line 1: .*{message}"):
-        encode_all([chat("tea", "good", "small")], Encoder(tokenizer), 100)
+    with pytest.raises(RowError, match=message):
+        Encoder(tokenizer).encode(chat("tea", "good", "small"))
 
 
 def test_control_tokens_in_messages_are_refused() -> None:

@@ -24,9 +24,10 @@ from test_backend import adapter
 
 from lite_dil.batch import Batch
 from lite_dil.cli import main
+from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion, mismatched
-from lite_dil.data import read_rows
-from lite_dil.examples import Encoder, Example, encode_all
+from lite_dil.dataset import load as load_data
+from lite_dil.examples import Encoder, Example
 from lite_dil.reference import open_cache
 from lite_dil.schedule import Schedule
 from lite_dil.train import _baseline
@@ -69,7 +70,7 @@ def encoded(rows: list[dict[str, Any]], folder: Path) -> list[Example]:
     """The rows as lite-dil reads them from a file."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return encode_all(read_rows(str(path)), encoder(), 64)[0]
+    return list(load_data(str(path), "train", encoder(), TrainConfig(max_length=64)).examples)
 
 
 @pytest.fixture(scope="module", params=["cpu", "mlx"])

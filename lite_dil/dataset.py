@@ -1,0 +1,233 @@
+"""A data set ready for training: read, checked, tokenised and cut row by row, its tokens in a file and not in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+
+from lite_dil.config import TrainConfig
+from lite_dil.data import CHOSEN, Problem, Reader, Row, RowError, parse_columns, refuse
+from lite_dil.errors import UserError
+from lite_dil.examples import Encoder, Example, truncate
+from lite_dil.formats import FORMATS
+from lite_dil.models import cache_dir
+from lite_dil.sources import split_sources
+
+
+class ExampleStore(Sequence[Example]):
+    """Examples in a file that vanishes with the process; one is made again, of 4 bytes a token, when it is asked for.
+
+    Memory holds some 40 bytes an example, so that a data set may be larger than memory.
+    """
+
+    def __init__(self) -> None:
+        folder = cache_dir()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (it lives as long as the store)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot hold the data's tokens ({error}); LITE_DIL_CACHE names another folder"
+            ) from None
+        self._tokens: np.ndarray | None = None
+        self._starts = array("q", [0])
+        self._sources: dict[str, int] = {}
+        # For each example: its source, the number of its row there, and how many responses it has.
+        self._rows = array("q")
+
+    def append(self, example: Example) -> None:
+        """Add an example at the end; all of them before the first is read."""
+        source, _, number = example.place.rpartition(" ")
+        lengths = [len(example.prompt), *map(len, example.responses)]
+        record = [*lengths, *example.signs, *example.prompt]
+        for response in example.responses:
+            record += response
+        self._file.write(np.array(record, np.int32).tobytes())
+        self._starts.append(self._starts[-1] + len(record))
+        place = self._sources.setdefault(source, len(self._sources))
+        self._rows.extend((place, int(number or 0), len(example.responses)))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        if self._tokens is None:
+            self._file.flush()
+            self._tokens = np.memmap(self._file, np.int32, "r")
+        source, number, count = self._rows[3 * index : 3 * index + 3]
+        record = self._tokens[self._starts[index] : self._starts[index + 1]].tolist()
+        lengths, signs, at = record[: count + 1], record[count + 1 : 2 * count + 1], 2 * count + 1
+        parts = []
+        for length in lengths:
+            parts.append(tuple(record[at : at + length]))
+            at += length
+        place = f"{list(self._sources)[source]} {number}"
+        return Example(parts[0], tuple(parts[1:]), tuple(signs), place)
+
+
+class Picked(Sequence[Example]):
+    """Examples of a store in another order, some perhaps left out or several times there."""
+
+    def __init__(self, examples: Sequence[Example], order: np.ndarray) -> None:
+        self.examples, self.order = examples, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self.examples[i] for i in self.order[index]]
+        return self.examples[self.order[index]]
+
+
+@dataclass
+class Source:
+    """What was read from one source.
+
+    Attributes:
+        weight: how often an epoch takes each of its rows.
+        kept: how many rows were good.
+        format: the name of its format, in `lite_dil.formats.FORMATS`.
+        problems: the rows that were left out, and why.
+        notes: what was done to rows that their owner should know, and to how many.
+    """
+
+    name: str
+    weight: float
+    kept: int
+    format: str
+    problems: list[Problem]
+    notes: Counter[str]
+
+
+@dataclass
+class DataSet:
+    """A data set as one epoch takes it.
+
+    Attributes:
+        form: "pairs", "unpaired" or "demonstrations".
+        chat: whether prompts are chat messages.
+        answers: how many of each sign were read.
+        prompts_cut, responses_cut: how many examples `max_length` touched.
+    """
+
+    examples: Sequence[Example]
+    form: str
+    chat: bool
+    answers: Counter[int]
+    sources: list[Source]
+    prompts_cut: int
+    responses_cut: int
+
+    @property
+    def problems(self) -> list[Problem]:
+        """The rows that were left out, of all sources."""
+        return [problem for source in self.sources for problem in source.problems]
+
+
+def load(
+    data: str,
+    split: str,
+    encoder: Encoder,
+    config: TrainConfig,
+    watch: Callable[[Row, Example, Example], None] | None = None,
+    good_only: bool = False,
+) -> DataSet:
+    """Read, check, tokenise and cut all rows of `data`.
+
+    Args:
+        data: one source or several; see `lite_dil.sources.split_sources`.
+        split: the split to take where a source names none, "train" or "test".
+        watch: called for each good row with the row, its tokens, and its tokens cut to ``--max-length``.
+        good_only: leave bad answers without a partner out of the examples, for objectives that train on good ones alone.
+
+    Raises:
+        UserError: a source cannot be read; or, unless ``--skip-bad-rows``, rows cannot be used; or none is left.
+    """
+    store, sources, answers = ExampleStore(), [], Counter[int]()
+    form, chat, prompts_cut, responses_cut = "", False, 0, 0
+    order: list[np.ndarray] = []
+    columns, random = parse_columns(config.columns), np.random.default_rng([config.seed, 1])
+    for name, weight in split_sources(data):
+        reader = Reader(name, split, format=config.data_format, columns=columns, limit=config.max_rows)
+        first, rows = len(store), 0
+        for row in reader:
+            try:
+                whole = encoder.encode(row)
+            except RowError as error:
+                reader.problems.append(Problem(error.kind, row.place, str(error)))
+                continue
+            rows += 1
+            example, prompt_cut, response_cut = truncate(whole, config.max_length)
+            if watch:
+                watch(row, whole, example)
+            answers.update(row.signs)
+            if good_only and CHOSEN not in row.signs:
+                continue
+            store.append(example)
+            prompts_cut += prompt_cut
+            responses_cut += response_cut
+        refuse(name, [] if config.skip_bad_rows and rows else reader.problems, rows)
+        if form and (reader.form, reader.chat) != (form, chat):
+            kinds = [
+                f"{kind} of {'chat messages' if talk else 'plain text'}"
+                for kind, talk in ((form, chat), (reader.form, reader.chat))
+            ]
+            raise UserError(f"--data: {sources[0].name} has {kinds[0]} and {name} {kinds[1]}; train on one kind at a time")
+        form, chat = reader.form, reader.chat
+        sources.append(Source(name, weight, rows, reader.format, reader.problems, reader.notes))
+        order.append(_often(np.arange(first, len(store)), weight, random))
+    examples = store if all(source.weight == 1 for source in sources) else Picked(store, np.concatenate(order))
+    return DataSet(examples, form, chat, answers, sources, prompts_cut, responses_cut)
+
+
+def _often(rows: np.ndarray, weight: float, random: np.random.Generator) -> np.ndarray:
+    """Return all rows as often as the whole part of `weight` says, and a random share of them for the rest."""
+    whole = int(weight)
+    rest = random.permutation(rows)[: round((weight - whole) * len(rows))]
+    return np.concatenate([np.tile(rows, whole), np.sort(rest)])
+
+
+def describe(data: DataSet) -> str:
+    """Say in a line what the rows were taken for."""
+    formats = dict.fromkeys(source.format for source in data.sources)
+    titles = "; ".join(f"{FORMATS[name].title} ({name})" for name in formats)
+    return f"{'chat messages' if data.chat else 'plain text, no chat template'}, read as {titles}"
+
+
+def remarks(data: DataSet) -> list[str]:
+    """Return what the owner of the data should know: rows left out, and what was done to others."""
+    lines = []
+    for source in data.sources:
+        if source.weight != 1:
+            lines.append(f"{source.name}: each of its {source.kept} rows {source.weight:g} times an epoch")
+        lines += [f"{source.name}: {count} rows: {note}" for note, count in source.notes.items()]
+        if source.problems:
+            kinds = Counter(problem.kind for problem in source.problems).most_common()
+            first = {problem.kind: problem.place for problem in reversed(source.problems)}
+            counts = "; ".join(f"{count} {kind} (first: {first[kind]})" for kind, count in kinds)
+            lines.append(
+                f"{source.name}: {len(source.problems)} of {source.kept + len(source.problems)} rows left out: {counts}"
+            )
+    return lines
