@@ -201,7 +201,7 @@ def _checked(draft: Draft, place: str) -> Row:
     """Make a row of what was read, or raise RowError where nothing can be learned from it."""
     if isinstance(draft.prompt, str):
         if not same_text(draft.prompt):
-            raise RowError("empty prompt", "field 'prompt' is empty")
+            raise RowError("empty prompt", "field 'prompt' is empty; write one or remove the row")
     else:
         if draft.prompt[-1]["role"] == "assistant":
             raise RowError(
@@ -213,8 +213,10 @@ def _checked(draft: Draft, place: str) -> Row:
     for answer, sign in zip(draft.answers, draft.signs, strict=True):
         if isinstance(answer, str) and not same_text(answer):
             side = "" if len(draft.signs) == 1 else "chosen " if sign == CHOSEN else "rejected "
-            raise RowError("empty answer", f"the {side}answer is empty; an answer needs at least one token")
+            raise RowError("empty answer", f"the {side}answer is empty; write one or remove the row")
     form = "pairs" if len(draft.signs) > 1 else "unpaired" if draft.labelled else "demonstrations"
     if form == "pairs" and same_text(draft.answers[0]) == same_text(draft.answers[1]):
-        raise RowError("identical answers", "'chosen' and 'rejected' are the same text; there is no preference to learn")
+        raise RowError(
+            "identical answers", "'chosen' and 'rejected' are the same text: no preference to learn; remove the row"
+        )
     return Row(draft.prompt, draft.answers, draft.signs, place, form, draft.tools)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ class ExampleStore(Sequence[Example]):
             raise UserError(
                 f"{folder}: cannot hold the data's tokens ({error}); LITE_DIL_CACHE names another folder"
             ) from None
+        weakref.finalize(self, self._file.close)
         self._tokens: np.ndarray | None = None
         self._starts = array("q", [0])
         self._sources: dict[str, int] = {}
