@@ -208,3 +208,30 @@ def test_the_embedded_data_is_what_the_readme_says() -> None:
     words = [[len(row[side][0]["content"].split()) for side in ("chosen", "rejected")] for row in rows["train"]]
     assert max(chosen for chosen, _ in words) <= 32
     assert sum(chosen < rejected for chosen, rejected in words) / len(words) > 0.8
+
+
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>tools {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}</call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_tools_and_calls_are_laid_out_by_the_template() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = WITH_TOOLS
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call, call]}
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    messages = [{"role": "user", "content": "one and one"}, calling, {"role": "tool", "content": "2"}]
+    row = Row(messages, (calling, "two"), (1, -1), "file line 1", "pairs", tools)
+    example = Encoder(tokenizer).encode(row)
+    prompt = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(example.prompt) == prompt
+    assert "<call>add" in prompt and '"parameters"' in prompt
+    call_text = '<call>add {"a": 1}</call>'
+    assert [tokenizer.decode(ids) for ids in example.responses] == [f"{call_text * 2}<|im_end|>", "two<|im_end|>"]
+    bad = {**calling, "tool_calls": [{**call, "function": {"name": "<|im_end|>", "arguments": {}}}]}
+    with pytest.raises(RowError, match="control token"):
+        Encoder(tokenizer).encode(Row(messages, (bad, "two"), (1, -1), "", "pairs", tools))

@@ -116,6 +116,19 @@ def test_model_and_data_from_the_hub(endpoint: str, tmp_path: Path, backend: str
     assert (tmp_path / "home" / "run" / "adapter").is_dir()
 
 
+def test_a_config_of_a_data_set_and_its_first_rows(endpoint: str, tmp_path: Path) -> None:
+    card = "---\nconfigs:\n- config_name: good\n  data_files:\n  - split: learn\n    path: train.jsonl\n---\n"
+    (tmp_path / "prefs" / "README.md").write_text(card)
+    flags = ["--model", "owner/tiny", "--backend", "cpu", "--data"]
+    out = train(endpoint, tmp_path / "home", *flags, "owner/prefs/good:learn", "--max-rows", "3")
+    assert "owner/prefs/good:learn: 3 pairs" in out.stdout, out.stderr
+    assert not list((tmp_path / "home").glob("datasets/**/*.arrow"))  # streamed
+    out = train(endpoint, tmp_path / "other", *flags, "owner/prefs/good")
+    assert out.returncode == 2
+    assert "cannot be loaded from the hub" in out.stderr and "name it as owner/prefs/good:SPLIT" in out.stderr
+    assert "Traceback" not in out.stderr
+
+
 @pytest.mark.parametrize("backend", ["cpu", "mlx"])
 def test_ids_that_the_hub_does_not_have(endpoint: str, tmp_path: Path, backend: str) -> None:
     for flags, message in (

@@ -160,3 +160,23 @@ def test_divergence_names_the_pair_and_keeps_the_last_good_state(
     capped = [flag if flag != str(folder) else str(tmp_path / "capped") for flag in more]
     assert main(["train", *flags, *capped, "--log-ratio-cap", "2"]) == 0
     assert any(row["capped"] > 0 for row in metrics(tmp_path / "capped"))
+
+
+def test_bad_rows_stop_the_run_or_are_listed(
+    flags: list[str], files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = [*Path(files["demonstrations"]).read_text().splitlines(), '{"prompt": "x"}', '{"prompt": "x", "completion": ""}']
+    (tmp_path / "bad.jsonl").write_text("\n".join(bad))
+    more = ["--loss", "sft", "--data", f"{tmp_path / 'bad.jsonl'},{files['demonstrations']}=0.5", "--output-dir"]
+    assert main(["train", *flags, *more, str(tmp_path / "stopped")]) == 2
+    assert "bad.jsonl: 2 of 10 rows cannot be used (--skip-bad-rows leaves them out)" in capsys.readouterr().err
+    assert not (tmp_path / "stopped").exists()
+    assert main(["train", *flags, *more, str(tmp_path / "run"), "--skip-bad-rows"]) == 0
+    out = capsys.readouterr().out
+    assert "12 demonstrations, chat messages, read as prompt and completion (completion)" in out
+    assert "demonstrations.jsonl: each of its 8 rows 0.5 times an epoch" in out
+    assert "2 of 10 rows left out: 1 no field 'completion' (first: " in out
+    listed = [json.loads(line) for line in (tmp_path / "run" / "skipped_rows.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in listed] == ["no field 'completion'", "empty answer"]
+    assert listed[1]["place"] == f"{tmp_path / 'bad.jsonl'} line 10"
+    assert metrics(tmp_path / "run")[-1]["epoch"] == 1
