@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from lite_dil.data import Answer, Message, Row, RowError
@@ -40,17 +41,19 @@ class Encoder:
         self.tokenizer = tokenizer
         if tokenizer.eos_token is None:
             raise UserError("the tokenizer has no end-of-sequence token, so the model could never learn where answers end")
-        with_special = tokenizer("a").input_ids
+        # A prompt is tokenised by itself and before each of its answers.
+        self.ids = lru_cache(16)(self._ids)
+        with_special = tuple(tokenizer("a").input_ids)
         plain = self.ids("a")
         # What the tokenizer itself puts in front of a text: its BOS token, where the model wants one.
         at = next((i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain), 0)
-        self.bos = tuple(with_special[:at])
+        self.bos = with_special[:at]
         added = tokenizer.added_tokens_decoder.values()
         self.control = {token.content for token in added if token.special} | {tokenizer.eos_token}
 
-    def ids(self, text: str) -> list[int]:
+    def _ids(self, text: str) -> tuple[int, ...]:
         """Tokenise `text`, adding nothing."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def encode(self, row: Row) -> Example:
         """Tokenise one row. Raises RowError with the reason where the row or the template does not allow it."""
@@ -70,7 +73,7 @@ class Encoder:
 
     def prompt_ids(self, prompt: str, chat: bool) -> tuple[int, ...]:
         """Tokenise a laid-out prompt, with exactly one BOS where the model wants one (a chat template prints its own)."""
-        ids = tuple(self.ids(prompt))
+        ids = self.ids(prompt)
         if not chat and self.bos and ids[: len(self.bos)] != self.bos:
             return self.bos + ids
         return ids
@@ -87,7 +90,7 @@ class Encoder:
         for anchor in (prompt, "\n", ":", "a", "."):
             start, whole = self.ids(anchor), self.ids(anchor + text)
             if whole[: len(start)] == start and len(whole) > len(start):
-                return tuple(whole[len(start) :])
+                return whole[len(start) :]
         raise RowError(
             "merged tokens", f"the tokenizer merges the start of the answer {text[:20]!r} with whatever precedes it"
         )
