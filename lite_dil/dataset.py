@@ -6,7 +6,8 @@ import tempfile
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import overload
 
@@ -28,14 +29,9 @@ class ExampleStore(Sequence[Example]):
     """
 
     def __init__(self) -> None:
-        folder = cache_dir()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (it lives as long as the store)
-        except OSError as error:
-            raise UserError(
-                f"{folder}: cannot hold the data's tokens ({error}); LITE_DIL_CACHE names another folder"
-            ) from None
+        with _storing():
+            cache_dir().mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115  (it lives as long as the store)
         weakref.finalize(self, self._file.close)
         self._tokens: np.ndarray | None = None
         self._starts = array("q", [0])
@@ -50,7 +46,8 @@ class ExampleStore(Sequence[Example]):
         record = [*lengths, *example.signs, *example.prompt]
         for response in example.responses:
             record += response
-        self._file.write(np.array(record, np.int32).tobytes())
+        with _storing():
+            self._file.write(np.array(record, np.int32).tobytes())
         self._starts.append(self._starts[-1] + len(record))
         place = self._sources.setdefault(source, len(self._sources))
         self._rows.extend((place, int(number or 0), len(example.responses)))
@@ -70,7 +67,8 @@ class ExampleStore(Sequence[Example]):
             raise IndexError(index)
         index %= len(self)
         if self._tokens is None:
-            self._file.flush()
+            with _storing():
+                self._file.flush()
             self._tokens = np.memmap(self._file, np.int32, "r")
         source, number, count = self._rows[3 * index : 3 * index + 3]
         record = self._tokens[self._starts[index] : self._starts[index + 1]].tolist()
@@ -81,6 +79,15 @@ class ExampleStore(Sequence[Example]):
             at += length
         place = f"{list(self._sources)[source]} {number}"
         return Example(parts[0], tuple(parts[1:]), tuple(signs), place)
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        folder = cache_dir()
+        raise UserError(f"{folder}: cannot hold the data's tokens ({error}); LITE_DIL_CACHE names another folder") from None
 
 
 class Picked(Sequence[Example]):
@@ -167,7 +174,8 @@ def load(
     Raises:
         UserError: a source cannot be read; or, unless ``--skip-bad-rows``, rows cannot be used; or none is left.
     """
-    store, sources, answers = ExampleStore(), [], Counter[int]()
+    store, answers = ExampleStore(), Counter[int]()
+    sources: list[Source] = []
     form, chat, prompts_cut, responses_cut = "", False, 0, 0
     order: list[np.ndarray] = []
     columns, random = parse_columns(config.columns), np.random.default_rng([config.seed, 1])

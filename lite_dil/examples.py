@@ -155,7 +155,7 @@ class Encoder:
             raise RowError("chat template", f"the model's chat template refuses these messages: {first_line(error)}") from None
 
     def _refuse_control(self, message: Message) -> None:
-        texts = [message["content"], *([json.dumps(message["tool_calls"])] if "tool_calls" in message else [])]
+        texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in message.values()]
         for token in self.control:
             if any(token in text for text in texts):
                 raise RowError(

@@ -82,7 +82,7 @@ def records(source: str, split: str = "train", limit: int | None = None) -> Iter
         found = _folder(path, split, named=False)
     elif path.exists() or _looks_like_file(source):
         found = _file(path)
-    elif (folder := Path(source.rpartition(":")[0] or "/nowhere")).is_dir():
+    elif ":" in source and (folder := Path(source.rpartition(":")[0])).is_dir():
         found = _folder(folder, source.rpartition(":")[2], named=True)
     else:
         found = _hub(source, split, stream=limit is not None)
@@ -209,31 +209,37 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
 def _json(path: Path, stream: IO[bytes]) -> Iterator[Record]:
     lines = _lines(stream)
-    first = next(lines, None)
-    if first is None:
-        return
-    start = first[1].lstrip()
-    if start[:1] == b"[" or start.rstrip() in (b"{", b'{"'):
-        # One value over the whole file: an array of rows, or an object that holds one.
-        try:
-            rows = json.loads(b"\n".join([start, *(line for _, line in lines)]))
-        except (ValueError, RecursionError) as error:
-            if start[:1] == b"[":
-                raise UserError(f"{path}: not a valid JSON array ({first_line(error)})") from None
-            rows = None
-        if isinstance(rows, dict):
-            lists = [value for value in rows.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-            rows = lists[0] if len(rows) == len(lists) == 1 else None
-        if rows is None:
+    head = list(itertools.islice(lines, 2))
+    start = head[0][1].lstrip() if head else b""
+    if start[:1] == b"[" or len(head) == 1 or start.rstrip() in (b"{", b'{"'):
+        # Perhaps one value over the whole file: an array of rows, or an object that holds one.
+        whole = b"\n".join(line for _, line in itertools.chain(head, lines))
+        rows = _array(path, whole)
+        if rows is not None:
+            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
+            return
+        if len(head) > 1:
             raise UserError(
                 f"{path}: a JSON object goes over several lines; put each on a line of its own (jq -c . FILE), or all of "
                 "them in one array: [...]"
             )
-        for number, row in enumerate(rows, 1):
-            yield f"{path} row {number}", row
-        return
-    for number, line in itertools.chain([first], lines):
+    for number, line in itertools.chain(head, lines):
         yield f"{path} line {number}", _parse(line)
+
+
+def _array(path: Path, text: bytes) -> list[Any] | None:
+    """Return the rows of an array, or of an object that has a list of rows and nothing else; None where it is neither."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip()[:1] == b"[":
+            raise UserError(f"{path}: not a valid JSON array ({first_line(error)})") from None
+        return None
+    if isinstance(value, dict):
+        lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
+        # A single row has one such list too where it is of the format "messages".
+        return lists[0] if len(value) == len(lists) == 1 and not {"role", "from"} & lists[0][0].keys() else None
+    return value if isinstance(value, list) else None
 
 
 def _parse(line: bytes) -> Any:

@@ -80,6 +80,7 @@ def test_every_accepted_file_form(tmp_path: Path) -> None:
         "bom.jsonl": b"\xef\xbb\xbf" + lines,
         "array.json": json.dumps([TEXT] * 3, indent=1).encode(),
         "array.jsonl": json.dumps([TEXT] * 3).encode(),
+        "object on a line.json": json.dumps({"rows": [TEXT] * 3}).encode(),
         "object.json": json.dumps({"data": [TEXT] * 3}, indent=1).encode(),
         "plain.jsonl.gz": gzip.compress(lines),
         "gzip-named.jsonl": gzip.compress(lines),

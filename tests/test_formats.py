@@ -74,6 +74,7 @@ CASES: list[tuple[str, str, dict[str, Any], Any, tuple[Any, ...], tuple[int, ...
     ("unpaired", "unpaired", {"prompt": [HI], "completion": [YO], "label": 1}, [HI], ("yo",), (1,)),
     ("completion", "demonstrations", {"prompt": "hi", "completion": " yo"}, "hi", (" yo",), (1,)),
     ("messages", "demonstrations", {"messages": [SYSTEM, HI, YO]}, [SYSTEM, HI], ("yo",), (1,)),
+    ("messages", "demonstrations", {"messages": [HI, YO]}, [HI], ("yo",), (1,)),
     ("messages", "unpaired", {"messages": [HI, YO], "label": False}, [HI], ("yo",), (-1,)),
     # raw HH: the prompt ends at the last assistant mark that both share, and not where the letters part
     ("hh", "pairs", {"chosen": f"{HH} so long", "rejected": f"{HH} sorry"}, [HI, YO, BYE], ("so long", "sorry"), (1, -1)),
