@@ -175,3 +175,13 @@ def test_the_store_gives_back_what_it_was_given(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("LITE_DIL_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="cannot hold the data's tokens"):
         ExampleStore()
+
+
+def test_columns_and_good_answers_alone(tmp_path: Path, encoder: Encoder) -> None:
+    rows = [{"question": f"{i} tea", "answer": " good", "thumb": i % 3 == 0} for i in range(9)]
+    path = lines(tmp_path / "a.jsonl", rows)
+    settings = config(columns="prompt=question,completion=answer,label=thumb")
+    data = load(str(path), "train", encoder, settings)
+    assert (data.form, len(data.examples), data.answers) == ("unpaired", 9, {1: 3, -1: 6})
+    data = load(str(path), "train", encoder, settings, good_only=True)
+    assert ([example.signs for example in data.examples], data.answers) == ([(1,)] * 3, {1: 3, -1: 6})

@@ -244,6 +244,13 @@ def test_one_format_and_one_kind_in_a_file(tmp_path: Path) -> None:
     assert (reader.format, len(rows), reader.problems[0].place.endswith("line 1")) == ("preference", 2, True)
 
 
+def test_one_form_in_a_file_of_one_format(tmp_path: Path) -> None:
+    spoken = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+    reader, rows = read_one(tmp_path, {"conversations": spoken, "kto_tag": True}, {"conversations": spoken})
+    assert (len(rows), reader.form, reader.problems[0].kind) == (1, "unpaired", "mixed formats")
+    assert "the row has demonstrations, but" in reader.problems[0].message
+
+
 def test_columns_with_other_names(tmp_path: Path) -> None:
     columns = parse_columns("chosen=good, rejected=bad,prompt=question")
     _, (row,) = read_one(tmp_path, {"question": "hi", "good": " yo", "bad": " no", "chosen": None}, columns=columns)
