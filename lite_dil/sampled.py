@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lite_dil.backends import Backend
 from lite_dil.config import TrainConfig
 from lite_dil.data import CHOSEN, REJECTED
@@ -123,8 +121,7 @@ def needed(config: TrainConfig, examples: Sequence[Example]) -> list[Example]:
     count = schedule.steps * schedule.examples_per_step
     if config.max_steps is None or count >= len(examples):
         return list(examples)
-    order = np.random.default_rng([config.seed, 0]).permutation(len(examples))  # a longer run needs these and more
-    return [examples[i] for i in sorted(order[:count].tolist())]
+    return [examples[i] for i in sorted(schedule.order(0)[:count].tolist())]  # a longer run needs these and more
 
 
 def end_ids(examples: Sequence[Example], encoder: Encoder) -> list[int]:

@@ -13,6 +13,17 @@ from lite_dil.config import TrainConfig
 from lite_dil.examples import Example
 
 
+def examples_per_step(config: TrainConfig) -> int:
+    """Return how many examples an optimiser step takes, its passes together."""
+    return config.batch_size * config.gradient_accumulation_steps
+
+
+def steps_of(config: TrainConfig, examples: int) -> tuple[int, int]:
+    """Return the steps of an epoch over so many examples, the short last one counted, and those of the whole run."""
+    per_epoch = math.ceil(examples / examples_per_step(config))
+    return per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch)
+
+
 class Schedule:
     """The plan of a run over `examples`: each epoch a new order, drawn from the seed; a short last batch is taken as it is.
 
@@ -24,10 +35,9 @@ class Schedule:
         self, config: TrainConfig, examples: Sequence[Example], layout: str = "plain", others: Sequence[Example] = ()
     ) -> None:
         self.config, self.examples, self.layout, self._others = config, examples, layout, others
-        self.examples_per_step = config.batch_size * config.gradient_accumulation_steps
-        self.steps_per_epoch = math.ceil(len(examples) / self.examples_per_step)
-        self.steps = config.max_steps or math.ceil(config.epochs * self.steps_per_epoch)
-        self._order = lru_cache(1)(self._shuffled)
+        self.examples_per_step = examples_per_step(config)
+        self.steps_per_epoch, self.steps = steps_of(config, len(examples))
+        self._shuffled = lru_cache(1)(self._draw)
 
     def batches(self, step: int) -> list[Batch]:
         """Return the micro-batches of step 1, 2, ..., which depend on the layout; their examples together do not."""
@@ -40,8 +50,12 @@ class Schedule:
     def _planned(self, examples: Sequence[Example], step: int) -> list[Batch]:
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         start = position * self.examples_per_step
-        picked = [examples[i] for i in self._order(epoch)[start : start + self.examples_per_step]]
+        picked = [examples[i] for i in self.order(epoch)[start : start + self.examples_per_step]]
         return plan(picked, self.layout, self.config.batch_size, row_tokens(self.config))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the examples' indices in the order of epoch 0, 1, ..."""
+        return self._shuffled(epoch)
 
     def epoch(self, step: int) -> float:
         """Return how many epochs are done after `step`."""
@@ -61,7 +75,7 @@ class Schedule:
             return peak * (1 - math.cos(math.pi * left)) / 2
         return peak
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
+    def _draw(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.examples))
 
 

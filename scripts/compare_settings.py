@@ -22,6 +22,7 @@ from lite_dil.errors import UserError, did_you_mean, gather
 from lite_dil.objectives import OBJECTIVES, OPTIONS
 from lite_dil.options import add_flags, build, coerce, read_yaml
 from lite_dil.run import RUNS, _replace_file, _unused
+from lite_dil.schedule import examples_per_step, steps_of
 from lite_dil.sources import split_sources
 
 COMMAND = "python scripts/compare.py"
@@ -123,7 +124,7 @@ def read(argv: list[str], description: str, say: Any) -> Comparison:
             f"no --eval-data: the last {len(held_out)} of {len(rows) + len(held_out)} rows of {source} are held out, "
             f"the same for every loss ({files[1]})"
         )
-    steps = _steps(first, len(rows))
+    _, steps = steps_of(first, len(rows))
     configs = _planned(configs, steps, len(rows), len(held_out), "precompute_reference" in given | base, say)
     return Comparison(output, configs, seeds, args.sample_prompts, args.sample_tokens, steps, f"{COMMAND} {shlex.join(again)}")
 
@@ -239,7 +240,7 @@ def _decisive(configs: dict[str, TrainConfig], asked: dict[str, Any]) -> dict[st
 
 def _split(rows: list[Row], source: str, config: TrainConfig) -> tuple[list[Row], list[Row]]:
     """Return the rows to train on and the last ones, which are held out."""
-    seen = _steps(config, len(rows)) * config.batch_size * config.gradient_accumulation_steps
+    seen = steps_of(config, len(rows))[1] * examples_per_step(config)
     count = max(min(round(len(rows) * HELD_OUT_SHARE), HELD_OUT_MOST, seen // 2), HELD_OUT_LEAST)
     if len(rows) < 2 * count:
         raise UserError(f"--data {source} has {len(rows)} rows, too few to hold {count} of them out; give --eval-data")
@@ -266,11 +267,6 @@ def _digest(rows: list[Row]) -> str:
     return digest.hexdigest()
 
 
-def _steps(config: TrainConfig, rows: int) -> int:
-    per_epoch = math.ceil(rows / (config.batch_size * config.gradient_accumulation_steps))
-    return config.max_steps or math.ceil(config.epochs * per_epoch)
-
-
 def _planned(
     configs: dict[str, TrainConfig], steps: int, rows: int, held_out: int, asked: bool, say: Any
 ) -> dict[str, TrainConfig]:
@@ -280,7 +276,7 @@ def _planned(
         asked: whether it was said if the reference is to be precomputed.
     """
     first = next(iter(configs.values()))
-    seen = steps * first.batch_size * first.gradient_accumulation_steps
+    seen = steps * examples_per_step(first)
     eval_steps = first.eval_steps or math.ceil(steps / POINTS)
     points = math.ceil(steps / eval_steps)
     if points > 1 and points * held_out > PASSES_OF_A_STEP * seen:
