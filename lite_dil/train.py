@@ -243,13 +243,19 @@ def _remember(
     cache: ReferenceCache, batches: Sequence[Batch], known: Sequence[np.ndarray | None], reference: np.ndarray
 ) -> int:
     """Add to the cache what a step computed on its way; return how many of its passes did."""
-    starts = np.cumsum([0, *(len(batch.responses) for batch in batches)])
-    computed = 0
-    for batch, values, start in zip(batches, known, starts, strict=False):
-        if values is None:
-            cache.add(batch, reference[start : start + len(batch.responses)])
-            computed += 1
-    return computed
+    missing = [
+        (batch, logps)
+        for batch, values, logps in zip(batches, known, _by_batch(reference, batches), strict=True)
+        if values is None
+    ]
+    for batch, logps in missing:
+        cache.add(batch, logps)
+    return len(missing)
+
+
+def _by_batch(values: np.ndarray, batches: Sequence[Batch]) -> list[np.ndarray]:
+    """Cut a step's values of all responses, (responses,), into those of each batch."""
+    return np.split(values, np.cumsum([len(batch.responses) for batch in batches[:-1]], dtype=np.int64))
 
 
 def _baseline(backend: backends.Backend, batches: Sequence[Batch], config: TrainConfig, cache: ReferenceCache) -> float:
@@ -301,12 +307,12 @@ def _check_start(backend: backends.Backend, schedule: Schedule, config: TrainCon
 
 
 def _add_step(means: Means, result: backends.StepResult, batches: Sequence[Batch], config: TrainConfig) -> None:
-    number, start = sum(batch.examples for batch in batches), 0
+    number = sum(batch.examples for batch in batches)
     means.add("loss", result.loss, number)
     means.add("grad_norm", result.grad_norm, number)
-    for batch in batches:
-        own = slice(start, start := start + len(batch.responses))
-        answer_metrics(means, result.policy[own], result.reference[own], batch, config)
+    parts = (_by_batch(values, batches) for values in (result.policy, result.reference))
+    for batch, policy, reference in zip(batches, *parts, strict=True):
+        answer_metrics(means, policy, reference, batch, config)
 
 
 def _line(progress: Progress, schedule: Schedule, rate: float, backend: backends.Backend) -> dict[str, Any]:
@@ -337,11 +343,11 @@ def _diverged(
     kept: Path | None,
 ) -> str:
     """Say where it went wrong: at the example whose log-ratio is not finite, or else the farthest from 0."""
-    worst, start = (-1.0, "", ""), 0
+    worst = (-1.0, "", "")
     reduction = config.logp_reduction or "mean"
-    for batch in batches:
-        own = slice(start, start := start + len(batch.responses))
-        f = log_ratio(result.policy[own], result.reference[own], batch.lengths, reduction)
+    parts = (_by_batch(values, batches) for values in (result.policy, result.reference))
+    for batch, policy, reference in zip(batches, *parts, strict=True):
+        f = log_ratio(policy, reference, batch.lengths, reduction)
         for number, place in enumerate(batch.places):
             here = batch.prompt_of == number
             size = float(np.abs(f[here]).max()) if np.isfinite(f[here]).all() else math.inf
