@@ -72,25 +72,25 @@ class Criterion:
             reference: (responses,) the reference's.
             inputs: what `inputs` returned, as arrays of the same library as the other two.
         """
-        chosen, rejected = (self._answers(policy, reference, inputs, inputs[side]) for side in ("chosen", "rejected"))
+        mean = policy / inputs["lengths"]
+        figures = {
+            "log_ratio": log_ratio(policy, reference, inputs["lengths"], self.reduction),
+            "logps": mean if self.reduction == "mean" else policy,
+            "mean_logps": mean,
+            "weighted_logps": inputs.get("weighted_logps"),
+        }
+
+        def answers(index: Array) -> Answers:
+            sides = {name: None if values is None else values[index] for name, values in figures.items()}
+            return Answers(**sides, baseline=inputs["baseline"])
+
+        chosen, rejected = answers(inputs["chosen"]), answers(inputs["rejected"])
         if isinstance(self.form, Pairs):
             return self.chosen_weight * self.form.loss(chosen, rejected).sum()
         total = self.chosen_weight * self.form.chosen(chosen).sum()
         if self.form.rejected is not None:
             total = total + self.rejected_weight * self.form.rejected(rejected).sum()
         return total
-
-    def _answers(self, policy: Array, reference: Array, inputs: dict[str, Any], index: Array) -> Answers:
-        f = log_ratio(policy, reference, inputs["lengths"], self.reduction)
-        mean = policy / inputs["lengths"]
-        weighted = inputs.get("weighted_logps")
-        return Answers(
-            log_ratio=f[index],
-            logps=(mean if self.reduction == "mean" else policy)[index],
-            mean_logps=mean[index],
-            weighted_logps=None if weighted is None else weighted[index],
-            baseline=inputs["baseline"],
-        )
 
 
 def check_data(config: TrainConfig, form: str, signs: set[int], source: str) -> None:
