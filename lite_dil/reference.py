@@ -97,12 +97,18 @@ def open_cache(config: TrainConfig, model: str, identity: str) -> ReferenceCache
     """
     if config.reference_cache == "off":
         return ReferenceCache(None, {})
-    folder = Path(config.reference_cache) if config.reference_cache else cache_dir() / "reference"
-    return ReferenceCache(folder, reference_key(config, model, identity, folder))
+    return ReferenceCache(cache_folder(config), reference_key(config, model, identity))
 
 
-def reference_key(config: TrainConfig, model: str, identity: str, folder: Path) -> dict[str, str]:
+def cache_folder(config: TrainConfig) -> Path:
+    """Return where log-probs are kept, and the hashes of weights, also where ``off`` keeps the log-probs out."""
+    given = config.reference_cache
+    return Path(given) if given and given != "off" else cache_dir() / "reference"
+
+
+def reference_key(config: TrainConfig, model: str, identity: str) -> dict[str, str]:
     """Return what the reference's log-probs depend on beside the tokens, by name."""
+    folder = cache_folder(config)
     key = {"version": _VERSION, "computed": identity, "weights": _fingerprint(model_folder(model), folder)}
     if config.reference == "initial-adapter":
         key["adapter"] = _fingerprint(Path(config.init_adapter or ""), folder)

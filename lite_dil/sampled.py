@@ -104,8 +104,7 @@ def add_samples(
 
 def reference_digest(config: TrainConfig, model: str, identity: str) -> str:
     """Return what names the reference that is drawn from; arguments as in `lite_dil.reference.open_cache`."""
-    folder = cache_dir() / "sampled"
-    return _digest(sorted(reference_key(config, model, identity, folder).items()))
+    return _digest(sorted(reference_key(config, model, identity).items()))
 
 
 def sample_path(config: TrainConfig, reference: str) -> Path:

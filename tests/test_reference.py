@@ -16,6 +16,7 @@ from lite_dil.batch import Batch
 from lite_dil.errors import UserError
 from lite_dil.progress import Display
 from lite_dil.reference import ReferenceCache, open_cache, reference_key
+from lite_dil.sampled import reference_digest
 from lite_dil.train import train
 
 KEY = {"weights": "some"}
@@ -85,10 +86,9 @@ def test_the_key_changes_with_all_that_the_reference_depends_on(tmp_path: Path) 
     first = make_checkpoint(tmp_path / "first")
     second = make_checkpoint(tmp_path / "second", seed=1)
     third = make_checkpoint(tmp_path / "third", rope_theta=60000.0)  # the same weights in another config
-    memo = tmp_path / "memo"
 
     def key(model: Path, identity: str = "torch float32", **changes: Any) -> str:
-        return json.dumps(reference_key(config(**changes), str(model), identity, memo))
+        return json.dumps(reference_key(config(reference_cache=str(tmp_path / "memo"), **changes), str(model), identity))
 
     keys = [key(first), key(second), key(third), key(first, "torch bfloat16")]
     assert len(set(keys)) == 4
@@ -198,6 +198,20 @@ sys.exit(main(sys.argv[1:]))
     assert again.returncode == 0, again.stderr
     assert f"reference: {records // 2} of 40 pairs are cached, {40 - records // 2} to compute" in again.stdout
     assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.logps")) // 32 == 80
+
+
+def test_weights_are_hashed_once_for_the_cache_and_for_draws(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LITE_DIL_CACHE", str(tmp_path / "default"))
+    for folder, given in ((tmp_path / "given", str(tmp_path / "given")), (tmp_path / "default" / "reference", "off")):
+        options = config(reference_cache=given)
+        reference_digest(options, tiny, "torch")
+        notes = (folder / "files.json").read_text()
+        (folder / "files.json").write_text(notes.replace('": [', '" : ['))  # would be written anew with another hash
+        open_cache(options, tiny, "torch")
+        assert (folder / "files.json").read_text() != notes
+    assert {path.name for path in (tmp_path / "default").iterdir()} == {"reference"}
 
 
 def test_off_writes_nothing(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
