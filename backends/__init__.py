@@ -79,7 +79,8 @@ class Backend(Protocol):
     def token_logps(self, batch: Batch) -> np.ndarray:
         """Return log-probs of all response tokens under the policy (or the reference, inside `adapter_off`), without dropout.
 
-        Shape (tokens,), float32, in nats, in the order of the batch's responses.
+        Shape (tokens,), float32, in nats, in the order of the batch's responses. Raises OutOfMemory, as `sequence_logps` and
+        `generate` do, where the device does not hold it all at once and fewer examples may fit.
         """
 
     def sequence_logps(self, batch: Batch) -> np.ndarray:
@@ -99,6 +100,8 @@ class Backend(Protocol):
             references: for each micro-batch the reference's summed log-probs, (responses,) float32, where they are known;
                 the others are computed on the way.
             baseline: kto's z0; see `Criterion.inputs`.
+
+        Raises OutOfMemory where the device does not hold it, with everything as it was before the step and its memory freed.
         """
 
     def generate(

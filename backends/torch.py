@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +24,16 @@ from lite_dil.backends import (
     torch_fused,
     torch_generate,
     torch_layers,
+    torch_memory,
     torch_packed,
     torch_unsloth,
 )
 from lite_dil.backends.head import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
 from lite_dil.backends.torch_head import QuantizedHead, token_logps, vocabulary
 from lite_dil.backends.torch_load import (
+    check_options,
     compute_dtype,
+    create_states,
     linear_layers,
     load_base,
     load_tensors,
@@ -55,7 +58,7 @@ class TorchBackend:
     def __init__(self, config: TrainConfig, model: str, device: str) -> None:
         self.name = device
         self.device = torch.device(device)
-        _check_options(config, device)
+        check_options(config, device)
         if device == "cpu":
             keep_freed_memory()
         self.dtype = compute_dtype(config.dtype, device)
@@ -87,6 +90,7 @@ class TorchBackend:
         # float16 gradients underflow without it; it stays idle in the other types.
         self.scaler = torch.amp.GradScaler(device, enabled=self.dtype == torch.float16)
         self.last_layer = -1
+        self.store: torch_layers.HostStore | None = None
         if not self.unsloth:  # whose layers are its own
             self._arrange_layers(config, model)
         torch.manual_seed(config.seed)
@@ -107,15 +111,19 @@ class TorchBackend:
 
     def token_logps(self, batch: Batch) -> np.ndarray:
         """Return the log-prob of every response token, without dropout; shape (tokens,), float32."""
-        self.model.eval()
-        with torch.no_grad():
-            return self._token_logps(batch)[0].cpu().numpy()
+        return self._without_grad(lambda: self._token_logps(batch)[0])
 
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         """Return the summed log-prob of every response, without dropout; shape (responses,), float32."""
-        self.model.eval()
-        with torch.no_grad():
-            return self._sequence_logps(batch).cpu().numpy()
+        return self._without_grad(lambda: self._sequence_logps(batch))
+
+    def _without_grad(self, logps: Callable[[], Tensor]) -> np.ndarray:
+        def run() -> np.ndarray:
+            self.model.eval()
+            with torch.no_grad():
+                return logps().cpu().numpy()
+
+        return torch_memory.whole("a pass without gradients", self.device, run)
 
     def step(
         self,
@@ -126,39 +134,45 @@ class TorchBackend:
         baseline: float = 0.0,
     ) -> StepResult:
         """Take one AdamW step on the mean loss over all examples of `batches`."""
-        try:
-            return self._step(batches, criterion, learning_rate, references or [None] * len(batches), baseline)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(first_line(error)) from None
-
-    def _step(
-        self,
-        batches: Sequence[Batch],
-        criterion: Criterion,
-        learning_rate: float,
-        known: Sequence[np.ndarray | None],
-        baseline: float,
-    ) -> StepResult:
         self.model.train()
         examples = sum(batch.examples for batch in batches)
-        total, policies, references = 0.0, [], []
-        for batch, remembered in zip(batches, known, strict=True):
-            if remembered is None:
-                with self.adapter_off(), torch.no_grad():
-                    reference = self._sequence_logps(batch)
-            else:
-                reference = self._tensor(remembered)
-            inputs = {name: self._tensor(array) for name, array in criterion.inputs(batch, baseline).items()}
-            logps, layout = self._token_logps(batch)
-            policy = self._sums(logps, layout)
-            if "token_weights" in inputs:
-                inputs["weighted_logps"] = self._sums(logps * inputs["token_weights"], layout)
-            loss = criterion(policy, reference, inputs) / examples
-            self.scaler.scale(loss).backward()
-            total += loss.item()
-            policies.append(policy.detach().cpu().numpy())
-            references.append(reference.cpu().numpy())
+        random, passes = torch_memory.random_state(self.device), []
+        try:
+            for batch, known in zip(batches, references or [None] * len(batches), strict=True):
+                passes.append(self._gradients(batch, criterion, criterion.inputs(batch, baseline), known, examples))
+            result = self._update(passes, learning_rate)
+        except torch.OutOfMemoryError as error:
+            detail = first_line(error)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            return result
+        # Not in the except block: as this error's context, that one would keep its frames, and with them all activations.
+        self._undo(random)
+        failed = len(passes) if len(passes) < len(batches) else None
+        raise OutOfMemory("a training step", detail, training=True, micro_batch=failed)
 
+    def _gradients(
+        self, batch: Batch, criterion: Criterion, sides: dict[str, np.ndarray], known: np.ndarray | None, examples: int
+    ) -> tuple[float, np.ndarray, np.ndarray]:
+        """Add a micro-batch's gradients; return its share of the loss, and summed log-probs of policy and reference."""
+        if known is None:
+            with self.adapter_off(), torch.no_grad():
+                reference = self._sequence_logps(batch)
+        else:
+            reference = self._tensor(known)
+        inputs = {name: self._tensor(array) for name, array in sides.items()}
+        logps, layout = self._token_logps(batch)
+        policy = self._sums(logps, layout)
+        if "token_weights" in inputs:
+            inputs["weighted_logps"] = self._sums(logps * inputs["token_weights"], layout)
+        loss = criterion(policy, reference, inputs) / examples
+        self.scaler.scale(loss).backward()
+        return loss.item(), policy.detach().cpu().numpy(), reference.cpu().numpy()
+
+    def _update(self, passes: list[tuple[float, np.ndarray, np.ndarray]], learning_rate: float) -> StepResult:
+        """Change the weights by the gradients of all passes, unless something is not finite."""
+        losses, policies, references = zip(*passes, strict=True)
+        total = sum(losses)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm).item()
         result = StepResult(total, norm, np.concatenate(policies), np.concatenate(references))
@@ -166,12 +180,23 @@ class TorchBackend:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             scale = self.scaler.get_scale()
+            create_states(self.optimizer)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.scaler.get_scale() < scale:
                 result = replace(result, grad_norm=0.0, skipped=True)
-        self.optimizer.zero_grad(set_to_none=True)
         return result
+
+    def _undo(self, random: torch_memory.Random) -> None:
+        """Go back to before a step that failed ahead of its update, and let go of what it held."""
+        self.optimizer.zero_grad(set_to_none=True)
+        # Gradients may have been unscaled, which a scaler allows once between updates: a new one in the same state.
+        state, self.scaler = self.scaler.state_dict(), torch.amp.GradScaler(self.name, enabled=self.scaler.is_enabled())
+        self.scaler.load_state_dict(state)
+        torch_memory.set_random_state(random)
+        if self.store is not None:
+            self.store.clear()
+        torch_memory.free(self.device)
 
     def generate(
         self,
@@ -182,8 +207,13 @@ class TorchBackend:
     ) -> list[Answer]:
         """Continue the prompts, all of them in one batch."""
         self.model.eval()
-        with torch_unsloth.generating(self.model, max(map(len, prompts))) if self.unsloth else nullcontext():
-            return torch_generate.generate(self.base, self.device, prompts, max_new_tokens, end_ids, seeds)
+
+        def run() -> list[Answer]:
+            with torch_unsloth.generating(self.model, max(map(len, prompts))) if self.unsloth else nullcontext():
+                return torch_generate.generate(self.base, self.device, prompts, max_new_tokens, end_ids, seeds)
+
+        work = f"the generation of {len(prompts)} answers of up to {max_new_tokens} tokens"
+        return torch_memory.whole(work, self.device, run)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the policy's adapter in PEFT's format."""
@@ -192,12 +222,13 @@ class TorchBackend:
 
     def save_state(self, folder: Path) -> None:
         """Write adapter, optimiser, loss scale and random state."""
+        host, device = torch_memory.random_state(self.device)
         state = {
             "adapter": self._policy_parameters(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if self.name == "cuda" else None,
+            "rng": host,
+            "cuda_rng": device,
         }
         torch.save(state, folder / "state.pt")
 
@@ -210,9 +241,7 @@ class TorchBackend:
                 parameter.copy_(state["adapter"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        torch_memory.set_random_state((state["rng"], state["cuda_rng"]))
 
     def peak_memory_mb(self) -> float:
         """Return the allocator's peak on a GPU, the process's on a CPU, in MiB."""
@@ -335,9 +364,9 @@ class TorchBackend:
             torch_layers.skip_unread(self.decoder, layers[-1])
             self.last_layer = len(layers) - 1
         if mode == "full":
-            store = torch_layers.HostStore() if config.offload_activations else None
+            self.store = torch_layers.HostStore() if config.offload_activations else None
             for layer in layers:
-                torch_layers.again(layer, text, store)
+                torch_layers.again(layer, text, self.store)
 
     def _choose_layout(self, config: TrainConfig, model: str) -> None:
         """Take the packed layout where it is right for this model, which is computed and not assumed."""
@@ -371,17 +400,3 @@ class TorchBackend:
             if difference < tolerance(self.dtype_name)
             else f"its log-probs differ from the plain layout's by {difference:.3g} nats"
         )
-
-
-def _check_options(config: TrainConfig, device: str) -> None:
-    """Raise UserError for what this backend cannot honour."""
-    if config.layout == "prefix":
-        raise UserError(f"--layout prefix is for the mlx backend; {device} has packed, which shares prompts too")
-    if config.compile is not None:
-        raise UserError(f"--compile is for the mlx backend; leave it out with {device}")
-    if device == "cpu":
-        for name in ("offload_activations", "offload_embeddings"):
-            if getattr(config, name):
-                raise UserError(f"--{name.replace('_', '-')} is for the cuda backend: it needs a GPU")
-    if config.load_in_4bit or config.optim == "paged_adamw_8bit":
-        need_bitsandbytes()

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from lite_dil.backends import Answer
-from lite_dil.errors import UserError, first_line
 
 
 def generate(
@@ -27,23 +26,17 @@ def generate(
     longest = max(map(len, prompts))
     ids = torch.tensor([[end_ids[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    try:
-        with _plain_settings(base):
-            out = base.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,  # `Draws` leaves one token to choose from
-                use_cache=True,  # an empty GenerationConfig need not say so
-                logits_processor=None if seeds is None else [Draws(seeds)],
-                eos_token_id=list(end_ids),
-                pad_token_id=end_ids[0],
-            )
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory while {len(prompts)} answers of up to {max_new_tokens} tokens were generated "
-            f"({first_line(error)}). What helps: a smaller --row-tokens, --4bit, a smaller --max-length"
-        ) from None
+    with _plain_settings(base):
+        out = base.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,  # `Draws` leaves one token to choose from
+            use_cache=True,  # an empty GenerationConfig need not say so
+            logits_processor=None if seeds is None else [Draws(seeds)],
+            eos_token_id=list(end_ids),
+            pad_token_id=end_ids[0],
+        )
     return [Answer.of(row, end_ids) for row in out[:, longest:].tolist()]
 
 

@@ -44,6 +44,11 @@ class HostStore:
             self.kept.pop()
         return x
 
+    def clear(self) -> None:
+        """Forget what was put and never asked for."""
+        self.kept.clear()
+        self.fetched.clear()
+
     def _fetch(self, number: int) -> None:
         host = self.kept[number]
         if number not in self.fetched and host is not None:

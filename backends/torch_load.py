@@ -17,6 +17,20 @@ from lite_dil.config import TrainConfig
 from lite_dil.errors import UserError, first_line
 
 
+def check_options(config: TrainConfig, device: str) -> None:
+    """Raise UserError for what this backend cannot honour."""
+    if config.layout == "prefix":
+        raise UserError(f"--layout prefix is for the mlx backend; {device} has packed, which shares prompts too")
+    if config.compile is not None:
+        raise UserError(f"--compile is for the mlx backend; leave it out with {device}")
+    if device == "cpu":
+        for name in ("offload_activations", "offload_embeddings"):
+            if getattr(config, name):
+                raise UserError(f"--{name.replace('_', '-')} is for the cuda backend: it needs a GPU")
+    if config.load_in_4bit or config.optim == "paged_adamw_8bit":
+        need_bitsandbytes()
+
+
 def compute_dtype(name: str, device: str) -> torch.dtype:
     """Return what --dtype stands for on this device."""
     if name == "auto" and device == "cuda":
@@ -127,9 +141,33 @@ def make_optimizer(parameters: list[Tensor], config: TrainConfig, in_4bit: bool,
     if name == "auto":
         name = "paged_adamw_8bit" if in_4bit else "adamw"
     if name == "adamw":
-        return torch.optim.AdamW(parameters, weight_decay=config.weight_decay)
+        # Fused, because it needs no memory of its own: the others make temporaries between the changes to their state.
+        return torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True)
     import bitsandbytes
 
     # On a CPU there is nothing to page from, and the paged class warns.
     kind = bitsandbytes.optim.PagedAdamW8bit if device == "cuda" else bitsandbytes.optim.AdamW8bit
     return kind(parameters, weight_decay=config.weight_decay)
+
+
+def create_states(optimizer: Any) -> None:
+    """Create the state of each parameter that has none yet, whole or not at all.
+
+    The optimisers would do it in their first update: bitsandbytes' between the updates of others, where memory may run out.
+    """
+    for g, group in enumerate(optimizer.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            if parameter in optimizer.state:
+                continue
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+                continue
+            try:
+                optimizer.init_state(group, parameter, g, i)
+            except torch.OutOfMemoryError:
+                optimizer.state.pop(parameter, None)
+                raise

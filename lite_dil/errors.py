@@ -11,13 +11,20 @@ class UserError(Exception):
 
 
 class OutOfMemory(UserError):
-    """The device's memory did not hold a training step."""
+    """The device's memory did not hold a piece of work, and everything is as it was before that.
 
-    def __init__(self, detail: str) -> None:
-        super().__init__(
-            f"out of memory in a training step ({detail}). What helps: a smaller --batch-size with more "
-            "--gradient-accumulation-steps (the same result), --gradient-checkpointing, --4bit, a smaller --max-length"
-        )
+    Args:
+        work: what was done, for people.
+        detail: the library's own words.
+        training: whether it was a step, with gradients.
+        micro_batch: the number, from 0, of the step's micro-batch that did not fit; None where it was in none of them.
+    """
+
+    def __init__(self, work: str, detail: str, training: bool = False, micro_batch: int | None = None) -> None:
+        self.micro_batch = micro_batch
+        helps = ["--gradient-checkpointing full", "--offload-activations"] if training else []
+        helps += ["--4bit", "--head-bits 4", "a shorter --max-length"]
+        super().__init__(f"out of memory in {work} ({detail}). What helps: {', '.join(helps)}")
 
 
 class TrainingDiverged(RuntimeError):

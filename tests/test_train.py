@@ -352,20 +352,3 @@ def test_endless_skipping_stops_the_run(
     with_scaler(monkeypatch, init_scale=2.0**127, backoff_factor=0.9999)
     assert main(["train", *steep(tiny, data), "--epochs", "30", "--output-dir", str(tmp_path / "run")]) == 1
     assert f"step {MAX_SKIPPED}: loss" in capsys.readouterr().err
-
-
-def test_out_of_memory_is_one_message(
-    tiny: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from lite_dil.backends.torch import TorchBackend
-
-    def full(*args: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(TorchBackend, "_step", full)
-    assert (
-        main(["train", "--model", tiny, "--backend", "cpu", "--data", str(data), "--output-dir", str(tmp_path / "run")]) == 2
-    )
-    assert "out of memory in a training step (CUDA out of memory. Tried to allocate 2.00 GiB.). What helps: a smaller" in (
-        capsys.readouterr().err
-    )
