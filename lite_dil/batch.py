@@ -36,6 +36,26 @@ class Batch:
             places=tuple(example.place for example in examples),
         )
 
+    def halves(self) -> tuple[Batch, ...]:
+        """Split it between its examples into two, or into nothing where it has but one; for batches made by `of`."""
+        middle = (self.examples + 1) // 2
+        if middle == self.examples:
+            return ()
+        at = int(np.searchsorted(self.prompt_of, middle))
+        return tuple(
+            Batch(
+                self.prompts[prompts],
+                self.responses[responses],
+                self.prompt_of[responses] - prompts.start,
+                self.signs[responses],
+                self.places[prompts],
+            )
+            for prompts, responses in (
+                (slice(0, middle), slice(0, at)),
+                (slice(middle, self.examples), slice(at, len(self.responses))),
+            )
+        )
+
     @property
     def chosen(self) -> np.ndarray:
         """Indices of the chosen responses."""
@@ -72,3 +92,8 @@ class Batch:
     def tokens(self) -> int:
         """Tokens of all the sequences, each response counted with its prompt, without padding."""
         return sum(len(response) + len(self.prompts[p]) for response, p in zip(self.responses, self.prompt_of, strict=True))
+
+
+def by_batch(values: np.ndarray, batches: Sequence[Batch]) -> list[np.ndarray]:
+    """Cut a step's values of all responses, (responses,), into those of each batch."""
+    return np.split(values, np.cumsum([len(batch.responses) for batch in batches[:-1]], dtype=np.int64))

@@ -11,14 +11,16 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lite_dil.backends import Backend
+from lite_dil.backends import Answer, Backend
 from lite_dil.config import TrainConfig
 from lite_dil.data import CHOSEN, REJECTED
 from lite_dil.errors import UserError
 from lite_dil.examples import Encoder, Example
+from lite_dil.fitting import Fitting
 from lite_dil.models import cache_dir
 from lite_dil.progress import Display
 from lite_dil.reference import reference_key
@@ -78,15 +80,18 @@ def add_samples(
     display.say(f"rejected answers from the reference: {found} of {len(keys)} are in {path}, {len(keys) - found} to draw")
     if file.ignored:
         display.say(f"{path}: {file.ignored} lines ignored, which were edited or damaged")
+    fitting: Fitting[list[Draw]] = Fitting("a batch of answers", _tokens, _halves, display.say)
+
+    def generate(part: list[Draw]) -> list[Answer]:
+        prompts, seeds = [draw.example.prompt for draw in part], [draw.seed for draw in part]
+        return backend.generate(prompts, max(draw.room for draw in part), ends, seeds)
+
     with StopSignal("stopping after these answers; what was drawn is kept") as stop, display.bar(len(batches), 0) as bar:
         for number, batch in enumerate(batches, 1):
             if stop.asked:
                 return None
-            longest = max(draw.room for draw in batch)
             with backend.adapter_off():
-                answers = backend.generate(
-                    [draw.example.prompt for draw in batch], longest, ends, [draw.seed for draw in batch]
-                )
+                answers = list(chain.from_iterable(fitting.run(generate, batch)))
             for draw, (ids, end) in zip(batch, answers, strict=True):
                 file.add(draw, (*ids, *(() if end is None else (end,)))[: draw.room])
             bar.update(number, None)
@@ -158,6 +163,15 @@ def plan(wanted: Sequence[Draw], config: TrainConfig) -> list[list[Draw]]:
         else:
             batches.append([draw])
     return batches
+
+
+def _tokens(batch: list[Draw]) -> int:
+    return len(batch) * max(len(draw.example.prompt) + draw.room for draw in batch)
+
+
+def _halves(batch: list[Draw]) -> list[list[Draw]]:
+    middle = (len(batch) + 1) // 2
+    return [batch[:middle], batch[middle:]] if middle < len(batch) else []
 
 
 class SampleFile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,16 @@ def steps_of(config: TrainConfig, examples: int) -> tuple[int, int]:
     return per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch)
 
 
+class Limits(NamedTuple):
+    """How large a pass may be at most; its tokens are those that its layout computes, padding included."""
+
+    examples: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.examples} examples or {self.tokens} tokens"
+
+
 class Schedule:
     """The plan of a run over `examples`: each epoch a new order, drawn from the seed; a short last batch is taken as it is.
 
@@ -35,6 +46,7 @@ class Schedule:
         self, config: TrainConfig, examples: Sequence[Example], layout: str = "plain", others: Sequence[Example] = ()
     ) -> None:
         self.config, self.examples, self.layout, self._others = config, examples, layout, others
+        self.limits = Limits(config.batch_size, row_tokens(config))
         self.examples_per_step = examples_per_step(config)
         self.steps_per_epoch, self.steps = steps_of(config, len(examples))
         self._shuffled = lru_cache(1)(self._draw)
@@ -45,13 +57,21 @@ class Schedule:
 
     def others(self, step: int) -> list[Batch]:
         """Return batches of what goes with the step's examples."""
-        return self._planned(self._others, step)
+        return self._planned(self._others, step) if self._others else []
+
+    def halve(self, batches: Sequence[Batch]) -> bool:
+        """Plan passes of at most half of the largest of `batches` from here on; False where that is a single example."""
+        tokens, examples = max((batch_tokens(batch, self.layout), batch.examples) for batch in batches)
+        if examples == 1:
+            return False
+        self.limits = Limits(min(self.limits.examples, math.ceil(examples / 2)), min(self.limits.tokens, tokens // 2))
+        return True
 
     def _planned(self, examples: Sequence[Example], step: int) -> list[Batch]:
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         start = position * self.examples_per_step
         picked = [examples[i] for i in self.order(epoch)[start : start + self.examples_per_step]]
-        return plan(picked, self.layout, self.config.batch_size, row_tokens(self.config))
+        return plan(picked, self.layout, *self.limits)
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the examples' indices in the order of epoch 0, 1, ..."""
@@ -103,10 +123,21 @@ def plan(examples: Sequence[Example], layout: str, count: int, tokens: int) -> l
     return [Batch.of(row) for row in rows]
 
 
+def batch_tokens(batch: Batch, layout: str) -> int:
+    """Return `computed_tokens` of a batch's examples."""
+    responses: list[list[int]] = [[] for _ in batch.prompts]
+    for prompt, response in zip(batch.prompt_of, batch.responses, strict=True):
+        responses[prompt].append(len(response))
+    return _tokens([len(prompt) for prompt in batch.prompts], responses, layout)
+
+
 def computed_tokens(examples: Sequence[Example], layout: str) -> int:
     """Return how many tokens a layout computes for these examples in one pass, padding included."""
-    prompts = [len(example.prompt) for example in examples]
-    responses = [list(map(len, example.responses)) for example in examples]
+    lengths = [list(map(len, example.responses)) for example in examples]
+    return _tokens([len(example.prompt) for example in examples], lengths, layout)
+
+
+def _tokens(prompts: list[int], responses: list[list[int]], layout: str) -> int:
     count = sum(map(len, responses))
     if layout == "packed":
         return sum(prompts) + sum(map(sum, responses))

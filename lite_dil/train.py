@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,20 @@ from typing import Any
 import numpy as np
 
 from lite_dil import backends
-from lite_dil.batch import Batch
+from lite_dil.batch import Batch, by_batch
 from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion, check_data, mismatched
 from lite_dil.data import CHOSEN
 from lite_dil.dataset import DataSet, describe, load, remarks
-from lite_dil.errors import TrainingDiverged, UserError
+from lite_dil.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.examples import Encoder, Example, fingerprint
+from lite_dil.fitting import Passes, take_step
 from lite_dil.losses import log_ratio
 from lite_dil.metrics import Means, answer_metrics, with_margin
 from lite_dil.models import load_tokenizer, resolve_model
 from lite_dil.objectives import OBJECTIVES
 from lite_dil.progress import Display
-from lite_dil.reference import ReferenceCache, open_cache
+from lite_dil.reference import open_cache
 from lite_dil.run import Progress, RunFolder, read_progress
 from lite_dil.sampled import add_samples, needed, reference_digest, sample_path
 from lite_dil.schedule import Schedule, plan, row_tokens
@@ -91,6 +93,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
     cache = open_cache(config, model, backend.identity)
     if cache.damaged:
         display.say(f"{cache.path}: {cache.damaged} damaged records, which will be computed again")
+    passes = Passes(backend, config, cache, display.say)
     if resume:
         backend.load_state(resume)
         folder.rewind(progress.step)
@@ -98,9 +101,9 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
         where = f"step {progress.step} of {schedule.steps} in {folder.path}"
         display.say(f"the run is finished: {where}" if finished else f"going on after {where}")
     else:
-        _check_start(backend, schedule, config, cache)
+        _check_start(passes, schedule, config)
 
-    if config.precompute_reference and not precompute(backend, [*examples, *others, *held_out], config, cache, display):
+    if config.precompute_reference and not precompute(passes, [*examples, *others, *held_out], config, display):
         display.say(f"stopped; the reference cache keeps what was computed: {cache.path}")
         return Trained(backend, encoder, folder, None, stopped=True)
     if not resume:
@@ -110,7 +113,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
         display.say(f"writing to {folder.path}")
 
     criterion = Criterion(config, examples)
-    evaluator = Evaluator(backend, held_out, config, cache)
+    evaluator = Evaluator(passes, held_out, config)
     evaluation, skipped_in_a_row = None, 0
 
     def save() -> Path:
@@ -120,14 +123,20 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
 
         return folder.save_checkpoint(progress, write, config.save_total_limit)
 
-    with StopSignal() as stop, display.bar(schedule.steps, progress.step) as bar:
+    @contextmanager  # so that the loop needs no try around it
+    def kept_where_memory_ends() -> Iterator[None]:
+        try:
+            yield
+        except OutOfMemory as error:
+            if not progress.step:
+                raise
+            saved = f"Step {progress.step} is saved: {save()}; --resume {folder.path} goes on from it"
+            raise UserError(f"{error}. {saved}") from None
+
+    with kept_where_memory_ends(), StopSignal() as stop, display.bar(schedule.steps, progress.step) as bar:
         while progress.step < schedule.steps and not stop.asked:
             step, started = progress.step + 1, time.perf_counter()
-            batches = schedule.batches(step)
-            known = [cache.lookup(batch) for batch in batches]
-            baseline = _baseline(backend, schedule.others(step), config, cache) if others else 0.0
-            result = backend.step(batches, criterion, rate := schedule.learning_rate(step), known, baseline)
-            computed = _remember(cache, batches, known, result.reference)
+            batches, result, baseline, computed = take_step(passes, schedule, step, criterion, display.say)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)) or skipped_in_a_row == MAX_SKIPPED:
                 # The weights are still those of the step before, which had a finite loss.
@@ -145,7 +154,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
                 window.add(name, value)
             last = step == schedule.steps
             if step % config.logging_steps == 0 or last:
-                line = _line(progress, schedule, rate, backend)
+                line = _line(progress, schedule, backend)
                 folder.log(line)
                 bar.update(step, line)
                 progress.window.clear()
@@ -174,22 +183,20 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
 class Evaluator:
     """Evaluates the policy on held-out data; the reference's log-probs come from the cache once they are known."""
 
-    def __init__(
-        self, backend: backends.Backend, examples: Sequence[Example], config: TrainConfig, cache: ReferenceCache
-    ) -> None:
-        self.backend, self.config, self.cache = backend, config, cache
+    def __init__(self, passes: Passes, examples: Sequence[Example], config: TrainConfig) -> None:
+        self.passes, self.config = passes, config
         self.criterion = Criterion(config, examples)
         others = mismatched(examples, config) if examples and OBJECTIVES[config.loss].baseline else []
         self.batches, self.others = (
-            plan(part, backend.layout, config.batch_size, row_tokens(config)) for part in (examples, others)
+            plan(part, passes.backend.layout, config.batch_size, row_tokens(config)) for part in (examples, others)
         )
 
     def run(self) -> dict[str, float]:
         """Return the metrics with an ``eval_`` before their names."""
         means = Means()
-        baseline = _baseline(self.backend, self.others, self.config, self.cache) if self.others else 0.0
+        baseline = self.passes.baseline(self.others)
         for batch in self.batches:
-            reference = _reference(self.backend, batch, self.cache)
+            reference = self.passes.reference(batch)
             inputs = self.criterion.inputs(batch, baseline)
             policy, weighted = self._policy(batch, inputs.get("token_weights"))
             with np.errstate(over="ignore"):  # an overflow shows as a loss that is not finite
@@ -203,8 +210,8 @@ class Evaluator:
     def _policy(self, batch: Batch, token_weights: np.ndarray | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return the policy's summed log-probs, and those with the objective's token weights where it has them."""
         if token_weights is None:
-            return self.backend.sequence_logps(batch), {}
-        tokens = self.backend.token_logps(batch)
+            return self.passes.sequence_logps(batch), {}
+        tokens = self.passes.token_logps(batch)
         starts = np.cumsum([0, *batch.lengths[:-1]]).astype(np.int64)
         return np.add.reduceat(tokens, starts), {"weighted_logps": np.add.reduceat(tokens * token_weights, starts)}
 
@@ -213,60 +220,18 @@ class Evaluator:
 PRECOMPUTE_ROWS = 4
 
 
-def precompute(
-    backend: backends.Backend, examples: Sequence[Example], config: TrainConfig, cache: ReferenceCache, display: Display
-) -> bool:
+def precompute(passes: Passes, examples: Sequence[Example], config: TrainConfig, display: Display) -> bool:
     """Fill the cache with the reference's log-probs of all examples; return False where Ctrl-C ended it early."""
-    missing = [example for example in examples if cache.lookup(Batch.of([example])) is None]
-    batches = plan(missing, backend.layout, len(missing), PRECOMPUTE_ROWS * row_tokens(config))
+    missing = [example for example in examples if passes.cache.lookup(Batch.of([example])) is None]
+    batches = plan(missing, passes.backend.layout, len(missing), PRECOMPUTE_ROWS * row_tokens(config))
     display.say(f"reference: {len(examples) - len(missing)} of {len(examples)} pairs are cached, {len(missing)} to compute")
     with StopSignal("stopping after this batch; what was computed is kept") as stop, display.bar(len(batches), 0) as bar:
         for number, batch in enumerate(batches, 1):
             if stop.asked:
                 return False
-            _reference(backend, batch, cache)
+            passes.reference(batch)
             bar.update(number, None)
     return True
-
-
-def _reference(backend: backends.Backend, batch: Batch, cache: ReferenceCache) -> np.ndarray:
-    """Return the reference's summed log-probs, (responses,), from the cache or computed and remembered."""
-    known = cache.lookup(batch)
-    if known is None:
-        with backend.adapter_off():
-            known = backend.sequence_logps(batch)
-        cache.add(batch, known)
-    return known
-
-
-def _remember(
-    cache: ReferenceCache, batches: Sequence[Batch], known: Sequence[np.ndarray | None], reference: np.ndarray
-) -> int:
-    """Add to the cache what a step computed on its way; return how many of its passes did."""
-    missing = [
-        (batch, logps)
-        for batch, values, logps in zip(batches, known, _by_batch(reference, batches), strict=True)
-        if values is None
-    ]
-    for batch, logps in missing:
-        cache.add(batch, logps)
-    return len(missing)
-
-
-def _by_batch(values: np.ndarray, batches: Sequence[Batch]) -> list[np.ndarray]:
-    """Cut a step's values of all responses, (responses,), into those of each batch."""
-    return np.split(values, np.cumsum([len(batch.responses) for batch in batches[:-1]], dtype=np.int64))
-
-
-def _baseline(backend: backends.Backend, batches: Sequence[Batch], config: TrainConfig, cache: ReferenceCache) -> float:
-    """Return kto's z0: the mean log-ratio of answers to other prompts, and 0 where that is negative (its eq. 8)."""
-    found = [
-        log_ratio(
-            backend.sequence_logps(batch), _reference(backend, batch, cache), batch.lengths, config.logp_reduction or "sum"
-        )
-        for batch in batches
-    ]
-    return max(0.0, float(np.concatenate(found).mean()))
 
 
 def _load(source: str, split: str, encoder: Encoder, config: TrainConfig, display: Display) -> DataSet:
@@ -290,15 +255,20 @@ def _load(source: str, split: str, encoder: Encoder, config: TrainConfig, displa
     return data
 
 
-def _check_start(backend: backends.Backend, schedule: Schedule, config: TrainConfig, cache: ReferenceCache) -> None:
+def _check_start(passes: Passes, schedule: Schedule, config: TrainConfig) -> None:
     """The log-ratio of a policy that is its own reference must be exactly 0, or every figure after it is wrong."""
     if config.init_adapter and config.reference == "base":
         return
-    batch = schedule.batches(1)[0]
-    with backend.adapter_off():
-        reference = backend.sequence_logps(batch)
-    cache.add(batch, reference)
-    worst = float(np.abs(backend.sequence_logps(batch) - reference).max())
+    backend, batch = passes.backend, schedule.batches(1)[0]
+
+    def both(batch: Batch) -> np.ndarray:  # of the same pass: one that was split may differ in its last bits
+        with backend.adapter_off():
+            reference = backend.sequence_logps(batch)
+        return np.stack([reference, backend.sequence_logps(batch)], -1)
+
+    reference, policy = passes.run(both, batch).T
+    passes.cache.add(batch, reference)
+    worst = float(np.abs(policy - reference).max())
     if worst != 0:
         raise UserError(
             f"{config.model}: with the adapter on, the untrained model differs from its reference by {worst:.3g} nats, where "
@@ -310,12 +280,12 @@ def _add_step(means: Means, result: backends.StepResult, batches: Sequence[Batch
     number = sum(batch.examples for batch in batches)
     means.add("loss", result.loss, number)
     means.add("grad_norm", result.grad_norm, number)
-    parts = (_by_batch(values, batches) for values in (result.policy, result.reference))
+    parts = (by_batch(values, batches) for values in (result.policy, result.reference))
     for batch, policy, reference in zip(batches, *parts, strict=True):
         answer_metrics(means, policy, reference, batch, config)
 
 
-def _line(progress: Progress, schedule: Schedule, rate: float, backend: backends.Backend) -> dict[str, Any]:
+def _line(progress: Progress, schedule: Schedule, backend: backends.Backend) -> dict[str, Any]:
     window = Means(progress.window)
     figures = {name: value for name, value in window.means().items() if name not in _SUMS}
     examples, tokens, seconds, steps, skipped, passes = map(window.total, _SUMS)
@@ -323,7 +293,7 @@ def _line(progress: Progress, schedule: Schedule, rate: float, backend: backends
         "step": progress.step,
         "epoch": schedule.epoch(progress.step),
         **with_margin(figures),
-        "learning_rate": rate,
+        "learning_rate": schedule.learning_rate(progress.step),
         "num_tokens": progress.num_tokens,
         "tokens_per_second": tokens / seconds,
         "examples_per_second": examples / seconds,
@@ -345,7 +315,7 @@ def _diverged(
     """Say where it went wrong: at the example whose log-ratio is not finite, or else the farthest from 0."""
     worst = (-1.0, "", "")
     reduction = config.logp_reduction or "mean"
-    parts = (_by_batch(values, batches) for values in (result.policy, result.reference))
+    parts = (by_batch(values, batches) for values in (result.policy, result.reference))
     for batch, policy, reference in zip(batches, *parts, strict=True):
         f = log_ratio(policy, reference, batch.lengths, reduction)
         for number, place in enumerate(batch.places):

@@ -17,9 +17,9 @@ from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion, mismatched
 from lite_dil.examples import Example
+from lite_dil.fitting import Passes
 from lite_dil.objectives import OBJECTIVES
 from lite_dil.reference import open_cache
-from lite_dil.train import _baseline
 
 exp, log = np.exp, np.log
 
@@ -247,7 +247,7 @@ def test_oracle_loss_and_gradients(
             others = Batch.of(mismatched(taken, options))
             f = answers(backend.token_logps(others), reference_logps(others), others, mean=False)["f"]
             z0 = max(0.0, f.mean())
-            baseline = _baseline(backend, [others], options, open_cache(options, tiny, backend.identity))
+            baseline = Passes(backend, options, open_cache(options, tiny, backend.identity), print).baseline([others])
             assert z0 > 0.05
             assert baseline == pytest.approx(z0, rel=1e-4)
         result, gradients[backend.name] = step_gradients(backend, [batch], Criterion(options, data), baseline)

@@ -170,13 +170,13 @@ def test_precomputing_goes_on_where_it_was_stopped(tiny: str, tmp_path: Path) ->
     write_pairs(tmp_path / "pairs.jsonl", 40)
     code = """
 import os, signal, sys
-from lite_dil import train as module
-done = module._reference
+from lite_dil.fitting import Passes
+done = Passes.reference
 def stop_after_one(*args):
     result = done(*args)
     os.kill(os.getpid(), signal.SIGINT)
     return result
-module._reference = stop_after_one
+Passes.reference = stop_after_one
 from lite_dil.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -28,9 +28,9 @@ from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion, mismatched
 from lite_dil.dataset import load as load_data
 from lite_dil.examples import Encoder, Example
+from lite_dil.fitting import Passes
 from lite_dil.reference import open_cache
 from lite_dil.schedule import Schedule
-from lite_dil.train import _baseline
 
 
 def has_trl() -> bool:
@@ -305,7 +305,7 @@ def test_kto_equals_trl(
     before = adapter(backend)
     set_adapter(backend, values)
     try:
-        z0 = _baseline(backend, schedule.others(1), settings, open_cache(settings, tiny, backend.identity))
+        z0 = Passes(backend, settings, open_cache(settings, tiny, backend.identity), print).baseline(schedule.others(1))
         result, gradients = step_gradients(backend, schedule.batches(1), Criterion(settings, examples), z0)
     finally:
         set_adapter(backend, before)
