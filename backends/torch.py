@@ -234,7 +234,7 @@ class TorchBackend:
 
     def load_state(self, folder: Path) -> None:
         """Go on exactly where `save_state` was called."""
-        # On the CPU first: the optimiser moves what belongs on the device, and leaves its step counters, as in a new run.
+        # On the CPU first: the optimiser itself moves what belongs on the device.
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, parameter in self._policy_parameters().items():
