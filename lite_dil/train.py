@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -103,7 +104,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
     else:
         _check_start(passes, schedule, config)
 
-    if config.precompute_reference and not precompute(passes, [*examples, *others, *held_out], config, display):
+    if config.precompute_reference and not precompute(passes, (examples, others, held_out), config, display):
         display.say(f"stopped; the reference cache keeps what was computed: {cache.path}")
         return Trained(backend, encoder, folder, None, stopped=True)
     if not resume:
@@ -218,19 +219,25 @@ class Evaluator:
 
 # Without gradients a pass keeps next to nothing, so that it can take more tokens than one of training.
 PRECOMPUTE_ROWS = 4
+PRECOMPUTE_EXAMPLES = 8192  # that are in memory at once; the longest of them go together
 
 
-def precompute(passes: Passes, examples: Sequence[Example], config: TrainConfig, display: Display) -> bool:
+def precompute(passes: Passes, parts: Sequence[Sequence[Example]], config: TrainConfig, display: Display) -> bool:
     """Fill the cache with the reference's log-probs of all examples; return False where Ctrl-C ended it early."""
-    missing = [example for example in examples if passes.cache.lookup(Batch.of([example])) is None]
-    batches = plan(missing, passes.backend.layout, len(missing), PRECOMPUTE_ROWS * row_tokens(config))
-    display.say(f"reference: {len(examples) - len(missing)} of {len(examples)} pairs are cached, {len(missing)} to compute")
-    with StopSignal("stopping after this batch; what was computed is kept") as stop, display.bar(len(batches), 0) as bar:
-        for number, batch in enumerate(batches, 1):
-            if stop.asked:
-                return False
-            passes.reference(batch)
-            bar.update(number, None)
+
+    def missing() -> Iterator[Example]:
+        return (e for e in itertools.chain(*parts) if passes.cache.lookup(Batch.of([e])) is None)
+
+    total, count = sum(map(len, parts)), sum(1 for _ in missing())
+    display.say(f"reference: {total - count} of {total} pairs are cached, {count} to compute")
+    left, done = missing(), 0
+    with StopSignal("stopping after this batch; what was computed is kept") as stop, display.bar(count, 0) as bar:
+        while some := list(itertools.islice(left, PRECOMPUTE_EXAMPLES)):
+            for batch in plan(some, passes.backend.layout, len(some), PRECOMPUTE_ROWS * row_tokens(config)):
+                if stop.asked:
+                    return False
+                passes.reference(batch)
+                bar.update(done := done + batch.examples, None)
     return True
 
 
