@@ -1,16 +1,18 @@
-"""The command line: ``lite-dil train`` and ``lite-dil demo``."""
+"""The command line: ``lite-dil train``, ``lite-dil data`` and ``lite-dil demo``."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lite_dil import __version__
-from lite_dil.config import FIELDS, TrainConfig
+from lite_dil.config import FIELDS, TrainConfig, flag
 from lite_dil.data import EMBEDDED
 from lite_dil.errors import TrainingDiverged, UserError, did_you_mean
 from lite_dil.models import EMBEDDED_MODEL
@@ -22,10 +24,18 @@ Train a LoRA adapter on preference data. With no flag: the demo's training, Smol
 
   lite-dil train --model meta-llama/Llama-3.1-8B-Instruct --4bit --data prefs.jsonl
 """
+_DATA = """\
+Show what would be trained on, without loading a model: how the rows are read and which cannot be used, token lengths, what
+--max-length cuts, what may spoil the training, and three examples with their tokens. Exit code 2 where train would stop.
+
+  lite-dil data prefs.jsonl --model meta-llama/Llama-3.1-8B-Instruct
+"""
 _DEMO = """\
 Train the embedded 135M model on the embedded data (about 3 minutes on 2 CPU cores), then show what it answers to held-out
 questions before and after. Takes the flags of train.
 """
+# The flags of train that decide what is read, and what the loss makes of it.
+_DATA_FLAGS = ("model", "data_format", "columns", "max_rows", "skip_bad_rows", "max_length", "loss", "seed")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,9 +43,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if unknown := message.partition("unrecognized arguments: ")[2]:
-            first = unknown.split()[0]
+            first = unknown.split()[0].partition("=")[0]
             flags = [option for action in self._actions for option in action.option_strings]
-            message = f"unknown argument {first}{did_you_mean(first.partition('=')[0], flags)}"
+            message = f"unknown argument {first}{did_you_mean(first, flags)}"
+            if first == "--data":
+                message = "the data is named without a flag here, as in lite-dil data prefs.jsonl"
+            elif first in {"--resume", *map(flag, FIELDS)}:
+                message = f"{first} is of lite-dil train and changes nothing here{did_you_mean(first, flags)}"
         raise UserError(f"{message}; see {self.prog} --help")
 
 
@@ -63,14 +77,23 @@ def _run(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text, help in (
         ("train", _TRAIN, "train an adapter on preference data"),
+        ("data", _DATA, "show what would be trained on: lengths, problems, samples"),
         ("demo", _DEMO, "train the embedded model and see its answers before and after"),
     ):
         command = commands.add_parser(
             name, help=help, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
-        add_flags(command)
+        add_flags(command, _DATA_FLAGS if name == "data" else FIELDS)
         group = command.add_argument_group("files")
         group.add_argument("--config", metavar="FILE.yaml", help="options as 'key: value' lines; flags win over them")
+        if name == "data":
+            what = FIELDS["data"].metadata["help"].partition("; several")
+            command.add_argument(
+                "data", nargs="?", metavar="FILE", default=argparse.SUPPRESS, help=f"{what[0]}; several as in train's --data"
+            )
+            command.add_argument("--json", action="store_true", help="print one JSON object, see lite_dil/report.py")
+            command.set_defaults(resume=None)
+            continue
         group.add_argument(
             "--resume",
             nargs="?",
@@ -84,6 +107,8 @@ def _run(argv: list[str]) -> int:
     chosen = commands.choices.get(name)
     args = chosen.parse_args(argv[1:]) if chosen else parser.parse_args(argv)
     config, resume = _config(args)
+    if name == "data":
+        return _show_data(config, args)
     if name == "demo" and (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED):
         raise UserError("the demo is the embedded model on the embedded data; use lite-dil train for --model and --data")
 
@@ -122,6 +147,35 @@ def _config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
     config = build(given, saved | base | {"output_dir": str(run)})
     check_same_run(config, saved, args.resume)
     return config, checkpoint
+
+
+def _show_data(config: TrainConfig, args: argparse.Namespace) -> int:
+    """Print the report on the data; return 0 where training would go on with it, else 2."""
+    _quiet_environment()
+    import json
+
+    from rich.console import Console
+
+    from lite_dil.examples import Encoder
+    from lite_dil.models import load_tokenizer, resolve_model
+    from lite_dil.progress import Display
+    from lite_dil.report import report
+    from lite_dil.show import Show
+
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe of another encoding than UTF-8 shows codes instead
+        sys.stdout.reconfigure(errors="backslashreplace")
+    aside = Display(Console(stderr=True, highlight=False, soft_wrap=True))
+    _quiet_bars()
+    with aside.console.status("reading the data"):
+        found = report(config, Encoder(load_tokenizer(resolve_model(config.model, aside.say))))
+    if args.json:
+        print(json.dumps(found))
+    else:
+        given = [("--config", args.config)] if args.config else []
+        given += [(flag(name), value) for name, value in vars(args).items() if name in FIELDS]
+        words = [word for name, value in given for word in ([name] if value is True else [name, value]) if value is not False]
+        Show(Console(highlight=False)).all(found, shlex.join(["lite-dil", "train", *words]))
+    return 2 if found["stops"] else 0
 
 
 def _quiet_environment() -> None:

@@ -139,6 +139,7 @@ class DataSet:
         chat: whether prompts are chat messages.
         answers: how many of each sign were read.
         prompts_cut, responses_cut: how many examples `max_length` touched.
+        store: every example once, in the order of the data.
     """
 
     examples: Sequence[Example]
@@ -148,6 +149,7 @@ class DataSet:
     sources: list[Source]
     prompts_cut: int
     responses_cut: int
+    store: Sequence[Example]
 
     @property
     def problems(self) -> list[Problem]:
@@ -162,6 +164,7 @@ def load(
     config: TrainConfig,
     watch: Callable[[Row, Example, Example], None] | None = None,
     good_only: bool = False,
+    strict: bool = True,
 ) -> DataSet:
     """Read, check, tokenise and cut all rows of `data`.
 
@@ -170,9 +173,10 @@ def load(
         split: the split to take where a source names none, "train" or "test".
         watch: called for each good row with the row, its tokens, and its tokens cut to ``--max-length``.
         good_only: leave bad answers without a partner out of the examples, for objectives that train on good ones alone.
+        strict: raise UserError for rows that cannot be used (unless ``--skip-bad-rows``), and for a source without good ones.
 
     Raises:
-        UserError: a source cannot be read; or, unless ``--skip-bad-rows``, rows cannot be used; or none is left.
+        UserError: a source cannot be read, or has data of another kind than the one before it; or as `strict` says.
     """
     store, answers = ExampleStore(), Counter[int]()
     sources: list[Source] = []
@@ -198,18 +202,20 @@ def load(
             store.append(example)
             prompts_cut += prompt_cut
             responses_cut += response_cut
-        refuse(name, [] if config.skip_bad_rows and rows else reader.problems, rows)
-        if form and (reader.form, reader.chat) != (form, chat):
+        if strict:
+            refuse(name, [] if config.skip_bad_rows and rows else reader.problems, rows)
+        if rows and form and (reader.form, reader.chat) != (form, chat):
             kinds = [
                 f"{kind} of {'chat messages' if talk else 'plain text'}"
                 for kind, talk in ((form, chat), (reader.form, reader.chat))
             ]
             raise UserError(f"--data: {sources[0].name} has {kinds[0]} and {name} {kinds[1]}; train on one kind at a time")
-        form, chat = reader.form, reader.chat
+        if rows:
+            form, chat = reader.form, reader.chat
         sources.append(Source(name, weight, rows, reader.format, reader.problems, reader.notes))
         order.append(_often(np.arange(first, len(store)), weight, random))
     examples = store if all(source.weight == 1 for source in sources) else Picked(store, np.concatenate(order))
-    return DataSet(examples, form, chat, answers, sources, prompts_cut, responses_cut)
+    return DataSet(examples, form, chat, answers, sources, prompts_cut, responses_cut, store)
 
 
 def _often(rows: np.ndarray, weight: float, random: np.random.Generator) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,11 @@ def coerce(name: str, value: Any, where: str) -> Any:
     return value
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every field, grouped. A flag that is not given leaves no attribute behind."""
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = FIELDS) -> None:
+    """Add a flag for each of the fields `names`, grouped. A flag that is not given leaves no attribute behind."""
     groups: dict[str, Any] = {}
-    for name, spec in FIELDS.items():
+    for name in names:
+        spec = FIELDS[name]
         meta = spec.metadata
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         kind, _ = _types(name)

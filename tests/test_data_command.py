@@ -1,0 +1,399 @@
+"""`lite-dil data`: its figures worked out by hand, its exit codes, and that what it shows is what is trained on."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import byte_level_tokenizer, config, sentencepiece_tokenizer
+from rich.console import Console
+
+from lite_dil.cli import main
+from lite_dil.dataset import load
+from lite_dil.examples import Encoder
+from lite_dil.models import load_tokenizer
+from lite_dil.pieces import pieces
+from lite_dil.show import Show, visible
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def pair(prompt: str, chosen: str, rejected: str) -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def labelled(prompt: str, answer: str, label: bool) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": answer, "label": label}
+
+
+@pytest.fixture
+def data(tiny: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command with --json; returns the exit code and the object."""
+
+    def run(*argv: str) -> tuple[int, dict[str, Any]]:
+        code = main(["data", *argv, "--model", tiny, "--json"])
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return code, json.loads(captured.out)
+
+    return run
+
+
+def words(number: int, word: str = "the") -> str:
+    """A text of that many tokens: " the" is one, and an answer has its end-of-turn token besides."""
+    return f" {word}" * number
+
+
+def asked(number: int) -> str:
+    """A prompt of that many tokens."""
+    return words(number, "what")
+
+
+def test_lengths_and_what_max_length_cuts(data: Any, tmp_path: Path) -> None:
+    # Answers of 2 .. 11 tokens against answers of 3, with prompts of 1 .. 10: needed are 1 + 3, 2 + 3, 3 + 4, ..., 10 + 11.
+    file = write(tmp_path / "a.jsonl", [pair(asked(n), words(n), words(2) + ".") for n in range(1, 11)])
+    code, found = data(file, "--max-length", "13")
+    assert code == 0
+    assert found["tokens"]["prompt"] == {"p50": 5, "p90": 9, "p95": 10, "p99": 10, "max": 10, "mean": 5.5}
+    assert found["tokens"]["chosen"] == {"p50": 6, "p90": 10, "p95": 11, "p99": 11, "max": 11, "mean": 6.5}
+    assert found["tokens"]["rejected"] == {"p50": 4, "p90": 4, "p95": 4, "p99": 4, "max": 4, "mean": 4.0}
+    assert found["tokens"]["whole"]["max"] == 10 + 11 + 4
+    # Of 6 + 7 = 13 tokens nothing is cut, of 7 + 8 = 15 two.
+    assert found["max_length"] == {
+        "given": 13, "prompts_cut": 4, "answers_cut": 0, "examples_cut": 4, "cuts_none": 21, "cuts_one_percent": 21,
+    }  # fmt: skip
+    whole = 10 * 4 + sum(n + n + 1 for n in range(1, 11))
+    assert found["all_rows"] == {"computed": whole - (2 + 4 + 6 + 8), "trained": 40 + 65}
+    assert found["length_bias"] == {
+        "chosen_longer": 0.7, "rejected_longer": 0.2, "mean_difference": 2.5, "beyond_chance": False,
+    }  # fmt: skip
+    # 8 tokens hold no more than 7 of an answer, beside the one that is left of the prompt.
+    _, found = data(file, "--max-length", "8")
+    assert (found["max_length"]["answers_cut"], found["max_length"]["examples_cut"]) == (4, 7)
+    assert any("4 answers without an end, cut by --max-length 8" in warning for warning in found["warnings"])
+    # What it says is what training does.
+    for limit in ("cuts_none", "given"):
+        length = found["max_length"][limit]
+        encoder = Encoder(load_tokenizer(found["model"]))
+        loaded = load(file, "train", encoder, config(max_length=length))
+        assert (loaded.prompts_cut > 0) == (limit == "given")
+
+
+def test_one_percent_is_of_the_examples(data: Any, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [pair(asked(1), words(n), words(200)) for n in range(201, 351)])
+    _, found = data(file)
+    assert found["max_length"]["cuts_none"] == 1 + 350 + 1
+    assert found["max_length"]["cuts_one_percent"] == 1 + 349 + 1  # 1 of 150 may be cut
+    _, again = data(file, "--max-length", "351")
+    assert again["max_length"]["examples_cut"] == 1
+
+
+@pytest.mark.parametrize(
+    ("longer", "shorter", "loss", "said"),
+    [
+        (60, 40, "lsif", ""),  # 0.6 is two standard errors of 100 above a half, and not more
+        (61, 39, "lsif", "--loss lsif averages log-probs"),
+        (61, 39, "dpo", "--loss dpo sums log-probs"),
+        (61, 39, "sft", "--loss sft learns the lengths of the chosen answers"),
+        (39, 61, "dpo", ""),
+    ],
+)
+def test_length_bias_beyond_chance(data: Any, tmp_path: Path, longer: int, shorter: int, loss: str, said: str) -> None:
+    rows = [pair(asked(n + 1), words(3), words(2)) for n in range(longer)]
+    rows += [pair(asked(n + 1), words(2), words(3)) for n in range(shorter)]
+    _, found = data(write(tmp_path / "a.jsonl", rows), "--loss", loss)
+    assert found["length_bias"]["beyond_chance"] == bool(said)
+    warnings = [warning for warning in found["warnings"] if "longer is better" in warning]
+    assert bool(warnings) == bool(said)
+    assert all(said in warning and ("--loss simpo" in warning) == (loss == "dpo") for warning in warnings)
+
+
+def test_duplicates_and_contradictions_of_pairs(data: Any, tmp_path: Path) -> None:
+    rows = [
+        pair("a", "the", "red"),
+        pair("b", "the", "red"),
+        pair("a", "red", "the"),  # against 1
+        pair("a", "the", "red"),  # as 1
+        pair("a", "red", "the"),  # against 1, as 3
+        pair("a", "the", "blue"),
+    ]
+    file = write(tmp_path / "a.jsonl", rows)
+    code, found = data(file)
+    assert code == 0
+    assert found["duplicates"] == {"rows": 2, "first": f"{file} line 4", "earlier": f"{file} line 1"}
+    assert found["contradictions"] == {"rows": 2, "first": f"{file} line 3", "earlier": f"{file} line 1"}
+    told = [warning for warning in found["warnings"] if "an earlier row" in warning]
+    assert len(told) == 2 and all(f"{file} line 1" in warning for warning in told)
+
+
+def test_an_answer_that_is_called_good_and_bad(data: Any, tmp_path: Path) -> None:
+    rows = [labelled("a", "the", True), labelled("a", "red", False), labelled("a", "the", False), labelled("b", "red", True)]
+    file = write(tmp_path / "a.jsonl", [*rows, labelled("a", "red", False)])
+    _, found = data(file)
+    assert found["form"] == "unpaired"
+    assert found["answers"] == {"chosen": 2, "rejected": 3}
+    assert found["contradictions"] == {"rows": 1, "first": f"{file} line 3", "earlier": f"{file} line 1"}
+    assert found["duplicates"] == {"rows": 1, "first": f"{file} line 5", "earlier": f"{file} line 2"}
+    assert "dpo" not in found["losses"] and {"kto", "lsif", "sft"} <= set(found["losses"])
+
+
+def test_marks_of_other_templates(data: Any, tmp_path: Path) -> None:
+    rows = [
+        pair("[INST] a [/INST]", "the </s>", "red"),
+        pair("b <|im_start|>", "[INST] the", "red\n\nHuman: go on"),
+        pair("c", "<sup>1</sup>", "a <|x|>"),
+    ]
+    file = write(tmp_path / "a.jsonl", rows)
+    _, found = data(file)
+    marks = {mark.pop("mark"): mark for mark in found["marks"]}
+    assert marks["[INST]"] == {"rows": 2, "first": f"{file} line 1", "as_token": False}
+    assert marks["\n\nHuman:"] == {"rows": 1, "first": f"{file} line 2", "as_token": False}
+    assert marks["<|im_start|>"] == {"rows": 1, "first": f"{file} line 2", "as_token": True}
+    assert marks.keys() == {"[INST]", "[/INST]", "</s>", "\n\nHuman:", "<|im_start|>"}
+    (told,) = (warning for warning in found["warnings"] if "another model's template" in warning)
+    assert "'[INST]' in 2 rows" in told and "im_start" not in told
+
+
+GOOD = [labelled("a", "the", True), labelled("b", "red", True)]
+DEMOS = [{"prompt": "a", "completion": "the"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "code", "why"),
+    [
+        ([pair("a", "the", "red")], [], 0, ""),
+        ([pair("a", "the", "red"), pair("a", "", "red")], [], 2, "1 of 2 rows cannot be used"),
+        ([pair("a", "the", "red"), pair("a", "", "red")], ["--skip-bad-rows"], 0, ""),
+        ([pair("a", "the", "")], ["--skip-bad-rows"], 2, "no row can be used of 1 row"),
+        (GOOD, ["--loss", "kto"], 2, "--loss kto needs good and bad answers"),
+        (GOOD, [], 2, "--loss lsif needs good and bad answers"),
+        (GOOD, ["--loss", "sft"], 0, ""),
+        (DEMOS, [], 2, "--loss lsif needs rejected answers"),
+        (DEMOS, ["--loss", "sft"], 0, ""),
+        ([labelled("a", "the", True), labelled("a", "red", False)], ["--loss", "kto"], 2, "all of the data has the same one"),
+        ([*GOOD, labelled("a", "red", False)], ["--loss", "dpo"], 2, "--loss dpo needs pairs"),
+        ([*GOOD, labelled("a", "red", False)], ["--loss", "kto"], 0, ""),
+    ],
+)
+def test_exit_codes_are_those_of_training(
+    data: Any, tiny: str, tmp_path: Path, rows: list[Any], flags: list[str], code: int, why: str, capsys: Any
+) -> None:
+    file = write(tmp_path / "a.jsonl", rows)
+    returned, found = data(file, *flags)
+    assert returned == code
+    assert [why in stop["why"] for stop in found["stops"]] == ([True] if why else [])
+    # The report is printed all the same, and its last line says what to do.
+    assert main(["data", file, *flags, "--model", tiny]) == code
+    out = capsys.readouterr().out
+    last = out.splitlines()[-1]
+    if code == 0:
+        words = " ".join([*flags, "--model", tiny])
+        assert last.startswith("train goes on with this data: lite-dil train --data ")
+        assert all(word in last for word in words.split())
+    else:
+        assert f"train stops: {found['stops'][0]['why']}" in out
+        assert last == f"what to do: {found['stops'][0]['mend']}"
+    # And training agrees.
+    more = ["--max-steps", "1", "--backend", "cpu", "--output-dir", str(tmp_path / "run")]
+    assert main(["train", "--data", file, "--model", tiny, *flags, *more]) == code
+
+
+def test_every_reason_is_told_with_its_first_place(data: Any, tmp_path: Path) -> None:
+    rows = [{"chosen": "a"}, pair("a", "the", "red"), pair("a", "", "red"), pair("a", "the", "the"), pair("b", "the", "")]
+    file = write(tmp_path / "a.jsonl", rows)
+    code, found = data(file)
+    assert code == 2
+    (source,) = found["sources"]
+    assert (source["kept"], source["format"], source["weight"]) == (1, "preference", 1)
+    empty, lacking, same = source["left_out"]
+    assert (empty["reason"], empty["rows"], empty["first"]) == ("empty answer", 2, f"{file} line 3")
+    assert "the chosen answer is empty" in empty["message"]
+    assert (lacking["rows"], lacking["first"]) == (1, f"{file} line 1")
+    assert (same["reason"], same["rows"]) == ("identical answers", 1)
+
+
+def test_notes_and_several_sources(data: Any, tmp_path: Path) -> None:
+    repeated = pair("the capital", "the capital is Paris", "the capital is red")
+    one, other = write(tmp_path / "a.jsonl", [repeated]), write(tmp_path / "b.jsonl", [pair("a", "b", "c")] * 2)
+    code, found = data(f"{one},{other}=0.5")
+    assert code == 0
+    assert [(source["name"], source["weight"], source["kept"]) for source in found["sources"]] == [
+        (one, 1, 1),
+        (other, 0.5, 2),
+    ]
+    assert [note["rows"] for note in found["sources"][0]["notes"]] == [1]
+    assert found["duplicates"] == {"rows": 1, "first": f"{other} line 2", "earlier": f"{other} line 1"}
+
+
+def test_a_sample_is_exactly_what_is_trained_on(data: Any, tiny: str, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "the capital of 日本 😀?"}]
+    rows = [{"prompt": chat, "chosen": f"東京 is {n}", "rejected": words(30)} for n in range(9)]
+    file = write(tmp_path / "a.jsonl", rows)
+    _, found = data(file, "--max-length", "40", "--seed", "3")
+    tokenizer = load_tokenizer(tiny)
+    loaded = load(file, "train", Encoder(tokenizer), config(max_length=40)).examples
+    by_place = {example.place: example for example in loaded}
+    assert len(found["samples"]) == len({sample["place"] for sample in found["samples"]}) == 3
+    for sample in found["samples"]:
+        example, (prompt, chosen, rejected) = by_place[sample["place"]], sample["parts"]
+        assert [tuple(part["ids"]) for part in sample["parts"]] == [example.prompt, *example.responses]
+        assert [part["side"] for part in sample["parts"]] == ["prompt", "chosen", "rejected"]
+        assert [part["trained"] for part in sample["parts"]] == [False, True, True]
+        for part in (prompt, chosen, rejected):
+            assert part["text"] == tokenizer.decode(part["ids"])
+            assert part["text"] == "".join(text for text, _, _ in part["pieces"])
+            assert len(part["ids"]) == sum(number for _, number, _ in part["pieces"])
+        assert (prompt["cut"] > 0, chosen["cut"], rejected["cut"]) == (True, 0, 0)
+        assert chosen["pieces"][-1] == ["<|im_end|>", 1, True]
+        assert ["東", 3, False] in chosen["pieces"]
+    again, other = data(file, "--seed", "3")[1], data(file, "--seed", "4")[1]
+    places = [[sample["place"] for sample in run["samples"]] for run in (found, again, other)]
+    assert places[0] == places[1] != places[2]
+    assert not data(file, "--loss", "sft")[1]["samples"][0]["parts"][2]["trained"]
+
+
+@pytest.mark.parametrize("make", [byte_level_tokenizer, sentencepiece_tokenizer])
+def test_pieces_are_the_text_token_by_token(make: Any) -> None:
+    tokenizer = make()
+    before = tokenizer("what is", add_special_tokens=False).input_ids
+    for text in (" the capital", " Paris\n\nis 😀 日本 é", "  two  spaces ", "a\ufffd", "\ufffd\ufffd the"):
+        whole = tokenizer(f"what is{text}{tokenizer.eos_token}", add_special_tokens=False).input_ids
+        found = pieces(tokenizer, whole[len(before) :], before)
+        assert "".join(piece.text for piece in found) == text + tokenizer.eos_token
+        assert sum(piece.tokens for piece in found) == len(whole) - len(before)
+        assert [piece.special for piece in found] == [False] * (len(found) - 1) + [True]
+        if "�" not in text:
+            assert all(piece.tokens == 1 or len(piece.text) == 1 for piece in found)
+
+
+EVIL = "a\x1b[31mred\x1b]0;title\x07 [bold]b[/bold]\u202e \u200b\x9b2J\r"
+
+
+def hostile(path: Path) -> str:
+    rows = [pair(EVIL + str(n), f"the {EVIL}", "red") for n in range(3)]
+    return write(path, [*rows, {EVIL: 1, "prompt": "p"}, {**pair("a", "b", "c"), "prompt": [{"role": EVIL, "content": "a"}]}])
+
+
+def test_escape_sequences_reach_no_terminal(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", hostile(tmp_path / "a.jsonl"), "--model", tiny]) == 2
+    out = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in out)
+    assert r"\x1b" in out and r"\u202e" in out and r"\r" in out
+    assert re.sub("[│\n]| {4}", "", out).count("[bold]b[/bold]") >= 6  # markup is text
+
+
+def shown(found: dict[str, Any], **options: Any) -> str:
+    console = Console(file=io.StringIO(), width=120, highlight=False, **options)
+    Show(console).all(found, "lite-dil train")
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_terminal_gets_colours_and_nothing_else_of_the_data(data: Any, tmp_path: Path) -> None:
+    _, found = data(hostile(tmp_path / "a.jsonl"))
+    out = shown(found, force_terminal=True, color_system="standard", no_color=False)
+    sequences = set(re.findall(r"\x1b(?!\[[0-9;]*m)", out)) | {c for c in out if not c.isprintable() and c not in "\n\x1b"}
+    assert not sequences
+    assert "\x1b[7;32m<|im_end|>" in out  # a control token that is trained, of chosen
+    assert "\x1b[7;31m<|im_end|>" in out
+    assert "\x1b[2m" in out and "\x1b[4;32m" in out and "│" not in out
+    for options in ({"force_terminal": False}, {"force_terminal": True, "color_system": "standard", "no_color": True}):
+        plain = shown(found, **options)
+        assert "red│<|im_end|>" in plain and "\x1b[4" not in plain and "\x1b[7" not in plain
+
+
+def test_long_parts_show_their_ends(data: Any, tmp_path: Path) -> None:
+    prompt = " what" * 50 + " tea" * 450
+    _, found = data(write(tmp_path / "a.jsonl", [pair(prompt, words(300), words(5))]), "--max-length", "2000")
+    lines = [line.strip() for line in shown(found).splitlines()]
+    assert "[... 400 tokens not shown ...]" in lines  # 500 less the first 40 and the last 60
+    assert "[... 61 tokens not shown ...]" in lines  # 301 less 160 and 80
+    at = lines.index("[... 400 tokens not shown ...]")
+    assert lines[at - 1].split("│") == ["what", *[" what"] * 39]
+    assert lines[at + 1].split("│") == ["tea", *[" tea"] * 59]
+
+
+def test_visible_keeps_what_can_be_printed() -> None:
+    assert visible("héllo 日本 [b]") == "héllo 日本 [b]"
+    assert visible("a\tb\nc\x1b") == r"a\tb\nc\x1b"
+    assert visible("a\nb", lines=True) == "a↵\nb"
+
+
+def test_a_run_s_config_can_be_checked(data: Any, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", [pair("a", "the", "red"), pair("a", "", "red")])
+    (tmp_path / "run.yaml").write_text(f"data: {file}\nloss: simpo\nlearning_rate: 1e-5\nskip_bad_rows: true\nmax_length: 7\n")
+    code, found = data("--config", str(tmp_path / "run.yaml"))
+    assert code == 0
+    assert (found["data"], found["loss"], found["max_length"]["given"]) == (file, "simpo", 7)
+    code, found = data("--config", str(tmp_path / "run.yaml"), "--no-skip-bad-rows", "--max-length", "9")
+    assert code == 2 and found["max_length"]["given"] == 9
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max-lenght", "9"], "unknown argument --max-lenght (did you mean '--max-length'?); see lite-dil data --help"),
+        (["--learning-rate", "1"], "--learning-rate is of lite-dil train and changes nothing here"),
+        (["--data", "x.jsonl"], "the data is named without a flag here"),
+        (["--loss", "sfl"], "argument --loss: 'sfl'"),
+        (["none.jsonl"], "none.jsonl: no such file"),
+        (["--columns", "good"], "--columns good: expected FIELD=COLUMN"),
+    ],
+)
+def test_user_errors(argv: list[str], message: str, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", *argv, "--model", tiny, "--json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lite-dil: ") and message in captured.err
+    assert captured.out == ""
+
+
+def test_sources_that_do_not_go_together(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = write(tmp_path / "a.jsonl", [pair("a", "b", "c")]), write(tmp_path / "b.jsonl", DEMOS)
+    assert main(["data", f"{one},{other}", "--model", tiny]) == 2
+    assert "train on one kind at a time" in capsys.readouterr().err
+
+
+def test_neither_torch_nor_mlx_is_needed(tiny: str, tmp_path: Path) -> None:
+    """In a new interpreter in which neither can be imported, by the script, to a pipe that takes no accents."""
+    file = write(tmp_path / "a.jsonl", [pair("a", "the é", "red")])
+    code = (
+        "import importlib.abc, runpy, sys\n"
+        "class Absent(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name.partition('.')[0] in ('torch', 'mlx', 'mlx_lm', 'peft'): raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        f"sys.argv = ['data.py', {file!r}, '--model', {tiny!r}]\n"
+        "runpy.run_path('scripts/data.py', run_name='__main__')\n"
+    )
+    root = Path(__file__).parent.parent
+    environment = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(root)}
+    import os
+
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stderr
+    assert r"the\u2502" in out.stdout and r"\xe9" in out.stdout
+
+
+def test_no_flag_is_the_data_of_the_demo(data: Any) -> None:
+    code, found = data()
+    assert (code, found["data"], found["form"], found["chat"]) == (0, "short-answers", "pairs", True)
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, text in (
+        (["--help"], "show what would be trained on"),
+        (["data", "--help"], "lite-dil data prefs.jsonl --model"),
+    ):
+        with pytest.raises(SystemExit):
+            main(argv)
+        assert text in " ".join(capsys.readouterr().out.split())
