@@ -62,7 +62,7 @@ class Show:
         """Print one paragraph; plain strings are data or may hold some."""
         text = Text.assemble(*(part if isinstance(part, Text) else visible(part) for part in parts))
         if self.coloured:
-            self.console.print(Padding(text, (0, 0, 0, indent)))
+            self.console.print(Padding(text, (0, 0, 0, indent), expand=False))
         else:
             self.console.print(Text(" " * indent).append_text(text), soft_wrap=True)
 
@@ -150,7 +150,7 @@ class Show:
                 shown = f"{shown[:-1]}│\n" if shown.endswith("\n") else f"{shown}│"
             text.append(shown, f"{style}{' reverse' if special else more}")
         if self.coloured:
-            self.console.print(Padding(text, (0, 0, 0, 4)))
+            self.console.print(Padding(text, (0, 0, 0, 4), expand=False))
         else:
             for line in text.plain.split("\n"):
                 self.console.print(Text(f"    {line}"), soft_wrap=True)
