@@ -87,21 +87,16 @@ def _run(argv: list[str]) -> int:
         group = command.add_argument_group("files")
         group.add_argument("--config", metavar="FILE.yaml", help="options as 'key: value' lines; flags win over them")
         if name == "data":
-            what = FIELDS["data"].metadata["help"].partition("; several")
-            command.add_argument(
-                "data", nargs="?", metavar="FILE", default=argparse.SUPPRESS, help=f"{what[0]}; several as in train's --data"
+            _add_data(command)
+        else:
+            group.add_argument(
+                "--resume",
+                nargs="?",
+                const="auto",
+                metavar="DIR",
+                help="go on with a run, as if it had never stopped: its folder, one of its checkpoints, or auto (the newest in "
+                "--output-dir or under runs/, or a new run where there is none); auto if no DIR is given",
             )
-            command.add_argument("--json", action="store_true", help="print one JSON object, see lite_dil/report.py")
-            command.set_defaults(resume=None)
-            continue
-        group.add_argument(
-            "--resume",
-            nargs="?",
-            const="auto",
-            metavar="DIR",
-            help="go on with a run, as if it had never stopped: its folder, one of its checkpoints, or auto (the newest in "
-            "--output-dir or under runs/, or a new run where there is none); auto if no DIR is given",
-        )
     name = argv[0] if argv else ""
     # Given to the sub-parser itself, so that an unknown flag is compared with that command's flags.
     chosen = commands.choices.get(name)
@@ -127,6 +122,16 @@ def _run(argv: list[str]) -> int:
 
         show(trained, display)
     return 130 if trained.stopped else 0
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    """Add what `lite-dil data` takes beside flags of train."""
+    what = FIELDS["data"].metadata["help"].partition(". lite-dil data")[0]
+    command.add_argument("data", nargs="?", metavar="FILE", default=argparse.SUPPRESS, help=f"{what} (default: {EMBEDDED})")
+    command.add_argument(
+        "--json", action="store_true", help="print one JSON object instead; lite_dil/report.py describes its fields"
+    )
+    command.set_defaults(resume=None)
 
 
 def _config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
@@ -171,11 +176,19 @@ def _show_data(config: TrainConfig, args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found))
     else:
-        given = [("--config", args.config)] if args.config else []
-        given += [(flag(name), value) for name, value in vars(args).items() if name in FIELDS]
-        words = [word for name, value in given for word in ([name] if value is True else [name, value]) if value is not False]
-        Show(Console(highlight=False)).all(found, shlex.join(["lite-dil", "train", *words]))
+        Show(Console(highlight=False)).all(found, _as_train(args))
     return 2 if found["stops"] else 0
+
+
+def _as_train(args: argparse.Namespace) -> str:
+    """Return the command that trains on what `args` of lite-dil data show."""
+    words = ["lite-dil", "train", *(["--config", args.config] if args.config else [])]
+    for name, value in vars(args).items():
+        if name in FIELDS and isinstance(value, bool):
+            words.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+        elif name in FIELDS:
+            words += [flag(name), value]
+    return shlex.join(words)
 
 
 def _quiet_environment() -> None:

@@ -136,6 +136,11 @@ def test_duplicates_and_contradictions_of_pairs(data: Any, tmp_path: Path) -> No
     assert len(told) == 2 and all(f"{file} line 1" in warning for warning in told)
 
 
+def test_where_the_prompt_ends_tells_rows_apart(data: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "what is", "completion": " the"}, {"prompt": "what", "completion": " is the"}]
+    assert data(write(tmp_path / "a.jsonl", rows), "--loss", "sft")[1]["duplicates"]["rows"] == 0
+
+
 def test_an_answer_that_is_called_good_and_bad(data: Any, tmp_path: Path) -> None:
     rows = [labelled("a", "the", True), labelled("a", "red", False), labelled("a", "the", False), labelled("b", "red", True)]
     file = write(tmp_path / "a.jsonl", [*rows, labelled("a", "red", False)])
@@ -162,6 +167,20 @@ def test_marks_of_other_templates(data: Any, tmp_path: Path) -> None:
     assert marks.keys() == {"[INST]", "[/INST]", "</s>", "\n\nHuman:", "<|im_start|>"}
     (told,) = (warning for warning in found["warnings"] if "another model's template" in warning)
     assert "'[INST]' in 2 rows" in told and "im_start" not in told
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b </s>"}, {"role": "user", "content": "c"}]
+    answers = {"chosen": [{"role": "assistant", "content": "<|eot_id|>"}], "rejected": "red"}
+    _, found = data(write(tmp_path / "b.jsonl", [{"prompt": chat, **answers}]))
+    assert {mark["mark"] for mark in found["marks"]} == {"</s>", "<|eot_id|>"}
+
+
+def test_plain_text_for_a_model_that_chats_is_warned_of(data: Any, tmp_path: Path) -> None:
+    def warned(prompt: Any) -> bool:
+        row = {"prompt": prompt, "chosen": "the", "rejected": "red"}
+        return any("without the model's chat template" in w for w in data(write(tmp_path / "a.jsonl", [row]))[1]["warnings"])
+
+    assert warned("what")
+    assert not warned([{"role": "user", "content": "what"}])
+    assert not warned("<|im_start|>user\nwhat<|im_end|>\n<|im_start|>assistant\n")  # laid out by hand
 
 
 GOOD = [labelled("a", "the", True), labelled("b", "red", True)]
@@ -262,6 +281,16 @@ def test_a_sample_is_exactly_what_is_trained_on(data: Any, tiny: str, tmp_path: 
     assert not data(file, "--loss", "sft")[1]["samples"][0]["parts"][2]["trained"]
 
 
+def test_a_sample_of_a_tokenizer_that_drops_a_first_space(tiny: str, tmp_path: Path, capsys: Any) -> None:
+    sentencepiece_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_bytes((Path(tiny) / "config.json").read_bytes())
+    file = write(tmp_path / "a.jsonl", [pair("what is", " the capital", "\nred")])
+    assert main(["data", file, "--model", str(tmp_path / "model"), "--json"]) == 0
+    (sample,) = json.loads(capsys.readouterr().out)["samples"]
+    assert [part["text"] for part in sample["parts"]] == ["<s> what is", " the capital</s>", "\nred</s>"]
+    assert sample["parts"][0]["pieces"][0] == ["<s>", 1, True]
+
+
 @pytest.mark.parametrize("make", [byte_level_tokenizer, sentencepiece_tokenizer])
 def test_pieces_are_the_text_token_by_token(make: Any) -> None:
     tokenizer = make()
@@ -285,7 +314,7 @@ def hostile(path: Path) -> str:
 
 
 def test_escape_sequences_reach_no_terminal(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", hostile(tmp_path / "a.jsonl"), "--model", tiny]) == 2
+    assert main(["data", hostile(tmp_path / "a\x1b[31m.jsonl"), "--model", tiny]) == 2
     out = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in out)
     assert r"\x1b" in out and r"\u202e" in out and r"\r" in out
