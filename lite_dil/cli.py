@@ -94,8 +94,8 @@ def _run(argv: list[str]) -> int:
                 nargs="?",
                 const="auto",
                 metavar="DIR",
-                help="go on with a run, as if it had never stopped: its folder, one of its checkpoints, or auto (the newest in "
-                "--output-dir or under runs/, or a new run where there is none); auto if no DIR is given",
+                help="go on with a run, as if it had never stopped: its folder, one of its checkpoints, or auto (the newest "
+                "in --output-dir or under runs/, or a new run where there is none); auto if no DIR is given",
             )
     name = argv[0] if argv else ""
     # Given to the sub-parser itself, so that an unknown flag is compared with that command's flags.
