@@ -74,7 +74,7 @@ class Show:
         often = "" if source["weight"] == 1 else f", {source['weight']:g} times an epoch"
         self._line(f"{count(source['kept'], 'row')} of {source['kept'] + out:,} kept{often}", indent=2)
         for reason in source["left_out"]:
-            self._line(f"{count(reason['rows'], 'row')} not kept: ", Text(reason["reason"], "bold red"), indent=2)
+            self._line(f"{count(reason['rows'], 'row')} not kept: ", Text(visible(reason["reason"]), "bold red"), indent=2)
             self._line(f"first {reason['first']}: {reason['message']}", indent=6)
         for note in source["notes"]:
             self._line(f"{count(note['rows'], 'row')}: {note['note']}", indent=2)
