@@ -1,0 +1,134 @@
+"""Measure the peak of live tensor bytes of training steps on the CPU, beside what `lite_dil.estimate` says of them.
+
+    python scripts/live_bytes.py --model smollm2-135m --max-length 256 --gradient-checkpointing full
+
+Takes the flags of `lite-dil train`. The pass is the largest that --max-length, --row-tokens and --batch-size allow, of random
+tokens, or with --lengths of one's own. A process's resident set would say little: importing torch and transformers alone costs
+400 MB of it. Here every allocation and every free of torch's CPU allocator is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lite_dil import backends
+from lite_dil.batch import Batch
+from lite_dil.config import FIELDS, TrainConfig
+from lite_dil.criterion import Criterion
+from lite_dil.errors import UserError
+from lite_dil.estimate import Estimate, Load, estimate
+from lite_dil.examples import Example
+from lite_dil.models import resolve_model
+from lite_dil.options import add_flags, build
+from lite_dil.shape import read_shape
+
+SLACK = 2**16  # bytes of small tensors that the two ways of counting may see differently
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors that Python can see now, each storage counted once."""
+    gc.collect()
+    found = (x for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}.values())
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Return the most bytes of tensors on the CPU that are live at once while `run` runs, those that were there included.
+
+    Raises:
+        RuntimeError: the books do not close: what is live afterwards is not what was there before and the changes since.
+    """
+    before = live_bytes()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    totals = np.cumsum([0, *(event.nbytes() for event in events)])
+    after = live_bytes()
+    if abs(int(totals[-1]) - (after - before)) > SLACK:
+        raise RuntimeError(f"{totals[-1]} bytes by the allocator's books, {after - before} by the tensors that are left")
+    return before + int(totals.max())
+
+
+class Measured(NamedTuple):
+    """Peaks of live bytes of the first step and of a later one, when the optimiser has its state, and the estimate."""
+
+    first: int
+    later: int
+    estimate: Estimate
+
+
+def measure(config: TrainConfig, load: Load) -> Measured:
+    """Take two steps of random tokens with these lengths on the CPU."""
+    backend = backends.load("cpu", config, resolve_model(config.model))
+    shape = read_shape(config.model)
+    said = estimate(replace(config, layout=backend.layout), shape, "cpu", backend.dtype_name, load)
+    examples = random_examples(load, shape.vocabulary)
+    criterion, batches = Criterion(config, examples), [Batch.of(examples)] * config.gradient_accumulation_steps
+
+    def step() -> None:
+        backend.step(batches, criterion, 1e-5)
+
+    return Measured(peak_bytes(step), peak_bytes(step), said)
+
+
+def random_examples(load: Load, vocabulary: int) -> list[Example]:
+    """Return examples of the load's lengths, in turn chosen and rejected."""
+    draw = np.random.default_rng(0)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(draw.integers(3, vocabulary, length).tolist())
+
+    return [
+        Example(ids(prompt), tuple(map(ids, answers)), tuple(1 - 2 * (i % 2) for i in range(len(answers))))
+        for prompt, answers in zip(load.prompts, load.responses, strict=True)
+    ]
+
+
+def lengths(text: str) -> Load:
+    """Read ``300:100:80,20:5:7``: tokens of each pair's prompt and answers."""
+    try:
+        pairs = [tuple(map(int, pair.split(":"))) for pair in text.split(",")]
+    except ValueError:
+        pairs = []
+    if not pairs or any(len(pair) < 2 or min(pair) < 1 for pair in pairs):
+        raise UserError(f"--lengths is {text!r}; expected prompt:chosen:rejected in tokens, as 300:100:80,20:5:7")
+    return Load(tuple(pair[0] for pair in pairs), tuple(pair[1:] for pair in pairs))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser)
+    parser.add_argument("--lengths", help="prompt:chosen:rejected of the pairs of the pass, in tokens, as 300:100:80,20:5:7")
+    args = parser.parse_args()
+    try:
+        config = build({name: value for name, value in vars(args).items() if name in FIELDS}, {"backend": "cpu"})
+        load = lengths(args.lengths) if args.lengths else Load.worst(config)
+        measured = measure(config, load)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    said = measured.estimate
+    print(f"pass: prompts {load.prompts}, answers {load.responses} tokens; peak in phase: {said.phase}")
+    for name, size in said.components.items():
+        print(f"  {name:12}{size / 2**20:10.1f} MiB")
+    for name, size, expected in (
+        ("first step", measured.first, said.total - said.optimizer),
+        ("later step", measured.later, said.total),
+    ):
+        print(f"{name}: measured {size / 2**20:.1f} MiB, estimated {expected / 2**20:.1f} MiB, ratio {expected / size:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
