@@ -327,13 +327,14 @@ class TorchStep:
         return found
 
     def _loading(self) -> dict[str, int]:
-        """Tensors are loaded whole one by one, and the head is quantised tile by tile, in float32."""
-        s = self.shape
-        largest = max(s.table, *(linear.weight for linear in self.linears.values())) * self.e
-        quantising = 0
+        """A linear layer is quantised from whole numbers, and the head tile by tile from float32 ones; files are only mapped."""
+        s, quantising = self.shape, 0
+        if self.packed4:
+            quantising = max(linear.weight for linear in self.linears.values()) * (self.e + FLOAT32)
         if self.config.head_bits:
-            quantising = (0 if s.tied else s.table * self.e) + min(s.vocabulary, HEAD_TILE) * s.hidden * FLOAT32
-        return {"adapter": 0, "optimizer": 0, "temporaries": max(largest, quantising)}
+            table = 0 if s.tied else s.table * self.e
+            quantising = max(quantising, table + min(s.vocabulary, HEAD_TILE) * s.hidden * FLOAT32)
+        return {"adapter": 0, "reference": 0, "optimizer": 0, "temporaries": quantising}
 
     def _beforehand(self) -> dict[str, int]:
         """Without gradients a pass holds one layer's MLP: its input, the residual, gate, up and their product."""
