@@ -327,7 +327,7 @@ class TorchStep:
         return found
 
     def _loading(self) -> dict[str, int]:
-        """A linear layer is quantised from whole numbers, and the head tile by tile from float32 ones; files are only mapped."""
+        """Linear layers are quantised one by one, and the head tile by tile from float32; files are only mapped."""
         s, quantising = self.shape, 0
         if self.packed4:
             quantising = max(linear.weight for linear in self.linears.values()) * (self.e + FLOAT32)

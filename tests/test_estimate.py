@@ -64,7 +64,7 @@ def measured(model: str, load: Load = LOAD, **options: Any) -> Measured:
     return measure(config(**{**base, **options}), load)
 
 
-def within(found: Measured, tolerance: float = 0.04) -> None:
+def within(found: Measured, tolerance: float = 0.03) -> None:
     """The estimate is of a later step; at the first one's peak the optimiser has no state yet.
 
     A tenth is promised; found were two percent at most, and a forgotten tensor is often no more than five.
