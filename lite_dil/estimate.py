@@ -51,8 +51,7 @@ class Load:
     def heaviest(cls, config: TrainConfig, examples: Sequence[Example], layout: str) -> Load:
         """Return the pass with the most tokens of the whole run over `examples`, whose order the seed decides."""
         schedule = Schedule(config, examples, layout)
-        steps = min(schedule.steps, max(1, int(config.epochs + 1)) * schedule.steps_per_epoch)
-        loads = (cls.of(batch) for step in range(1, steps + 1) for batch in schedule.batches(step))
+        loads = (cls.of(batch) for step in range(1, schedule.steps + 1) for batch in schedule.batches(step))
         return max(loads, key=lambda load: (load.tokens(layout), load.answer_tokens))
 
     def tokens(self, layout: str, multiple: int = 1) -> int:
@@ -127,7 +126,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """The peak of live bytes: on the GPU with cuda, in the computer's memory with cpu."""
+        """The peak of live bytes: in the computer's memory with cpu, on the GPU with cuda, whose context is not counted."""
         return sum(self.components.values())
 
 

@@ -263,7 +263,9 @@ class TorchStep:
         if not self.packed4:
             return linear.parameters * self.e
         blocks = linear.weight // NF4_BLOCK
-        scales = blocks + blocks // NF4_GROUP * FLOAT32 + NF4_TABLES
+        scales = blocks * FLOAT32
+        if self.config.load_in_4bit or (self.shape.quantization and self.shape.quantization.double):
+            scales = blocks + blocks // NF4_GROUP * FLOAT32 + NF4_TABLES
         return linear.weight // 2 + scales + (linear.parameters - linear.weight) * self.e
 
     def unpacked(self, names: Sequence[str]) -> int:

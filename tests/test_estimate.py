@@ -22,7 +22,7 @@ from lite_dil.estimate import Load, estimate, layout_for
 from lite_dil.estimate_torch import CHUNK, HEAD_TILE, MLP_TILE, PRECOMPUTE_ROWS, QUERIES
 from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.schedule import Schedule
-from lite_dil.shape import FAMILIES, ModelShape
+from lite_dil.shape import FAMILIES, ModelShape, Quantization
 
 MIB = 2**20
 LOAD = Load((160, 60), ((120, 80), (40, 100)))  # packed a row of 560 tokens, plain 4 of 280
@@ -182,6 +182,8 @@ def test_an_8b_model_by_pencil() -> None:
     assert whole.weights == 2 * 8_030_261_248
     # Half a byte a weight, a byte for 64 of them, and a float32 for 64 x 256: 4.127 bits, and some tables.
     assert packed.linears == pytest.approx(linears * (1 / 2 + 1 / 64 + 4 / 64 / 256), rel=1e-4)
+    single = replace(LLAMA_8B, quantization=Quantization("bitsandbytes", 4, 64))  # packed before, without double quantisation
+    assert estimate(config(), single, "cuda", "bfloat16", LOAD).linears == linears // 2 + linears // 64 * 4
     assert (packed.embeddings, packed.head) == (2 * table, 2 * table)
     assert said(load_in_4bit=True, head_bits=8).head == table + table // 64 * 4
     adapter = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
