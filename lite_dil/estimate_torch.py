@@ -329,14 +329,14 @@ class TorchStep:
         return found
 
     def _loading(self) -> dict[str, int]:
-        """Linear layers are quantised one by one, and the head tile by tile from float32; files are only mapped."""
+        """Linear layers are quantised one by one, the head tile by tile from float32; the table leaves the GPU last of all."""
         s, quantising = self.shape, 0
         if self.packed4:
             quantising = max(linear.weight for linear in self.linears.values()) * (self.e + FLOAT32)
         if self.config.head_bits:
             table = 0 if s.tied else s.table * self.e
             quantising = max(quantising, table + min(s.vocabulary, HEAD_TILE) * s.hidden * FLOAT32)
-        return {"adapter": 0, "reference": 0, "optimizer": 0, "temporaries": quantising}
+        return {"embeddings": s.table * self.e, "adapter": 0, "reference": 0, "optimizer": 0, "temporaries": quantising}
 
     def _beforehand(self) -> dict[str, int]:
         """Without gradients a pass holds one layer's MLP: its input, the residual, gate, up and their product."""
