@@ -5,6 +5,7 @@ Nothing here imports an array library; `load` imports the one that is asked for.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -179,6 +180,11 @@ def prepare(name: str, config: TrainConfig) -> None:
 
         torch_unsloth.check(config, name if name in ("cpu", "mlx") else resolve(name))
         torch_unsloth.require()
+
+
+def import_library(name: str) -> None:
+    """Import what backend `name` is made of, as `load` would: what it takes of the memory is not the model's."""
+    importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}")
 
 
 def load(name: str, config: TrainConfig, model: str) -> Backend:

@@ -1,4 +1,4 @@
-"""The command line: ``lite-dil train``, ``lite-dil data`` and ``lite-dil demo``."""
+"""The command line: ``lite-dil train``, ``data``, ``plan`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ Show what would be trained on, without loading a model: how the rows are read an
 
   lite-dil data prefs.jsonl --model meta-llama/Llama-3.1-8B-Instruct
 """
+_PLAN = """\
+Say whether a run fits into memory, and what would help, before a byte of the model is downloaded: of it only config.json is
+read. Takes the flags of train. Exit code: 0 if it fits, 1 if it does not, 2 for errors.
+
+  lite-dil plan --model meta-llama/Llama-3.1-8B-Instruct --4bit --memory 12
+"""
 _DEMO = """\
 Train the embedded 135M model on the embedded data (about 3 minutes on 2 CPU cores), then show what it answers to held-out
 questions before and after. Takes the flags of train.
@@ -54,7 +60,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return its exit code: 0, 1 where training diverged, 2 for the user's errors, 130 when stopped."""
+    """Run a command; return its exit code.
+
+    0; 1 where training diverged or a plan does not fit; 2 for the user's errors; 130 when stopped.
+    """
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -76,6 +85,7 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"lite-dil {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text, help in (
+        ("plan", _PLAN, "say whether a run fits into memory, before anything is downloaded"),
         ("train", _TRAIN, "train an adapter on preference data"),
         ("data", _DATA, "show what would be trained on: lengths, problems, samples"),
         ("demo", _DEMO, "train the embedded model and see its answers before and after"),
@@ -88,6 +98,8 @@ def _run(argv: list[str]) -> int:
         group.add_argument("--config", metavar="FILE.yaml", help="options as 'key: value' lines; flags win over them")
         if name == "data":
             _add_data(command)
+        elif name == "plan":
+            _add_plan(command)
         else:
             group.add_argument(
                 "--resume",
@@ -101,9 +113,11 @@ def _run(argv: list[str]) -> int:
     # Given to the sub-parser itself, so that an unknown flag is compared with that command's flags.
     chosen = commands.choices.get(name)
     args = chosen.parse_args(argv[1:]) if chosen else parser.parse_args(argv)
-    config, resume = _config(args)
     if name == "data":
-        return _show_data(config, args)
+        return _show_data(args)
+    if name == "plan":
+        return _show_plan(args)
+    config, resume, fixed = _config(args)
     if name == "demo" and (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED):
         raise UserError("the demo is the embedded model on the embedded data; use lite-dil train for --model and --data")
 
@@ -116,7 +130,7 @@ def _run(argv: list[str]) -> int:
     from lite_dil.train import train
 
     display = Display()
-    trained = train(config, display, resume)
+    trained = train(config, display, resume, fixed)
     if name == "demo" and not trained.stopped:
         from lite_dil.demo import show
 
@@ -131,19 +145,32 @@ def _add_data(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--json", action="store_true", help="print one JSON object instead; lite_dil/report.py describes its fields"
     )
-    command.set_defaults(resume=None)
 
 
-def _config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
-    """Merge flags, YAML, a resumed run's options and the defaults, in this order of precedence."""
-    given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in FIELDS}
-    base = read_yaml(Path(args.config)) if args.config else {}
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    """Add what `lite-dil plan` takes beside flags of train."""
+    group = command.add_argument_group("plan")
+    group.add_argument(
+        "--memory",
+        metavar="GB",
+        help="memory to plan for: of a GPU, a Mac, or with --backend cpu the computer (default: what is free here)",
+    )
+    rate = group.add_mutually_exclusive_group()
+    rate.add_argument("--tokens-per-second", metavar="X", help="what your hardware trains, for the time of an epoch")
+    rate.add_argument("--like", metavar="RUN_FOLDER", help="take the rate of this earlier run")
+    group.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
+
+
+def _config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None, set[str]]:
+    """Merge flags, YAML, a resumed run's options and the defaults, in this order; return also what the user chose himself."""
+    given, base = _options(args)
+    fixed = _chosen(given, base)
     if not args.resume:
-        return build(given, base), None
+        return build(given, base), None, fixed
     output_dir = given.get("output_dir", base.get("output_dir"))
     checkpoint = find_checkpoint(args.resume, output_dir)
     if checkpoint is None:
-        return build(given, base), None
+        return build(given, base), None, fixed
     saved, run = saved_config(checkpoint), checkpoint.parent.parent
     if output_dir and Path(output_dir).resolve() != run.resolve():
         raise UserError(f"--resume {args.resume} goes on in {run}; leave --output-dir {output_dir} out")
@@ -151,11 +178,33 @@ def _config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None]:
     given, base = ({n: v for n, v in options.items() if v != "auto" and n != "output_dir"} for options in (given, base))
     config = build(given, saved | base | {"output_dir": str(run)})
     check_same_run(config, saved, args.resume)
-    return config, checkpoint
+    return config, checkpoint, fixed
 
 
-def _show_data(config: TrainConfig, args: argparse.Namespace) -> int:
+def _options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options that were given as flags, and those of the --config file."""
+    given = {name: value for name, value in vars(args).items() if name in FIELDS}
+    return given, read_yaml(Path(args.config)) if args.config else {}
+
+
+def _chosen(given: dict[str, Any], base: dict[str, Any]) -> set[str]:
+    """Return the options that --auto leaves alone: flags, and what a file sets to other than the default."""
+    options = given | {name: value for name, value in base.items() if value != FIELDS[name].default}
+    return {name for name, value in options.items() if value != "auto"}
+
+
+def _show_plan(args: argparse.Namespace) -> int:
+    """Print whether the run fits; return 0 where it does, else 1."""
+    _quiet_environment()
+    from lite_dil import plan
+
+    given, base = _options(args)
+    return plan.run(args, build(given, base), _chosen(given, base))
+
+
+def _show_data(args: argparse.Namespace) -> int:
     """Print the report on the data; return 0 where training would go on with it, else 2."""
+    config = build(*_options(args))
     _quiet_environment()
     import json
 

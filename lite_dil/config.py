@@ -225,6 +225,13 @@ class TrainConfig:
         "another. auto takes the sharing one unless the model's layers forbid it, and says which",
         choices=("auto", "plain", "packed", "prefix"),
     )
+    auto: bool = _option(
+        "engine",
+        False,
+        "choose how a step is split, --gradient-checkpointing and the offloads so that training is as fast as the memory that "
+        "is free allows, by estimate; a step keeps its --batch-size x --gradient-accumulation-steps examples, so the result "
+        "is the same. What is given as a flag stays as given",
+    )
     row_tokens: int | None = _option(
         "engine",
         None,
@@ -412,6 +419,7 @@ FREE_ON_RESUME = {
     *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
     *(
         "layout",
+        "auto",
         "row_tokens",
         "gradient_checkpointing",
         "offload_activations",
@@ -421,6 +429,8 @@ FREE_ON_RESUME = {
     ),
     *("reference_cache", "precompute_reference", "sample_file"),
 }
+# How a step is split into passes; only their product decides what is learned.
+SPLIT = {"batch_size", "gradient_accumulation_steps"}
 
 
 def flag(name: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lite_dil.config import FREE_ON_RESUME, TrainConfig, flag
+from lite_dil.config import FREE_ON_RESUME, SPLIT, TrainConfig, flag
 from lite_dil.data import Problem
 from lite_dil.errors import UserError, gather
 from lite_dil.options import read_yaml
@@ -157,8 +157,12 @@ def check_same_run(config: TrainConfig, saved: dict[str, Any], where: str) -> No
     problems = [
         f"{flag(name)} is {value}, but the run has {saved[name]}"
         for name, value in config.as_dict().items()
-        if name not in FREE_ON_RESUME and name in saved and value != saved[name]
+        if name not in FREE_ON_RESUME | SPLIT and name in saved and value != saved[name]
     ]
+    examples, before = (math.prod(options[name] for name in SPLIT) for options in (config.as_dict(), config.as_dict() | saved))
+    if examples != before:
+        names = " x ".join(map(flag, sorted(SPLIT)))
+        problems.append(f"{names} makes steps of {examples} examples, but the run has steps of {before}")
     if problems:
         raise UserError(gather(problems, f"--resume {where} goes on with the run's own options; start a new run to change:"))
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lite_dil import backends
+from lite_dil.auto import fitted
 from lite_dil.batch import Batch, by_batch
 from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion, check_data, mismatched
@@ -22,8 +23,10 @@ from lite_dil.data import CHOSEN
 from lite_dil.dataset import DataSet, describe, load, remarks
 from lite_dil.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.examples import Encoder, Example, fingerprint
+from lite_dil.fit import Heaviest, memory_line
 from lite_dil.fitting import Passes, take_step
 from lite_dil.losses import log_ratio
+from lite_dil.memory import peak_rss_mb
 from lite_dil.metrics import Means, answer_metrics, with_margin
 from lite_dil.models import load_tokenizer, resolve_model
 from lite_dil.objectives import OBJECTIVES
@@ -52,8 +55,10 @@ class Trained:
     stopped: bool
 
 
-def train(config: TrainConfig, display: Display, resume: Path | None = None) -> Trained:
+def train(config: TrainConfig, display: Display, resume: Path | None = None, fixed: Set[str] = frozenset()) -> Trained:
     """Train an adapter as `config` says, from the start or from the checkpoint `resume`.
+
+    `fixed` are the options that --auto leaves alone.
 
     Raises:
         UserError: something that the user can mend, before anything was changed.
@@ -77,6 +82,11 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
         if saved.fingerprint != progress.fingerprint:
             raise UserError(f"--resume {resume}: {config.data} is not the data that this run was trained on; start a new run")
         progress = saved
+    if config.auto:
+        config, chosen = fitted(config, examples, fixed)
+        display.say(chosen)
+    backends.import_library(config.backend)
+    before = peak_rss_mb()
     backend = backends.load(config.backend, config, model)
     display.say(f"{config.model} on {backend.description}")
     if backend.layout_reason:
@@ -116,6 +126,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
     criterion = Criterion(config, examples)
     evaluator = Evaluator(passes, held_out, config)
     evaluation, skipped_in_a_row = None, 0
+    heaviest = Heaviest(backend.layout)
 
     def save() -> Path:
         def write(path: Path) -> None:
@@ -138,6 +149,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
         while progress.step < schedule.steps and not stop.asked:
             step, started = progress.step + 1, time.perf_counter()
             batches, result, baseline, computed = take_step(passes, schedule, step, criterion, display.say)
+            heaviest.add(batches)
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)) or skipped_in_a_row == MAX_SKIPPED:
                 # The weights are still those of the step before, which had a finite loss.
@@ -174,6 +186,9 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None) -> 
             save()
         display.say(f"stopped after step {progress.step} of {schedule.steps}, saved; go on with --resume {folder.path}")
         return Trained(backend, encoder, folder, evaluation, stopped=True)
+    if heaviest.load:
+        taken = replace(config, dtype=backend.dtype_name, layout=backend.layout)
+        display.say(memory_line(taken, model, heaviest.load, backend.peak_memory_mb() * 2**20, before * 2**20))
     if held_out and evaluation is None:  # a finished run, resumed
         evaluation = evaluator.run()
     folder.save_adapter(backend.save_adapter)

@@ -1,0 +1,237 @@
+"""What fits into a memory, by estimate: how long, how many at once, and what to change where a run does not."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lite_dil import adapters
+from lite_dil.backends import checkpointing
+from lite_dil.batch import Batch
+from lite_dil.config import TrainConfig, flag
+from lite_dil.errors import UserError
+from lite_dil.estimate import Estimate, Load, estimate
+from lite_dil.models import model_folder
+from lite_dil.schedule import row_tokens
+from lite_dil.shape import ModelShape, read_shape
+
+GIB = 2**30
+LENGTHS = 64  # lengths are given in multiples of this
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and where it is trained: all that an estimate takes beside the options and the load."""
+
+    shape: ModelShape
+    backend: str
+    dtype: str
+
+    def estimate(self, config: TrainConfig, load: Load) -> Estimate:
+        """Return the memory of a step whose largest pass is `load`."""
+        # A step of several passes adds up their gradients, whether --row-tokens splits it or the user did.
+        if len(load.prompts) < config.batch_size * config.gradient_accumulation_steps:
+            config = replace(config, gradient_accumulation_steps=max(2, config.gradient_accumulation_steps))
+        return estimate(config, self.shape, self.backend, self.dtype, load)
+
+    def total(self, config: TrainConfig, load: Load) -> int:
+        """Return its bytes."""
+        return self.estimate(config, load).total
+
+    def mode(self, config: TrainConfig) -> str:
+        """Return what --gradient-checkpointing comes to: "off", "selective" or "full"."""
+        return checkpointing(config, self.shape.parameters)
+
+    def can_offload(self, config: TrainConfig) -> tuple[str, ...]:
+        """Return the options of --offload-... that this backend and this model have."""
+        if self.backend != "cuda":
+            return ()
+        table = not self.shape.tied or config.head_bits is not None
+        return ("offload_activations", "offload_embeddings") if table else ("offload_activations",)
+
+
+def planned_dtype(config: TrainConfig, backend: str, here: bool = True) -> str:
+    """Return what the model computes in, as far as can be told: on this machine, or (not `here`) on a recent one."""
+    if config.dtype != "auto":
+        return config.dtype
+    if here and backend == "mlx" and importlib.util.find_spec("mlx") is not None:
+        import mlx.core as mx
+
+        return "bfloat16" if mx.metal.is_available() else "float32"
+    if here and backend != "mlx" and importlib.util.find_spec("torch") is not None:
+        import torch
+
+        if backend == "cpu" or torch.cuda.is_available():
+            from lite_dil.backends.torch_load import compute_dtype
+
+            return str(compute_dtype("auto", backend)).removeprefix("torch.")
+    return "float32" if backend == "cpu" else "bfloat16"
+
+
+def sized(config: TrainConfig) -> TrainConfig:
+    """Return `config` with the rank and the layers of --init-adapter, of which only names and shapes are read."""
+    if config.init_adapter is None:
+        return config
+    adapter = adapters.read(config.init_adapter, adapters.shapes_alone)
+    names = {name.rpartition(".")[2] for name in adapter.weights}
+    return replace(config, lora_r=adapter.rank, target_modules=",".join(sorted(names)))
+
+
+def several(load: Load, count: int) -> Load:
+    """Return the pass of `count` examples like that of `load`."""
+    return Load(load.prompts * count, load.responses * count)
+
+
+def most(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the largest number in low .. high that fits, or low - 1; what is smaller than one that fits does too."""
+    low -= 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def longest(config: TrainConfig, model: Model, memory: int, answers: int) -> int:
+    """Return the largest --max-length, a multiple of 64, with which one example of `answers` answers fits; 0 for none."""
+    # Beyond what the model was made for nothing is to be had.
+    limit = (model.shape.max_positions or 2**20) // LENGTHS
+
+    def fits(number: int) -> bool:
+        tried = replace(config, max_length=number * LENGTHS)
+        return model.total(tried, several(Load.worst(replace(tried, batch_size=1), answers), 1)) <= memory
+
+    return most(fits, 1, limit) * LENGTHS
+
+
+def most_examples(config: TrainConfig, model: Model, memory: int, answers: int, limit: int = 1000) -> int:
+    """Return how many examples of --max-length fit into one pass, `limit` at most."""
+    one = Load.worst(replace(config, batch_size=1), answers)
+    return most(lambda count: model.total(config, several(one, count)) <= memory, 1, limit)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What to change so that a run fits: options in order of harm, and bytes; `fits` is false where nothing here suffices."""
+
+    changes: dict[str, Any]
+    config: TrainConfig
+    total: int
+    fits: bool
+
+    def flags(self) -> str:
+        """Return the changes as flags."""
+        values = {**self.changes}
+        if "row_tokens" in values:
+            values["row_tokens"] = row_tokens(self.config)
+        return " ".join(flag(name) if value is True else f"{flag(name)} {value}" for name, value in values.items())
+
+    def advice(self) -> str:
+        """Return a sentence for people."""
+        if self.fits:
+            return f"What would fit: {self.flags()} ({gigabytes(self.total)} GB)"
+        return (
+            f"No setting makes it fit: {self.flags()} would still take {gigabytes(self.total)} GB. Take a smaller model, or "
+            "a larger GPU"
+        )
+
+
+def find_remedy(config: TrainConfig, model: Model, memory: int, load: Callable[[TrainConfig], Load]) -> Remedy:
+    """Return the first changes, in order of harm, that make a run fit, without those that turn out needless.
+
+    Args:
+        load: the largest pass under a config.
+    """
+
+    def changed(changes: dict[str, Any]) -> TrainConfig:
+        return replace(config, **changes)
+
+    def total(changes: dict[str, Any]) -> int:
+        return model.total(changed(changes), load(changed(changes)))
+
+    changes: dict[str, Any] = {}
+    for step in _harms(config, model):
+        if total(changes) <= memory:
+            break
+        changes |= step
+    if total(changes) > memory:
+        shorter = most(
+            lambda n: total(changes | {"max_length": n * LENGTHS}) <= memory, 1, max(0, config.max_length - 1) // LENGTHS
+        )
+        changes["max_length"] = max(1, shorter) * LENGTHS
+    fits = total(changes) <= memory
+    for name in reversed(list(changes)):
+        fewer = {n: value for n, value in changes.items() if n != name}
+        if fits and _valid(changed(fewer), model) and total(fewer) <= memory:
+            changes = fewer
+    return Remedy(changes, changed(changes), total(changes), fits)
+
+
+def _harms(config: TrainConfig, model: Model) -> list[dict[str, Any]]:
+    """Return what can be changed to save memory, from what costs a little time to what changes the model."""
+    mode = model.mode(config)
+    steps: list[dict[str, Any]] = []
+    if mode == "off":
+        steps.append({"gradient_checkpointing": "selective"})
+    if mode != "full":
+        steps.append({"gradient_checkpointing": "full"})
+    if row_tokens(config) > 2 * config.max_length:
+        steps.append({"row_tokens": None})  # the longest pair's
+    for name in ("offload_activations", "offload_embeddings"):
+        if name in model.can_offload(config) and not getattr(config, name):
+            steps.append({name: True})
+    packed = config.load_in_4bit or model.shape.quantization is not None
+    if not packed:
+        steps.append({"load_in_4bit": True})
+    if config.head_bits is None:
+        tied = model.shape.tied and model.backend == "cuda"
+        steps.append({"head_bits": 8} | ({"offload_embeddings": True} if tied else {}))
+    return steps
+
+
+def _valid(config: TrainConfig, model: Model) -> bool:
+    """Whether the options go together."""
+    if config.offload_embeddings and "offload_embeddings" not in model.can_offload(config):
+        return False
+    return not config.offload_activations or model.mode(config) == "full"
+
+
+class Heaviest:
+    """Remembers the largest pass of a run, so that its estimate can stand beside the peak that was measured."""
+
+    def __init__(self, layout: str) -> None:
+        self.layout = layout
+        self.load: Load | None = None
+
+    def add(self, batches: Sequence[Batch]) -> None:
+        """Look at the passes of a step."""
+        for load in map(Load.of, batches):
+            size = (load.tokens(self.layout), load.answer_tokens)
+            if self.load is None or size > (self.load.tokens(self.layout), self.load.answer_tokens):
+                self.load = load
+
+
+def memory_line(config: TrainConfig, model: str, load: Load, peak: float, before: float) -> str:
+    """Return the estimate beside the peak.
+
+    Args:
+        config: with the layout and the dtype that the run took, not "auto".
+        model: a folder or a hub id, which was loaded.
+        peak: bytes.
+        before: bytes that a process on a CPU had before the model was loaded.
+    """
+    text = f"{gigabytes(peak)} GB peak"
+    if config.backend == "cpu":
+        text += f" of the whole process ({gigabytes(before)} GB before the model was loaded: Python, torch, the data)"
+    try:
+        shape = read_shape(str(model_folder(model)))
+        estimated = Model(shape, config.backend, config.dtype).total(sized(config), load)
+    except UserError:  # layers or options that the estimate does not know
+        return f"memory: {text}"
+    return f"memory: {gigabytes(estimated)} GB estimated, {text}"
+
+
+def gigabytes(number: float) -> str:
+    """Return bytes in units of 2^30."""
+    return f"{number / GIB:.1f}" if abs(number) >= GIB / 20 else f"{number / GIB:.2f}"
