@@ -53,14 +53,14 @@ class Model:
 
 
 def planned_dtype(config: TrainConfig, backend: str, here: bool = True) -> str:
-    """Return what the model computes in, as far as can be told: on this machine, or (not `here`) on a recent one."""
+    """Return what the model computes in, as far as can be told; a Mac that is not `here` has bfloat16."""
     if config.dtype != "auto":
         return config.dtype
     if here and backend == "mlx" and importlib.util.find_spec("mlx") is not None:
         import mlx.core as mx
 
         return "bfloat16" if mx.metal.is_available() else "float32"
-    if here and backend != "mlx" and importlib.util.find_spec("torch") is not None:
+    if backend != "mlx" and importlib.util.find_spec("torch") is not None:
         import torch
 
         if backend == "cpu" or torch.cuda.is_available():

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from lite_dil.auto import CHOSEN
-from lite_dil.estimate import Estimate
 from lite_dil.fit import GIB, gigabytes
 
 if TYPE_CHECKING:
     from lite_dil.plan import Plan
 
+WIDTH = 100
+
 
 def lines(plan: Plan) -> list[str]:
     """Return the lines of `lite-dil plan`."""
-    return [
-        *_about(plan),
-        "",
-        *_table(plan.estimate, plan),
-        "",
-        *_verdict(plan),
-        "",
-        *_rooms(plan),
-        "",
-        _download(plan),
-        _time(plan),
-    ]
+    blocks = [_wrapped(_about(plan)), _table(plan), _wrapped([_verdict(plan)]), _rooms(plan)]
+    return [*(line for block in blocks for line in (*block, "")), *_wrapped([_download(plan), _time(plan)])]
+
+
+def _wrapped(texts: list[str]) -> list[str]:
+    """Break sentences into lines, never inside a flag or a path."""
+    return [line for text in texts for line in wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)]
 
 
 def _about(plan: Plan) -> list[str]:
@@ -51,7 +48,8 @@ def _examples(plan: Plan) -> str:
     return f"{count:,} {kind if count == 1 else plural} of {tokens:,} tokens (prompt plus answer)"
 
 
-def _table(estimate: Estimate, plan: Plan) -> list[str]:
+def _table(plan: Plan) -> list[str]:
+    estimate = plan.estimate
     parts = estimate.components
     shown = [
         ("weights", estimate.weights, "frozen"),
@@ -60,7 +58,7 @@ def _table(estimate: Estimate, plan: Plan) -> list[str]:
         ("optimiser", parts["optimizer"], "AdamW's state"),
         ("activations", parts["activations"], "kept for the backward pass"),
         ("logits chunk", parts["logits"], "" if parts["logits"] else "none at the fullest moment"),
-        ("temporaries", parts["temporaries"], "at the fullest moment"),
+        ("temporaries", parts["temporaries"], f"at the fullest moment: {estimate.phase}"),
         ("reference", parts["reference"], "the initial adapter" if parts["reference"] else "the same model, its adapter off"),
         ("fragmentation", parts["reserve"], "lost between tensors"),
     ]
@@ -71,14 +69,14 @@ def _table(estimate: Estimate, plan: Plan) -> list[str]:
     return rows
 
 
-def _verdict(plan: Plan) -> list[str]:
+def _verdict(plan: Plan) -> str:
     spare = plan.memory.usable - plan.estimate.total
     if plan.remedy is None:
-        return [f"It fits, with {gigabytes(spare)} GB to spare."]
+        return f"It fits, with {gigabytes(spare)} GB to spare."
     advice = f"It does not fit: {gigabytes(-spare)} GB are missing. {plan.remedy.advice()}."
     if plan.remedy.fits and set(plan.remedy.changes) <= set(CHOSEN):
         advice += " --auto finds such a setting itself."
-    return [advice]
+    return advice
 
 
 def _rooms(plan: Plan) -> list[str]:
