@@ -6,7 +6,7 @@ from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
-from lite_dil.config import SPLIT, TrainConfig, flag
+from lite_dil.config import FIELDS, SPLIT, TrainConfig, flag
 from lite_dil.errors import UserError
 from lite_dil.estimate import Load, layout_for
 from lite_dil.examples import Example
@@ -77,7 +77,8 @@ def pick(config: TrainConfig, model: Model, memory: int, load: Load, given: Set[
         return _split(base, count, tokens, given)
 
     modes, offloads = _modes(config, given), _offloads(config, model, given)
-    ceiling = busy if model.backend == "cpu" else max(busy, _between(MOST_GPU // tokens, limit))
+    # --precompute-reference takes several times the tokens of a pass at once.
+    ceiling = busy if model.backend == "cpu" or config.precompute_reference else max(busy, _between(MOST_GPU // tokens, limit))
     for mode in modes:
         base = replace(config, **offloads[0], gradient_checkpointing=mode)
         if total(base, busy) <= memory:
@@ -96,8 +97,14 @@ def frugal(config: TrainConfig, model: Model, load: Load, given: Set[str] = froz
     return _split(replace(config, **last, gradient_checkpointing=_modes(config, given)[-1]), 1, tokens, given)
 
 
-def fitted(config: TrainConfig, examples: Sequence[Example], given: Set[str]) -> tuple[TrainConfig, str]:
-    """Return what --auto chooses for these examples on this machine, and a line that says so."""
+def fitted(config: TrainConfig, examples: Sequence[Example], given: Set[str] | None) -> tuple[TrainConfig, str]:
+    """Return what --auto chooses for these examples on this machine, and a line that says so.
+
+    Args:
+        given: the options that stay as they are; None for those that are not at their default.
+    """
+    if given is None:
+        given = {name for name in CHOSEN if getattr(config, name) != FIELDS[name].default}
     shape, memory = read_shape(config.model), memory_here(config.backend)
     model = Model(shape, config.backend, planned_dtype(config, config.backend))
     sizes = sized(config)

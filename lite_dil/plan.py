@@ -23,6 +23,7 @@ from lite_dil.plan_text import lines
 from lite_dil.shape import ModelShape, read_shape
 
 FILES = (".jsonl", ".json", ".gz")
+WEIGHTS = (".safetensors", ".bin")
 CARDS = (8, 12, 16, 24)
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -174,7 +175,7 @@ def _rows(config: TrainConfig, given: Set[str]) -> list[Any]:
 
 def _download(name: str, shape: ModelShape) -> int | None:
     """Return the bytes of the weights on the hub, before any quantising; None where there is nothing to download."""
-    if name == EMBEDDED_MODEL or any(Path(name).glob("*.safetensors")):
+    if name == EMBEDDED_MODEL or any(path.suffix in WEIGHTS for path in Path(name).glob("*")):
         return None
     if (packed := shape.quantization) is None:
         return shape.parameters * BYTES.get(shape.dtype, 2)

@@ -55,10 +55,10 @@ class Trained:
     stopped: bool
 
 
-def train(config: TrainConfig, display: Display, resume: Path | None = None, fixed: Set[str] = frozenset()) -> Trained:
+def train(config: TrainConfig, display: Display, resume: Path | None = None, fixed: Set[str] | None = None) -> Trained:
     """Train an adapter as `config` says, from the start or from the checkpoint `resume`.
 
-    `fixed` are the options that --auto leaves alone.
+    `fixed` are the options that --auto leaves alone; None stands for all that are not at their default.
 
     Raises:
         UserError: something that the user can mend, before anything was changed.
