@@ -77,8 +77,7 @@ def pick(config: TrainConfig, model: Model, memory: int, load: Load, given: Set[
         return _split(base, count, tokens, given)
 
     modes, offloads = _modes(config, given), _offloads(config, model, given)
-    # --precompute-reference takes several times the tokens of a pass at once.
-    ceiling = busy if model.backend == "cpu" or config.precompute_reference else max(busy, _between(MOST_GPU // tokens, limit))
+    ceiling = busy if model.backend == "cpu" else max(busy, _between(MOST_GPU // tokens, limit))
     for mode in modes:
         base = replace(config, **offloads[0], gradient_checkpointing=mode)
         if total(base, busy) <= memory:

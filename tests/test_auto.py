@@ -81,6 +81,7 @@ def test_passes_grow_where_there_is_room() -> None:
     short = pair(100)
     small, large = chosen(12, load=short), chosen(80, load=short)
     assert auto.ENOUGH_GPU * 0.9 <= (small.row_tokens or 0) <= (large.row_tokens or 0) <= auto.MOST_GPU
+    assert (chosen(16, load=short).row_tokens or 0) < (large.row_tokens or 0) == 16 * 199
     one = replace(ASKED, batch_size=1, gradient_accumulation_steps=1)
     assert chosen(80, one, short).row_tokens == 199  # there is no more to a step
 
@@ -235,7 +236,7 @@ def test_a_resumed_run_may_split_its_steps_otherwise(
     assert main(["train", "--resume", str(run), "--batch-size", "4"]) == 2
     message = "--batch-size x --gradient-accumulation-steps makes steps of 8 examples, but the run has steps of 4"
     assert message in capsys.readouterr().err
-    assert main(["train", "--resume", str(run), "--auto"]) == 0
+    assert main(["train", "--resume", str(run), "--batch-size", "4", "--gradient-accumulation-steps", "1", "--auto"]) == 0
     same(load_file(run / "adapter" / "adapter_model.safetensors"), whole)
     assert "going on after step 3 of 6" in capsys.readouterr().out
 
