@@ -88,17 +88,6 @@ def read(folder: str, load: TensorLoader) -> Adapter:
     return Adapter(rank, scale, {layer: (sides["lora_a"], sides["lora_b"]) for layer, sides in layers.items()})
 
 
-def shapes_alone(path: Path) -> dict[str, np.ndarray]:
-    """A loader for `read` that reads no weights: arrays of zeros in their shapes."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "numpy") as file:
-            return {name: np.broadcast_to(np.float32(0), file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-
-
 # Options of PEFT that make more of an adapter than W x + scale B A x on linear layers.
 _PEFT_VARIANTS = (
     "alora_invocation_tokens",

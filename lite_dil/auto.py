@@ -10,7 +10,7 @@ from lite_dil.config import FIELDS, SPLIT, TrainConfig, flag
 from lite_dil.errors import UserError
 from lite_dil.estimate import Load, layout_for
 from lite_dil.examples import Example
-from lite_dil.fit import Model, find_remedy, gigabytes, most, planned_dtype, several, sized
+from lite_dil.fit import Model, find_remedy, gigabytes, most, planned_dtype, several
 from lite_dil.memory import memory_here
 from lite_dil.schedule import computed_tokens, row_tokens
 from lite_dil.shape import ModelShape, read_shape
@@ -106,11 +106,9 @@ def fitted(config: TrainConfig, examples: Sequence[Example], given: Set[str] | N
         given = {name for name in CHOSEN if getattr(config, name) != FIELDS[name].default}
     shape, memory = read_shape(config.model), memory_here(config.backend)
     model = Model(shape, config.backend, planned_dtype(config, config.backend))
-    sizes = sized(config)
     load = largest_example(examples, config, layout_for(config, shape, config.backend))
-    chosen = choose(sizes, shape, model.backend, model.dtype, memory.usable, load, given)
-    config = replace(config, **{name: getattr(chosen, name) for name in CHOSEN})
-    return config, f"--auto: {words(config)} ({memory.text})"
+    chosen = choose(config, shape, model.backend, model.dtype, memory.usable, load, given)
+    return chosen, f"--auto: {words(chosen)} ({memory.text})"
 
 
 def words(config: TrainConfig) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lite_dil import adapters
 from lite_dil.backends import checkpointing
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig, flag
@@ -68,15 +67,6 @@ def planned_dtype(config: TrainConfig, backend: str, here: bool = True) -> str:
 
             return str(compute_dtype("auto", backend)).removeprefix("torch.")
     return "float32" if backend == "cpu" else "bfloat16"
-
-
-def sized(config: TrainConfig) -> TrainConfig:
-    """Return `config` with the rank and the layers of --init-adapter, of which only names and shapes are read."""
-    if config.init_adapter is None:
-        return config
-    adapter = adapters.read(config.init_adapter, adapters.shapes_alone)
-    names = {name.rpartition(".")[2] for name in adapter.weights}
-    return replace(config, lora_r=adapter.rank, target_modules=",".join(sorted(names)))
 
 
 def several(load: Load, count: int) -> Load:
@@ -226,7 +216,7 @@ def memory_line(config: TrainConfig, model: str, load: Load, peak: float, before
         text += f" of the whole process ({gigabytes(before)} GB before the model was loaded: Python, torch, the data)"
     try:
         shape = read_shape(str(model_folder(model)))
-        estimated = Model(shape, config.backend, config.dtype).total(sized(config), load)
+        estimated = Model(shape, config.backend, config.dtype).total(config, load)
     except UserError:  # layers or options that the estimate does not know
         return f"memory: {text}"
     return f"memory: {gigabytes(estimated)} GB estimated, {text}"

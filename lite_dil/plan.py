@@ -117,10 +117,10 @@ def make(args: argparse.Namespace, config: TrainConfig, given: Set[str]) -> Plan
     size = None if args.memory is None else _number(args.memory, "--memory")
     shape = read_shape(config.model)
     backend, remark = planned_backend(config.backend, size is not None)
-    config = fit.sized(replace(config, backend=backend))
+    config = replace(config, backend=backend)
     model = fit.Model(shape, backend, fit.planned_dtype(config, backend, here=size is None))
     memory = memory_here(backend) if size is None else memory_of(size, backend)
-    rows = _rows(config, given)
+    rows = _rows(config)
     answers = len(rows[0].signs) if rows else 2
     answers += config.sample_rejected or 0
     one = Load.worst(replace(config, batch_size=1), answers)
@@ -163,9 +163,9 @@ def planned_backend(name: str, memory_given: bool) -> tuple[str, str]:
     return here, ""
 
 
-def _rows(config: TrainConfig, given: Set[str]) -> list[Any]:
+def _rows(config: TrainConfig) -> list[Any]:
     """Return the rows of --data that training takes, where it names a file; a hub's are not fetched."""
-    if "data" not in given or not (Path(config.data).exists() or Path(config.data).suffix in FILES):
+    if not (Path(config.data).exists() or Path(config.data).suffix in FILES):
         return []
     rows = read_rows(config.data)
     if OBJECTIVES[config.loss].data == "chosen":

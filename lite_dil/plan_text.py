@@ -53,7 +53,11 @@ def _table(plan: Plan) -> list[str]:
     parts = estimate.components
     shown = [
         ("weights", estimate.weights, "frozen"),
-        ("adapter", parts["adapter"], f"LoRA of rank {plan.config.lora_r}, float32"),
+        (
+            "adapter",
+            parts["adapter"],
+            f"LoRA of rank {rank}, float32" if (rank := plan.config.lora_r) else "the initial one, float32",
+        ),
         ("gradients", parts["gradients"], "of the adapter alone"),
         ("optimiser", parts["optimizer"], "AdamW's state"),
         ("activations", parts["activations"], "kept for the backward pass"),
