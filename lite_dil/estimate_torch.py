@@ -325,7 +325,7 @@ class TorchStep:
             found["reference beforehand"] = self._beforehand()
         several = self.config.gradient_accumulation_steps > 1  # the gradients of the passes before are there
         found |= self._backward(several)
-        found["optimiser"] = {"gradients": self.adapter, "temporaries": self._update()}
+        found["optimiser"] = {"gradients": self.adapter}  # the fused AdamW makes nothing on its way
         return found
 
     def _loading(self) -> dict[str, int]:
@@ -370,13 +370,6 @@ class TorchStep:
                 "gradients": self.adapter if several else (s.layers - 1 - number) * self.adapter // s.layers,
             }
         return found
-
-    def _update(self) -> int:
-        """Return what AdamW makes on its way: two arrays as large as a tensor, on a GPU as large as all (foreach)."""
-        if self.eight_bit:
-            return 0
-        largest = FLOAT32 * max(rows * columns for pair in self.tensors.values() for rows, columns in pair)
-        return self.adapter if self.cuda else 2 * largest
 
     def _head(self, kept: int) -> dict[str, int]:
         """Return what _TokenLogps holds at its worst moment over `kept`: a chunk of logits, and what is made of it."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from lite_dil import auto, backends, fit
 from lite_dil.config import TrainConfig
-from lite_dil.data import CHOSEN, read_rows
+from lite_dil.data import CHOSEN, EMBEDDED, Reader, parse_columns, refuse
 from lite_dil.errors import UserError
 from lite_dil.estimate import Estimate, Load
 from lite_dil.memory import Memory, memory_here, memory_of, nvidia_smi
@@ -21,8 +21,8 @@ from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.objectives import OBJECTIVES
 from lite_dil.plan_text import lines
 from lite_dil.shape import ModelShape, read_shape
+from lite_dil.sources import is_local, looks_like_file, split_sources
 
-FILES = (".jsonl", ".json", ".gz")
 WEIGHTS = (".safetensors", ".bin")
 CARDS = (8, 12, 16, 24)
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -120,8 +120,7 @@ def make(args: argparse.Namespace, config: TrainConfig, given: Set[str]) -> Plan
     config = replace(config, backend=backend)
     model = fit.Model(shape, backend, fit.planned_dtype(config, backend, here=size is None))
     memory = memory_here(backend) if size is None else memory_of(size, backend)
-    rows = _rows(config)
-    answers = len(rows[0].signs) if rows else 2
+    count, answers = _examples(config)
     answers += config.sample_rejected or 0
     one = Load.worst(replace(config, batch_size=1), answers)
     choice = ""
@@ -137,7 +136,7 @@ def make(args: argparse.Namespace, config: TrainConfig, given: Set[str]) -> Plan
     least = auto.frugal(config, model, one)
 
     rooms = tuple(_room(name, config, least, model, memory.usable, answers) for name, memory in sizes)
-    epoch = _epoch(args, config, rows, answers)
+    epoch = _epoch(args, config, count, answers)
     return Plan(
         config, model, memory, load, answers, found, remedy, rooms, _download(config.model, shape), epoch, remark, choice
     )
@@ -163,14 +162,24 @@ def planned_backend(name: str, memory_given: bool) -> tuple[str, str]:
     return here, ""
 
 
-def _rows(config: TrainConfig) -> list[Any]:
-    """Return the rows of --data that training takes, where it names a file; a hub's are not fetched."""
-    if not (Path(config.data).exists() or Path(config.data).suffix in FILES):
-        return []
-    rows = read_rows(config.data)
-    if OBJECTIVES[config.loss].data == "chosen":
-        return [row for row in rows if CHOSEN in row.signs]
-    return rows
+def _examples(config: TrainConfig) -> tuple[int, int]:
+    """Return how many examples an epoch takes, 0 where --data names no file here, and how many answers each has.
+
+    A hub's data is not fetched.
+    """
+    sources = split_sources(config.data)
+    if config.data == EMBEDDED or not all(is_local(name) or looks_like_file(name) for name, _ in sources):
+        return 0, 2
+    good_only, total, answers = OBJECTIVES[config.loss].data == "chosen", 0, 0
+    for name, weight in sources:
+        reader = Reader(name, format=config.data_format, columns=parse_columns(config.columns), limit=config.max_rows)
+        kept = 0
+        for row in reader:
+            kept += not good_only or CHOSEN in row.signs
+            answers = max(answers, len(row.signs))
+        refuse(name, [] if config.skip_bad_rows and kept else reader.problems, kept)
+        total += round(weight * kept)
+    return total, answers
 
 
 def _download(name: str, shape: ModelShape) -> int | None:
@@ -186,8 +195,8 @@ def _download(name: str, shape: ModelShape) -> int | None:
     return linear * packed.bits // 8 + scales + (shape.parameters - linear) * 2
 
 
-def _epoch(args: argparse.Namespace, config: TrainConfig, rows: list[Any], answers: int) -> Epoch:
-    count = len(rows) or None
+def _epoch(args: argparse.Namespace, config: TrainConfig, examples: int, answers: int) -> Epoch:
+    count = examples or None
     if args.like:
         figures = _measured(Path(args.like))
         seconds = count / figures["examples_per_second"] if count else None

@@ -46,12 +46,12 @@ def split_sources(text: str) -> list[tuple[str, float]]:
 
     ``a.jsonl,b.jsonl=0.5`` is all of a and half of b. A file whose name has a comma or an equals sign is found too, alone.
     """
-    if _is_local(text):
+    if is_local(text):
         return [(text, 1.0)]
     found = []
     for part in text.split(","):
         name, equals, weight = part.strip().rpartition("=")
-        if not equals or _is_local(part.strip()):
+        if not equals or is_local(part.strip()):
             found.append((part.strip(), 1.0))
             continue
         try:
@@ -80,7 +80,7 @@ def records(source: str, split: str = "train", limit: int | None = None) -> Iter
         found = _file(Path(__file__).parent / "short_answers" / f"{split}.jsonl")
     elif (path := Path(source)).is_dir():
         found = _folder(path, split, named=False)
-    elif path.exists() or _looks_like_file(source):
+    elif path.exists() or looks_like_file(source):
         found = _file(path)
     elif ":" in source and (folder := Path(source.rpartition(":")[0])).is_dir():
         found = _folder(folder, source.rpartition(":")[2], named=True)
@@ -89,11 +89,13 @@ def records(source: str, split: str = "train", limit: int | None = None) -> Iter
     return itertools.islice(found, limit)
 
 
-def _is_local(source: str) -> bool:
+def is_local(source: str) -> bool:
+    """Whether a source is a file or a folder here, or the embedded set."""
     return source == EMBEDDED or Path(source).exists()
 
 
-def _looks_like_file(source: str) -> bool:
+def looks_like_file(source: str) -> bool:
+    """Whether a source is named as a file is, be it there or not."""
     return Path(source).suffix in {*_TEXT, *_COLUMNAR, *_PACKED}
 
 
