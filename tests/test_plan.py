@@ -256,7 +256,7 @@ def test_of_a_hub_id_config_json_alone_is_fetched(hub: tuple[str, list[str]], tm
         (("--memry", "8"), "unknown argument --memry (did you mean '--memory'?)"),
         (("--memory", "8", "--model", "./none"), "--model ./none: no such folder"),
         (("--memory", "8", "--unsloth"), "--unsloth"),
-        (("--resume",), "unknown argument --resume"),
+        (("--resume",), "--resume is of lite-dil train"),
     ],
 )
 def test_wrong_input(llama: str, flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
