@@ -8,7 +8,6 @@ from functools import cached_property
 
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
-from lite_dil.errors import UserError
 from lite_dil.examples import Example
 from lite_dil.schedule import Schedule, row_tokens
 from lite_dil.shape import ModelShape
@@ -144,7 +143,7 @@ def estimate(config: TrainConfig, shape: ModelShape, backend: str, dtype: str, l
 
     Args:
         config: resolved (`TrainConfig.resolved`).
-        backend: "cuda" or "cpu".
+        backend: "cuda", "cpu", or "mlx" on Apple silicon.
         dtype: what the model computes in: "float32", "bfloat16" or "float16".
         load: the largest pass of the run.
 
@@ -152,7 +151,9 @@ def estimate(config: TrainConfig, shape: ModelShape, backend: str, dtype: str, l
         UserError: the options ask for something whose memory is not known.
     """
     if backend == "mlx":
-        raise UserError("the memory of --backend mlx is not known yet; plan knows cuda and cpu")
+        from lite_dil.estimate_mlx import MLXStep
+
+        return MLXStep(config, shape, dtype, load).estimate()
     from lite_dil.estimate_torch import TorchStep
 
     return TorchStep(config, shape, backend, dtype, load).estimate()

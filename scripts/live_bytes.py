@@ -1,4 +1,4 @@
-"""Measure the peak of live tensor bytes of training steps on the CPU, beside what `lite_dil.estimate` says of them.
+"""Measure the peak of live tensor bytes of training steps, on the CPU or on MLX, beside what `lite_dil.estimate` says of them.
 
     python scripts/live_bytes.py --model smollm2-135m --max-length 256 --gradient-checkpointing full
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from lite_dil.config import FIELDS, TrainConfig
 from lite_dil.criterion import Criterion
 from lite_dil.errors import UserError
 from lite_dil.estimate import Estimate, Load, estimate
+from lite_dil.estimate_mlx import MLXStep
 from lite_dil.examples import Example
 from lite_dil.models import resolve_model
 from lite_dil.options import add_flags, build
@@ -68,18 +70,33 @@ class Measured(NamedTuple):
     estimate: Estimate
 
 
+def mlx_peak_bytes(run: Callable[[], Any]) -> int:
+    """Return the same by MLX's own books."""
+    import mlx.core as mx
+
+    mx.reset_peak_memory()
+    run()
+    return mx.get_peak_memory()
+
+
 def measure(config: TrainConfig, load: Load) -> Measured:
-    """Take two steps of random tokens with these lengths on the CPU."""
-    backend = backends.load("cpu", config, resolve_model(config.model))
-    shape = read_shape(config.model)
-    said = estimate(replace(config, layout=backend.layout), shape, "cpu", backend.dtype_name, load)
+    """Take two steps of random tokens with these lengths, on the CPU or with --backend mlx."""
+    gc.collect()  # MLX counts what an earlier backend left, too
+    name = "mlx" if config.backend == "mlx" else "cpu"
+    backend = backends.load(name, config, resolve_model(config.model))
+    shape, resolved = read_shape(config.model), replace(config, layout=backend.layout)
+    if name == "mlx":
+        step_of = MLXStep(resolved, shape, backend.dtype_name, load, metal=platform.system() == "Darwin")
+        said, peak = step_of.estimate(), mlx_peak_bytes
+    else:
+        said, peak = estimate(resolved, shape, name, backend.dtype_name, load), peak_bytes
     examples = random_examples(load, shape.vocabulary)
     criterion, batches = Criterion(config, examples), [Batch.of(examples)] * config.gradient_accumulation_steps
 
     def step() -> None:
         backend.step(batches, criterion, 1e-5)
 
-    return Measured(peak_bytes(step), peak_bytes(step), said)
+    return Measured(peak(step), peak(step), said)
 
 
 def random_examples(load: Load, vocabulary: int) -> list[Example]:

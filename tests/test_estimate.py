@@ -256,8 +256,6 @@ def test_what_cannot_be_estimated_is_said() -> None:
         said("cpu", offload_activations=True)
     with pytest.raises(UserError, match="add --head-bits 8"):
         estimate(config(offload_embeddings=True), replace(LLAMA_8B, tied=True), "cuda", "bfloat16", LOAD)
-    with pytest.raises(UserError, match="--backend mlx is not known yet"):
-        said("mlx")
 
 
 def test_layout_is_plain_where_the_rope_depends_on_the_length() -> None:
