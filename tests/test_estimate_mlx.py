@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ import pytest
 from conftest import config
 from live_bytes import Measured, measure
 
+from lite_dil import backends
 from lite_dil.errors import UserError
 from lite_dil.estimate import Load, estimate
 from lite_dil.estimate_mlx import MLXStep
 from lite_dil.estimate_tape import Array, Tape
-from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.shape import ModelShape, Quantization, read_shape
 
 MIB = 2**20
@@ -28,16 +30,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    made: dict[tuple[int, int], str] = {}
+    made: dict[tuple[int, int, bool], str] = {}
 
-    def make(layers: int = 4, vocabulary: int = 2048) -> str:
-        if (layers, vocabulary) not in made:
+    def make(layers: int = 4, vocabulary: int = 2048, tied: bool = False) -> str:
+        key = layers, vocabulary, tied
+        if key not in made:
             torch.manual_seed(0)
             sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": layers, "vocab_size": vocabulary}
+            sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
             folder = tmp_path_factory.mktemp("llama")
-            LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(folder)
-            made[layers, vocabulary] = str(folder)
-        return made[layers, vocabulary]
+            LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied)).save_pretrained(folder)
+            made[key] = str(folder)
+        return made[key]
 
     return make
 
@@ -54,41 +58,37 @@ def within(found: Measured, tolerance: float) -> None:
     assert ratio == pytest.approx(1, abs=tolerance)
 
 
-FORMS = [{}, {"dtype": "bfloat16"}, {"load_in_4bit": True}]
+BFLOAT16, FOUR_BIT = {"dtype": "bfloat16"}, {"load_in_4bit": True}
 
 
-@pytest.mark.parametrize("form", FORMS, ids=("float32", "bfloat16", "4bit"))
+@pytest.mark.parametrize("form", [{}, BFLOAT16, FOUR_BIT], ids=("float32", "bfloat16", "4bit"))
 @pytest.mark.parametrize("layout", ["plain", "prefix"])
-@pytest.mark.parametrize("kept", ["off", "selective"])
-def test_what_is_kept(models: Any, kept: str, layout: str, form: dict[str, Any]) -> None:
-    within(measured(models(), layout=layout, gradient_checkpointing=kept, **form), 0.05)
+def test_what_is_kept(models: Any, layout: str, form: dict[str, Any]) -> None:
+    within(measured(models(), layout=layout, **form), 0.05)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=("float32", "bfloat16", "4bit"))
-@pytest.mark.parametrize("layout", ["plain", "prefix"])
-def test_what_is_computed_again(models: Any, layout: str, form: dict[str, Any]) -> None:
-    within(measured(models(), layout=layout, gradient_checkpointing="full", **form), 0.1)
+@pytest.mark.parametrize(("layout", "form"), [("plain", BFLOAT16), ("prefix", {})], ids=("plain bfloat16", "prefix float32"))
+@pytest.mark.parametrize(("kept", "tolerance"), [("selective", 0.05), ("full", 0.1)])
+def test_what_is_computed_again(models: Any, layout: str, form: dict[str, Any], kept: str, tolerance: float) -> None:
+    within(measured(models(), layout=layout, gradient_checkpointing=kept, **form), tolerance)
 
 
-@pytest.mark.parametrize("kept", ["off", "full"])
-@pytest.mark.parametrize("form", FORMS[:2], ids=("float32", "bfloat16"))
-def test_a_large_vocabulary(models: Any, kept: str, form: dict[str, Any]) -> None:
+@pytest.mark.parametrize("form", [{"gradient_checkpointing": "full"}, BFLOAT16], ids=("full float32", "off bfloat16"))
+def test_a_large_vocabulary(models: Any, form: dict[str, Any]) -> None:
     """Two chunks of the head, 40 times the hidden states of a layer."""
-    within(measured(models(2, 16384), layout="prefix", gradient_checkpointing=kept, **form), 0.05)
+    within(measured(models(2, 16384), layout="prefix", **form), 0.05)
 
 
 @pytest.mark.parametrize(
     ("load", "options"),
     [
         (Load((400,), ((100, 90),)), {}),
-        (Load((60, 20, 60), ((100, 90), (30, 80), (100, 90))), {}),
         (Load((60, 20, 60), ((100, 90), (30, 80), (100, 90))), {"layout": "plain"}),
         (LOAD, {"target_modules": "q_proj,v_proj", "lora_r": 8}),
         (LOAD, {"lora_dropout": 0.1}),
-        (LOAD, {"head_bits": 8}),
         (LOAD, {"gradient_accumulation_steps": 2}),
     ],
-    ids=("long prompt", "three pairs", "three padded pairs", "two adapters", "dropout", "head of 8 bits", "two passes"),
+    ids=("long prompt", "three padded pairs", "two adapters", "dropout", "two passes"),
 )
 def test_other_settings(models: Any, load: Load, options: dict[str, Any]) -> None:
     within(measured(models(), load, **options), 0.05)
@@ -108,18 +108,18 @@ def test_blocks_with_padding_as_on_metal(models: Any, monkeypatch: pytest.Monkey
     assert step.estimate().total > 1.05 * unpadded
 
 
-@pytest.mark.parametrize("form", [{}, {"load_in_4bit": True}, {"head_bits": 8}, {"dtype": "bfloat16"}])
-def test_weights_are_counted_to_the_byte(embedded: str, form: dict[str, Any]) -> None:
-    """A tied table that is the head too; what lies beside the weights are tables of rope and numbers of a norm."""
-    from lite_dil import backends
-
-    mx.clear_cache()
+@pytest.mark.parametrize("form", [FOUR_BIT, {"head_bits": 8}, FOUR_BIT | {"head_bits": 8} | BFLOAT16])
+@pytest.mark.parametrize("tied", [False, True], ids=("untied", "tied"))
+def test_weights_are_counted(models: Any, tied: bool, form: dict[str, Any]) -> None:
+    """Also of a tied table, which is the head too."""
+    model = models(2, 1024, tied)
+    gc.collect()
     before = mx.get_active_memory()
-    options = config(model=EMBEDDED_MODEL, backend="mlx", **form)
-    backend = backends.load("mlx", options, embedded)
+    options = config(model=model, backend="mlx", **form)
+    backend = backends.load("mlx", options, model)
     found = mx.get_active_memory() - before
-    said = MLXStep(options, read_shape(EMBEDDED_MODEL), backend.dtype_name, LOAD).estimate()
-    assert said.weights + said.adapter == pytest.approx(found, rel=0.003)
+    said = MLXStep(options, read_shape(model), backend.dtype_name, LOAD).estimate()
+    assert said.weights + said.adapter == pytest.approx(found, rel=0.005)
 
 
 def test_bits_of_the_checkpoint() -> None:
@@ -174,7 +174,7 @@ def test_the_tape_by_hand() -> None:
 
 
 def test_the_tape_keeps_what_the_backward_pass_needs() -> None:
-    """W x with x of 100 and W of 50 numbers: x, the result's gradient and that of W are there at the end."""
+    """W x with x of 100 and W of 50 numbers: x, the result of 20, its gradient and that of W are there at the end."""
     tape = Tape()
     x, weight = tape.make([], 100, 4), tape.weight(50, wanted=True)
     unused = tape.make([x], 1000, 4)
@@ -182,27 +182,27 @@ def test_the_tape_keeps_what_the_backward_pass_needs() -> None:
     tape.backward(y, tape.make([], 20, 4))
     peak = tape.peak(metal=False)
     assert unused.buffer not in {op.makes for op in tape._breadth_first()}
-    assert peak.total() == 4 * (100 + 20 + 50) and peak.kinds["gradients"] == 200
+    assert peak.total() == 4 * (100 + 20 + 20 + 50) and peak.kinds["gradients"] == 200
 
 
 def test_checkpointing_on_the_tape() -> None:
-    """Ten functions of three operations each: 30 results are kept, or ten inputs and what is queued."""
+    """Ten functions that keep 60 arrays each: 600 of them, or ten inputs, 60 arrays and what is queued."""
 
     def peak(again: bool) -> int:
         tape = Tape()
-        x, weight = tape.make([], 10000, 4), tape.weight(1, wanted=True)
-
-        def function(x: Array) -> Array:
-            for _ in range(30):
-                x = tape.multiply(tape.matmul(x, weight, 10000), x)
-            return x
-
+        x = tape.make([], 10000, 4)
         for _ in range(10):
-            x = tape.checkpoint(function, x) if again else function(x)
+            run = partial(function, tape=tape, weights=[tape.weight(1, wanted=True) for _ in range(30)])
+            x = tape.checkpoint(run, x) if again else run(x)
         tape.backward(x, tape.make([x], 10000, 4))
-        return tape.peak(metal=False).total()
+        return tape.peak(metal=False).total() // 40000
 
-    assert peak(again=True) < 0.4 * peak(again=False)
+    def function(x: Array, tape: Tape, weights: list[Array]) -> Array:
+        for weight in weights:
+            x = tape.multiply(tape.matmul(x, weight, 10000), x)
+        return x
+
+    assert 600 <= peak(again=False) < 650 and 70 <= peak(again=True) < 150
 
 
 def test_nothing_is_loaded(tmp_path: Path) -> None:
