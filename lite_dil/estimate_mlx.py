@@ -5,7 +5,7 @@ for short rows is a whole layer. So `_Pass` writes the model's forward pass down
 mlx_head compute it, and `lite_dil.estimate_tape` differentiates and evaluates that.
 
 Measured against `mx.get_peak_memory` on MLX 0.32.4 for Linux, without a GPU, over random Llamas of 2 to 8 layers, width 256
-and 512, rows of 190 to 1000 tokens, compiled or not: the estimate is 0.98 to 1.04 of the peak with --gradient-checkpointing
+and 512, rows of 190 to 1000 tokens, compiled or not: the estimate is 0.96 to 1.04 of the peak with --gradient-checkpointing
 off and selective, 1.00 to 1.02 where the head's chunks decide, and 0.92 to 1.15 with full, where MLX mixes what is computed
 again with other work in an order that follows details of its graph.
 
