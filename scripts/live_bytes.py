@@ -1,10 +1,11 @@
-"""Measure the peak of live tensor bytes of training steps, on the CPU or on MLX, beside what `lite_dil.estimate` says of them.
+"""Measure the peak of live tensor bytes of training steps beside what `lite_dil.estimate` says of them.
 
     python scripts/live_bytes.py --model smollm2-135m --max-length 256 --gradient-checkpointing full
 
 Takes the flags of `lite-dil train`. The pass is the largest that --max-length, --row-tokens and --batch-size allow, of random
 tokens, or with --lengths of one's own. A process's resident set would say little: importing torch and transformers alone costs
-400 MB of it. Here every allocation and every free of torch's CPU allocator is counted.
+400 MB of it. With --backend cpu every allocation and every free of torch's allocator is counted, with cuda and mlx it is the
+allocator's own peak.
 """
 
 from __future__ import annotations
@@ -70,6 +71,14 @@ class Measured(NamedTuple):
     estimate: Estimate
 
 
+def cuda_peak_bytes(run: Callable[[], Any]) -> int:
+    """Return the same by the books of torch's allocator on the GPU."""
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
 def mlx_peak_bytes(run: Callable[[], Any]) -> int:
     """Return the same by MLX's own books."""
     import mlx.core as mx
@@ -80,16 +89,17 @@ def mlx_peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def measure(config: TrainConfig, load: Load) -> Measured:
-    """Take two steps of random tokens with these lengths, on the CPU or with --backend mlx."""
+    """Take two steps of random tokens with these lengths."""
     gc.collect()  # MLX counts what an earlier backend left, too
-    name = "mlx" if config.backend == "mlx" else "cpu"
+    name = backends.resolve(config.backend)
     backend = backends.load(name, config, resolve_model(config.model))
     shape, resolved = read_shape(config.model), replace(config, layout=backend.layout)
     if name == "mlx":
-        step_of = MLXStep(resolved, shape, backend.dtype_name, load, metal=platform.system() == "Darwin")
-        said, peak = step_of.estimate(), mlx_peak_bytes
+        of_step = MLXStep(resolved, shape, backend.dtype_name, load, metal=platform.system() == "Darwin")
+        said = of_step.estimate()
     else:
-        said, peak = estimate(resolved, shape, name, backend.dtype_name, load), peak_bytes
+        said = estimate(resolved, shape, name, backend.dtype_name, load)
+    peak = {"cpu": peak_bytes, "cuda": cuda_peak_bytes, "mlx": mlx_peak_bytes}[name]
     examples = random_examples(load, shape.vocabulary)
     criterion, batches = Criterion(config, examples), [Batch.of(examples)] * config.gradient_accumulation_steps
 
