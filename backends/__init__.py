@@ -19,7 +19,7 @@ import numpy as np
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion
-from lite_dil.errors import UserError
+from lite_dil.errors import UserError, gather
 
 CHECKPOINT_FROM = 10**9  # parameters from which gradient checkpointing is on unless said otherwise
 
@@ -168,6 +168,33 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def check_options(name: str, config: TrainConfig) -> None:
+    """Raise UserError for options that backend `name`, "cuda", "mlx" or "cpu", cannot honour; it need not be installed."""
+    shared = "is for the cuda backend; on Apple silicon the GPU uses the computer's own memory already"
+    needs_gpu = "is for the cuda backend: it needs a GPU"
+    where = shared if name == "mlx" else needs_gpu
+    refused = {
+        f"--offload-activations {where}": name != "cuda" and config.offload_activations,
+        f"--offload-embeddings {where}": name != "cuda" and config.offload_embeddings,
+    }
+    if name == "mlx":
+        refused |= {
+            "--optim paged_adamw_8bit is for cuda and cpu; use adamw with mlx": config.optim == "paged_adamw_8bit",
+            "--dtype float16 is for cuda, which scales the loss for it; use bfloat16 with mlx": config.dtype == "float16",
+            "--layout packed is for the cuda and cpu backends; mlx has prefix": config.layout == "packed",
+            "--no-fused-layers is for the cuda and cpu backends; mlx has no such layers": not config.fused_layers,
+        }
+    else:
+        refused |= {
+            f"--layout prefix is for the mlx backend; {name} has packed, which shares prompts too": config.layout == "prefix",
+            f"--compile is for the mlx backend; leave it out with {name}": config.compile is not None,
+        }
+    problems = [text for text, given in refused.items() if given]
+    if problems:
+        heading = f"these options cannot be used with {name}:"
+        raise UserError(gather(problems, heading) if len(problems) > 1 else problems[0])
 
 
 def prepare(name: str, config: TrainConfig) -> None:

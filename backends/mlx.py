@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from lite_dil import adapters
-from lite_dil.backends import Answer, StepResult, checkpointing, mlx_generate, switched
+from lite_dil.backends import Answer, StepResult, check_options, checkpointing, mlx_generate, switched
 from lite_dil.backends.head import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
 from lite_dil.backends.mlx_head import token_logps
 from lite_dil.backends.mlx_load import (
@@ -34,7 +34,7 @@ from lite_dil.backends.mlx_prefix import NoPrefix, Pass, Rows, arrays, wrap_laye
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion
-from lite_dil.errors import UserError, gather
+from lite_dil.errors import UserError
 from lite_dil.layouts import plain, prefix
 
 # What an unknown model's code raises where a cache is not what it expects.
@@ -49,7 +49,7 @@ class MLXBackend:
     pads_attention = mx.metal.is_available()  # a GPU wants few large products, a CPU little work
 
     def __init__(self, config: TrainConfig, model: str) -> None:
-        _check(config)
+        check_options("mlx", config)
         limit_memory()
         initial = adapters.read(config.init_adapter, load_tensors) if config.init_adapter else None
         self.model, self.config, bits = load(folder_of(model), model, config)
@@ -321,23 +321,6 @@ class MLXBackend:
 def _sums(logps: mx.array, inputs: dict[str, mx.array]) -> mx.array:
     """Sum values of the response tokens over each response: (tokens,) to (responses,)."""
     return (logps[inputs["token_index"]] * inputs["token_mask"]).sum(-1)
-
-
-def _check(config: TrainConfig) -> None:
-    """Raise UserError for options that have no meaning on MLX."""
-    shared = "is for the cuda backend; on Apple silicon the GPU uses the computer's own memory already"
-    refused = {
-        "--optim paged_adamw_8bit is for the cuda and cpu backends; use adamw with mlx": config.optim == "paged_adamw_8bit",
-        "--dtype float16 is for the cuda backend, which scales the loss for it; use bfloat16 with mlx": config.dtype
-        == "float16",
-        "--layout packed is for the cuda and cpu backends; mlx has prefix": config.layout == "packed",
-        f"--offload-activations {shared}": config.offload_activations,
-        f"--offload-embeddings {shared}": config.offload_embeddings,
-        "--no-fused-layers is for the cuda and cpu backends; mlx has no such layers, leave it out": not config.fused_layers,
-    }
-    problems = [text for text, given in refused.items() if given]
-    if problems:
-        raise UserError(gather(problems, "these options cannot be used with mlx:") if len(problems) > 1 else problems[0])
 
 
 def _keys(model: Any, adapter: adapters.Adapter) -> list[str]:

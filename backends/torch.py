@@ -19,6 +19,7 @@ from lite_dil import adapters
 from lite_dil.backends import (
     Answer,
     StepResult,
+    check_options,
     checkpointing,
     switched,
     torch_fused,
@@ -31,7 +32,6 @@ from lite_dil.backends import (
 from lite_dil.backends.head import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
 from lite_dil.backends.torch_head import QuantizedHead, token_logps, vocabulary
 from lite_dil.backends.torch_load import (
-    check_options,
     compute_dtype,
     create_states,
     linear_layers,
@@ -58,7 +58,9 @@ class TorchBackend:
     def __init__(self, config: TrainConfig, model: str, device: str) -> None:
         self.name = device
         self.device = torch.device(device)
-        check_options(config, device)
+        check_options(device, config)
+        if config.load_in_4bit or config.optim == "paged_adamw_8bit":
+            need_bitsandbytes()
         if device == "cpu":
             keep_freed_memory()
         self.dtype = compute_dtype(config.dtype, device)

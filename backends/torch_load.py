@@ -17,20 +17,6 @@ from lite_dil.config import TrainConfig
 from lite_dil.errors import UserError, first_line
 
 
-def check_options(config: TrainConfig, device: str) -> None:
-    """Raise UserError for what this backend cannot honour."""
-    if config.layout == "prefix":
-        raise UserError(f"--layout prefix is for the mlx backend; {device} has packed, which shares prompts too")
-    if config.compile is not None:
-        raise UserError(f"--compile is for the mlx backend; leave it out with {device}")
-    if device == "cpu":
-        for name in ("offload_activations", "offload_embeddings"):
-            if getattr(config, name):
-                raise UserError(f"--{name.replace('_', '-')} is for the cuda backend: it needs a GPU")
-    if config.load_in_4bit or config.optim == "paged_adamw_8bit":
-        need_bitsandbytes()
-
-
 def compute_dtype(name: str, device: str) -> torch.dtype:
     """Return what --dtype stands for on this device."""
     if name == "auto" and device == "cuda":

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
+from lite_dil.backends import check_options
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
+from lite_dil.errors import UserError
 from lite_dil.examples import Example
 from lite_dil.schedule import Schedule, row_tokens
 from lite_dil.shape import ModelShape
@@ -150,6 +152,9 @@ def estimate(config: TrainConfig, shape: ModelShape, backend: str, dtype: str, l
     Raises:
         UserError: the options ask for something whose memory is not known.
     """
+    check_options(backend, config)
+    if config.unsloth:
+        raise UserError("plan does not know what the layers of --unsloth keep; leave it out")
     if backend == "mlx":
         from lite_dil.estimate_mlx import MLXStep
 

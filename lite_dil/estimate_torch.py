@@ -233,14 +233,8 @@ class TorchStep:
 
     def _check(self) -> None:
         config, shape = self.config, self.shape
-        if config.unsloth:
-            raise UserError("plan does not know what the layers of --unsloth keep; leave it out")
         if shape.quantization is not None and shape.quantization.library != "bitsandbytes":
             raise UserError(f"--model {config.model} is quantised for MLX; --backend cuda and cpu cannot load it")
-        if config.layout == "prefix":
-            raise UserError("--layout prefix is for the mlx backend; cuda and cpu have packed, which shares prompts too")
-        if not self.cuda and (config.offload_activations or config.offload_embeddings):
-            raise UserError("--offload-activations and --offload-embeddings are for the cuda backend")
         if config.offload_embeddings and shape.tied and not config.head_bits:
             raise UserError("--offload-embeddings: the table is the output head too; add --head-bits 8 (or 4)")
 

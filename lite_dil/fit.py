@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from lite_dil.backends import checkpointing
@@ -87,18 +88,34 @@ def longest(config: TrainConfig, model: Model, memory: int, answers: int) -> int
     """Return the largest --max-length, a multiple of 64, with which one example of `answers` answers fits; 0 for none."""
     # Beyond what the model was made for nothing is to be had.
     limit = (model.shape.max_positions or 2**20) // LENGTHS
-
-    def fits(number: int) -> bool:
-        tried = replace(config, max_length=number * LENGTHS)
-        return model.total(tried, several(Load.worst(replace(tried, batch_size=1), answers), 1)) <= memory
-
-    return most(fits, 1, limit) * LENGTHS
+    size = _curve(config, model, answers, "max_length")
+    return most(lambda number: size(number * LENGTHS) <= memory, 1, limit) * LENGTHS
 
 
 def most_examples(config: TrainConfig, model: Model, memory: int, answers: int, limit: int = 1000) -> int:
     """Return how many examples of --max-length fit into one pass, `limit` at most."""
-    one = Load.worst(replace(config, batch_size=1), answers)
-    return most(lambda count: model.total(config, several(one, count)) <= memory, 1, limit)
+    size = _curve(config, model, answers, "examples")
+    return most(lambda count: size(count) <= memory, 1, limit)
+
+
+@lru_cache(maxsize=16)
+def _curve(config: TrainConfig, model: Model, answers: int, what: str) -> Callable[[int], float]:
+    """Return the bytes of a pass as a function of --max-length, for one example, or of the number of "examples".
+
+    An estimate of MLX takes a second, and minutes for very long rows: there it is the line through two of them. What is
+    kept grows in proportion to the tokens, and so do the scores of a block of queries.
+    """
+
+    def exact(size: int) -> int:
+        tried = config if what == "examples" else replace(config, max_length=size)
+        one = Load.worst(replace(tried, batch_size=1), answers)
+        return model.total(tried, several(one, size if what == "examples" else 1))
+
+    if model.backend != "mlx":
+        return lru_cache(maxsize=None)(exact)
+    low, high = (1, 2) if what == "examples" else (1024, 2048)
+    start, end = exact(low), exact(high)
+    return lambda size: start + (end - start) * (size - low) / (high - low)
 
 
 @dataclass(frozen=True)
