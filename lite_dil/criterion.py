@@ -11,6 +11,7 @@ import numpy as np
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
 from lite_dil.data import CHOSEN
+from lite_dil.dataset import ExampleStore
 from lite_dil.errors import UserError
 from lite_dil.examples import Example, truncate
 from lite_dil.losses import Array, log_ratio
@@ -121,12 +122,12 @@ def check_data(config: TrainConfig, form: str, signs: set[int], source: str) -> 
             raise UserError(f"--loss {name} needs good and bad answers, and {source} has only {kind} ones (field 'label')")
 
 
-def mismatched(examples: Sequence[Example], config: TrainConfig) -> list[Example]:
+def mismatched(examples: Sequence[Example], config: TrainConfig) -> Sequence[Example]:
     """Return for each example its prompt with the answers of the next example that has another prompt: kto's rows for z0.
 
     They are fixed for the data set, so that the reference's log-probs of them are computed once.
     """
-    found: list[Example] = []
+    found = ExampleStore()
     for i, example in enumerate(examples):
         following = (examples[(i + step) % len(examples)] for step in range(1, len(examples)))
         other = next((e for e in following if e.prompt != example.prompt), None)
