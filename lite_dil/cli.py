@@ -176,7 +176,8 @@ def _config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None, set[str
         raise UserError(f"--resume {args.resume} goes on in {run}; leave --output-dir {output_dir} out")
     # "auto" asks for what the run already found to be best.
     given, base = ({n: v for n, v in options.items() if v != "auto" and n != "output_dir"} for options in (given, base))
-    config = build(given, saved | base | {"output_dir": str(run)})
+    # What --auto chose is saved with the rest; it chooses again only where it is given again.
+    config = build(given, saved | {"auto": False} | base | {"output_dir": str(run)})
     check_same_run(config, saved, args.resume)
     return config, checkpoint, fixed
 

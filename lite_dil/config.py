@@ -230,7 +230,7 @@ class TrainConfig:
         False,
         "choose how a step is split, --gradient-checkpointing and the offloads so that training is as fast as the memory that "
         "is free allows, by estimate; a step keeps its --batch-size x --gradient-accumulation-steps examples, so the result "
-        "is the same. What is given as a flag stays as given",
+        "is the same (but for what --lora-dropout draws). What is given as a flag stays as given",
     )
     row_tokens: int | None = _option(
         "engine",

@@ -127,13 +127,14 @@ def mismatched(examples: Sequence[Example], config: TrainConfig) -> Sequence[Exa
 
     They are fixed for the data set, so that the reference's log-probs of them are computed once.
     """
+    count, partner = len(examples), np.full(len(examples), -1)
+    prompts = np.fromiter((hash(example.prompt) for example in examples), np.int64, count)
+    for i in [*range(count - 1, -1, -1)] * 2:  # twice, because the last one's may be among the first
+        following = (i + 1) % count
+        partner[i] = following if prompts[following] != prompts[i] else partner[following]
+    if -1 in partner:
+        raise UserError(f"--loss {config.loss} compares answers to different prompts, and all of the data has the same one")
     found = ExampleStore()
-    for i, example in enumerate(examples):
-        following = (examples[(i + step) % len(examples)] for step in range(1, len(examples)))
-        other = next((e for e in following if e.prompt != example.prompt), None)
-        if other is None:
-            raise UserError(
-                f"--loss {config.loss} compares answers to different prompts, and all of the data has the same one"
-            )
-        found.append(truncate(replace(other, prompt=example.prompt, place=example.place), config.max_length)[0])
+    for example, other in zip(examples, partner.tolist(), strict=True):
+        found.append(truncate(replace(examples[other], prompt=example.prompt, place=example.place), config.max_length)[0])
     return found

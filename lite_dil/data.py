@@ -95,7 +95,8 @@ class Reader:
     def __iter__(self) -> Iterator[Row]:
         head = list(itertools.islice(self._records, LOOKED_AT))
         if self.format == "auto":
-            self.format = detect(self._renamed(value) for _, value in head if isinstance(value, dict))
+            named = [v for _, v in head if isinstance(v, dict) and v.keys() >= set(self.columns.values())]
+            self.format = detect(map(self._renamed, named))
         for place, value in itertools.chain(head, self._records):
             try:
                 if isinstance(value, RowError):
@@ -109,7 +110,11 @@ class Reader:
     def _renamed(self, value: Any) -> Any:
         if not self.columns or not isinstance(value, dict):
             return value
-        moved = {name: value[column] for name, column in self.columns.items() if column in value}
+        for column in self.columns.values():
+            if column not in value:
+                hint = did_you_mean(column, map(str, value))
+                raise RowError(f"no column {column!r}", f"no column {column!r}, which --columns names{hint}")
+        moved = {name: value[column] for name, column in self.columns.items()}
         return {name: v for name, v in value.items() if name not in self.columns.values()} | moved
 
     def _row(self, value: Any, place: str) -> Row:

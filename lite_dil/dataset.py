@@ -221,7 +221,8 @@ def load(
 def _often(rows: np.ndarray, weight: float, random: np.random.Generator) -> np.ndarray:
     """Return all rows as often as the whole part of `weight` says, and a random share of them for the rest."""
     whole = int(weight)
-    rest = random.permutation(rows)[: round((weight - whole) * len(rows))]
+    least = int(whole == 0)  # a source that is named is in every epoch
+    rest = random.permutation(rows)[: max(least, round((weight - whole) * len(rows)))]
     return np.concatenate([np.tile(rows, whole), np.sort(rest)])
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lite_dil.adapters import read, select_targets
 from lite_dil.backends import check_options
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
@@ -138,6 +143,31 @@ def layout_for(config: TrainConfig, shape: ModelShape, backend: str) -> str:
     if backend == "mlx":
         return "prefix"
     return "plain" if shape.long_rope is not None and config.max_length > shape.long_rope else "packed"
+
+
+def adapter_tensors(config: TrainConfig, shape: ModelShape) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the shapes of A and B of every adapted layer by its name, from --init-adapter's files or the options."""
+    if config.init_adapter:
+        initial = read(config.init_adapter, _shapes_only)
+        return {name: (a.shape, b.shape) for name, (a, b) in initial.weights.items()}
+    shapes = {
+        f"layers.{number}.{name}": (linear.outputs, linear.inputs)
+        for number in range(shape.layers)
+        for name, linear in shape.linears().items()
+    }
+    rank, targets = config.lora_r, config.target_modules
+    assert rank and targets  # filled in by TrainConfig.resolved
+    return {name: ((rank, into), (out, rank)) for name, (out, into) in select_targets(shapes, targets).items()}
+
+
+def _shapes_only(path: Path) -> dict[str, np.ndarray]:
+    """Return arrays of the shapes in a safetensors file that take no memory."""
+    try:
+        with safe_open(path, "np") as file:
+            names = file.keys()
+            return {name: np.broadcast_to(np.float32(0), file.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def estimate(config: TrainConfig, shape: ModelShape, backend: str, dtype: str, load: Load) -> Estimate:

@@ -20,12 +20,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from lite_dil.adapters import select_targets
 from lite_dil.backends import checkpointing
 from lite_dil.backends.head import chunk_tokens
 from lite_dil.config import TrainConfig
 from lite_dil.errors import UserError
-from lite_dil.estimate import Estimate, Load, layout_for
+from lite_dil.estimate import Estimate, Load, adapter_tensors, layout_for
 from lite_dil.estimate_tape import FLOAT32, Array, Gradients, Tape
 from lite_dil.shape import Linear, ModelShape
 
@@ -59,11 +58,11 @@ class MLXStep:
             raise UserError(f"weights packed by {own.library} are for CUDA; give the 16-bit model, with --4bit")
         self.bits, self.group = (own.bits, own.group) if own else (BITS if config.load_in_4bit else 0, GROUP)
         self.multiple = MULTIPLE if compiled else 1
-        assert config.lora_r and config.target_modules
-        self.rank = config.lora_r
-        shapes = {name: (linear.outputs, linear.inputs) for name, linear in self.linears.items()}
-        self.targets = select_targets(shapes, config.target_modules)
-        self.adapter = sum(self.rank * (out + into) for out, into in self.targets.values()) * FLOAT32 * shape.layers
+        tensors = adapter_tensors(config, shape)
+        self.rank = next(iter(tensors.values()))[0][0]
+        names = {".".join(name.split(".")[-2:]) for name in tensors}
+        self.targets = {name: (linear.outputs, linear.inputs) for name, linear in self.linears.items() if name in names}
+        self.adapter = sum(rows * columns for pair in tensors.values() for rows, columns in pair) * FLOAT32
 
     def frozen(self, linear: Linear, bits: int | None = None) -> int:
         """Return the bytes of a linear layer of the base: whole, or in groups with a scale and a bias each."""

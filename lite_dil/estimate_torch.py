@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-
-from lite_dil.adapters import read, select_targets
 from lite_dil.backends import checkpointing
 from lite_dil.backends.head import chunk_tokens
 from lite_dil.config import TrainConfig
 from lite_dil.errors import UserError
-from lite_dil.estimate import Estimate, Load, layout_for
+from lite_dil.estimate import Estimate, Load, adapter_tensors, layout_for
 from lite_dil.schedule import row_tokens
 from lite_dil.shape import Linear, ModelShape
 
@@ -201,16 +196,6 @@ class Layer:
         ]
 
 
-def _shapes_only(path: Path) -> dict[str, np.ndarray]:
-    """Return arrays of the shapes in a safetensors file that take no memory."""
-    try:
-        with safe_open(path, "np") as file:
-            names = file.keys()
-            return {name: np.broadcast_to(np.float32(0), file.get_slice(name).get_shape()) for name in names}
-    except SafetensorError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-
-
 class TorchStep:
     """A training step of the torch backend; see `lite_dil.estimate.estimate` for the arguments."""
 
@@ -226,7 +211,7 @@ class TorchStep:
         self.fused_linears = config.fused_layers and not config.lora_dropout
         self.fused_mlp = self.fused_linears and not shape.joined  # torch_fused._gated_mlp
         self.linears = shape.linears()
-        self.tensors = self._adapter()  # (rows, columns) of A and B of every adapted layer, by its name in the model
+        self.tensors = adapter_tensors(config, shape)
         self.targets = {".".join(name.split(".")[-2:]) for name in self.tensors}
         self.rank = next(iter(self.tensors.values()))[0][0]
         self.adapter = sum(rows * columns for pair in self.tensors.values() for rows, columns in pair) * FLOAT32
@@ -237,20 +222,6 @@ class TorchStep:
             raise UserError(f"--model {config.model} is quantised for MLX; --backend cuda and cpu cannot load it")
         if config.offload_embeddings and shape.tied and not config.head_bits:
             raise UserError("--offload-embeddings: the table is the output head too; add --head-bits 8 (or 4)")
-
-    def _adapter(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Return the shapes of A and B of every adapted layer: of --init-adapter's files, or as the options have it."""
-        shapes = {
-            f"layers.{number}.{name}": (linear.outputs, linear.inputs)
-            for number in range(self.shape.layers)
-            for name, linear in self.linears.items()
-        }
-        if self.config.init_adapter:
-            initial = read(self.config.init_adapter, _shapes_only)
-            return {name: (a.shape, b.shape) for name, (a, b) in initial.weights.items()}
-        rank, targets = self.config.lora_r, self.config.target_modules
-        assert rank and targets  # filled in by TrainConfig.resolved
-        return {name: ((rank, into), (out, rank)) for name, (out, into) in select_targets(shapes, targets).items()}
 
     def frozen(self, linear: Linear) -> int:
         """Return the bytes that a linear layer of the base takes: NF4 with its scales, or whole."""

@@ -111,7 +111,13 @@ def _without_prompt(draft: Draft) -> Draft:
     """Take a prompt of text out of answers that repeat it; they are to continue it."""
     assert isinstance(draft.prompt, str)
     prompt = draft.prompt.rstrip()
-    repeats = [bool(prompt) and isinstance(answer, str) and answer.startswith(prompt) for answer in draft.answers]
+
+    def repeated(answer: Answer) -> bool:
+        """Whether an answer begins with the prompt's whole words, and not only with its letters."""
+        rest = str(answer).removeprefix(prompt)
+        return len(rest) < len(str(answer)) and (not rest or rest[0].isspace() or not prompt[-1].isalnum())
+
+    repeats = [bool(prompt) and repeated(answer) for answer in draft.answers]
     if all(repeats):
         answers = tuple(str(answer)[len(prompt) :] for answer in draft.answers)
         return draft._replace(
@@ -220,7 +226,8 @@ def _last_turn(messages: list[Message], row: Raw, field: str, tools: list[dict[s
             "no prompt", f"field {field!r} has {len(messages)} message; expected a prompt and the assistant's answer"
         )
     answer = read_answer(messages[-1:], f"{field}[{len(messages) - 1}]")
-    name = next((name for name in ("kto_tag", "label") if name in row), "")
+    # A label that is no boolean may be anything: the class of the text, say.
+    name = next((n for n in ("kto_tag", "label") if n in row and (n == "kto_tag" or isinstance(row[n], bool))), "")
     return Draft(messages[:-1], (answer,), (_label(row, name) if name else CHOSEN,), tools, labelled=bool(name))
 
 
@@ -260,7 +267,7 @@ def _read_completion(row: Raw) -> Draft:
 
 def _label(row: Raw, name: str) -> int:
     value = row[name]
-    if isinstance(value, (bool, int)) and value in (0, 1):
+    if isinstance(value, (bool, int, float)) and value in (0, 1):  # 1.0 is what tables make of true beside nulls
         return CHOSEN if value else REJECTED
     if isinstance(value, Cell) and (word := value.strip().lower()) in ("true", "false", "1", "0"):
         return CHOSEN if word in ("true", "1") else REJECTED

@@ -169,7 +169,7 @@ def _examples(config: TrainConfig) -> tuple[int, int]:
     """
     sources = split_sources(config.data)
     if config.data == EMBEDDED or not all(is_local(name) or looks_like_file(name) for name, _ in sources):
-        return 0, 2
+        return 0, 1 if config.sample_rejected else 2  # rejected answers are drawn for good ones alone
     good_only, total, answers = OBJECTIVES[config.loss].data == "chosen", 0, 0
     for name, weight in sources:
         reader = Reader(name, format=config.data_format, columns=parse_columns(config.columns), limit=config.max_rows)
@@ -186,6 +186,12 @@ def _download(name: str, shape: ModelShape) -> int | None:
     """Return the bytes of the weights on the hub, before any quantising; None where there is nothing to download."""
     if name == EMBEDDED_MODEL or any(path.suffix in WEIGHTS for path in Path(name).glob("*")):
         return None
+    if name.count("/") == 1 and not Path(name).exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        files = ("model.safetensors", "model.safetensors.index.json")
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+            return None
     if (packed := shape.quantization) is None:
         return shape.parameters * BYTES.get(shape.dtype, 2)
     linear = shape.layers * sum(linear.weight for linear in shape.linears().values())

@@ -154,10 +154,12 @@ def saved_config(checkpoint: Path) -> dict[str, Any]:
 
 def check_same_run(config: TrainConfig, saved: dict[str, Any], where: str) -> None:
     """Raise UserError if an option that decides what is learned differs from the run that is resumed."""
+    # How a step is split decides what dropout draws, and nothing else.
+    free = FREE_ON_RESUME if config.lora_dropout else FREE_ON_RESUME | SPLIT
     problems = [
         f"{flag(name)} is {value}, but the run has {saved[name]}"
         for name, value in config.as_dict().items()
-        if name not in FREE_ON_RESUME | SPLIT and name in saved and value != saved[name]
+        if name not in free and name in saved and value != saved[name]
     ]
     examples, before = (math.prod(options[name] for name in SPLIT) for options in (config.as_dict(), config.as_dict() | saved))
     if examples != before:

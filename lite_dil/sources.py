@@ -1,4 +1,7 @@
-"""Where rows come from: files of every common kind, folders of them, and the Hugging Face hub, read a row at a time."""
+"""Where rows come from: files of every common kind, folders of them, and the Hugging Face hub.
+
+All is read a row at a time, but for JSON arrays, which are read whole.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,11 @@ _COLUMNAR = (".parquet", ".arrow")
 _PACKED = (".gz", ".zst")
 # What lies beside the data in a folder of the hub or of the datasets package.
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
+# Columns of a table that hold lists as JSON; other cells are text, also where it looks like JSON: an answer may be just that.
+_LIST_COLUMNS = {
+    *("tools", "history", "conversations", "messages", "responses", "completions", "answers", "candidates", "generations"),
+    *("outputs", "scores", "overall_scores", "ratings", "rewards", "ranks"),
+}
 _HELD_OUT = {"test", "tests", "eval", "evaluation", "val", "valid", "validation", "dev", "heldout"}
 
 
@@ -78,12 +86,12 @@ def records(source: str, split: str = "train", limit: int | None = None) -> Iter
     """
     if source == EMBEDDED:
         found = _file(Path(__file__).parent / "short_answers" / f"{split}.jsonl")
-    elif (path := Path(source)).is_dir():
+    elif is_local(source) and (path := Path(source)).is_dir():
         found = _folder(path, split, named=False)
-    elif path.exists() or looks_like_file(source):
-        found = _file(path)
-    elif ":" in source and (folder := Path(source.rpartition(":")[0])).is_dir():
-        found = _folder(folder, source.rpartition(":")[2], named=True)
+    elif is_local(source) or looks_like_file(source):
+        found = _file(Path(source))
+    elif is_local(before := source.rpartition(":")[0]) and Path(before or "/dev/null").is_dir():
+        found = _folder(Path(before), source.rpartition(":")[2], named=True)
     else:
         found = _hub(source, split, stream=limit is not None)
     return itertools.islice(found, limit)
@@ -91,7 +99,10 @@ def records(source: str, split: str = "train", limit: int | None = None) -> Iter
 
 def is_local(source: str) -> bool:
     """Whether a source is a file or a folder here, or the embedded set."""
-    return source == EMBEDDED or Path(source).exists()
+    try:
+        return source == EMBEDDED or Path(source).exists()
+    except OSError:  # too long for a name
+        return False
 
 
 def looks_like_file(source: str) -> bool:
@@ -127,18 +138,27 @@ def _is_data(path: Path, folder: Path) -> bool:
 
 
 def _of_split(files: list[Path], folder: Path, split: str, named: bool) -> list[Path]:
-    """Leave out the files that their names give to another split: training must not read what it is tested on."""
+    """Leave out the files that their names give to another split: training must not read what it is tested on.
 
-    def words(path: Path) -> set[str]:
-        return set(re.findall(r"[a-z]+", str(path.relative_to(folder)).lower()))
+    A file's own name decides before those of its folders.
+    """
 
-    wanted = _HELD_OUT if split in _HELD_OUT else {split}
-    own = [path for path in files if words(path) & wanted]
-    if own or named:
-        if not own:
-            raise UserError(f"{folder}: no file there has {split!r} in its name")
+    def belongs(path: Path) -> str:
+        names = [path.name, *(part.name for part in path.relative_to(folder).parents)]
+        for words in (set(re.findall(r"[a-z]+", name.lower())) for name in names):
+            if words & _HELD_OUT:
+                return "test"
+            if words & {"train", "training", split}:
+                return "train" if words & {"train", "training"} else split
+        return ""
+
+    wanted = "test" if split in _HELD_OUT else split
+    own = [path for path in files if belongs(path) == wanted]
+    if named and not own:
+        raise UserError(f"{folder}: no file there has {split!r} in its name")
+    if named or (own and wanted == "test"):
         return own
-    return [path for path in files if not words(path) & _HELD_OUT] if split == "train" else files
+    return [path for path in files if belongs(path) != "test"] if wanted == "train" else files
 
 
 def _file(path: Path) -> Iterator[Record]:
@@ -177,6 +197,35 @@ def _refuse(path: Path, start: bytes) -> None:
         raise UserError(f"{path}: is UTF-16; save it as UTF-8")
 
 
+class _Zstandard(io.RawIOBase):
+    """Reads what is inside a .zst file, and raises OSError where it ends too early; zstandard's own reader would not."""
+
+    def __init__(self, zstandard: Any, raw: IO[bytes]) -> None:
+        self.zstandard, self.raw = zstandard, raw
+        self.frame: Any = None
+        self.left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.left:
+            packed = (self.frame.unused_data if self.frame and self.frame.eof else b"") or self.raw.read(2**17)
+            if not packed:
+                if self.frame and not self.frame.eof:
+                    raise EOFError("the compressed file ends too early")
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = self.zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self.left = self.frame.decompress(packed)
+            except self.zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
+        size = min(len(buffer), len(self.left))
+        buffer[:size], self.left = self.left[:size], self.left[size:]
+        return size
+
+
 @contextlib.contextmanager
 def _unpacked(path: Path, raw: IO[bytes], start: bytes) -> Iterator[IO[bytes]]:
     """Open what is inside a compressed file, which is known by its first bytes, also under another name."""
@@ -184,12 +233,7 @@ def _unpacked(path: Path, raw: IO[bytes], start: bytes) -> Iterator[IO[bytes]]:
         with gzip.open(raw) as stream:
             yield io.BufferedReader(stream)
     elif start.startswith(b"\x28\xb5\x2f\xfd"):
-        zstandard = _need("zstandard", path)
-        try:
-            with zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-                yield io.BufferedReader(stream)
-        except zstandard.ZstdError as error:
-            raise UserError(f"{path}: cannot be read ({error})") from None
+        yield io.BufferedReader(_Zstandard(_need("zstandard", path), raw))
     else:
         yield raw
 
@@ -277,7 +321,7 @@ def _csv(path: Path, stream: IO[bytes], tabs: bool) -> Iterator[Record]:
         for cells in reader:
             place, started = f"{path} line {started}", reader.line_num + 1
             if len(cells) == len(names):
-                yield place, {name: _cell(cell) for name, cell in zip(names, cells, strict=True)}
+                yield place, {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}
             elif cells:
                 yield place, RowError("wrong number of cells", f"{len(cells)} cells, but the header has {len(names)}")
     except csv.Error as error:
@@ -292,10 +336,14 @@ def _decoded(path: Path, stream: IO[bytes]) -> Iterator[str]:
             raise UserError(f"{path} line {number}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
 
 
-def _cell(text: str) -> Any:
-    if text.lstrip()[:2] in ("[{", '["', "[]") or text.lstrip()[:2] == '{"':
+def _cell(column: str, text: str) -> Any:
+    """Return a cell's text; or what it is the JSON of, where that is messages, or the column is one of lists."""
+    if text.lstrip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(text)
+            value = json.loads(text)
+            messages = value if isinstance(value, list) and value else [value]
+            if column in _LIST_COLUMNS or all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in messages):
+                return value
     return Cell(text)
 
 
@@ -339,6 +387,6 @@ def _hub(source: str, split: str, stream: bool) -> Iterator[Record]:
         rows = datasets.load_dataset(f"{owner}/{name}", config or None, split=named_split or split, streaming=stream)
         for number, row in enumerate(rows, 1):
             yield f"{source} row {number}", row
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         hint = f"; name it as {source}:SPLIT" if "split" in str(error) and not named_split else ""
         raise UserError(f"{source}: cannot be loaded from the hub ({first_line(error)}){hint}") from None

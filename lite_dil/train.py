@@ -186,12 +186,12 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
             save()
         display.say(f"stopped after step {progress.step} of {schedule.steps}, saved; go on with --resume {folder.path}")
         return Trained(backend, encoder, folder, evaluation, stopped=True)
-    if heaviest.load:
-        taken = replace(config, dtype=backend.dtype_name, layout=backend.layout)
-        display.say(memory_line(taken, model, heaviest.load, backend.peak_memory_mb() * 2**20, before * 2**20))
     if held_out and evaluation is None:  # a finished run, resumed
         evaluation = evaluator.run()
     folder.save_adapter(backend.save_adapter)
+    if heaviest.load:
+        taken = replace(config, dtype=backend.dtype_name, layout=backend.layout)
+        display.say(memory_line(taken, model, heaviest.load, backend.peak_memory_mb() * 2**20, before * 2**20))
     display.say(f"adapter in {folder.adapter}")
     return Trained(backend, encoder, folder, evaluation, stopped=False)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 from conftest import byte_level_tokenizer, config
 
 from lite_dil.data import read_rows
@@ -55,6 +56,27 @@ def test_a_cell_that_looks_like_a_boolean_stays_text(tmp_path: Path) -> None:
     assert read_rows(str(tmp_path / "a.csv"))[0].answers == ("True", "False")
 
 
+def test_a_cell_of_json_is_text_unless_it_is_messages_or_a_list(tmp_path: Path) -> None:
+    rows = [["instruction", "output"], ["Who?", '["John", "Ann"]'], ["Who?", '{"a": 1}'], ["Who?", "[]"]]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    assert [row.answers for row in read_rows(str(tmp_path / "a.csv"))] == [('["John", "Ann"]',), ('{"a": 1}',), ("[]",)]
+    with (tmp_path / "b.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["prompt", "responses", "scores"], ["hi", '["a", "b"]', "[1, 2]"]])
+    assert read_rows(str(tmp_path / "b.csv"))[0].answers == ("b", "a")
+
+
+def test_compressed_files_whole_and_cut_off(tmp_path: Path) -> None:
+    whole = "".join(json.dumps(row) + "\n" for row in pairs(5000)).encode()
+    frames = zstandard.compress(whole[:100_000]) + zstandard.compress(whole[100_000:])
+    (tmp_path / "a.jsonl.zst").write_bytes(frames)
+    assert len(prompts(tmp_path / "a.jsonl.zst")) == 5000
+    for cut in (len(frames) - 1, len(frames) // 2):
+        (tmp_path / "b.jsonl.zst").write_bytes(frames[:cut])
+        with pytest.raises(UserError, match=r"b.jsonl.zst: cannot be read .*ends too early"):
+            read_rows(str(tmp_path / "b.jsonl.zst"))
+
+
 def test_columnar_files_and_saved_data_sets(tmp_path: Path) -> None:
     chat = [{"prompt": [{"role": "user", "content": str(i)}], "chosen": "a", "rejected": "b"} for i in range(2500)]
     table = pyarrow.Table.from_pylist(chat)
@@ -84,7 +106,13 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
     assert prompts(tmp_path / "data") == ["a0 tea", "b0 tea", "b1 tea"]
     assert prompts(tmp_path / "data", "test") == prompts(f"{tmp_path / 'data'}:test") == ["t0 tea"]
     lines(tmp_path / "data" / "train.jsonl", pairs(1, "n"))
-    assert prompts(tmp_path / "data") == ["n0 tea"]
+    assert prompts(tmp_path / "data") == ["a0 tea", "b0 tea", "b1 tea", "n0 tea"]
+    assert prompts(f"{tmp_path / 'data'}:train") == ["n0 tea"]
+    # A file's own name decides before its folder's.
+    for name in ("train", "test"):
+        lines(tmp_path / "train_test_split" / f"{name}.jsonl", pairs(1, name))
+        lines(tmp_path / "outer" / "test" / f"{name}.jsonl", pairs(1, name))
+    assert prompts(tmp_path / "train_test_split") == prompts(tmp_path / "outer") == ["train0 tea"]
     with pytest.raises(UserError, match="no file there has 'dev_part' in its name"):
         read_rows(f"{tmp_path / 'data'}:dev_part")
 
@@ -100,6 +128,8 @@ def test_names_and_weights_of_several_sources(tmp_path: Path) -> None:
     for bad in ("a=0", "a=x", "a=-1", "=2"):
         with pytest.raises(UserError, match="expected a number above 0"):
             split_sources(f"b.jsonl,{bad}")
+    many = [f"{'a' * 30}{i}.jsonl" for i in range(20)]
+    assert split_sources(",".join(many)) == [(name, 1.0) for name in many]  # as one name too long for any file
     with pytest.raises(UserError, match="an empty name"):
         split_sources("a.jsonl,")
 
@@ -122,6 +152,8 @@ def test_weights_are_how_often_an_epoch_takes_a_row(tmp_path: Path, encoder: Enc
     ]
     assert list(load(f"{a}=2.5,{b}=0.3", "train", encoder, settings).examples) == list(data.examples)
     assert list(load(f"{a}=2.5,{b}=0.3", "train", encoder, config(seed=4)).examples) != list(data.examples)
+    one = lines(tmp_path / "one.jsonl", pairs(1))
+    assert len(load(f"{one}=0.1", "train", encoder, settings).examples) == 1
     lines(tmp_path / "c.jsonl", [{"prompt": "x", "completion": "y"}])
     with pytest.raises(UserError, match=r"a.jsonl has pairs of plain text and .*c.jsonl demonstrations of plain text"):
         load(f"{a},{tmp_path / 'c.jsonl'}", "train", encoder, settings)

@@ -61,6 +61,23 @@ CASES: list[tuple[str, str, dict[str, Any], Any, tuple[Any, ...], tuple[int, ...
         (" blue", " red"),
         (1, -1),
     ),
+    # answers that begin with the prompt's letters, and do not repeat it
+    (
+        "preference",
+        "pairs",
+        {"prompt": "I", "chosen": "In my view", "rejected": "It is"},
+        "I",
+        ("In my view", "It is"),
+        (1, -1),
+    ),
+    (
+        "preference",
+        "pairs",
+        {"prompt": "Hi", "chosen": "Hi! How are you?", "rejected": "Go"},
+        "Hi",
+        ("Hi! How are you?", "Go"),
+        (1, -1),
+    ),
     # blocks of text
     (
         "preference",
@@ -72,9 +89,11 @@ CASES: list[tuple[str, str, dict[str, Any], Any, tuple[Any, ...], tuple[int, ...
     ),
     ("unpaired", "unpaired", {"prompt": "hi", "completion": " yo", "label": False}, "hi", (" yo",), (-1,)),
     ("unpaired", "unpaired", {"prompt": [HI], "completion": [YO], "label": 1}, [HI], ("yo",), (1,)),
+    ("unpaired", "unpaired", {"prompt": [HI], "completion": [YO], "label": 0.0}, [HI], ("yo",), (-1,)),
     ("completion", "demonstrations", {"prompt": "hi", "completion": " yo"}, "hi", (" yo",), (1,)),
     ("messages", "demonstrations", {"messages": [SYSTEM, HI, YO]}, [SYSTEM, HI], ("yo",), (1,)),
     ("messages", "demonstrations", {"messages": [HI, YO]}, [HI], ("yo",), (1,)),
+    ("messages", "demonstrations", {"messages": [HI, YO], "label": 0}, [HI], ("yo",), (1,)),  # a class, and no thumb down
     ("messages", "unpaired", {"messages": [HI, YO], "label": False}, [HI], ("yo",), (-1,)),
     # raw HH: the prompt ends at the last assistant mark that both share, and not where the letters part
     ("hh", "pairs", {"chosen": f"{HH} so long", "rejected": f"{HH} sorry"}, [HI, YO, BYE], ("so long", "sorry"), (1, -1)),
@@ -255,6 +274,9 @@ def test_columns_with_other_names(tmp_path: Path) -> None:
     columns = parse_columns("chosen=good, rejected=bad,prompt=question")
     _, (row,) = read_one(tmp_path, {"question": "hi", "good": " yo", "bad": " no", "chosen": None}, columns=columns)
     assert (row.prompt, row.answers) == ("hi", (" yo", " no"))
+    named = {"prompt": "hi", "chosen": " yo", "rejected": " no", "better": " so"}
+    reader, rows = read_one(tmp_path, named, columns={"chosen": "betterr"})
+    assert not rows and "no column 'betterr', which --columns names (did you mean 'better'?)" in reader.problems[0].message
     with pytest.raises(UserError, match=r"unknown field 'choosen' \(did you mean 'chosen'\?\)"):
         parse_columns("choosen=good")
     with pytest.raises(UserError, match="expected FIELD=COLUMN, as chosen=good"):
