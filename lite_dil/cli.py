@@ -41,7 +41,7 @@ Train the embedded 135M model on the embedded data (about 3 minutes on 2 CPU cor
 questions before and after. Takes the flags of train.
 """
 # The flags of train that decide what is read, and what the loss makes of it.
-_DATA_FLAGS = ("model", "data_format", "columns", "max_rows", "skip_bad_rows", "max_length", "loss", "seed")
+_DATA_FLAGS = ("model", "data_format", "columns", "max_rows", "skip_bad_rows", "max_length", "loss", "sample_rejected", "seed")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -248,6 +248,7 @@ def _quiet_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT imports bitsandbytes, which warns on a CPU of a kernel that only inference would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of its retries; what came of them is an error here
 
 
 def _quiet_bars() -> None:

@@ -228,15 +228,16 @@ def memory_line(config: TrainConfig, model: str, load: Load, peak: float, before
         peak: bytes.
         before: bytes that a process on a CPU had before the model was loaded.
     """
-    text = f"{gigabytes(peak)} GB peak"
+    text, what = f"{gigabytes(peak)} GB peak", ""
     if config.backend == "cpu":
-        text += f" of the whole process ({gigabytes(before)} GB before the model was loaded: Python, torch, the data)"
+        text = f"the whole process took {gigabytes(peak)} GB at its peak, {gigabytes(before)} GB before the model was loaded"
+        what = " of tensors"
     try:
         shape = read_shape(str(model_folder(model)))
         estimated = Model(shape, config.backend, config.dtype).total(config, load)
     except UserError:  # layers or options that the estimate does not know
         return f"memory: {text}"
-    return f"memory: {gigabytes(estimated)} GB estimated, {text}"
+    return f"memory: {gigabytes(estimated)} GB{what} estimated, {text}"
 
 
 def gigabytes(number: float) -> str:

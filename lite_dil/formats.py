@@ -260,7 +260,7 @@ def _read_unpaired(row: Raw) -> Draft:
 def _read_completion(row: Raw) -> Draft:
     _need(row, ("prompt", "completion"))
     if "label" in row:
-        raise RowError("mixed formats", "the row has a 'label', and the rows before it have none; keep one format in a file")
+        raise RowError("mixed formats", "the row has a 'label', which other rows have not; keep one format in a file")
     prompt, answer = _explicit(row["prompt"], {"completion": row["completion"]})
     return Draft(prompt, (answer,), (CHOSEN,), read_tools(row))
 
@@ -425,7 +425,16 @@ def _need(row: Raw, fields: Iterable[str]) -> None:
         if name not in row:
             near = nearest(name, set(map(str, row)) - set(fields), cutoff=0.75)
             has = f"the row has {', '.join(map(str, row)) or 'none'}"
-            hint = f"is it {near!r}? Then --columns {name}={near}" if near else has
+            hint = f"is it {near!r}? Then --columns {name}={near}" if near else has + _questions_and_answers(row)
             raise RowError(f"no field {name!r}", f"no field {name!r}; {hint}")
         if row[name] is None:
             raise RowError("wrong type", f"field {name!r} is null; expected it in every row")
+
+
+def _questions_and_answers(row: Raw) -> str:
+    """Return what to do with a row that has a question and an answer by other names, the commonest of other shapes."""
+    question = next((name for name in (*_QUESTIONS, "input", "problem") if isinstance(row.get(name), str)), "")
+    answer = next((name for name in (*_TEXTS, "solution", "reply", "target") if isinstance(row.get(name), str)), "")
+    if not question or not answer or question == "prompt":
+        return ""
+    return f"; if these are good answers alone: --columns prompt={question},completion={answer}"

@@ -5,8 +5,8 @@
 * ``model``, ``data``, ``loss``: the options that it is about.
 * ``form``: "pairs", "unpaired" or "demonstrations"; ``chat``: whether prompts are chat messages. Empty and false without rows.
 * ``sources``: for each its ``name``, ``weight`` (how often an epoch takes its rows), ``format``, ``kept`` (rows), ``left_out``
-  (for each reason: ``reason``, ``rows``, ``first``, a place, and ``message``, the story of that row) and ``notes`` (what was
-  done to rows: ``note``, ``rows``).
+  (for each reason: ``reason``, ``rows``, and ``stories``, up to 3 different ones, each the ``first`` place that has it and its
+  ``message``) and ``notes`` (what was done to rows: ``note``, ``rows``).
 * ``answers``: the numbers of ``chosen`` and ``rejected`` answers.
 * ``tokens``: for ``prompt``, ``chosen``, ``rejected`` and ``whole`` (the prompt once and its answers) the lengths ``p50``,
   ``p90``, ``p95``, ``p99``, ``max`` and ``mean``, before anything is cut; a side without answers is absent.
@@ -48,6 +48,7 @@ from lite_dil.pieces import pieces
 from lite_dil.survey import Survey, enough_for, length_bias, lengths
 
 SAMPLES = 3
+STORIES = 3
 SIDES = {CHOSEN: "chosen", REJECTED: "rejected"}
 
 
@@ -82,14 +83,21 @@ def count(number: int, word: str) -> str:
 
 def _source(source: Source) -> dict[str, Any]:
     kinds = Counter(problem.kind for problem in source.problems)
-    first = {problem.kind: problem for problem in reversed(source.problems)}
+    first: dict[str, dict[str, str]] = {kind: {} for kind in kinds}  # for each kind the first place of each message
+    for problem in source.problems:
+        if len(first[problem.kind]) < STORIES:
+            first[problem.kind].setdefault(problem.message, problem.place)
     return {
         "name": source.name,
         "weight": source.weight,
         "format": source.format,
         "kept": source.kept,
         "left_out": [
-            {"reason": kind, "rows": rows, "first": first[kind].place, "message": first[kind].message}
+            {
+                "reason": kind,
+                "rows": rows,
+                "stories": [{"first": place, "message": message} for message, place in first[kind].items()],
+            }
             for kind, rows in kinds.most_common()
         ],
         "notes": [{"note": note, "rows": rows} for note, rows in source.notes.most_common()],

@@ -158,10 +158,18 @@ class ModelShape:
             )
         text = {**family.defaults, **{name: value for name, value in text.items() if value is not None}}
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        if missing := [name for name in needed if not isinstance(text.get(name), int)]:
+        if missing := [name for name in needed if name not in text]:
             raise UserError(f"{where}: {', '.join(missing)} missing; is it the config.json of a language model?")
+        for name in (*needed, "num_key_value_heads", "head_dim"):
+            if name in text and not (isinstance(text[name], int) and text[name] > 0):
+                raise UserError(f"{where}: {name} is {text[name]!r}; expected a whole number above 0")
         hidden, heads = text["hidden_size"], text["num_attention_heads"]
         kv_heads, width = text.get("num_key_value_heads", heads), text.get("head_dim", hidden // heads)
+        if heads % kv_heads or ("head_dim" not in text and hidden % heads):
+            raise UserError(
+                f"{where}: {heads} num_attention_heads do not go with {kv_heads} num_key_value_heads and a hidden_size of "
+                f"{hidden}; expected heads that divide the width, and a multiple of the key-value heads"
+            )
 
         def asked(option: str | bool) -> bool:
             return bool(text.get(option, False)) if isinstance(option, str) else option

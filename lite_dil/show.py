@@ -75,7 +75,8 @@ class Show:
         self._line(f"{count(source['kept'], 'row')} of {source['kept'] + out:,} kept{often}", indent=2)
         for reason in source["left_out"]:
             self._line(f"{count(reason['rows'], 'row')} not kept: ", Text(visible(reason["reason"]), "bold red"), indent=2)
-            self._line(f"first {reason['first']}: {reason['message']}", indent=6)
+            for story in reason["stories"]:
+                self._line(f"{story['first']}: {story['message']}", indent=6)
         for note in source["notes"]:
             self._line(f"{count(note['rows'], 'row')}: {note['note']}", indent=2)
 
@@ -93,12 +94,15 @@ class Show:
         names = _names(found)
         columns = list(found["tokens"]["prompt"])
         self._line()
-        self._line(Text(f"{'tokens':<18}" + "".join(f"{column:>9}" for column in columns), "bold"))
+        self._line(Text(f"{'tokens, uncut':<18}" + "".join(f"{column:>9}" for column in columns), "bold"))
         for name, values in found["tokens"].items():
             figures = "".join(f"{values[c]:>9,.1f}" if c == "mean" else f"{values[c]:>9,}" for c in columns)
             self._line(f"{names[name]:<18}{figures}")
         total, cut, rows = found["all_rows"], found["max_length"], sum(source["kept"] for source in found["sources"])
-        self._line(f"all rows, each prompt once: {total['computed']:,} tokens, of which {total['trained']:,} are answers")
+        once = "" if all(source["weight"] == 1 for source in found["sources"]) else ", each row once"
+        self._line(
+            f"all rows as cut{once}, each prompt once: {total['computed']:,} tokens, of which {total['trained']:,} are answers"
+        )
         if not cut["examples_cut"]:
             self._line(f"--max-length {cut['given']} cuts nothing; the longest example has {cut['cuts_none']} tokens")
             return

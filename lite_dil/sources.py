@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -68,7 +69,7 @@ def split_sources(text: str) -> list[tuple[str, float]]:
             times = 0.0
         if not (name and 0 < times <= 1000):
             raise UserError(f"--data {part.strip()}: {weight!r} is not how often to take its rows; expected a number above 0")
-        found.append((name, times))
+        found.append((name.strip(), times))
     if not all(name for name, _ in found):
         raise UserError(f"--data {text}: an empty name between the commas")
     return found
@@ -180,7 +181,7 @@ def _file(path: Path) -> Iterator[Record]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error}); is it whole? Then copy or download it again") from None
 
 
 def _refuse(path: Path, start: bytes) -> None:
@@ -317,6 +318,8 @@ def _csv(path: Path, stream: IO[bytes], tabs: bool) -> Iterator[Record]:
     reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
+        if double := [name for name, count in Counter(names).items() if count > 1]:
+            raise UserError(f"{path}: two columns have the name {double[0]!r}; rename one")
         started = reader.line_num + 1
         for cells in reader:
             place, started = f"{path} line {started}", reader.line_num + 1

@@ -246,7 +246,7 @@ def test_the_estimate_stands_beside_the_peak_at_the_end(
 ) -> None:
     train(flags, tmp_path / "cpu", "--max-steps", "1")
     number = r"\d+\.\d+ GB"
-    line = rf"^memory: {number} estimated, {number} peak of the whole process \({number} before the model was loaded"
+    line = rf"^memory: {number} of tensors estimated, the whole process took {number} at its peak, {number} before the model"
     assert re.search(line, capsys.readouterr().out, re.MULTILINE)
     mlx = ["mlx" if flag == "cpu" else flag for flag in flags]
     assert main(["train", *mlx, "--max-steps", "1", "--output-dir", str(tmp_path / "mlx")]) == 0

@@ -56,7 +56,7 @@ def test_answers_without_partners(tmp_path: Path) -> None:
         (({**SINGLE, "label": "true"},), "line 1: field 'label' is text ('true'); expected true"),
         (({**SINGLE, "label": None},), "line 1: field 'label' is null"),
         (({**SINGLE, "label": True}, SINGLE), "line 2: no field 'label'; the row has prompt, completion"),
-        ((SINGLE, {**SINGLE, "label": True}), "line 2: the row has a 'label', and the rows before it have none"),
+        ((SINGLE, {**SINGLE, "label": True}), "line 2: the row has a 'label', which other rows have not"),
         ((SINGLE, TEXT), "line 2: no field 'completion'; the row has prompt, chosen, rejected"),
         ((TEXT, SINGLE), "line 2: no field 'chosen'; the row has prompt, completion"),
         (({**SINGLE, "completion": " "},), "line 1: the answer is empty"),

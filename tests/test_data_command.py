@@ -231,9 +231,11 @@ def test_every_reason_is_told_with_its_first_place(data: Any, tmp_path: Path) ->
     (source,) = found["sources"]
     assert (source["kept"], source["format"], source["weight"]) == (1, "preference", 1)
     empty, lacking, same = source["left_out"]
-    assert (empty["reason"], empty["rows"], empty["first"]) == ("empty answer", 2, f"{file} line 3")
-    assert "the chosen answer is empty" in empty["message"]
-    assert (lacking["rows"], lacking["first"]) == (1, f"{file} line 1")
+    assert (empty["reason"], empty["rows"]) == ("empty answer", 2)
+    # Each different story is told, with the first place that has it.
+    assert [story["first"].rpartition(" ")[2] for story in empty["stories"]] == ["3", "5"]
+    assert "the chosen answer is empty" in empty["stories"][0]["message"]
+    assert (lacking["rows"], lacking["stories"][0]["first"]) == (1, f"{file} line 1")
     assert (same["reason"], same["rows"]) == ("identical answers", 1)
 
 

@@ -64,10 +64,10 @@ def measured(model: str, load: Load = LOAD, **options: Any) -> Measured:
     return measure(config(**{**base, **options}), load)
 
 
-def within(found: Measured, tolerance: float = 0.03) -> None:
+def within(found: Measured, tolerance: float = 0.04) -> None:
     """The estimate is of a later step; at the first one's peak the optimiser has no state yet.
 
-    A tenth is promised; found were two percent at most, and a forgotten tensor is often no more than five.
+    A tenth is promised; found were three percent at most, and a forgotten tensor is often no more than five.
     """
     said = found.estimate
     ratios = (said.total - said.optimizer) / found.first, said.total / found.later
@@ -252,7 +252,7 @@ def test_what_cannot_be_estimated_is_said() -> None:
     ):
         with pytest.raises(UserError, match=pattern):
             said(**options)
-    with pytest.raises(UserError, match="are for the cuda backend"):
+    with pytest.raises(UserError, match="is for the cuda backend"):
         said("cpu", offload_activations=True)
     with pytest.raises(UserError, match="add --head-bits 8"):
         estimate(config(offload_embeddings=True), replace(LLAMA_8B, tied=True), "cuda", "bfloat16", LOAD)
