@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from lite_dil.backends import checkpointing
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig, flag
@@ -102,8 +104,8 @@ def most_examples(config: TrainConfig, model: Model, memory: int, answers: int, 
 def _curve(config: TrainConfig, model: Model, answers: int, what: str) -> Callable[[int], float]:
     """Return the bytes of a pass as a function of --max-length, for one example, or of the number of "examples".
 
-    An estimate of MLX takes a second, and minutes for very long rows: there it is the line through two of them. What is
-    kept grows in proportion to the tokens, and so do the scores of a block of queries.
+    An estimate of MLX takes half a second, too long for a search: there it is the curve through a few of them. What is kept
+    grows in proportion to the tokens, and the scores of a row with their square.
     """
 
     def exact(size: int) -> int:
@@ -113,9 +115,9 @@ def _curve(config: TrainConfig, model: Model, answers: int, what: str) -> Callab
 
     if model.backend != "mlx":
         return lru_cache(maxsize=None)(exact)
-    low, high = (1, 2) if what == "examples" else (1024, 2048)
-    start, end = exact(low), exact(high)
-    return lambda size: start + (end - start) * (size - low) / (high - low)
+    sizes = (1, 2) if what == "examples" else (512, 2048, 8192)
+    curve = np.polynomial.Polynomial.fit(sizes, [exact(size) for size in sizes], len(sizes) - 1)
+    return lambda size: float(curve(size))
 
 
 @dataclass(frozen=True)

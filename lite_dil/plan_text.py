@@ -94,7 +94,7 @@ def _rooms(plan: Plan) -> list[str]:
         cells = [f"{n:,}" if n else "-" for n in (room.longest, room.examples, room.longest_auto, room.examples_auto)]
         rows.append("  {:14}{:>14}{:>10}{:>14}{:>10}".format(room.name, *cells))
     if plan.model.backend == "mlx":
-        rows.append("  (along a line through two estimates)")
+        rows.append("  (along a curve through a few estimates)")
     if any(room.longest_auto == plan.model.shape.max_positions for room in plan.rooms):
         rows.append(f"  {plan.model.shape.max_positions:,} tokens are all that the model was made for.")
     return rows

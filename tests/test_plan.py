@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,35 @@ def test_of_a_hub_id_config_json_alone_is_fetched(hub: tuple[str, list[str]], tm
 def test_wrong_input(llama: str, flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = flags if "--model" in flags else ("--model", llama, *flags)
     assert main(["plan", "--backend", "cuda", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_curves_of_mlx_are_near_its_estimates() -> None:
+    model = fit.Model(ModelShape.of({**LLAMA_8B, "num_hidden_layers": 4}), "mlx", "bfloat16")
+    options = config(load_in_4bit=True, backend="mlx", gradient_checkpointing="full", max_length=1024)
+    one = Load.worst(replace(options, batch_size=1))
+    for length in (256, 1024, 3072):
+        longer = replace(options, max_length=length, batch_size=1)
+        exact = model.total(longer, Load.worst(longer))
+        assert fit._curve(options, model, 2, "max_length")(length) == pytest.approx(exact, rel=0.1)
+    assert fit._curve(options, model, 2, "examples")(4) == pytest.approx(model.total(options, fit.several(one, 4)), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "flags", "message"),
+    [
+        ("mlx", ("--offload-activations",), "--offload-activations is for the cuda backend"),
+        ("mlx", ("--optim", "paged_adamw_8bit"), "--optim paged_adamw_8bit is for cuda and cpu"),
+        ("mlx", ("--layout", "packed", "--no-fused-layers"), "these options cannot be used with mlx"),
+        ("mlx", ("--unsloth",), "plan does not know what the layers of --unsloth keep"),
+        ("cuda", ("--compile",), "--compile is for the mlx backend; leave it out with cuda"),
+        ("cpu", ("--offload-embeddings",), "--offload-embeddings is for the cuda backend"),
+    ],
+)
+def test_options_that_a_backend_has_not(
+    llama: str, backend: str, flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--model", llama, "--memory", "16", "--backend", backend, *flags]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -111,3 +111,21 @@ def test_errors_name_place_and_fix(tmp_path: Path) -> None:
         read_shape(str(tmp_path / "none"))
     with pytest.raises(UserError, match=r"nobody/nothing: its config\.json is not in the local cache"):
         read_shape("nobody/nothing")  # the tests are offline
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": -32}, "num_hidden_layers is -32; expected a whole number above 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected"),
+        ({"hidden_size": "4096"}, "hidden_size is '4096'; expected a whole number"),
+        ({"num_attention_heads": 33}, "33 num_attention_heads do not go with 8 num_key_value_heads"),
+        ({"hidden_size": 4100}, "a hidden_size of 4100"),
+    ],
+)
+def test_numbers_that_no_model_has(change: dict[str, Any], message: str) -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    good = {"model_type": "llama", **sizes, "num_key_value_heads": 8, "vocab_size": 128256}
+    ModelShape.of(good)
+    with pytest.raises(UserError, match=message):
+        ModelShape.of(good | change)
