@@ -180,11 +180,12 @@ def check_options(name: str, config: TrainConfig) -> None:
         f"--offload-embeddings {where}": name != "cuda" and config.offload_embeddings,
     }
     if name == "mlx":
+        eight_bit, half, stock = config.optim == "paged_adamw_8bit", config.dtype == "float16", not config.fused_layers
         refused |= {
-            "--optim paged_adamw_8bit is for cuda and cpu; use adamw with mlx": config.optim == "paged_adamw_8bit",
-            "--dtype float16 is for cuda, which scales the loss for it; use bfloat16 with mlx": config.dtype == "float16",
+            "--optim paged_adamw_8bit is for the cuda and cpu backends; use adamw with mlx": eight_bit,
+            "--dtype float16 is for the cuda backend, which scales the loss for it; use bfloat16 with mlx": half,
             "--layout packed is for the cuda and cpu backends; mlx has prefix": config.layout == "packed",
-            "--no-fused-layers is for the cuda and cpu backends; mlx has no such layers": not config.fused_layers,
+            "--no-fused-layers is for the cuda and cpu backends; mlx has no such layers, leave it out": stock,
         }
     else:
         refused |= {

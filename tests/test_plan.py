@@ -281,7 +281,7 @@ def test_the_curves_of_mlx_are_near_its_estimates() -> None:
     ("backend", "flags", "message"),
     [
         ("mlx", ("--offload-activations",), "--offload-activations is for the cuda backend"),
-        ("mlx", ("--optim", "paged_adamw_8bit"), "--optim paged_adamw_8bit is for cuda and cpu"),
+        ("mlx", ("--optim", "paged_adamw_8bit"), "--optim paged_adamw_8bit is for the cuda and cpu backends"),
         ("mlx", ("--layout", "packed", "--no-fused-layers"), "these options cannot be used with mlx"),
         ("mlx", ("--unsloth",), "plan does not know what the layers of --unsloth keep"),
         ("cuda", ("--compile",), "--compile is for the mlx backend; leave it out with cuda"),
