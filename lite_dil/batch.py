@@ -79,6 +79,14 @@ class Batch:
         return np.array([len(response) for response in self.responses], np.float32)
 
     @property
+    def answer_lengths(self) -> list[list[int]]:
+        """For each prompt the tokens of each of its responses."""
+        found: list[list[int]] = [[] for _ in self.prompts]
+        for prompt, response in zip(self.prompt_of, self.responses, strict=True):
+            found[prompt].append(len(response))
+        return found
+
+    @property
     def examples(self) -> int:
         """How many prompts there are, each with its responses."""
         return len(self.prompts)

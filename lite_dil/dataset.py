@@ -36,6 +36,7 @@ class ExampleStore(Sequence[Example]):
         self._tokens: np.ndarray | None = None
         self._starts = array("q", [0])
         self._sources: dict[str, int] = {}
+        self._names: list[str] = []  # of the sources, by their numbers
         # For each example: its source, the number of its row there, and how many responses it has.
         self._rows = array("q")
 
@@ -49,7 +50,10 @@ class ExampleStore(Sequence[Example]):
         with _storing():
             self._file.write(np.array(record, np.int32).tobytes())
         self._starts.append(self._starts[-1] + len(record))
-        place = self._sources.setdefault(source, len(self._sources))
+        if source not in self._sources:
+            self._sources[source] = len(self._names)
+            self._names.append(source)
+        place = self._sources[source]
         self._rows.extend((place, int(number or 0), len(example.responses)))
 
     def __len__(self) -> int:
@@ -77,7 +81,7 @@ class ExampleStore(Sequence[Example]):
         for length in lengths:
             parts.append(tuple(record[at : at + length]))
             at += length
-        place = f"{list(self._sources)[source]} {number}"
+        place = f"{self._names[source]} {number}"
         return Example(parts[0], tuple(parts[1:]), tuple(signs), place)
 
 
@@ -157,6 +161,11 @@ class DataSet:
         return [problem for source in self.sources for problem in source.problems]
 
 
+def reader_of(name: str, split: str, config: TrainConfig) -> Reader:
+    """Return the reader of one source with the settings of `config`."""
+    return Reader(name, split, format=config.data_format, columns=parse_columns(config.columns), limit=config.max_rows)
+
+
 def load(
     data: str,
     split: str,
@@ -182,9 +191,9 @@ def load(
     sources: list[Source] = []
     form, chat, prompts_cut, responses_cut = "", False, 0, 0
     order: list[np.ndarray] = []
-    columns, random = parse_columns(config.columns), np.random.default_rng([config.seed, 1])
+    random = np.random.default_rng([config.seed, 1])
     for name, weight in split_sources(data):
-        reader = Reader(name, split, format=config.data_format, columns=columns, limit=config.max_rows)
+        reader = reader_of(name, split, config)
         first, rows = len(store), 0
         for row in reader:
             try:
@@ -218,12 +227,19 @@ def load(
     return DataSet(examples, form, chat, answers, sources, prompts_cut, responses_cut, store)
 
 
-def _often(rows: np.ndarray, weight: float, random: np.random.Generator) -> np.ndarray:
-    """Return all rows as often as the whole part of `weight` says, and a random share of them for the rest."""
+def epoch_rows(rows: int, weight: float) -> tuple[int, int]:
+    """Return how many times an epoch takes all of a source's rows, and how many of them once more.
+
+    A source that is named is in every epoch, with one row at least.
+    """
     whole = int(weight)
-    least = int(whole == 0)  # a source that is named is in every epoch
-    rest = random.permutation(rows)[: max(least, round((weight - whole) * len(rows)))]
-    return np.concatenate([np.tile(rows, whole), np.sort(rest)])
+    return whole, min(rows, max(int(whole == 0), round((weight - whole) * rows)))
+
+
+def _often(rows: np.ndarray, weight: float, random: np.random.Generator) -> np.ndarray:
+    """Return the rows as often as an epoch takes them, a random share of them for what is less than all."""
+    whole, rest = epoch_rows(len(rows), weight)
+    return np.concatenate([np.tile(rows, whole), np.sort(random.permutation(rows)[:rest])])
 
 
 def describe(data: DataSet) -> str:

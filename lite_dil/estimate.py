@@ -16,8 +16,10 @@ from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
 from lite_dil.errors import UserError
 from lite_dil.examples import Example
-from lite_dil.schedule import Schedule, row_tokens
+from lite_dil.schedule import Schedule, layout_tokens, row_tokens
 from lite_dil.shape import ModelShape
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,7 @@ class Load:
     @classmethod
     def of(cls, batch: Batch) -> Load:
         """Return the load of one batch."""
-        own: list[list[int]] = [[] for _ in batch.prompts]
-        for prompt, response in zip(batch.prompt_of, batch.responses, strict=True):
-            own[prompt].append(len(response))
-        return cls(tuple(map(len, batch.prompts)), tuple(map(tuple, own)))
+        return cls(tuple(map(len, batch.prompts)), tuple(map(tuple, batch.answer_lengths)))
 
     @classmethod
     def worst(cls, config: TrainConfig, answers: int = 2) -> Load:
@@ -62,9 +61,8 @@ class Load:
 
     def tokens(self, layout: str, multiple: int = 1) -> int:
         """Return how many tokens a layer computes, padding included; a packed row is padded to a multiple."""
-        if layout == "packed":
-            return -(-(sum(self.prompts) + self.answer_tokens) // multiple) * multiple
-        return sum(map(len, self.responses)) * self.longest
+        tokens = layout_tokens(self.prompts, self.responses, layout)
+        return -(-tokens // multiple) * multiple if layout == "packed" else tokens
 
     @cached_property
     def longest(self) -> int:

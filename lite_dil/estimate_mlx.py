@@ -24,11 +24,10 @@ from lite_dil.backends import checkpointing
 from lite_dil.backends.head import chunk_tokens
 from lite_dil.config import TrainConfig
 from lite_dil.errors import UserError
-from lite_dil.estimate import Estimate, Load, adapter_tensors, layout_for
+from lite_dil.estimate import BYTES, Estimate, Load, adapter_tensors, layout_for
 from lite_dil.estimate_tape import FLOAT32, Array, Gradients, Tape
 from lite_dil.shape import Linear, ModelShape
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GROUP, BITS = 64, 4  # mlx_load.GROUP_SIZE, mlx_load.BITS
 QUERIES = 256  # mlx_prefix.QUERIES
 CHUNK_ELEMENTS = 2**22  # mlx_head.CHUNK_ELEMENTS

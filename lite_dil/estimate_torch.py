@@ -10,14 +10,12 @@ from lite_dil.backends import checkpointing
 from lite_dil.backends.head import chunk_tokens
 from lite_dil.config import TrainConfig
 from lite_dil.errors import UserError
-from lite_dil.estimate import Estimate, Load, adapter_tensors, layout_for
-from lite_dil.schedule import row_tokens
+from lite_dil.estimate import BYTES, Estimate, Load, adapter_tensors, layout_for
+from lite_dil.schedule import PRECOMPUTE_ROWS, row_tokens
 from lite_dil.shape import Linear, ModelShape
 
 FLOAT32 = 4
 RESERVE = 0.05  # of a GPU's memory: what the caching allocator cannot use between blocks. A guess, and not measured
-PRECOMPUTE_ROWS = 4  # train.PRECOMPUTE_ROWS
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLEX_BLOCK = 128  # torch_packed.BLOCK
 QUERIES = 64  # torch_packed.QUERIES
 MLP_TILE = 2**25  # torch_fused.TILE_ELEMENTS

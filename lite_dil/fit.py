@@ -15,11 +15,11 @@ from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig, flag
 from lite_dil.errors import UserError
 from lite_dil.estimate import Estimate, Load, estimate
+from lite_dil.memory import GIB
 from lite_dil.models import model_folder
 from lite_dil.schedule import row_tokens
 from lite_dil.shape import ModelShape, read_shape
 
-GIB = 2**30
 LENGTHS = 64  # lengths are given in multiples of this
 
 

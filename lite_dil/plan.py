@@ -13,9 +13,10 @@ from typing import Any
 
 from lite_dil import auto, backends, fit
 from lite_dil.config import TrainConfig
-from lite_dil.data import CHOSEN, EMBEDDED, Reader, parse_columns, refuse
+from lite_dil.data import CHOSEN, EMBEDDED, refuse
+from lite_dil.dataset import epoch_rows, reader_of
 from lite_dil.errors import UserError
-from lite_dil.estimate import Estimate, Load
+from lite_dil.estimate import BYTES, Estimate, Load
 from lite_dil.memory import Memory, memory_here, memory_of, nvidia_smi
 from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.objectives import OBJECTIVES
@@ -25,7 +26,6 @@ from lite_dil.sources import is_local, looks_like_file, split_sources
 
 WEIGHTS = (".safetensors", ".bin")
 CARDS = (8, 12, 16, 24)
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -172,13 +172,14 @@ def _examples(config: TrainConfig) -> tuple[int, int]:
         return 0, 1 if config.sample_rejected else 2  # rejected answers are drawn for good ones alone
     good_only, total, answers = OBJECTIVES[config.loss].data == "chosen", 0, 0
     for name, weight in sources:
-        reader = Reader(name, format=config.data_format, columns=parse_columns(config.columns), limit=config.max_rows)
+        reader = reader_of(name, "train", config)
         kept = 0
         for row in reader:
             kept += not good_only or CHOSEN in row.signs
             answers = max(answers, len(row.signs))
         refuse(name, [] if config.skip_bad_rows and kept else reader.problems, kept)
-        total += round(weight * kept)
+        whole, rest = epoch_rows(kept, weight)
+        total += whole * kept + rest
     return total, answers
 
 

@@ -6,7 +6,8 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from lite_dil.auto import CHOSEN
-from lite_dil.fit import GIB, gigabytes
+from lite_dil.fit import gigabytes
+from lite_dil.memory import GIB
 
 if TYPE_CHECKING:
     from lite_dil.plan import Plan

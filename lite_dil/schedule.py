@@ -99,6 +99,8 @@ class Schedule:
         return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.examples))
 
 
+# A pass without gradients keeps next to nothing, so that it can take more tokens than one of training.
+PRECOMPUTE_ROWS = 4
 OPEN_ROWS = 8  # how many unfilled rows first-fit looks at, so that a whole data set is planned in no time
 
 
@@ -125,19 +127,17 @@ def plan(examples: Sequence[Example], layout: str, count: int, tokens: int) -> l
 
 def batch_tokens(batch: Batch, layout: str) -> int:
     """Return `computed_tokens` of a batch's examples."""
-    responses: list[list[int]] = [[] for _ in batch.prompts]
-    for prompt, response in zip(batch.prompt_of, batch.responses, strict=True):
-        responses[prompt].append(len(response))
-    return _tokens([len(prompt) for prompt in batch.prompts], responses, layout)
+    return layout_tokens([len(prompt) for prompt in batch.prompts], batch.answer_lengths, layout)
 
 
 def computed_tokens(examples: Sequence[Example], layout: str) -> int:
     """Return how many tokens a layout computes for these examples in one pass, padding included."""
     lengths = [list(map(len, example.responses)) for example in examples]
-    return _tokens([len(example.prompt) for example in examples], lengths, layout)
+    return layout_tokens([len(example.prompt) for example in examples], lengths, layout)
 
 
-def _tokens(prompts: list[int], responses: list[list[int]], layout: str) -> int:
+def layout_tokens(prompts: Sequence[int], responses: Sequence[Sequence[int]], layout: str) -> int:
+    """Return how many tokens a layout computes for prompts of these lengths, each with responses of these lengths."""
     count = sum(map(len, responses))
     if layout == "packed":
         return sum(prompts) + sum(map(sum, responses))

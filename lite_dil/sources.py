@@ -91,7 +91,7 @@ def records(source: str, split: str = "train", limit: int | None = None) -> Iter
         found = _folder(path, split, named=False)
     elif is_local(source) or looks_like_file(source):
         found = _file(Path(source))
-    elif is_local(before := source.rpartition(":")[0]) and Path(before or "/dev/null").is_dir():
+    elif is_local(before := source.rpartition(":")[0]) and Path(before).is_dir():
         found = _folder(Path(before), source.rpartition(":")[2], named=True)
     else:
         found = _hub(source, split, stream=limit is not None)
@@ -101,7 +101,7 @@ def records(source: str, split: str = "train", limit: int | None = None) -> Iter
 def is_local(source: str) -> bool:
     """Whether a source is a file or a folder here, or the embedded set."""
     try:
-        return source == EMBEDDED or Path(source).exists()
+        return source == EMBEDDED or (source != "" and Path(source).exists())  # Path("") is the folder that we are in
     except OSError:  # too long for a name
         return False
 

@@ -34,7 +34,7 @@ from lite_dil.progress import Display
 from lite_dil.reference import open_cache
 from lite_dil.run import Progress, RunFolder, read_progress
 from lite_dil.sampled import add_samples, needed, reference_digest, sample_path
-from lite_dil.schedule import Schedule, plan, row_tokens
+from lite_dil.schedule import PRECOMPUTE_ROWS, Schedule, plan, row_tokens
 from lite_dil.signals import StopSignal
 
 # What the window counts; everything else in it is a mean.
@@ -232,8 +232,6 @@ class Evaluator:
         return np.add.reduceat(tokens, starts), {"weighted_logps": np.add.reduceat(tokens * token_weights, starts)}
 
 
-# Without gradients a pass keeps next to nothing, so that it can take more tokens than one of training.
-PRECOMPUTE_ROWS = 4
 PRECOMPUTE_EXAMPLES = 8192  # that are in memory at once; the longest of them go together
 
 

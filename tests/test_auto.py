@@ -23,7 +23,7 @@ from lite_dil.errors import UserError
 from lite_dil.estimate import Load, estimate
 from lite_dil.fit import Heaviest, Model, memory_line, several
 from lite_dil.memory import GIB, Memory
-from lite_dil.schedule import Schedule, computed_tokens
+from lite_dil.schedule import Schedule, batch_tokens, computed_tokens
 from lite_dil.shape import read_shape
 
 ASKED = config(load_in_4bit=True, backend="cuda", data="x.jsonl", batch_size=4, gradient_accumulation_steps=4)
@@ -260,3 +260,9 @@ def test_what_the_line_says(tiny: str, tmp_path: Path) -> None:
     assert memory_line(asked, tiny, load, 3 * GIB, GIB) == f"memory: {expected / GIB:.2f} GB estimated, 3.0 GB peak"
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     assert memory_line(asked, str(tmp_path), load, 3 * GIB, GIB) == "memory: 3.0 GB peak"
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed", "prefix"])
+def test_a_load_counts_tokens_as_passes_are_planned(layout: str) -> None:
+    data = examples(7)
+    assert Load.of(Batch.of(data)).tokens(layout) == computed_tokens(data, layout) == batch_tokens(Batch.of(data), layout)
