@@ -54,7 +54,7 @@ def read(folder: str, load: TensorLoader) -> Adapter:
     Raises:
         UserError: the folder holds no adapter, or one that is more than plain LoRA on linear layers.
     """
-    path, where = Path(folder), f"--init-adapter {folder}"
+    path, where = Path(folder), f"adapter {folder}"
     config_file = path / "adapter_config.json"
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
@@ -147,10 +147,10 @@ def match(adapter: Adapter, shapes: dict[str, tuple[int, int]], folder: str) -> 
     """Raise UserError unless every layer of the adapter is a linear layer of the model with the right shape."""
     for name, (a, b) in adapter.weights.items():
         if name not in shapes:
-            raise UserError(f"--init-adapter {folder}: the model has no adaptable linear layer {name}; is it another model's?")
+            raise UserError(f"adapter {folder}: the model has no adaptable linear layer {name}; is it another model's?")
         if (b.shape[0], a.shape[1]) != shapes[name]:
             raise UserError(
-                f"--init-adapter {folder}: {name} is for {b.shape[0]} x {a.shape[1]} weights, the model's are "
+                f"adapter {folder}: {name} is for {b.shape[0]} x {a.shape[1]} weights, the model's are "
                 f"{shapes[name][0]} x {shapes[name][1]}; is it another model's?"
             )
 

@@ -1,17 +1,17 @@
-"""The command line: ``lite-dil train``, ``data``, ``plan`` and ``demo``."""
+"""The command line: ``lite-dil train`` and the commands around it."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
-import logging
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lite_dil import __version__
+from lite_dil import __version__, quiet
 from lite_dil.config import FIELDS, TrainConfig, flag
 from lite_dil.data import EMBEDDED
 from lite_dil.errors import TrainingDiverged, UserError, did_you_mean
@@ -42,6 +42,9 @@ questions before and after. Takes the flags of train.
 """
 # The flags of train that decide what is read, and what the loss makes of it.
 _DATA_FLAGS = ("model", "data_format", "columns", "max_rows", "skip_bad_rows", "max_length", "loss", "sample_rejected", "seed")
+# Commands in modules of their own, each with HELP (a line), DESCRIPTION, add_arguments(parser) and run(args), which returns
+# the exit code. They import nothing heavy before `run`.
+_MODULES: tuple[str, ...] = ()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,10 +112,24 @@ def _run(argv: list[str]) -> int:
                 help="go on with a run, as if it had never stopped: its folder, one of its checkpoints, or auto (the newest "
                 "in --output-dir or under runs/, or a new run where there is none); auto if no DIR is given",
             )
+    modules = {name: importlib.import_module(f"lite_dil.{name}") for name in _MODULES}
+    for name, module in modules.items():
+        module.add_arguments(
+            commands.add_parser(
+                name,
+                help=module.HELP,
+                description=module.DESCRIPTION,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            )
+        )
     name = argv[0] if argv else ""
     # Given to the sub-parser itself, so that an unknown flag is compared with that command's flags.
     chosen = commands.choices.get(name)
     args = chosen.parse_args(argv[1:]) if chosen else parser.parse_args(argv)
+    if name in modules:
+        quiet.environment()
+        return int(modules[name].run(args))
     if name == "data":
         return _show_data(args)
     if name == "plan":
@@ -123,9 +140,9 @@ def _run(argv: list[str]) -> int:
 
     from lite_dil.backends import prepare
 
-    _quiet_environment()
+    quiet.environment()
     prepare(config.backend, config)
-    _quiet_bars()
+    quiet.bars()
     from lite_dil.progress import Display
     from lite_dil.train import train
 
@@ -196,7 +213,7 @@ def _chosen(given: dict[str, Any], base: dict[str, Any]) -> set[str]:
 
 def _show_plan(args: argparse.Namespace) -> int:
     """Print whether the run fits; return 0 where it does, else 1."""
-    _quiet_environment()
+    quiet.environment()
     from lite_dil import plan
 
     given, base = _options(args)
@@ -206,7 +223,7 @@ def _show_plan(args: argparse.Namespace) -> int:
 def _show_data(args: argparse.Namespace) -> int:
     """Print the report on the data; return 0 where training would go on with it, else 2."""
     config = build(*_options(args))
-    _quiet_environment()
+    quiet.environment()
     import json
 
     from rich.console import Console
@@ -220,7 +237,7 @@ def _show_data(args: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe of another encoding than UTF-8 shows codes instead
         sys.stdout.reconfigure(errors="backslashreplace")
     aside = Display(Console(stderr=True, highlight=False, soft_wrap=True))
-    _quiet_bars()
+    quiet.bars()
     with aside.console.status("reading the data"):
         found = report(config, Encoder(load_tokenizer(resolve_model(config.model, aside.say))))
     if args.json:
@@ -239,26 +256,6 @@ def _as_train(args: argparse.Namespace) -> str:
         elif name in FIELDS:
             words += [flag(name), value]
     return shlex.join(words)
-
-
-def _quiet_environment() -> None:
-    """Leave the terminal to this program: no notices of the libraries below it. They read this when imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # PEFT imports bitsandbytes, which warns on a CPU of a kernel that only inference would use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of its retries; what came of them is an error here
-
-
-def _quiet_bars() -> None:
-    """Leave out the bars of transformers."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # of loading weights, and, without being asked, of downloads
-    from huggingface_hub.utils import enable_progress_bars
-
-    enable_progress_bars()
 
 
 if __name__ == "__main__":

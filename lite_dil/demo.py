@@ -25,7 +25,7 @@ def show(trained: Trained, display: Display) -> None:
     prompts = [
         encoder.prompt_ids(encoder.chat_prompt(row.prompt), chat=True) for row in rows if not isinstance(row.prompt, str)
     ]
-    end_ids = [encoder.tokenizer.eos_token_id]
+    end_ids = encoder.end_ids()
     display.say(f"answering {len(prompts)} held-out questions, adapter off and on ...")
     with backend.adapter_off():
         before = backend.generate(prompts, MAX_NEW_TOKENS, end_ids)

@@ -84,6 +84,18 @@ class Encoder:
             self._refuse_control(message)
         return self._render(messages, tools, add_generation_prompt=True)
 
+    def end_ids(self) -> list[int]:
+        """Return the tokens that end an answer: EOS, and what the chat template ends one with, where it differs.
+
+        A model may have learned both.
+        """
+        ends = {int(self.tokenizer.eos_token_id)}
+        if self.tokenizer.chat_template:
+            question = [{"role": "user", "content": "x"}]
+            prompt = self.chat_prompt(question)
+            ends.add(self.continuation(prompt, self._chat_response(question, prompt, "x"))[-1])
+        return sorted(ends)
+
     def continuation(self, prompt: str, text: str) -> tuple[int, ...]:
         """Tokenise `text` as what follows `prompt`, no token holding characters of both."""
         # Where the last prompt token would merge with the answer, anchors that do not merge stand in for the prompt.

@@ -20,7 +20,7 @@ from typing import Any
 
 from compare_settings import Comparison, read
 
-from lite_dil.cli import _quiet_bars, _quiet_environment
+from lite_dil import quiet
 from lite_dil.config import TrainConfig
 from lite_dil.errors import TrainingDiverged, UserError
 from lite_dil.run import RunFolder, _replace_file, check_same_run, saved_config
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a comparison; return 0, 2 for the user's errors, 130 when stopped."""
     again = ""
     try:
-        _quiet_environment()
+        quiet.environment()
         comparison = read(sys.argv[1:] if argv is None else argv, __doc__ or "", lambda text: print(text, flush=True))
         again = comparison.again
         if compare(comparison):
@@ -54,7 +54,7 @@ def compare(comparison: Comparison) -> bool:
 
     first = next(iter(comparison.configs.values()))
     prepare(first.backend, first)
-    _quiet_bars()
+    quiet.bars()
     from compare_report import report
 
     from lite_dil.progress import Display
