@@ -26,12 +26,13 @@ class Source:
     """What ``--adapter`` names.
 
     `adapter` is the folder of the adapter's files, None for the bare model; `run` is the run that made it, where it lies in
-    one's folder.
+    one's folder. `strength` multiplies the adapter.
     """
 
     adapter: Path | None
     run: RunFolder | None
     config: TrainConfig
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
         help="a run's folder, one of its checkpoints, or the folder of an adapter in PEFT's or mlx-lm's format; model and "
         "quantisation are the run's unless given" + ("" if required else " (default: none, the bare --model)"),
     )
+    group.add_argument(
+        "--strength",
+        metavar="X",
+        type=float,
+        default=1.0,
+        help=f"multiply the adapter: 0 is the bare model, {backends.MAX_STRENGTH:g} the most (default: 1, as it was trained)",
+    )
     add_flags(parser, FLAGS)
 
 
@@ -63,10 +71,13 @@ def find(args: argparse.Namespace) -> Source:
     Raises:
         UserError: there is no adapter, or nothing says which model it belongs to.
     """
+    strength = backends.check_strength(args.strength)
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
     # No gradient is taken: what training needs beside the model is left out.
     base: dict[str, Any] = {"layout": "plain", "gradient_checkpointing": "off"}
     if args.adapter is None:
+        if strength != 1:
+            raise UserError(f"--strength {strength:g} is of an adapter; give --adapter too")
         return Source(None, None, build(given, base | {"lora_r": 1}))
     adapter, run = _locate(Path(args.adapter))
     saved = read_yaml(run.path / "config.yaml") if run else {}
@@ -78,7 +89,7 @@ def find(args: argparse.Namespace) -> Source:
     base |= {name: saved[name] for name in names if name != "backend"}
     if "model" not in base:
         base["model"] = given.get("model") or _own_model(adapter)
-    return Source(adapter, run, build(given, base | {"init_adapter": str(adapter), "reference": "base"}))
+    return Source(adapter, run, build(given, base | {"init_adapter": str(adapter), "reference": "base"}), strength)
 
 
 def load(source: Source, say: Callable[[str], None]) -> Tuned:
@@ -89,6 +100,7 @@ def load(source: Source, say: Callable[[str], None]) -> Tuned:
     model = resolve_model(source.config.model, say)
     encoder = Encoder(load_tokenizer(model))
     backend = backends.load(name, source.config, model)
+    backend.set_strength(source.strength)
     say(f"{source.config.model} on {backend.description}")
     return Tuned(backend, encoder, source, model)
 
