@@ -70,6 +70,11 @@ class Sampling:
 OWN = Sampling()  # the model's own distribution
 
 
+def never() -> bool:
+    """Return false: nothing stops a generation."""
+    return False
+
+
 class Answer(NamedTuple):
     """A generated continuation of a prompt.
 
@@ -136,6 +141,7 @@ class Backend(Protocol):
         end_ids: Sequence[int],
         seeds: Sequence[int] | None = None,
         sampling: Sampling = OWN,
+        stop: Callable[[], bool] = never,
     ) -> list[Answer]:
         """Continue the prompts as the policy (or the reference, inside `adapter_off`), without dropout.
 
@@ -147,6 +153,7 @@ class Backend(Protocol):
                 draw is decided by its seed and not by the prompts beside it (but for the rounding of a batch of another
                 shape); the training's random state is left alone.
             sampling: how to draw where there are seeds.
+            stop: asked between tokens; where it returns true the answers end as they are.
         """
 
     def stream(
