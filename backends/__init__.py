@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import numpy as np
-
-from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
-from lite_dil.criterion import Criterion
 from lite_dil.errors import UserError, gather
+
+if TYPE_CHECKING:  # the command line's help comes from here too, and numpy takes longer than the rest of it
+    import numpy as np
+
+    from lite_dil.batch import Batch
+    from lite_dil.criterion import Criterion
 
 CHECKPOINT_FROM = 10**9  # parameters from which gradient checkpointing is on unless said otherwise
 

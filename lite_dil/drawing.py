@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from lite_dil.backends import OWN, Answer, Backend, Sampling, never
 from lite_dil.fitting import Fitting
@@ -78,24 +77,6 @@ class Drawer:
         prompts, seeds = [each.prompt for each in part], [each.seed for each in part]
         room = max(each.room for each in part)
         return self.backend.generate(prompts, room, self.ends, seeds, self.sampling, self.stop)
-
-
-def continuation_text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], plain: bool = False) -> str:
-    """Return the text of an answer as its prompt's continuation: by itself, SentencePiece would drop its first space.
-
-    With `plain`, control tokens are left out.
-    """
-
-    def decode(tokens: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(tokens), skip_special_tokens=plain, clean_up_tokenization_spaces=False))
-
-    start, whole = decode(prompt), decode([*prompt, *ids])
-    return whole[len(start) :] if whole.startswith(start) else decode(ids)
-
-
-def digest(*parts: object) -> str:
-    """Return 32 hexadecimal digits that name what `parts` hold."""
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _within(answer: Answer, room: int) -> Answer:

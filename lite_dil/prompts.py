@@ -11,9 +11,9 @@ from typing import Any
 
 from lite_dil.config import TrainConfig
 from lite_dil.data import Message, Problem, RowError, check_prompt, parse_columns, refuse, renamed
-from lite_dil.drawing import continuation_text, digest
+from lite_dil.digest import digest
 from lite_dil.errors import UserError
-from lite_dil.examples import Encoder
+from lite_dil.examples import Encoder, continuation_text
 from lite_dil.formats import Draft, format_of, read
 from lite_dil.messages import kind_of
 from lite_dil.models import load_tokenizer, resolve_model

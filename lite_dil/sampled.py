@@ -15,8 +15,9 @@ from typing import Any
 from lite_dil.backends import Backend
 from lite_dil.config import TrainConfig
 from lite_dil.data import CHOSEN, REJECTED
-from lite_dil.drawing import Drawer, batched, continuation_text, digest
-from lite_dil.examples import Encoder, Example
+from lite_dil.digest import digest
+from lite_dil.drawing import Drawer, batched
+from lite_dil.examples import Encoder, Example, continuation_text
 from lite_dil.jsonl import JSONLines
 from lite_dil.models import cache_dir
 from lite_dil.progress import Display
