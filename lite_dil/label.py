@@ -111,21 +111,38 @@ class Session:
     def run(self) -> None:
         """Go through the prompts."""
         shown: list[Candidate] = []
-        while self.number < len(self.left):
-            prompt = self.left[self.number]
-            shown = shown or self._offer(prompt)
-            if not shown:
-                self.display.say(
-                    f"{prompt.place}: passed over, because the model has no two different answers that can be used; a higher "
-                    "--temperature may help"
-                )
-                self.number += 1
-                continue
+        while (key := self._ask(shown)) != "q":
+            shown = self._undo() if key == "u" else []
+
+    def _ask(self, shown: list[Candidate]) -> str:
+        """Ask about the next prompt, with answers that were `shown` before or with new ones; return the key."""
+        if self.number == len(self.left):
+            return self._end()
+        prompt = self.left[self.number]
+        shown = shown or self._offer(prompt)
+        if shown:
             show(self.display, prompt, shown, f"{self.number + 1} of {len(self.left)}")
-            key = self._decide(prompt, shown)
-            if key == "q":
-                return
-            shown = self.history.pop().shown if key == "u" else []
+            return self._decide(prompt, shown)
+        self.display.say(
+            f"{prompt.place}: passed over, because the model has no two different answers that can be used; a higher "
+            "--temperature may help"
+        )
+        self.number += 1
+        return ""
+
+    def _end(self) -> str:
+        """Ask whether the last decision stands; return u where it does not."""
+        if not self.history:
+            return "q"
+        self.display.say("that was the last prompt: [u]ndo, or any other key to end")
+        return "u" if keyboard.read_key() == "u" else "q"
+
+    def _undo(self) -> list[Candidate]:
+        """Take back the last decision; return what was shown for it."""
+        self.number, shown, mark = self.history.pop()
+        self.labels.undo(mark)
+        self.display.say("the last decision is taken back")
+        return shown
 
     def _offer(self, prompt: Prompt) -> list[Candidate]:
         """Return two answers, and begin to draw for the next prompts."""
@@ -137,17 +154,14 @@ class Session:
         return shown
 
     def _decide(self, prompt: Prompt, shown: list[Candidate]) -> str:
-        """Ask until there is a decision, and write it down. Returns the key; after u, the decision is the history's last."""
+        """Ask until there is a decision, and write it down; return the key. q is for the input's end too, u is left to do."""
         while True:
             key = keyboard.read_key()
             if key is None or key == "q":
                 return "q"
-            mark = self.labels.mark()
             if key == "u" and self.history:
-                self.number = self.history[-1].number
-                self.labels.undo(self.history[-1].mark)
-                self.display.say("the last decision is taken back")
                 return key
+            mark = self.labels.mark()
             if key in ("1", "2"):
                 self._take(prompt, shown[int(key) - 1], shown)
             elif key in ("t", "e"):
@@ -170,7 +184,7 @@ class Session:
 
     def _take(self, prompt: Prompt, winner: Candidate, shown: list[Candidate]) -> None:
         count = self.labels.take(prompt, winner, shown)
-        self.display.say(f"{count} pair{'s' * (count > 1)} written" if winner not in shown or count > 1 else "written")
+        self.display.say(f"{_count(count, 'pair')} written")
 
     def _written(self, prompt: Prompt, shown: list[Candidate], edit: bool) -> Candidate | None:
         """Return the user's own answer, or None where there is none that can be used."""
@@ -238,12 +252,16 @@ def harmless(text: str) -> str:
     return text.translate(_ESCAPED)
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def _summary(labels: Labels, source: tuned.Source, against: str, args: argparse.Namespace, display: Display) -> None:
     """Print what there is and how to train on it."""
     path, bad = labels.pairs.path, labels.bad.path
-    display.say(
-        f"{len(labels.rows)} pairs in {path}" + (f", {len(labels.bad_rows)} bad answers in {bad}" * bool(labels.bad_rows))
-    )
+    display.say(f"{_count(len(labels.rows), 'pair')} in {path}")
+    if labels.bad_rows:
+        display.say(f"{_count(len(labels.bad_rows), 'bad answer')} in {bad}, to lose against what is taken for their prompts")
     if against:
         won, met = labels.wins(against, "base")
         if met:

@@ -108,11 +108,12 @@ def read_prompts(source: str, config: TrainConfig, chat: bool, say: Callable[[st
             found.setdefault(prompt.key, prompt)
         refuse(name, [] if config.skip_bad_rows and kept else problems, kept, _EXPECTED)
         if problems:
-            say(f"{name}: {len(problems)} rows that cannot be used are left out")
+            several = "rows that cannot be used are" if len(problems) > 1 else "row that cannot be used is"
+            say(f"{name}: {len(problems)} {several} left out")
     for note, count in (+notes).items():
         say(f"{count} {note}")
     if repeats:
-        say(f"{repeats} prompts repeat an earlier one: each is taken once")
+        say(f"{repeats} prompt{'s repeat' if repeats > 1 else ' repeats'} an earlier one: each is taken once")
     return list(found.values())
 
 
