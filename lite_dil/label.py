@@ -192,14 +192,16 @@ class Session:
             self.display.say("edit [1], [2], or a [n]ew one?")
             which = keyboard.read_key() or ""
             try:
-                text = keyboard.edit_text(shown[int(which) - 1].text if which in ("1", "2") else "")
+                before = shown[int(which) - 1].text.strip() if which in ("1", "2") else ""
+                text = keyboard.edit_text(before)
             except UserError as error:
                 self.display.say(str(error))
                 return None
+            text = "" if text == before else text
         else:
             text = keyboard.read_text("better answer: ")
         if not text:
-            self.display.say("no answer was written")
+            self.display.say("no other answer was written")
             return None
         if not prompt.chat and all(each.text[:1].isspace() for each in shown):
             text = f" {text}"  # a text that continues another one begins as the model's do

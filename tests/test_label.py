@@ -70,8 +70,10 @@ def said(answer: list[dict[str, str]]) -> str:
 
 
 def test_1_and_2_take_one_and_refuse_the_other(label: Label, tmp_path: Path) -> None:
-    assert label("1 1 1")[0] == 0
+    code, text = label("1 1 1")
     first = rows(tmp_path)
+    assert code == 0 and harmless(text) == text
+    assert any(harmless(said(row[side])) != said(row[side]) for row in first for side in ("chosen", "rejected"))
     (tmp_path / "labels.jsonl").unlink()
     assert label("2 x 1 2")[0] == 0  # a key without a meaning changes nothing
     second = rows(tmp_path)
@@ -209,7 +211,7 @@ def test_against_the_base(label: Label, tmp_path: Path, backend_name: str, tiny:
 
 def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(label: Label, tmp_path: Path) -> None:
     _, text = label("t a<|im_end|>b t  t tea q")
-    assert "could not be trained on" in text and "no answer was written" in text
+    assert "could not be trained on" in text and "no other answer was written" in text
     assert [said(row["chosen"]) for row in rows(tmp_path)] == ["tea", "tea"]
 
 
@@ -221,9 +223,11 @@ def test_the_editor(label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pairs = rows(tmp_path)
     assert said(pairs[0]["chosen"]) == said(pairs[1]["rejected"]) + "\nand more"
     assert said(pairs[2]["chosen"]) == "and more" and len(pairs) == 4
-    monkeypatch.setenv("VISUAL", "/nowhere/editor")
-    _, text = label("e 1 q")
-    assert "cannot be used" in text and len(rows(tmp_path)) == 4
+    # An editor that cannot be used, one that fails, and one that is left without a change, take nothing.
+    for editor, problem in (("/nowhere/editor", "cannot be used"), ("false", "exit code 1"), ("true", "no other answer")):
+        monkeypatch.setenv("VISUAL", editor)
+        _, text = label("e 1 q")
+        assert problem in text and len(rows(tmp_path)) == 4
 
 
 def test_foreign_files_are_refused(label: Label, tmp_path: Path) -> None:
@@ -298,7 +302,7 @@ def test_single_keys_on_a_terminal(tiny: str, tmp_path: Path) -> None:
     write_prompts(tmp_path)
     terminal = Terminal(command("cpu", tiny, tmp_path), tmp_path)
     terminal.until("[q]uit")
-    terminal.press("\x1b[A")  # an arrow is no key
+    terminal.press("\x1b[2~")  # the insert key is not 2
     terminal.until("[q]uit")
     terminal.press("1")
     terminal.until("[q]uit")
