@@ -24,6 +24,7 @@ from lite_dil.backends import (
     check_trains,
     checkpointing,
     mlx_generate,
+    never,
     switched,
 )
 from lite_dil.backends.head import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
@@ -162,10 +163,11 @@ class MLXBackend:
         end_ids: Sequence[int],
         seeds: Sequence[int] | None = None,
         sampling: Sampling = OWN,
+        stop: Callable[[], bool] = never,
     ) -> list[Answer]:
         """Continue the prompts, in one batch where the model's cache allows it."""
         self.model.eval()
-        return mlx_generate.generate(self.model, prompts, max_new_tokens, end_ids, seeds, sampling)
+        return mlx_generate.generate(self.model, prompts, max_new_tokens, end_ids, seeds, sampling, stop)
 
     def stream(
         self,
