@@ -103,6 +103,7 @@ class Backend(Protocol):
     dtype_name: str  # what --dtype auto came to
     layout: str  # "plain", "packed" or "prefix"
     layout_reason: str  # a sentence for people where auto could not take the sharing layout, else nothing
+    strength: float  # what the policy's adapter is multiplied by; see set_strength
     identity: str  # what the reference's log-probs depend on beside the checkpoint: library, dtype, quantisation
 
     def adapter_off(self) -> AbstractContextManager[None]:

@@ -129,7 +129,7 @@ class MLXBackend:
         baseline: float = 0.0,
     ) -> StepResult:
         """Take one AdamW step on the mean loss over all examples of `batches`."""
-        check_trains(self.switch.strength)
+        check_trains(self.strength)
         self.optimizer.init(self.model.trainable_parameters())  # what is not there yet: inference never needs it
         self.model.train()
         examples = sum(batch.examples for batch in batches)
@@ -181,6 +181,11 @@ class MLXBackend:
         self.model.eval()
         (processor,) = mlx_generate.processors_of([prompt], None if seed is None else [seed], sampling)
         return mlx_generate.stream(self.model, prompt, max_new_tokens, end_ids, processor)
+
+    @property
+    def strength(self) -> float:
+        """What the policy's adapter is multiplied by."""
+        return self.switch.strength
 
     def set_strength(self, value: float) -> None:
         """Multiply the policy's adapter."""

@@ -46,6 +46,7 @@ _DATA_FLAGS = ("model", "data_format", "columns", "max_rows", "skip_bad_rows", "
 # Commands in modules of their own, each with HELP (a line), DESCRIPTION, add_arguments(parser) and run(args), which returns
 # the exit code. They import nothing heavy before `run`.
 _MODULES: tuple[str, ...] = (
+    "chat",
     "generate",
     "label",
 )

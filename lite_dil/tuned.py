@@ -95,6 +95,8 @@ def find(args: argparse.Namespace) -> Source:
 
 def load(source: Source, say: Callable[[str], None]) -> Tuned:
     """Load the model and put the adapter on it; `say` takes a line for people."""
+    if source.adapter and source.run and not source.run.adapter.exists() and source.adapter.parent == source.run.latest():
+        say(f"{source.run.path} has not ended: its newest checkpoint, {source.adapter.parent.name}, is used")
     name = backends.resolve(source.config.backend)
     backends.import_library(name)
     quiet.bars()
