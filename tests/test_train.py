@@ -121,6 +121,21 @@ def test_resume_auto_starts_then_goes_on(flags: list[str], tmp_path: Path, capsy
     assert "--learning-rate is 5.0, but the run has 0.001" in capsys.readouterr().err
 
 
+def test_resume_auto_starts_anew_where_nothing_was_saved(flags: list[str], tmp_path: Path) -> None:
+    """A machine that was cut off before the first checkpoint: the same command starts again, and drops nothing else."""
+    folder = tmp_path / "run"
+    run(flags, folder, "--max-steps", "2")
+    whole = (folder / "metrics.jsonl").read_text()
+    shutil.rmtree(folder / "adapter")
+    (folder / "checkpoints" / "step-2").rename(folder / "checkpoints" / ".step-2.partial")
+    run(flags, folder, "--resume", "auto", "--max-steps", "2")
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == len(whole.splitlines())
+    assert (folder / "adapter").is_dir()
+    shutil.rmtree(folder / "checkpoints")  # a result without its checkpoints is never written over
+    assert main(["train", *flags, "--output-dir", str(folder), "--resume", "auto", "--max-steps", "2"]) == 2
+    assert (folder / "metrics.jsonl").is_file()
+
+
 def test_resume_names_what_it_cannot_do(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
