@@ -44,7 +44,7 @@ questions before and after. Takes the flags of train.
 _DATA_FLAGS = ("model", "data_format", "columns", "max_rows", "skip_bad_rows", "max_length", "loss", "sample_rejected", "seed")
 # Commands in modules of their own, each with HELP (a line), DESCRIPTION, add_arguments(parser) and run(args), which returns
 # the exit code. They import nothing heavy before `run`.
-_MODULES: tuple[str, ...] = ()
+_MODULES: tuple[str, ...] = ("export",)
 
 
 class _Parser(argparse.ArgumentParser):
