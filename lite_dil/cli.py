@@ -8,6 +8,7 @@ import io
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -143,14 +144,15 @@ def _run(argv: list[str]) -> int:
     quiet.environment()
     prepare(config.backend, config)
     quiet.bars()
+    from lite_dil.demo import MEASURED, show
     from lite_dil.progress import Display
     from lite_dil.train import train
 
+    if name == "demo" and "report_samples" not in fixed:
+        config = replace(config, report_samples=MEASURED)
     display = Display()
     trained = train(config, display, resume, fixed)
     if name == "demo" and not trained.stopped:
-        from lite_dil.demo import show
-
         show(trained, display)
     return 130 if trained.stopped else 0
 

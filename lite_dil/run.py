@@ -103,18 +103,18 @@ class RunFolder:
         found = (path.parent.name.removeprefix("step-") for path in self.checkpoints.glob("step-*/progress.json"))
         return sorted(int(step) for step in found if step.isdigit())
 
-    def rewind(self, step: int) -> None:
-        """Drop lines of metrics.jsonl after `step`: the run goes on from there and writes them again."""
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drop lines of metrics.jsonl after `step`: the run goes on from there and writes them again. Return all lines."""
         if not self.metrics.exists():
-            return
-        kept = []
+            return []
+        lines = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                lines.append(json.loads(line))
             except ValueError:  # the last line of a killed run may be half a line
                 break
-        _replace_file(self.metrics, "".join(line + "\n" for line in kept))
+        _replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+        return lines
 
 
 def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
