@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make, check, and perhaps upload. Returns the exit code: 1 where what was made is not the trained model."""
-    from lite_dil.exporting import Export
+    from lite_dil.exporting import Export, describe
     from lite_dil.progress import Display
 
     _check_options(args)

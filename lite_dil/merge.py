@@ -180,7 +180,7 @@ def write(folder: Path, planned: list[Planned], checkpoint: Checkpoint, dtype: s
     if len(shards) == 1:
         tensors.write(folder / "model.safetensors", shards[0], "pt")
         return
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors.write(folder / file, shard, "pt")
