@@ -33,7 +33,6 @@ from lite_dil.backends.mlx_load import (
     BITS,
     causal_lm,
     check_windows,
-    folder_of,
     limit_memory,
     load,
     load_tensors,
@@ -48,6 +47,7 @@ from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion
 from lite_dil.errors import UserError
 from lite_dil.layouts import plain, prefix
+from lite_dil.models import folder_of
 
 # What an unknown model's code raises where a cache is not what it expects.
 MODEL_ERRORS = (NoPrefix, TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError)

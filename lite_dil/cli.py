@@ -49,6 +49,7 @@ _MODULES: tuple[str, ...] = (
     "chat",
     "generate",
     "label",
+    "export",
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,8 @@ class Tuned:
     model: str
 
 
-def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add --adapter and how the model is loaded."""
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True, flags: Iterable[str] = FLAGS) -> None:
+    """Add --adapter and how the model is loaded, by the `flags` of train."""
     group = parser.add_argument_group("adapter")
     group.add_argument(
         "--adapter",
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
         default=1.0,
         help=f"multiply the adapter: 0 is the bare model, {backends.MAX_STRENGTH:g} the most (default: 1, as it was trained)",
     )
-    add_flags(parser, FLAGS)
+    add_flags(parser, flags)
 
 
 def find(args: argparse.Namespace) -> Source:
