@@ -87,9 +87,9 @@ def _wandb(folder: Path, ids: dict[str, str], resumed: bool, config: dict[str, A
 
     class WeightsAndBiases:
         def __init__(self) -> None:
-            limits: dict[str, Any] = (
-                {"finish_timeout": _UPLOAD_SECONDS} if "finish_timeout" in wandb.Settings.model_fields else {}
-            )
+            settings: dict[str, Any] = {"console": "off"}
+            if "finish_timeout" in wandb.Settings.model_fields:
+                settings["finish_timeout"] = _UPLOAD_SECONDS
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=os.environ.get("WANDB_NAME", folder.name),
