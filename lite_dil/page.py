@@ -115,7 +115,7 @@ def _tiles(record: Record) -> str:
     history, tiles = record.history, []
     if record.accuracy:
         share, error, _ = record.accuracy
-        tiles.append((f"{share:.1%}", f"held-out accuracy, \u00b1 {error:.1%}"))
+        tiles.append((f"{share:.1%}", f"held-out accuracy, \u00b1\u00a0{error:.1%}"))
     for key, label in (("rewards/margins", "margin"), ("log_ratio/chosen", "chosen"), ("log_ratio/rejected", "rejected")):
         value, place = record.figure(key)
         if value is not None:
