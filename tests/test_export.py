@@ -305,9 +305,10 @@ def test_an_adapter_does_the_same_in_the_other_library(
 
 @pytest.mark.parametrize(("rank", "alpha"), [(16, 32), (7, 5), (49, 5), (3, 0.1), (24, 24.7)])
 def test_the_scale_is_kept_to_the_last_bit(rank: int, alpha: float) -> None:
-    assert adapter_files._alpha(alpha / rank, rank) / rank == alpha / rank
-    scale = alpha / rank**0.5
-    assert adapter_files._alpha(scale, rank) / rank == scale
+    for scale in (alpha / rank, alpha / rank**0.5):
+        found, root = adapter_files._alpha(scale, rank)
+        assert found / (rank**0.5 if root else rank) == scale
+    assert adapter_files._alpha(2.0, 16) == (32, False)
 
 
 def test_a_head_has_no_place_in_mlx_lms_format(tmp_path: Path) -> None:
