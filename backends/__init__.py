@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import numpy as np
-
-from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
-from lite_dil.criterion import Criterion
 from lite_dil.errors import UserError, gather
+
+if TYPE_CHECKING:  # the command line's help comes from here too, and numpy takes longer than the rest of it
+    import numpy as np
+
+    from lite_dil.batch import Batch
+    from lite_dil.criterion import Criterion
 
 CHECKPOINT_FROM = 10**9  # parameters from which gradient checkpointing is on unless said otherwise
 
@@ -70,6 +72,11 @@ class Sampling:
 OWN = Sampling()  # the model's own distribution
 
 
+def never() -> bool:
+    """Return false: nothing stops a generation."""
+    return False
+
+
 class Answer(NamedTuple):
     """A generated continuation of a prompt.
 
@@ -96,6 +103,7 @@ class Backend(Protocol):
     dtype_name: str  # what --dtype auto came to
     layout: str  # "plain", "packed" or "prefix"
     layout_reason: str  # a sentence for people where auto could not take the sharing layout, else nothing
+    strength: float  # what the policy's adapter is multiplied by; see set_strength
     identity: str  # what the reference's log-probs depend on beside the checkpoint: library, dtype, quantisation
 
     def adapter_off(self) -> AbstractContextManager[None]:
@@ -136,6 +144,7 @@ class Backend(Protocol):
         end_ids: Sequence[int],
         seeds: Sequence[int] | None = None,
         sampling: Sampling = OWN,
+        stop: Callable[[], bool] = never,
     ) -> list[Answer]:
         """Continue the prompts as the policy (or the reference, inside `adapter_off`), without dropout.
 
@@ -147,6 +156,7 @@ class Backend(Protocol):
                 draw is decided by its seed and not by the prompts beside it (but for the rounding of a batch of another
                 shape); the training's random state is left alone.
             sampling: how to draw where there are seeds.
+            stop: asked between tokens; where it returns true the answers end as they are.
         """
 
     def stream(

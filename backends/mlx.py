@@ -24,6 +24,7 @@ from lite_dil.backends import (
     check_trains,
     checkpointing,
     mlx_generate,
+    never,
     switched,
 )
 from lite_dil.backends.head import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
@@ -128,7 +129,7 @@ class MLXBackend:
         baseline: float = 0.0,
     ) -> StepResult:
         """Take one AdamW step on the mean loss over all examples of `batches`."""
-        check_trains(self.switch.strength)
+        check_trains(self.strength)
         self.optimizer.init(self.model.trainable_parameters())  # what is not there yet: inference never needs it
         self.model.train()
         examples = sum(batch.examples for batch in batches)
@@ -162,10 +163,11 @@ class MLXBackend:
         end_ids: Sequence[int],
         seeds: Sequence[int] | None = None,
         sampling: Sampling = OWN,
+        stop: Callable[[], bool] = never,
     ) -> list[Answer]:
         """Continue the prompts, in one batch where the model's cache allows it."""
         self.model.eval()
-        return mlx_generate.generate(self.model, prompts, max_new_tokens, end_ids, seeds, sampling)
+        return mlx_generate.generate(self.model, prompts, max_new_tokens, end_ids, seeds, sampling, stop)
 
     def stream(
         self,
@@ -179,6 +181,11 @@ class MLXBackend:
         self.model.eval()
         (processor,) = mlx_generate.processors_of([prompt], None if seed is None else [seed], sampling)
         return mlx_generate.stream(self.model, prompt, max_new_tokens, end_ids, processor)
+
+    @property
+    def strength(self) -> float:
+        """What the policy's adapter is multiplied by."""
+        return self.switch.strength
 
     def set_strength(self, value: float) -> None:
         """Multiply the policy's adapter."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from lite_dil.backends import Answer, Sampling
+from lite_dil.backends import Answer, Sampling, never
 
 Processor = Callable[[Any, mx.array], mx.array]
 
@@ -22,11 +23,12 @@ def generate(
     end_ids: Sequence[int],
     seeds: Sequence[int] | None,
     sampling: Sampling,
+    stop: Callable[[], bool] = never,
 ) -> list[Answer]:
     """Continue the prompts with an mlx-lm model; see `lite_dil.backends.Backend.generate`."""
     batchable = all(hasattr(cache, "merge") for cache in make_prompt_cache(model))
     run = in_a_batch if batchable else one_by_one
-    return run(model, prompts, max_new_tokens, end_ids, processors_of(prompts, seeds, sampling))
+    return run(model, prompts, max_new_tokens, end_ids, processors_of(prompts, seeds, sampling), stop)
 
 
 def processors_of(prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None, sampling: Sampling) -> list[Processor]:
@@ -42,6 +44,7 @@ def in_a_batch(
     max_new_tokens: int,
     end_ids: Sequence[int],
     processors: Sequence[Processor],
+    stop: Callable[[], bool] = never,
 ) -> list[Answer]:
     """Continue the prompts side by side."""
     rows = len(prompts)
@@ -55,7 +58,7 @@ def in_a_batch(
     try:
         order = generator.insert([list(prompt) for prompt in prompts], logits_processors=[[each] for each in processors])
         tokens: dict[int, list[int]] = {row: [] for row in order}
-        while responses := generator.next_generated():
+        while not stop() and (responses := generator.next_generated()):
             for response in responses:
                 tokens[response.uid].append(response.token)
     finally:
@@ -69,10 +72,11 @@ def one_by_one(
     max_new_tokens: int,
     end_ids: Sequence[int],
     processors: Sequence[Processor],
+    stop: Callable[[], bool] = never,
 ) -> list[Answer]:
     """Continue one prompt after the other, for models whose caches cannot be batched."""
     return [
-        Answer.of(list(stream(model, prompt, max_new_tokens, end_ids, processor)), end_ids)
+        Answer.of(list(takewhile(lambda _: not stop(), stream(model, prompt, max_new_tokens, end_ids, processor))), end_ids)
         for prompt, processor in zip(prompts, processors, strict=True)
     ]
 

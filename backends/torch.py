@@ -25,6 +25,7 @@ from lite_dil.backends import (
     check_strength,
     check_trains,
     checkpointing,
+    never,
     switched,
     torch_fused,
     torch_generate,
@@ -214,13 +215,14 @@ class TorchBackend:
         end_ids: Sequence[int],
         seeds: Sequence[int] | None = None,
         sampling: Sampling = OWN,
+        stop: Callable[[], bool] = never,
     ) -> list[Answer]:
         """Continue the prompts, all of them in one batch."""
         self.model.eval()
 
         def run() -> list[Answer]:
             with torch_unsloth.generating(self.model, max(map(len, prompts))) if self.unsloth else nullcontext():
-                return torch_generate.generate(self.base, self.device, prompts, max_new_tokens, end_ids, seeds, sampling)
+                return torch_generate.generate(self.base, self.device, prompts, max_new_tokens, end_ids, seeds, sampling, stop)
 
         work = f"the generation of {len(prompts)} answers of up to {max_new_tokens} tokens"
         return torch_memory.whole(work, self.device, run)

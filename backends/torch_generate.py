@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from lite_dil.backends import Answer, Sampling, torch_memory
+from lite_dil.backends import Answer, Sampling, never, torch_memory
 
 
 def generate(
@@ -24,6 +24,7 @@ def generate(
     end_ids: Sequence[int],
     seeds: Sequence[int] | None,
     sampling: Sampling,
+    stop: Callable[[], bool] = never,
 ) -> list[Answer]:
     """Continue the prompts in one batch of a transformers model; see `lite_dil.backends.Backend.generate`."""
     longest = max(map(len, prompts))
@@ -38,6 +39,7 @@ def generate(
             do_sample=False,  # `Draws` leaves one token to choose from
             use_cache=True,  # an empty GenerationConfig need not say so
             logits_processor=None if draws is None else [draws],
+            stopping_criteria=[lambda rows, _: torch.full((len(rows),), stop(), device=device)],
             eos_token_id=list(end_ids),
             pad_token_id=end_ids[0],
         )

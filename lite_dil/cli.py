@@ -18,7 +18,7 @@ from lite_dil.data import EMBEDDED
 from lite_dil.errors import TrainingDiverged, UserError, did_you_mean
 from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.options import add_flags, build, read_yaml
-from lite_dil.run import check_same_run, find_checkpoint, saved_config
+from lite_dil.run import RunFolder, check_same_run, find_checkpoint, saved_config
 
 _TRAIN = """\
 Train a LoRA adapter on preference data. With no flag: the demo's training, SmolLM2-135M-Instruct on the data in this package.
@@ -45,7 +45,12 @@ questions before and after. Takes the flags of train.
 _DATA_FLAGS = ("model", "data_format", "columns", "max_rows", "skip_bad_rows", "max_length", "loss", "sample_rejected", "seed")
 # Commands in modules of their own, each with HELP (a line), DESCRIPTION, add_arguments(parser) and run(args), which returns
 # the exit code. They import nothing heavy before `run`.
-_MODULES: tuple[str, ...] = ("export",)
+_MODULES: tuple[str, ...] = (
+    "chat",
+    "generate",
+    "label",
+    "export",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -189,6 +194,8 @@ def _config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None, set[str
     output_dir = given.get("output_dir", base.get("output_dir"))
     checkpoint = find_checkpoint(args.resume, output_dir)
     if checkpoint is None:
+        if output_dir:
+            RunFolder(Path(output_dir)).drop_unsaved()
         return build(given, base), None, fixed
     saved, run = saved_config(checkpoint), checkpoint.parent.parent
     if output_dir and Path(output_dir).resolve() != run.resolve():

@@ -16,7 +16,6 @@ from lite_dil.history import Curve, History
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK = "#010203"  # stands for the page's own text colour
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-SETTINGS: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False}
 # Beyond it matplotlib's own arithmetic on axes overflows; such a value is left out as one that is not finite is.
 LARGEST = 1e100
 # Names of groups would be there twice on a page of several charts, a style would be the whole page's, and so is the font.
@@ -30,7 +29,7 @@ _NOT_OURS = (
 
 def inked(ink: str) -> dict[Any, Any]:
     """Return matplotlib's settings for texts and axes in one colour."""
-    return {**dict.fromkeys(_INKED, ink), **SETTINGS}
+    return {**dict.fromkeys(_INKED, ink), "axes.spines.top": False, "axes.spines.right": False}
 
 
 def svg(make: Callable[[str], Any], salt: str = "lite-dil", text: str = "path") -> str:
@@ -118,6 +117,8 @@ def draw(chart: Chart, history: History) -> Drawn | None:
         f"{_name(line, part)}: {_figures(curve)}." for line, part, curve in curves
     )
     text = svg(lambda ink: _figure(chart, curves, ink), salt=chart.key, text="none")
+    for number, colour in enumerate(COLOURS[:3]):  # so that a dark page can have them lighter
+        text = text.replace(colour.lower(), f"var(--curve-{number})")
     return Drawn(chart, text, sentence, max(curve.bin for _, _, curve in curves))
 
 
@@ -146,29 +147,29 @@ def _figure(chart: Chart, curves: Sequence[tuple[Line, str, Curve]], ink: str) -
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context(inked(ink) | {"font.size": 11.0}):
-        figure = Figure(figsize=(5, 2.7), layout="constrained")
+    with matplotlib.rc_context(inked(ink) | {"font.size": 12.0}):
+        figure = Figure(figsize=(5, 2.9), layout="constrained")
         axes = figure.subplots()
         axes.patch.set_alpha(0)
-        axes.set(xlabel="step", ylabel=chart.unit)
+        axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if chart.level is not None:
             axes.axhline(chart.level, color=ink, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.5)
         for line, part, curve in curves:
             held_out = part == "held out"
-            colour = line.colour if line.label or not held_out else COLOURS[1]
+            colour = line.colour if line.label or not held_out else COLOURS[2]
             few = np.isfinite(curve.values).sum() <= (40 if held_out else 2)
             axes.plot(
                 curve.steps,
                 curve.values,
                 color=colour,
                 linewidth=2.2 if held_out else 1.3,
-                alpha=1 if held_out or len(curves) == 1 else 0.65,
+                alpha=1 if held_out or len(curves) == 1 else 0.7,
                 marker="o" if few else None,
                 markersize=5,
                 label=_name(line, part),
             )
         if len(curves) > 1:
-            figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=10, handlelength=1.6, borderaxespad=0.1)
+            figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=11, handlelength=1.4, borderaxespad=0.1)
     return figure

@@ -21,9 +21,11 @@ ROWS = 40  # of the table of evaluations at most
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1d1f; --dim: #5a5d63; --paper: #fcfcfa; --card: #fff; --soft: #f1f1ec;
-  --line: #dcdcd5; --warn: #fdf3dc; --edge: #b7791f; --good: #e6f3ec; --leaf: #1e7d4f; }
+  --line: #dcdcd5; --warn: #fdf3dc; --edge: #b7791f; --good: #e6f3ec; --leaf: #1e7d4f;
+  --curve-0: #0072b2; --curve-1: #d55e00; --curve-2: #008f68; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e9e8e4; --dim: #a9abb0; --paper: #141517; --card: #1b1d20;
-  --soft: #24262a; --line: #34373c; --warn: #33290f; --edge: #d9a441; --good: #14281d; --leaf: #5cc08f; } }
+  --soft: #24262a; --line: #34373c; --warn: #33290f; --edge: #d9a441; --good: #14281d; --leaf: #5cc08f;
+  --curve-0: #56b4e9; --curve-1: #f08a4b; --curve-2: #35c79d; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; font: 1rem/1.55 system-ui, sans-serif; color: var(--ink);
   background: var(--paper); overflow-wrap: anywhere; }
@@ -113,7 +115,7 @@ def _tiles(record: Record) -> str:
     history, tiles = record.history, []
     if record.accuracy:
         share, error, _ = record.accuracy
-        tiles.append((f"{share:.1%}", f"held-out accuracy, \u00b1 {error:.1%}"))
+        tiles.append((f"{share:.1%}", f"held-out accuracy, \u00b1\u00a0{error:.1%}"))
     for key, label in (("rewards/margins", "margin"), ("log_ratio/chosen", "chosen"), ("log_ratio/rejected", "rejected")):
         value, place = record.figure(key)
         if value is not None:

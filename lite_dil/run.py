@@ -66,6 +66,14 @@ class RunFolder:
         options = config.as_dict() | {"output_dir": str(self.path)}
         _replace_file(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
+    def drop_unsaved(self) -> None:
+        """Drop the lines of a run that was killed before its first checkpoint: there is nothing to go on from."""
+        ours = (self.path / "config.yaml").is_file() and not self.adapter.exists() and self.latest() is None
+        left = [*self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
+        if ours and all(path.name.startswith(".step-") and path.suffix == ".partial" for path in left):
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self.metrics.unlink(missing_ok=True)
+
     def list_skipped(self, problems: Sequence[Problem]) -> None:
         """Write skipped_rows.jsonl: the place of every row that was left out, and why."""
         lines = (json.dumps(problem._asdict(), ensure_ascii=False) + "\n" for problem in problems)

@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import sqlite3
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,21 +42,16 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_login() -> None:
-    """Let W&B find its key; it asks for one only where somebody can answer."""
+    """Let W&B find its key, or ask for one where somebody can answer; WANDB_MODE=offline needs none."""
     import wandb
 
     try:
-        wandb.login(verify=False, prompt=sys.stdin.isatty())
-        settings = wandb.setup().settings
-        if wandb.api.api_key or settings.mode in ("offline", "disabled", "dryrun"):
-            return
-        problem = "no key was given"
+        wandb.login(verify=False)
     except wandb.Error as error:
-        problem = first_line(error)
-    raise UserError(
-        f"--report-to wandb: {problem}. Run wandb login once, or set WANDB_MODE=offline to keep the figures on disk until "
-        "wandb sync"
-    ) from None
+        raise UserError(
+            f"--report-to wandb: {first_line(error)} Run wandb login once, or set WANDB_MODE=offline, which keeps the figures "
+            "on disk until wandb sync"
+        ) from None
 
 
 def _tensorboard(folder: Path, ids: dict[str, str], resumed: bool, config: dict[str, Any]) -> Tracker:
@@ -87,9 +81,9 @@ def _wandb(folder: Path, ids: dict[str, str], resumed: bool, config: dict[str, A
 
     class WeightsAndBiases:
         def __init__(self) -> None:
-            limits: dict[str, Any] = (
-                {"finish_timeout": _UPLOAD_SECONDS} if "finish_timeout" in wandb.Settings.model_fields else {}
-            )
+            settings: dict[str, Any] = {"console": "off"}
+            if "finish_timeout" in wandb.Settings.model_fields:
+                settings["finish_timeout"] = _UPLOAD_SECONDS
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
                 name=os.environ.get("WANDB_NAME", folder.name),
@@ -209,7 +203,6 @@ def _which(line: dict[str, Any]) -> tuple[int, bool]:
 
 def _figures(line: dict[str, Any]) -> tuple[int, dict[str, float]]:
     """Return a line's step and figures, named as TRL's trainers name them there: train/loss, eval/loss."""
+    kind = "eval" if "eval_loss" in line else "train"
     figures = {name: float("nan") if value is None else value for name, value in line.items() if name != "step"}
-    return int(line["step"]), {
-        f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}": value for name, value in figures.items()
-    }
+    return int(line["step"]), {f"{kind}/{name.removeprefix('eval_')}": value for name, value in figures.items()}

@@ -17,6 +17,7 @@ import numpy as np
 from lite_dil import backends, trackers
 from lite_dil.auto import fitted
 from lite_dil.batch import Batch, by_batch
+from lite_dil.card import write_card
 from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion, check_data, mismatched
 from lite_dil.data import CHOSEN, Problem
@@ -38,6 +39,7 @@ from lite_dil.samples import Intake, Prompt, Samples
 from lite_dil.schedule import PRECOMPUTE_ROWS, Schedule, plan, row_tokens
 from lite_dil.signals import StopSignal
 from lite_dil.story import SAMPLES
+from lite_dil.tuned import Source
 from lite_dil.watcher import REPORT, Watcher, facts_of
 
 # What the window counts; everything else in it is a mean.
@@ -194,12 +196,18 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
         if held_out and evaluation is None:  # a finished run, resumed
             evaluation = evaluator.run()
             watcher.look(progress.step)
-        folder.save_adapter(backend.save_adapter)
+        folder.save_adapter(lambda path: _save_result(path, backend, Source(folder.adapter, folder, config)))
         if text := memory():
             display.say(text)
         watcher.finish(stopped=False, memory=text)
     display.say(f"adapter in {folder.adapter}, report in {folder.path / REPORT}")
     return Trained(backend, encoder, folder, evaluation, stopped=False)
+
+
+def _save_result(path: Path, backend: backends.Backend, source: Source) -> None:
+    """Write the adapter with its model card, fit to be uploaded as it is."""
+    backend.save_adapter(path)
+    write_card(path, source, "adapter", None, "")
 
 
 def _every(steps: int | None, step: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ def find(args: argparse.Namespace) -> Source:
 
 def load(source: Source, say: Callable[[str], None]) -> Tuned:
     """Load the model and put the adapter on it; `say` takes a line for people."""
+    if source.adapter and source.run and not source.run.adapter.exists() and source.adapter.parent == source.run.latest():
+        say(f"{source.run.path} has not ended: its newest checkpoint, {source.adapter.parent.name}, is used")
     name = backends.resolve(source.config.backend)
     backends.import_library(name)
     quiet.bars()
@@ -103,6 +106,16 @@ def load(source: Source, say: Callable[[str], None]) -> Tuned:
     backend.set_strength(source.strength)
     say(f"{source.config.model} on {backend.description}")
     return Tuned(backend, encoder, source, model)
+
+
+def identity(source: Source) -> str:
+    """Return a name for what answers: "base", or "tuned-" and 8 digits that name the adapter's weights and its strength."""
+    if source.adapter is None:
+        return "base"
+    weights = hashlib.sha256(str(source.strength).encode())
+    for path in sorted(source.adapter.glob("*.safetensors")):
+        weights.update(path.read_bytes())
+    return f"tuned-{weights.hexdigest()[:8]}"
 
 
 def _locate(path: Path) -> tuple[Path, RunFolder | None]:

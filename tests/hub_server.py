@@ -6,10 +6,11 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -20,6 +21,7 @@ class Hub(BaseHTTPRequestHandler):
     """Repositories are folders: {"models/owner/tiny": ..., "datasets/owner/prefs": ...}."""
 
     repositories: dict[str, Path]
+    card: Mapping[str, str] = MappingProxyType({})
 
     def do_GET(self) -> None:
         self._answer(unquote(urlsplit(self.path).path).strip("/"))
@@ -58,6 +60,7 @@ class Hub(BaseHTTPRequestHandler):
             else:
                 _, _, repo = name.partition("/")
                 info = {"id": repo, "sha": SHA, "private": False, "tags": [], "siblings": [{"rfilename": f} for f in files]}
+                info["cardData"] = dict(self.card)
                 self._send(200, json.dumps(info).encode())
             return
         name = path if path.startswith("datasets/") else f"models/{path}"

@@ -199,3 +199,23 @@ def test_rare_tokens_keep_their_share() -> None:
         number = torch.tensor([[1 - rare * (1 - share)]], dtype=torch.float64)
         assert abs(pick(logits, number, OWN).item() - share * 2**17) <= 1
     assert pick(logits, torch.zeros(1, 1, dtype=torch.float64), OWN).item() == 0
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_generation_can_be_stopped(backend_name: str, one_by_one: bool, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = load(backend_name, small)
+    if one_by_one and backend_name == "mlx":
+        from lite_dil.backends import mlx_generate
+
+        monkeypatch.setattr(mlx_generate, "in_a_batch", mlx_generate.one_by_one)
+    whole = backend.generate(PROMPTS[:2], 12, [END], SEEDS[:2])
+    asked: list[bool] = []
+
+    def third_time() -> bool:
+        asked.append(True)
+        return len(asked) >= 3
+
+    stopped = backend.generate(PROMPTS[:2], 12, [END], SEEDS[:2], stop=third_time)
+    for one, other in zip(stopped, whole, strict=True):
+        assert one.ids == other.ids[: len(one.ids)]
+    assert sum(len(answer.ids) for answer in stopped) <= 6 < sum(len(answer.ids) for answer in whole)
