@@ -61,7 +61,9 @@ def write_model(merged: Path, target: Path, bits: int | None) -> None:
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"--format mlx: mlx-lm cannot load this model ({first_line(error)})") from None
     for path in merged.iterdir():  # the tokenizer and what else belongs to it
-        if not path.name.startswith("model") and path.name != "config.json":
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        elif not path.name.startswith("model") and path.name != "config.json":
             shutil.copyfile(path, target / path.name)
     save_model(target, model, donate_model=True)
     save_config(config, target / "config.json")

@@ -69,18 +69,19 @@ def write_peft(folder: Path, files: Files, strength: float, model: str, targets:
         targets: names by which PEFT finds exactly the adapted layers.
     """
     adapter = files.adapter
+    alpha, root = _alpha(adapter.scale * strength, adapter.rank)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model,
         "r": adapter.rank,
-        "lora_alpha": _alpha(adapter.scale * strength, adapter.rank),
+        "lora_alpha": alpha,
         "lora_dropout": files.dropout,
         "target_modules": list(targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "use_rslora": False,
+        "use_rslora": root,
     }
     sides = {
         f"base_model.model.{layer}.lora_{side}.weight": array
@@ -133,11 +134,18 @@ def _write(folder: Path, file: str, sides: dict[str, np.ndarray], code: str, con
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _alpha(scale: float, rank: int) -> float:
-    """Return the alpha of which ``alpha / rank`` is `scale` to the last bit, a whole number where there is one."""
-    alpha = scale * rank
-    near = [round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)]
-    return next((value for value in near if value / rank == scale), alpha)
+def _alpha(scale: float, rank: int) -> tuple[float, bool]:
+    """Return the alpha of which PEFT makes `scale` again, to the last bit, and whether it divides by the rank's root (rsLoRA).
+
+    Not every number is another one divided by the rank; what PEFT made by the root it makes by the root again.
+    """
+    for root in (False, True):
+        divisor = rank**0.5 if root else rank
+        alpha = scale * divisor
+        for value in (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf)):
+            if value / divisor == scale:
+                return value, root
+    return scale * rank, False
 
 
 def _config(folder: Path) -> dict[str, Any]:

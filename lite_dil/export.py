@@ -94,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
         check = Export(args, source, work, made, say).make()
         refused = check is not None and not check.ok
         target = _refused(output) if refused else output
+        if not refused:
+            describe(made, source, args.format, check)
         if target.exists():  # an empty folder, or what was refused before
             shutil.rmtree(target)
         made.rename(target)
@@ -139,6 +141,10 @@ def _check_options(args: argparse.Namespace) -> None:
             problems.append(f"--output: {folder} is there already; give a new folder")
     if problems:
         raise UserError(gather(problems, "export cannot start:") if len(problems) > 1 else problems[0])
+    if args.push_to_hub:
+        from lite_dil.hub import check as check_name
+
+        check_name(args.push_to_hub)
 
 
 def _refused(output: Path) -> Path:

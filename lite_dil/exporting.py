@@ -190,7 +190,9 @@ class Export:
         if self.format == "ollama":
             from lite_dil.ollama import write_modelfile
 
-            write_modelfile(self.made, file.name, load_tokenizer(str(merged)), self.source)
+            defaults = merged / "generation_config.json"
+            settings = json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else None
+            write_modelfile(self.made, file.name, load_tokenizer(str(merged)), settings)
 
     def _logps(self, trained: Trained) -> list[np.ndarray]:
         """Return the log-probs by what was made, loaded by the programs that it is for."""
@@ -209,7 +211,7 @@ class Export:
         if self.reader == "gguf":
             from lite_dil.gguf_export import TOLERANCES
 
-            return max(TOLERANCES[self._outtype()], tolerance(trained.dtype))
+            return TOLERANCES[self._outtype()] + tolerance(self.facts["dtype"], trained.dtype)
         if self.format == "adapter":
             config = self.source.config
             coarse = not self._same_library() and (config.load_in_4bit or config.head_bits)

@@ -99,7 +99,7 @@ def read(tokenizer: Any, rows: int, say: Callable[[str], None]) -> Vocabulary:
         types[index] = CONTROL if token["special"] else USER_DEFINED
 
     merges = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
-    bos, eos = _around(tokenizer)
+    bos, eos = around(tokenizer)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     common: dict[str, Any] = {
         "add_bos": bos,
@@ -128,7 +128,7 @@ def _unknown(reason: str) -> UserError:
     )
 
 
-def _around(tokenizer: Any) -> tuple[bool, bool]:
+def around(tokenizer: Any) -> tuple[bool, bool]:
     """Return whether the tokenizer puts BOS before a text and EOS after it."""
     plain = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids

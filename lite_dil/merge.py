@@ -25,7 +25,11 @@ from lite_dil.tensors import CODES, FLOATS, Planned, Stored, encode
 
 SHARD_BYTES = 5 * 10**9
 # What belongs to a model beside its weights and config.json.
-_BESIDE = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_BESIDE = (
+    *("generation_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "LICENSE*", "LICENCE*", "NOTICE*"),
+)
 
 
 @dataclass(frozen=True)
@@ -172,8 +176,10 @@ def write(folder: Path, planned: list[Planned], checkpoint: Checkpoint, dtype: s
     """Write the planned tensors, and all else that makes a model's folder, into `folder`."""
     for pattern in _BESIDE:
         for path in checkpoint.folder.glob(pattern):
-            if path.name != "config.json" and not path.name.endswith(".index.json") and path.is_file():
-                shutil.copyfile(path, folder / path.name)
+            if path.is_file():
+                to = folder / path.relative_to(checkpoint.folder)
+                to.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, to)
     text = json.dumps(_config(checkpoint, dtype), indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     shards = _shards(planned)

@@ -305,9 +305,10 @@ def test_an_adapter_does_the_same_in_the_other_library(
 
 @pytest.mark.parametrize(("rank", "alpha"), [(16, 32), (7, 5), (49, 5), (3, 0.1), (24, 24.7)])
 def test_the_scale_is_kept_to_the_last_bit(rank: int, alpha: float) -> None:
-    assert adapter_files._alpha(alpha / rank, rank) / rank == alpha / rank
-    scale = alpha / rank**0.5
-    assert adapter_files._alpha(scale, rank) / rank == scale
+    for scale in (alpha / rank, alpha / rank**0.5):
+        found, root = adapter_files._alpha(scale, rank)
+        assert found / (rank**0.5 if root else rank) == scale
+    assert adapter_files._alpha(2.0, 16) == (32, False)
 
 
 def test_a_head_has_no_place_in_mlx_lms_format(tmp_path: Path) -> None:
@@ -412,3 +413,50 @@ def test_no_check_says_so(tiny: str, trained: Trainer, tmp_path: Path, capsys: p
     report = export(run, tmp_path / "out", "--format", "merged", "--no-check")
     assert report["check"] is None
     assert "none was made (--no-check)" in capsys.readouterr().out
+
+
+# ---- gguf and ollama ----
+
+
+@pytest.mark.parametrize("format", ["gguf", "ollama"])
+def test_gguf(format: str, backend_name: str, tiny: str, trained: Trainer, tmp_path: Path) -> None:
+    run = trained("--model", tiny, "--backend", backend_name)
+    report = export(run, tmp_path / "out", "--format", format, "--outtype", "f32")
+    assert report["check"]["mean"] < 1e-2
+    assert (tmp_path / "out" / "out.gguf").is_file()
+    assert (tmp_path / "out" / "Modelfile").is_file() == (format == "ollama")
+
+
+# ---- the hub ----
+
+
+def test_what_was_made_is_uploaded_after_its_check(
+    tiny: str, trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The upload itself is tested in test_push.py; here, that it is asked for what passed, and for nothing else."""
+    from lite_dil import hub
+
+    run, pushed = trained("--model", tiny, "--backend", "cpu"), []
+    monkeypatch.setattr(hub, "check", lambda repo: None)
+    monkeypatch.setattr(hub, "push", lambda folder, repo, private, say: pushed.append((folder, repo, private)) or "URL")
+    flags = ["--push-to-hub", "owner/name", "--private"]
+    for format in ("merged", "adapter"):
+        export(
+            run,
+            tmp_path / format,
+            "--format",
+            format,
+            "--to" if format == "adapter" else "--dtype",
+            *(["peft"] if format == "adapter" else ["float32"]),
+            *flags,
+        )
+        assert pushed.pop() == (tmp_path / format, "owner/name", True)
+        assert {
+            path.relative_to(tmp_path / format).as_posix() for path in (tmp_path / format).rglob("*") if path.is_file()
+        } == set(hub._files(tmp_path / format)), "nothing is made that is not published"
+        for file in (tmp_path / format).rglob("*"):
+            assert not file.is_file() or tiny.encode() not in file.read_bytes(), f"{file} tells of a folder of this machine"
+    right = adapter_files.float_adapter
+    monkeypatch.setattr(adapter_files, "float_adapter", lambda files, strength: right(files, 0.0))
+    assert main(["export", "--adapter", str(run), "--format", "merged", "--output", str(tmp_path / "x"), *flags]) == 1
+    assert not pushed

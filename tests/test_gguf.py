@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, bare_model, byte_level_tokenizer, examples, make_checkpoint, oracle_logps, sentencepiece_tokenizer
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from gguf import GGUFReader
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,7 +29,7 @@ from transformers import (
 from lite_dil import gguf_export, gguf_vocabulary
 from lite_dil.batch import Batch
 from lite_dil.errors import UserError
-from lite_dil.gguf_export import KINDS, TOLERANCES, convert, different_tokens, open_file, token_logps
+from lite_dil.gguf_export import PROBES, TOLERANCES, convert, different_tokens, open_file, token_logps
 from lite_dil.models import load_tokenizer
 
 HAS_LLAMA_CPP = importlib.util.find_spec("llama_cpp") is not None
@@ -54,17 +55,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
 }
-HARD = [
-    "Hello world, it's Tom's; I'LL go.\n\n\n  and   then\t\ttabs \r\n windows",
-    "12345 3.14 1,000,000 a1b22c333",
-    "naïve café, 日本語のテキスト, русский, עברית, ไทย, 한국어",
-    "😀👩‍👩‍👧‍👦 🇫🇷 ∑ ≠ ½ ﬁ",
-    " leading and trailing  ",
-    "for (int i=0; i<10; i++) { x[i] += \"a\\n\"; }  // done",
-    "the capital of France is Paris.\n",
-    "a",
-    "",
-]
+MORE = ["the capital of France is Paris.\n", "a", "", "A <0x41> ▁ _", "x" * 50, "\u2028\u00a0\u3000"]
 
 
 def make(folder: Path, name: str, tokenizer: Any = None, **changes: Any) -> Path:
@@ -125,3 +116,80 @@ def test_a_file_has_the_log_probs_of_its_folder(
         expected = oracle_logps(bare_model(str(folder)), data).numpy()
     assert reader in said[0]
     np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-4 if reader == "transformers" else 0.02)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
+def test_every_kind_is_near_and_has_its_types(kind: str, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_by(reader, monkeypatch)
+    folder = Path(make_checkpoint(tmp_path / "model"))
+    convert(folder, tmp_path / "tiny.gguf", kind, None, print)
+    data = long_batch()
+    found = np.concatenate(token_logps(tmp_path / "tiny.gguf", sequences(data), print))
+    with torch.no_grad():
+        expected = oracle_logps(bare_model(str(folder)), data).numpy()
+    assert 0 < np.abs(found - expected).mean() < TOLERANCES[kind]
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "tiny.gguf").tensors}
+    assert {types[name] for name in types if "norm" in name} == {"F32"}
+    assert {types[name] for name in types if "norm" not in name} == {kind.upper()}
+
+
+def with_split(name: str) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer with the split of a family, trained on texts that the split matters for."""
+    splits, (_, whole_words) = next(item for item in gguf_vocabulary._SPLITS.items() if item[1][0] == name)
+    steps: list[Any] = []
+    for split in splits:
+        if split == "digits":
+            steps.append(pre_tokenizers.Digits(individual_digits=True))
+        elif split is not None:
+            steps.append(pre_tokenizers.Split(Regex(split), "isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=None in splits))
+    inner = Tokenizer(models.BPE(ignore_merges=whole_words))
+    inner.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    inner.decoder = decoders.ByteLevel()
+    inner.train_from_iterator(
+        [*PROBES, *PROBES, " ".join(WORDS)] * 3,
+        trainers.BpeTrainer(
+            vocab_size=560,
+            special_tokens=["<|endoftext|>", "<|im_end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|endoftext|>", eos_token="<|im_end|>")
+
+
+def complete_sentencepiece() -> PreTrainedTokenizerFast:
+    """The SentencePiece-style tokenizer with every way to merge, as converters of SentencePiece models write it."""
+    tokenizer = sentencepiece_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = state["model"]["vocab"]
+    made = ["".join(merge) for merge in state["model"]["merges"]]
+    state["model"]["merges"] = [
+        [token[:cut], token[cut:]] for token in made for cut in range(1, len(token)) if {token[:cut], token[cut:]} <= vocab.keys()
+    ]
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    whole.chat_template = tokenizer.chat_template
+    return whole
+
+
+def read(tokenizer: Any, rows: int = 576) -> gguf_vocabulary.Vocabulary:
+    return gguf_vocabulary.read(tokenizer, rows, print)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "sentencepiece"])
+def test_llama_cpp_makes_the_same_tokens(name: str, tmp_path: Path) -> None:
+    tokenizer = complete_sentencepiece() if name == "sentencepiece" else with_split(name)
+    folder = make(tmp_path / "model", "llama", tokenizer)
+    convert(folder, tmp_path / "tiny.gguf", "f32", None, print)
+    same = load_tokenizer(str(folder))
+    assert read(same).pre == ("default" if name == "sentencepiece" else name)
+    assert different_tokens(tmp_path / "tiny.gguf", same, [*PROBES, *MORE]) == []
+    file = open_file(tmp_path / "tiny.gguf", vocab_only=True)
+    for text in PROBES:
+        assert file.tokenize(text.encode(), add_bos=True) == same(text).input_ids
+        assert file.detokenize(same(text, add_special_tokens=False).input_ids).decode() in (text, " " + text)
+    file.close()
