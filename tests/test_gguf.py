@@ -283,10 +283,11 @@ def changed(tokenizer: Any, change: Callable[[dict[str, Any]], Any]) -> PreTrain
 
 
 def part_two_ways(state: dict[str, Any]) -> None:
-    """Move one of several ways to make a token to the end."""
+    """Move one of several ways to make a token away from the others."""
     merges = state["model"]["merges"]
     made = ["".join(merge) for merge in merges]
-    merges.append(merges.pop(next(i for i in range(1, len(made)) if made[i] == made[i - 1])))
+    second = next(i for i in range(1, len(made)) if made[i] == made[i - 1])
+    merges.insert(0 if second > 1 else len(made), merges.pop(second))
 
 
 def test_unknown_tokenizers_are_refused() -> None:
