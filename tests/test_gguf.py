@@ -305,8 +305,8 @@ def test_unknown_tokenizers_are_refused() -> None:
     # A tokenizer of its own training, with one way to each token: llama.cpp would find others.
     refused(sentencepiece_tokenizer(), "its merges lack a way to make")
     refused(changed(complete_sentencepiece(), part_two_ways), "not in the order")
-    with pytest.raises(UserError, match="has tokens up to 511, and the model's table 500 rows"):
-        read(byte_level_tokenizer(), 500)
+    with pytest.raises(UserError, match=r"has tokens up to \d+, and the model's table 300 rows"):
+        read(byte_level_tokenizer(), 300)
 
 
 def test_whole_words_matter_only_where_merges_do_not_reach_them() -> None:
