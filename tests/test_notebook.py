@@ -77,9 +77,9 @@ def test_it_runs_and_runs_again(tmp_path: Path) -> None:
         "OUTPUT": "drive/run",
         "MAX_STEPS": 2,
         "SAVE_STEPS": 1,
-        # On a CPU 4 bits are slow, and a sentence to each question is enough.
+        # On a CPU 4 bits are slow, and one short answer is enough.
         "MORE": ["--no-4bit", "--max-rows", "6", "--report-samples", "0"],
-        "QUESTIONS": ["What is the capital of France?", "Is the sky blue? Answer yes or no."],
+        "QUESTIONS": ["What is the capital of France?"],
     }
     first = execute(tmp_path, **values)
     run = tmp_path / "drive" / "run"
@@ -87,7 +87,7 @@ def test_it_runs_and_runs_again(tmp_path: Path) -> None:
     assert "step 2/2" in first and "going on" not in first
     assert "It fits" in first and "short-answers" in first
     assert (run / "report.html").is_file() and "<iframe srcdoc=" in first and "&lt;!doctype html" in first.lower()
-    assert first.count("base") >= 2 and first.count("tuned") >= 2 and "Paris" in first
+    assert "base: " in first and "tuned: " in first and "Paris" in first
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name == "step-2"]
     assert list((run / "ollama").glob("*.gguf")) and (run / "ollama" / "Modelfile").is_file()
 
