@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import numpy as np
-
-from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
-from lite_dil.criterion import Criterion
 from lite_dil.errors import UserError, gather
 
+if TYPE_CHECKING:  # the command line's help comes from here too, and numpy takes longer than the rest of it
+    import numpy as np
+
+    from lite_dil.batch import Batch
+    from lite_dil.criterion import Criterion
+
 CHECKPOINT_FROM = 10**9  # parameters from which gradient checkpointing is on unless said otherwise
+
+MAX_STRENGTH = 1.5  # of an adapter; far beyond what was trained a model falls apart
 
 INSTALL = {
     "cuda": 'pip install "lite-dil[cuda]"',
@@ -44,6 +49,32 @@ class StepResult:
     policy: np.ndarray
     reference: np.ndarray
     skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the model's distribution.
+
+    The logits are divided by `temperature`, of which 0 takes the likeliest token; then only the likeliest tokens are kept, the
+    fewest whose probability reaches `top_p`. The defaults draw from exactly the model's own distribution.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"--temperature {self.temperature:g}: expected at least 0, which takes the likeliest token")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p:g}: expected above 0 and at most 1, which cuts nothing off")
+
+
+OWN = Sampling()  # the model's own distribution
+
+
+def never() -> bool:
+    """Return false: nothing stops a generation."""
+    return False
 
 
 class Answer(NamedTuple):
@@ -72,6 +103,7 @@ class Backend(Protocol):
     dtype_name: str  # what --dtype auto came to
     layout: str  # "plain", "packed" or "prefix"
     layout_reason: str  # a sentence for people where auto could not take the sharing layout, else nothing
+    strength: float  # what the policy's adapter is multiplied by; see set_strength
     identity: str  # what the reference's log-probs depend on beside the checkpoint: library, dtype, quantisation
 
     def adapter_off(self) -> AbstractContextManager[None]:
@@ -111,16 +143,40 @@ class Backend(Protocol):
         max_new_tokens: int,
         end_ids: Sequence[int],
         seeds: Sequence[int] | None = None,
+        sampling: Sampling = OWN,
+        stop: Callable[[], bool] = never,
     ) -> list[Answer]:
         """Continue the prompts as the policy (or the reference, inside `adapter_off`), without dropout.
 
         Args:
             max_new_tokens: of an answer at most, its end token counted; at least 1.
             end_ids: the tokens that end an answer, at least one.
-            seeds: None takes the likeliest token each time. Otherwise one number below 2^64 a prompt: each answer is a draw
-                from exactly the model's own distribution, temperature 1 and nothing cut off, whatever settings the checkpoint
-                comes with. A prompt's draw is decided by its seed and not by the prompts beside it (but for the rounding of
-                a batch of another shape); the training's random state is left alone.
+            seeds: None takes the likeliest token each time. Otherwise one number below 2^64 a prompt: each answer is a draw,
+                by default from exactly the model's own distribution, whatever settings the checkpoint comes with. A prompt's
+                draw is decided by its seed and not by the prompts beside it (but for the rounding of a batch of another
+                shape); the training's random state is left alone.
+            sampling: how to draw where there are seeds.
+            stop: asked between tokens; where it returns true the answers end as they are.
+        """
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        seed: int | None = None,
+        sampling: Sampling = OWN,
+    ) -> Iterator[int]:
+        """Continue one prompt as `generate` does, and yield each token when it is made, the end token last.
+
+        Each `next` computes as the policy, or as the reference inside `adapter_off`, whichever it is called in; it must be
+        the same for all of a stream. Other streams and passes may come between. Raises OutOfMemory from `next`.
+        """
+
+    def set_strength(self, value: float) -> None:
+        """Multiply the policy's adapter by `value`, 0 to 1.5: 0 is exactly the base, 1, the default, the adapter as trained.
+
+        For inference: `step` raises ValueError at any strength but 1. The reference and what is saved do not change.
         """
 
     def save_adapter(self, folder: Path) -> None:
@@ -232,6 +288,19 @@ def checkpointing(config: TrainConfig, parameters: int) -> str:
     if config.gradient_checkpointing == "auto":
         return "full" if parameters >= CHECKPOINT_FROM else "off"
     return config.gradient_checkpointing
+
+
+def check_strength(value: float) -> float:
+    """Return a strength of the adapter, or raise UserError."""
+    if not 0 <= value <= MAX_STRENGTH:
+        raise UserError(f"--strength {value:g}: expected 0 (the bare model) to {MAX_STRENGTH:g}; 1 is the adapter as trained")
+    return value
+
+
+def check_trains(strength: float) -> None:
+    """Raise ValueError where a step would train another model than the one that is saved."""
+    if strength != 1:
+        raise ValueError(f"the adapter's strength is {strength:g}; training needs 1")
 
 
 @contextmanager

@@ -14,14 +14,25 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from lite_dil import adapters
-from lite_dil.backends import Answer, StepResult, check_options, checkpointing, mlx_generate, switched
+from lite_dil.backends import (
+    OWN,
+    Answer,
+    Sampling,
+    StepResult,
+    check_options,
+    check_strength,
+    check_trains,
+    checkpointing,
+    mlx_generate,
+    never,
+    switched,
+)
 from lite_dil.backends.head import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
 from lite_dil.backends.mlx_head import token_logps
 from lite_dil.backends.mlx_load import (
     BITS,
     causal_lm,
     check_windows,
-    folder_of,
     limit_memory,
     load,
     load_tensors,
@@ -36,6 +47,7 @@ from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion
 from lite_dil.errors import UserError
 from lite_dil.layouts import plain, prefix
+from lite_dil.models import folder_of
 
 # What an unknown model's code raises where a cache is not what it expects.
 MODEL_ERRORS = (NoPrefix, TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError)
@@ -68,7 +80,6 @@ class MLXBackend:
         wrap_layers(self.model, checkpointing(config, parameters))
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = optimizers.AdamW(config.learning_rate or 0.0, weight_decay=config.weight_decay, bias_correction=True)
-        self.optimizer.init(self.model.trainable_parameters())
         self.adapter_config = {
             "fine_tune_type": "lora",
             "num_layers": len(self.model.layers),
@@ -118,6 +129,8 @@ class MLXBackend:
         baseline: float = 0.0,
     ) -> StepResult:
         """Take one AdamW step on the mean loss over all examples of `batches`."""
+        check_trains(self.strength)
+        self.optimizer.init(self.model.trainable_parameters())  # what is not there yet: inference never needs it
         self.model.train()
         examples = sum(batch.examples for batch in batches)
         total, grads, policies, used = 0.0, None, [], []
@@ -149,10 +162,35 @@ class MLXBackend:
         max_new_tokens: int,
         end_ids: Sequence[int],
         seeds: Sequence[int] | None = None,
+        sampling: Sampling = OWN,
+        stop: Callable[[], bool] = never,
     ) -> list[Answer]:
         """Continue the prompts, in one batch where the model's cache allows it."""
         self.model.eval()
-        return mlx_generate.generate(self.model, prompts, max_new_tokens, end_ids, seeds)
+        return mlx_generate.generate(self.model, prompts, max_new_tokens, end_ids, seeds, sampling, stop)
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        seed: int | None = None,
+        sampling: Sampling = OWN,
+    ) -> Iterator[int]:
+        """Continue one prompt, token by token."""
+        self.model.eval()
+        (processor,) = mlx_generate.processors_of([prompt], None if seed is None else [seed], sampling)
+        return mlx_generate.stream(self.model, prompt, max_new_tokens, end_ids, processor)
+
+    @property
+    def strength(self) -> float:
+        """What the policy's adapter is multiplied by."""
+        return self.switch.strength
+
+    def set_strength(self, value: float) -> None:
+        """Multiply the policy's adapter."""
+        self.switch.strength = check_strength(value)
+        self._compiled.clear()  # it is baked into the traces
 
     def save_adapter(self, folder: Path) -> None:
         """Write the policy's adapter in mlx-lm's format."""

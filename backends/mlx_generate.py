@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from lite_dil.backends import Answer
+from lite_dil.backends import Answer, Sampling, never
 
 Processor = Callable[[Any, mx.array], mx.array]
 
 
 def generate(
-    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: Sequence[int], seeds: Sequence[int] | None
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    seeds: Sequence[int] | None,
+    sampling: Sampling,
+    stop: Callable[[], bool] = never,
 ) -> list[Answer]:
     """Continue the prompts with an mlx-lm model; see `lite_dil.backends.Backend.generate`."""
     batchable = all(hasattr(cache, "merge") for cache in make_prompt_cache(model))
     run = in_a_batch if batchable else one_by_one
-    return run(model, prompts, max_new_tokens, end_ids, processors_of(prompts, seeds))
+    return run(model, prompts, max_new_tokens, end_ids, processors_of(prompts, seeds, sampling), stop)
 
 
-def processors_of(prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None) -> list[Processor]:
+def processors_of(prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None, sampling: Sampling) -> list[Processor]:
     """Return what is done to the logits of each prompt before the largest is taken."""
-    return [_in_float32 for _ in prompts] if seeds is None else [_draws(seed) for seed in seeds]
+    if seeds is None or sampling.temperature == 0:
+        return [_in_float32 for _ in prompts]
+    return [_draws(seed, sampling) for seed in seeds]
 
 
 def in_a_batch(
@@ -34,6 +44,7 @@ def in_a_batch(
     max_new_tokens: int,
     end_ids: Sequence[int],
     processors: Sequence[Processor],
+    stop: Callable[[], bool] = never,
 ) -> list[Answer]:
     """Continue the prompts side by side."""
     rows = len(prompts)
@@ -47,7 +58,7 @@ def in_a_batch(
     try:
         order = generator.insert([list(prompt) for prompt in prompts], logits_processors=[[each] for each in processors])
         tokens: dict[int, list[int]] = {row: [] for row in order}
-        while responses := generator.next_generated():
+        while not stop() and (responses := generator.next_generated()):
             for response in responses:
                 tokens[response.uid].append(response.token)
     finally:
@@ -61,17 +72,32 @@ def one_by_one(
     max_new_tokens: int,
     end_ids: Sequence[int],
     processors: Sequence[Processor],
+    stop: Callable[[], bool] = never,
 ) -> list[Answer]:
     """Continue one prompt after the other, for models whose caches cannot be batched."""
-    answers = []
-    for prompt, processor in zip(prompts, processors, strict=True):
-        tokens: list[int] = []
-        for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_new_tokens, logits_processors=[processor]):
-            tokens.append(int(token))
-            if int(token) in end_ids:
-                break
-        answers.append(Answer.of(tokens, end_ids))
-    return answers
+    return [
+        Answer.of(list(takewhile(lambda _: not stop(), stream(model, prompt, max_new_tokens, end_ids, processor))), end_ids)
+        for prompt, processor in zip(prompts, processors, strict=True)
+    ]
+
+
+def stream(
+    model: Any, prompt: Sequence[int], max_new_tokens: int, end_ids: Sequence[int], processor: Processor
+) -> Iterator[int]:
+    """Continue one prompt token by token; see `lite_dil.backends.Backend.stream`."""
+    own = mx.default_stream(mx.default_device())
+    steps = generate_step(mx.array(list(prompt)), model, max_tokens=max_new_tokens, logits_processors=[processor])
+    with closing(steps):
+        while True:
+            # generate_step keeps its stream the default between its tokens, and two in turn would leave it behind for good.
+            with mx.stream(own):
+                step = next(steps, None)
+            if step is None:
+                return
+            token = int(step[0])
+            yield token
+            if token in end_ids:
+                return
 
 
 def _in_float32(_: Any, logits: mx.array) -> mx.array:
@@ -79,7 +105,7 @@ def _in_float32(_: Any, logits: mx.array) -> mx.array:
     return logits.astype(mx.float32)
 
 
-def _draws(seed: int) -> Processor:
+def _draws(seed: int, sampling: Sampling) -> Processor:
     """Return a processor that adds Gumbel noise to one row's logits: their maximum is then a draw from the softmax.
 
     The noise comes from a key of the row's own; MLX's random state is not touched. It is -log(E), E exponential: -log1p(-u)
@@ -92,6 +118,17 @@ def _draws(seed: int) -> Processor:
         nonlocal state
         state, key = mx.random.split(state)
         uniform = mx.maximum(mx.random.uniform(shape=logits.shape, key=key), 2.0**-33)  # 0 would win over every logit
-        return logits.astype(mx.float32) - mx.log(-mx.log1p(-uniform))
+        logits = logits.astype(mx.float32) / sampling.temperature
+        if sampling.top_p < 1:
+            logits = _nucleus(logits, sampling.top_p)
+        return logits - mx.log(-mx.log1p(-uniform))
 
     return add_noise
+
+
+def _nucleus(logits: mx.array, top_p: float) -> mx.array:
+    """Keep the fewest likeliest tokens whose probability reaches `top_p`; the others become minus infinity."""
+    order = mx.argsort(-logits, axis=-1)
+    shares = mx.softmax(mx.take_along_axis(logits, order, -1), -1)
+    kept = mx.cumsum(shares, -1) - shares < top_p  # what comes before a token does not reach it yet
+    return mx.where(mx.put_along_axis(mx.zeros_like(kept), order, kept, -1), logits, -mx.inf)

@@ -13,12 +13,13 @@ from lite_dil.adapters import Adapter
 class Switch:
     """What all the adapted layers of a model share.
 
-    `reference`: whether the model is the reference just now. `key`: of this pass's dropout masks, an array, so that a layer
-    that is computed again for the backward pass drops the same, and a compiled step does not drop the same every time.
+    `reference`: whether the model is the reference just now. `strength`: what the policy's adapter is multiplied by. `key`: of
+    this pass's dropout masks, an array, so that a layer that is computed again for the backward pass drops the same, and a
+    compiled step does not drop the same every time.
     """
 
     def __init__(self) -> None:
-        self.reference = False
+        self.reference, self.strength = False, 1.0
         self.key: mx.array | None = None
 
 
@@ -43,14 +44,14 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Apply the layer."""
-        y = self.linear(x)
-        if not self.switch.reference:
+        y, strength = self.linear(x), self.switch.strength
+        if not self.switch.reference and strength:
             z = (self._dropped(x) @ self.lora_a) @ self.lora_b
-        elif self._initial:
-            z = (x @ self._initial[0]) @ self._initial[1]
+        elif self.switch.reference and self._initial:
+            z, strength = (x @ self._initial[0]) @ self._initial[1], 1.0
         else:
             return y  # not y + 0 * z: that would cost as much, and let an inf or NaN of the adapter through
-        return y + (self.scale * z).astype(x.dtype)
+        return y + (self.scale * strength * z).astype(x.dtype)
 
     def _dropped(self, x: mx.array) -> mx.array:
         if not (self.training and self.dropout):

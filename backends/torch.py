@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +17,15 @@ from torch import Tensor
 
 from lite_dil import adapters
 from lite_dil.backends import (
+    OWN,
     Answer,
+    Sampling,
     StepResult,
     check_options,
+    check_strength,
+    check_trains,
     checkpointing,
+    never,
     switched,
     torch_fused,
     torch_generate,
@@ -86,6 +91,8 @@ class TorchBackend:
         self.model = self._adapted(base, config, model, initial)
         self.layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
         self.has_reference_adapter = config.reference == "initial-adapter"
+        self.scale: float = self.layers[0].scaling[POLICY]
+        self.strength, self.is_reference = 1.0, False
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = make_optimizer(self.trainable, config, in_4bit, device)
@@ -136,6 +143,7 @@ class TorchBackend:
         baseline: float = 0.0,
     ) -> StepResult:
         """Take one AdamW step on the mean loss over all examples of `batches`."""
+        check_trains(self.strength)
         self.model.train()
         examples = sum(batch.examples for batch in batches)
         random, passes = torch_memory.random_state(self.device), []
@@ -206,16 +214,39 @@ class TorchBackend:
         max_new_tokens: int,
         end_ids: Sequence[int],
         seeds: Sequence[int] | None = None,
+        sampling: Sampling = OWN,
+        stop: Callable[[], bool] = never,
     ) -> list[Answer]:
         """Continue the prompts, all of them in one batch."""
         self.model.eval()
 
         def run() -> list[Answer]:
             with torch_unsloth.generating(self.model, max(map(len, prompts))) if self.unsloth else nullcontext():
-                return torch_generate.generate(self.base, self.device, prompts, max_new_tokens, end_ids, seeds)
+                return torch_generate.generate(self.base, self.device, prompts, max_new_tokens, end_ids, seeds, sampling, stop)
 
         work = f"the generation of {len(prompts)} answers of up to {max_new_tokens} tokens"
         return torch_memory.whole(work, self.device, run)
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        seed: int | None = None,
+        sampling: Sampling = OWN,
+    ) -> Iterator[int]:
+        """Continue one prompt, token by token."""
+        if self.unsloth:  # whose switch between training and generation is the whole model's
+            raise UserError("--unsloth: answers cannot be streamed from it; load the model without")
+        self.model.eval()
+        return torch_generate.stream(self.base, self.device, prompt, max_new_tokens, end_ids, seed, sampling)
+
+    def set_strength(self, value: float) -> None:
+        """Multiply the policy's adapter."""
+        self.strength = check_strength(value)
+        for layer in self.layers:
+            layer.scaling[POLICY] = self.scale * value
+        self._set_reference(self.is_reference)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the policy's adapter in PEFT's format."""
@@ -284,11 +315,14 @@ class TorchBackend:
 
     def _set_reference(self, on: bool) -> None:
         # PEFT's own disable_adapter() also rewrites requires_grad and costs 31 ms over 210 layers; this is what it flips.
+        self.is_reference = on
+        other = on and self.has_reference_adapter
+        # A strength of 0 is switched off, not multiplied: 0 * inf would be NaN.
+        off = not other and (on or self.strength == 0)
         for layer in self.layers:
             if self.has_reference_adapter:
                 layer._active_adapter = [REFERENCE if on else POLICY]
-            else:
-                layer._disable_adapters = on
+            layer._disable_adapters = off
 
     def _token_logps(self, batch: Batch) -> tuple[Tensor, Layout]:
         layout: Layout

@@ -22,10 +22,16 @@ TILE_ELEMENTS = 2**25  # of one intermediate (tokens, width) array where an MLP 
 
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen linear layer, perhaps packed to 4 bits, and the scale of its adapter."""
+    """A frozen linear layer, perhaps packed to 4 bits, and PEFT's layer around it, where there is an adapter."""
 
     layer: Any
-    scale: float
+    lora: LoraLayer | None = None
+
+    @property
+    def scale(self) -> float:
+        """The scale of the adapter that is switched on just now."""
+        assert self.lora is not None
+        return self.lora.scaling[self.lora._active_adapter[0]]
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Return the (out, in) weight, unpacked."""
@@ -213,12 +219,12 @@ def adapter_of(layer: Any) -> Adapter:
 def _frozen(layer: Any) -> Frozen | None:
     """Describe a linear layer, adapted or not, or return None where it is more than that."""
     if not isinstance(layer, LoraLayer):
-        return Frozen(layer, 0.0) if _is_linear(layer) else None
+        return Frozen(layer) if _is_linear(layer) else None
     names = set(layer.lora_A)
     dropout = any(not isinstance(module, nn.Identity) for module in layer.lora_dropout.values())
     if dropout or not _is_linear(layer.base_layer) or len({layer.scaling[name] for name in names}) != 1:
         return None
-    return Frozen(layer.base_layer, layer.scaling[next(iter(names))])
+    return Frozen(layer.base_layer, layer)
 
 
 def _is_linear(layer: Any) -> bool:

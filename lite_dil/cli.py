@@ -8,6 +8,7 @@ import io
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from lite_dil.data import EMBEDDED
 from lite_dil.errors import TrainingDiverged, UserError, did_you_mean
 from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.options import add_flags, build, read_yaml
-from lite_dil.run import check_same_run, find_checkpoint, saved_config
+from lite_dil.run import RunFolder, check_same_run, find_checkpoint, saved_config
 
 _TRAIN = """\
 Train a LoRA adapter on preference data. With no flag: the demo's training, SmolLM2-135M-Instruct on the data in this package.
@@ -44,7 +45,12 @@ questions before and after. Takes the flags of train.
 _DATA_FLAGS = ("model", "data_format", "columns", "max_rows", "skip_bad_rows", "max_length", "loss", "sample_rejected", "seed")
 # Commands in modules of their own, each with HELP (a line), DESCRIPTION, add_arguments(parser) and run(args), which returns
 # the exit code. They import nothing heavy before `run`.
-_MODULES: tuple[str, ...] = ()
+_MODULES: tuple[str, ...] = (
+    "chat",
+    "generate",
+    "label",
+    "export",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,14 +149,15 @@ def _run(argv: list[str]) -> int:
     quiet.environment()
     prepare(config.backend, config)
     quiet.bars()
+    from lite_dil.demo import MEASURED, show
     from lite_dil.progress import Display
     from lite_dil.train import train
 
+    if name == "demo" and "report_samples" not in fixed:
+        config = replace(config, report_samples=MEASURED)
     display = Display()
     trained = train(config, display, resume, fixed)
     if name == "demo" and not trained.stopped:
-        from lite_dil.demo import show
-
         show(trained, display)
     return 130 if trained.stopped else 0
 
@@ -187,6 +194,8 @@ def _config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None, set[str
     output_dir = given.get("output_dir", base.get("output_dir"))
     checkpoint = find_checkpoint(args.resume, output_dir)
     if checkpoint is None:
+        if output_dir:
+            RunFolder(Path(output_dir)).drop_unsaved()
         return build(given, base), None, fixed
     saved, run = saved_config(checkpoint), checkpoint.parent.parent
     if output_dir and Path(output_dir).resolve() != run.resolve():

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lite_dil.data import EMBEDDED, parse_columns
-from lite_dil.errors import UserError, gather
+from lite_dil.errors import UserError, did_you_mean, gather
 from lite_dil.formats import FORMATS
 from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.objectives import OBJECTIVES, OPTIONS
 
 ALL_LINEAR = "all-linear"
+TRACKERS = ("tensorboard", "wandb", "trackio")
 # The embedded pairs are few and easy: at the general rates one pass leaves the answers half-changed (docs/LOG.md).
 EMBEDDED_RATE = 2e-4
 
@@ -296,6 +297,20 @@ class TrainConfig:
     eval_steps: int | None = _option("run", None, "steps between evaluations (default: only at the end)")
     save_steps: int | None = _option("run", None, "steps between checkpoints (default: only at the end or when stopped)")
     save_total_limit: int | None = _option("run", None, "keep only this many of the newest checkpoints (default: all)")
+    report_samples: int = _option(
+        "run",
+        4,
+        "prompts, held-out ones where there are any, that report.html shows with the answers before and after: greedy, of at "
+        "most 128 tokens, in one batch at each evaluation (without --eval-data at each checkpoint). Changes no result; 0 "
+        "answers none",
+    )
+    report_to: str | None = _option(
+        "run",
+        None,
+        "send every line of metrics to these trackers too: tensorboard (event files in the run's folder), wandb, trackio. "
+        'Each is an extra: pip install "lite-dil[wandb]" (default: none)',
+        metavar="NAME,...",
+    )
 
     def check(self) -> None:
         """Raise one UserError that names every value out of range, its place and what was expected."""
@@ -309,10 +324,11 @@ class TrainConfig:
             if value is not None and not 0 < value < _BIG:
                 problems.append(f"{flag(name)} is {value:g}; expected a number above 0")
         problems += self._objective_problems()
-        try:
-            parse_columns(self.columns)
-        except UserError as error:
-            problems.append(str(error))
+        for parse, value in ((parse_columns, self.columns), (tracker_names, self.report_to)):
+            try:
+                parse(value)
+            except UserError as error:
+                problems.append(str(error))
         if self.head_bits not in (None, 4, 8):
             problems.append(f"--head-bits is {self.head_bits}; expected 8 or 4, or leave it out for 16 bits")
         if self.precompute_reference and self.reference_cache == "off":
@@ -406,6 +422,7 @@ _RANGES = [
     ("eval_steps", 1, _BIG),
     ("save_steps", 1, _BIG),
     ("save_total_limit", 1, _BIG),
+    ("report_samples", 0, 1000),
 ]
 
 
@@ -416,7 +433,7 @@ def _between(low: float, high: float) -> str:
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 # What may differ from the run that is resumed, because it does not change what is learned.
 FREE_ON_RESUME = {
-    *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+    *("output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_samples", "report_to"),
     *(
         "layout",
         "auto",
@@ -431,6 +448,17 @@ FREE_ON_RESUME = {
 }
 # How a step is split into passes; only their product decides what is learned.
 SPLIT = {"batch_size", "gradient_accumulation_steps"}
+
+
+def tracker_names(report_to: str | None) -> list[str]:
+    """Return the trackers that ``--report-to`` names, each once; raise UserError for one that is not known."""
+    names = [name.strip() for name in (report_to or "none").split(",")]
+    if names == ["none"]:
+        return []
+    if unknown := [name for name in names if name not in TRACKERS]:
+        near = did_you_mean(unknown[0], TRACKERS)
+        raise UserError(f"--report-to: {unknown[0]!r}{near} is not one of {', '.join(TRACKERS)}, or none alone")
+    return list(dict.fromkeys(names))
 
 
 def flag(name: str) -> str:

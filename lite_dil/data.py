@@ -96,26 +96,16 @@ class Reader:
         head = list(itertools.islice(self._records, LOOKED_AT))
         if self.format == "auto":
             named = [v for _, v in head if isinstance(v, dict) and v.keys() >= set(self.columns.values())]
-            self.format = detect(map(self._renamed, named))
+            self.format = detect(renamed(value, self.columns) for value in named)
         for place, value in itertools.chain(head, self._records):
             try:
                 if isinstance(value, RowError):
                     raise value
-                row = self._row(self._renamed(value), place)
+                row = self._row(renamed(value, self.columns), place)
             except RowError as error:
                 self.problems.append(Problem(error.kind, place, str(error)))
                 continue
             yield row
-
-    def _renamed(self, value: Any) -> Any:
-        if not self.columns or not isinstance(value, dict):
-            return value
-        for column in self.columns.values():
-            if column not in value:
-                hint = did_you_mean(column, map(str, value))
-                raise RowError(f"no column {column!r}", f"no column {column!r}, which --columns names{hint}")
-        moved = {name: value[column] for name, column in self.columns.items()}
-        return {name: v for name, v in value.items() if name not in self.columns.values()} | moved
 
     def _row(self, value: Any, place: str) -> Row:
         try:
@@ -147,6 +137,18 @@ class Reader:
         return row
 
 
+def renamed(value: Any, columns: dict[str, str]) -> Any:
+    """Return a row with its columns under the names of fields, as `parse_columns` has them. Raises RowError."""
+    if not columns or not isinstance(value, dict):
+        return value
+    for column in columns.values():
+        if column not in value:
+            hint = did_you_mean(column, map(str, value))
+            raise RowError(f"no column {column!r}", f"no column {column!r}, which --columns names{hint}")
+    moved = {name: value[column] for name, column in columns.items()}
+    return {name: v for name, v in value.items() if name not in columns.values()} | moved
+
+
 def read_rows(source: str, split: str = "train", *, skip: bool = False, **settings: Any) -> list[Row]:
     """Read and check all rows of a source, or of several, with the `settings` of `Reader`.
 
@@ -162,16 +164,17 @@ def read_rows(source: str, split: str = "train", *, skip: bool = False, **settin
     return found
 
 
-def refuse(source: str, problems: list[Problem], kept: int) -> None:
-    """Raise UserError where rows cannot be used, or where there are none."""
+def refuse(source: str, problems: list[Problem], kept: int, expected: str = "") -> None:
+    """Raise UserError where rows cannot be used, or where there are none; `expected` is what is read, by default data."""
+    expected = expected or _known()
     if problems:
         lines = [f"{problem.place}: {problem.message}" for problem in problems]
         heading = f"{source}: {len(problems)} of {kept + len(problems)} rows cannot be used (--skip-bad-rows leaves them out):"
         kinds = Counter(problem.kind for problem in problems).most_common()
         counts = "" if len(problems) == 1 else f"\n{', '.join(f'{count} {kind}' for kind, count in kinds)}"
-        raise UserError(gather(lines, heading) + counts + ("" if kept else f"\nWhat is read: {_known()}"))
+        raise UserError(gather(lines, heading) + counts + ("" if kept else f"\nWhat is read: {expected}"))
     if not kept:
-        raise UserError(f"{source}: no rows; expected {_known()}")
+        raise UserError(f"{source}: no rows; expected {expected}")
 
 
 def _known() -> str:
@@ -202,19 +205,24 @@ def same_text(answer: Answer) -> Any:
     return unicodedata.normalize("NFC", answer.translate(_INVISIBLE)).strip()
 
 
-def _checked(draft: Draft, place: str) -> Row:
-    """Make a row of what was read, or raise RowError where nothing can be learned from it."""
-    if isinstance(draft.prompt, str):
-        if not same_text(draft.prompt):
+def check_prompt(prompt: str | list[Message]) -> None:
+    """Raise RowError for a prompt that asks nothing, or that ends in an answer."""
+    if isinstance(prompt, str):
+        if not same_text(prompt):
             raise RowError("empty prompt", "field 'prompt' is empty; write one or remove the row")
     else:
-        if draft.prompt[-1]["role"] == "assistant":
+        if prompt[-1]["role"] == "assistant":
             raise RowError(
                 "prompt ends in an answer", "the prompt ends with the assistant's turn; expected the user's (or a tool's)"
             )
-        for number, message in enumerate(draft.prompt):
+        for number, message in enumerate(prompt):
             if message["role"] == "user" and not same_text(message["content"]):
                 raise RowError("empty prompt", f"the prompt's message {number + 1}, the user's, is empty")
+
+
+def _checked(draft: Draft, place: str) -> Row:
+    """Make a row of what was read, or raise RowError where nothing can be learned from it."""
+    check_prompt(draft.prompt)
     for answer, sign in zip(draft.answers, draft.signs, strict=True):
         if isinstance(answer, str) and not same_text(answer):
             side = "" if len(draft.signs) == 1 else "chosen " if sign == CHOSEN else "rejected "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -173,6 +173,19 @@ class Encoder:
                 raise RowError(
                     "control token", f"a message holds the control token {token!r}, which would end or open a turn; remove it"
                 )
+
+
+def continuation_text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], plain: bool = False) -> str:
+    """Return the text of an answer as its prompt's continuation: by itself, SentencePiece would drop its first space.
+
+    With `plain`, control tokens are left out.
+    """
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=plain, clean_up_tokenization_spaces=False))
+
+    start, whole = decode(prompt), decode([*prompt, *ids])
+    return whole[len(start) :] if whole.startswith(start) else decode(ids)
 
 
 def truncate(example: Example, max_length: int) -> tuple[Example, bool, bool]:

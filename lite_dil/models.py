@@ -54,6 +54,45 @@ def model_folder(name: str) -> Path:
     return Path(config).parent
 
 
+def folder_of(model: str) -> Path:
+    """Return the model's folder, downloaded if `model` is a hub id."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "model*.safetensors", "*.jinja", "tokenizer.model"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"--model {model}: cannot be had from the hub ({first_line(error)})") from None
+
+
+def rope_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what to add to a config.json so that mlx-lm rotates as the model was trained to.
+
+    transformers 5 writes ``rope_parameters``, which mlx-lm 0.32 does not read for Llama and others: it takes theta 10000
+    instead and says nothing.
+    """
+    if "text_config" in config:
+        return {"text_config": config["text_config"] | rope_config(config["text_config"])}
+    rope = config.get("rope_parameters")
+    if not rope:
+        return {}
+    added: dict[str, Any] = {}
+    if rope.keys() == {"full_attention", "sliding_attention"}:  # Gemma 3: one rope a layer type
+        added["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+        if "full_attention" in config.get("layer_types", ()):  # which of the two a layer has, mlx-lm computes from this
+            added["sliding_window_pattern"] = config["layer_types"].index("full_attention") + 1
+    if "rope_theta" not in rope:
+        raise UserError(f"config.json: rope_parameters has {', '.join(rope)}; expected rope_theta, which mlx-lm must be told")
+    added["rope_theta"] = rope["rope_theta"]
+    added["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    if "partial_rotary_factor" in rope:
+        added["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return added
+
+
 def prepare_embedded(say: Any = None) -> Path:
     """Make SmolLM2-135M-Instruct into a Hugging Face folder in the cache, unless it is there, and return the folder.
 

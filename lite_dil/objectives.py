@@ -393,6 +393,10 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+# The Bregman family of the DIL paper: losses of each side's density ratio.
+DIL_FAMILY = ("lsif", "ukl", "bce", "basu", "rulsif")
+
+
 def constants(name: str, config: Any) -> dict[str, Any]:
     """Return the objective's beta and options from a config's attributes, or its defaults where those are None."""
     objective = OBJECTIVES[name]

@@ -93,7 +93,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if name not in FIELDS:
             problems.append(f"unknown key {key!r}{did_you_mean(name, FIELDS)}")
             continue
-        if name in ("target_modules", "data", "eval_data") and isinstance(value, list):  # a list is the natural YAML for it
+        # A list is the natural YAML for these.
+        if name in ("target_modules", "data", "eval_data", "report_to") and isinstance(value, list):
             value = ",".join(map(str, value))
         if name in ("columns", "data", "eval_data") and isinstance(value, dict):
             value = ",".join(f"{part}={of}" for part, of in value.items())

@@ -66,7 +66,7 @@ def report(config: TrainConfig, encoder: Encoder) -> dict[str, Any]:
         "loss": config.loss,
         "form": data.form,
         "chat": data.chat,
-        "sources": [_source(source) for source in data.sources],
+        "sources": [source_facts(source) for source in data.sources],
         "answers": {side: data.answers[sign] for sign, side in SIDES.items()},
     }
     if len(survey):
@@ -81,7 +81,8 @@ def count(number: int, word: str) -> str:
     return f"{number:,} {word}" + ("" if number == 1 else "s")
 
 
-def _source(source: Source) -> dict[str, Any]:
+def source_facts(source: Source) -> dict[str, Any]:
+    """Return what was read from a source, as the field ``sources`` has it."""
     kinds = Counter(problem.kind for problem in source.problems)
     first: dict[str, dict[str, str]] = {kind: {} for kind in kinds}  # for each kind the first place of each message
     for problem in source.problems:

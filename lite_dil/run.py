@@ -66,6 +66,14 @@ class RunFolder:
         options = config.as_dict() | {"output_dir": str(self.path)}
         _replace_file(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
+    def drop_unsaved(self) -> None:
+        """Drop the lines of a run that was killed before its first checkpoint: there is nothing to go on from."""
+        ours = (self.path / "config.yaml").is_file() and not self.adapter.exists() and self.latest() is None
+        left = [*self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
+        if ours and all(path.name.startswith(".step-") and path.suffix == ".partial" for path in left):
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self.metrics.unlink(missing_ok=True)
+
     def list_skipped(self, problems: Sequence[Problem]) -> None:
         """Write skipped_rows.jsonl: the place of every row that was left out, and why."""
         lines = (json.dumps(problem._asdict(), ensure_ascii=False) + "\n" for problem in problems)
@@ -103,18 +111,18 @@ class RunFolder:
         found = (path.parent.name.removeprefix("step-") for path in self.checkpoints.glob("step-*/progress.json"))
         return sorted(int(step) for step in found if step.isdigit())
 
-    def rewind(self, step: int) -> None:
-        """Drop lines of metrics.jsonl after `step`: the run goes on from there and writes them again."""
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drop lines of metrics.jsonl after `step`: the run goes on from there and writes them again. Return all lines."""
         if not self.metrics.exists():
-            return
-        kept = []
+            return []
+        lines = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                lines.append(json.loads(line))
             except ValueError:  # the last line of a killed run may be half a line
                 break
-        _replace_file(self.metrics, "".join(line + "\n" for line in kept))
+        _replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+        return lines
 
 
 def find_checkpoint(where: str, output_dir: str | None) -> Path | None:

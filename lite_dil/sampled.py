@@ -5,22 +5,20 @@ DIL's derivation takes the rejected side for draws from pi_ref. Written answers 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lite_dil.backends import Answer, Backend
+from lite_dil.backends import Backend
 from lite_dil.config import TrainConfig
 from lite_dil.data import CHOSEN, REJECTED
-from lite_dil.errors import UserError
-from lite_dil.examples import Encoder, Example
-from lite_dil.fitting import Fitting
+from lite_dil.digest import digest
+from lite_dil.drawing import Drawer, batched
+from lite_dil.examples import Encoder, Example, continuation_text
+from lite_dil.jsonl import JSONLines
 from lite_dil.models import cache_dir
 from lite_dil.progress import Display
 from lite_dil.reference import reference_key
@@ -44,6 +42,11 @@ class Draw:
     room: int
     seed: int
     key: str
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The example's prompt."""
+        return self.example.prompt
 
 
 def add_samples(
@@ -74,26 +77,23 @@ def add_samples(
     wanted = draws(examples, count, ends, reference, config)
     file = SampleFile(path, wanted, ends, encoder.tokenizer)
     # Whole batches, also where some of their lines are there: a run that goes on then computes what one in a go would have.
-    batches = [batch for batch in plan(wanted, config) if any(draw.key not in file.known for draw in batch)]
+    batches = [
+        batch for batch in batched(wanted, ROWS * row_tokens(config)) if any(draw.key not in file.known for draw in batch)
+    ]
     keys = {draw.key for draw in wanted}
     found = len(keys & file.known.keys())
     display.say(f"rejected answers from the reference: {found} of {len(keys)} are in {path}, {len(keys) - found} to draw")
     if file.ignored:
         display.say(f"{path}: {file.ignored} lines ignored, which were edited or damaged")
-    fitting: Fitting[list[Draw]] = Fitting("a batch of answers", _tokens, _halves, display.say)
-
-    def generate(part: list[Draw]) -> list[Answer]:
-        prompts, seeds = [draw.example.prompt for draw in part], [draw.seed for draw in part]
-        return backend.generate(prompts, max(draw.room for draw in part), ends, seeds)
-
+    drawer = Drawer(backend, ends, display.say)
     with StopSignal("stopping after these answers; what was drawn is kept") as stop, display.bar(len(batches), 0) as bar:
         for number, batch in enumerate(batches, 1):
             if stop.asked:
                 return None
             with backend.adapter_off():
-                answers = list(chain.from_iterable(fitting.run(generate, batch)))
+                answers = drawer.draw(batch)
             for draw, (ids, end) in zip(batch, answers, strict=True):
-                file.add(draw, (*ids, *(() if end is None else (end,)))[: draw.room])
+                file.add(draw, (*ids, *(() if end is None else (end,))))
             bar.update(number, None)
 
     drawn = [file.known[draw.key] for draw in wanted]
@@ -109,7 +109,7 @@ def add_samples(
 
 def reference_digest(config: TrainConfig, model: str, identity: str) -> str:
     """Return what names the reference that is drawn from; arguments as in `lite_dil.reference.open_cache`."""
-    return _digest(sorted(reference_key(config, model, identity).items()))
+    return digest(sorted(reference_key(config, model, identity).items()))
 
 
 def sample_path(config: TrainConfig, reference: str) -> Path:
@@ -146,39 +146,18 @@ def draws(examples: Sequence[Example], count: int, ends: Sequence[int], referenc
     for example in examples:
         for sample in range(seen[example.prompt], seen[example.prompt] + count):
             # The seed is the prompt's and the number's alone: not of its neighbours in a batch, nor of where a run stopped.
-            seed = int(_digest(config.seed, example.prompt, sample)[:16], 16)
-            key = _digest(_VERSION, reference, config.seed, config.max_length, longest, tuple(ends), example.prompt, sample)
+            seed = int(digest(config.seed, example.prompt, sample)[:16], 16)
+            key = digest(_VERSION, reference, config.seed, config.max_length, longest, tuple(ends), example.prompt, sample)
             wanted.append(Draw(example, sample, min(longest, config.max_length - len(example.prompt)), seed, key))
         seen[example.prompt] += count
     return wanted
-
-
-def plan(wanted: Sequence[Draw], config: TrainConfig) -> list[list[Draw]]:
-    """Group draws with prompts of similar length, the longest first, by the tokens that a batch may come to."""
-    batches: list[list[Draw]] = []
-    for draw in sorted(wanted, key=lambda draw: len(draw.example.prompt), reverse=True):
-        # Padded to the longest prompt, which is the first, and going on until the shortest one's room is used up.
-        if batches and (len(batches[-1]) + 1) * (len(batches[-1][0].example.prompt) + draw.room) <= ROWS * row_tokens(config):
-            batches[-1].append(draw)
-        else:
-            batches.append([draw])
-    return batches
-
-
-def _tokens(batch: list[Draw]) -> int:
-    return len(batch) * max(len(draw.example.prompt) + draw.room for draw in batch)
-
-
-def _halves(batch: list[Draw]) -> list[list[Draw]]:
-    middle = (len(batch) + 1) // 2
-    return [batch[:middle], batch[middle:]] if middle < len(batch) else []
 
 
 class SampleFile:
     """The answers that were drawn, in one append-only file of JSON Lines: preference data of plain text, and the ids.
 
     `read_rows` reads it too, but for an answer that ended at once, whose text is empty.
-    A last line that was cut off is removed. Other lines that cannot be used are left where they are and counted in `ignored`.
+    Lines that cannot be used are left where they are and counted in `ignored`.
 
     Args:
         wanted: the draws that are looked for.
@@ -186,19 +165,12 @@ class SampleFile:
     """
 
     def __init__(self, path: Path, wanted: Sequence[Draw], ends: Sequence[int], tokenizer: Any) -> None:
-        self.path, self.ends, self.tokenizer = path, set(ends), tokenizer
+        self.ends, self.tokenizer = set(ends), tokenizer
         self.known: dict[str, tuple[int, ...]] = {}
         self.ignored = 0
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = path.read_bytes() if path.exists() else b""
-            whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:  # a run was killed while it wrote
-                os.truncate(path, len(whole))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be used for the answers that are drawn ({error})") from None
+        self.file = JSONLines(path, "the answers that are drawn")
         by_key = {draw.key: draw for draw in wanted}
-        for line in whole.split(b"\n")[:-1]:
+        for line in self.file.lines:
             try:
                 row = json.loads(line)
                 ids, draw = tuple(row["rejected_ids"]), by_key.get(row["key"])  # None is of a longer run, or other settings
@@ -217,12 +189,7 @@ class SampleFile:
         """Remember an answer, unless it is known. It is on disk when this returns."""
         if draw.key in self.known:
             return
-        line = json.dumps(self._row(draw, ids), ensure_ascii=False) + "\n"
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                file.write(line.encode())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error})") from None
+        self.file.add(self._row(draw, ids))
         self.known[draw.key] = ids
 
     def _row(self, draw: Draw, ids: tuple[int, ...]) -> dict[str, Any]:
@@ -238,14 +205,8 @@ class SampleFile:
         }
 
     def _text(self, prompt: tuple[int, ...], ids: tuple[int, ...]) -> str:
-        """Return the text of an answer as its prompt's continuation: by itself, SentencePiece would drop its first space."""
-        content = ids[:-1] if ids and ids[-1] in self.ends else ids
-        start, whole = self._decode(prompt), self._decode(prompt + content)
-        return whole[len(start) :] if whole.startswith(start) else self._decode(content)
+        """Return the text of an answer."""
+        return continuation_text(self.tokenizer, prompt, ids[:-1] if ids and ids[-1] in self.ends else ids)
 
     def _decode(self, ids: tuple[int, ...]) -> str:
-        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))

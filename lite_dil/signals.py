@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from types import FrameType
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or termination signal into a request to stop after the step; a second Ctrl-C stops at once."""
+    """Turns the first of `signals` into a request to stop after the step; a second Ctrl-C stops at once.
 
-    def __init__(self, text: str = "stopping after this step, and saving") -> None:
-        self.asked, self.text = False, text
+    `text` is said when it comes, unless it is empty.
+    """
+
+    def __init__(
+        self,
+        text: str = "stopping after this step, and saving",
+        signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+    ) -> None:
+        self.asked, self.text, self.signals = False, text, signals
 
     def __enter__(self) -> StopSignal:
         self._before = {}
-        for name in (signal.SIGINT, signal.SIGTERM):
+        for name in self.signals:
             try:
                 self._before[name] = signal.signal(name, self._ask)
             except ValueError:  # not in the main thread, where Python allows no handlers
@@ -30,5 +38,5 @@ class StopSignal:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{self.text}; Ctrl-C again stops at once\n".encode())
+        if self.text:  # not print: the signal may have come in the middle of one
+            os.write(2, f"\n{self.text}; Ctrl-C again stops at once\n".encode())

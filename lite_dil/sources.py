@@ -164,24 +164,45 @@ def _of_split(files: list[Path], folder: Path, split: str, named: bool) -> list[
 
 def _file(path: Path) -> Iterator[Record]:
     """Read one file by what is in it and, where that does not tell, by its name."""
+    with _opened(path) as (raw, start):
+        if path.suffix in _COLUMNAR or start[:4] == b"PAR1" or start[:6] == b"ARROW1":
+            yield from _columnar(path, raw, start)
+            return
+        name = path.name.removesuffix(".gz").removesuffix(".zst")
+        with _unpacked(path, raw, start) as stream:
+            if name.endswith((".csv", ".tsv")):
+                yield from _csv(path, stream, tabs=name.endswith(".tsv"))
+            else:
+                yield from _json(path, stream)
+
+
+def text_lines(path: Path) -> Iterator[Record]:
+    """Yield the lines of a text file that are not blank, each with its place."""
+    with _opened(path) as (raw, start), _unpacked(path, raw, start) as stream:
+        for number, line in _lines(stream):
+            try:
+                yield f"{path} line {number}", line.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                yield f"{path} line {number}", _not_utf8(error)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], bytes]]:
+    """Open a file that may be data; with it come its first bytes."""
     try:
         with path.open("rb") as raw:
             start = raw.read(200)
             raw.seek(0)
             _refuse(path, start)
-            if path.suffix in _COLUMNAR or start[:4] == b"PAR1" or start[:6] == b"ARROW1":
-                yield from _columnar(path, raw, start)
-                return
-            name = path.name.removesuffix(".gz").removesuffix(".zst")
-            with _unpacked(path, raw, start) as stream:
-                if name.endswith((".csv", ".tsv")):
-                    yield from _csv(path, stream, tabs=name.endswith(".tsv"))
-                else:
-                    yield from _json(path, stream)
+            yield raw, start
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); is it whole? Then copy or download it again") from None
+
+
+def _not_utf8(error: UnicodeDecodeError) -> RowError:
+    return RowError("not UTF-8", f"not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8")
 
 
 def _refuse(path: Path, start: bytes) -> None:
@@ -293,7 +314,7 @@ def _parse(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return RowError("not UTF-8", f"not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8")
+        return _not_utf8(error)
     except json.JSONDecodeError as error:
         hint = ""
         if line.lstrip().startswith(b"{'"):

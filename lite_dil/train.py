@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil import backends
+from lite_dil import backends, trackers
 from lite_dil.auto import fitted
 from lite_dil.batch import Batch, by_batch
+from lite_dil.card import write_card
 from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion, check_data, mismatched
-from lite_dil.data import CHOSEN
+from lite_dil.data import CHOSEN, Problem
 from lite_dil.dataset import DataSet, describe, load, remarks
 from lite_dil.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.examples import Encoder, Example, fingerprint
 from lite_dil.fit import Heaviest, memory_line
-from lite_dil.fitting import Passes, take_step
+from lite_dil.fitting import Passes, Taken, take_step
 from lite_dil.losses import log_ratio
 from lite_dil.memory import peak_rss_mb
 from lite_dil.metrics import Means, answer_metrics, with_margin
@@ -34,8 +35,12 @@ from lite_dil.progress import Display
 from lite_dil.reference import open_cache
 from lite_dil.run import Progress, RunFolder, read_progress
 from lite_dil.sampled import add_samples, needed, reference_digest, sample_path
+from lite_dil.samples import Intake, Prompt, Samples
 from lite_dil.schedule import PRECOMPUTE_ROWS, Schedule, plan, row_tokens
 from lite_dil.signals import StopSignal
+from lite_dil.story import SAMPLES
+from lite_dil.tuned import Source
+from lite_dil.watcher import REPORT, Watcher, facts_of
 
 # What the window counts; everything else in it is a mean.
 _SUMS = ("examples", "tokens", "seconds", "steps", "skipped", "reference_passes")
@@ -66,16 +71,13 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training runs in one process; start it without torchrun or accelerate launch")
+    trackers.check(config)
     config = replace(config, backend=backends.resolve(config.backend))
     folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config)
     model = resolve_model(config.model, display.say)
     encoder = Encoder(load_tokenizer(model))
-    data = _load(config.data, "train", encoder, config, display)
-    examples, skipped = data.examples, data.problems
-    held_out: Sequence[Example] = []
-    if config.eval_data:
-        evaluation_data = _load(config.eval_data, "test", encoder, config, display)
-        held_out, skipped = evaluation_data.examples, skipped + evaluation_data.problems
+    data = _read(encoder, config, display)
+    examples, held_out = data.examples, data.held_out
     progress = Progress(fingerprint=fingerprint(examples))
     if resume:
         saved = read_progress(resume)
@@ -105,9 +107,10 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
     if cache.damaged:
         display.say(f"{cache.path}: {cache.damaged} damaged records, which will be computed again")
     passes = Passes(backend, config, cache, display.say)
+    logged: list[dict[str, Any]] = []
     if resume:
         backend.load_state(resume)
-        folder.rewind(progress.step)
+        logged = folder.rewind(progress.step)
         finished = progress.step >= schedule.steps
         where = f"step {progress.step} of {schedule.steps} in {folder.path}"
         display.say(f"the run is finished: {where}" if finished else f"going on after {where}")
@@ -119,14 +122,16 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
         return Trained(backend, encoder, folder, None, stopped=True)
     if not resume:
         folder.create(replace(config, dtype=backend.dtype_name))
-        if skipped:
-            folder.list_skipped(skipped)
+        if data.skipped:
+            folder.list_skipped(data.skipped)
         display.say(f"writing to {folder.path}")
 
     criterion = Criterion(config, examples)
     evaluator = Evaluator(passes, held_out, config)
     evaluation, skipped_in_a_row = None, 0
     heaviest = Heaviest(backend.layout)
+    samples = Samples(data.prompts, bool(held_out), folder.path / SAMPLES, backend, encoder, config, display.say)
+    watcher = Watcher(folder, config, facts_of(config, backend, schedule.steps, data.facts), samples, logged, display.say)
 
     def save() -> Path:
         def write(path: Path) -> None:
@@ -145,55 +150,72 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
             saved = f"Step {progress.step} is saved: {save()}; --resume {folder.path} goes on from it"
             raise UserError(f"{error}. {saved}") from None
 
-    with kept_where_memory_ends(), StopSignal() as stop, display.bar(schedule.steps, progress.step) as bar:
-        while progress.step < schedule.steps and not stop.asked:
-            step, started = progress.step + 1, time.perf_counter()
-            batches, result, baseline, computed = take_step(passes, schedule, step, criterion, display.say)
-            heaviest.add(batches)
-            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)) or skipped_in_a_row == MAX_SKIPPED:
-                # The weights are still those of the step before, which had a finite loss.
-                kept = save() if progress.step else folder.latest()
-                raise TrainingDiverged(_diverged(step, result, batches, examples, config, kept))
-            tokens = sum(batch.tokens for batch in batches)
-            progress.step, progress.num_tokens = step, progress.num_tokens + tokens
-            number = sum(batch.examples for batch in batches)
-            seconds = time.perf_counter() - started
-            window = Means(progress.window)
-            _add_step(window, result, batches, config)
-            if others:
-                window.add("kl", baseline, number)
-            for name, value in zip(_SUMS, (number, tokens, seconds, 1, int(result.skipped), computed), strict=True):
-                window.add(name, value)
-            last = step == schedule.steps
-            if step % config.logging_steps == 0 or last:
-                line = _line(progress, schedule, backend)
-                folder.log(line)
-                bar.update(step, line)
-                progress.window.clear()
-            else:
-                bar.update(step, None)
-            if held_out and (last or (config.eval_steps and step % config.eval_steps == 0)):
-                evaluation = evaluator.run()
-                folder.log({"step": step, "epoch": schedule.epoch(step), **evaluation})
-                bar.evaluation(evaluation)
-            if last or (config.save_steps and step % config.save_steps == 0):
-                save()
-
-    if progress.step < schedule.steps:
-        checkpoint = folder.latest()
-        if checkpoint is None or read_progress(checkpoint).step < progress.step:
-            save()
-        display.say(f"stopped after step {progress.step} of {schedule.steps}, saved; go on with --resume {folder.path}")
-        return Trained(backend, encoder, folder, evaluation, stopped=True)
-    if held_out and evaluation is None:  # a finished run, resumed
-        evaluation = evaluator.run()
-    folder.save_adapter(backend.save_adapter)
-    if heaviest.load:
+    def memory() -> str:
         taken = replace(config, dtype=backend.dtype_name, layout=backend.layout)
-        display.say(memory_line(taken, model, heaviest.load, backend.peak_memory_mb() * 2**20, before * 2**20))
-    display.say(f"adapter in {folder.adapter}")
+        peak = backend.peak_memory_mb() * 2**20
+        return memory_line(taken, model, heaviest.load, peak, before * 2**20) if heaviest.load else ""
+
+    with watcher:
+        with kept_where_memory_ends(), StopSignal() as stop, display.bar(schedule.steps, progress.step) as bar:
+            while progress.step < schedule.steps and not stop.asked:
+                step, started = progress.step + 1, time.perf_counter()
+                taken = take_step(passes, schedule, step, criterion, display.say)
+                heaviest.add(taken.batches)
+                skipped_in_a_row = skipped_in_a_row + 1 if taken.result.skipped else 0
+                if not _is_finite(taken.result) or skipped_in_a_row == MAX_SKIPPED:
+                    # The weights are still those of the step before, which had a finite loss.
+                    kept = save() if progress.step else folder.latest()
+                    raise TrainingDiverged(_diverged(step, taken.result, taken.batches, examples, config, kept))
+                _count_step(progress, taken, time.perf_counter() - started, config)
+                last = step == schedule.steps
+                line = None
+                if step % config.logging_steps == 0 or last:
+                    line = _line(progress, schedule, backend)
+                    watcher.log(line)
+                    progress.window.clear()
+                bar.update(step, line)
+                evaluates = bool(held_out) and (last or _every(config.eval_steps, step))
+                if evaluates:
+                    evaluation = evaluator.run()
+                    watcher.log({"step": step, "epoch": schedule.epoch(step), **evaluation})
+                    bar.evaluation(evaluation)
+                saves = last or _every(config.save_steps, step)
+                if saves:
+                    save()
+                if evaluates or (saves and not held_out):
+                    watcher.look(step)
+
+            if progress.step < schedule.steps:
+                checkpoint = folder.latest()
+                if checkpoint is None or read_progress(checkpoint).step < progress.step:
+                    save()
+                watcher.finish(stopped=True, memory=memory())
+                again = f"saved; go on with --resume {folder.path}"
+                display.say(f"stopped after step {progress.step} of {schedule.steps}, {again}")
+                return Trained(backend, encoder, folder, evaluation, stopped=True)
+        if held_out and evaluation is None:  # a finished run, resumed
+            evaluation = evaluator.run()
+            watcher.look(progress.step)
+        folder.save_adapter(lambda path: _save_result(path, backend, Source(folder.adapter, folder, config)))
+        if text := memory():
+            display.say(text)
+        watcher.finish(stopped=False, memory=text)
+    display.say(f"adapter in {folder.adapter}, report in {folder.path / REPORT}")
     return Trained(backend, encoder, folder, evaluation, stopped=False)
+
+
+def _save_result(path: Path, backend: backends.Backend, source: Source) -> None:
+    """Write the adapter with its model card, fit to be uploaded as it is."""
+    backend.save_adapter(path)
+    write_card(path, source, "adapter", None, "")
+
+
+def _every(steps: int | None, step: int) -> bool:
+    return bool(steps) and step % (steps or 1) == 0
+
+
+def _is_finite(result: backends.StepResult) -> bool:
+    return math.isfinite(result.loss) and math.isfinite(result.grad_norm)
 
 
 class Evaluator:
@@ -254,9 +276,32 @@ def precompute(passes: Passes, parts: Sequence[Sequence[Example]], config: Train
     return True
 
 
-def _load(source: str, split: str, encoder: Encoder, config: TrainConfig, display: Display) -> DataSet:
+@dataclass(frozen=True)
+class _Data:
+    """What was read: examples, the rows that were left out, and for the report the prompts to answer and what the data is."""
+
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    skipped: list[Problem]
+    prompts: list[Prompt]
+    facts: list[dict[str, Any]]
+
+
+def _read(encoder: Encoder, config: TrainConfig, display: Display) -> _Data:
+    """Read the training data, and the held-out data where there is any."""
+    data, intake = _load(config.data, "train", encoder, config, display)
+    facts = [intake.facts("training", config.data, data)]
+    if not config.eval_data:
+        return _Data(data.examples, [], data.problems, intake.prompts, facts)
+    held_out, seen = _load(config.eval_data, "test", encoder, config, display)
+    facts.append(seen.facts("held out", config.eval_data, held_out))
+    return _Data(data.examples, held_out.examples, data.problems + held_out.problems, seen.prompts, facts)
+
+
+def _load(source: str, split: str, encoder: Encoder, config: TrainConfig, display: Display) -> tuple[DataSet, Intake]:
     """Read a data set and say what it is."""
-    data = load(source, split, encoder, config, good_only=OBJECTIVES[config.loss].data == "chosen")
+    intake = Intake(config.report_samples, config)
+    data = load(source, split, encoder, config, watch=intake.add, good_only=OBJECTIVES[config.loss].data == "chosen")
     check_data(config, data.form, set(data.answers), source)
     number, good = len(data.examples), data.answers[CHOSEN]
     kinds = {
@@ -272,7 +317,7 @@ def _load(source: str, split: str, encoder: Encoder, config: TrainConfig, displa
     display.say(text)
     for line in remarks(data):
         display.say(line)
-    return data
+    return data, intake
 
 
 def _check_start(passes: Passes, schedule: Schedule, config: TrainConfig) -> None:
@@ -296,13 +341,21 @@ def _check_start(passes: Passes, schedule: Schedule, config: TrainConfig) -> Non
         )
 
 
-def _add_step(means: Means, result: backends.StepResult, batches: Sequence[Batch], config: TrainConfig) -> None:
-    number = sum(batch.examples for batch in batches)
+def _count_step(progress: Progress, taken: Taken, seconds: float, config: TrainConfig) -> None:
+    """Add a step to the run's progress and to the window of its next line."""
+    batches, result, baseline, computed = taken
+    number, tokens = sum(batch.examples for batch in batches), sum(batch.tokens for batch in batches)
+    progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + tokens
+    means = Means(progress.window)
     means.add("loss", result.loss, number)
     means.add("grad_norm", result.grad_norm, number)
     parts = (by_batch(values, batches) for values in (result.policy, result.reference))
     for batch, policy, reference in zip(batches, *parts, strict=True):
         answer_metrics(means, policy, reference, batch, config)
+    if OBJECTIVES[config.loss].baseline:
+        means.add("kl", baseline, number)
+    for name, value in zip(_SUMS, (number, tokens, seconds, 1, int(result.skipped), computed), strict=True):
+        means.add(name, value)
 
 
 def _line(progress: Progress, schedule: Schedule, backend: backends.Backend) -> dict[str, Any]:

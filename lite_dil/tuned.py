@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ class Source:
     """What ``--adapter`` names.
 
     `adapter` is the folder of the adapter's files, None for the bare model; `run` is the run that made it, where it lies in
-    one's folder.
+    one's folder. `strength` multiplies the adapter.
     """
 
     adapter: Path | None
     run: RunFolder | None
     config: TrainConfig
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Tuned:
     model: str
 
 
-def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add --adapter and how the model is loaded."""
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True, flags: Iterable[str] = FLAGS) -> None:
+    """Add --adapter and how the model is loaded, by the `flags` of train."""
     group = parser.add_argument_group("adapter")
     group.add_argument(
         "--adapter",
@@ -54,7 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True) -> Non
         help="a run's folder, one of its checkpoints, or the folder of an adapter in PEFT's or mlx-lm's format; model and "
         "quantisation are the run's unless given" + ("" if required else " (default: none, the bare --model)"),
     )
-    add_flags(parser, FLAGS)
+    group.add_argument(
+        "--strength",
+        metavar="X",
+        type=float,
+        default=1.0,
+        help=f"multiply the adapter: 0 is the bare model, {backends.MAX_STRENGTH:g} the most (default: 1, as it was trained)",
+    )
+    add_flags(parser, flags)
 
 
 def find(args: argparse.Namespace) -> Source:
@@ -63,10 +72,13 @@ def find(args: argparse.Namespace) -> Source:
     Raises:
         UserError: there is no adapter, or nothing says which model it belongs to.
     """
+    strength = backends.check_strength(args.strength)
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
     # No gradient is taken: what training needs beside the model is left out.
     base: dict[str, Any] = {"layout": "plain", "gradient_checkpointing": "off"}
     if args.adapter is None:
+        if strength != 1:
+            raise UserError(f"--strength {strength:g} is of an adapter; give --adapter too")
         return Source(None, None, build(given, base | {"lora_r": 1}))
     adapter, run = _locate(Path(args.adapter))
     saved = read_yaml(run.path / "config.yaml") if run else {}
@@ -78,19 +90,32 @@ def find(args: argparse.Namespace) -> Source:
     base |= {name: saved[name] for name in names if name != "backend"}
     if "model" not in base:
         base["model"] = given.get("model") or _own_model(adapter)
-    return Source(adapter, run, build(given, base | {"init_adapter": str(adapter), "reference": "base"}))
+    return Source(adapter, run, build(given, base | {"init_adapter": str(adapter), "reference": "base"}), strength)
 
 
 def load(source: Source, say: Callable[[str], None]) -> Tuned:
     """Load the model and put the adapter on it; `say` takes a line for people."""
+    if source.adapter and source.run and not source.run.adapter.exists() and source.adapter.parent == source.run.latest():
+        say(f"{source.run.path} has not ended: its newest checkpoint, {source.adapter.parent.name}, is used")
     name = backends.resolve(source.config.backend)
     backends.import_library(name)
     quiet.bars()
     model = resolve_model(source.config.model, say)
     encoder = Encoder(load_tokenizer(model))
     backend = backends.load(name, source.config, model)
+    backend.set_strength(source.strength)
     say(f"{source.config.model} on {backend.description}")
     return Tuned(backend, encoder, source, model)
+
+
+def identity(source: Source) -> str:
+    """Return a name for what answers: "base", or "tuned-" and 8 digits that name the adapter's weights and its strength."""
+    if source.adapter is None:
+        return "base"
+    weights = hashlib.sha256(str(source.strength).encode())
+    for path in sorted(source.adapter.glob("*.safetensors")):
+        weights.update(path.read_bytes())
+    return f"tuned-{weights.hexdigest()[:8]}"
 
 
 def _locate(path: Path) -> tuple[Path, RunFolder | None]:

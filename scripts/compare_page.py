@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from compare_settings import Comparison
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without black and yellow: each shows on white and on black.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+from lite_dil.figures import COLOURS, inked, svg
+
 MARKERS, LINES = "os^Dv*", ("-", "--", ":")
-INK = "#010203"  # stands for the page's own text colour
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --soft: #f2f2ef; --line: #d5d5d0; }
@@ -40,13 +38,7 @@ summary { cursor: pointer; font-weight: 600; }
 def draw(curves: dict[str, Any], path: Path) -> str:
     """Write the figure to `path` as a PNG, and return it as an SVG element in the colour of the text around it."""
     _figure(curves, "black").savefig(path, dpi=150, facecolor="white", format="png")
-    import matplotlib
-
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "lite-dil"}):  # the same file from the same numbers
-        _figure(curves, INK).savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return svg(lambda ink: _figure(curves, ink))
 
 
 def _figure(curves: dict[str, Any], ink: str) -> Any:
@@ -54,9 +46,7 @@ def _figure(curves: dict[str, Any], ink: str) -> Any:
     import matplotlib
     from matplotlib.figure import Figure
 
-    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    settings: dict[Any, Any] = {**dict.fromkeys(inked, ink), "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(inked(ink)):
         figure = Figure(figsize=(10, 4.6), layout="constrained")
         for axes, side in zip(figure.subplots(1, 2), ("chosen", "rejected"), strict=True):
             axes.set(title=f"{side} answers", xlabel="step", ylabel="log-prob, nats an answer")

@@ -10,7 +10,6 @@ import json
 import math
 import shlex
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 0.1, 20, 200
 PASSES_OF_A_STEP = 3  # a step's forward and backward pass cost as much as this many forward passes
 # These two decide at which steps there are figures, so that they must be the same in all runs of a comparison.
 FREE = FREE_ON_RESUME - {"eval_steps", "logging_steps"}
-OWN = {"loss": "--losses", "output_dir": "--output"}
+OWN = {"loss": "--losses", "output_dir": "--output", "report_samples": "--sample-prompts"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class Comparison:
 
     def run(self, loss: str, seed: int) -> TrainConfig:
         """Return the options of one run."""
-        return dataclasses.replace(self.configs[loss], seed=seed, output_dir=str(self.output / "runs" / f"{loss}-seed{seed}"))
+        folder = str(self.output / "runs" / f"{loss}-seed{seed}")
+        return dataclasses.replace(self.configs[loss], seed=seed, output_dir=folder, report_samples=0)
 
     @property
     def reference(self) -> Path:
@@ -72,8 +72,6 @@ def read(argv: list[str], description: str, say: Any) -> Comparison:
     losses = _losses(args.losses)
     seeds = _seeds(args.seeds or given.pop("seed", base.pop("seed", "0")))
     rates = _rates(args.learning_rates, losses)
-    if find_spec("matplotlib") is None:
-        raise UserError('the figure needs matplotlib: pip install "lite-dil[plots]"')
 
     output = Path(args.output) if args.output else _unused(RUNS / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     source = coerce("data", given.get("data", base.get("data", EMBEDDED)), "--data")

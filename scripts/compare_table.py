@@ -10,6 +10,8 @@ from typing import Any
 
 from compare_settings import Comparison
 
+from lite_dil.objectives import DIL_FAMILY
+
 Run = dict[str, Any]  # result.json and what metrics.jsonl adds to it
 Row = dict[str, Any]
 
@@ -32,7 +34,6 @@ COLUMNS = (
 )
 # Wherever the comparison was run or stopped, these are the machine's and not the loss's.
 MEASURED = ("seconds", "peak_memory_mb")
-DIL = ("lsif", "ukl", "bce", "basu", "rulsif")
 OTHERS = ("dpo", "simpo")
 CLAIM = "DIL keeps the chosen answers' likelihood where dpo and simpo lose it"
 
@@ -180,10 +181,10 @@ def verdict(rows: Sequence[Row], steps: int, answers: int) -> list[str]:
             continue
         text = f"{label(row)}: the chosen answers' log-prob {_words(chosen)}"
         sentences.append(text + (f"; the rejected answers' {_words(rejected)}." if rejected else "."))
-    ours = [loss for loss in DIL if moved.get(loss)]
+    ours = [loss for loss in DIL_FAMILY if moved.get(loss)]
     theirs = [loss for loss in OTHERS if moved.get(loss)]
     if not ours or not theirs:
-        lacking = f"a loss of the DIL family ({', '.join(DIL)})" if not ours else " or ".join(OTHERS)
+        lacking = f"a loss of the DIL family ({', '.join(DIL_FAMILY)})" if not ours else " or ".join(OTHERS)
         return [*sentences, f'The claim "{CLAIM}" is not tested here: there is no result of {lacking}.']
     kept = [loss for loss in ours if moved[loss] in ("rose", "steady")]
     lost = [loss for loss in theirs if moved[loss] == "fell"]

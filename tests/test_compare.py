@@ -27,6 +27,7 @@ from lite_dil.config import TrainConfig
 from lite_dil.data import read_rows
 from lite_dil.dataset import load
 from lite_dil.examples import Encoder, Example
+from lite_dil.figures import INK
 from lite_dil.models import load_tokenizer
 from lite_dil.options import build
 from lite_dil.run import RunFolder
@@ -117,7 +118,7 @@ def test_the_curves_start_at_the_reference_and_end_in_the_table(whole: Path) -> 
             assert curve["mean"][-1] == pytest.approx(row["figures"][f"logps/{side}"]["mean"], abs=1e-3)
     assert (whole / "figure2.png").read_bytes()[:4] == b"\x89PNG"
     page = (whole / "index.html").read_text()
-    assert "currentColor" in page and compare_page.INK not in page
+    assert "currentColor" in page and INK not in page
     assert "http" not in page.replace("http://www.w3.org/", "").replace("http://purl.org/dc/", "").replace(
         "http://creativecommons.org/ns#", ""
     ).replace("https://matplotlib.org/", "")  # names inside the SVG, which nothing fetches
@@ -230,14 +231,6 @@ def test_what_cannot_be_used_is_one_line_and_trains_nothing(
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"few.jsonl", "pairs.jsonl", "unpaired.jsonl"}
-
-
-def test_without_matplotlib_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(compare_settings, "find_spec", lambda name: None)
-    assert main(["--losses", "lsif"]) == 2
-    assert 'pip install "lite-dil[plots]"' in capsys.readouterr().err
 
 
 def test_a_loss_that_diverges_is_a_row(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import bare_model, batch, criterion, load, make_checkpoint
 
+from lite_dil.backends import OWN
 from lite_dil.batch import Batch
 
 VOCABULARY, END, DRAWS = 24, 2, 2000
@@ -173,7 +174,7 @@ def test_mlx_without_batches_generates_the_same(small: str, seeds: list[int] | N
     from lite_dil.backends import mlx_generate
 
     backend: Any = load("mlx", small)
-    processors = mlx_generate.processors_of(PROMPTS, seeds)
+    processors = mlx_generate.processors_of(PROMPTS, seeds, OWN)
     one_by_one = [
         mlx_generate.one_by_one(backend.model, [prompt], 12, [END], [processor])[0]
         for prompt, processor in zip(PROMPTS, processors, strict=True)
@@ -196,5 +197,25 @@ def test_rare_tokens_keep_their_share() -> None:
     rare = 2**-10 / (1 + 2**-10)
     for share in (0.25, 0.5, 0.75):
         number = torch.tensor([[1 - rare * (1 - share)]], dtype=torch.float64)
-        assert abs(pick(logits, number).item() - share * 2**17) <= 1
-    assert pick(logits, torch.zeros(1, 1, dtype=torch.float64)).item() == 0
+        assert abs(pick(logits, number, OWN).item() - share * 2**17) <= 1
+    assert pick(logits, torch.zeros(1, 1, dtype=torch.float64), OWN).item() == 0
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_generation_can_be_stopped(backend_name: str, one_by_one: bool, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = load(backend_name, small)
+    if one_by_one and backend_name == "mlx":
+        from lite_dil.backends import mlx_generate
+
+        monkeypatch.setattr(mlx_generate, "in_a_batch", mlx_generate.one_by_one)
+    whole = backend.generate(PROMPTS[:2], 12, [END], SEEDS[:2])
+    asked: list[bool] = []
+
+    def third_time() -> bool:
+        asked.append(True)
+        return len(asked) >= 3
+
+    stopped = backend.generate(PROMPTS[:2], 12, [END], SEEDS[:2], stop=third_time)
+    for one, other in zip(stopped, whole, strict=True):
+        assert one.ids == other.ids[: len(one.ids)]
+    assert sum(len(answer.ids) for answer in stopped) <= 6 < sum(len(answer.ids) for answer in whole)

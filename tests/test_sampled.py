@@ -15,10 +15,11 @@ from rich.console import Console
 
 from lite_dil.batch import Batch
 from lite_dil.data import CHOSEN, REJECTED, Row, read_rows
+from lite_dil.drawing import batched
 from lite_dil.errors import UserError
 from lite_dil.examples import Encoder, Example, truncate
 from lite_dil.progress import Display
-from lite_dil.sampled import SampleFile, add_samples, end_ids, plan
+from lite_dil.sampled import SampleFile, add_samples, end_ids
 from lite_dil.sampled import draws as wanted_draws
 
 QUESTIONS = ["what is tea", "how do you make good bread and tea", "a red house", "the capital of France is", "is it"]
@@ -215,7 +216,7 @@ def test_what_decides_a_draw_is_in_its_key(encoder: Encoder, chosen: list[Exampl
     first = keys()
     limited = config(**SETTINGS, sample_rejected=1, sample_max_tokens=5)
     assert {draw.room for draw in wanted_draws(chosen, 1, [EOS], "a reference", limited)} == {5}
-    for group in plan(wanted_draws(chosen, 1, [EOS], "a reference", limited), limited):  # also where all have the same room
+    for group in batched(wanted_draws(chosen, 1, [EOS], "a reference", limited), 240):  # also where all have the same room
         assert len(group[0].example.prompt) == max(len(draw.example.prompt) for draw in group)
     short = {"sample_rejected": 1, "sample_max_tokens": 5}
     for other in (keys(seed=8), keys(max_length=41), keys(ends=(EOS, 5)), keys(**short)):
@@ -242,7 +243,8 @@ def test_rejected_answers_that_are_there_stay(tiny: str, encoder: Encoder, chose
 
 def test_batches_keep_to_their_tokens(chosen: list[Example]) -> None:
     wanted = wanted_draws(chosen, 3, [EOS], "a reference", config(**SETTINGS))
-    batches = plan(wanted, config(**SETTINGS))
+    batches = batched(wanted, 8 * SETTINGS["row_tokens"])
+    assert max(map(len, batched(wanted, 8 * SETTINGS["row_tokens"], rows=2))) == 2
     assert sorted(draw.key for batch in batches for draw in batch) == sorted(draw.key for draw in wanted)
     assert len(batches) > 3
     for batch in batches:

@@ -44,7 +44,7 @@ def flags(tiny: str, data: Path, backend_name: str) -> list[str]:
     """12 pairs in steps of 4, so that 2 epochs are 6 steps."""
     return [
         "--model", tiny, "--backend", backend_name, "--data", str(data), "--dtype", "float32", "--learning-rate", "1e-3",
-        "--batch-size", "2", "--gradient-accumulation-steps", "2", "--epochs", "2", "--lora-r", "4",
+        "--batch-size", "2", "--gradient-accumulation-steps", "2", "--epochs", "2", "--report-samples", "0", "--lora-r", "4",
     ]  # fmt: skip
 
 
@@ -119,6 +119,21 @@ def test_resume_auto_starts_then_goes_on(flags: list[str], tmp_path: Path, capsy
     assert "the run is finished: step 3 of 3" in capsys.readouterr().out
     assert main(["train", *flags, "--output-dir", str(folder), "--resume", "--learning-rate", "5"]) == 2
     assert "--learning-rate is 5.0, but the run has 0.001" in capsys.readouterr().err
+
+
+def test_resume_auto_starts_anew_where_nothing_was_saved(flags: list[str], tmp_path: Path) -> None:
+    """A machine that was cut off before the first checkpoint: the same command starts again, and drops nothing else."""
+    folder = tmp_path / "run"
+    run(flags, folder, "--max-steps", "2")
+    whole = (folder / "metrics.jsonl").read_text()
+    shutil.rmtree(folder / "adapter")
+    (folder / "checkpoints" / "step-2").rename(folder / "checkpoints" / ".step-2.partial")
+    run(flags, folder, "--resume", "auto", "--max-steps", "2")
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == len(whole.splitlines())
+    assert (folder / "adapter").is_dir()
+    shutil.rmtree(folder / "checkpoints")  # a result without its checkpoints is never written over
+    assert main(["train", *flags, "--output-dir", str(folder), "--resume", "auto", "--max-steps", "2"]) == 2
+    assert (folder / "metrics.jsonl").is_file()
 
 
 def test_resume_names_what_it_cannot_do(

@@ -1,0 +1,132 @@
+"""A conversation with a model: its turns, the prompt that they make, and the rows that they leave for training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lite_dil.data import Message, RowError
+from lite_dil.errors import UserError
+from lite_dil.examples import Encoder
+from lite_dil.messages import read_text
+from lite_dil.models import model_folder
+
+# How configs name the longest sequence that a model was made for.
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+@dataclass
+class Turn:
+    """What was said and answered. `whole` is false where the answer was stopped; `saved` are the files that hold it."""
+
+    user: str
+    answer: str
+    whole: bool = True
+    saved: set[Path] = field(default_factory=set)
+
+
+class Prompt(NamedTuple):
+    """Token ids, the tokens that an answer may have, and how many of the oldest turns were left out to make room."""
+
+    ids: tuple[int, ...]
+    room: int
+    left_out: int
+
+
+class Conversation:
+    """Turns under a system message; without a chat template each text is continued by itself.
+
+    Args:
+        limit: tokens that the model takes, or None where nobody knows.
+    """
+
+    def __init__(self, encoder: Encoder, limit: int | None, system: str = "") -> None:
+        self.encoder, self.limit, self.turns = encoder, limit, list[Turn]()
+        self.is_chat = bool(encoder.tokenizer.chat_template)
+        self.set_system(system)
+
+    def set_system(self, text: str) -> None:
+        """Set the system message from here on, or remove it. Raises UserError where the model cannot have one."""
+        if text and not self.is_chat:
+            raise UserError("a system message needs a chat template, which this model lacks")
+        if text:  # what the template refuses must not spoil every message after it
+            self._layout([{"role": "system", "content": text}, {"role": "user", "content": "x"}])
+        self.system, self.left_out = text, 0
+
+    def undo(self) -> Turn | None:
+        """Take the last turn back and return it, or None where there is none."""
+        self.left_out = 0
+        return self.turns.pop() if self.turns else None
+
+    def reset(self) -> None:
+        """Forget the turns."""
+        self.turns, self.left_out = [], 0
+
+    def prompt(self, text: str, max_new_tokens: int) -> Prompt:
+        """Return what the model is to continue after `text`, the oldest turns left out where they do not fit.
+
+        Raises UserError where the text cannot be said, or is by itself too long.
+        """
+        while True:
+            ids = self._layout([*self._before(len(self.turns)), {"role": "user", "content": text}])
+            if self.limit is None:
+                return Prompt(ids, max_new_tokens, 0)
+            if len(ids) + min(max_new_tokens, self.limit // 4) <= self.limit:
+                return Prompt(ids, min(max_new_tokens, self.limit - len(ids)), self.left_out)
+            if not self.is_chat or self.left_out == len(self.turns):
+                self.left_out = 0
+                raise UserError(f"the message is too long: {len(ids)} tokens with all around it, the model takes {self.limit}")
+            self.left_out += 1
+
+    def save(self, path: Path) -> int:
+        """Append a row for each whole answer that the file does not hold yet; return how many.
+
+        A row is ``messages`` up to the answer, or ``prompt`` and ``completion`` without a chat template: demonstrations.
+        """
+        path = path.absolute()
+        new = [i for i, turn in enumerate(self.turns) if turn.whole and path not in turn.saved]
+        lines = "".join(json.dumps(self._row(i), ensure_ascii=False) + "\n" for i in new)
+        try:
+            with path.open("a+b") as file:
+                if file.tell():  # a last line that somebody left without its end
+                    file.seek(-1, 2)
+                    lines = lines if file.read(1) == b"\n" else "\n" + lines
+                file.write(lines.encode())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        for i in new:
+            self.turns[i].saved.add(path)
+        return len(new)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        turn = self.turns[index]
+        if not self.is_chat:
+            return {"prompt": turn.user, "completion": turn.answer}
+        said = [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
+        return {"messages": [*self._before(index, 0), *said]}
+
+    def _before(self, index: int, left_out: int | None = None) -> list[Message]:
+        """Return the messages before a turn."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in self.turns[self.left_out if left_out is None else left_out : index]:
+            messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
+        return messages
+
+    def _layout(self, messages: list[Message]) -> tuple[int, ...]:
+        """Tokenise what leads up to an answer."""
+        try:
+            read_text(messages[-1]["content"], "message")
+            if not self.is_chat:
+                return self.encoder.prompt_ids(messages[-1]["content"], chat=False)
+            return self.encoder.prompt_ids(self.encoder.chat_prompt(messages), chat=True)
+        except RowError as error:
+            raise UserError(str(error)) from None
+
+
+def context_limit(model: str) -> int | None:
+    """Return the tokens that a loaded model was made for, by its config.json, or None where that does not say."""
+    config = json.loads((model_folder(model) / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config", config)
+    return next((int(text[name]) for name in _LIMITS if text.get(name)), None)

@@ -1,0 +1,186 @@
+"""Does the exported model answer as the trained one did? Log-probs of the same tokens by both, compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lite_dil.backends import Backend
+from lite_dil.batch import Batch
+from lite_dil.config import TrainConfig
+from lite_dil.data import EMBEDDED, RowError
+from lite_dil.dataset import reader_of
+from lite_dil.errors import UserError
+from lite_dil.examples import Encoder, Example, truncate
+from lite_dil.sources import split_sources
+from lite_dil.tuned import Source
+
+# Prompt and response of each answer, for what reads the exported files.
+Sequences = list[tuple[tuple[int, ...], tuple[int, ...]]]
+SHARE = 0.25  # how far from 1 the exported share of the adapter's effect may be, beyond what chance does to the estimate
+CHANCE = 3.0  # standard errors
+
+
+# Mean |difference| of log-probs, nats a token, that rounding makes.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03, "8-bit": 0.1, "4-bit": 1.0}
+
+
+def tolerance(*rounded: str) -> float:
+    """Return what the mean difference may be where either side was computed or written in these types."""
+    return max(TOLERANCES[name] for name in rounded)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Figures of a comparison, in nats a token.
+
+    Attributes:
+        rows, tokens: how many held-out rows, and response tokens in them, were compared.
+        data: where the rows are from.
+        mean, max: of |exported - trained| log-prob over the tokens.
+        tolerance: what `mean` may be.
+        effect: mean of |trained - bare model|: what the adapter does to these tokens.
+        share: how much of that the exported model does: the slope of (exported - bare) over (trained - bare). 1 where it is
+            the trained model, 0 where the adapter was lost, 2 where it was merged twice.
+        share_error: standard error of `share`.
+    """
+
+    rows: int
+    tokens: int
+    data: str
+    mean: float
+    max: float
+    tolerance: float
+    effect: float
+    share: float
+    share_error: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the exported model is the trained one, as far as these tokens tell."""
+        near = abs(self.share - 1) <= SHARE + CHANCE * self.share_error
+        return bool(self.mean <= self.tolerance and near)  # NaN is not
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures for export.json; what is not finite becomes None."""
+        figures = asdict(self) | {"ok": self.ok}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens} tokens of {self.rows} rows of {self.data}: log-probs differ by {self.mean:.2g} nats a token on "
+            f"average (at most {self.tolerance:g} allowed), {self.max:.2g} at worst; the adapter changes them by "
+            f"{self.effect:.2g}, of which {self.share:.2f} +- {self.share_error:.2f} is there (1 is all of it)"
+        )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained model's figures: log-probs of the rows' response tokens with the adapter and without it, (tokens,)."""
+
+    examples: list[Example]
+    data: str
+    policy: np.ndarray
+    bare: np.ndarray
+    dtype: str  # that it computes in
+
+    @property
+    def sequences(self) -> Sequences:
+        """Every answer with its prompt, in the order of the figures."""
+        return [(example.prompt, response) for example in self.examples for response in example.responses]
+
+    def compare(self, exported: Sequence[np.ndarray], tolerance: float) -> Check:
+        """Compare with the exported model's log-probs of `sequences`."""
+        there = np.concatenate(exported).astype(np.float64)
+        difference = there - self.policy
+        effect = self.policy - self.bare
+        x, y = effect - effect.mean(), difference - difference.mean()
+        power = float(x @ x)
+        # Without an effect that varies, all of it is there and nothing can be told.
+        slope = float(x @ y) / power if power else 0.0
+        rest = y - slope * x
+        error = float(np.sqrt(rest @ rest / max(1, len(y) - 2) / power)) if power else float("inf")
+        return Check(
+            rows=len(self.examples),
+            tokens=len(there),
+            data=self.data,
+            mean=float(np.abs(difference).mean()),
+            max=float(np.abs(difference).max()),
+            tolerance=tolerance,
+            effect=float(np.abs(effect).mean()),
+            share=1 + slope,
+            share_error=error,
+        )
+
+
+def measure(backend: Backend, examples: list[Example], data: str) -> Trained:
+    """Compute the figures of a model in memory, row by row."""
+
+    def logps() -> np.ndarray:
+        return np.concatenate([backend.token_logps(Batch.of([example])) for example in examples]).astype(np.float64)
+
+    policy = logps()
+    with backend.adapter_off():
+        bare = logps()
+    return Trained(examples, data, policy, bare, backend.dtype_name)
+
+
+def held_out(
+    source: Source, encoder: Encoder, rows: int, data: str | None, say: Callable[[str], None]
+) -> tuple[list[Example], str]:
+    """Return the first `rows` usable rows of `data`, or of what the run held out, and what they are called.
+
+    Where the run held nothing out they are of its training data, and where that is gone of the pairs in this package.
+    """
+    for name, split, config in _sources(source, data):
+        try:
+            examples = list(_first(name, split, config, encoder, rows))
+        except UserError as error:
+            if data:
+                raise
+            say(f"{_short(name)} cannot be read for the check ({str(error).splitlines()[0]})")
+            continue
+        if examples:
+            return examples, _short(name)
+    raise UserError("the check finds no row that this model's tokenizer can read; give some with --check-data FILE")
+
+
+def _sources(source: Source, data: str | None) -> Iterator[tuple[str, str, TrainConfig]]:
+    """Return where rows may come from, the best first, with the split and the settings to read them by."""
+    if data:
+        yield data, "test", TrainConfig(max_length=source.config.max_length)
+        return
+    if source.run:
+        from lite_dil.options import read_yaml
+
+        config = TrainConfig(**read_yaml(source.run.path / "config.yaml"))
+        if config.eval_data:
+            yield config.eval_data, "test", config
+        if config.data != EMBEDDED:
+            yield config.data, "train", config
+    yield EMBEDDED, "test", TrainConfig(max_length=source.config.max_length)
+
+
+def _first(name: str, split: str, config: TrainConfig, encoder: Encoder, rows: int) -> Iterator[Example]:
+    """Return the first rows that can be tokenised, cut as training cuts them."""
+    left = rows
+    for part, _ in split_sources(name):
+        for row in reader_of(part, split, config):
+            if not left:
+                return
+            try:
+                example, *_ = truncate(encoder.encode(row), config.max_length)
+            except RowError:
+                continue
+            left -= 1
+            yield example
+
+
+def _short(name: str) -> str:
+    """Return a source's name without the folders of this machine."""
+    return ", ".join(Path(part).name if Path(part).exists() else part for part, _ in split_sources(name))

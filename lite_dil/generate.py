@@ -1,0 +1,241 @@
+"""``lite-dil generate``: answers for files of prompts, as rows that train as they are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lite_dil import prompts, tuned
+from lite_dil.backends import Sampling
+from lite_dil.digest import digest
+from lite_dil.errors import UserError
+from lite_dil.jsonl import JSONLines
+from lite_dil.options import add_flags
+from lite_dil.prompts import Prompt
+from lite_dil.signals import StopSignal
+
+if TYPE_CHECKING:
+    from lite_dil.drawing import Drawer
+    from lite_dil.progress import Display
+
+HELP = "write the model's answers to a file of prompts"
+DESCRIPTION = """\
+Answer every prompt of a file, with the adapter of a run or the bare model. The rows written train as they are, as
+demonstrations. The same command goes on where it was stopped.
+
+  lite-dil generate prompts.jsonl --adapter runs/mine --output answers.jsonl
+"""
+_VERSION = "1"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_common(parser, temperature=0.0)
+    group = parser.add_argument_group("answers")
+    group.add_argument("--output", metavar="FILE.jsonl", required=True, help="where answers go; - is standard output")
+    group.add_argument("--num-answers", metavar="N", type=int, default=1, help="answers a prompt, a row each (default: 1)")
+    group.add_argument(
+        "--base", action="store_true", help="write the base model's answer, the adapter off, beside it, in the field 'base'"
+    )
+    group.add_argument(
+        "--batch-size", dest="rows", metavar="N", type=int, help="answers in a batch at most (default: what 8 passes hold)"
+    )
+
+
+def add_common(parser: argparse.ArgumentParser, temperature: float) -> None:
+    """Add what all commands take that answer files of prompts."""
+    parser.add_argument("prompts", metavar="PROMPTS", help=prompts.HELP)
+    tuned.add_arguments(parser, required=False)
+    add_flags(parser, prompts.FLAGS)
+    group = parser.add_argument_group("answers")
+    group.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="whether prompts of plain text are asked as a user's messages or continued as they stand (default: lines of "
+        "a .txt file are asked where the model has a chat template, rows are continued)",
+    )
+    group.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=256, help="tokens of an answer at most (default: 256)"
+    )
+    group.add_argument(
+        "--temperature",
+        metavar="X",
+        type=float,
+        default=temperature,
+        help=f"0 takes the likeliest token each time, 1 draws as the model has it (default: {temperature:g})",
+    )
+    group.add_argument(
+        "--top-p", metavar="X", type=float, default=1.0, help="draw from the likeliest tokens up to this share (default: 1)"
+    )
+    group.add_argument("--seed", dest="draw_seed", metavar="N", type=int, default=0, help="of what is drawn (default: 0)")
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raise UserError where one of these arguments is given and is no count."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and value < 1:
+            named = "--batch-size" if name == "rows" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{named} {value}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One row that is wanted: answer number `number` to `asked`."""
+
+    asked: Prompt
+    number: int
+    room: int
+    seed: int
+    key: str
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The prompt's tokens."""
+        return self.asked.ids
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    from rich.console import Console
+
+    from lite_dil.drawing import Drawer, batched
+    from lite_dil.progress import Display
+    from lite_dil.sampled import ROWS
+    from lite_dil.schedule import row_tokens
+
+    check_counts(args, "max_new_tokens", "num_answers", "rows")
+    sampling = Sampling(args.temperature, args.top_p)
+    if args.num_answers > 1 and args.temperature == 0:
+        raise UserError(f"--num-answers {args.num_answers} at --temperature 0 are equal; give --temperature 1, say")
+    source = tuned.find(args)
+    if args.base and source.adapter is None:
+        raise UserError("--base writes the answer without the adapter beside the one with it; give --adapter")
+    display = Display(Console(stderr=True, highlight=False, soft_wrap=True))
+    asked, chat = prompts.read_and_encode(args.prompts, source.config, args.chat, args.max_new_tokens, display.say)
+    if args.chat is None and not asked[0].chat and chat:
+        display.say("the prompts are plain text, which the model continues as it stands; --chat asks them as messages")
+    wanted = _wanted(asked, args, source)
+    answers = Answers(None if args.output == "-" else Path(args.output), wanted)
+    if answers.path:
+        display.say(f"{len(answers)} of {len(wanted)} answers are in {answers.path}, {len(wanted) - len(answers)} to draw")
+    if len(answers) < len(wanted):
+        model = tuned.load(source, display.say)
+        drawer = Drawer(model.backend, model.encoder.end_ids(), display.say, sampling)
+        batches = batched(wanted, ROWS * row_tokens(source.config), args.rows)
+        if not _draw(batches, drawer, model, args.base, answers, display):
+            display.say(f"stopped: {len(answers)} of {len(wanted)} answers are done" + answers.how_to_go_on)
+            return 130
+    answers.finish()
+    if answers.empty:
+        display.say(f"{answers.empty} answers are empty, which training refuses: give it --skip-bad-rows")
+    if answers.cut:
+        display.say(f"{answers.cut} answers were cut by --max-new-tokens {args.max_new_tokens}")
+    if answers.path:
+        display.say(f"all {len(wanted)} answers are in {answers.path}")
+    return 0
+
+
+def _wanted(asked: Sequence[Prompt], args: argparse.Namespace, source: tuned.Source) -> list[_Wanted]:
+    """Return what is wanted, in the order of the prompts. A row's key names all that decides it."""
+    room, out = args.max_new_tokens, []
+    c, model = source.config, tuned.identity(source)
+    settings = (_VERSION, c.model, c.load_in_4bit, c.dtype, c.head_bits, model, room, args.temperature, args.top_p)
+    for prompt in asked:
+        for number in range(args.num_answers):
+            seed = int(digest(args.draw_seed, prompt.key, number)[:16], 16)
+            out.append(
+                _Wanted(prompt, number, room, seed, digest(settings, seed, args.base, prompt.ids, prompt.key, number)[:16])
+            )
+    return out
+
+
+def _draw(
+    batches: list[list[_Wanted]], drawer: Drawer, model: tuned.Tuned, base: bool, answers: Answers, display: Display
+) -> bool:
+    """Answer all batches that are not known; return False where Ctrl-C ended it early."""
+    total = sum(map(len, batches))
+    with StopSignal("stopping after these answers") as stop, display.bar(total, len(answers)) as bar:
+        for batch in batches:
+            # Whole batches, also where a part is known: it then has what a run in one go would have.
+            if all(each.key in answers.rows for each in batch):
+                continue
+            if stop.asked:
+                return False
+            found = drawer.draw(batch)
+            texts = [each.asked.text(model.encoder, ids) for each, (ids, _) in zip(batch, found, strict=True)]
+            sides = [{"completion": text} for text in texts]
+            if base:
+                with model.backend.adapter_off():
+                    others = drawer.draw(batch)
+                for each, side, (ids, _) in zip(batch, sides, others, strict=True):
+                    side["base"] = each.asked.text(model.encoder, ids)
+            answers.add(batch, sides)
+            answers.empty += sum(not text.strip() for text in texts)
+            answers.cut += sum(end is None for _, end in found)
+            bar.update(len(answers), None)
+    return True
+
+
+class Answers:
+    """The rows that there are, in a file to which each batch is added at once, or for standard output.
+
+    Args:
+        path: None is standard output, which gets rows in the order of the prompts as soon as there are none missing before.
+        wanted: all that will be in it, in order.
+
+    Raises UserError where the file holds rows that are not wanted.
+    """
+
+    def __init__(self, path: Path | None, wanted: Sequence[_Wanted]) -> None:
+        self.path, self.wanted = path, wanted
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.empty = self.cut = self._printed = 0
+        self.file = JSONLines(path, "answers") if path else None
+        keys = {each.key for each in wanted}
+        for number, line in enumerate(self.file.lines if self.file else (), 1):
+            try:
+                row = json.loads(line)
+                known = row["key"] in keys
+            except (ValueError, KeyError, TypeError):  # not JSON, no object, or not a row of ours
+                known = False
+            if not known:
+                raise UserError(
+                    f"--output {path} line {number} is not of this command, but of other prompts, another model or other "
+                    "settings; give another --output, or remove the file"
+                )
+            self.rows[row["key"]] = row
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, batch: Sequence[_Wanted], sides: Sequence[dict[str, str]]) -> None:
+        """Add the rows of a batch that are not there yet."""
+        new = {
+            each.key: {**each.asked.row(**side), "key": each.key}
+            for each, side in zip(batch, sides, strict=True)
+            if each.key not in self.rows
+        }
+        self.rows |= new
+        if self.file:
+            self.file.add(*new.values())
+            return
+        while self._printed < len(self.wanted) and (row := self.rows.get(self.wanted[self._printed].key)):
+            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._printed += 1
+        sys.stdout.flush()
+
+    def finish(self) -> None:
+        """Put the file's rows, which came by length, into the order of the prompts."""
+        ordered = [each.key for each in self.wanted]
+        if self.file and list(self.rows) != ordered:
+            self.file.rewrite([self.rows[key] for key in ordered])
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What to do after a stop."""
+        return f" and in {self.path}; the same command goes on from there" if self.path else ""

@@ -1,0 +1,111 @@
+"""What a run's metrics.jsonl holds, column by column, and curves of it that stay small however long the run was."""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+POINTS = 240  # of a curve at most: more than the pixels of its chart on a phone
+
+
+class Curve(NamedTuple):
+    """Values by optimiser step, NaN where a line had none that was finite; `bin` is how many lines a value is of."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    bin: int = 1
+
+    @property
+    def drawable(self) -> bool:
+        """Whether there is a finite value."""
+        return bool(np.isfinite(self.values).any())
+
+
+class Columns:
+    """The lines of one kind, some 8 bytes a figure, in the order of the file."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._columns: dict[str, array[float]] = {}
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take a line; a null is a figure that was not finite."""
+        for name, value in line.items():
+            column = self._columns.setdefault(name, array("d"))
+            column.extend([math.nan] * (self.number - len(column)))
+            column.append(math.nan if value is None else float(value))
+        self.number += 1
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
+
+    def get(self, name: str) -> np.ndarray:
+        """Return a column, (lines,) float64, NaN where a line does not have it."""
+        column = np.array(self._columns.get(name, ()), np.float64)
+        return np.concatenate([column, np.full(self.number - len(column), math.nan)])
+
+    def last(self, name: str) -> float | None:
+        """Return the last line's figure, or None where there is none or it was not finite."""
+        return self.at(-1, name) if self.number else None
+
+    def at(self, line: int, name: str) -> float | None:
+        """Return one line's figure, or None."""
+        value = float(self.get(name)[line])
+        return value if math.isfinite(value) else None
+
+    def recent(self, name: str) -> float | None:
+        """Return the mean over the last quarter of the lines, one at least: a step's own figures jump."""
+        values = self.get(name)[-max(1, self.number // 4) :]
+        values = values[np.isfinite(values)]
+        return float(values.mean()) if len(values) else None
+
+    def curve(self, name: str) -> Curve:
+        """Return a column by step; of more than `POINTS` lines the means of as many in a row as it takes."""
+        steps, values = self.get("step"), self.get(name)
+        size = -(-self.number // POINTS)
+        if size <= 1:
+            return Curve(steps, values)
+        starts = np.arange(0, self.number, size)
+        finite = np.isfinite(values)
+        counts = np.add.reduceat(finite, starts, dtype=np.int64)
+        sums = np.add.reduceat(np.where(finite, values, 0.0), starts)
+        ends = np.minimum(starts + size, self.number) - 1
+        return Curve(steps[ends], np.divide(sums, counts, where=counts > 0, out=np.full(len(starts), math.nan)), size)
+
+
+class History:
+    """The training lines and the evaluations of a run."""
+
+    def __init__(self) -> None:
+        self.train, self.held_out = Columns(), Columns()
+
+    @property
+    def step(self) -> int:
+        """The last step that was logged."""
+        return int(max((columns.last("step") or 0 for columns in (self.train, self.held_out)), default=0))
+
+    @property
+    def seconds(self) -> float:
+        """The time of the steps, evaluations and saving left out."""
+        steps = np.diff(self.train.get("step"), prepend=0.0)
+        return float(np.nansum(steps * self.train.get("seconds_per_step")))
+
+
+def read_history(path: Path) -> History:
+    """Read metrics.jsonl. A killed run's last line may be half a line, and is left out."""
+    history = History()
+    if not path.exists():
+        return history
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            (history.held_out if "eval_loss" in line else history.train).add(line)
+    return history

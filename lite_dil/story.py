@@ -1,0 +1,222 @@
+"""What a run's figures say, in plain sentences: what it was, whether it went well, and what to look at."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lite_dil.history import History, read_history
+from lite_dil.objectives import OBJECTIVES
+from lite_dil.samples import Sample, read_samples
+
+FACTS, SAMPLES = "report.json", "report_samples.jsonl"
+_MEMORISED = 0.2  # of what the training loss fell: how far the held-out loss may rise again before it is said
+_GAP = 0.15  # between the accuracies of training and held out, before it is said
+_LONGER = 1.5  # times the tokens of before, before it is said
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that a run's folder holds for its report: options, facts (report.json), metrics and sample answers."""
+
+    folder: Path
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    history: History = field(default_factory=History)
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def per(self) -> str:
+        """What a log-ratio is per: "token" where it is averaged, else "answer"."""
+        return "token" if self.config.get("logp_reduction") == "mean" else "answer"
+
+    @property
+    def start(self) -> str:
+        """What the policy is compared with: the model that it was at the start, or the bare base model."""
+        other = self.config.get("init_adapter") and self.config.get("reference") == "base"
+        return "the bare base model" if other else "the model it started from"
+
+    def data(self, use: str) -> dict[str, Any] | None:
+        """Return the facts of the data "training" or "held out"."""
+        return next((data for data in self.facts["data"] if data["use"] == use), None)
+
+    def figure(self, name: str) -> tuple[float | None, str]:
+        """Return a figure at the end and where it is from: held out, or the mean of the last quarter of training."""
+        if (value := self.history.held_out.last(f"eval_{name}")) is not None:
+            return value, "held out"
+        return self.history.train.recent(name), "training"
+
+    @property
+    def accuracy(self) -> tuple[float, float, int] | None:
+        """The last held-out accuracy, its standard error, and the number of pairs; None without held-out pairs."""
+        value, data = self.history.held_out.last("eval_rewards/accuracies"), self.data("held out")
+        if value is None or data is None:
+            return None
+        number = int(data["examples"])
+        return value, math.sqrt(max(value * (1 - value), 0.0) / number), number
+
+
+def read_record(folder: Path) -> Record:
+    """Read a run's folder: config.yaml, report.json, metrics.jsonl and report_samples.jsonl."""
+    import yaml
+
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return Record(folder, config, facts, read_history(folder / "metrics.jsonl"), read_samples(folder / SAMPLES))
+
+
+def what(record: Record) -> str:
+    """Say in a sentence or two what the run is and how far it came."""
+    config, facts, history = record.config, record.facts, record.history
+    data = record.data("training") or {}
+    kinds = {"pairs": "pairs of answers", "unpaired": "good and bad answers", "demonstrations": "good answers"}
+    title = OBJECTIVES[config["loss"]].title
+    steps = f"{history.step:,} of {facts['steps']:,} steps"
+    text = (
+        f"A LoRA adapter of rank {config['lora_r'] or 'the initial one'} for {config['model']}, trained with the loss "
+        f"{config['loss']} ({title}) on {data.get('examples', 0):,} {kinds.get(data.get('form', ''), 'examples')} of "
+        f"{config['data']}, on {facts['device']}. "
+    )
+    states = {
+        "running": f"The run is going on: {steps}.",
+        "finished": f"It is finished: {steps}.",
+        "stopped": f"It was stopped after {steps}, and saved; --resume {record.folder} goes on.",
+        "diverged": f"It diverged after {steps}: {facts['why']}",
+        "failed": f"It ended by an error after {steps}: {facts['why']}",
+    }
+    return text + states[facts["state"]]
+
+
+def outcome(record: Record) -> str:
+    """Say what was learned, with its uncertainty."""
+    parts = []
+    chosen, place = record.figure("log_ratio/chosen")
+    rejected, _ = record.figure("log_ratio/rejected")
+    where = "held-out" if place == "held out" else "training"
+    if record.accuracy:
+        share, error, number = record.accuracy
+        parts.append(
+            f"In {share:.1%} of {number:,} held-out pairs (give or take {error:.1%}, one standard error) the chosen answer "
+            "gained more probability than the rejected one; chance is 50%."
+        )
+    elif (trained := record.history.train.recent("rewards/accuracies")) is not None:
+        parts.append(f"In {trained:.1%} of the last training pairs the chosen answer gained more than the rejected one.")
+    if chosen is not None:
+        kind = "chosen" if rejected is not None else "good"
+        text = f"The {where} {kind} answers became {_likelier(chosen, record)}"
+        if rejected is not None:
+            text += f", the rejected ones {_likelier(rejected, record)}"
+        parts.append(f"{text}, by the mean log-ratio to {record.start}.")
+    return " ".join(parts) or "No step was logged yet."
+
+
+def _likelier(value: float, record: Record) -> str:
+    return f"{'more' if value >= 0 else 'less'} likely by {abs(value):.3g} nats {_article(record.per)}"
+
+
+def _article(unit: str) -> str:
+    return f"{'an' if unit[0] in 'aeiou' else 'a'} {unit}"
+
+
+def warnings(record: Record) -> list[str]:
+    """Return what to look at, each with what to try."""
+    found = [_skipped(record), _chosen_falls(record), _chance(record), *_memorised(record), _longer(record), _unseen(record)]
+    return [text for text in found if text]
+
+
+def _chosen_falls(record: Record) -> str:
+    value, place = record.figure("log_ratio/chosen")
+    if value is None or round(value, 3) >= 0:
+        return ""
+    names = "chosen" if record.history.train.recent("log_ratio/rejected") is not None else "good"
+    advice = "a lower --learning-rate or fewer --epochs"
+    if record.config["loss"] in ("dpo", "simpo", "cpo", "slic", "ipo", "f-dpo", "bpo"):
+        advice += ", or --loss lsif or ukl, which reward the chosen answers' own probability"
+    where = "held out" if place == "held out" else "last training steps"
+    return (
+        f"The policy now gives the {names} answers less probability than {record.start}: {value:.3g} nats "
+        f"{_article(record.per)} ({where}). Where the rejected ones fall "
+        f"faster, accuracy and margin hide that; what gains is some other text. What to try: {advice}."
+    )
+
+
+def _chance(record: Record) -> str:
+    if not record.accuracy:
+        return ""
+    share, error, number = record.accuracy
+    if share - 2 * error > 0.5:
+        return ""
+    return (
+        f"The held-out accuracy is not above chance: {share:.1%} of {number:,} pairs, where 50% and two standard errors are "
+        f"{0.5 + 2 * error:.1%}. What to try: more held-out pairs to see more clearly, more data or steps, or a higher "
+        "--learning-rate; lite-dil data shows whether the pairs contradict each other."
+    )
+
+
+def _memorised(record: Record) -> list[str]:
+    train, held_out = record.history.train, record.history.held_out
+    found = []
+    losses, last = held_out.get("eval_loss"), held_out.last("eval_loss")
+    first, recent = (train.at(0, "loss") if train.number else None), train.recent("loss")
+    if last is not None and first is not None and recent is not None and held_out.number > 1:
+        best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+        if last - losses[best] > _MEMORISED * max(first - recent, 0) > 0:
+            found.append(
+                f"The held-out loss was best at step {held_out.get('step')[best]:.0f} ({losses[best]:.4g}) and has risen to "
+                f"{last:.4g} since, while the training loss fell: the run has begun to learn its data by heart. What to try: "
+                "fewer --epochs, a lower --learning-rate, or the checkpoint nearest to the best step (--save-steps)."
+            )
+    trained = train.recent("rewards/accuracies")
+    if not found and record.accuracy and trained is not None and record.history.step > 1:
+        share, error, _ = record.accuracy
+        if trained - share > max(_GAP, 3 * error):
+            found.append(
+                f"Training and held-out pairs part: {trained:.1%} of the last training pairs against {share:.1%} of the "
+                "held-out ones. What to try: more data, fewer --epochs, or a smaller --lora-r."
+            )
+    return found
+
+
+def _skipped(record: Record) -> str:
+    number = int(sum(value for value in record.history.train.get("skipped_steps") if math.isfinite(value)))
+    if number <= max(3, record.history.step // 50):
+        return ""
+    return (
+        f"{number:,} of {record.history.step:,} steps were skipped: float16 overflowed in them. A few at the start are "
+        "normal, while its loss scale is found. What to try: --dtype bfloat16 where the hardware has it, or a lower "
+        "--learning-rate."
+    )
+
+
+def answer_lengths(record: Record) -> tuple[float, float] | None:
+    """Return the mean tokens of the sample answers before and after, or None without answers."""
+    samples = record.samples
+    if not samples:
+        return None
+    before, after = (sum(getattr(s, name) for s in samples) / len(samples) for name in ("before_tokens", "after_tokens"))
+    return before, after
+
+
+def _longer(record: Record) -> str:
+    if not (means := answer_lengths(record)) or means[1] <= _LONGER * max(means[0], 10):
+        return ""
+    tokens = (record.data("training") or {}).get("tokens", {})
+    text = f"The sample answers got much longer: {means[0]:.0f} tokens before, {means[1]:.0f} after (means)"
+    if "chosen" in tokens and "rejected" in tokens and tokens["chosen"]["mean"] > tokens["rejected"]["mean"]:
+        text += (
+            f". The chosen answers of the data are longer than the rejected ones ({tokens['chosen']['mean']:.0f} against "
+            f"{tokens['rejected']['mean']:.0f} tokens), which teaches that"
+        )
+    return f"{text}. What to try: pairs of like lengths, or --logp-reduction mean with a loss that sums."
+
+
+def _unseen(record: Record) -> str:
+    if record.data("held out"):
+        return ""
+    return (
+        "There is no held-out data, so these figures are of answers that the run was trained on and say little about new "
+        "prompts. What to try: --eval-data FILE."
+    )

@@ -1,0 +1,84 @@
+"""The file that grows: whole after a crash, a full disk and an undo."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lite_dil.errors import UserError
+from lite_dil.jsonl import JSONLines
+
+ROWS = [{"a": 1}, {"b": "ü\u2028"}, [3]]
+
+
+def test_rows_are_there_again(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "a.jsonl"
+    file = JSONLines(path, "tests")
+    assert file.lines == [] and not path.exists()
+    file.add(*ROWS[:2])
+    file.add(ROWS[2])
+    again = JSONLines(path, "tests")
+    assert [json.loads(line) for line in again.lines] == ROWS and again.size == file.size == path.stat().st_size
+
+
+def test_a_line_that_was_cut_off_is_removed_and_a_whole_one_is_ended(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    JSONLines(path, "tests").add(*ROWS)
+    content = path.read_bytes()
+    first = content.index(b"\n") + 1
+    for cut in range(first + 1, content.index(b"\n", first)):
+        path.write_bytes(content[:cut])
+        whole = cut == content.index(b"\n", first)
+        assert len(JSONLines(path, "tests").lines) == 1 + whole
+        assert path.read_bytes() == content[:first]
+    path.write_bytes(content[: content.index(b"\n", first)])  # as an editor saves it
+    assert len(JSONLines(path, "tests").lines) == 2
+    assert path.read_bytes() == content[: content.index(b"\n", first) + 1]
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("dear diary")
+    with pytest.raises(UserError, match="something else"):
+        JSONLines(path, "tests")
+    assert path.read_text() == "dear diary"
+    with pytest.raises(UserError, match="cannot be used for tests"):
+        JSONLines(tmp_path, "tests")
+
+
+def test_cut_takes_back_what_was_added_and_nothing_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    file = JSONLines(path, "tests", alone=True)
+    file.add(ROWS[0])
+    size, content = file.size, path.read_bytes()
+    file.add(*ROWS[1:])
+    file.cut(size)
+    assert path.read_bytes() == content
+    file.add(ROWS[1])
+    with path.open("a") as other:
+        other.write("{}\n")
+    for change in (lambda: file.cut(size), lambda: file.add(ROWS[2])):
+        with pytest.raises(UserError, match="changed by another program"):
+            change()
+    assert path.read_bytes().endswith(b"{}\n") and len(path.read_bytes().splitlines()) == 3
+
+
+def test_rewrite_replaces_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    file = JSONLines(path, "tests")
+    file.add(*ROWS)
+    file.rewrite(ROWS[::-1])
+    assert [json.loads(line) for line in JSONLines(path, "tests").lines] == ROWS[::-1]
+    assert file.size == path.stat().st_size and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
+    file = JSONLines(tmp_path / "a.jsonl", "tests")
+    (tmp_path / "a.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=os.strerror(errno.ENOSPC)):
+        file.add(ROWS[0])

@@ -1,0 +1,364 @@
+"""`lite-dil label`: every key, what is on disk after each, crashes and undo, and that the file trains."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import select
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_generate_command import adapter
+
+from lite_dil.cli import main
+from lite_dil.data import read_rows
+from lite_dil.label import harmless
+from lite_dil.labels import interval
+
+QUESTIONS = ["what is tea", "how do you make good bread and tea", "a red house"]
+Label = Callable[..., tuple[int, str]]
+
+
+def write_prompts(folder: Path, *questions: str) -> str:
+    (folder / "prompts.txt").write_text("".join(f"{question}\n" for question in questions or QUESTIONS), encoding="utf-8")
+    return str(folder / "prompts.txt")
+
+
+def command(name: str, model: str, folder: Path) -> list[str]:
+    output = str(folder / "labels.jsonl")
+    flags = ["--model", model, "--backend", name, "--dtype", "float32", "--max-new-tokens", "7", "--output", output]
+    return ["label", str(folder / "prompts.txt"), *flags]
+
+
+@pytest.fixture
+def label(
+    backend_name: str, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Label:
+    """Runs the command on a pipe with these lines; returns its exit code and what it said."""
+    write_prompts(tmp_path)
+
+    def run(keys: str, *flags: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(keys.replace(" ", "\n") + "\n" if keys else ""))
+        code = main([*command(backend_name, tiny, tmp_path), *flags])
+        out, err = capsys.readouterr()
+        return code, out + err
+
+    return run
+
+
+def rows(folder: Path, name: str = "labels") -> list[dict[str, Any]]:
+    path = folder / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def question(row: dict[str, Any]) -> str:
+    return row["prompt"][0]["content"]
+
+
+def said(answer: list[dict[str, str]]) -> str:
+    (message,) = answer
+    assert message["role"] == "assistant"
+    return message["content"]
+
+
+def test_1_and_2_take_one_and_refuse_the_other(label: Label, tmp_path: Path) -> None:
+    code, text = label("1 1 1")
+    first = rows(tmp_path)
+    assert code == 0 and harmless(text) == text
+    assert any(harmless(said(row[side])) != said(row[side]) for row in first for side in ("chosen", "rejected"))
+    (tmp_path / "labels.jsonl").unlink()
+    assert label("2 x 1 2")[0] == 0  # a key without a meaning changes nothing
+    second = rows(tmp_path)
+    assert [question(row) for row in first] == [question(row) for row in second] == QUESTIONS
+    for one, other, same in zip(first, second, (False, True, False), strict=True):
+        sides = (said(one["chosen"]), said(one["rejected"]))
+        assert sides[0] != sides[1]
+        assert (said(other["chosen"]), said(other["rejected"])) == (sides if same else sides[::-1])
+    assert not (tmp_path / "labels.bad.jsonl").exists()
+
+
+def test_both_bad_and_typed(label: Label, tmp_path: Path) -> None:
+    code, text = label("b b 2 t a\tdrink q")
+    assert code == 0
+    bad, pairs = rows(tmp_path, "labels.bad"), rows(tmp_path)
+    assert [(question(row), row["label"]) for row in bad] == [(QUESTIONS[0], False)] * 4
+    assert [row.form for row in read_rows(str(tmp_path / "labels.bad.jsonl"))] == ["unpaired"] * 4
+    # The one taken wins against the one beside it and all that were bad; no two are the same.
+    assert [question(row) for row in pairs] == [QUESTIONS[0]] * 5 + [QUESTIONS[1]] * 2
+    assert len({said(row["chosen"]) for row in pairs[:5]}) == 1
+    assert [said(row["rejected"]) for row in pairs[1:5]] == [said(row["completion"]) for row in bad]
+    assert len({said(row["rejected"]) for row in pairs[:5]} | {said(pairs[0]["chosen"])}) == 6
+    assert [row.get("earlier", False) for row in pairs] == [False, *[True] * 4, False, False]
+    # A typed one wins against both.
+    assert [said(row["chosen"]) for row in pairs[5:]] == ["a\tdrink"] * 2
+    assert said(pairs[5]["rejected"]) != said(pairs[6]["rejected"])
+    assert [row["from"]["chosen"] for row in pairs[5:]] == ["typed"] * 2
+    assert "7 pairs in" in text and "4 bad answers in" in text
+
+
+def test_bad_ones_are_known_after_a_restart(label: Label, tmp_path: Path) -> None:
+    assert label("b")[0] == 0  # and the end of the input, which is q
+    assert label("1 q")[0] == 0
+    bad, pairs = rows(tmp_path, "labels.bad"), rows(tmp_path)
+    assert [said(row["rejected"]) for row in pairs[1:]] == [said(row["completion"]) for row in bad]
+    assert len(pairs) == 3 and {said(row["rejected"]) for row in pairs[:1]}.isdisjoint(said(r["completion"]) for r in bad)
+
+
+def test_undo_takes_back_exactly_the_last_decisions(label: Label, tmp_path: Path) -> None:
+    _, text = label("u q")
+    assert "nothing to take back" in text
+    assert label("1 q")[0] == 0
+    before = (tmp_path / "labels.jsonl").read_bytes()
+    # A pair of one, then: bad, taken (three rows), skipped, all of it taken back, and once too often.
+    _, text = label("b 1 s u u u u q")
+    assert (tmp_path / "labels.jsonl").read_bytes() == before
+    assert (tmp_path / "labels.bad.jsonl").read_bytes() == b""
+    assert text.count("the last decision is taken back") == 3 and text.count("nothing to take back") == 1
+    # What is shown after undo is what was shown before, and is taken as such.
+    label("2 u 1 q")
+    taken = rows(tmp_path)[1]
+    (tmp_path / "labels.jsonl").write_bytes(before)
+    label("2 q")
+    other = rows(tmp_path)[1]
+    assert (taken["chosen"], taken["rejected"]) == (other["rejected"], other["chosen"])
+
+
+def test_it_goes_on_with_what_is_left(label: Label, tmp_path: Path) -> None:
+    _, text = label("s 1 q")
+    assert [question(row) for row in rows(tmp_path)] == [QUESTIONS[1]]
+    write_prompts(tmp_path, *reversed(QUESTIONS), "is it")
+    _, text = label("1 1 1")
+    assert "1 of 4 prompts are labelled" in text and "3 are left" in text
+    assert [question(row) for row in rows(tmp_path)] == [QUESTIONS[1], QUESTIONS[2], QUESTIONS[0], "is it"]
+    code, text = label("")
+    assert code == 0 and "4 of 4 prompts are labelled" in text and "on CPU" not in text
+    # A line that was cut off is gone, and its prompt is asked again.
+    path = tmp_path / "labels.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[:-7])
+    label("q")
+    assert path.read_bytes() == b"".join(content.splitlines(keepends=True)[:3])
+    label("1")
+    assert path.read_bytes() == content  # the same answers, in the same places
+
+
+def test_the_file_trains_by_the_command_that_is_told(label: Label, backend_name: str, tiny: str, tmp_path: Path) -> None:
+    made = adapter(backend_name, tiny, tmp_path / "adapter")
+    assert made
+    _, text = label("1 b 2 t tea", "--adapter", str(tmp_path / "adapter"))
+    told = text.split("train on them: ")[1].splitlines()[0]
+    assert "--reference initial-adapter" in told
+    words = shlex.split(told)
+    assert words[:2] == ["lite-dil", "train"]
+    assert main([*words[1:], "--dtype", "float32", "--max-steps", "1", "--output-dir", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "adapter").is_dir()
+    found = read_rows(str(tmp_path / "labels.jsonl"))
+    assert [row.form for row in found] == ["pairs"] * 6 and all(row.chat for row in found)
+
+
+def test_the_data_command_has_no_complaint(
+    label: Label, backend_name: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label("1 b 2 t tea")
+    for name, count in (("labels", 6), ("labels.bad", 2)):
+        main(["data", str(tmp_path / f"{name}.jsonl"), "--model", tiny, "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert [(source["kept"], source["left_out"]) for source in found["sources"]] == [(count, [])]
+        if name == "labels":
+            assert found["warnings"] == [] and not found["stops"]
+
+
+def test_plain_text_is_continued_in_its_own_form(label: Label, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("the capital of\nthe red\n")
+    assert label("1 t Paris", "--no-chat")[0] == 0
+    pairs = rows(tmp_path)
+    assert all(isinstance(row[side], str) for row in pairs for side in ("prompt", "chosen", "rejected"))
+    assert pairs[1]["chosen"].strip() == "Paris" and not read_rows(str(tmp_path / "labels.jsonl"))[0].chat
+    code, text = label("1")
+    assert code == 2 and "keep one kind in a file" in text
+
+
+def test_against_the_base(label: Label, tmp_path: Path, backend_name: str, tiny: str) -> None:
+    adapter(backend_name, tiny, tmp_path / "adapter")
+    write_prompts(tmp_path, *(f"{a} {b}" for a in ("what is", "make", "the red") for b in ("tea", "bread", "house")))
+    flags = ("--adapter", str(tmp_path / "adapter"), "--against-base", "--temperature", "0")
+    # The likeliest answers of both, by the other command.
+    both = ["generate", *command(backend_name, tiny, tmp_path)[1:-1], str(tmp_path / "both.jsonl")]
+    assert main([*both, "--adapter", str(tmp_path / "adapter"), "--base"]) == 0
+    answers = {question(row): (said(row["completion"]), said(row["base"])) for row in rows(tmp_path, "both")}
+    code, text = label("1 1 1 1 1 1 1 1 t tea", *flags)
+    assert code == 0
+    won, met = 0, 0
+    for row in rows(tmp_path):
+        tuned, base = answers[question(row)]
+        for side in ("chosen", "rejected"):
+            if row["from"][side] == "typed":
+                continue
+            assert said(row[side]) == (base if row["from"][side] == "base" else tuned)
+        if row["from"]["chosen"] != "typed":
+            met, won = met + 1, won + (row["from"]["chosen"] != "base")
+    assert met == 8 and 0 < won < 8  # always 1: were the sides not in a random order, all or none
+    assert f"taken {won} of 8 times" in text and "tuned-" not in text
+
+
+def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(label: Label, tmp_path: Path) -> None:
+    _, text = label("t a<|im_end|>b t  t tea q")
+    assert "could not be trained on" in text and "no other answer was written" in text
+    assert [said(row["chosen"]) for row in rows(tmp_path)] == ["tea", "tea"]
+
+
+def test_the_editor(label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "editor.py"
+    script.write_text("import sys; p = sys.argv[1]; t = open(p).read(); open(p, 'w').write(t + '\\nand more\\n')")
+    monkeypatch.setenv("VISUAL", f"{shlex.quote(sys.executable)} {shlex.quote(str(script))}")
+    label("e 2 e n q")
+    pairs = rows(tmp_path)
+    assert said(pairs[0]["chosen"]) == said(pairs[1]["rejected"]) + "\nand more"
+    assert said(pairs[2]["chosen"]) == "and more" and len(pairs) == 4
+    # An editor that cannot be used, one that fails, and one that is left without a change, take nothing.
+    for editor, problem in (("/nowhere/editor", "cannot be used"), ("false", "exit code 1"), ("true", "no other answer")):
+        monkeypatch.setenv("VISUAL", editor)
+        _, text = label("e 1 q")
+        assert problem in text and len(rows(tmp_path)) == 4
+
+
+def test_foreign_files_are_refused(label: Label, tmp_path: Path) -> None:
+    path = tmp_path / "labels.jsonl"
+    for content in ("dear diary", "dear diary\n", '{"prompt": "x"}\n'):
+        path.write_text(content)
+        code, text = label("1")
+        assert code == 2 and "give another" in text and path.read_text() == content
+
+
+def test_other_refusals(label: Label, tmp_path: Path) -> None:
+    for flags, message in (
+        (("--temperature", "0"), "--temperature 0 gives the same answer twice"),
+        (("--against-base",), "give --adapter"),
+        (("--max-new-tokens", "0"), "expected at least 1"),
+    ):
+        code, text = label("1", *flags)
+        assert code == 2 and message in text
+    assert not (tmp_path / "labels.jsonl").exists()
+
+
+class Terminal:
+    """The command on a terminal of its own."""
+
+    def __init__(self, argv: list[str], folder: Path) -> None:
+        self.master, slave = pty.openpty()
+        code = "import sys; from lite_dil.cli import main; sys.exit(main())"
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, *argv],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def until(self, text: str, times: int = 1) -> str:
+        """Read until `text` was seen so many times since the last call; return what was read."""
+        while self.seen.count(text) < times:
+            ready, _, _ = select.select([self.master], [], [], 120)
+            assert ready, f"nothing more after: {self.seen[-500:]}"
+            try:
+                self.seen += os.read(self.master, 65536).decode(errors="replace")
+            except OSError:  # the other side is gone
+                raise AssertionError(f"it ended: {self.seen[-2000:]}") from None
+        found, self.seen = self.seen, ""
+        return found
+
+    def press(self, keys: str) -> None:
+        # The question stands a moment before the terminal is asked for a key, and drops what came earlier.
+        while "-icanon" not in subprocess.run(["stty", "-a"], stdin=self.master, capture_output=True, text=True).stdout:
+            assert self.process.poll() is None
+        os.write(self.master, keys.encode())
+
+    def close(self) -> int:
+        """Wait for its end; return the exit code."""
+        while True:
+            try:
+                if not os.read(self.master, 65536):
+                    break
+            except OSError:
+                break
+        os.close(self.master)
+        return self.process.wait()
+
+
+def test_single_keys_on_a_terminal(tiny: str, tmp_path: Path) -> None:
+    write_prompts(tmp_path)
+    terminal = Terminal(command("cpu", tiny, tmp_path), tmp_path)
+    terminal.until("[q]uit")
+    terminal.press("\x1b[2~")  # the insert key is not 2
+    terminal.until("[q]uit")
+    terminal.press("1")
+    terminal.until("[q]uit")
+    assert len(rows(tmp_path)) == 1  # on disk before the next question
+    terminal.press("t")
+    terminal.until("better answer: ")
+    os.write(terminal.master, "good tea, ü\n".encode())
+    terminal.until("[q]uit")
+    assert [said(row["chosen"]) for row in rows(tmp_path)[1:]] == ["good tea, ü"] * 2
+    terminal.press("u")
+    terminal.until("[q]uit")
+    assert len(rows(tmp_path)) == 1
+    terminal.press("q")
+    text = terminal.until("train on them")
+    assert "1 pair in" in text
+    assert terminal.close() == 0
+
+
+def test_ctrl_c_says_what_there_is(tiny: str, tmp_path: Path) -> None:
+    write_prompts(tmp_path)
+    terminal = Terminal(command("cpu", tiny, tmp_path), tmp_path)
+    terminal.until("[q]uit")
+    terminal.press("2")
+    terminal.until("[q]uit")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.until("train on them")
+    assert terminal.close() == 130
+    assert len(rows(tmp_path)) == 1
+
+
+def test_a_killed_process_loses_nothing(label: Label, backend_name: str, tiny: str, tmp_path: Path) -> None:
+    terminal = Terminal(command(backend_name, tiny, tmp_path), tmp_path)
+    terminal.until("[q]uit")
+    for key in ("b", "1"):
+        terminal.press(key)
+        terminal.until("[q]uit")
+    terminal.process.kill()
+    assert terminal.close() == -signal.SIGKILL
+    pairs, bad = rows(tmp_path), rows(tmp_path, "labels.bad")
+    assert len(pairs) == 3 and len(bad) == 2
+    _, text = label("1 1")
+    assert "1 of 3 prompts are labelled" in text
+    assert rows(tmp_path)[:3] == pairs and [question(row) for row in rows(tmp_path)[3:]] == QUESTIONS[1:]
+
+
+def test_nothing_that_a_terminal_obeys_is_shown() -> None:
+    assert harmless("a\x1b[31mb\x07\r\x9b\u202ec\td\ne\x7f") == "a\\x1b[31mb\\x07\\x0d\\x9b\\u202ec\td\ne\\x7f"
+    assert harmless("größer 👩‍🚀 日本") == "größer 👩‍🚀 日本"
+
+
+def test_the_interval_is_wilsons() -> None:
+    """Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    for won, of, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        assert interval(won, of) == pytest.approx((low, high), abs=6e-5)

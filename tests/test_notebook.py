@@ -1,0 +1,110 @@
+"""scripts/colab.ipynb: kept free of outputs, and executed as it stands, but for its settings, on the embedded model."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+import lite_dil
+from lite_dil.models import EMBEDDED_MODEL
+
+PATH = Path(__file__).parent.parent / "scripts" / "colab.ipynb"
+
+
+def notebook() -> Any:
+    return nbformat.read(PATH, as_version=4)
+
+
+def settings(cells: Any) -> Any:
+    (cell,) = (cell for cell in cells if "parameters" in cell.metadata.get("tags", ()))
+    return cell
+
+
+def execute(place: Path, source: str = "lite-dil", **values: object) -> str:
+    """Run the notebook in the folder `place` with other settings; return all that it printed."""
+    book = notebook()
+    cell = settings(book.cells)
+    names = [node.targets[0].id for node in ast.parse(cell.source).body]  # type: ignore[attr-defined]
+    assert set(values) <= set(names)
+    cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(Path(lite_dil.__file__).parent.parent)
+    try:
+        NotebookClient(book, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(place)}}).execute()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    outputs = [output for cell in book.cells for output in cell.get("outputs", ())]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data"}
+    return "".join(o.text if o.output_type == "stream" else o.data["text/html"] for o in outputs)
+
+
+def test_it_is_valid_and_free_of_outputs() -> None:
+    nbformat.validate(notebook())
+    text = PATH.read_text(encoding="utf-8")
+    raw = json.loads(text)
+    for cell in raw["cells"]:
+        assert set(cell) <= {"cell_type", "id", "metadata", "source", "execution_count", "outputs"}
+        assert set(cell["metadata"]) <= {"tags"}
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            ast.parse("".join(cell["source"]))  # no magic, which would not stop at an error
+    assert set(raw["metadata"]) == {"accelerator", "colab", "kernelspec", "language_info"}
+    assert raw["metadata"]["language_info"] == {"name": "python"}, "nothing of the machine that it was written on"
+    assert text == json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
+
+
+def test_it_is_short_and_every_cell_is_introduced() -> None:
+    kinds = [cell.cell_type for cell in notebook().cells]
+    assert kinds.count("code") == 10
+    assert all(before == "markdown" for before, kind in itertools.pairwise(kinds) if kind == "code")
+
+
+@pytest.mark.usefixtures("embedded")
+def test_it_runs_and_runs_again(tmp_path: Path) -> None:
+    values: dict[str, object] = {
+        "MODEL": EMBEDDED_MODEL,
+        "OUTPUT": "drive/run",
+        "MAX_STEPS": 2,
+        "SAVE_STEPS": 1,
+        # On a CPU 4 bits are slow, and one short answer is enough.
+        "MORE": ["--no-4bit", "--max-rows", "6", "--report-samples", "0"],
+        "QUESTIONS": ["What is the capital of France?"],
+    }
+    first = execute(tmp_path, **values)
+    run = tmp_path / "drive" / "run"
+    adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert "step 2/2" in first and "going on" not in first
+    assert "It fits" in first and "short-answers" in first
+    assert (run / "report.html").is_file() and "<iframe srcdoc=" in first and "&lt;!doctype html" in first.lower()
+    assert "base: " in first and "tuned: " in first and "Paris" in first
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name == "step-2"]
+    assert list((run / "ollama").glob("*.gguf")) and (run / "ollama" / "Modelfile").is_file()
+
+    second = execute(tmp_path, **values)
+    assert "the run is finished: step 2 of 2" in second and "step 1/2" not in second
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert "Paris" in second
+
+
+def test_what_it_installs_is_there() -> None:
+    (cell,) = (cell.source for cell in notebook().cells if "extras = " in cell.source)
+    project = (PATH.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    for extra in cell.partition('extras = "[')[2].partition("]")[0].split(","):
+        assert f"\n{extra} = [" in project
+
+
+def test_a_command_that_fails_stops_it(tmp_path: Path) -> None:
+    with pytest.raises(CellExecutionError, match="ended with code 2: the reason is above"):
+        execute(tmp_path, MODEL=EMBEDDED_MODEL, DATA="none.jsonl", OUTPUT="run")
+    assert not (tmp_path / "run").exists()

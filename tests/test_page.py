@@ -1,0 +1,214 @@
+"""report.html as text: whole for every objective, however short, long or broken the run; its sentences from known figures."""
+
+from __future__ import annotations
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reported import HOSTILE, make_run
+
+from lite_dil.history import POINTS, Columns, read_history
+from lite_dil.objectives import OBJECTIVES
+from lite_dil.page import escaped
+from lite_dil.story import outcome, read_record, warnings
+
+VOID = {"meta", "br", "path", "use", "rect"}
+
+
+class Tags(HTMLParser):
+    """Which tags there are, whether each is closed, and the charts' spoken figures."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.spoken: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen |= {tag, *(name for name, _ in attrs)}
+        self.spoken += [value or "" for name, value in attrs if name == "aria-label"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("loss", list(OBJECTIVES))
+def test_every_objective_has_its_page(loss: str, tmp_path: Path) -> None:
+    form = {"chosen": "demonstrations", "pairs": "pairs", "sides": "unpaired"}[OBJECTIVES[loss].data]
+    page = Tags(make_run(tmp_path, loss=loss, form=form))
+    assert not page.open
+    titles = {spoken.partition(".")[0].partition(" (")[0] for spoken in page.spoken}
+    wanted = {"Loss", "Log-ratio to the reference, by side", "Log-prob of the answers, by side", "Learning rate", "Speed"}
+    assert titles >= wanted | {"Gradient norm before clipping", "Peak memory so far"}
+    assert any("Accuracy" in title for title in titles) == (form == "pairs")
+    assert any("Margin" in title for title in titles) == (form != "demonstrations")
+    assert "nan" not in page.text.lower().split()
+
+
+def test_a_run_of_one_step_and_one_that_logged_nothing(tmp_path: Path) -> None:
+    page = Tags(make_run(tmp_path / "one", steps=1, eval_steps=None, samples=0))
+    assert "0.5 at step 1" in page.spoken[0]
+    assert "There is no held-out data" in page.text
+    page = Tags(make_run(tmp_path / "none", steps=0, eval_steps=None, samples=0))
+    assert "No step was logged yet." in page.text
+    assert not page.spoken
+
+
+def test_what_was_not_finite_is_a_gap(tmp_path: Path) -> None:
+    def broken(line: dict[str, Any]) -> None:
+        if line["step"] in (9, 10):
+            for name in line.keys() - {"step"}:
+                line[name] = None
+        if line["step"] == 12 and "loss" in line:
+            line["loss"] = 1e300
+
+    whole, gap = make_run(tmp_path / "whole"), make_run(tmp_path / "gap", change=broken)
+    assert Tags(gap).text.count("not finite") > 5
+    paths = [re.findall(r' d="([^"]*)"', page[page.index("<figure>") : page.index("</figure>")]) for page in (whole, gap)]
+    moves = [max(path.count("M ") for path in found) for found in paths]
+    assert moves == [1, 3]  # a pen that is lifted twice
+    assert "1e+300" not in gap
+
+
+def test_a_long_run_stays_small(tmp_path: Path) -> None:
+    page = make_run(tmp_path, steps=5000, eval_steps=10)
+    assert len(page) < 400_000
+    assert "each point is the mean of up to 21 lines" in page
+    assert "Every 13th of 500 evaluations." in page
+    assert make_run(tmp_path / "short").count("each point is the mean") == 0
+
+
+def test_a_curve_of_many_lines_is_their_means() -> None:
+    columns = Columns()
+    for step in range(1, 2 * POINTS + 2):
+        columns.add({"step": step, "a": None if step in (1, 3, 4) else step, **({"late": 1.0} if step > 9 else {})})
+    curve = columns.curve("a")
+    assert curve.bin == 3
+    np.testing.assert_array_equal(curve.steps[:3], [3, 6, 9])
+    np.testing.assert_array_equal(curve.values[:3], [2, 5.5, 8])
+    assert curve.steps[-1] == 2 * POINTS + 1
+    assert np.isnan(columns.curve("late").values[:3]).all()
+    assert columns.curve("late").values[-1] == 1
+    assert columns.last("a") == 2 * POINTS + 1
+
+
+def test_half_a_line_at_the_end_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "eval_loss": null}\n{"step": 3, "lo')
+    history = read_history(path)
+    assert (history.train.number, history.held_out.number, history.step) == (1, 1, 2)
+    assert history.held_out.last("eval_loss") is None
+
+
+def test_the_accuracy_comes_with_its_uncertainty(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    text = outcome(read_record(tmp_path))
+    error = math.sqrt(0.9 * 0.1 / 100)
+    assert f"In 90.0% of 100 held-out pairs (give or take {error:.1%}, one standard error)" in text
+    assert "more likely by 0.4 nats a token, the rejected ones less likely by 0.2 nats a token" in text
+    assert warnings(read_record(tmp_path)) == []
+
+
+def set_line(**values: float) -> Any:
+    """Return what overwrites figures of every line that has them; a number of the step may be given as a function."""
+
+    def change(line: dict[str, Any]) -> None:
+        for name, value in values.items():
+            name = name.replace("__", "/")
+            if name in line:
+                line[name] = value(line["step"]) if callable(value) else value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"change": set_line(eval_log_ratio__chosen=-0.3)}, "gives the chosen answers less probability than the model it"),
+        ({"change": set_line(log_ratio__chosen=-0.3), "eval_steps": None}, "-0.3 nats a token (last training steps)"),
+        ({"change": set_line(eval_log_ratio__chosen=-1), "loss": "dpo", "form": "pairs"}, "-1 nats an answer (held out)"),
+        ({"change": set_line(log_ratio__chosen=-1), "eval_steps": None, "loss": "sft"}, "gives the good answers less"),
+        ({"change": set_line(eval_rewards__accuracies=0.57)}, "not above chance: 57.0% of 100 pairs, where 50% and two"),
+        ({"change": set_line(eval_loss=lambda step: abs(step - 10) / 40)}, "best at step 10 (0) and has risen to 0.25"),
+        (
+            {"change": set_line(rewards__accuracies=1, eval_rewards__accuracies=0.7)},
+            "part: 100.0% of the last training pairs against 70.0%",
+        ),
+        ({"change": set_line(skipped_steps=1)}, "20 of 20 steps were skipped"),
+        ({"eval_steps": None}, "There is no held-out data"),
+        ({"facts": {"data": []}, "eval_steps": None}, "There is no held-out data"),
+    ],
+)
+def test_a_warning_where_there_is_reason(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    page = Tags(make_run(tmp_path, **options))
+    assert said in page.text
+    assert said in " ".join(warnings(read_record(tmp_path)))
+    assert "Nothing here looks wrong" not in page.text
+
+
+def test_longer_answers_are_said(tmp_path: Path) -> None:
+    from lite_dil.samples import Sample, read_samples, write_samples
+
+    make_run(tmp_path)
+    assert not any("longer" in text for text in warnings(read_record(tmp_path)))  # 20 tokens before, 30 after
+    path = tmp_path / "report_samples.jsonl"
+    write_samples(path, [Sample(**{**vars(sample), "after_tokens": 31}) for sample in read_samples(path)])
+    assert any("longer: 20 tokens before, 31 after" in text for text in warnings(read_record(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("running", "The run is going on: 20 of 20 steps"),
+        ("stopped", "was stopped after 20 of 20 steps"),
+        ("diverged", "diverged after 20 of 20 steps: why &amp; so"),
+        ("failed", "ended by an error after 20 of 20 steps: why &amp; so"),
+    ],
+)
+def test_how_the_run_ended_is_said(state: str, said: str, tmp_path: Path) -> None:
+    page = make_run(tmp_path, facts={"state": state, "why": "why & so"})
+    assert said in page
+    assert "Nothing here looks wrong" not in page
+
+
+def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
+    page = make_run(tmp_path, text=HOSTILE)
+    tags = Tags(page)
+    assert not tags.open
+    assert not {"script", "img", "onerror", "link", "iframe", "href"} & tags.seen
+    assert page.count("</style>") == page.count("</title>") == 1
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", page)
+    assert tags.text.count("<script>window.hit=1</script>") > 20  # as text
+    assert escaped("'\"<&\ud800") == "&#x27;&quot;&lt;&amp;\ufffd"
+
+
+def test_the_page_holds_no_address_but_names(tmp_path: Path) -> None:
+    page = make_run(tmp_path)
+    assert set(re.findall(r"https?://[^\s\"'<]+", page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert "default-src 'none'" in page
+
+
+def test_options_that_differ_from_the_defaults_come_first(tmp_path: Path) -> None:
+    page = make_run(tmp_path, learning_rate=3e-3)
+    first, rest = page[page.index("<h2>Options</h2>") :].split("<details>")
+    assert "--learning-rate" in first and "0.003" in first
+    assert "--weight-decay" not in first and "--weight-decay" in rest
+    assert "--beta" not in first  # the loss's own default

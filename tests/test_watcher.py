@@ -1,0 +1,221 @@
+"""What a run leaves for people: its report and its sample answers, which change nothing, also where it is cut short."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import byte_level_tokenizer, config, load, write_pairs
+from safetensors.numpy import load_file
+
+from lite_dil.backends import Answer
+from lite_dil.cli import main
+from lite_dil.data import Row
+from lite_dil.errors import OutOfMemory
+from lite_dil.examples import Encoder
+from lite_dil.run import RunFolder
+from lite_dil.samples import Intake, Samples, read_samples
+from lite_dil.watcher import Watcher, write_report
+
+MEASURED = {"tokens_per_second", "examples_per_second", "seconds_per_step", "peak_memory_mb", "reference_passes"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
+
+
+@pytest.fixture
+def flags(tiny: str, data: Path, backend_name: str) -> list[str]:
+    """12 pairs in 6 steps of 4, evaluated twice; prompts with room for 40 tokens of an answer."""
+    return [
+        "--model", tiny, "--backend", backend_name, "--data", str(data), "--eval-data", str(data), "--dtype", "float32",
+        "--epochs", "2", "--eval-steps", "3", "--learning-rate", "1e-2", "--max-length", "60", "--report-samples", "3",
+    ]  # fmt: skip
+
+
+def run(flags: Sequence[str], folder: Path, *more: str) -> Path:
+    assert main(["train", *flags, "--output-dir", str(folder), *more]) == 0
+    return folder
+
+
+def learned(folder: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Return what was logged, but for what a clock decides, and the adapter."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    weights = load_file(next((folder / "adapter").glob("adapter*.safetensors")))
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines], weights
+
+
+def test_samples_are_greedy_answers_and_change_nothing(flags: list[str], tiny: str, tmp_path: Path) -> None:
+    """Also with dropout, which draws from the random state that generation might have touched."""
+    more = ["--lora-dropout", "0.3"]
+    with_samples, without = (
+        run(flags, tmp_path / "with", *more),
+        run(flags, tmp_path / "without", *more, "--report-samples", "0"),
+    )
+    (lines, weights), (lines_without, weights_without) = learned(with_samples), learned(without)
+    assert lines == lines_without
+    assert all(np.array_equal(weights[name], weights_without[name]) for name in weights)
+    assert not (without / "report_samples.jsonl").exists()
+    samples = read_samples(with_samples / "report_samples.jsonl")
+    assert len(samples) == 3 and all(sample.held_out and sample.step == 6 for sample in samples)
+    assert any(sample.before != sample.after for sample in samples)
+    # The oracle: the adapter that was saved, on and off, a prompt at a time.
+    backend = load(flags[3], tiny, init_adapter=str(with_samples / "adapter"), reference="base")
+    encoder = Encoder(byte_level_tokenizer())
+    prompts = [encoder.prompt_ids(encoder.chat_prompt(sample.prompt), chat=True) for sample in samples]  # type: ignore[arg-type]
+    room = 60 - max(map(len, prompts))
+    for sample, prompt in zip(samples, prompts, strict=True):
+        after = backend.generate([prompt], room, encoder.end_ids())[0]
+        with backend.adapter_off():
+            before = backend.generate([prompt], room, encoder.end_ids())[0]
+        for answer, text, tokens, cut in (
+            (before, sample.before, sample.before_tokens, sample.before_cut),
+            (after, sample.after, sample.after_tokens, sample.after_cut),
+        ):
+            assert (text, tokens, cut) == (encoder.tokenizer.decode(answer.ids).strip(), len(answer.ids), answer.end is None)
+    page = (with_samples / "report.html").read_text()
+    assert "Prompts of the held-out data" in page and ">finished<" in page
+    assert page == write_report(with_samples).read_text()  # it is made from the files there
+
+
+def test_without_held_out_data_it_samples_training_prompts_at_checkpoints(flags: list[str], tmp_path: Path) -> None:
+    for option in ("--eval-data", "--eval-steps"):
+        del flags[flags.index(option) : flags.index(option) + 2]
+    folder = run(flags, tmp_path / "run", "--save-steps", "4", "--report-samples", "2")
+    samples = read_samples(folder / "report_samples.jsonl")
+    assert len(samples) == 2 and not any(sample.held_out for sample in samples)
+    assert "Prompts of the training data" in (folder / "report.html").read_text()
+
+
+def test_a_stopped_run_has_its_report_and_goes_on_with_it(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers with the adapter off are made once, and the report is that of the whole run."""
+    whole = run(flags, tmp_path / "whole")
+    log, folder = RunFolder.log, tmp_path / "stopped"
+
+    def stop(self: RunFolder, line: dict[str, float]) -> None:
+        log(self, line)
+        if line["step"] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "log", stop)
+        assert main(["train", *flags, "--output-dir", str(folder)]) == 130
+    page = (folder / "report.html").read_text()
+    assert "It was stopped after 4 of 6 steps, and saved" in page
+    path = folder / "report_samples.jsonl"
+    path.write_text(path.read_text().replace('"before": "', '"before": "kept: '))
+    assert read_samples(path)[0].step == 3
+    assert main(["train", "--resume", str(folder)]) == 0
+    after = {sample.key: sample for sample in read_samples(path)}
+    for sample in read_samples(whole / "report_samples.jsonl"):
+        assert after[sample.key].after == sample.after
+        assert after[sample.key].before == f"kept: {sample.before}"
+    page = (folder / "report.html").read_text()
+    assert ">finished<" in page and "6 of 6 steps" in page
+
+
+def test_a_diverged_run_has_its_report(flags: list[str], tmp_path: Path) -> None:
+    more = ["--logp-reduction", "sum", "--beta", "1e4", "--output-dir", str(tmp_path / "run")]
+    assert main(["train", *flags, *more]) == 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert ">diverged<" in page and "What helps: a lower --learning-rate" in page
+
+
+def test_a_full_disk_does_not_end_training(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lite_dil import watcher
+
+    write = watcher._replace_file
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "report.html":
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(watcher, "_replace_file", full)
+    folder = run(flags, tmp_path / "run")
+    out = capsys.readouterr().out
+    assert out.count("report.html could not be written (No space left on device); the run goes on") == 3
+    assert (folder / "adapter").is_dir() and not (folder / "report.html").exists()
+
+
+class Small:
+    """A backend whose memory holds so many prompts at once; it answers with a prompt's first token, or none when off."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.off, self.calls = most, False, list[int]()
+
+    @contextmanager
+    def adapter_off(self) -> Any:
+        self.off = True
+        yield
+        self.off = False
+
+    def generate(self, prompts: Sequence[Sequence[int]], limit: int, ends: Sequence[int]) -> list[Answer]:
+        self.calls.append(len(prompts))
+        if len(prompts) > self.most:
+            raise OutOfMemory("generating", "the library's words")
+        return [Answer([] if self.off else [prompt[0]], ends[0]) for prompt in prompts]
+
+
+def intake(count: int, rows: int = 30, **options: Any) -> Intake:
+    encoder, found = Encoder(byte_level_tokenizer()), Intake(count, config(**options))
+    for number in range(rows):
+        row = Row(f"tea {number % 20} " * (1 + number % 20 % 3), ("a", "b"), (1, -1), f"place {number}", "pairs")
+        example = encoder.encode(row)
+        found.add(row, example, example)
+    return found
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 5])
+def test_sample_answers_fit_into_memory_or_are_left_out(most: int, tmp_path: Path) -> None:
+    said: list[str] = []
+    backend, path = Small(most), tmp_path / "report_samples.jsonl"
+    samples = Samples(
+        intake(5).prompts,
+        True,
+        path,
+        backend,
+        Encoder(byte_level_tokenizer()),
+        config(max_length=200),
+        said.append,  # type: ignore[arg-type]
+    )
+    samples.refresh(7)
+    samples.refresh(9)
+    assert bool(read_samples(path)) == (most > 0)
+    assert [sample.step for sample in read_samples(path)] == ([9] * 5 if most else [])
+    assert all(sample.before_tokens == 0 and sample.after_tokens == 1 for sample in read_samples(path))
+    assert ("no sample answers from here on: out of memory" in " ".join(said)) == (most == 0)
+    assert not most or max(backend.calls[-3:]) <= most  # what was too large once is not tried again
+
+
+def test_prompts_are_drawn_by_the_seed_each_once_and_with_room() -> None:
+    places = [[prompt.place for prompt in intake(5, seed=seed).prompts] for seed in (0, 0, 1)]
+    assert places[0] == places[1] != places[2]
+    assert len({prompt.ids for prompt in intake(20).prompts}) == 20  # of 30 rows, 10 come twice
+    assert intake(1).prompts[0].place in [prompt.place for prompt in intake(6).prompts]
+    lengths = sorted(len(prompt.ids) for prompt in intake(20).prompts)
+    roomy = intake(5, max_length=128 + lengths[4]).prompts
+    assert max(len(prompt.ids) for prompt in roomy) <= lengths[4] < lengths[-1]
+
+
+def test_an_error_ends_the_report_and_the_trackers(tmp_path: Path) -> None:
+    from reported import make_run
+
+    make_run(tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "report.json").read_text()) | {"state": "running"}
+    watcher = Watcher(RunFolder(tmp_path / "run"), config(), facts, None, [], print)  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError), watcher:
+        1 / 0  # noqa: B018
+    assert "ended by an error after 20 of 20 steps: ZeroDivisionError" in (tmp_path / "run" / "report.html").read_text()
