@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def _check_tokens(made: Path, merged: Path) -> None:
     if importlib.util.find_spec("llama_cpp") is None:
         return
     if different := different_tokens(made, load_tokenizer(str(merged)), PROBES):
-        raise UserError(f"llama.cpp reads {different[0]!r} as other tokens than the model's own tokenizer, so it is not exported")
+        raise UserError(f"llama.cpp would read {different[0]!r} as other tokens than the model's own tokenizer does")
 
 
 def _stored_type(kind: str, shape: tuple[int, ...]) -> Any:
@@ -165,12 +166,21 @@ def token_logps(path: Path, sequences: Sequences, say: Callable[[str], None]) ->
 
 def open_file(path: Path, **options: Any) -> Any:
     """Open a GGUF file in llama.cpp, in silence. `options` are llama_cpp.Llama's."""
-    from llama_cpp import Llama
+    from llama_cpp import Llama, llama_log_set
 
+    llama_log_set(_silence(), None)  # type: ignore[arg-type]
     try:
         return Llama(str(path), verbose=False, **options)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{path}: llama.cpp cannot load it ({first_line(error)})") from None
+
+
+@cache
+def _silence() -> Any:
+    """Return a receiver of llama.cpp's log that drops it; made once and kept, as the library calls it to the end."""
+    from llama_cpp import llama_log_callback
+
+    return llama_log_callback(lambda level, text, data: None)
 
 
 def different_tokens(path: Path, tokenizer: Any, texts: Iterable[str]) -> list[str]:

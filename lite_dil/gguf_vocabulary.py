@@ -184,7 +184,7 @@ def _merges_reach(tokenizer: Any) -> bool:
 def _sentencepiece_prefix(state: dict[str, Any], say: Callable[[str], None]) -> bool:
     """Return whether a SentencePiece-like tokenizer puts a space before a text."""
     normalizers, pre = _parts(state["normalizer"], "normalizers"), _parts(state["pre_tokenizer"], "pretokenizers")
-    if len(pre) == 1 and pre[0]["type"] == "Metaspace" and pre[0]["replacement"] == "▁" and not pre[0]["split"] and not normalizers:
+    if [part["type"] for part in normalizers + pre] == ["Metaspace"] and pre[0]["replacement"] == "▁" and not pre[0]["split"]:
         if pre[0]["prepend_scheme"] == "first":
             say("note: llama.cpp puts a space after every control token, this tokenizer only at the start of a text")
         return pre[0]["prepend_scheme"] != "never"

