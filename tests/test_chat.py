@@ -305,7 +305,7 @@ class Terminal:
 
     def until(self, text: str, count: int = 1) -> str:
         """Read until `text` was seen; return what came, without colours and movements."""
-        before, end = self.text, time.monotonic() + 40
+        before, end = self.text, time.monotonic() + 120
         while self.plain.count(text) < count:
             assert time.monotonic() < end, self.plain
             if select.select([self.fd], [], [], 1)[0]:
@@ -319,7 +319,7 @@ class Terminal:
     def end(self) -> int:
         """Return the exit code, of a process that is about to leave."""
         with contextlib.suppress(OSError):  # Linux says so when the other side is gone
-            while os.read(self.fd, 65536):
+            while select.select([self.fd], [], [], 120)[0] and os.read(self.fd, 65536):
                 pass
         _, status = os.waitpid(self.pid, 0)
         os.close(self.fd)
@@ -390,5 +390,5 @@ def test_on_a_narrow_terminal_one_comes_after_the_other(tuned: Tuned, terminal: 
     screen.type("tea\n")
     screen.until("nats a token")
     assert re.search(r"\nbase: .*\ntuned: ", screen.plain, re.DOTALL)
-    screen.type("\x04")
+    screen.type("/quit\n")
     assert screen.end() == 0
