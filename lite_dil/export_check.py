@@ -30,8 +30,8 @@ CHANCE = 3.0  # standard errors
 
 # Mean |difference| of log-probs, nats a token, that may come of rounding. Measured on the embedded 135M model with the demo's
 # adapter: 0.037 where only the trained side computes in bfloat16, 0.07 (0.08 of NF4) where the merged weights are rounded
-# to it as well, 0.09 in 8 bits, 0.86 in 4, which such a small model bears badly; larger ones lose less. In float32 tiny models differ
-# by 1e-6 to 1e-4.
+# to it as well, 0.09 in 8 bits, 0.86 in 4, which such a small model bears badly; larger ones lose less. In float32 tiny
+# models differ by 1e-6 to 1e-4.
 TOLERANCES = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15, "8-bit": 0.25, "4-bit": 1.5}
 
 
