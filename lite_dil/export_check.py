@@ -22,12 +22,17 @@ from lite_dil.tuned import Source
 
 # Prompt and response of each answer, for what reads the exported files.
 Sequences = list[tuple[tuple[int, ...], tuple[int, ...]]]
-SHARE = 0.25  # how far from 1 the exported share of the adapter's effect may be, beyond what chance does to the estimate
+# How far from 1 the exported share of the adapter's effect may be, beyond what chance does to the estimate. Rounding loses
+# some: 0.06 in bfloat16 and 8 bits, 0.33 in 4 bits, measured as above.
+SHARE, SHARE_4BIT = 0.25, 0.45
 CHANCE = 3.0  # standard errors
 
 
-# Mean |difference| of log-probs, nats a token, that rounding makes.
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.03, "8-bit": 0.1, "4-bit": 1.0}
+# Mean |difference| of log-probs, nats a token, that may come of rounding. Measured on the embedded 135M model with the demo's
+# adapter: 0.037 where only the trained side computes in bfloat16, 0.07 (0.08 of NF4) where the merged weights are rounded
+# to it as well, 0.09 in 8 bits, 0.86 in 4, which such a small model bears badly; larger ones lose less. In float32 tiny
+# models differ by 1e-6 to 1e-4.
+TOLERANCES = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15, "8-bit": 0.25, "4-bit": 1.5}
 
 
 def tolerance(*rounded: str) -> float:
@@ -63,7 +68,8 @@ class Check:
     @property
     def ok(self) -> bool:
         """Whether the exported model is the trained one, as far as these tokens tell."""
-        near = abs(self.share - 1) <= SHARE + CHANCE * self.share_error
+        allowed = SHARE_4BIT if self.tolerance >= TOLERANCES["4-bit"] else SHARE
+        near = abs(self.share - 1) <= allowed + CHANCE * self.share_error
         return bool(self.mean <= self.tolerance and near)  # NaN is not
 
     def as_dict(self) -> dict[str, Any]:

@@ -460,3 +460,21 @@ def test_what_was_made_is_uploaded_after_its_check(
     monkeypatch.setattr(adapter_files, "float_adapter", lambda files, strength: right(files, 0.0))
     assert main(["export", "--adapter", str(run), "--format", "merged", "--output", str(tmp_path / "x"), *flags]) == 1
     assert not pushed
+
+
+@pytest.mark.usefixtures("all_threads")
+def test_the_embedded_model(embedded: str, tmp_path: Path) -> None:
+    from conftest import criterion
+
+    from lite_dil.models import EMBEDDED_MODEL
+
+    backend: Any = load("cpu", embedded)
+    for _ in range(2):
+        backend.step([batch(1)], criterion(), 3e-3)
+    backend.save_adapter(tmp_path / "adapter")
+    del backend
+    report = export(
+        tmp_path / "adapter", tmp_path / "out", "--format", "merged", "--model", EMBEDDED_MODEL, "--check-rows", "1"
+    )
+    assert report["check"]["ok"] and report["dtype"] == "bfloat16"
+    assert report["check"]["effect"] > 0.05

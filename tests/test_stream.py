@@ -198,6 +198,9 @@ def test_a_strength_is_the_merged_weights(name: str, changes: dict[str, Any], sm
         backend.set_strength(strength)
         got = backend.token_logps(data)
         np.testing.assert_allclose(got, merged_logps(backend, small, strength, data), atol=2e-5)
+        ends = np.cumsum(data.lengths.astype(int))[:-1]
+        sums = [part.sum() for part in np.split(got, ends)]
+        np.testing.assert_allclose(backend.sequence_logps(data), sums, atol=1e-4)  # which may be compiled
         with backend.adapter_off():
             np.testing.assert_array_equal(backend.token_logps(data), base)
         np.testing.assert_array_equal(backend.token_logps(data), got)
@@ -221,8 +224,9 @@ def break_adapter(backend: Any) -> None:
                 parameter.fill_(float("inf"))
 
 
-def test_a_strength_of_0_lets_nothing_of_the_adapter_through(backend_name: str, small: str) -> None:
-    backend = trained(backend_name, small)
+@pytest.mark.parametrize("changes", [("cpu", {}), ("cpu", {"fused_layers": False}), ("mlx", {})], ids=str)
+def test_a_strength_of_0_lets_nothing_of_the_adapter_through(changes: tuple[str, dict[str, Any]], small: str) -> None:
+    backend = trained(changes[0], small, **changes[1])
     data = batch(vocabulary=VOCABULARY)
     with backend.adapter_off():
         base = backend.token_logps(data)
