@@ -36,9 +36,12 @@ class Columns:
     def add(self, line: dict[str, Any]) -> None:
         """Take a line; a null is a figure that was not finite."""
         for name, value in line.items():
-            column = self._columns.setdefault(name, array("d"))
-            column.extend([math.nan] * (self.number - len(column)))
-            column.append(math.nan if value is None else float(value))
+            column = self._columns.get(name)
+            if column is None:
+                column = self._columns[name] = array("d")
+            if len(column) < self.number:
+                column.extend([math.nan] * (self.number - len(column)))
+            column.append(math.nan if value is None else value)
         self.number += 1
 
     def __contains__(self, name: str) -> bool:

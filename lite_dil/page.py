@@ -126,7 +126,7 @@ def _tiles(record: Record) -> str:
     if (memory := history.train.last("peak_memory_mb")) is not None:
         tiles.append((f"{memory / 1024:.2f} GB", "peak memory"))
     if history.train.number:
-        tiles.append((_time(history.seconds), "in training steps"))
+        tiles.append((_time(history.seconds), "training time"))
     cells = "".join(f'<div class="tile"><b>{escaped(v)}</b><span class="dim">{escaped(t)}</span></div>' for v, t in tiles)
     return f'<div class="tiles">{cells}</div>' if tiles else ""
 
@@ -195,7 +195,7 @@ def _evaluations(record: Record) -> str:
     every = -(-held_out.number // ROWS)
     lines = sorted({*range(held_out.number - 1, -1, -every)})
     rows = [[f"{held_out.at(i, 'step') or 0:.0f}", *(_number(held_out.at(i, name)) for name in shown)] for i in lines]
-    note = f'<p class="dim">Every {every}th of {held_out.number:,} evaluations.</p>' if every > 1 else ""
+    note = f'<p class="dim">One of {every} is shown, of {held_out.number:,} evaluations.</p>' if every > 1 else ""
     return f"<h2>Evaluations</h2>{_table(['step', *shown.values()], rows)}{note}"
 
 

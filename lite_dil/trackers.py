@@ -160,12 +160,12 @@ class Trackers:
         for name in names:
             try:
                 tracker = self._open[name] = _OPEN[name](folder, ids, name in known, config.as_dict())
+                for line in sent if name not in known else ():
+                    tracker.log(*_figures(line))
             except _errors(name) as error:
                 self.close(good=False)
                 offline = "; WANDB_MODE=offline keeps the figures on disk until wandb sync" if name == "wandb" else ""
                 raise UserError(f"--report-to {name}: cannot be started ({first_line(error)}){offline}") from None
-            for line in sent if name not in known else ():
-                tracker.log(*_figures(line))
 
     def log(self, line: dict[str, Any]) -> None:
         """Give a line of metrics to every tracker, unless they had it before the run was resumed."""

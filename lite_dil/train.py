@@ -78,12 +78,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
     encoder = Encoder(load_tokenizer(model))
     data = _read(encoder, config, display)
     examples, held_out = data.examples, data.held_out
-    progress = Progress(fingerprint=fingerprint(examples))
-    if resume:
-        saved = read_progress(resume)
-        if saved.fingerprint != progress.fingerprint:
-            raise UserError(f"--resume {resume}: {config.data} is not the data that this run was trained on; start a new run")
-        progress = saved
+    progress = _progress(examples, config, resume)
     if config.auto:
         config, chosen = fitted(config, examples, fixed)
         display.say(chosen)
@@ -94,13 +89,10 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
     if backend.layout_reason:
         display.say(backend.layout_reason)
     if config.sample_rejected:
-        reference, used = reference_digest(config, model, backend.identity), needed(config, examples)
-        path = sample_path(config, reference)
-        drawn = add_samples([*used, *held_out], config.sample_rejected, backend, encoder, path, reference, config, display)
+        drawn = _draw_rejected(examples, held_out, config.sample_rejected, backend, encoder, model, config, display)
         if drawn is None:
-            display.say(f"stopped; the same command goes on with what was drawn: {path}")
             return Trained(backend, encoder, folder, None, stopped=True)
-        examples, held_out = drawn[: len(used)], drawn[len(used) :]
+        examples, held_out = drawn
     others = mismatched(examples, config) if OBJECTIVES[config.loss].baseline else []
     schedule = Schedule(config, examples, backend.layout, others)
     cache = open_cache(config, model, backend.identity)
@@ -208,6 +200,37 @@ def _save_result(path: Path, backend: backends.Backend, source: Source) -> None:
     """Write the adapter with its model card, fit to be uploaded as it is."""
     backend.save_adapter(path)
     write_card(path, source, "adapter", None, "")
+
+
+def _progress(examples: Sequence[Example], config: TrainConfig, resume: Path | None) -> Progress:
+    """Return where the run stands: at its start, or where the checkpoint `resume` was saved, if that is of the same data."""
+    digest = fingerprint(examples)
+    if resume is None:
+        return Progress(fingerprint=digest)
+    saved = read_progress(resume)
+    if saved.fingerprint != digest:
+        raise UserError(f"--resume {resume}: {config.data} is not the data that this run was trained on; start a new run")
+    return saved
+
+
+def _draw_rejected(
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    count: int,
+    backend: backends.Backend,
+    encoder: Encoder,
+    model: str,
+    config: TrainConfig,
+    display: Display,
+) -> tuple[Sequence[Example], Sequence[Example]] | None:
+    """Return the examples that the run comes to, and the held-out ones, with rejected answers; None where Ctrl-C ended it."""
+    reference, used = reference_digest(config, model, backend.identity), needed(config, examples)
+    path = sample_path(config, reference)
+    drawn = add_samples([*used, *held_out], count, backend, encoder, path, reference, config, display)
+    if drawn is None:
+        display.say(f"stopped; the same command goes on with what was drawn: {path}")
+        return None
+    return drawn[: len(used)], drawn[len(used) :]
 
 
 def _every(steps: int | None, step: int) -> bool:

@@ -429,7 +429,7 @@ def test_options_of_a_config_file_are_used(tmp_path: Path, capsys: pytest.Captur
     made = compare_settings.read(argv, "", lines.append)
     assert (made.seeds, made.steps, made.configs["lsif"].eval_steps) == ([3], 16, 2)
     assert made.run("lsif", 3) == build(
-        {"seed": 3, "max_steps": 16, "eval_steps": 2, "loss": "lsif"}
+        {"seed": 3, "max_steps": 16, "eval_steps": 2, "loss": "lsif", "report_samples": 0}
         | {"data": str(tmp_path / "out/data/train.jsonl"), "eval_data": str(tmp_path / "out/data/held_out.jsonl")},
         {"output_dir": str(tmp_path / "out" / "runs" / "lsif-seed3")},
     )

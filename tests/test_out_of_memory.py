@@ -236,6 +236,7 @@ def flags(tiny: str, data: Path) -> list[str]:
     """12 pairs in steps of 4, so that 2 epochs are 6 steps, one pass each."""
     return [
         "--model", tiny, "--backend", "cpu", "--data", str(data), "--dtype", "float32", "--learning-rate", "1e-3",
+        "--report-samples", "0",
         "--batch-size", "4", "--gradient-accumulation-steps", "1", "--epochs", "2", "--lora-r", "4",
     ]  # fmt: skip
 
@@ -340,6 +341,7 @@ def test_a_batch_of_answers_is_halved_and_they_are_the_same(
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     flags = ["--model", tiny, "--backend", "cpu", "--dtype", "float32", "--data", str(tmp_path / "rows.jsonl")]
     flags += ["--sample-rejected", "1", "--max-length", "60", "--max-steps", "1", "--reference-cache", "off"]
+    flags += ["--report-samples", "0"]
     files = [tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"]
     assert main(["train", *flags, "--output-dir", str(tmp_path / "whole"), "--sample-file", str(files[0])]) == 0
 

@@ -92,7 +92,7 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
     page = make_run(tmp_path, steps=5000, eval_steps=10)
     assert len(page) < 400_000
     assert "each point is the mean of up to 21 lines" in page
-    assert "Every 13th of 500 evaluations." in page
+    assert "One of 13 is shown, of 500 evaluations." in page
     assert make_run(tmp_path / "short").count("each point is the mean") == 0
 
 
