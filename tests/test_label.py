@@ -21,7 +21,8 @@ from test_generate_command import adapter
 from lite_dil.cli import main
 from lite_dil.data import read_rows
 from lite_dil.label import harmless
-from lite_dil.labels import interval
+from lite_dil.labels import Candidate, Labels, interval
+from lite_dil.prompts import Prompt
 
 QUESTIONS = ["what is tea", "how do you make good bread and tea", "a red house"]
 Label = Callable[..., tuple[int, str]]
@@ -351,6 +352,23 @@ def test_a_killed_process_loses_nothing(label: Label, backend_name: str, tiny: s
 def test_nothing_that_a_terminal_obeys_is_shown() -> None:
     assert harmless("a\x1b[31mb\x07\r\x9b\u202ec\td\ne\x7f") == "a\\x1b[31mb\\x07\\x0d\\x9b\\u202ec\td\ne\\x7f"
     assert harmless("größer 👩‍🚀 日本") == "größer 👩‍🚀 日本"
+
+
+def test_a_bad_answer_of_before_is_no_win_against_its_model(tmp_path: Path) -> None:
+    """It was not beside the one that was taken: nobody compared the two blindly."""
+    labels, prompt = Labels(tmp_path / "labels.jsonl"), Prompt("what is", "")
+    labels.reject(prompt, [Candidate(" a", "tuned-1"), Candidate(" b", "base")])
+    shown = [Candidate(" c", "tuned-1"), Candidate(" d", "base")]
+    assert labels.take(prompt, shown[0], shown) == 3
+    for again in (labels, Labels(tmp_path / "labels.jsonl")):
+        assert again.wins("tuned-1", "base") == (1, 1) and again.wins("base", "tuned-1") == (0, 1)
+        assert again.wins("tuned-2", "base") == (0, 0)
+
+
+def test_no_two_different_answers_are_said_and_passed_over(label: Label, tmp_path: Path) -> None:
+    code, text = label("1 1 1", "--temperature", "0.0001")
+    assert code == 0 and text.count("passed over") == 3 and "line 2: passed over" in text
+    assert rows(tmp_path) == []
 
 
 def test_the_interval_is_wilsons() -> None:
