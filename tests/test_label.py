@@ -210,7 +210,17 @@ def test_against_the_base(label: Label, tmp_path: Path, backend_name: str, tiny:
     assert f"taken {won} of 8 times" in text and "tuned-" not in text
 
 
-def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(label: Label, tmp_path: Path) -> None:
+def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(
+    label: Label,
+    backend_name: str,
+    tiny: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdin", stdin := io.TextIOWrapper(io.BytesIO(b"t\n\xff tea\nq\n"), encoding="utf-8"))
+    main(command(backend_name, tiny, tmp_path))
+    assert stdin.errors == "surrogateescape" and "half of a surrogate pair" in capsys.readouterr().out
     _, text = label("t a<|im_end|>b t  t tea q")
     assert "could not be trained on" in text and "no other answer was written" in text
     assert [said(row["chosen"]) for row in rows(tmp_path)] == ["tea", "tea"]
