@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import shlex
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -65,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
     source = tuned.find(args)
     if args.against_base and source.adapter is None:
         raise UserError("--against-base compares an adapter with the model below it; give --adapter")
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # of another encoding than UTF-8: what cannot be read is refused as an answer
+            stream.reconfigure(errors=errors)
     display = Display()
     labels = Labels(Path(args.output))
     asked, chats = prompts.read_and_encode(args.prompts, source.config, args.chat, args.max_new_tokens, display.say)

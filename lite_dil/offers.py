@@ -12,6 +12,7 @@ from lite_dil.data import CHOSEN, Row, RowError, same_text
 from lite_dil.digest import digest
 from lite_dil.drawing import Drawer
 from lite_dil.labels import Candidate
+from lite_dil.messages import read_text
 from lite_dil.prompts import Prompt
 from lite_dil.tuned import Tuned
 
@@ -67,6 +68,7 @@ class Offers:
         if not same_text(text):
             return "the answer is empty"
         try:
+            read_text(text, "answer")
             with self._tokenizer:
                 self.tuned.encoder.encode(Row(prompt.prompt, (text,), (CHOSEN,), "", "demonstrations", prompt.tools))
         except RowError as error:

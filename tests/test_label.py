@@ -21,7 +21,8 @@ from test_generate_command import adapter
 from lite_dil.cli import main
 from lite_dil.data import read_rows
 from lite_dil.label import harmless
-from lite_dil.labels import interval
+from lite_dil.labels import Candidate, Labels, interval
+from lite_dil.prompts import Prompt
 
 QUESTIONS = ["what is tea", "how do you make good bread and tea", "a red house"]
 Label = Callable[..., tuple[int, str]]
@@ -209,7 +210,17 @@ def test_against_the_base(label: Label, tmp_path: Path, backend_name: str, tiny:
     assert f"taken {won} of 8 times" in text and "tuned-" not in text
 
 
-def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(label: Label, tmp_path: Path) -> None:
+def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(
+    label: Label,
+    backend_name: str,
+    tiny: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdin", stdin := io.TextIOWrapper(io.BytesIO(b"t\n\xff tea\nq\n"), encoding="utf-8"))
+    main(command(backend_name, tiny, tmp_path))
+    assert stdin.errors == "surrogateescape" and "half of a surrogate pair" in capsys.readouterr().out
     _, text = label("t a<|im_end|>b t  t tea q")
     assert "could not be trained on" in text and "no other answer was written" in text
     assert [said(row["chosen"]) for row in rows(tmp_path)] == ["tea", "tea"]
@@ -351,6 +362,23 @@ def test_a_killed_process_loses_nothing(label: Label, backend_name: str, tiny: s
 def test_nothing_that_a_terminal_obeys_is_shown() -> None:
     assert harmless("a\x1b[31mb\x07\r\x9b\u202ec\td\ne\x7f") == "a\\x1b[31mb\\x07\\x0d\\x9b\\u202ec\td\ne\\x7f"
     assert harmless("größer 👩‍🚀 日本") == "größer 👩‍🚀 日本"
+
+
+def test_a_bad_answer_of_before_is_no_win_against_its_model(tmp_path: Path) -> None:
+    """It was not beside the one that was taken: nobody compared the two blindly."""
+    labels, prompt = Labels(tmp_path / "labels.jsonl"), Prompt("what is", "")
+    labels.reject(prompt, [Candidate(" a", "tuned-1"), Candidate(" b", "base")])
+    shown = [Candidate(" c", "tuned-1"), Candidate(" d", "base")]
+    assert labels.take(prompt, shown[0], shown) == 3
+    for again in (labels, Labels(tmp_path / "labels.jsonl")):
+        assert again.wins("tuned-1", "base") == (1, 1) and again.wins("base", "tuned-1") == (0, 1)
+        assert again.wins("tuned-2", "base") == (0, 0)
+
+
+def test_no_two_different_answers_are_said_and_passed_over(label: Label, tmp_path: Path) -> None:
+    code, text = label("1 1 1", "--temperature", "0.0001")
+    assert code == 0 and text.count("passed over") == 3 and "line 2: passed over" in text
+    assert rows(tmp_path) == []
 
 
 def test_the_interval_is_wilsons() -> None:
