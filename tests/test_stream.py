@@ -293,3 +293,11 @@ def test_inference_pays_for_no_optimiser(backend_name: str, small: str) -> None:
     assert state(backend) == 0
     backend.step([batch(vocabulary=VOCABULARY)], criterion(), 0.01)
     assert state(backend) > 0
+
+
+def test_a_stream_keeps_nothing_for_a_backward_pass(small: str) -> None:
+    from lite_dil.backends import torch_generate
+
+    backend: Any = load("cpu", small)
+    logits, _ = torch_generate._forward(backend.base, torch.tensor([PROMPTS[1]]), None)
+    assert not logits.requires_grad
