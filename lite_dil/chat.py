@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from lite_dil import tuned
-from lite_dil.answering import Answering, log_ratio
 from lite_dil.backends import Sampling
 from lite_dil.conversation import Conversation, Prompt, Turn, context_limit
+from lite_dil.digest import digest
 from lite_dil.errors import UserError, did_you_mean
 from lite_dil.signals import StopSignal
 from lite_dil.stream_text import printable
+
+if TYPE_CHECKING:
+    from lite_dil.answering import Answering
 
 HELP = "talk to a tuned model, also beside the model it was made from"
 DESCRIPTION = """\
@@ -195,7 +197,9 @@ class Chat:
         self._figures(prompt, sides, stop)
 
     def _answering(self, prompt: Prompt, side: str) -> Answering:
-        seed = int(np.random.SeedSequence((self.seed, self.answers)).generate_state(1, np.uint64)[0])
+        from lite_dil.answering import Answering
+
+        seed = int(digest(self.seed, self.answers)[:16], 16)
         backend, encoder = self.model.backend, self.model.encoder
         return Answering(backend, encoder, prompt, seed, self.sampling, side == "base", self.talk.is_chat)
 
@@ -218,6 +222,8 @@ class Chat:
 
     def _figures(self, prompt: Prompt, sides: list[Answering], stop: StopSignal) -> None:
         """Say how long and how fast the answers were, and what the adapter changed."""
+        from lite_dil.answering import log_ratio
+
         parts = [side.figures() for side in sides]
         if len(sides) > 1:
             parts = [f"{name} {figures}" for name, figures in zip(SIDES, parts, strict=True)]

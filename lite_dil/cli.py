@@ -8,6 +8,7 @@ import io
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -89,19 +90,23 @@ def main(argv: list[str] | None = None) -> int:
         return 141
 
 
-def _run(argv: list[str]) -> int:
+def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser of the whole command line, and that of each command by its name."""
     parser = _Parser(prog="lite-dil", description="Preference training of language models by Direct Imitation Learning.")
     parser.add_argument("--version", action="version", version=f"lite-dil {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str, help: str) -> argparse.ArgumentParser:
+        layout = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(name, help=help, description=text, formatter_class=layout, allow_abbrev=False)
+
     for name, text, help in (
         ("plan", _PLAN, "say whether a run fits into memory, before anything is downloaded"),
         ("train", _TRAIN, "train an adapter on preference data"),
         ("data", _DATA, "show what would be trained on: lengths, problems, samples"),
         ("demo", _DEMO, "train the embedded model and see its answers before and after"),
     ):
-        command = commands.add_parser(
-            name, help=help, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        command = add(name, text, help)
         add_flags(command, _DATA_FLAGS if name == "data" else FIELDS)
         group = command.add_argument_group("files")
         group.add_argument("--config", metavar="FILE.yaml", help="options as 'key: value' lines; flags win over them")
@@ -118,24 +123,24 @@ def _run(argv: list[str]) -> int:
                 help="go on with a run, as if it had never stopped: its folder, one of its checkpoints, or auto (the newest "
                 "in --output-dir or under runs/, or a new run where there is none); auto if no DIR is given",
             )
-    modules = {name: importlib.import_module(f"lite_dil.{name}") for name in _MODULES}
-    for name, module in modules.items():
-        module.add_arguments(
-            commands.add_parser(
-                name,
-                help=module.HELP,
-                description=module.DESCRIPTION,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-                allow_abbrev=False,
-            )
-        )
+    for name in _MODULES:
+        _module(name).add_arguments(add(name, _module(name).DESCRIPTION, _module(name).HELP))
+    return parser, commands.choices
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"lite_dil.{name}")
+
+
+def _run(argv: list[str]) -> int:
     name = argv[0] if argv else ""
+    parser, commands = parsers()
     # Given to the sub-parser itself, so that an unknown flag is compared with that command's flags.
-    chosen = commands.choices.get(name)
+    chosen = commands.get(name)
     args = chosen.parse_args(argv[1:]) if chosen else parser.parse_args(argv)
-    if name in modules:
+    if name in _MODULES:
         quiet.environment()
-        return int(modules[name].run(args))
+        return int(_module(name).run(args))
     if name == "data":
         return _show_data(args)
     if name == "plan":

@@ -35,7 +35,7 @@ def test_losses_run_on_numpy_without_torch_or_mlx() -> None:
     assert modules_after(code).isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize("command", ["train", "data", "plan", "demo", "generate", "label"])
+@pytest.mark.parametrize("command", ["train", "data", "plan", "demo", "chat", "generate", "label", "export"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = f"import lite_dil.cli as c\ntry: c.main(['{command}', '--help'])\nexcept SystemExit as e: assert e.code == 0"
     assert modules_after(code).isdisjoint((*HEAVY, "numpy", "yaml", "rich"))

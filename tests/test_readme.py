@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import write_pairs
 
-from lite_dil.cli import main
+from lite_dil.cli import main, parsers
 from lite_dil.options import add_flags, build, read_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +25,9 @@ COMMANDS = [
     if line.strip() and not line.startswith("#")
 ]
 TRAIN = [c for c in COMMANDS if re.match(r"(python scripts/train\.py|lite-dil (train|demo))\b", c)]
+
+
+OTHERS = [c for c in COMMANDS if re.match(r"lite-dil (?!train|demo)", c)]
 
 
 def train_flags(command: str) -> list[str]:
@@ -45,6 +48,12 @@ def test_train_commands_parse(command: str) -> None:
     parser.add_argument("--resume", nargs="?")
     given = vars(parser.parse_args(train_flags(command)))
     build({name: value for name, value in given.items() if name not in ("config", "resume")}, {})
+
+
+@pytest.mark.parametrize("command", OTHERS)
+def test_other_commands_parse(command: str) -> None:
+    _, name, *flags = shlex.split(command)
+    parsers()[1][name].parse_args(flags)
 
 
 def test_make_targets_and_scripts_exist() -> None:
