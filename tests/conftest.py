@@ -14,8 +14,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny tensors a second thread is a loss
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# What a shell starts in the background ignores Ctrl-C, and so would the programs under test.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 with contextlib.suppress(OSError):  # MLX on a Linux CPU multiplies matrices 20 times faster with it, where it is installed
     ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
@@ -32,6 +30,9 @@ from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion
 from lite_dil.examples import Example
 from lite_dil.models import EMBEDDED_MODEL, cache_dir, resolve_model
+
+# What a shell starts in the background ignores Ctrl-C, and so would the programs under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BACKENDS = ["cpu", "mlx"]
 CHATML = (

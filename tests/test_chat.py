@@ -8,6 +8,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -345,8 +346,21 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 LONG = ("--max-new-tokens", "3900", "--temperature", "0.01")
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_chat(tuned: Tuned, terminal: Callable[..., Terminal]) -> None:
-    screen = terminal(command(tuned, *LONG))
+@pytest.fixture
+def endless(tiny: str, tmp_path: Path) -> str:
+    """The tiny model with an end token that is never the likeliest."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "endless"
+    shutil.copytree(tiny, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][:3] = 0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(tuned: Tuned, endless: str, terminal: Callable[..., Terminal]) -> None:
+    screen = terminal(command(tuned, *LONG, "--model", endless))
     screen.until("> ")
     screen.type("the red house\n")
     screen.until("the red house\r\n")
