@@ -3,6 +3,8 @@
 # make check   lint, types and tests: what CI runs
 PYTHON ?= python3
 VENV := .venv
+# Processes of the tests, each of 2 GB; 0 runs them in this one.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 # What the demo trains on here: mlx on Apple silicon, else torch.
 BACKEND := $(if $(findstring Darwin arm64,$(shell uname -sm)),mlx,cpu)
@@ -14,7 +16,7 @@ demo: $(VENV)/demo
 	$(BIN)/lite-dil demo
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 check: lint test
 
