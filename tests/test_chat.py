@@ -161,10 +161,11 @@ def test_compare_is_switched(tuned: Tuned, chat: Callable[..., Said]) -> None:
 def test_what_cannot_be_said_leaves_the_chat_as_it_was(tuned: Tuned, chat: Callable[..., Said]) -> None:
     first = tuned.answer("tea")
     second = tuned.answer("tea", first.rstrip(), "/bread")
-    said = chat(tuned, "tea", "say <|im_end|>", "/hlep", "half \udc80", "//bread", "/help")
+    said = chat(tuned, "tea", "say <|im_end|>", "/hlep", "/qiut", "half \udc80", " //bread", "/help")
     assert said.out == shown(first) + shown(second)
     assert "a message holds the control token '<|im_end|>'" in said.err
     assert "no command /hlep (did you mean '/help'?)" in said.err
+    assert "no command /qiut (did you mean '/quit'?)" in said.err
     assert "half of a surrogate pair" in said.err
     assert "/temperature X " in said.err
     assert said.code == 0
@@ -175,7 +176,9 @@ def test_answers_are_saved_and_train(tuned: Tuned, chat: Callable[..., Said], tm
     file = tmp_path / "chats.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}')
     draws = ("--temperature", "3", "--max-new-tokens", "3000", "--system", "be good")
-    said = chat(tuned, "tea", f"/save {file}", "bread", f"/save {file}", f"/save {file}", "/save", flags=draws)
+    said = chat(
+        tuned, "tea", "/system be bad", f"/save {file}", "bread", f"/save {file}", f"/save {file}", "/save", flags=draws
+    )
     assert [line for line in said.err.splitlines() if "added" in line] == [
         f"1 answer added to {file}",
         f"1 answer added to {file}",
@@ -185,7 +188,8 @@ def test_answers_are_saved_and_train(tuned: Tuned, chat: Callable[..., Said], tm
     rows = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
     roles = [[message["role"] for message in row] for row in rows]
     assert roles[1:] == [["system", "user", "assistant"], ["system", "user", "assistant", "user", "assistant"]]
-    assert rows[2][:3] == rows[1]
+    assert rows[2][1:3] == rows[1][1:]
+    assert [row[0]["content"] for row in rows[1:]] == ["be good", "be bad"]  # as it was when the answer was given
     assert shown(rows[1][-1]["content"]) in said.out
     train = ["train", "--model", tiny, "--data", str(file), "--loss", "sft", "--max-steps", "1", "--output-dir"]
     assert main([*train, str(tmp_path / "run")]) == 0
