@@ -29,7 +29,7 @@ HELP = "make preference data: the model offers two answers, you press 1 or 2"
 DESCRIPTION = """\
 Make preference data at home. For each prompt the model offers two answers; press the better one's number, b where both are
 bad, or t to type a better one. Every decision is on disk at once, and the same command goes on with the prompts that are left.
-The file trains as it is.
+The file of pairs trains as it is; answers that were bad lie beside it until one is taken to win against them.
 
   lite-dil label prompts.txt --adapter runs/mine --output labels.jsonl
 """
@@ -259,7 +259,10 @@ def _summary(labels: Labels, source: tuned.Source, against: str, args: argparse.
     path, bad = labels.pairs.path, labels.bad.path
     display.say(f"{_count(len(labels.rows), 'pair')} in {path}")
     if labels.bad_rows:
-        display.say(f"{_count(len(labels.bad_rows), 'bad answer')} in {bad}, to lose against what is taken for their prompts")
+        display.say(
+            f"{_count(len(labels.bad_rows), 'bad answer')} in {bad}, which do not train by themselves: each is in a pair once "
+            "an answer to its prompt is taken"
+        )
     if against:
         won, met = labels.wins(against, "base")
         if met:
