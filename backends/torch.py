@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from lite_dil import adapters
@@ -39,22 +35,18 @@ from lite_dil.backends.torch_head import QuantizedHead, token_logps, vocabulary
 from lite_dil.backends.torch_load import (
     compute_dtype,
     create_states,
-    linear_layers,
     load_base,
     load_tensors,
     make_optimizer,
     need_bitsandbytes,
-    set_weights,
-    target_names,
 )
+from lite_dil.backends.torch_lora import POLICY, Switch, add_lora
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion
 from lite_dil.errors import OutOfMemory, UserError, first_line
 from lite_dil.layouts import Layout, packed, plain
 from lite_dil.memory import keep_freed_memory, peak_rss_mb
-
-POLICY, REFERENCE = "default", "reference"
 
 
 class TorchBackend:
@@ -88,11 +80,8 @@ class TorchBackend:
         self.head = base.get_output_embeddings()
         if config.offload_embeddings:
             self._offload_embeddings()
-        self.model = self._adapted(base, config, model, initial)
-        self.layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
-        self.has_reference_adapter = config.reference == "initial-adapter"
-        self.scale: float = self.layers[0].scaling[POLICY]
-        self.strength, self.is_reference = 1.0, False
+        self.model = add_lora(base, config, model, initial, self.checkpointing)
+        self.switch = Switch(self.model, config.reference == "initial-adapter")
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.max_grad_norm = config.max_grad_norm
         self.optimizer = make_optimizer(self.trainable, config, in_4bit, device)
@@ -116,7 +105,7 @@ class TorchBackend:
 
     def adapter_off(self) -> AbstractContextManager[None]:
         """Make the model the reference inside the block."""
-        return switched(self._set_reference)
+        return switched(self.switch.set_reference)
 
     def token_logps(self, batch: Batch) -> np.ndarray:
         """Return the log-prob of every response token, without dropout; shape (tokens,), float32."""
@@ -241,12 +230,14 @@ class TorchBackend:
         self.model.eval()
         return torch_generate.stream(self.base, self.device, prompt, max_new_tokens, end_ids, seed, sampling)
 
+    @property
+    def strength(self) -> float:
+        """What the policy's adapter is multiplied by."""
+        return self.switch.strength
+
     def set_strength(self, value: float) -> None:
         """Multiply the policy's adapter."""
-        self.strength = check_strength(value)
-        for layer in self.layers:
-            layer.scaling[POLICY] = self.scale * value
-        self._set_reference(self.is_reference)
+        self.switch.set_strength(check_strength(value))
 
     def save_adapter(self, folder: Path) -> None:
         """Write the policy's adapter in PEFT's format."""
@@ -284,45 +275,6 @@ class TorchBackend:
 
     def _policy_parameters(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def _adapted(self, base: Any, config: TrainConfig, model: str, initial: adapters.Adapter | None) -> Any:
-        """Put the policy's adapter, and the frozen initial one where it is the reference, on the base."""
-        adapter = adapters.choose(config, linear_layers(base), initial)
-        settings: dict[str, Any] = {
-            "r": adapter.rank,
-            "lora_alpha": adapter.scale * adapter.rank,
-            "target_modules": target_names(base, set(adapter.weights)),
-            "bias": "none",
-            "task_type": "CAUSAL_LM",
-        }
-        base.name_or_path = model
-        dropout = config.lora_dropout or 0.0
-        with warnings.catch_warnings():
-            # PEFT 0.21 asks transformers 5 for an attribute by its old name.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            if self.unsloth:
-                rank, alpha, targets = (settings[name] for name in ("r", "lora_alpha", "target_modules"))
-                adapted = torch_unsloth.adapt(base, rank, alpha, targets, dropout, self.checkpointing, config.seed)
-            else:
-                adapted = get_peft_model(base, LoraConfig(**settings, lora_dropout=dropout))
-        set_weights(adapted, POLICY, adapter)
-        if config.reference == "initial-adapter":
-            adapted.add_adapter(REFERENCE, LoraConfig(**settings, inference_mode=True))
-            set_weights(adapted, REFERENCE, adapter)
-            for name, parameter in adapted.named_parameters():
-                parameter.requires_grad_(f".{POLICY}." in name)
-        return adapted
-
-    def _set_reference(self, on: bool) -> None:
-        # PEFT's own disable_adapter() also rewrites requires_grad and costs 31 ms over 210 layers; this is what it flips.
-        self.is_reference = on
-        other = on and self.has_reference_adapter
-        # A strength of 0 is switched off, not multiplied: 0 * inf would be NaN.
-        off = not other and (on or self.strength == 0)
-        for layer in self.layers:
-            if self.has_reference_adapter:
-                layer._active_adapter = [REFERENCE if on else POLICY]
-            layer._disable_adapters = off
 
     def _token_logps(self, batch: Batch) -> tuple[Tensor, Layout]:
         layout: Layout

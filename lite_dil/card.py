@@ -173,9 +173,10 @@ def _training(options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iter
     loss = options["loss"]
     objective = OBJECTIVES[loss]
     constants = [f"{name} {options[name]}" for name in ("beta", *objective.options) if options.get(name) is not None]
-    lora = f"rank {options['lora_r']}, alpha {options['lora_alpha']:g}, on {code(options['target_modules'])}"
-    if options.get("init_adapter"):
+    if options.get("init_adapter"):  # whose rank, alpha and layers are taken
         lora = f"gone on with from {code(public_name(options['init_adapter']))}; reference: {options['reference']}"
+    else:
+        lora = f"rank {options['lora_r']}, alpha {options['lora_alpha']:g}, on {code(options['target_modules'])}"
     steps = f"{options['max_steps']} steps" if options.get("max_steps") else f"{options['epochs']:g} epochs"
     lines = [
         f"data: {_data(options['data'], facts.get('training'))}",

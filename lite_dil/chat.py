@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lite_dil import tuned
 from lite_dil.backends import Sampling
-from lite_dil.conversation import Conversation, Prompt, Turn, context_limit
+from lite_dil.conversation import Conversation, Prompt, context_limit
 from lite_dil.digest import digest
 from lite_dil.errors import UserError, did_you_mean
 from lite_dil.signals import StopSignal
@@ -168,13 +168,13 @@ class Chat:
                     return
                 if name.startswith("/") and not name.startswith("//"):
                     if name not in self.commands:
-                        raise UserError(f"no command {name}{did_you_mean(name, self.commands)}; /help lists them")
+                        raise UserError(f"no command {name}{did_you_mean(name, [*self.commands, '/quit'])}; /help lists them")
                     self.commands[name](rest.strip())
                 elif name:
                     # Without a keyboard there is no other use for Ctrl-C than to end it all.
                     signals = (signal.SIGINT,) if self.screen.interactive else ()
                     with StopSignal("", signals) as stop, self.screen.hidden_keys():
-                        self._message(line[1:] if name.startswith("//") else line, stop)
+                        self._message(line.lstrip()[1:] if name.startswith("//") else line, stop)
             except UserError as error:
                 self.screen.note(str(error))
 
@@ -193,7 +193,7 @@ class Chat:
         if not answer.text.strip():
             self.screen.note("nothing was said; the message is taken back")
             return
-        self.talk.turns.append(Turn(text, answer.text.rstrip() if self.talk.is_chat else answer.text, answer.whole))
+        self.talk.add(text, answer.text, answer.whole)
         self._figures(prompt, sides, stop)
 
     def _answering(self, prompt: Prompt, side: str) -> Answering:

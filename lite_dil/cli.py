@@ -61,9 +61,10 @@ class _Parser(argparse.ArgumentParser):
         if unknown := message.partition("unrecognized arguments: ")[2]:
             first = unknown.split()[0].partition("=")[0]
             flags = [option for action in self._actions for option in action.option_strings]
+            files = [action.metavar for action in self._actions if not action.option_strings]
             message = f"unknown argument {first}{did_you_mean(first, flags)}"
-            if first == "--data":
-                message = "the data is named without a flag here, as in lite-dil data prefs.jsonl"
+            if first == "--data" and files:
+                message = f"{files[0]} is named without a flag here, as in {self.prog} prefs.jsonl"
             elif first in {"--resume", *map(flag, FIELDS)}:
                 message = f"{first} is of lite-dil train and changes nothing here{did_you_mean(first, flags)}"
         raise UserError(f"{message}; see {self.prog} --help")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +20,15 @@ _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
 
 @dataclass
 class Turn:
-    """What was said and answered. `whole` is false where the answer was stopped; `saved` are the files that hold it."""
+    """What was said and answered, and the system message of that time.
+
+    `whole` is false where the answer was stopped; `saved` are the files that hold it.
+    """
 
     user: str
     answer: str
-    whole: bool = True
+    whole: bool
+    system: str
     saved: set[Path] = field(default_factory=set)
 
 
@@ -55,6 +60,10 @@ class Conversation:
             self._layout([{"role": "system", "content": text}, {"role": "user", "content": "x"}])
         self.system, self.left_out = text, 0
 
+    def add(self, user: str, answer: str, whole: bool) -> None:
+        """Add a turn, its answer as the model gave it."""
+        self.turns.append(Turn(user, answer.rstrip() if self.is_chat else answer, whole, self.system))
+
     def undo(self) -> Turn | None:
         """Take the last turn back and return it, or None where there is none."""
         self.left_out = 0
@@ -70,7 +79,8 @@ class Conversation:
         Raises UserError where the text cannot be said, or is by itself too long.
         """
         while True:
-            ids = self._layout([*self._before(len(self.turns)), {"role": "user", "content": text}])
+            turns = self.turns[self.left_out :]
+            ids = self._layout([*_messages(self.system, turns), {"role": "user", "content": text}])
             if self.limit is None:
                 return Prompt(ids, max_new_tokens, 0)
             if len(ids) + min(max_new_tokens, self.limit // 4) <= self.limit:
@@ -104,15 +114,7 @@ class Conversation:
         turn = self.turns[index]
         if not self.is_chat:
             return {"prompt": turn.user, "completion": turn.answer}
-        said = [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
-        return {"messages": [*self._before(index, 0), *said]}
-
-    def _before(self, index: int, left_out: int | None = None) -> list[Message]:
-        """Return the messages before a turn."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        for turn in self.turns[self.left_out if left_out is None else left_out : index]:
-            messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
-        return messages
+        return {"messages": _messages(turn.system, self.turns[: index + 1])}
 
     def _layout(self, messages: list[Message]) -> tuple[int, ...]:
         """Tokenise what leads up to an answer."""
@@ -123,6 +125,13 @@ class Conversation:
             return self.encoder.prompt_ids(self.encoder.chat_prompt(messages), chat=True)
         except RowError as error:
             raise UserError(str(error)) from None
+
+
+def _messages(system: str, turns: Sequence[Turn]) -> list[Message]:
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
+    return messages
 
 
 def context_limit(model: str) -> int | None:

@@ -87,13 +87,19 @@ class Encoder:
     def end_ids(self) -> list[int]:
         """Return the tokens that end an answer: EOS, and what the chat template ends one with, where it differs.
 
-        A model may have learned both.
+        A model may have learned both. Raises UserError where the template lays out no question and answer.
         """
         ends = {int(self.tokenizer.eos_token_id)}
         if self.tokenizer.chat_template:
-            question = [{"role": "user", "content": "x"}]
-            prompt = self.chat_prompt(question)
-            ends.add(self.continuation(prompt, self._chat_response(question, prompt, "x"))[-1])
+            answer = "Yes."
+            turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}]
+            try:
+                # Not by `_chat_response`: a model whose template begins its answers, with <think> say, can talk.
+                text = self._render(turns, None, add_generation_prompt=False)
+            except RowError as error:
+                raise UserError(str(error)) from None
+            if (at := text.rfind(answer)) >= 0:
+                ends.add(self.ids(self._ended(text, at + len(answer)))[-1])
         return sorted(ends)
 
     def continuation(self, prompt: str, text: str) -> tuple[int, ...]:

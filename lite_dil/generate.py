@@ -131,10 +131,10 @@ def run(args: argparse.Namespace) -> int:
             display.say(f"stopped: {len(answers)} of {len(wanted)} answers are done" + answers.how_to_go_on)
             return 130
     answers.finish()
-    if answers.empty:
-        display.say(f"{answers.empty} answers are empty, which training refuses: give it --skip-bad-rows")
+    if empty := answers.empty():
+        display.say(f"empty answers: {empty}; training refuses them unless it is given --skip-bad-rows")
     if answers.cut:
-        display.say(f"{answers.cut} answers were cut by --max-new-tokens {args.max_new_tokens}")
+        display.say(f"drawn now and cut by --max-new-tokens {args.max_new_tokens}: {answers.cut}")
     if answers.path:
         display.say(f"all {len(wanted)} answers are in {answers.path}")
     return 0
@@ -174,9 +174,10 @@ def _draw(
                     others = drawer.draw(batch)
                 for each, side, (ids, _) in zip(batch, sides, others, strict=True):
                     side["base"] = each.asked.text(model.encoder, ids)
+            answers.cut += sum(
+                end is None and each.key not in answers.rows for each, (_, end) in zip(batch, found, strict=True)
+            )
             answers.add(batch, sides)
-            answers.empty += sum(not text.strip() for text in texts)
-            answers.cut += sum(end is None for _, end in found)
             bar.update(len(answers), None)
     return True
 
@@ -194,7 +195,7 @@ class Answers:
     def __init__(self, path: Path | None, wanted: Sequence[_Wanted]) -> None:
         self.path, self.wanted = path, wanted
         self.rows: dict[str, dict[str, Any]] = {}
-        self.empty = self.cut = self._printed = 0
+        self.cut = self._printed = 0
         self.file = JSONLines(path, "answers") if path else None
         keys = {each.key for each in wanted}
         for number, line in enumerate(self.file.lines if self.file else (), 1):
@@ -228,6 +229,14 @@ class Answers:
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._printed += 1
         sys.stdout.flush()
+
+    def empty(self) -> int:
+        """Return how many answers have no text, those of earlier runs of the command too."""
+        texts = (
+            row["completion"] if isinstance(row["completion"], str) else row["completion"][0]["content"]
+            for row in self.rows.values()
+        )
+        return sum(not text.strip() for text in texts)
 
     def finish(self) -> None:
         """Put the file's rows, which came by length, into the order of the prompts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -31,6 +32,10 @@ class JSONLines:
         self.path, self.alone = path, alone
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(
+                path if path.exists() else path.parent, os.W_OK
+            ):  # found now, and not after the first work is done
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             content = path.read_bytes() if path.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
             if tail := content[len(whole) :]:
@@ -78,17 +83,18 @@ class JSONLines:
 
     def rewrite(self, rows: list[Any]) -> None:
         """Put `rows` in the place of everything that is there, in one go."""
-        data = _encoded(rows)
-        made = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        data, path = _encoded(rows), self.path.resolve()  # where it is a link, of what that leads to
+        made = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with made.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(made, self.path)
+            os.replace(made, path)
         except OSError as error:
-            made.unlink(missing_ok=True)
             raise UserError(f"{self.path}: cannot be written ({error})") from None
+        finally:
+            made.unlink(missing_ok=True)
         self.size = len(data)
 
 

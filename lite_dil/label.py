@@ -19,6 +19,7 @@ from lite_dil.errors import UserError
 from lite_dil.generate import add_common, check_counts
 from lite_dil.labels import Candidate, Labels, Mark, interval
 from lite_dil.prompts import Prompt
+from lite_dil.stream_text import printable
 
 if TYPE_CHECKING:
     from lite_dil.offers import Offers
@@ -28,7 +29,7 @@ HELP = "make preference data: the model offers two answers, you press 1 or 2"
 DESCRIPTION = """\
 Make preference data at home. For each prompt the model offers two answers; press the better one's number, b where both are
 bad, or t to type a better one. Every decision is on disk at once, and the same command goes on with the prompts that are left.
-The file trains as it is.
+The file of pairs trains as it is; answers that were bad lie beside it until one is taken to win against them.
 
   lite-dil label prompts.txt --adapter runs/mine --output labels.jsonl
 """
@@ -225,13 +226,13 @@ def show(display: Display, prompt: Prompt, shown: Sequence[Candidate], where: st
 
     panels = []
     for number, each in enumerate(shown, 1):
-        parts = [Text(harmless(each.text.strip()))]
+        parts = [Text(printable(each.text.strip()))]
         if each.cut:
             parts.append(Text("(cut by --max-new-tokens)", style="dim"))
         panels.append(Panel(Group(*parts), title=str(number), title_align="left"))
     console = display.console
     console.rule(where)
-    console.print(Text(harmless(_asked(prompt)), style="bold"))
+    console.print(Text(printable(_asked(prompt)), style="bold"))
     if console.width >= _SIDE_BY_SIDE:
         console.print(Columns(panels, width=console.width // 2 - 1, expand=True))
     else:
@@ -249,16 +250,6 @@ def _asked(prompt: Prompt) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt.prompt)
 
 
-# What a terminal would obey or the eye would not see: control characters but tab and line feed, and changes of direction.
-_CONTROL = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_ESCAPED = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROL if chr(code) not in "\t\n"}
-
-
-def harmless(text: str) -> str:
-    """Return a text of anybody's as it can be shown on a terminal, with its control characters as codes."""
-    return text.translate(_ESCAPED)
-
-
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
@@ -268,7 +259,10 @@ def _summary(labels: Labels, source: tuned.Source, against: str, args: argparse.
     path, bad = labels.pairs.path, labels.bad.path
     display.say(f"{_count(len(labels.rows), 'pair')} in {path}")
     if labels.bad_rows:
-        display.say(f"{_count(len(labels.bad_rows), 'bad answer')} in {bad}, to lose against what is taken for their prompts")
+        display.say(
+            f"{_count(len(labels.bad_rows), 'bad answer')} in {bad}, which do not train by themselves: each is in a pair once "
+            "an answer to its prompt is taken"
+        )
     if against:
         won, met = labels.wins(against, "base")
         if met:

@@ -1,4 +1,4 @@
-"""Text from tokens as they come: no half characters, no wrong spaces, nothing that a terminal would obey."""
+"""Text from a model: no half characters, no wrong spaces, nothing that a terminal would obey."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 CONTEXT = 8  # tokens before the first one, by which a tokenizer decides on the space between
-# Of the control characters only newlines and tabs are for people.
-_CONTROL = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)]) | {ord(mark): mark for mark in "\n\t"}
+# What a terminal would obey or the eye would not see: control characters but tab and line feed, and changes of direction.
+_CONTROL = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_ESCAPED = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROL if chr(code) not in "\t\n"}
 
 
 class TextStream:
@@ -37,5 +38,5 @@ class TextStream:
 
 
 def printable(text: str) -> str:
-    """Return `text` without control characters."""
-    return text.translate(_CONTROL)
+    """Return a text of anybody's as it can be shown on a terminal, with its control characters as codes."""
+    return text.translate(_ESCAPED)

@@ -122,8 +122,7 @@ def _locate(path: Path) -> tuple[Path, RunFolder | None]:
     """Return the adapter's folder, and the run that it lies in."""
     for folder in (path, path / "adapter"):
         if (folder / "adapter_config.json").is_file():
-            above = folder.absolute().parents
-            return folder, next((RunFolder(run) for run in above[:3] if (run / "config.yaml").is_file()), None)
+            return folder, _run_of(folder.absolute())
     run = RunFolder(path)
     if latest := run.latest():  # of a run that is still going on, or was stopped
         return latest / "adapter", run
@@ -131,6 +130,14 @@ def _locate(path: Path) -> tuple[Path, RunFolder | None]:
         f"--adapter {path}: no adapter there; give a run's folder, one of its checkpoints, or a folder that holds "
         "adapter_config.json"
     )
+
+
+def _run_of(adapter: Path) -> RunFolder | None:
+    """Return the run in one of whose places an adapter lies; a config.yaml elsewhere above it is some other program's."""
+    above = adapter.parent
+    if above.parent.name == "checkpoints":
+        above = above.parent.parent
+    return RunFolder(above) if adapter.name == "adapter" and (above / "config.yaml").is_file() else None
 
 
 def _usable(backend: str) -> str:

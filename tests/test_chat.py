@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import batch, criterion, load, make_checkpoint
+from safetensors.torch import load_file, save_file
 
 from lite_dil.cli import main
 from lite_dil.examples import Encoder
@@ -34,6 +35,7 @@ class Tuned(NamedTuple):
     backend: Any
     encoder: Encoder
     folder: Path
+    model: str
     argv: list[str]
 
     def answer(self, *messages: str, base: bool = False, system: str = "") -> str:
@@ -57,7 +59,7 @@ def make_tuned(name: str, model: str, folder: Path) -> Tuned:
         backend.step([batch(seed=seed)], criterion(), 0.02)
     backend.save_adapter(folder / "adapter")
     argv = ["chat", "--adapter", str(folder / "adapter"), "--model", model, "--backend", name, "--dtype", "float32"]
-    return Tuned(backend, Encoder(load_tokenizer(model)), folder, [*argv, "--max-new-tokens", str(LIMIT)])
+    return Tuned(backend, Encoder(load_tokenizer(model)), folder, model, [*argv, "--max-new-tokens", str(LIMIT)])
 
 
 class Said(NamedTuple):
@@ -162,10 +164,11 @@ def test_compare_is_switched(tuned: Tuned, chat: Callable[..., Said]) -> None:
 def test_what_cannot_be_said_leaves_the_chat_as_it_was(tuned: Tuned, chat: Callable[..., Said]) -> None:
     first = tuned.answer("tea")
     second = tuned.answer("tea", first.rstrip(), "/bread")
-    said = chat(tuned, "tea", "say <|im_end|>", "/hlep", "half \udc80", "//bread", "/help")
+    said = chat(tuned, "tea", "say <|im_end|>", "/hlep", "/qiut", "half \udc80", " //bread", "/help")
     assert said.out == shown(first) + shown(second)
     assert "a message holds the control token '<|im_end|>'" in said.err
     assert "no command /hlep (did you mean '/help'?)" in said.err
+    assert "no command /qiut (did you mean '/quit'?)" in said.err
     assert "half of a surrogate pair" in said.err
     assert "/temperature X " in said.err
     assert said.code == 0
@@ -176,7 +179,9 @@ def test_answers_are_saved_and_train(tuned: Tuned, chat: Callable[..., Said], tm
     file = tmp_path / "chats.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}')
     draws = ("--temperature", "3", "--max-new-tokens", "3000", "--system", "be good")
-    said = chat(tuned, "tea", f"/save {file}", "bread", f"/save {file}", f"/save {file}", "/save", flags=draws)
+    said = chat(
+        tuned, "tea", "/system be bad", f"/save {file}", "bread", f"/save {file}", f"/save {file}", "/save", flags=draws
+    )
     assert [line for line in said.err.splitlines() if "added" in line] == [
         f"1 answer added to {file}",
         f"1 answer added to {file}",
@@ -186,7 +191,8 @@ def test_answers_are_saved_and_train(tuned: Tuned, chat: Callable[..., Said], tm
     rows = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
     roles = [[message["role"] for message in row] for row in rows]
     assert roles[1:] == [["system", "user", "assistant"], ["system", "user", "assistant", "user", "assistant"]]
-    assert rows[2][:3] == rows[1]
+    assert rows[2][1:3] == rows[1][1:]
+    assert [row[0]["content"] for row in rows[1:]] == ["be good", "be bad"]  # as it was when the answer was given
     assert shown(rows[1][-1]["content"]) in said.out
     train = ["train", "--model", tiny, "--data", str(file), "--loss", "sft", "--max-steps", "1", "--output-dir"]
     assert main([*train, str(tmp_path / "run")]) == 0
@@ -309,20 +315,33 @@ class Terminal:
         before, end = self.text, time.monotonic() + 120
         while self.plain.count(text) < count:
             assert time.monotonic() < end, self.plain
-            if select.select([self.fd], [], [], 1)[0]:
-                self.text += os.read(self.fd, 65536).decode(errors="replace")
+            assert self.read(), self.plain
         return self.text[len(before) :]
+
+    def read(self) -> bool:
+        """Read what comes within a second; return whether the process is still there."""
+        if select.select([self.fd], [], [], 1)[0]:
+            try:
+                new = os.read(self.fd, 65536)
+            except OSError:  # Linux says so when the other side is gone
+                return False
+            self.text += new.decode(errors="replace")
+            return bool(new)
+        return True
 
     @property
     def plain(self) -> str:
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.text)
 
-    def end(self) -> int:
-        """Return the exit code, of a process that is about to leave."""
-        with contextlib.suppress(OSError):  # Linux says so when the other side is gone
-            while select.select([self.fd], [], [], 120)[0] and os.read(self.fd, 65536):
-                pass
-        _, status = os.waitpid(self.pid, 0)
+    def end(self, key: str = "") -> int:
+        """Return the exit code of a process that is about to leave, after `key` was pressed until something came of it."""
+        end, seen = time.monotonic() + 120, len(self.text)
+        self.type(key)
+        while self.read():
+            assert time.monotonic() < end, self.plain
+            if len(self.text) == seen:
+                self.type(key)
+        _, status = os.waitpid(self.pid, 0)  # its terminal is closed
         os.close(self.fd)
         return os.waitstatus_to_exitcode(status)
 
@@ -343,28 +362,18 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
                 os.waitpid(each.pid, 0)
 
 
-LONG = ("--max-new-tokens", "3900", "--temperature", "0.01")
-
-
-@pytest.fixture
-def endless(tiny: str, tmp_path: Path) -> str:
-    """The tiny model with an end token that is never the likeliest."""
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path / "endless"
-    shutil.copytree(tiny, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"][:3] = 0
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return str(folder)
-
-
-def test_ctrl_c_stops_the_answer_and_keeps_the_chat(tuned: Tuned, endless: str, terminal: Callable[..., Terminal]) -> None:
-    screen = terminal(command(tuned, *LONG, "--model", endless))
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(tuned: Tuned, terminal: Callable[..., Terminal], tmp_path: Path) -> None:
+    # A model that never takes an end token, whose logits are 0.
+    endless = shutil.copytree(tuned.model, tmp_path / "endless")
+    weights = load_file(endless / "model.safetensors")
+    weights["lm_head.weight"][tuned.encoder.end_ids()] = 0
+    save_file(weights, endless / "model.safetensors", {"format": "pt"})
+    screen = terminal(command(tuned, "--model", str(endless), "--max-new-tokens", "3900", "--temperature", "0"))
     screen.until("> ")
     screen.type("the red house\n")
     screen.until("the red house\r\n")
-    time.sleep(0.5)
+    while not screen.plain.partition("the red house\r\n")[2].strip():
+        assert screen.read()
     screen.type("\x03")
     screen.until("; stopped")
     screen.type("/undo\n")
@@ -377,8 +386,8 @@ def test_ctrl_c_at_the_prompt_leaves_and_so_does_ctrl_d(tuned: Tuned, terminal: 
     for key, code in (("\x03", 130), ("\x04", 0)):
         screen = terminal(command(tuned))
         screen.until("> ")
-        screen.type(key)
-        assert screen.end() == code
+        # Again if need be: Python overlooks a Ctrl-C between readline's prompt and its waiting for a key.
+        assert screen.end(key) == code
         assert "Traceback" not in screen.text
 
 

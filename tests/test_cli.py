@@ -34,6 +34,11 @@ from lite_dil.errors import UserError
         (["train", "--model", "none"], "--model none: no such folder, and not a hub id"),
         (["train", "--data", "x.jsonl", "--eval-steps", "5"], "--eval-steps needs --eval-data"),
         (["demo", "--data", "x.jsonl"], "the demo is the embedded model on the embedded data; use lite-dil train"),
+        (
+            ["generate", "--output", "x", "--data", "y", "z"],
+            "PROMPTS is named without a flag here, as in lite-dil generate prefs",
+        ),
+        (["chat", "--adapter", "x", "--data", "y"], "--data is of lite-dil train and changes nothing here"),
         (["train", "--backend", "tpu"], "is not one of auto, cuda, mlx, cpu"),
     ],
 )

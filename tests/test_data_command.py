@@ -308,7 +308,7 @@ def test_a_run_s_config_can_be_checked(data: Any, tiny: str, tmp_path: Path, cap
     [
         (["--max-lenght", "9"], "unknown argument --max-lenght (did you mean '--max-length'?); see lite-dil data --help"),
         (["--learning-rate", "1"], "--learning-rate is of lite-dil train and changes nothing here"),
-        (["--data", "x.jsonl"], "the data is named without a flag here"),
+        (["--data", "x.jsonl"], "FILE is named without a flag here, as in lite-dil data prefs.jsonl"),
         (["--loss", "sfl"], "argument --loss: 'sfl'"),
         (["none.jsonl"], "none.jsonl: no such file"),
         (["--columns", "good"], "--columns good: expected FIELD=COLUMN"),

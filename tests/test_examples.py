@@ -153,6 +153,23 @@ def test_bos_of_a_tokenizer_that_appends_eos_too() -> None:
     assert example.responses[0].count(2) == 1
 
 
+def test_the_ends_of_an_answer() -> None:
+    """EOS and the template's own end of turn, also of a template that opens each answer, which training refuses."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    both = sorted(tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]))
+    assert Encoder(tokenizer).end_ids() == both
+    plain = tokenizer.chat_template
+    tokenizer.chat_template = plain.replace("assistant\n' }}", "assistant\n<think>\n' }}")
+    assert tokenizer.chat_template != plain
+    assert Encoder(tokenizer).end_ids() == both
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert Encoder(tokenizer).end_ids() == both[:1]
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(UserError, match="refuses these messages: no"):
+        Encoder(tokenizer).end_ids()
+
+
 def test_of_several_templates_the_default_is_taken() -> None:
     tokenizer = byte_level_tokenizer()
     alone = Encoder(tokenizer).encode(chat("tea", "good", "small"))

@@ -118,6 +118,17 @@ def test_a_file_goes_on_and_is_never_written_over(
     assert path.read_bytes() == content
 
 
+def test_what_training_would_refuse_is_said_whenever_it_was_drawn(generate: Run, tmp_path: Path) -> None:
+    _, said = generate()
+    path = tmp_path / "answers.jsonl"
+    assert "cut by --max-new-tokens 7: 5" in said and "empty" not in said
+    first, *others = rows(path)
+    first["completion"][0]["content"] = " "
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, *others)), encoding="utf-8")
+    code, said = generate()
+    assert code == 0 and "empty answers: 1; training refuses them" in said and "cut by" not in said
+
+
 def test_the_base_beside_the_adapter(generate: Run, backend_name: str, tiny: str, tmp_path: Path) -> None:
     adapter(backend_name, tiny, tmp_path / "adapter")
     given = ("--adapter", str(tmp_path / "adapter"))

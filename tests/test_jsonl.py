@@ -76,6 +76,40 @@ def test_rewrite_replaces_all(tmp_path: Path) -> None:
     assert file.size == path.stat().st_size and [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
+def test_rewrite_goes_through_a_link(tmp_path: Path) -> None:
+    link, path = tmp_path / "a.jsonl", tmp_path / "drive" / "a.jsonl"
+    path.parent.mkdir()
+    link.symlink_to(path)
+    file = JSONLines(link, "tests")
+    file.add(*ROWS)
+    file.rewrite(ROWS[:1])
+    assert link.is_symlink() and [json.loads(line) for line in path.read_bytes().splitlines()] == ROWS[:1]
+
+
+def test_a_rewrite_that_is_stopped_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = JSONLines(tmp_path / "a.jsonl", "tests")
+    file.add(*ROWS)
+
+    def ctrl_c(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        file.rewrite([])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"] and len(JSONLines(file.path, "tests").lines) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_what_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
+    JSONLines(tmp_path / "a.jsonl", "tests").add(ROWS[0])
+    (tmp_path / "a.jsonl").chmod(0o444)
+    tmp_path.chmod(0o555)
+    for name in ("a", "b"):
+        with pytest.raises(UserError, match=f"{name}.jsonl: cannot be used for tests .*Permission denied"):
+            JSONLines(tmp_path / f"{name}.jsonl", "tests")
+    tmp_path.chmod(0o755)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
     file = JSONLines(tmp_path / "a.jsonl", "tests")

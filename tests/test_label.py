@@ -20,9 +20,9 @@ from test_generate_command import adapter
 
 from lite_dil.cli import main
 from lite_dil.data import read_rows
-from lite_dil.label import harmless
 from lite_dil.labels import Candidate, Labels, interval
 from lite_dil.prompts import Prompt
+from lite_dil.stream_text import printable
 
 QUESTIONS = ["what is tea", "how do you make good bread and tea", "a red house"]
 Label = Callable[..., tuple[int, str]]
@@ -73,8 +73,8 @@ def said(answer: list[dict[str, str]]) -> str:
 def test_1_and_2_take_one_and_refuse_the_other(label: Label, tmp_path: Path) -> None:
     code, text = label("1 1 1")
     first = rows(tmp_path)
-    assert code == 0 and harmless(text) == text
-    assert any(harmless(said(row[side])) != said(row[side]) for row in first for side in ("chosen", "rejected"))
+    assert code == 0 and printable(text) == text
+    assert any(printable(said(row[side])) != said(row[side]) for row in first for side in ("chosen", "rejected"))
     (tmp_path / "labels.jsonl").unlink()
     assert label("2 x 1 2")[0] == 0  # a key without a meaning changes nothing
     second = rows(tmp_path)
@@ -357,11 +357,6 @@ def test_a_killed_process_loses_nothing(label: Label, backend_name: str, tiny: s
     _, text = label("1 1")
     assert "1 of 3 prompts are labelled" in text
     assert rows(tmp_path)[:3] == pairs and [question(row) for row in rows(tmp_path)[3:]] == QUESTIONS[1:]
-
-
-def test_nothing_that_a_terminal_obeys_is_shown() -> None:
-    assert harmless("a\x1b[31mb\x07\r\x9b\u202ec\td\ne\x7f") == "a\\x1b[31mb\\x07\\x0d\\x9b\\u202ec\td\ne\\x7f"
-    assert harmless("größer 👩‍🚀 日本") == "größer 👩‍🚀 日本"
 
 
 def test_a_bad_answer_of_before_is_no_win_against_its_model(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def in_a_pass(backend: Any, fault: Fault, wanted: Callable[[], bool]) -> None:
 
 
 def is_reference(backend: Any) -> bool:
-    return backend.layers[0]._disable_adapters
+    return backend.switch.layers[0]._disable_adapters
 
 
 def reference(backend: Any, fault: Fault, patch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ def merged_logps(backend: Any, model: str, strength: float, data: Batch) -> np.n
     else:
         layers = {n: m for n, m in backend.base.named_modules() if hasattr(m, "lora_A")}
         pairs = {
-            n: (m.lora_A["default"].weight.detach().numpy(), m.lora_B["default"].weight.detach().numpy(), backend.scale)
+            n: (m.lora_A["default"].weight.detach().numpy(), m.lora_B["default"].weight.detach().numpy(), backend.switch.scale)
             for n, m in layers.items()
         }
     bare = bare_model(model).double()

@@ -92,6 +92,13 @@ def test_a_folder_of_an_adapter_alone_names_its_model(runs: Runs, name: str, tmp
         tuned.find(parsed(*flags))
 
 
+def test_a_config_of_another_program_is_left_alone(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("layers: 3\n")
+    for folder in (tmp_path / "mine", tmp_path / "models" / "adapter", tmp_path / "models" / "x" / "adapter"):
+        shutil.copytree(runs.folders["cpu"] / "adapter", folder)
+        assert tuned.find(parsed("--adapter", str(folder))).run is None
+
+
 def test_of_a_run_that_has_not_ended_the_newest_checkpoint_is_used(runs: Runs, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs.folders["cpu"], run)
