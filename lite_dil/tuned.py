@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,9 @@ def load(source: Source, say: Callable[[str], None]) -> Tuned:
     quiet.bars()
     model = resolve_model(source.config.model, say)
     encoder = Encoder(load_tokenizer(model))
-    backend = backends.load(name, source.config, model)
+    # The fused layers are for the backward pass, and unpack 4-bit weights for every token; on a GPU bitsandbytes' own do not.
+    config = replace(source.config, fused_layers=False) if name == "cuda" else source.config
+    backend = backends.load(name, config, model)
     backend.set_strength(source.strength)
     say(f"{source.config.model} on {backend.description}")
     return Tuned(backend, encoder, source, model)
