@@ -12,7 +12,7 @@ import numpy as np
 
 from lite_dil.backends import MAX_STRENGTH, Backend
 from lite_dil.batch import Batch
-from lite_dil.config import TrainConfig
+from lite_dil.config import FIELDS, TrainConfig
 from lite_dil.data import EMBEDDED, RowError
 from lite_dil.dataset import reader_of
 from lite_dil.errors import UserError
@@ -190,13 +190,17 @@ def held_out(
 
 def _sources(source: Source, data: str | None) -> Iterator[tuple[str, str, TrainConfig]]:
     """Return where rows may come from, the best first, with the split and the settings to read them by."""
-    if data:
-        yield data, "test", TrainConfig(max_length=source.config.max_length)
-        return
+    config = TrainConfig(max_length=source.config.max_length)
     if source.run:
         from lite_dil.options import read_yaml
 
-        config = TrainConfig(**read_yaml(source.run.path / "config.yaml"))
+        saved = read_yaml(source.run.path / "config.yaml")
+        # Without what only another version knows.
+        config = TrainConfig(**{name: value for name, value in saved.items() if name in FIELDS})
+    if data:
+        yield data, "test", config
+        return
+    if source.run:
         if config.eval_data:
             yield config.eval_data, "test", config
         if config.data != EMBEDDED:

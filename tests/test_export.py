@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from conftest import (
     sentencepiece_tokenizer,
     write_pairs,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lite_dil import adapter_files, export_check, exporting, merge, tensors
 from lite_dil.batch import Batch
@@ -227,6 +228,37 @@ def test_what_memory_does_not_hold_is_read_from_the_disk(tiny: str, tmp_path: Pa
         np.testing.assert_array_equal(one, two)
 
 
+def test_files_that_cannot_be_merged_are_named(tiny: str, trained: Trainer, tmp_path: Path, capsys: Any) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(Path(tiny) / "model.safetensors"), model / "pytorch_model.bin")
+    command = ["export", "--adapter", str(trained("--model", tiny, "--backend", "cpu")), "--format", "merged"]
+    assert main([*command, "--model", str(model), "--output", str(tmp_path / "out")]) == 2
+    assert "weights in other files (.bin) cannot be merged. Load it by transformers" in capsys.readouterr().err
+    # Experts, which MLX has in one array a layer.
+    packed = {"quantization": {"bits": 4}, "dtype": "float32"}
+    stored = tensors.Stored(tmp_path, "U32", (4, 64, 8), 0, 8192)
+    checkpoint = merge.Checkpoint(tmp_path, packed, {"model.layers.0.mlp.switch_mlp.up_proj.weight": stored})
+    with pytest.raises(UserError, match=r"up_proj\.weight is quantised in a way that lite-dil does not know"):
+        merge.plan(checkpoint, adapter_files.Adapter(1, 1.0, {}), {}, None, "x")
+
+
+def test_the_file_that_loaders_take_is_merged(tiny: str, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    other = {key: value + 1 for key, value in load_file(Path(tiny) / "model.safetensors").items()}
+    save_file(other, tmp_path / "model" / "model.fp16.safetensors")
+    found = merge.Checkpoint.open(tmp_path / "model", "x").tensors
+    assert {stored.path.name for stored in found.values()} == {"model.safetensors"}
+
+
+def test_a_head_is_tied_where_neither_config_nor_files_have_one(tiny: str, tiny_tied: str, tmp_path: Path) -> None:
+    for model, tied in ((tiny, False), (tiny_tied, True)):
+        for key in ({}, {"tie_word_embeddings": tied}):
+            checkpoint = merge.Checkpoint.open(Path(model), "x")
+            config = {name: value for name, value in checkpoint.config.items() if name != "tie_word_embeddings"} | key
+            assert replace(checkpoint, config=config).tied == tied
+
+
 # ---- the check ----
 
 
@@ -320,8 +352,6 @@ def test_the_figures_leave_the_model_as_it_was_and_must_be_finite(tiny: str, bac
 def test_an_adapter_goes_to_the_other_format_and_back_bit_by_bit(
     dtype: torch.dtype, tiny: str, trained: Trainer, tmp_path: Path
 ) -> None:
-    from safetensors.torch import save_file
-
     run = trained("--model", tiny, "--backend", "cpu")
     first = tmp_path / "first"
     first.mkdir()
@@ -344,7 +374,7 @@ def test_an_adapter_goes_to_the_other_format_and_back_bit_by_bit(
 
 
 @pytest.mark.parametrize("to", ["peft", "mlx-lm"])
-@pytest.mark.parametrize("flags", [(), ("--target-modules", "q_proj,down_proj"), ("--4bit",)])
+@pytest.mark.parametrize("flags", [(), ("--target-modules", "q_proj,down_proj"), ("--4bit",), ("--head-bits", "4")])
 def test_an_adapter_does_the_same_in_the_other_library(
     to: str, flags: tuple[str, ...], backend_name: str, tiny: str, trained: Trainer, tmp_path: Path
 ) -> None:
@@ -463,6 +493,30 @@ def test_nothing_is_overwritten_and_nothing_half_made_is_left(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("name", [".", "..", "link", "file/below"])
+def test_where_nothing_can_be_made_is_told_before_the_work(
+    name: str, tiny: str, trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = trained("--model", tiny, "--backend", "cpu")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["export", "--adapter", str(run), "--format", "merged", "--output", name]) == 2
+    assert ("cannot be written to" if name == "file/below" else "expected the name of a new folder") in capsys.readouterr().err
+
+
+def test_a_program_that_is_ended_leaves_nothing(tiny: str, trained: Trainer, tmp_path: Path) -> None:
+    run = trained("--model", tiny, "--backend", "cpu")
+    code = (
+        "import os, signal, sys; from lite_dil import merge; from lite_dil.cli import main;"
+        "merge.write = lambda *_: os.kill(os.getpid(), signal.SIGTERM); sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["export", "--adapter", str(run), "--format", "merged", "--output", str(tmp_path / "out")]
+    out = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert out.returncode == 143 and "Traceback" not in out.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_check_says_so(tiny: str, trained: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained("--model", tiny, "--backend", "cpu")
     report = export(run, tmp_path / "out", "--format", "merged", "--no-check")
@@ -476,10 +530,45 @@ def test_no_check_says_so(tiny: str, trained: Trainer, tmp_path: Path, capsys: p
 @pytest.mark.parametrize("format", ["gguf", "ollama"])
 def test_gguf(format: str, backend_name: str, tiny: str, trained: Trainer, tmp_path: Path) -> None:
     run = trained("--model", tiny, "--backend", backend_name)
-    report = export(run, tmp_path / "out", "--format", format, "--outtype", "f32")
+    output = tmp_path / "merged"  # as the folder on the way is called
+    report = export(run, output, "--format", format, "--outtype", "f32")
     assert report["check"]["mean"] < 1e-2
-    assert (tmp_path / "out" / "out.gguf").is_file()
-    assert (tmp_path / "out" / "Modelfile").is_file() == (format == "ollama")
+    modelfile = ["Modelfile"] if format == "ollama" else []
+    assert sorted(path.name for path in output.iterdir()) == [*modelfile, "README.md", "export.json", "merged.gguf"]
+
+
+def test_the_modelfile_has_the_models_own_sampling(tiny: str, trained: Trainer, tmp_path: Path, capsys: Any) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    own = {"do_sample": True, "temperature": 0.6, "top_k": 20, "eos_token_id": 2}
+    (model / "generation_config.json").write_text(json.dumps(own))
+    run = trained("--model", tiny, "--backend", "cpu")
+    export(run, tmp_path / "My model", "--format", "ollama", "--model", str(model), "--no-check")
+    text = (tmp_path / "My model" / "Modelfile").read_text()
+    assert "PARAMETER temperature 0.6\nPARAMETER top_k 20\n" in text
+    assert f"cd '{tmp_path}/My model'\n  ollama create my-model -f Modelfile" in capsys.readouterr().out
+
+
+def test_what_cannot_be_a_gguf_or_an_ollama_model_is_told_before_the_work(
+    tiny: str, trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = trained("--model", tiny, "--backend", "cpu")
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    monkeypatch.setattr(exporting.tuned, "load", lambda *_: pytest.fail("the model was loaded"))
+
+    def refused(format: str, *flags: str) -> str:
+        command = ["export", "--adapter", str(run), "--model", str(model), "--output", str(tmp_path / "out"), *flags]
+        assert main([*command, "--format", format]) == 2
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        return capsys.readouterr().err
+
+    assert "no convert_hf_to_gguf.py there" in refused("gguf", "--llama-cpp", str(tmp_path))
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    assert "cannot be written for Ollama: it leaves out a message" in refused("ollama")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    assert "hidden_act = 'gelu' is not among" in refused("gguf")
 
 
 # ---- the hub ----
