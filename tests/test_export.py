@@ -173,6 +173,62 @@ def test_a_4bit_run_is_merged_into_the_weights_it_was_trained_with(
     assert (one[layer] - two[layer]).abs().max() > 0.01, "4 bits must cost something"
 
 
+# The 16 values of NF4: QLoRA, Dettmers 2023, appendix E.
+_LOW = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022833334)
+_MIDDLE = (-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
+NF4 = np.array([*_LOW, *_MIDDLE, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
+
+
+def nf4_by_hand(packed: Any, state: Any, shape: tuple[int, int]) -> np.ndarray:
+    """Two numbers a byte, the first in its upper half; a scale for 64 of them, itself a byte perhaps, with one for 256."""
+    values = packed.numpy().reshape(-1)
+    scales = state.absmax.numpy()
+    if state.nested:
+        outer = np.repeat(state.state2.absmax.numpy(), 256)[: len(scales)]
+        scales = state.state2.code.numpy()[scales] * outer + state.offset.numpy()
+    return (NF4[np.stack([values >> 4, values & 15], -1).reshape(-1)] * np.repeat(scales, 64)).reshape(shape)
+
+
+def affine_by_hand(module: Any) -> np.ndarray:
+    """Eight numbers a word, the first in its lowest bits; a scale and an offset for 64 of them."""
+    import mlx.core as mx
+
+    numbers = (np.array(module.weight)[..., None] >> (4 * np.arange(8, dtype=np.uint32)) & 15).reshape(len(module.weight), -1)
+    scales, offsets = (np.array(part.astype(mx.float32)).repeat(64, -1) for part in (module.scales, module.biases))
+    return scales * numbers + offsets
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_4bit_weights_by_hand(dtype: str, backend_name: str, tiny: str, trained: Trainer, tmp_path: Path) -> None:
+    run = trained("--model", tiny, "--backend", backend_name, "--4bit", "--head-bits", "4", "--dtype", dtype)
+    export(run, tmp_path / "out", "--format", "merged", "--dtype", "float32", "--strength", "0.7")
+    backend: Any = load(backend_name, tiny, load_in_4bit=True, head_bits=4, dtype=dtype)
+    expected: dict[str, np.ndarray] = {}
+    if backend_name == "mlx":
+        layers = {name.removesuffix(".linear"): part for name, part in backend.model.named_modules() if "scales" in part}
+        expected = {name: affine_by_hand(part) for name, part in layers.items()}
+    else:
+        for name, part in backend.base.named_modules():
+            if hasattr(getattr(part, "weight", None), "quant_state"):
+                shape = (part.out_features, part.in_features)
+                expected[name.removesuffix(".base_layer")] = nf4_by_hand(part.weight.data, part.weight.quant_state, shape)
+        ((data, state),) = backend.base.lm_head.packed
+        expected["lm_head"] = nf4_by_hand(data, state, (512, 64))
+        if dtype == "bfloat16":  # which bitsandbytes unpacks to
+            expected = {k: torch.from_numpy(v).float().bfloat16().float().numpy() for k, v in expected.items()}
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    adapter = load_file(next((run / "adapter").glob("*.safetensors")))
+    for name, weight in expected.items():
+        if name.endswith("_proj"):
+            if backend_name == "mlx":
+                a, b = adapter[f"{name}.lora_a"].T, adapter[f"{name}.lora_b"].T
+            else:
+                a, b = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+            weight = weight + 0.7 * 2 * (b.double() @ a.double()).numpy()  # alpha is twice the rank
+        np.testing.assert_allclose(found[f"{name}.weight"].numpy(), weight, atol=2e-6, err_msg=name)
+    assert len(expected) == (16 if backend_name == "mlx" else 15), "MLX has the embeddings in 4 bits too"
+
+
 def test_packed_checkpoints_are_merged(
     tiny: str, trained: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
