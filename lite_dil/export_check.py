@@ -12,7 +12,7 @@ import numpy as np
 
 from lite_dil.backends import MAX_STRENGTH, Backend
 from lite_dil.batch import Batch
-from lite_dil.config import FIELDS, TrainConfig
+from lite_dil.config import TrainConfig
 from lite_dil.data import EMBEDDED, RowError
 from lite_dil.dataset import reader_of
 from lite_dil.errors import UserError
@@ -194,9 +194,7 @@ def _sources(source: Source, data: str | None) -> Iterator[tuple[str, str, Train
     if source.run:
         from lite_dil.options import read_yaml
 
-        saved = read_yaml(source.run.path / "config.yaml")
-        # Without what only another version knows.
-        config = TrainConfig(**{name: value for name, value in saved.items() if name in FIELDS})
+        config = TrainConfig(**read_yaml(source.run.path / "config.yaml"))
     if data:
         yield data, "test", config
         return

@@ -318,7 +318,9 @@ def test_a_head_is_tied_where_neither_config_nor_files_have_one(tiny: str, tiny_
 # ---- the check ----
 
 
-def test_a_wrong_merge_is_refused(tiny: str, backend_name: str, trained: Trainer, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_wrong_merge_is_refused(
+    tiny: str, backend_name: str, trained: Trainer, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     run = trained("--model", tiny, "--backend", backend_name)
     right = adapter_files.float_adapter
 
@@ -339,6 +341,12 @@ def test_a_wrong_merge_is_refused(tiny: str, backend_name: str, trained: Trainer
         assert not output.exists()
         report = json.loads((tmp_path / f"{name}.refused" / "export.json").read_text())
         assert report["check"]["ok"] is False
+        assert "rounded" not in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter_files, "float_adapter", wrong["half"])
+        patch.setitem(export_check.TOLERANCES, "float32", 1.4)
+        assert main(["export", "--adapter", str(run), "--format", "merged", "--output", str(tmp_path / "half")]) == 1
+        assert "weights of few bits may have rounded the adapter away: try float32" in capsys.readouterr().err
     export(run, tmp_path / "half", "--format", "merged")  # an earlier refusal is not in the way
 
 
