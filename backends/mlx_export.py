@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,13 @@ def dense(backend: Any) -> dict[str, DenseWeight]:
 
 
 def _unpack(module: Any) -> np.ndarray:
+    # In the scales' own 16-bit type the weights would be rounded before the adapter is added, and again after it.
+    scales = module.scales if module.mode != "affine" else module.scales.astype(mx.float32)
+    biases = module.get("biases")
     weight = mx.dequantize(
         module.weight,
-        module.scales,
-        module.get("biases"),
+        scales,
+        None if biases is None else biases.astype(scales.dtype),
         group_size=module.group_size,
         bits=module.bits,
         mode=module.mode,
@@ -87,13 +89,6 @@ def adapter_logps(model: str, folder: Path, config: TrainConfig, sequences: Sequ
         return _logps(load_adapters(base, str(folder)), sequences)
     except (ValueError, KeyError) as error:
         raise UserError(f"mlx-lm cannot load what was exported ({first_line(error)})") from None
-
-
-def reads_rope(model: str) -> bool:
-    """Whether mlx-lm reads the rope of a model's folder as it is; see `lite_dil.models.rope_config`."""
-    config = json.loads((folder_of(model) / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config") or config
-    return not text.get("rope_parameters") or "rope_theta" in text
 
 
 def free() -> None:

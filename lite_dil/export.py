@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import shlex
 import shutil
+import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lite_dil import tuned
 from lite_dil.errors import UserError, gather
@@ -86,11 +91,9 @@ def run(args: argparse.Namespace) -> int:
     source = tuned.find(args)
     assert source.adapter is not None  # --adapter is required
     output: Path = args.output
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))
-    try:
-        made = work / output.name
-        made.mkdir()
+    with _work_folder(output) as work:
+        made = work / "made" / output.name
+        made.mkdir(parents=True)
         check = Export(args, source, work, made, say).make()
         refused = check is not None and not check.ok
         target = _refused(output) if refused else output
@@ -99,12 +102,13 @@ def run(args: argparse.Namespace) -> int:
         if target.exists():  # an empty folder, or what was refused before
             shutil.rmtree(target)
         made.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     size = sum(path.stat().st_size for path in target.rglob("*")) / 1e9
     say(f"check: {check}" if check else "check: none was made (--no-check); nobody knows whether this is the trained model")
-    if refused:
-        print(f"lite-dil: refused: this is not the trained model; what was made is in {target}", file=sys.stderr)
+    if check and not check.ok:
+        # The checkpoint's weights lie on the 16-bit grid: a change of less than half a step of it is rounded away.
+        lost = check.mean <= check.tolerance and 0 < check.share < 1
+        hint = "; weights of few bits may have rounded the adapter away: try float32 ones, or --format adapter" if lost else ""
+        print(f"lite-dil: refused: this is not the trained model; what was made is in {target}{hint}", file=sys.stderr)
         return 1
     say(f"{target}: {args.format}, {size:.2f} GB")
     if args.push_to_hub:
@@ -113,6 +117,30 @@ def run(args: argparse.Namespace) -> int:
         say(push(target, args.push_to_hub, args.private, say))
     say(f"next:\n{_next(args.format, target)}")
     return 0
+
+
+@contextlib.contextmanager
+def _work_folder(output: Path) -> Iterator[Path]:
+    """Give a hidden folder on the disk of `output`, which is gone in the end, also where SIGTERM ends the program."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    parent = output.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=parent))
+    except OSError as error:
+        raise UserError(f"--output {output}: {parent} cannot be written to ({error.strerror})") from None
+    before: Any = None
+    with contextlib.suppress(ValueError):  # not in the main thread, where Python allows no handlers
+        before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -136,15 +164,24 @@ def _check_options(args: argparse.Namespace) -> None:
 
         if args.outtype is not None and args.outtype not in KINDS:
             problems.append(f"--outtype {args.outtype}: expected one of {', '.join(KINDS)}")
-    for folder, mark in ((args.output, ""), (_refused(args.output), "export.json")):
-        if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (mark and (folder / mark).is_file()))):
-            problems.append(f"--output: {folder} is there already; give a new folder")
+    problems += _not_free(args.output)
     if problems:
         raise UserError(gather(problems, "export cannot start:") if len(problems) > 1 else problems[0])
     if args.push_to_hub:
         from lite_dil.hub import check as check_name
 
         check_name(args.push_to_hub)
+
+
+def _not_free(output: Path) -> list[str]:
+    """Return what is wrong with --output: what is made there takes the place of an empty folder, and of nothing else."""
+    if output.name in ("", "..") or output.is_symlink() or output.is_mount():
+        return [f"--output {output}: expected the name of a new folder"]
+    return [
+        f"--output: {folder} is there already; give a new folder"
+        for folder, mark in ((output, ""), (_refused(output), "export.json"))
+        if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (mark and (folder / mark).is_file())))
+    ]
 
 
 def _refused(output: Path) -> Path:
@@ -154,22 +191,27 @@ def _refused(output: Path) -> Path:
 
 def _next(format: str, made: Path) -> str:
     """Return how to load what was made, in three lines."""
+    path, folder = shlex.quote(str(made)), json.dumps(str(made), ensure_ascii=False)  # for a shell, and for Python
     if format == "adapter":
         config = json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))
         if "peft_type" not in config:
-            return f'  mlx_lm.generate --model {config["model"]} --adapter-path {made} --prompt "Hello"'
+            return f'  mlx_lm.generate --model {shlex.quote(config["model"])} --adapter-path {path} --prompt "Hello"'
         return (
             "  from peft import AutoPeftModelForCausalLM\n"
-            f'  model = AutoPeftModelForCausalLM.from_pretrained("{made}")  # on {config["base_model_name_or_path"]}'
+            f"  model = AutoPeftModelForCausalLM.from_pretrained({folder})  # on {config['base_model_name_or_path']}"
         )
     if format == "merged":
         return (
             "  from transformers import pipeline\n"
-            f'  chat = pipeline("text-generation", "{made}")\n'
+            f'  chat = pipeline("text-generation", {folder})\n'
             '  print(chat([{"role": "user", "content": "Hello"}])[0]["generated_text"][-1]["content"])'
         )
     if format == "mlx":
-        return f'  mlx_lm.generate --model {made} --prompt "Hello"'
+        return f'  mlx_lm.generate --model {path} --prompt "Hello"'
+    file = next(made.glob("*.gguf"))
     if format == "gguf":
-        return f"  llama-cli -m {next(made.glob('*.gguf'))}"
-    return f"  cd {made}\n  ollama create {made.name.lower()} -f Modelfile\n  ollama run {made.name.lower()}"
+        return f"  llama-cli -m {shlex.quote(str(file))}"
+    from lite_dil.ollama import model_name
+
+    name = model_name(file.name)
+    return f"  cd {path}\n  ollama create {name} -f Modelfile\n  ollama run {name}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil.backends import Backend
+from lite_dil.backends import MAX_STRENGTH, Backend
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
 from lite_dil.data import EMBEDDED, RowError
@@ -50,8 +50,8 @@ class Check:
         mean, max: of |exported - trained| log-prob over the tokens.
         tolerance: what `mean` may be.
         effect: mean of |trained - bare model|: what the adapter does to these tokens.
-        share: how much of that the exported model does: the slope of (exported - bare) over (trained - bare). 1 where it is
-            the trained model, 0 where the adapter was lost, 2 where it was merged twice.
+        share: how much of that the exported model does: (exported - bare) over (trained - bare), see `Trained.compare`. 1
+            where it is the trained model, 0 where the adapter was lost, 2 where it was merged twice.
         share_error: standard error of `share`.
     """
 
@@ -68,31 +68,44 @@ class Check:
     @property
     def ok(self) -> bool:
         """Whether the exported model is the trained one, as far as these tokens tell."""
-        allowed = SHARE_4BIT if self.tolerance >= TOLERANCES["4-bit"] else SHARE
-        near = abs(self.share - 1) <= allowed + CHANCE * self.share_error
-        return bool(self.mean <= self.tolerance and near)  # NaN is not
+        return bool(self.mean <= self.tolerance and abs(self.share - 1) <= self._allowed)  # NaN is not
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether `share` would have told of a lost adapter. One that is barely trained may do less than rounding does."""
+        return self._allowed < 1
+
+    @property
+    def _allowed(self) -> float:
+        """How far from 1 `share` may be."""
+        return (SHARE_4BIT if self.tolerance >= TOLERANCES["4-bit"] else SHARE) + CHANCE * self.share_error
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures for export.json; what is not finite becomes None."""
-        figures = asdict(self) | {"ok": self.ok}
+        figures = asdict(self) | {"ok": self.ok, "conclusive": self.conclusive}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
     def __str__(self) -> str:
+        doubt = "" if self.conclusive else "; too little to tell whether it is there: compare more rows, by --check-rows"
         return (
             f"{self.tokens} tokens of {self.rows} rows of {self.data}: log-probs differ by {self.mean:.2g} nats a token on "
             f"average (at most {self.tolerance:g} allowed), {self.max:.2g} at worst; the adapter changes them by "
-            f"{self.effect:.2g}, of which {self.share:.2f} +- {self.share_error:.2f} is there (1 is all of it)"
+            f"{self.effect:.2g}, of which {self.share:.2f} +- {self.share_error:.2f} is there (1 is all of it){doubt}"
         )
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained model's figures: log-probs of the rows' response tokens with the adapter and without it, (tokens,)."""
+    """The trained model's figures: log-probs of the rows' response tokens with the adapter and without it, (tokens,).
+
+    `change` is how they change with the adapter's strength, measured at two others.
+    """
 
     examples: list[Example]
     data: str
     policy: np.ndarray
     bare: np.ndarray
+    change: np.ndarray
     dtype: str  # that it computes in
 
     @property
@@ -101,16 +114,22 @@ class Trained:
         return [(example.prompt, response) for example in self.examples for response in example.responses]
 
     def compare(self, exported: Sequence[np.ndarray], tolerance: float) -> Check:
-        """Compare with the exported model's log-probs of `sequences`."""
+        """Compare with the exported model's log-probs of `sequences`.
+
+        The share of the effect is not the plain slope of (exported - bare) over (trained - bare). Both of these differences,
+        and the one to `policy`, hold the rounding of the trained model's own passes, which pulls that slope to 1/2 where an
+        adapter does no more than rounding: what is right would be refused. `change` goes with the adapter's effect and was
+        rounded in passes of its own, so it serves as the instrumental variable: share = 1 + cov(change, exported - trained) /
+        cov(change, trained - bare). The standard error does not take the tokens for equally noisy (White, 1980).
+        """
         there = np.concatenate(exported).astype(np.float64)
         difference = there - self.policy
         effect = self.policy - self.bare
-        x, y = effect - effect.mean(), difference - difference.mean()
-        power = float(x @ x)
+        x, y, z = (values - values.mean() for values in (effect, difference, self.change))
+        common = abs(float(z @ x))
         # Without an effect that varies, all of it is there and nothing can be told.
-        slope = float(x @ y) / power if power else 0.0
-        rest = y - slope * x
-        error = float(np.sqrt(rest @ rest / max(1, len(y) - 2) / power)) if power else float("inf")
+        slope = float(z @ y) / float(z @ x) if common else 0.0
+        error = float(np.linalg.norm(z * (y - slope * x))) / common if common else float("inf")
         return Check(
             rows=len(self.examples),
             tokens=len(there),
@@ -125,15 +144,28 @@ class Trained:
 
 
 def measure(backend: Backend, examples: list[Example], data: str) -> Trained:
-    """Compute the figures of a model in memory, row by row."""
+    """Compute the figures of a model in memory, row by row.
 
-    def logps() -> np.ndarray:
+    Raises:
+        UserError: they are not finite.
+    """
+    strength = backend.strength
+
+    def logps(times: float) -> np.ndarray:
+        backend.set_strength(times * strength)
         return np.concatenate([backend.token_logps(Batch.of([example])) for example in examples]).astype(np.float64)
 
-    policy = logps()
-    with backend.adapter_off():
-        bare = logps()
-    return Trained(examples, data, policy, bare, backend.dtype_name)
+    policy, bare = logps(1), logps(0)
+    # On both sides of the strength that is asked for, so that their rounding has as much to do with that of `policy`.
+    more, less = (1.5, 0.5) if 1.5 * strength <= MAX_STRENGTH else (0.75, 0.25)
+    change = logps(more) - logps(less)
+    backend.set_strength(strength)
+    if not np.isfinite(policy).all():
+        raise UserError(
+            "the trained model's own log-probs are not finite numbers, so there is nothing to compare with; its training may "
+            "have diverged: export an earlier checkpoint"
+        )
+    return Trained(examples, data, policy, bare, change, backend.dtype_name)
 
 
 def held_out(
@@ -158,13 +190,15 @@ def held_out(
 
 def _sources(source: Source, data: str | None) -> Iterator[tuple[str, str, TrainConfig]]:
     """Return where rows may come from, the best first, with the split and the settings to read them by."""
-    if data:
-        yield data, "test", TrainConfig(max_length=source.config.max_length)
-        return
+    config = TrainConfig(max_length=source.config.max_length)
     if source.run:
         from lite_dil.options import read_yaml
 
         config = TrainConfig(**read_yaml(source.run.path / "config.yaml"))
+    if data:
+        yield data, "test", config
+        return
+    if source.run:
         if config.eval_data:
             yield config.eval_data, "test", config
         if config.data != EMBEDDED:

@@ -38,6 +38,8 @@ class Export:
         assert source.adapter is not None  # --adapter is required
         self.args, self.work, self.made, self.say = args, work, made, say
         self.format: str = args.format
+        # Both are called as --output is: llama.cpp's converter takes a folder's name for the model's.
+        self.merged = made if self.format == "merged" else work / "merged" / made.name
         self.backend = backends.resolve(source.config.backend)
         self.to: str | None = None
         if self.format == "adapter":
@@ -48,6 +50,8 @@ class Export:
         self.checkpoint: merge.Checkpoint | None = None
         if self.format != "adapter":
             self.checkpoint = merge.Checkpoint.open(folder_of(self.model), source.config.model)
+        if self.checkpoint is not None and self.reader == "gguf":
+            self._check_gguf(self.checkpoint)
         self.source = self._as_exported(source)
         self.facts: dict[str, Any] = {
             "lite_dil": __version__,
@@ -89,6 +93,16 @@ class Export:
             raise UserError(f"{what} is checked by {needed}: {fix}{instead}" if instead else f"{what} needs {needed}: {fix}")
         return reader
 
+    def _check_gguf(self, checkpoint: merge.Checkpoint) -> None:
+        """Raise UserError, before the work, where the model cannot be made into a GGUF file, or its template into Ollama's."""
+        from lite_dil import gguf_export
+
+        gguf_export.check(checkpoint.folder, checkpoint.tensors, self.args.llama_cpp, logps=not self.args.no_check)
+        if self.format == "ollama":
+            from lite_dil.ollama import probe
+
+            probe(load_tokenizer(str(checkpoint.folder)))
+
     def _as_exported(self, source: Source) -> Source:
         """Return the source with the model that is merged into, and say where that is not the one that was trained."""
         config, checkpoint = source.config, self.checkpoint
@@ -100,9 +114,15 @@ class Export:
             if config.load_in_4bit or config.head_bits:
                 self.say("--merge-into original: training had these weights in fewer bits, so what is made is another model")
             return replace(source, config=replace(config, load_in_4bit=False, head_bits=None))
-        if config.head_bits and checkpoint is not None and checkpoint.tied and self.backend != "mlx":
-            self.say(f"the output head, in {config.head_bits} bits in training, is the embedding table too: it stays whole")
-            return replace(source, config=replace(config, head_bits=None))
+        if config.head_bits:
+            why = ""
+            if checkpoint is None and not self.backend == self.reader == "mlx":
+                why = f"where {self.to} loads the adapter it is whole"
+            elif checkpoint is not None and checkpoint.tied and self.backend != "mlx":
+                why = "it is the embedding table too and stays whole"
+            if why:
+                self.say(f"the output head had {config.head_bits} bits in training; {why}, also for the check")
+                return replace(source, config=replace(config, head_bits=None))
         return source
 
     def _from_trained(self) -> Trained | None:
@@ -130,9 +150,8 @@ class Export:
         planned = merge.plan(checkpoint, adapter, dense, dtype, self.source.config.model)
         self._need_disk(sum(tensor.nbytes for tensor in planned))
         self.say(f"merging the adapter into {len(adapter.weights)} layers" + (f", {len(dense)} dequantised" if dense else ""))
-        folder = self.made if self.format == "merged" else self.work / "merged"
-        folder.mkdir(exist_ok=True)
-        merge.write(folder, planned, checkpoint, dtype)
+        self.merged.mkdir(parents=True, exist_ok=True)
+        merge.write(self.merged, planned, checkpoint, dtype)
         self.facts |= {"dtype": dtype or checkpoint.dtype, "dequantised_weights": len(dense)}
 
     def _need_disk(self, merged: int) -> None:
@@ -176,23 +195,22 @@ class Export:
 
     def _convert(self) -> None:
         """Make of the merged folder what is asked for."""
-        merged = self.work / "merged"
         if self.format == "mlx":
             self.say("writing the MLX model")
-            _library("mlx").write_model(merged, self.made, self.args.bits)
+            _library("mlx").write_model(self.merged, self.made, self.args.bits)
             self.facts["bits"] = self.args.bits
             return
         from lite_dil import gguf_export
 
         file, kind = self._gguf(), self._outtype()
-        gguf_export.convert(merged, file, kind, self.args.llama_cpp, self.say)
+        gguf_export.convert(self.merged, file, kind, self.args.llama_cpp, self.say)
         self.facts["outtype"] = kind
         if self.format == "ollama":
             from lite_dil.ollama import write_modelfile
 
-            defaults = merged / "generation_config.json"
+            defaults = self.merged / "generation_config.json"
             settings = json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else None
-            write_modelfile(self.made, file.name, load_tokenizer(str(merged)), settings)
+            write_modelfile(self.made, file.name, load_tokenizer(str(self.merged)), settings)
 
     def _logps(self, trained: Trained) -> list[np.ndarray]:
         """Return the log-probs by what was made, loaded by the programs that it is for."""
@@ -203,7 +221,7 @@ class Export:
         library = _library(self.reader)
         if self.format != "adapter":
             return library.model_logps(self.made, trained.sequences)
-        config = self.source.config if self._same_library() else replace(self.source.config, dtype="auto", head_bits=None)
+        config = self.source.config if self._same_library() else replace(self.source.config, dtype="auto")
         return library.adapter_logps(self.model, self.made, config, trained.sequences)
 
     def _tolerance(self, trained: Trained) -> float:
@@ -213,9 +231,9 @@ class Export:
 
             return TOLERANCES[self._outtype()] + tolerance(self.facts["dtype"], trained.dtype)
         if self.format == "adapter":
-            config = self.source.config
-            coarse = not self._same_library() and (config.load_in_4bit or config.head_bits)
-            return tolerance("4-bit" if coarse else "bfloat16" if not self._same_library() else trained.dtype, trained.dtype)
+            if self._same_library():
+                return tolerance(trained.dtype)
+            return tolerance("4-bit" if self.source.config.load_in_4bit else "bfloat16", trained.dtype)
         made = f"{self.args.bits}-bit" if self.args.bits else self.facts["dtype"]
         return tolerance(made, trained.dtype)
 

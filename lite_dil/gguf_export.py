@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from lite_dil import gguf_vocabulary, gguf_weights
 from lite_dil.errors import UserError, first_line
 from lite_dil.models import load_tokenizer
+from lite_dil.tensors import Stored
 
 # Kind of numbers -> its name in a GGUF file's general.file_type. All are what llama.cpp's converter makes too.
 KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -68,6 +69,22 @@ def convert(merged: Path, target: Path, kind: str, llama_cpp: Path | None, say: 
         made.unlink(missing_ok=True)
 
 
+def check(model: Path, found: Mapping[str, Stored], llama_cpp: Path | None, logps: bool) -> None:
+    """Raise UserError where `convert` would refuse a model, as far as that can be known before its merged weights are there.
+
+    Args:
+        model: the folder of the model, not merged yet.
+        found: the tensors in it.
+        logps: whether `token_logps` is to follow.
+    """
+    if find_converter(llama_cpp) is None:
+        _need_gguf()
+        gguf_weights.read_config(model)
+        gguf_vocabulary.read(load_tokenizer(str(model)), gguf_weights.vocabulary_rows(found), lambda line: None)
+    if logps:
+        _reader()
+
+
 def find_converter(llama_cpp: Path | None) -> Path | None:
     """Return llama.cpp's converter, or None where there is none.
 
@@ -93,14 +110,13 @@ def _run(converter: Path, merged: Path, made: Path, kind: str) -> None:
 
 
 def _write(merged: Path, made: Path, kind: str, name: str, say: Callable[[str], None]) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError('GGUF files are written with the gguf package: pip install "lite-dil[gguf]"')
+    _need_gguf()
     import gguf
 
     config = gguf_weights.read_config(merged)
     found = gguf_weights.tensors(merged)
     planned = gguf_weights.plan(config, found)
-    rows = next(tensor.shape[0] for key, tensor in found.items() if key.endswith("embed_tokens.weight"))
+    rows = gguf_weights.vocabulary_rows(found)
     vocabulary = gguf_vocabulary.read(load_tokenizer(str(merged)), rows, say)
     if getattr(config, "sliding_window", None) and config.model_type == "mistral":
         say(f"note: the format has no sliding window for this model; beyond {config.sliding_window} tokens it would differ")
@@ -125,6 +141,11 @@ def _write(merged: Path, made: Path, kind: str, name: str, say: Callable[[str], 
             writer.write_tensor_data(gguf.quantize(values, stored))
     finally:
         writer.close()
+
+
+def _need_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError('GGUF files are written with the gguf package: pip install "lite-dil[gguf]"')
 
 
 def _check_tokens(made: Path, merged: Path) -> None:
@@ -155,13 +176,20 @@ def token_logps(path: Path, sequences: Sequences, say: Callable[[str], None]) ->
     Raises:
         UserError: neither is installed, or the file cannot be loaded.
     """
-    if importlib.util.find_spec("llama_cpp") is not None:
+    if _reader() == "llama.cpp":
         say(f"reading {path.name} with llama.cpp")
         return _by_llama_cpp(path, sequences)
-    if importlib.util.find_spec("torch") is None:
-        raise UserError(f"{path} can be checked with llama-cpp-python or with torch: pip install llama-cpp-python")
     say(f"reading {path.name} with transformers (llama-cpp-python is not installed)")
     return _by_transformers(path, sequences)
+
+
+def _reader() -> str:
+    """Return what reads GGUF files here. Raises UserError where nothing does."""
+    if importlib.util.find_spec("llama_cpp") is not None:
+        return "llama.cpp"
+    if any(importlib.util.find_spec(module) is None for module in ("torch", "gguf", "accelerate")):
+        raise UserError("a GGUF file is checked with llama-cpp-python, or with torch: pip install llama-cpp-python")
+    return "transformers"
 
 
 def open_file(path: Path, **options: Any) -> Any:

