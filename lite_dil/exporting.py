@@ -24,7 +24,8 @@ from lite_dil.tuned import Source, Tuned
 
 CHECK_ROWS = 8
 OUTTYPE = "q8_0"
-_GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # so that a weight is rounded once
+# So that a weight is rounded once, and to q8_0 by way of the finer of the 16-bit types: bfloat16 rounds small changes away.
+_GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
 
 
 class Export:
