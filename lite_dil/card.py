@@ -21,7 +21,7 @@ from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.objectives import DIL_FAMILY, OBJECTIVES
 from lite_dil.options import read_yaml
 from lite_dil.run import RunFolder
-from lite_dil.story import FACTS
+from lite_dil.story import FACTS, with_error
 from lite_dil.tuned import Source
 
 # What the embedded model is on the hub; it was made from a package, which has no card.
@@ -185,8 +185,9 @@ def _training(options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iter
         f"source of the loss: {objective.source}",
         f"constants: {', '.join([*constants, 'log-ratio: ' + str(options['logp_reduction']) + ' over the tokens'])}",
         f"LoRA: {lora}" + (f", dropout {options['lora_dropout']:g}" if options.get("lora_dropout") else ""),
-        f"base weights in training: {'4 bits' if options['load_in_4bit'] else '16 or 32 bits'}, computed in "
-        f"{options['dtype']} on {options['backend']}",
+        f"base weights in training: {'4 bits' if options['load_in_4bit'] else 'as the base model has them'}"
+        + (f", the output head in {options['head_bits']} bits" if options.get("head_bits") else "")
+        + f", computed in {options['dtype']} on {options['backend']}",
         f"{steps} of {options['batch_size'] * options['gradient_accumulation_steps']} examples, learning rate "
         f"{options['learning_rate']:g} ({options['lr_scheduler_type']}), at most {options['max_length']} tokens, "
         f"seed {options['seed']}",
@@ -207,8 +208,8 @@ def _data(text: str, facts: dict[str, Any] | None) -> str:
 
 def _step(source: Source) -> float:
     """Return the step of the adapter: a checkpoint's own, or the run's last."""
-    found = [part for part in (source.adapter.parts if source.adapter else ()) if re.fullmatch(r"step-\d+", part)]
-    return int(found[-1].removeprefix("step-")) if found else math.inf
+    found = re.search(r"/checkpoints/step-(\d+)/adapter$", source.adapter.absolute().as_posix()) if source.adapter else None
+    return int(found[1]) if found else math.inf
 
 
 def _figures(run: RunFolder, last: float, options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -223,8 +224,7 @@ def _figures(run: RunFolder, last: float, options: dict[str, Any], facts: dict[s
 
     yield f"### Held-out figures after step {held_out.get('step')[lines[-1]]:.0f}"
     if "held out" in facts and (accuracy := figure("rewards/accuracies")) is not None:
-        pairs = facts["held out"]["examples"]
-        error = math.sqrt(accuracy * (1 - accuracy) / pairs)
+        _, error, pairs = with_error(accuracy, facts["held out"], options)
         yield (
             f"Accuracy {accuracy:.3f} (standard error {error:.3f}, {pairs:,} pairs): the share of pairs where the chosen "
             "answer gained more than the rejected one."

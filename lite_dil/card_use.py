@@ -57,7 +57,7 @@ tokenizer = AutoTokenizer.from_pretrained({model})
             )
         return text
     if kind == "mlx-lm":
-        return f"""\
+        text = f"""\
 ```python
 from mlx_lm import generate, load
 
@@ -66,6 +66,12 @@ model, tokenizer = load({model}, adapter_path=here)
 {mlx}
 {_MLX}
 ```"""
+        if options.get("load_in_4bit"):
+            text += (
+                "\n\nIn training the base model was in 4 bits (groups of 64), which `mlx_lm.convert --quantize` makes of it. "
+                "In 16 bits its answers differ a little."
+            )
+        return text
     if kind == "merged":
         return f"""\
 ```python

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from rich.table import Table
+from rich.text import Text
 
+from lite_dil import story
 from lite_dil.progress import Display
 from lite_dil.samples import read_samples
 from lite_dil.story import SAMPLES
@@ -21,20 +23,13 @@ def show(trained: Trained, display: Display) -> None:
             table.add_column(heading, overflow="fold", ratio=1 if heading == "question" else 2)
         for sample in samples[:SHOWN]:
             question = sample.prompt if isinstance(sample.prompt, str) else sample.prompt[-1]["content"]
-            table.add_row(*(_plain(text) for text in (question, sample.before, sample.after)))
+            table.add_row(*(Text(_short(text or "")) for text in (question, sample.before, sample.after)))
         display.console.print(table)
         before, after = (sum(getattr(s, n) for s in samples) / len(samples) for n in ("before_tokens", "after_tokens"))
         display.say(f"answer length: {before:.0f} tokens before, {after:.0f} after (mean of {len(samples)})")
-    if figures := trained.evaluation:
-        display.say(
-            f"held-out pairs: accuracy {figures['eval_rewards/accuracies']:.3f} (the chosen answer gained more than the "
-            f"rejected one), log-ratio {figures['eval_log_ratio/chosen']:+.3f} chosen, "
-            f"{figures['eval_log_ratio/rejected']:+.3f} rejected, nats a token"
-        )
+    display.say(story.outcome(story.read_record(trained.folder.path)))
     display.say(f"all of it on one page: {trained.folder.path / REPORT}")
 
 
-def _plain(text: str, limit: int = 400) -> str:
-    from rich.markup import escape
-
-    return escape(text if len(text) <= limit else f"{text[:limit].rstrip()} ...")
+def _short(text: str, limit: int = 400) -> str:
+    return text if len(text) <= limit else f"{text[:limit].rstrip()} ..."

@@ -54,7 +54,7 @@ def push(folder: Path, repo: str, private: bool, say: Callable[[str], None]) -> 
     say(f"uploading {folder} ({size / 1e6:,.1f} MB) to {repo}")
     api = HfApi()
     try:
-        url = api.create_repo(repo, private=private, exist_ok=True)
+        url = api.create_repo(repo, private=private or None, exist_ok=True)  # None is what the owner has set for new ones
         if private and not api.model_info(repo).private:
             raise UserError(
                 f"--push-to-hub {repo}: it is there already and public, so nothing was uploaded; leave --private out"

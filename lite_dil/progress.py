@@ -19,7 +19,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print one line of text as it stands."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, emoji=False)
 
     @contextmanager
     def bar(self, steps: int, done: int) -> Iterator[Bar]:

@@ -67,8 +67,9 @@ class Intake:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """The prompts that were kept."""
-        return [prompt for _, prompt in self._kept.values()]
+        """The prompts that were kept: one without room would leave all of them no more than it has."""
+        roomy = [prompt for order, prompt in self._kept.values() if order < 1]
+        return roomy or [prompt for _, prompt in self._kept.values()]
 
     def facts(self, use: str, source: str, data: DataSet) -> dict[str, Any]:
         """Return what the report says of a data set; `use` is "training" or "held out"."""

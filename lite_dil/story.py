@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lite_dil.config import flag
 from lite_dil.history import History, read_history
 from lite_dil.objectives import OBJECTIVES
 from lite_dil.samples import Sample, read_samples
@@ -16,6 +17,8 @@ FACTS, SAMPLES = "report.json", "report_samples.jsonl"
 _MEMORISED = 0.2  # of what the training loss fell: how far the held-out loss may rise again before it is said
 _GAP = 0.15  # between the accuracies of training and held out, before it is said
 _LONGER = 1.5  # times the tokens of before, before it is said
+# The losses of pairs with a term of the chosen answers' own likelihood, and its weight (docs/losses.md, docs/results.md).
+_LIKELIHOOD = {"cpo": "cpo_lambda", "slic": "slic_lambda"}
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,17 @@ class Record:
     def accuracy(self) -> tuple[float, float, int] | None:
         """The last held-out accuracy, its standard error, and the number of pairs; None without held-out pairs."""
         value, data = self.history.held_out.last("eval_rewards/accuracies"), self.data("held out")
-        if value is None or data is None:
-            return None
-        number = int(data["examples"])
-        return value, math.sqrt(max(value * (1 - value), 0.0) / number), number
+        return None if value is None or data is None else with_error(value, data, self.config)
+
+
+def with_error(accuracy: float, data: dict[str, Any], config: dict[str, Any]) -> tuple[float, float, int]:
+    """Return an accuracy with its standard error and the number of pairs that it is of.
+
+    Pairs of one prompt, of which ``--sample-rejected`` may draw several, share their chosen answer and are not independent:
+    the error counts each prompt once, which is never too little.
+    """
+    examples = int(data["examples"])
+    return accuracy, math.sqrt(max(accuracy * (1 - accuracy), 0.0) / examples), examples * (config.get("sample_rejected") or 1)
 
 
 def read_record(folder: Path) -> Record:
@@ -75,15 +85,17 @@ def what(record: Record) -> str:
     kinds = {"pairs": "pairs of answers", "unpaired": "good and bad answers", "demonstrations": "good answers"}
     title = OBJECTIVES[config["loss"]].title
     steps = f"{history.step:,} of {facts['steps']:,} steps"
+    rank = f" of rank {config['lora_r']}" if config["lora_r"] else f", gone on with from {config['init_adapter']},"
     text = (
-        f"A LoRA adapter of rank {config['lora_r'] or 'the initial one'} for {config['model']}, trained with the loss "
+        f"A LoRA adapter{rank} for {config['model']}, trained with the loss "
         f"{config['loss']} ({title}) on {data.get('examples', 0):,} {kinds.get(data.get('form', ''), 'examples')} of "
         f"{config['data']}, on {facts['device']}. "
     )
     states = {
-        "running": f"The run is going on: {steps}.",
+        "running": f"The run is going on: {steps} when this was written.",
         "finished": f"It is finished: {steps}.",
         "stopped": f"It was stopped after {steps}, and saved; --resume {record.folder} goes on.",
+        "interrupted": f"It was cut off by Ctrl-C after {steps}; what came after its last checkpoint is not saved.",
         "diverged": f"It diverged after {steps}: {facts['why']}",
         "failed": f"It ended by an error after {steps}: {facts['why']}",
     }
@@ -132,9 +144,7 @@ def _chosen_falls(record: Record) -> str:
     if value is None or round(value, 3) >= 0:
         return ""
     names = "chosen" if record.history.train.recent("log_ratio/rejected") is not None else "good"
-    advice = "a lower --learning-rate or fewer --epochs"
-    if record.config["loss"] in ("dpo", "simpo", "cpo", "slic", "ipo", "f-dpo", "bpo"):
-        advice += ", or --loss lsif or ukl, which reward the chosen answers' own probability"
+    advice = f"a lower --learning-rate or fewer --epochs{_keeps_likely(record)}"
     where = "held out" if place == "held out" else "last training steps"
     return (
         f"The policy now gives the {names} answers less probability than {record.start}: {value:.3g} nats "
@@ -143,16 +153,29 @@ def _chosen_falls(record: Record) -> str:
     )
 
 
+def _keeps_likely(record: Record) -> str:
+    """Return which loss on this data, or which constant of the run's own, holds the chosen answers' likelihood up."""
+    loss, form = record.config["loss"], (record.data("training") or {}).get("form")
+    if OBJECTIVES[loss].data == "chosen":
+        return ""
+    if loss in _LIKELIHOOD:
+        return f", or a higher {flag(_LIKELIHOOD[loss])}, the weight of the chosen answers' likelihood"
+    others = ["sft"] if form == "unpaired" else [*_LIKELIHOOD, "sft"]
+    return f", or --loss {' or '.join(others)}, with a term of the chosen answers' own likelihood"
+
+
 def _chance(record: Record) -> str:
     if not record.accuracy:
         return ""
-    share, error, number = record.accuracy
-    if share - 2 * error > 0.5:
+    share, _, number = record.accuracy
+    # Two standard errors of a coin: those of the share itself are 0 where a few pairs are all right.
+    limit = 0.5 + 1 / math.sqrt((record.data("held out") or {})["examples"])
+    if share > limit:
         return ""
     return (
-        f"The held-out accuracy is not above chance: {share:.1%} of {number:,} pairs, where 50% and two standard errors are "
-        f"{0.5 + 2 * error:.1%}. What to try: more held-out pairs to see more clearly, more data or steps, or a higher "
-        "--learning-rate; lite-dil data shows whether the pairs contradict each other."
+        f"The held-out accuracy cannot be told from chance: {share:.1%} of {number:,} pairs, where chance reaches "
+        f"{min(limit, 1.0):.1%} (two standard errors above 50%). What to try: more held-out pairs to see more clearly, more "
+        "data or steps, or a higher --learning-rate; lite-dil data shows whether the pairs contradict each other."
     )
 
 
@@ -210,7 +233,10 @@ def _longer(record: Record) -> str:
             f". The chosen answers of the data are longer than the rejected ones ({tokens['chosen']['mean']:.0f} against "
             f"{tokens['rejected']['mean']:.0f} tokens), which teaches that"
         )
-    return f"{text}. What to try: pairs of like lengths, or --logp-reduction mean with a loss that sums."
+    if OBJECTIVES[record.config["loss"]].data == "chosen":
+        return f"{text}. What to try: shorter good answers, as it learns their lengths."
+    advice = "" if record.per == "token" else ", or --logp-reduction mean"
+    return f"{text}. What to try: chosen and rejected answers of like lengths{advice}."
 
 
 def _unseen(record: Record) -> str:

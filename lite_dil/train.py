@@ -114,6 +114,8 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
         return Trained(backend, encoder, folder, None, stopped=True)
     if not resume:
         folder.create(replace(config, dtype=backend.dtype_name))
+        for name in (trackers.IDS, SAMPLES):  # of a run that was killed before it saved, perhaps of another model
+            (folder.path / name).unlink(missing_ok=True)
         if data.skipped:
             folder.list_skipped(data.skipped)
         display.say(f"writing to {folder.path}")

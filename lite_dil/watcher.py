@@ -51,6 +51,8 @@ class Watcher:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, TrainingDiverged):
             self.facts |= {"state": "diverged", "why": str(error)}
+        elif isinstance(error, KeyboardInterrupt):
+            self.facts |= {"state": "interrupted"}
         elif error is not None:
             self.facts |= {"state": "failed", "why": str(error) if isinstance(error, UserError) else type(error).__name__}
         if error is not None:

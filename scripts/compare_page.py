@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from compare_settings import Comparison
 
 from lite_dil.figures import COLOURS, inked, svg
+from lite_dil.page import escaped
 
 MARKERS, LINES = "os^Dv*", ("-", "--", ":")
 
@@ -77,21 +77,21 @@ def render(
 ) -> str:
     """Return the page. Everything that comes from data, a model or a flag is escaped here."""
     config = next(iter(comparison.configs.values()))
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
-    body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in line) + "</tr>\n" for line in cells)
+    head = "".join(f'<th scope="col">{escaped(heading)}</th>' for heading in headings)
+    body = "".join("<tr>" + "".join(f"<td>{escaped(text)}</td>" for text in line) + "</tr>\n" for line in cells)
     seeds = ", ".join(map(str, comparison.seeds))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>lite-dil: {escape(", ".join(comparison.configs))}</title>
+<title>lite-dil: {escaped(", ".join(comparison.configs))}</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<h1>{escape(", ".join(comparison.configs))}</h1>
-<p>{escape(config.model)} on {escape(config.data)}, {comparison.steps} steps, seeds {escape(seeds)}; held out:
-{escape(str(config.eval_data))}.</p>
+<h1>{escaped(", ".join(comparison.configs))}</h1>
+<p>{escaped(config.model)} on {escaped(config.data)}, {comparison.steps} steps, seeds {escaped(seeds)}; held out:
+{escaped(config.eval_data)}.</p>
 <h2>What the numbers say</h2>
 {_list(sentences)}
 <h2>Held-out answers during training</h2>
@@ -104,21 +104,21 @@ def render(
 <h2>Answers to held-out prompts</h2>
 <p class="notes">Drawn at temperature 1, at most {comparison.sample_tokens} tokens; of the first seed.</p>
 {"".join(_answers(loss, pairs) for loss, pairs in samples.items())}
-<p class="where">Made by <code>{escape(comparison.again)}</code></p>
+<p class="where">Made by <code>{escaped(comparison.again)}</code></p>
 </body>
 </html>
 """
 
 
 def _list(texts: list[str]) -> str:
-    return "<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
+    return "<ul>" + "".join(f"<li>{escaped(text)}</li>" for text in texts) + "</ul>"
 
 
 def _answers(loss: str, pairs: list[dict[str, str]]) -> str:
     blocks = "".join(
-        f'<div class="prompt">{escape(pair["prompt"])}</div>\n<div class="two">'
-        f'<div><div class="who">reference</div><div class="text">{escape(pair["before"])}</div></div>'
-        f'<div><div class="who">{escape(loss)}</div><div class="text">{escape(pair["after"])}</div></div></div>\n'
+        f'<div class="prompt">{escaped(pair["prompt"])}</div>\n<div class="two">'
+        f'<div><div class="who">reference</div><div class="text">{escaped(pair["before"])}</div></div>'
+        f'<div><div class="who">{escaped(loss)}</div><div class="text">{escaped(pair["after"])}</div></div></div>\n'
         for pair in pairs
     )
-    return f"<details><summary>{escape(loss)}</summary>\n{blocks}</details>\n"
+    return f"<details><summary>{escaped(loss)}</summary>\n{blocks}</details>\n"

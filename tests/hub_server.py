@@ -91,7 +91,7 @@ class WritableHub(Hub):
     objects: dict[str, bytes]
     seen: list[tuple[str, str, str | None]]
     token: str
-    owner = "owner"
+    owner, default = "owner", False  # whether this owner's new repositories are private where nothing is said
     full = False
 
     def do_GET(self) -> None:
@@ -158,7 +158,8 @@ class WritableHub(Hub):
         new = name not in self.uploaded
         if new:
             self.uploaded[name] = {}
-            self.private[name] = asked.get("private", False) or asked.get("visibility") == "private"
+            private = asked.get("private", {"private": True, "public": False}.get(asked.get("visibility")))
+            self.private[name] = self.default if private is None else private
         answer = {"url": f"http://{self.headers['Host']}/{name}"}
         self._send(200 if new else 409, json.dumps(answer).encode())
 

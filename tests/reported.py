@@ -50,9 +50,13 @@ def make_run(
     form: str = "pairs",
     change: Callable[[dict[str, Any]], None] = lambda line: None,
     facts: dict[str, Any] | None = None,
+    held_out: int = 100,
     **options: Any,
 ) -> str:
-    """Write a run's files and its report, and return that. `text` stands in each place that data or a flag fills."""
+    """Write a run's files and its report, and return that. `text` stands in each place that data or a flag fills.
+
+    `held_out` is the number of held-out examples.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     made = replace(config(**options), model=text, data=text, eval_data=text if eval_steps else None, columns=text)
     clean = {
@@ -77,7 +81,10 @@ def make_run(
         "why": "",
         "steps": steps,
         **dict.fromkeys(("device", "layout", "machine", "software", "memory"), text),
-        "data": [_data("training", text, form), *([_data("held out", text, form)] if eval_steps else [])],
+        "data": [
+            _data("training", text, form),
+            *([_data("held out", text, form, held_out)] if eval_steps else []),
+        ],
     }
     (folder / FACTS).write_text(json.dumps(content | (facts or {})))
     prompts: list[Any] = [text, [{"role": text, "content": text}, {"role": "user", "content": None}]]
@@ -88,14 +95,14 @@ def make_run(
     return write_report(folder).read_text(encoding="utf-8")
 
 
-def _data(use: str, text: str, form: str) -> dict[str, Any]:
+def _data(use: str, text: str, form: str, examples: int = 100) -> dict[str, Any]:
     left_out = [{"reason": text, "rows": 2, "stories": [{"first": text, "message": text}]}]
     source = {"name": text, "weight": 0.5, "format": text, "kept": 100, "left_out": left_out}
     tokens = dict.fromkeys(("p50", "p90", "p95", "p99", "max", "mean"), 12.0)
     return {
         "use": use,
         "source": text,
-        "examples": 100,
+        "examples": examples,
         "form": form,
         "chat": True,
         "answers": {"chosen": 100, "rejected": 100},

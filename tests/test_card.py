@@ -152,8 +152,26 @@ def test_the_embedded_model_and_data(runs: dict[str, Path], tmp_path: Path) -> N
     assert "Rafailov" in text and "theorem" not in text
 
 
+def test_several_rejected_answers_a_prompt_are_pairs_and_not_prompts(runs: dict[str, Path], tmp_path: Path) -> None:
+    write_card(tmp_path, changed(runs["cpu"], tmp_path / "run", sample_rejected=4), "adapter", None, "")
+    _, text = card(tmp_path)
+    *_, last = map(json.loads, (runs["cpu"] / "metrics.jsonl").read_text().splitlines())
+    accuracy = last["eval_rewards/accuracies"]
+    assert f"(standard error {(accuracy * (1 - accuracy) / 6) ** 0.5:.3f}, 24 pairs)" in text
+
+
+@pytest.mark.parametrize(("backend", "how"), [("cpu", "BitsAndBytesConfig"), ("mlx", "mlx_lm.convert --quantize")])
+def test_fewer_bits_in_training_are_said(runs: dict[str, Path], tmp_path: Path, backend: str, how: str) -> None:
+    assert "4 bits" not in card(runs[backend] / "adapter")[1]
+    found = changed(runs[backend], tmp_path / "run", load_in_4bit=True, head_bits=8)
+    write_card(found.adapter, found, "adapter", None, "")  # type: ignore[arg-type]
+    _, text = card(tmp_path / "run" / "adapter")
+    assert "base weights in training: 4 bits, the output head in 8 bits, computed in" in text
+    assert how in text
+
+
 def test_figures_are_those_of_the_checkpoint(runs: dict[str, Path], tmp_path: Path) -> None:
-    run = Path(shutil.copytree(runs["cpu"], tmp_path / "run"))
+    run = Path(shutil.copytree(runs["cpu"], tmp_path / "step-1" / "run"))  # a folder of that name is no checkpoint
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         if "eval_loss" in line:

@@ -6,13 +6,16 @@ import ast
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from packaging.requirements import Requirement
 
 import lite_dil
 from lite_dil.models import EMBEDDED_MODEL
@@ -78,7 +81,8 @@ def test_it_runs_and_runs_again(tmp_path: Path) -> None:
         "MAX_STEPS": 2,
         "SAVE_STEPS": 1,
         # On a CPU 4 bits are slow, and one short answer is enough.
-        "MORE": ["--no-4bit", "--max-rows", "6", "--report-samples", "0"],
+        "READ": ["--max-rows", "6"],
+        "MORE": ["--no-4bit", "--report-samples", "0"],
         "QUESTIONS": ["What is the capital of France?"],
     }
     first = execute(tmp_path, **values)
@@ -102,6 +106,65 @@ def test_what_it_installs_is_there() -> None:
     project = (PATH.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     for extra in cell.partition('extras = "[')[2].partition("]")[0].split(","):
         assert f"\n{extra} = [" in project
+
+
+def code(mark: str) -> str:
+    """Return the code of the cell that holds `mark`."""
+    (cell,) = (cell.source for cell in notebook().cells if cell.cell_type == "code" and mark in cell.source)
+    return cell
+
+
+def test_the_stop_button_lets_a_command_save(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the kernel does it: KeyboardInterrupt here, and nothing to the command, which has a session of its own."""
+
+    def stop_when_ready(*texts: object, **options: Any) -> None:
+        print(*texts, **options)
+        if texts[0] == "ready\n":
+            raise KeyboardInterrupt
+
+    child = "import time\nprint('ready')\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('sav\u00e9d')"
+    cell: dict[str, Any] = {"print": stop_when_ready}
+    exec(code("def run("), cell)
+    with pytest.raises(KeyboardInterrupt):
+        cell["run"](sys.executable, "-c", child)
+    assert "savéd" in capsys.readouterr().out
+
+
+def test_on_colab_the_run_is_on_the_drive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the cell is run twice."""
+    mounted: list[str] = []
+    monkeypatch.setitem(sys.modules, "google", SimpleNamespace(colab=SimpleNamespace()))
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=SimpleNamespace(mount=mounted.append)))
+    cell: dict[str, Any] = {"sys": sys, "Path": Path, "OUTPUT": "lite-dil/run", "LOGIN": False}
+    for _ in range(2):
+        exec(code("google.colab"), cell)
+        assert cell["OUTPUT"] == Path("/content/drive/MyDrive/lite-dil/run")
+    assert mounted == ["/content/drive"] * 2
+
+
+@pytest.mark.parametrize(
+    ("source", "package"),
+    [
+        ("lite-dil", "lite-dil[cuda,gguf,hub]"),
+        ("git+https://example.com/x", "lite-dil[cuda,gguf,hub] @ git+https://example.com/x"),
+        ("/content/lite-dil", "/content/lite-dil[cuda,gguf,hub]"),
+    ],
+)
+def test_what_is_missing_is_installed_and_torch_is_kept(
+    source: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lite_dil" else object())
+    monkeypatch.setattr("importlib.metadata.version", lambda name: {"torch": "2.9.0+cu126"}[name])
+    ran: list[tuple[str, ...]] = []
+    exec(
+        code("extras = "),
+        {"sys": sys, "SOURCE": source, "run": lambda *words: ran.append(words), "lite_dil": lambda *words: ran.append(words)},
+    )
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--constraint", "keep.txt", package)
+    assert ran == [pip, ("--version",)]
+    assert (tmp_path / "keep.txt").read_text() == "torch==2.9.0+cu126"
+    Requirement(package.removeprefix("/content/"))
 
 
 def test_a_command_that_fails_stops_it(tmp_path: Path) -> None:

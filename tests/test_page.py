@@ -15,7 +15,7 @@ from reported import HOSTILE, make_run
 from lite_dil.history import POINTS, Columns, read_history
 from lite_dil.objectives import OBJECTIVES
 from lite_dil.page import escaped
-from lite_dil.story import outcome, read_record, warnings
+from lite_dil.story import outcome, read_record, warnings, what
 
 VOID = {"meta", "br", "path", "use", "rect"}
 
@@ -146,7 +146,14 @@ def set_line(**values: float) -> Any:
         ({"change": set_line(log_ratio__chosen=-0.3), "eval_steps": None}, "-0.3 nats a token (last training steps)"),
         ({"change": set_line(eval_log_ratio__chosen=-1), "loss": "dpo", "form": "pairs"}, "-1 nats an answer (held out)"),
         ({"change": set_line(log_ratio__chosen=-1), "eval_steps": None, "loss": "sft"}, "gives the good answers less"),
-        ({"change": set_line(eval_rewards__accuracies=0.57)}, "not above chance: 57.0% of 100 pairs, where 50% and two"),
+        (
+            {"change": set_line(eval_rewards__accuracies=0.57)},
+            "cannot be told from chance: 57.0% of 100 pairs, where chance reaches 60.0%",
+        ),
+        (
+            {"change": set_line(eval_rewards__accuracies=1), "held_out": 3},
+            "told from chance: 100.0% of 3 pairs, where chance r",
+        ),
         ({"change": set_line(eval_loss=lambda step: abs(step - 10) / 40)}, "best at step 10 (0) and has risen to 0.25"),
         (
             {"change": set_line(rewards__accuracies=1, eval_rewards__accuracies=0.7)},
@@ -164,6 +171,55 @@ def test_a_warning_where_there_is_reason(options: dict[str, Any], said: str, tmp
     assert "Nothing here looks wrong" not in page.text
 
 
+@pytest.mark.parametrize("loss", list(OBJECTIVES))
+@pytest.mark.parametrize("form", ["pairs", "unpaired", "demonstrations"])
+def test_the_advice_for_falling_chosen_answers_is_what_was_measured(loss: str, form: str, tmp_path: Path) -> None:
+    """docs/results.md: cpo, slic and sft raised the chosen answers' likelihood, and every other loss lowered it."""
+    make_run(tmp_path, loss=loss, form=form, change=set_line(eval_log_ratio__chosen=-1))
+    (text,) = (text for text in warnings(read_record(tmp_path)) if "less probability" in text)
+    said = text.partition("fewer --epochs")[2]
+    named = set(re.findall(r"[a-z-]+", said)) & set(OBJECTIVES)
+    own = {"cpo": "--cpo-lambda", "slic": "--slic-lambda"}
+    if loss in own:
+        assert f"a higher {own[loss]}" in said
+    elif loss in ("sft", "sft-occupancy"):
+        assert said == "."
+    else:
+        assert named == ({"sft"} if form == "unpaired" else {"cpo", "slic", "sft"})
+
+
+def test_several_rejected_answers_a_prompt_are_not_more_prompts(tmp_path: Path) -> None:
+    make_run(tmp_path, form="demonstrations", sample_rejected=4)
+    record = read_record(tmp_path)
+    assert record.accuracy is None  # the file has none of demonstrations
+    make_run(tmp_path, sample_rejected=4)
+    assert read_record(tmp_path).accuracy == pytest.approx((0.9, math.sqrt(0.9 * 0.1 / 100), 400))
+    assert "of 400 held-out pairs" in outcome(read_record(tmp_path))
+
+
+def test_a_run_that_goes_on_from_an_adapter_says_so(tmp_path: Path) -> None:
+    make_run(tmp_path, init_adapter="sft/adapter", reference="initial-adapter")
+    assert "A LoRA adapter, gone on with from sft/adapter, for" in what(read_record(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loss": "lsif"}, "rejected answers of like lengths."),
+        ({"loss": "dpo"}, "rejected answers of like lengths, or --logp-reduction mean."),
+        ({"loss": "sft-occupancy", "form": "demonstrations"}, "shorter good answers"),
+    ],
+)
+def test_the_advice_for_longer_answers_can_be_taken(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    from lite_dil.samples import Sample, read_samples, write_samples
+
+    make_run(tmp_path, **options)
+    path = tmp_path / "report_samples.jsonl"
+    write_samples(path, [Sample(**{**vars(sample), "after_tokens": 99}) for sample in read_samples(path)])
+    (text,) = (text for text in warnings(read_record(tmp_path)) if "longer" in text)
+    assert said in text
+
+
 def test_longer_answers_are_said(tmp_path: Path) -> None:
     from lite_dil.samples import Sample, read_samples, write_samples
 
@@ -178,6 +234,7 @@ def test_longer_answers_are_said(tmp_path: Path) -> None:
     ("state", "said"),
     [
         ("running", "The run is going on: 20 of 20 steps"),
+        ("interrupted", "It was cut off by Ctrl-C after 20 of 20 steps"),
         ("stopped", "was stopped after 20 of 20 steps"),
         ("diverged", "diverged after 20 of 20 steps: why &amp; so"),
         ("failed", "ended by an error after 20 of 20 steps: why &amp; so"),

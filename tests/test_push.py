@@ -81,6 +81,13 @@ def test_everything_arrives(hub: tuple[str, Any], folder: Path, private: bool) -
     assert run(address, folder, "owner/tuned").returncode == 0, "a second time, over what is there"
 
 
+def test_an_owner_whose_repositories_are_private_keeps_them_so(hub: tuple[str, Any], folder: Path) -> None:
+    address, server = hub
+    server.default = True
+    assert run(address, folder, "owner/tuned").returncode == 0
+    assert server.private == {"owner/tuned": True}
+
+
 def test_with_hf_xet_small_files_arrive_too(hub: tuple[str, Any], folder: Path) -> None:
     """What the hub takes for small goes by the same way; large files of hf_xet would need its own store."""
     address, server = hub

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -18,10 +19,13 @@ from safetensors.numpy import load_file
 from lite_dil.backends import Answer
 from lite_dil.cli import main
 from lite_dil.data import Row
-from lite_dil.errors import OutOfMemory
+from lite_dil.demo import show
+from lite_dil.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.examples import Encoder
+from lite_dil.progress import Display
 from lite_dil.run import RunFolder
 from lite_dil.samples import Intake, Samples, read_samples
+from lite_dil.train import Trained
 from lite_dil.watcher import Watcher, write_report
 
 MEASURED = {"tokens_per_second", "examples_per_second", "seconds_per_step", "peak_memory_mb", "reference_passes"}
@@ -208,14 +212,60 @@ def test_prompts_are_drawn_by_the_seed_each_once_and_with_room() -> None:
     lengths = sorted(len(prompt.ids) for prompt in intake(20).prompts)
     roomy = intake(5, max_length=128 + lengths[4]).prompts
     assert max(len(prompt.ids) for prompt in roomy) <= lengths[4] < lengths[-1]
+    # More prompts than have room: one without would cut the answers to all the others.
+    few = intake(10, max_length=128 + lengths[4]).prompts
+    assert few and max(len(prompt.ids) for prompt in few) <= lengths[4]
+    assert len(intake(10, max_length=10).prompts) == 10
 
 
-def test_an_error_ends_the_report_and_the_trackers(tmp_path: Path) -> None:
+def test_answers_of_a_run_that_saved_nothing_are_not_taken_for_this_ones(flags: list[str], tmp_path: Path) -> None:
+    """The next run in its folder may be of another model, and is another one for the trackers."""
+    folder = tmp_path / "run"
+    run(flags, folder, "--report-to", "tensorboard")
+    path, ids = folder / "report_samples.jsonl", (folder / "trackers.json").read_text()
+    before = path.read_text()
+    path.write_text(before.replace('"before": "', '"before": "of another model: '))
+    shutil.rmtree(folder / "adapter")
+    shutil.rmtree(folder / "checkpoints")
+    run(flags, folder, "--resume", "auto", "--report-to", "tensorboard")
+    assert path.read_text() == before
+    assert (folder / "trackers.json").read_text() != ids
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "said"),
+    [
+        (ZeroDivisionError(), "failed", "ended by an error after 20 of 20 steps: ZeroDivisionError"),
+        (UserError("no <room>"), "failed", "ended by an error after 20 of 20 steps: no &lt;room&gt;"),
+        (TrainingDiverged("why"), "diverged", "diverged after 20 of 20 steps: why"),
+        (KeyboardInterrupt(), "interrupted", "cut off by Ctrl-C after 20 of 20 steps"),
+    ],
+)
+def test_an_error_ends_the_report_and_the_trackers(error: BaseException, state: str, said: str, tmp_path: Path) -> None:
     from reported import make_run
 
     make_run(tmp_path / "run")
     facts = json.loads((tmp_path / "run" / "report.json").read_text()) | {"state": "running"}
     watcher = Watcher(RunFolder(tmp_path / "run"), config(), facts, None, [], print)  # type: ignore[arg-type]
-    with pytest.raises(ZeroDivisionError), watcher:
-        1 / 0  # noqa: B018
-    assert "ended by an error after 20 of 20 steps: ZeroDivisionError" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(type(error)), watcher:
+        raise error
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f">{state}<" in page and said in page
+
+
+@pytest.mark.parametrize("loss", ["lsif", "dpo", "sft"])
+def test_the_demo_shows_what_any_loss_has(loss: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from reported import make_run
+
+    make_run(tmp_path, loss=loss, form="demonstrations" if loss == "sft" else "pairs", text="[bold]tea[/] :tea:")
+    show(Trained(None, None, RunFolder(tmp_path), {}, stopped=False), Display())  # type: ignore[arg-type]
+    out = capsys.readouterr().out
+    assert "[bold]tea[/] :tea:" in out
+    assert "answer length: 20 tokens before, 30 after" in out
+    assert f"nats {'a token' if loss == 'lsif' else 'an answer'}" in out
+    assert ("held-out pairs" in out) == (loss != "sft")
+
+
+def test_what_is_said_stands_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    Display().say("prefs.jsonl:100: field 'chosen' [red]is[/] :cat:")
+    assert capsys.readouterr().out == "prefs.jsonl:100: field 'chosen' [red]is[/] :cat:\n"
