@@ -177,7 +177,7 @@ def _training(options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iter
         lora = f"gone on with from {code(public_name(options['init_adapter']))}; reference: {options['reference']}"
     else:
         lora = f"rank {options['lora_r']}, alpha {options['lora_alpha']:g}, on {code(options['target_modules'])}"
-    steps = f"{options['max_steps']} steps" if options.get("max_steps") else f"{options['epochs']:g} epochs"
+    steps = f"{options['max_steps']} steps" if options.get("max_steps") else f"{options['epochs']:g} times the data"
     lines = [
         f"data: {_data(options['data'], facts.get('training'))}",
         f"held-out data: {_data(options['eval_data'], facts.get('held out')) if options.get('eval_data') else 'none'}",

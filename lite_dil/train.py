@@ -190,18 +190,13 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
         if held_out and evaluation is None:  # a finished run, resumed
             evaluation = evaluator.run()
             watcher.look(progress.step)
-        folder.save_adapter(lambda path: _save_result(path, backend, Source(folder.adapter, folder, config)))
+        folder.save_adapter(backend.save_adapter)
+        write_card(folder.adapter, Source(folder.adapter, folder, config), "adapter", None, "")  # fit to be uploaded as it is
         if text := memory():
             display.say(text)
         watcher.finish(stopped=False, memory=text)
     display.say(f"adapter in {folder.adapter}, report in {folder.path / REPORT}")
     return Trained(backend, encoder, folder, evaluation, stopped=False)
-
-
-def _save_result(path: Path, backend: backends.Backend, source: Source) -> None:
-    """Write the adapter with its model card, fit to be uploaded as it is."""
-    backend.save_adapter(path)
-    write_card(path, source, "adapter", None, "")
 
 
 def _progress(examples: Sequence[Example], config: TrainConfig, resume: Path | None) -> Progress:
