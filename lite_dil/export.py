@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         dest="weights_dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="merged, mlx: type of the weights (default: the checkpoint's own); float16 keeps small changes that bfloat16 rounds "
-        "away",
+        help="merged, mlx: type of the weights (default: the checkpoint's own); float16 keeps small changes, which "
+        "bfloat16 rounds away",
     )
     group.add_argument(
         "--merge-into",
