@@ -86,7 +86,7 @@ class Check:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
     def __str__(self) -> str:
-        doubt = "" if self.conclusive else "; too little to tell whether it is there: compare more rows, by --check-rows"
+        doubt = "" if self.conclusive else "; too little to tell whether it is there at all: compare more rows (--check-rows)"
         return (
             f"{self.tokens} tokens of {self.rows} rows of {self.data}: log-probs differ by {self.mean:.2g} nats a token on "
             f"average (at most {self.tolerance:g} allowed), {self.max:.2g} at worst; the adapter changes them by "

@@ -190,7 +190,12 @@ class Session:
 
     def _take(self, prompt: Prompt, winner: Candidate, shown: list[Candidate]) -> None:
         count = self.labels.take(prompt, winner, shown)
-        self.display.say(f"{_count(count, 'pair')} written")
+        self.display.say(f"{_count(count, 'pair')} added")
+        if winner.cut:
+            self.display.say(
+                "beware: --max-new-tokens cut this answer, and training would teach the model to end there; u takes it "
+                "back, e edits it"
+            )
 
     def _written(self, prompt: Prompt, shown: list[Candidate], edit: bool) -> Candidate | None:
         """Return the user's own answer, or None where there is none that can be used."""

@@ -11,8 +11,8 @@
 * ``tokens``: for ``prompt``, ``chosen``, ``rejected`` and ``whole`` (the prompt once and its answers) the lengths ``p50``,
   ``p90``, ``p95``, ``p99``, ``max`` and ``mean``, before anything is cut; a side without answers is absent.
 * ``all_rows``: the tokens of all rows, cut: ``computed``, each prompt once, and ``trained``, those of the answers.
-* ``max_length``: ``given``; ``prompts_cut``, ``answers_cut``, ``examples_cut`` by it; the least that ``cuts_none`` and that
-  ``cuts_one_percent`` of the examples at most.
+* ``max_length``: ``given``; ``prompts_cut``, ``prompts_halved`` (less than half is left), ``answers_cut``, ``examples_cut`` by
+  it; the least that ``cuts_none`` and that ``cuts_one_percent`` of the examples at most.
 * ``length_bias`` (pairs alone): the shares ``chosen_longer`` and ``rejected_longer``, the ``mean_difference``, chosen less
   rejected, in tokens, and whether chosen is longer ``beyond_chance``.
 * ``duplicates``, ``contradictions``: ``rows`` with the prompt and the answers of an earlier row, and the same or the opposite
@@ -115,6 +115,7 @@ def _figures(config: TrainConfig, data: DataSet, survey: Survey) -> dict[str, An
         "max_length": {
             "given": config.max_length,
             "prompts_cut": survey.prompts_cut,
+            "prompts_halved": survey.prompts_halved,
             "answers_cut": survey.answers_cut,
             "examples_cut": survey.examples_cut,
             "cuts_none": enough_for(survey.needed, 0),
@@ -197,6 +198,12 @@ def _warnings(config: TrainConfig, found: dict[str, Any], has_template: bool) ->
         warnings.append(
             f"{count(repeats['rows'], 'row')} exactly as an earlier row (first {repeats['first']}, as {repeats['earlier']}): "
             "what is there twice counts twice"
+        )
+    if lost := found["max_length"]["prompts_halved"]:
+        warnings.append(
+            f"{count(lost, 'prompt')} of which --max-length {config.max_length} leaves less than half, because the answers "
+            f"need the room: they are learned without their questions; --max-length {found['max_length']['cuts_none']} cuts "
+            "none"
         )
     if cut := found["max_length"]["answers_cut"]:
         warnings.append(

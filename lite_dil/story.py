@@ -17,6 +17,7 @@ FACTS, SAMPLES = "report.json", "report_samples.jsonl"
 _MEMORISED = 0.2  # of what the training loss fell: how far the held-out loss may rise again before it is said
 _GAP = 0.15  # between the accuracies of training and held out, before it is said
 _LONGER = 1.5  # times the tokens of before, before it is said
+_CUT = 0.1  # of the examples, from which a cut is worth a word
 # The losses of pairs with a term of the chosen answers' own likelihood, and its weight (docs/losses.md, docs/results.md).
 _LIKELIHOOD = {"cpo": "cpo_lambda", "slic": "slic_lambda"}
 
@@ -114,7 +115,7 @@ def outcome(record: Record) -> str:
             f"In {share:.1%} of {number:,} held-out pairs (give or take {error:.1%}, one standard error) the chosen answer "
             "gained more probability than the rejected one; chance is 50%."
         )
-    elif (trained := record.history.train.recent("rewards/accuracies")) is not None:
+    elif (trained := record.history.train.recent("rewards/accuracies")) is not None and record.history.step > 1:
         parts.append(f"In {trained:.1%} of the last training pairs the chosen answer gained more than the rejected one.")
     if chosen is not None:
         kind = "chosen" if rejected is not None else "good"
@@ -135,7 +136,8 @@ def _article(unit: str) -> str:
 
 def warnings(record: Record) -> list[str]:
     """Return what to look at, each with what to try."""
-    found = [_skipped(record), _chosen_falls(record), _chance(record), *_memorised(record), _longer(record), _unseen(record)]
+    found = [_skipped(record), _chosen_falls(record), _chance(record), *_memorised(record), _longer(record)]
+    found += [_cut(record), _unseen(record)]
     return [text for text in found if text]
 
 
@@ -237,6 +239,18 @@ def _longer(record: Record) -> str:
         return f"{text}. What to try: shorter good answers, as it learns their lengths."
     advice = "" if record.per == "token" else ", or --logp-reduction mean"
     return f"{text}. What to try: chosen and rejected answers of like lengths{advice}."
+
+
+def _cut(record: Record) -> str:
+    data = record.data("training") or {}
+    prompts, answers = data.get("prompts_cut", 0), data.get("answers_cut", 0)
+    if max(prompts, answers) <= _CUT * data.get("examples", 0):
+        return ""
+    return (
+        f"--max-length cut {prompts:,} prompts, at their start, and the answers of {answers:,} of {data['examples']:,} "
+        "examples: what is gone cannot be learned, and answers without an end teach the model to ramble. What to try: a "
+        "larger --max-length; lite-dil data tells which cuts none."
+    )
 
 
 def _unseen(record: Record) -> str:

@@ -48,7 +48,7 @@ class Survey:
         self.encoder = encoder
         self.prompt, self.whole, self.needed = array("i"), array("i"), array("i")
         self.answers = {CHOSEN: array("i"), REJECTED: array("i")}
-        self.prompts_cut = self.answers_cut = self.examples_cut = self.computed = self.trained = 0
+        self.prompts_cut = self.prompts_halved = self.answers_cut = self.examples_cut = self.computed = self.trained = 0
         self.marks: Counter[str] = Counter()
         self.first_with: dict[str, str] = {}
         # The first example, and the first with another prompt: what a loss needs that compares answers to different prompts.
@@ -73,6 +73,7 @@ class Survey:
         prompt_cut = len(cut.prompt) < len(whole.prompt)
         self.answers_cut += answers_cut
         self.prompts_cut += prompt_cut
+        self.prompts_halved += 2 * len(cut.prompt) < len(whole.prompt)
         self.examples_cut += bool(answers_cut or prompt_cut)
         if len(self.two_prompts) < 2 and (not self.two_prompts or self.two_prompts[0].prompt != cut.prompt):
             self.two_prompts.append(cut)

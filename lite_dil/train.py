@@ -333,7 +333,7 @@ def _load(source: str, split: str, encoder: Encoder, config: TrainConfig, displa
         kinds["unpaired"] = f"good answers, and {data.answers[-CHOSEN]} bad ones that {config.loss} leaves out"
     text = f"{'training' if split == 'train' else 'held-out'} data {source}: {number} {kinds[data.form]}, {describe(data)}"
     if data.prompts_cut or data.responses_cut:
-        text += f"; --max-length {config.max_length} cut {data.prompts_cut} prompts and {data.responses_cut} answers"
+        text += f"; --max-length {config.max_length} cut {data.prompts_cut} prompts and the answers of {data.responses_cut}"
     display.say(text)
     for line in remarks(data):
         display.say(line)

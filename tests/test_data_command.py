@@ -66,8 +66,10 @@ def test_lengths_and_what_max_length_cuts(data: Any, tmp_path: Path) -> None:
     assert found["tokens"]["whole"]["max"] == 10 + 11 + 4
     # Of 6 + 7 = 13 tokens nothing is cut, of 7 + 8 = 15 two.
     assert found["max_length"] == {
-        "given": 13, "prompts_cut": 4, "answers_cut": 0, "examples_cut": 4, "cuts_none": 21, "cuts_one_percent": 21,
+        "given": 13, "prompts_cut": 4, "prompts_halved": 2, "answers_cut": 0, "examples_cut": 4,
+        "cuts_none": 21, "cuts_one_percent": 21,
     }  # fmt: skip
+    assert any(text.startswith("2 prompts of which --max-length 13 leaves less than half") for text in found["warnings"])
     whole = 10 * 4 + sum(n + n + 1 for n in range(1, 11))
     assert found["all_rows"] == {"computed": whole - (2 + 4 + 6 + 8), "trained": 40 + 65}
     assert found["length_bias"] == {

@@ -67,6 +67,7 @@ def test_a_run_of_one_step_and_one_that_logged_nothing(tmp_path: Path) -> None:
     page = Tags(make_run(tmp_path / "one", steps=1, eval_steps=None, samples=0))
     assert "0.5 at step 1" in page.spoken[0]
     assert "There is no held-out data" in page.text
+    assert "last training pairs" not in page.text  # a new adapter changes nothing yet
     page = Tags(make_run(tmp_path / "none", steps=0, eval_steps=None, samples=0))
     assert "No step was logged yet." in page.text
     assert not page.spoken
@@ -186,6 +187,14 @@ def test_the_advice_for_falling_chosen_answers_is_what_was_measured(loss: str, f
         assert said == "."
     else:
         assert named == ({"sft"} if form == "unpaired" else {"cpo", "slic", "sft"})
+
+
+def test_what_max_length_cuts_is_said(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    record = read_record(tmp_path)
+    assert not any("--max-length cut" in text for text in warnings(record))
+    record.facts["data"][0]["prompts_cut"] = 60
+    assert any("--max-length cut 60 prompts" in text for text in warnings(record))
 
 
 def test_several_rejected_answers_a_prompt_are_not_more_prompts(tmp_path: Path) -> None:
