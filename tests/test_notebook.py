@@ -6,6 +6,7 @@ import ast
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,12 +89,13 @@ def test_it_runs_and_runs_again(tmp_path: Path) -> None:
     first = execute(tmp_path, **values)
     run = tmp_path / "drive" / "run"
     adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert "step 2/2" in first and "going on" not in first
+    assert "step 2/2" in first and "going on" not in first and "\x1b" not in first
     assert "It fits" in first and "short-answers" in first
     assert (run / "report.html").is_file() and "<iframe srcdoc=" in first and "&lt;!doctype html" in first.lower()
     assert "base: " in first and "tuned: " in first and "Paris" in first
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name == "step-2"]
-    assert list((run / "ollama").glob("*.gguf")) and (run / "ollama" / "Modelfile").is_file()
+    home = run / "export" / "ollama"
+    assert list(home.glob("*.gguf")) and (home / "Modelfile").is_file()
 
     second = execute(tmp_path, **values)
     assert "the run is finished: step 2 of 2" in second and "step 1/2" not in second
@@ -112,6 +114,29 @@ def code(mark: str) -> str:
     """Return the code of the cell that holds `mark`."""
     (cell,) = (cell.source for cell in notebook().cells if cell.cell_type == "code" and mark in cell.source)
     return cell
+
+
+@pytest.mark.parametrize("form", ["adapter", "ollama"])
+def test_an_export_is_made_anew_beside_the_run(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the run as it is now, and never in the place of its own adapter."""
+    monkeypatch.chdir(tmp_path)
+    made, adapter = tmp_path / f"tuned-{form}" / "file", tmp_path / "run" / "adapter" / "weights"
+    for path, text in ((made, "of before"), (adapter, "trained")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+
+    def export(*words: object) -> None:
+        assert not made.parent.exists() and words[-1] == made.parent.relative_to(tmp_path)
+        made.parent.mkdir()
+        made.write_text(" ".join(map(str, words)))
+
+    for times in (1, 2):
+        cell = {"Path": Path, "shutil": shutil, "OUTPUT": "run", "FORMAT": form, "lite_dil": export}
+        exec(code('"export"'), cell)
+        copy = tmp_path / "run" / "export" / form / "file"
+        assert copy.read_text() == f"export --adapter run --format {form} --output tuned-{form}", times
+        copy.write_text("of before")
+    assert adapter.read_text() == "trained"
 
 
 def test_the_stop_button_lets_a_command_save(capsys: pytest.CaptureFixture[str]) -> None:
