@@ -93,7 +93,8 @@ def test_it_runs_and_runs_again(tmp_path: Path) -> None:
     assert (run / "report.html").is_file() and "<iframe srcdoc=" in first and "&lt;!doctype html" in first.lower()
     assert "base: " in first and "tuned: " in first and "Paris" in first
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name == "step-2"]
-    assert list((run / "ollama").glob("*.gguf")) and (run / "ollama" / "Modelfile").is_file()
+    home = run / "export" / "ollama"
+    assert list(home.glob("*.gguf")) and (home / "Modelfile").is_file()
 
     second = execute(tmp_path, **values)
     assert "the run is finished: step 2 of 2" in second and "step 1/2" not in second
