@@ -68,12 +68,18 @@ class Check:
     @property
     def ok(self) -> bool:
         """Whether the exported model is the trained one, as far as these tokens tell."""
-        return bool(self.mean <= self.tolerance and abs(self.share - 1) <= self._allowed)  # NaN is not
+        whole = not self._outweighs or abs(self.share - 1) <= self._allowed
+        return bool(self.mean <= self.tolerance and whole)  # NaN is not
 
     @property
     def conclusive(self) -> bool:
         """Whether `share` would have told of a lost adapter. One that is barely trained may do less than rounding does."""
-        return self._allowed < 1
+        return bool(self._outweighs and self._allowed < 1)
+
+    @property
+    def _outweighs(self) -> bool:
+        """Whether the adapter does enough: below, rounding of 8 bits moved `share` to 2 by more errors than chance has."""
+        return self.effect > self.tolerance / 2
 
     @property
     def _allowed(self) -> float:

@@ -367,7 +367,7 @@ def figures(draw: np.random.Generator, effect: float, rounding: float) -> tuple[
 def test_a_small_effect_is_told_from_a_lost_one_where_rounding_is_as_large(effect: float) -> None:
     trained, passed = figures(np.random.default_rng(0), effect, 0.05)
     for share, ok in ((1.0, True), (0.0, False), (0.5, False), (2.0, False)):
-        check = trained.compare([passed(share)], 1.4)
+        check = trained.compare([passed(share)], 0.1)
         # The plain slope would find 2/3 of it where all is there, as two of three parts of the difference are the adapter's.
         assert check.share == pytest.approx(share, abs=0.15)
         assert check.ok == ok, share
@@ -387,6 +387,10 @@ def test_a_right_export_of_a_barely_trained_adapter_is_not_refused() -> None:
     assert np.median(np.abs(shares)) < 1.5, "the standard error is what it is called"
     base = np.zeros(9)
     idle = export_check.Trained([], "x", base, base, base, "float32").compare([base], 0.5)
+    small = export_check.Check(6, 400, "x", mean=0.088, max=0.97, tolerance=0.4, effect=0.073, share=2.01, share_error=0.17)
+    assert small.ok and not small.conclusive  # a right export of an adapter of two steps, in 8 bits
+    large = replace(small, effect=0.75)
+    assert not large.ok and large.conclusive
     assert idle.ok and not idle.conclusive and idle.as_dict()["share_error"] is None
 
 
