@@ -26,6 +26,7 @@ class Wanted(Protocol):
         """A number below 2^64."""
 
 
+T = TypeVar("T")
 W = TypeVar("W", bound=Wanted)
 
 
@@ -66,7 +67,7 @@ class Drawer:
         stop: Callable[[], bool] = never,
     ) -> None:
         self.backend, self.ends, self.sampling, self.stop = backend, ends, sampling, stop
-        self._fitting: Fitting[Sequence[Wanted]] = Fitting("a batch of answers", _tokens, _halves, say)
+        self._fitting: Fitting[Sequence[Wanted]] = Fitting("a batch of answers", _tokens, halves, say)
 
     def draw(self, batch: Sequence[Wanted]) -> list[Answer]:
         """Return an answer to each; one that reached its own room has no end token, though the batch may go on."""
@@ -88,6 +89,7 @@ def _tokens(batch: Sequence[Wanted]) -> int:
     return len(batch) * (max(len(each.prompt) for each in batch) + max(each.room for each in batch))
 
 
-def _halves(batch: Sequence[Wanted]) -> list[Sequence[Wanted]]:
+def halves(batch: Sequence[T]) -> list[Sequence[T]]:
+    """Return a batch in two parts, or nothing where it is one answer."""
     middle = (len(batch) + 1) // 2
     return [batch[:middle], batch[middle:]] if middle < len(batch) else []

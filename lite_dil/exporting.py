@@ -20,6 +20,7 @@ from lite_dil import __version__, adapter_files, backends, merge, tuned
 from lite_dil.errors import UserError
 from lite_dil.export_check import Check, Trained, held_out, measure, tolerance
 from lite_dil.models import folder_of, load_tokenizer, resolve_model
+from lite_dil.shape import fetch_config
 from lite_dil.tuned import Source, Tuned
 
 CHECK_ROWS = 8
@@ -262,17 +263,8 @@ def public_name(model: str) -> str:
 
 def model_config(model: str) -> dict[str, Any]:
     """Return the config.json of a resolved model, downloaded if it is a hub id."""
-    if Path(model).is_dir():
-        file: Path | str = Path(model) / "config.json"
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            file = hf_hub_download(model, "config.json")
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise UserError(f"--model {model}: its config.json cannot be had from the hub ({error})") from None
-    return json.loads(Path(file).read_text(encoding="utf-8"))
+    file = Path(model) / "config.json" if Path(model).is_dir() else fetch_config(model)
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _has_torch() -> bool:

@@ -64,7 +64,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--output-dir {self.path}: cannot be made ({error.strerror})") from None
         options = config.as_dict() | {"output_dir": str(self.path)}
-        _replace_file(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        replace_file(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
     def drop_unsaved(self) -> None:
         """Drop the lines of a run that was killed before its first checkpoint: there is nothing to go on from."""
@@ -77,7 +77,7 @@ class RunFolder:
     def list_skipped(self, problems: Sequence[Problem]) -> None:
         """Write skipped_rows.jsonl: the place of every row that was left out, and why."""
         lines = (json.dumps(problem._asdict(), ensure_ascii=False) + "\n" for problem in problems)
-        _replace_file(self.path / "skipped_rows.jsonl", "".join(lines))
+        replace_file(self.path / "skipped_rows.jsonl", "".join(lines))
 
     def log(self, line: dict[str, float]) -> None:
         """Append one object to metrics.jsonl; what is not finite becomes null, which JSON has."""
@@ -121,7 +121,7 @@ class RunFolder:
                 lines.append(json.loads(line))
             except ValueError:  # the last line of a killed run may be half a line
                 break
-        _replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+        replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
         return lines
 
 
@@ -186,7 +186,8 @@ def _unused(path: Path) -> Path:
     return free
 
 
-def _replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
 from collections.abc import Callable, Sequence
@@ -16,11 +15,13 @@ from lite_dil.backends import Answer, Backend
 from lite_dil.config import TrainConfig
 from lite_dil.data import CHOSEN, REJECTED, Message, Row
 from lite_dil.dataset import DataSet
+from lite_dil.digest import digest
+from lite_dil.drawing import halves
 from lite_dil.errors import OutOfMemory
 from lite_dil.examples import Encoder, Example
 from lite_dil.fitting import Fitting
 from lite_dil.report import source_facts
-from lite_dil.run import _replace_file
+from lite_dil.run import replace_file
 from lite_dil.survey import lengths
 
 MAX_NEW_TOKENS = 128
@@ -132,7 +133,7 @@ class Samples:
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
         self.room = max(1, min(MAX_NEW_TOKENS, config.max_length - longest))
         self.say = say
-        self.fitting: Fitting[list[Prompt]] = Fitting("a batch of sample answers", self._tokens, _halves, say)
+        self.fitting: Fitting[Sequence[Prompt]] = Fitting("a batch of sample answers", self._tokens, halves, say)
 
     def refresh(self, step: int) -> None:
         """Answer as the policy after `step` steps, and write the file; a prompt too long for memory ends the answering."""
@@ -159,10 +160,10 @@ class Samples:
     def _answers(self, prompts: Sequence[Prompt]) -> list[Answer]:
         ends = self.encoder.end_ids()
 
-        def generate(part: list[Prompt]) -> list[Answer]:
+        def generate(part: Sequence[Prompt]) -> list[Answer]:
             return self.backend.generate([p.ids for p in part], self.room, ends)
 
-        return [answer for part in self.fitting.run(generate, list(prompts)) for answer in part]
+        return [answer for part in self.fitting.run(generate, prompts) for answer in part]
 
     def _first(self, prompt: Prompt, answer: Answer) -> Sample:
         return Sample(self._key(prompt), prompt.shown, prompt.place, self.held_out, *self._shown(prompt, answer))
@@ -171,15 +172,10 @@ class Samples:
         return self.encoder.tokenizer.decode(answer.ids).strip(), len(answer.ids), answer.end is None
 
     def _key(self, prompt: Prompt) -> str:
-        return hashlib.blake2b(repr((prompt.ids, self.room)).encode(), digest_size=16).hexdigest()
+        return digest(prompt.ids, self.room)
 
-    def _tokens(self, part: list[Prompt]) -> int:
+    def _tokens(self, part: Sequence[Prompt]) -> int:
         return len(part) * (max(len(p.ids) for p in part) + self.room)
-
-
-def _halves(part: list[Prompt]) -> list[list[Prompt]]:
-    middle = (len(part) + 1) // 2
-    return [part[:middle], part[middle:]] if middle < len(part) else []
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -194,4 +190,4 @@ def read_samples(path: Path) -> list[Sample]:
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Write report_samples.jsonl, whole or not at all."""
-    _replace_file(path, "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
+    replace_file(path, "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))

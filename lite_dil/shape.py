@@ -267,7 +267,7 @@ def read_shape(model: str) -> ModelShape:
     path = Path(model)
     if path.suffix != ".json" or not path.is_file():
         name = resolve_model(model)
-        path = path / "config.json" if path.is_dir() else _fetch(name)
+        path = path / "config.json" if path.is_dir() else fetch_config(name)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -277,7 +277,7 @@ def read_shape(model: str) -> ModelShape:
     return ModelShape.of(config, f"--model {model}")
 
 
-def _fetch(name: str) -> Path:
+def fetch_config(name: str) -> Path:
     """Return the config.json of a hub id, from the cache or fetched."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (

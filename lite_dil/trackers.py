@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from lite_dil.config import TrainConfig, tracker_names
 from lite_dil.errors import UserError, first_line
-from lite_dil.run import _replace_file
+from lite_dil.run import replace_file
 
 PROJECT = "lite-dil"
 IDS = "trackers.json"  # the names under which a run is known there, so that it goes on as the same one
@@ -156,7 +156,7 @@ class Trackers:
         ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known = set(ids)
         ids = {name: secrets.token_hex(4) for name in names} | ids
-        _replace_file(path, json.dumps(ids) + "\n")
+        replace_file(path, json.dumps(ids) + "\n")
         for name in names:
             try:
                 tracker = self._open[name] = _OPEN[name](folder, ids, name in known, config.as_dict())

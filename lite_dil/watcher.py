@@ -16,7 +16,7 @@ from lite_dil import __version__
 from lite_dil.backends import Backend
 from lite_dil.config import TrainConfig
 from lite_dil.errors import TrainingDiverged, UserError
-from lite_dil.run import RunFolder, _replace_file
+from lite_dil.run import RunFolder, replace_file
 from lite_dil.samples import Samples
 from lite_dil.story import FACTS, read_record
 from lite_dil.trackers import Trackers
@@ -78,7 +78,7 @@ class Watcher:
         try:
             if before:
                 before()
-            _replace_file(self.folder.path / FACTS, json.dumps(self.facts, indent=1) + "\n")
+            replace_file(self.folder.path / FACTS, json.dumps(self.facts, indent=1) + "\n")
             write_report(self.folder.path)
         except OSError as error:
             self.say(f"{self.folder.path / REPORT} could not be written ({error.strerror or error}); the run goes on")
@@ -89,7 +89,7 @@ def write_report(folder: Path) -> Path:
     from lite_dil.page import render
 
     path = folder / REPORT
-    _replace_file(path, render(read_record(folder)))
+    replace_file(path, render(read_record(folder)))
     return path
 
 

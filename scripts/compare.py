@@ -23,7 +23,7 @@ from compare_settings import Comparison, read
 from lite_dil import quiet
 from lite_dil.config import TrainConfig
 from lite_dil.errors import TrainingDiverged, UserError
-from lite_dil.run import RunFolder, _replace_file, check_same_run, saved_config
+from lite_dil.run import RunFolder, check_same_run, replace_file, saved_config
 
 RESULT = "result.json"  # a run that has it is finished: trained and measured, or diverged
 
@@ -106,7 +106,7 @@ def run_one(comparison: Comparison, config: TrainConfig, display: Any) -> bool:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    _replace_file(path, json.dumps(content, indent=1) + "\n")
+    replace_file(path, json.dumps(content, indent=1) + "\n")
 
 
 def _forget() -> None:

@@ -15,7 +15,7 @@ from lite_dil.config import TrainConfig
 from lite_dil.data import CHOSEN
 from lite_dil.dataset import load
 from lite_dil.examples import Example
-from lite_dil.run import _replace_file
+from lite_dil.run import replace_file
 from lite_dil.sampled import end_ids
 from lite_dil.train import Trained
 
@@ -76,7 +76,7 @@ class Probe:
                     {"prompt": texts[0], "answer": texts[1], "tokens": len(ids), "ended": end is not None, "log_ratio": ratio}
                 )
             path.parent.mkdir(parents=True, exist_ok=True)
-            _replace_file(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in done))
+            replace_file(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in done))
         return done
 
 
@@ -88,7 +88,7 @@ def measure_reference(probe: Probe, folder: Path, seed: int) -> dict[str, Any]:
         answers = probe.answers(folder / "samples.jsonl", seed, reference=True)
         sides = {side: of_side(probe.examples, logps, sign) for side, sign in (("chosen", True), ("rejected", False))}
         figures = {f"logps/{side}": float(values.mean()) for side, values in sides.items() if len(values)}
-        _replace_file(path, json.dumps({"logps": logps, "figures": figures | _lengths(answers)}))
+        replace_file(path, json.dumps({"logps": logps, "figures": figures | _lengths(answers)}))
     return json.loads(path.read_text(encoding="utf-8"))
 
 

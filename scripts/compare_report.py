@@ -10,7 +10,7 @@ import compare_table as tables
 from compare import RESULT
 from compare_settings import Comparison
 
-from lite_dil.run import _replace_file
+from lite_dil.run import replace_file
 
 
 def report(comparison: Comparison, display: Any) -> None:
@@ -31,13 +31,13 @@ def report(comparison: Comparison, display: Any) -> None:
 
     markdown = ["| " + " | ".join(line) + " |" for line in (headings, ["---"] * len(headings), *cells)]
     listed = ["\n".join(f"- {text}" for text in texts) for texts in (sentences, remarks)]
-    _replace_file(output / "table.md", "\n".join(markdown) + "\n\n" + "\n\n".join(listed) + "\n")
+    replace_file(output / "table.md", "\n".join(markdown) + "\n\n" + "\n\n".join(listed) + "\n")
     content = {"rows": rows, "reference": reference["figures"] if reference else None, "verdict": sentences, "notes": remarks}
-    _replace_file(output / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    _replace_file(output / "curves.json", json.dumps(curves, indent=1) + "\n")
+    replace_file(output / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    replace_file(output / "curves.json", json.dumps(curves, indent=1) + "\n")
     svg = page.draw(curves, output / "figure2.png")
     html = page.render(comparison, headings, cells, sentences, remarks, svg, _samples(comparison, runs))
-    _replace_file(output / "index.html", html)
+    replace_file(output / "index.html", html)
 
     # Losses side by side: a row a loss would be wider than a terminal.
     title = f"{comparison.steps} steps, seeds {', '.join(map(str, comparison.seeds))}"

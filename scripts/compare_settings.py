@@ -20,7 +20,7 @@ from lite_dil.data import EMBEDDED, Row, parse_columns, read_rows
 from lite_dil.errors import UserError, did_you_mean, gather
 from lite_dil.objectives import OBJECTIVES, OPTIONS
 from lite_dil.options import add_flags, build, coerce, read_yaml
-from lite_dil.run import RUNS, _replace_file, _unused
+from lite_dil.run import RUNS, _unused, replace_file
 from lite_dil.schedule import examples_per_step, steps_of
 from lite_dil.sources import split_sources
 
@@ -114,7 +114,7 @@ def read(argv: list[str], description: str, say: Any) -> Comparison:
     _write_folder(output, {"command": again, "settings": settings})
     if eval_source is None:
         for path, part in zip(files, (rows, held_out), strict=True):
-            _replace_file(path, "".join(map(as_json, part)))
+            replace_file(path, "".join(map(as_json, part)))
         # As these files are read.
         plain: dict[str, Any] = {"data_format": "auto", "columns": None, "max_rows": None, "skip_bad_rows": False}
         configs = {loss: dataclasses.replace(config, **plain) for loss, config in configs.items()}
@@ -308,7 +308,7 @@ def _write_folder(output: Path, content: dict[str, Any]) -> None:
         (output / "data").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be made ({error.strerror})") from None
-    _replace_file(known, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    replace_file(known, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _saved(path: Path) -> dict[str, Any]:

@@ -132,7 +132,7 @@ def test_stopped_and_gone_on_with_is_the_same(
 ) -> None:
     """Ctrl-C in the second loss's training, then in its sampling; what was done before is not touched."""
     command = [*flags, "--output", str(tmp_path / "out")]
-    log, replace_file = RunFolder.log, compare_measure._replace_file
+    log, replace_file = RunFolder.log, compare_measure.replace_file
 
     def stop_in_dpo(self: RunFolder, line: dict[str, float]) -> None:
         log(self, line)
@@ -153,7 +153,7 @@ def test_stopped_and_gone_on_with_is_the_same(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare_measure, "_replace_file", stop_after_a_draw)
+        patch.setattr(compare_measure, "replace_file", stop_after_a_draw)
         assert main(command) == 130
     assert "lsif, seed 0 (1 of 2): done before" in capsys.readouterr().out
     assert len(compare_samples(tmp_path / "out", "dpo")) == compare_measure.TOGETHER < PROMPTS

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, config, load, write_pairs
 from safetensors.numpy import load_file
+from test_train import metrics
 
 from lite_dil.backends import Answer
 from lite_dil.cli import main
@@ -27,8 +28,6 @@ from lite_dil.run import RunFolder
 from lite_dil.samples import Intake, Samples, read_samples
 from lite_dil.train import Trained
 from lite_dil.watcher import Watcher, write_report
-
-MEASURED = {"tokens_per_second", "examples_per_second", "seconds_per_step", "peak_memory_mb", "reference_passes"}
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +51,7 @@ def run(flags: Sequence[str], folder: Path, *more: str) -> Path:
 
 def learned(folder: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Return what was logged, but for what a clock decides, and the adapter."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    weights = load_file(next((folder / "adapter").glob("adapter*.safetensors")))
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines], weights
+    return metrics(folder), load_file(next((folder / "adapter").glob("adapter*.safetensors")))
 
 
 def test_samples_are_greedy_answers_and_change_nothing(flags: list[str], tiny: str, tmp_path: Path) -> None:
@@ -140,14 +137,14 @@ def test_a_full_disk_does_not_end_training(
 ) -> None:
     from lite_dil import watcher
 
-    write = watcher._replace_file
+    write = watcher.replace_file
 
     def full(path: Path, text: str) -> None:
         if path.name == "report.html":
             raise OSError(28, "No space left on device")
         write(path, text)
 
-    monkeypatch.setattr(watcher, "_replace_file", full)
+    monkeypatch.setattr(watcher, "replace_file", full)
     folder = run(flags, tmp_path / "run")
     out = capsys.readouterr().out
     assert out.count("report.html could not be written (No space left on device); the run goes on") == 3
