@@ -64,7 +64,10 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 class Measured(NamedTuple):
-    """Peaks of live bytes of the first step and of a later one, when the optimiser has its state, and the estimate."""
+    """Peaks of live bytes of the first step and of a later one, when the optimiser has its state, and the estimate.
+
+    What the process held before the model was loaded, an earlier model of its perhaps, is not counted.
+    """
 
     first: int
     later: int
@@ -72,7 +75,7 @@ class Measured(NamedTuple):
 
 
 def cuda_peak_bytes(run: Callable[[], Any]) -> int:
-    """Return the same by the books of torch's allocator on the GPU."""
+    """Return the same as `peak_bytes` by the books of torch's allocator on the GPU."""
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
@@ -83,15 +86,22 @@ def mlx_peak_bytes(run: Callable[[], Any]) -> int:
     """Return the same by MLX's own books."""
     import mlx.core as mx
 
+    mx.clear_cache()  # a freed buffer that serves again counts whole
     mx.reset_peak_memory()
     run()
-    return mx.get_peak_memory()
+    return max(mx.get_peak_memory(), mx.get_active_memory())  # the first is 0 where nothing was allocated
+
+
+def nothing() -> None:
+    """Run nothing, so that the peak is what is there."""
 
 
 def measure(config: TrainConfig, load: Load) -> Measured:
     """Take two steps of random tokens with these lengths."""
-    gc.collect()  # MLX counts what an earlier backend left, too
     name = backends.resolve(config.backend)
+    peak = {"cpu": peak_bytes, "cuda": cuda_peak_bytes, "mlx": mlx_peak_bytes}[name]
+    gc.collect()
+    before = peak(nothing)
     backend = backends.load(name, config, resolve_model(config.model))
     shape, resolved = read_shape(config.model), replace(config, layout=backend.layout)
     if name == "mlx":
@@ -99,14 +109,13 @@ def measure(config: TrainConfig, load: Load) -> Measured:
         said = of_step.estimate()
     else:
         said = estimate(resolved, shape, name, backend.dtype_name, load)
-    peak = {"cpu": peak_bytes, "cuda": cuda_peak_bytes, "mlx": mlx_peak_bytes}[name]
     examples = random_examples(load, shape.vocabulary)
     criterion, batches = Criterion(config, examples), [Batch.of(examples)] * config.gradient_accumulation_steps
 
     def step() -> None:
         backend.step(batches, criterion, 1e-5)
 
-    return Measured(peak(step), peak(step), said)
+    return Measured(peak(step) - before, peak(step) - before, said)
 
 
 def random_examples(load: Load, vocabulary: int) -> list[Example]:
