@@ -233,6 +233,8 @@ def _data(record: Record) -> str:
             ["answers", f"{answers['chosen']:,} chosen, {answers['rejected']:,} rejected"],
             ["cut by --max-length", f"{data['prompts_cut']:,} prompts, {data['answers_cut']:,} answers"],
         ]
+        if "in_training" in data:
+            rows.append(["in the training data", str(story.shared(data)) or "none of these prompts"])
         for source in data["sources"]:
             weight = "" if source["weight"] == 1 else f", {source['weight']:g} times an epoch"
             rows.append([source["name"], f"{source['kept']:,} rows read as {source['format']}{weight}"])
