@@ -21,7 +21,7 @@ from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.objectives import DIL_FAMILY, OBJECTIVES
 from lite_dil.options import read_yaml
 from lite_dil.run import RunFolder
-from lite_dil.story import FACTS, with_error
+from lite_dil.story import FACTS, shared, with_error
 from lite_dil.tuned import Source
 
 # What the embedded model is on the hub; it was made from a package, which has no card.
@@ -229,6 +229,8 @@ def _figures(run: RunFolder, last: float, options: dict[str, Any], facts: dict[s
             f"Accuracy {accuracy:.3f} (standard error {error:.3f}, {pairs:,} pairs): the share of pairs where the chosen "
             "answer gained more than the rejected one."
         )
+    if warning := shared(facts.get("held out")).warning:
+        yield f"Mind: {warning}."
     per = "a token" if options["logp_reduction"] == "mean" else "an answer"
     rows = [f"| | {' | '.join(_SIDES)} |", "|---|---|---|"]
     for title, name in ((f"log-ratio to the reference, nats {per}", "log_ratio"), ("log-prob, nats an answer", "logps")):

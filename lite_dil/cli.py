@@ -28,7 +28,8 @@ Train a LoRA adapter on preference data. With no flag: the demo's training, Smol
 """
 _DATA = """\
 Show what would be trained on, without loading a model: how the rows are read and which cannot be used, token lengths, what
---max-length cuts, what may spoil the training, and three examples with their tokens. Exit code 2 where train would stop.
+--max-length cuts, what may spoil the training, whether held-out rows are training rows too, and three examples with their
+tokens. Exit code 2 where train would stop.
 
   lite-dil data prefs.jsonl --model meta-llama/Llama-3.1-8B-Instruct
 """
@@ -43,7 +44,18 @@ Train the embedded 135M model on the embedded data (about 3 minutes on 2 CPU cor
 questions before and after. Takes the flags of train.
 """
 # The flags of train that decide what is read, and what the loss makes of it.
-_DATA_FLAGS = ("model", "data_format", "columns", "max_rows", "skip_bad_rows", "max_length", "loss", "sample_rejected", "seed")
+_DATA_FLAGS = (
+    "model",
+    "eval_data",
+    "data_format",
+    "columns",
+    "max_rows",
+    "skip_bad_rows",
+    "max_length",
+    "loss",
+    "sample_rejected",
+    "seed",
+)
 # Commands in modules of their own, each with HELP (a line), DESCRIPTION, add_arguments(parser) and run(args), which returns
 # the exit code. They import nothing heavy before `run`.
 _MODULES: tuple[str, ...] = (

@@ -15,6 +15,7 @@ import numpy as np
 
 from lite_dil.config import TrainConfig
 from lite_dil.data import CHOSEN, Problem, Reader, Row, RowError, parse_columns, refuse
+from lite_dil.digest import tokens_digest
 from lite_dil.errors import UserError
 from lite_dil.examples import Encoder, Example, truncate
 from lite_dil.formats import FORMATS
@@ -144,6 +145,8 @@ class DataSet:
         answers: how many of each sign were read.
         prompts_cut, responses_cut: how many examples `max_length` touched.
         store: every example once, in the order of the data.
+        names: (examples, 2) uint64, for each example what names its prompt, and its prompt with its answers in any order,
+            before they were cut.
     """
 
     examples: Sequence[Example]
@@ -154,6 +157,7 @@ class DataSet:
     prompts_cut: int
     responses_cut: int
     store: Sequence[Example]
+    names: np.ndarray
 
     @property
     def problems(self) -> list[Problem]:
@@ -187,7 +191,7 @@ def load(
     Raises:
         UserError: a source cannot be read, or has data of another kind than the one before it; or as `strict` says.
     """
-    store, answers = ExampleStore(), Counter[int]()
+    store, answers, names = ExampleStore(), Counter[int](), bytearray()
     sources: list[Source] = []
     form, chat, prompts_cut, responses_cut = "", False, 0, 0
     order: list[np.ndarray] = []
@@ -209,6 +213,7 @@ def load(
             if good_only and CHOSEN not in row.signs:
                 continue
             store.append(example)
+            names += tokens_digest(whole.prompt)[:8] + tokens_digest(whole.prompt, whole.responses)[:8]
             prompts_cut += prompt_cut
             responses_cut += response_cut
         if strict:
@@ -223,8 +228,12 @@ def load(
             form, chat = reader.form, reader.chat
         sources.append(Source(name, weight, rows, reader.format, reader.problems, reader.notes))
         order.append(_often(np.arange(first, len(store)), weight, random))
-    examples = store if all(source.weight == 1 for source in sources) else Picked(store, np.concatenate(order))
-    return DataSet(examples, form, chat, answers, sources, prompts_cut, responses_cut, store)
+    examples: Sequence[Example] = store
+    named = np.frombuffer(names, np.uint64).reshape(-1, 2)
+    if any(source.weight != 1 for source in sources):
+        taken = np.concatenate(order)
+        examples, named = Picked(store, taken), named[taken]
+    return DataSet(examples, form, chat, answers, sources, prompts_cut, responses_cut, store, named)
 
 
 def epoch_rows(rows: int, weight: float) -> tuple[int, int]:

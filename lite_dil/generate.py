@@ -20,17 +20,22 @@ from lite_dil.prompts import Prompt
 from lite_dil.signals import StopSignal
 
 if TYPE_CHECKING:
+    from lite_dil.backends import Answer
     from lite_dil.drawing import Drawer
+    from lite_dil.examples import Encoder
     from lite_dil.progress import Display
 
 HELP = "write the model's answers to a file of prompts"
 DESCRIPTION = """\
 Answer every prompt of a file, with the adapter of a run or the bare model. The rows written train as they are, as
-demonstrations. The same command goes on where it was stopped.
+demonstrations; "finish_reason" is "length" where --max-new-tokens cut an answer, else "stop". The same command goes on where
+it was stopped.
 
   lite-dil generate prompts.jsonl --adapter runs/mine --output answers.jsonl
 """
-_VERSION = "1"
+_VERSION = "2"
+# The field that tells how an answer ended, by the answer's own field.
+_ENDED = {"completion": "finish_reason", "base": "base_finish_reason"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,8 +138,8 @@ def run(args: argparse.Namespace) -> int:
     answers.finish()
     if empty := answers.empty():
         display.say(f"empty answers: {empty}; training refuses them unless it is given --skip-bad-rows")
-    if answers.cut:
-        display.say(f"drawn now and cut by --max-new-tokens {args.max_new_tokens}: {answers.cut}")
+    if cut := answers.cut():
+        display.say(f"cut by --max-new-tokens {args.max_new_tokens}: {cut}")
     if answers.path:
         display.say(f"all {len(wanted)} answers are in {answers.path}")
     return 0
@@ -166,20 +171,21 @@ def _draw(
                 continue
             if stop.asked:
                 return False
-            found = drawer.draw(batch)
-            texts = [each.asked.text(model.encoder, ids) for each, (ids, _) in zip(batch, found, strict=True)]
-            sides = [{"completion": text} for text in texts]
+            found = {"completion": drawer.draw(batch)}
             if base:
                 with model.backend.adapter_off():
-                    others = drawer.draw(batch)
-                for each, side, (ids, _) in zip(batch, sides, others, strict=True):
-                    side["base"] = each.asked.text(model.encoder, ids)
-            answers.cut += sum(
-                end is None and each.key not in answers.rows for each, (_, end) in zip(batch, found, strict=True)
-            )
-            answers.add(batch, sides)
+                    found["base"] = drawer.draw(batch)
+            sides = [dict(zip(found, each, strict=True)) for each in zip(*found.values(), strict=True)]
+            answers.add([_row(each, side, model.encoder) for each, side in zip(batch, sides, strict=True)])
             bar.update(len(answers), None)
     return True
+
+
+def _row(wanted: _Wanted, found: dict[str, Answer], encoder: Encoder) -> dict[str, Any]:
+    """Return the row of the answers that were `found`, by their fields, each with how it ended."""
+    texts = {name: wanted.asked.text(encoder, answer.ids) for name, answer in found.items()}
+    ended = {_ENDED[name]: "length" if answer.end is None else "stop" for name, answer in found.items()}
+    return {**wanted.asked.row(**texts), **ended, "key": wanted.key}
 
 
 class Answers:
@@ -195,7 +201,7 @@ class Answers:
     def __init__(self, path: Path | None, wanted: Sequence[_Wanted]) -> None:
         self.path, self.wanted = path, wanted
         self.rows: dict[str, dict[str, Any]] = {}
-        self.cut = self._printed = 0
+        self._printed = 0
         self.file = JSONLines(path, "answers") if path else None
         keys = {each.key for each in wanted}
         for number, line in enumerate(self.file.lines if self.file else (), 1):
@@ -206,21 +212,17 @@ class Answers:
                 known = False
             if not known:
                 raise UserError(
-                    f"--output {path} line {number} is not of this command, but of other prompts, another model or other "
-                    "settings; give another --output, or remove the file"
+                    f"--output {path} line {number} is not of this command, but of other prompts, another model, other "
+                    "settings or an earlier version; give another --output, or remove the file"
                 )
             self.rows[row["key"]] = row
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def add(self, batch: Sequence[_Wanted], sides: Sequence[dict[str, str]]) -> None:
-        """Add the rows of a batch that are not there yet."""
-        new = {
-            each.key: {**each.asked.row(**side), "key": each.key}
-            for each, side in zip(batch, sides, strict=True)
-            if each.key not in self.rows
-        }
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add those rows that are not there yet."""
+        new = {row["key"]: row for row in rows if row["key"] not in self.rows}
         self.rows |= new
         if self.file:
             self.file.add(*new.values())
@@ -237,6 +239,18 @@ class Answers:
             for row in self.rows.values()
         )
         return sum(not text.strip() for text in texts)
+
+    def cut(self) -> str:
+        """Say how many answers were cut, those of earlier runs of the command too, and what to do; nothing where none was."""
+        own, base = (sum(row.get(field) == "length" for row in self.rows.values()) for field in _ENDED.values())
+        if not own and not base:
+            return ""
+        counts = f"{own} of {len(self)} answers" + (f", {base} of the base model's" if base else "")
+        elsewhere = " and another --output" if self.path else ""
+        return (
+            f"{counts} (their finish reason is 'length'); a cut answer teaches a model that is trained on it to stop short; a "
+            f"larger --max-new-tokens{elsewhere} gives more room"
+        )
 
     def finish(self) -> None:
         """Put the file's rows, which came by length, into the order of the prompts."""

@@ -153,10 +153,12 @@ def _samples(record: Record) -> str:
         f"Prompts of the {'held-out' if samples[0].held_out else 'training'} data, drawn by the seed, answered greedily in at "
         f"most {MAX_NEW_TOKENS} tokens: before with the adapter off, after by the policy at step {samples[0].step:,}."
     )
-    return f'<h2>Answers before and after</h2><p class="dim">{escaped(note)}</p>' + "".join(map(_sample, samples))
+    return f'<h2>Answers before and after</h2><p class="dim">{escaped(note)}</p>' + "".join(
+        _sample(sample, record.config["max_length"]) for sample in samples
+    )
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: Sample, max_length: int) -> str:
     if isinstance(sample.prompt, str):
         prompt = f'<div class="prompt" dir="auto">{escaped(sample.prompt)}</div>'
     else:
@@ -165,6 +167,12 @@ def _sample(sample: Sample) -> str:
             f'<div class="prompt" dir="auto">{escaped(m.get("content") or "")}</div>'
             for m in sample.prompt
         )
+    if sample.prompt_seen < sample.prompt_tokens:
+        seen = (
+            f"cut at its start by --max-length {max_length}: the model saw {sample.prompt_seen:,} of the prompt's "
+            f"{sample.prompt_tokens:,} tokens"
+        )
+        prompt += f'<div class="dim">{escaped(seen)}</div>'
     sides = (
         ("before", sample.before, sample.before_tokens, sample.before_cut),
         ("after", sample.after, sample.after_tokens, sample.after_cut),
@@ -225,6 +233,8 @@ def _data(record: Record) -> str:
             ["answers", f"{answers['chosen']:,} chosen, {answers['rejected']:,} rejected"],
             ["cut by --max-length", f"{data['prompts_cut']:,} prompts, {data['answers_cut']:,} answers"],
         ]
+        if "in_training" in data:
+            rows.append(["in the training data", str(story.shared(data)) or "none of these prompts"])
         for source in data["sources"]:
             weight = "" if source["weight"] == 1 else f", {source['weight']:g} times an epoch"
             rows.append([source["name"], f"{source['kept']:,} rows read as {source['format']}{weight}"])

@@ -23,10 +23,13 @@
 * ``samples``: up to 3 examples as they are trained on: ``place`` and ``parts``, each with its ``side`` ("prompt", "chosen",
   "rejected"), ``trained``, ``ids``, ``text`` and ``pieces``, which are [text, number of tokens, whether a control token], one
   a token except where several make one character; ``cut``: tokens that --max-length took off.
-* ``warnings``: what may spoil the training, in words.
+* ``held_out``: null without ``--eval-data``, else what that holds: ``data`` (the option), ``form``, ``chat``, ``sources`` and
+  ``answers``, as above; ``in_training``: of so many held-out rows (``of``) how many are training rows too, with the same
+  prompt and answers (``rows``), or have at least the prompt of one (``prompts``), those counted that a loss leaves out.
+* ``warnings``: what may spoil the training, or its figures, in words.
 * ``stops``: for each reason why ``lite-dil train`` would stop, ``why`` and how to ``mend`` it; empty where it would go on.
 
-Without a good row the fields from ``tokens`` to ``warnings`` are absent.
+Without a good row the fields from ``tokens`` to ``samples`` are absent.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from lite_dil.dataset import DataSet, Source, load
 from lite_dil.errors import UserError
 from lite_dil.examples import Encoder, Example
 from lite_dil.objectives import OBJECTIVES
+from lite_dil.overlap import overlap
 from lite_dil.pieces import pieces
 from lite_dil.survey import Survey, enough_for, length_bias, lengths
 
@@ -60,20 +64,24 @@ def report(config: TrainConfig, encoder: Encoder) -> dict[str, Any]:
     """
     survey = Survey(encoder)
     data = load(config.data, "train", encoder, config, watch=survey.add, strict=False)
-    found: dict[str, Any] = {
-        "model": config.model,
-        "data": config.data,
-        "loss": config.loss,
-        "form": data.form,
-        "chat": data.chat,
-        "sources": [source_facts(source) for source in data.sources],
-        "answers": {side: data.answers[sign] for sign, side in SIDES.items()},
-    }
+    found: dict[str, Any] = {"model": config.model, "data": config.data, "loss": config.loss, **_read(data), "held_out": None}
+    stops = _bad_rows(config, data)
     if len(survey):
         found |= _figures(config, data, survey)
-        found["warnings"] = _warnings(config, found, bool(encoder.tokenizer.chat_template))
         found["samples"] = [_sample(data.store[i], i, survey, config) for i in _drawn(len(survey), config.seed)]
-    return found | {"stops": _stops(config, data, survey, found.get("losses", []))}
+        if refusal := _refusal(config, data, survey):
+            stops.append({"why": refusal, "mend": _mend(data, found["losses"])})
+    found["warnings"] = _warnings(config, found, bool(encoder.tokenizer.chat_template)) if len(survey) else []
+    if config.eval_data:
+        survey = Survey(encoder)
+        held_out = load(config.eval_data, "test", encoder, config, watch=survey.add, strict=False)
+        shared = overlap(data, held_out)
+        found["held_out"] = {"data": config.eval_data, **_read(held_out), "in_training": shared._asdict()}
+        found["warnings"] += [shared.warning] if shared.warning else []
+        stops += _bad_rows(config, held_out)
+        if len(survey) and (refusal := _refusal(replace(config, data=config.eval_data), held_out, survey)):
+            stops.append({"why": f"held-out data: {refusal}", "mend": "give --eval-data of the training data's form"})
+    return found | {"stops": stops}
 
 
 def count(number: int, word: str) -> str:
@@ -102,6 +110,16 @@ def source_facts(source: Source) -> dict[str, Any]:
             for kind, rows in kinds.most_common()
         ],
         "notes": [{"note": note, "rows": rows} for note, rows in source.notes.most_common()],
+    }
+
+
+def _read(data: DataSet) -> dict[str, Any]:
+    """Return what a data set was read as."""
+    return {
+        "form": data.form,
+        "chat": data.chat,
+        "sources": [source_facts(source) for source in data.sources],
+        "answers": {side: data.answers[sign] for sign, side in SIDES.items()},
     }
 
 
@@ -139,8 +157,8 @@ def _figures(config: TrainConfig, data: DataSet, survey: Survey) -> dict[str, An
     return found
 
 
-def _stops(config: TrainConfig, data: DataSet, survey: Survey, losses: list[str]) -> list[dict[str, str]]:
-    """Return why training would stop before its first step, as far as the data decides it, and how to mend that."""
+def _bad_rows(config: TrainConfig, data: DataSet) -> list[dict[str, str]]:
+    """Return which rows would stop training before its first step, and how to mend that."""
     stops = []
     for source in data.sources:
         bad = len(source.problems)
@@ -158,12 +176,13 @@ def _stops(config: TrainConfig, data: DataSet, survey: Survey, losses: list[str]
                     "mend": "mend these rows, or leave them out with --skip-bad-rows",
                 }
             )
-    if len(survey) and (refusal := _refusal(config, data, survey)):
-        mend = f"take --loss {' or '.join(losses)}" if losses else "add good answers"
-        if data.form == "demonstrations":
-            mend += ", or draw rejected answers with --sample-rejected 1"
-        stops.append({"why": refusal, "mend": mend})
     return stops
+
+
+def _mend(data: DataSet, losses: list[str]) -> str:
+    """Return what to do about a loss that cannot be trained on this data."""
+    mend = f"take --loss {' or '.join(losses)}" if losses else "add good answers"
+    return f"{mend}, or draw rejected answers with --sample-rejected 1" if data.form == "demonstrations" else mend
 
 
 def _refusal(config: TrainConfig, data: DataSet, survey: Survey) -> str:

@@ -29,11 +29,12 @@ MAX_NEW_TOKENS = 128
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to answer: its token ids, and what a person reads of it, text or messages."""
+    """A prompt to answer: its token ids, what a person reads of it, text or messages, and its tokens before it was cut."""
 
     ids: tuple[int, ...]
     shown: str | list[Message]
     place: str
+    tokens: int
 
 
 class Intake:
@@ -58,13 +59,12 @@ class Intake:
             return
         # The rows with the smallest random numbers, so that one pass over the data is enough.
         order = self._random.random() + (len(cut.prompt) + MAX_NEW_TOKENS > self.max_length)
-        if len(self._kept) < self.count:
-            self._kept[cut.prompt] = order, Prompt(cut.prompt, row.prompt, row.place)
-            return
-        last = max(self._kept, key=lambda ids: self._kept[ids][0])
-        if order < self._kept[last][0]:
+        if len(self._kept) == self.count:
+            last = max(self._kept, key=lambda ids: self._kept[ids][0])
+            if order >= self._kept[last][0]:
+                return
             del self._kept[last]
-            self._kept[cut.prompt] = order, Prompt(cut.prompt, row.prompt, row.place)
+        self._kept[cut.prompt] = order, Prompt(cut.prompt, row.prompt, row.place, len(whole.prompt))
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -92,8 +92,9 @@ class Intake:
 class Sample:
     """One prompt and what was answered to it: ``before`` with the adapter off, ``after`` by the policy after ``step`` steps.
 
-    ``*_tokens`` count an answer's tokens without its end token, ``*_cut`` says that it had no end yet. ``key``
-    tells prompt and limit apart from others.
+    ``prompt`` is whole; of its ``prompt_tokens`` tokens the model saw ``prompt_seen``, the rest being cut by ``--max-length``.
+    ``before_tokens`` and ``after_tokens`` count an answer's tokens without its end token, ``*_cut`` says that it had no end
+    yet. ``key`` tells prompt and limit apart from others.
     """
 
     key: str
@@ -107,6 +108,8 @@ class Sample:
     after_tokens: int = 0
     after_cut: bool = False
     step: int = 0
+    prompt_tokens: int = 0
+    prompt_seen: int = 0
 
 
 class Samples:
@@ -154,7 +157,7 @@ class Samples:
         found = [sample for sample in samples if sample]
         for sample, prompt, answer in zip(found, self.prompts, after, strict=True):
             sample.after, sample.after_tokens, sample.after_cut = self._shown(prompt, answer)
-            sample.step = step
+            sample.prompt_tokens, sample.prompt_seen, sample.step = prompt.tokens, len(prompt.ids), step
         write_samples(self.path, found)
 
     def _answers(self, prompts: Sequence[Prompt]) -> list[Answer]:

@@ -41,6 +41,12 @@ class Show:
         """Print everything; `command` is the one that trains on this data, as a shell takes it."""
         for source in found["sources"]:
             self._source(source)
+        if held_out := found["held_out"]:
+            self._line()
+            for source in held_out["sources"]:
+                self._source(source, ", held out")
+            if not held_out["in_training"]["prompts"]:
+                self._line("no held-out prompt is in the training data")
         if found["form"]:
             self._answers(found)
             self._lengths(found)
@@ -49,7 +55,7 @@ class Show:
                 title = f"sample {number} of {len(found['samples'])}, {sample['place']}"
                 self._sample(title, sample["parts"], _names(found))
         self._line()
-        for warning in found.get("warnings", []):
+        for warning in found["warnings"]:
             self._line(Text("warning: ", "bold yellow"), warning)
         for stop in found["stops"]:
             self._line(Text("train stops: ", "bold red"), stop["why"])
@@ -66,9 +72,9 @@ class Show:
         else:
             self.console.print(Text(" " * indent).append_text(text), soft_wrap=True)
 
-    def _source(self, source: dict[str, Any]) -> None:
+    def _source(self, source: dict[str, Any], use: str = "") -> None:
         out = sum(reason["rows"] for reason in source["left_out"])
-        self._line(Text(visible(source["name"]), "bold"))
+        self._line(Text(visible(source["name"]), "bold"), use)
         title = FORMATS[source["format"]].title
         self._line(f"read as {title} (--data-format {source['format']})", indent=2)
         often = "" if source["weight"] == 1 else f", {source['weight']:g} times an epoch"

@@ -11,6 +11,7 @@ from typing import Any
 from lite_dil.config import flag
 from lite_dil.history import History, read_history
 from lite_dil.objectives import OBJECTIVES
+from lite_dil.overlap import Overlap
 from lite_dil.samples import Sample, read_samples
 
 FACTS, SAMPLES = "report.json", "report_samples.jsonl"
@@ -58,6 +59,11 @@ class Record:
         """The last held-out accuracy, its standard error, and the number of pairs; None without held-out pairs."""
         value, data = self.history.held_out.last("eval_rewards/accuracies"), self.data("held out")
         return None if value is None or data is None else with_error(value, data, self.config)
+
+
+def shared(data: dict[str, Any] | None) -> Overlap:
+    """Return what the facts of the held-out data say that it shares with the training data; those of old runs say nothing."""
+    return Overlap(**found) if data and (found := data.get("in_training")) else Overlap(0, 0, 0)
 
 
 def with_error(accuracy: float, data: dict[str, Any], config: dict[str, Any]) -> tuple[float, float, int]:
@@ -123,6 +129,8 @@ def outcome(record: Record) -> str:
         if rejected is not None:
             text += f", the rejected ones {_likelier(rejected, record)}"
         parts.append(f"{text}, by the mean log-ratio to {record.start}.")
+    if place == "held out" and (said := str(shared(record.data("held out")))):
+        parts.append(f"Beware: {said}.")
     return " ".join(parts) or "No step was logged yet."
 
 
@@ -136,9 +144,15 @@ def _article(unit: str) -> str:
 
 def warnings(record: Record) -> list[str]:
     """Return what to look at, each with what to try."""
-    found = [_skipped(record), _chosen_falls(record), _chance(record), *_memorised(record), _longer(record)]
+    found = [_skipped(record), _shared(record), _chosen_falls(record), _chance(record), *_memorised(record), _longer(record)]
     found += [_cut(record), _unseen(record)]
     return [text for text in found if text]
+
+
+def _shared(record: Record) -> str:
+    if not (warning := shared(record.data("held out")).warning):
+        return ""
+    return f"{warning}. What to try: take these rows out of --data or out of --eval-data."
 
 
 def _chosen_falls(record: Record) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from array import array
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lite_dil.data import CHOSEN, REJECTED, Row
+from lite_dil.digest import tokens_digest
 from lite_dil.examples import Encoder, Example
 
 PERCENTILES = (50, 90, 95, 99)
@@ -85,12 +85,8 @@ class Survey:
 
     def _digest(self, example: Example) -> None:
         """Keep what tells two rows apart: a digest that does not see which answer is preferred, and which one is."""
-        order = sorted(range(len(example.responses)), key=example.responses.__getitem__)
-        digest = hashlib.blake2b(digest_size=16)
-        for ids in (example.prompt, *(example.responses[i] for i in order)):
-            digest.update(array("i", (len(ids), *ids)).tobytes())
-        self._digests += digest.digest()
-        self._preferred.append(example.signs[order[0]])
+        self._digests += tokens_digest(example.prompt, example.responses)
+        self._preferred.append(example.signs[example.responses.index(min(example.responses))])
 
     def cut(self, number: int, example: Example) -> list[int]:
         """Return how many tokens of the prompt and of each answer were cut from row `number`, of which `example` is left."""

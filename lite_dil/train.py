@@ -31,6 +31,7 @@ from lite_dil.memory import peak_rss_mb
 from lite_dil.metrics import Means, answer_metrics, with_margin
 from lite_dil.models import load_tokenizer, resolve_model
 from lite_dil.objectives import OBJECTIVES
+from lite_dil.overlap import overlap
 from lite_dil.progress import Display
 from lite_dil.reference import open_cache
 from lite_dil.run import Progress, RunFolder, read_progress
@@ -314,7 +315,10 @@ def _read(encoder: Encoder, config: TrainConfig, display: Display) -> _Data:
     if not config.eval_data:
         return _Data(data.examples, [], data.problems, intake.prompts, facts)
     held_out, seen = _load(config.eval_data, "test", encoder, config, display)
-    facts.append(seen.facts("held out", config.eval_data, held_out))
+    shared = overlap(data, held_out)
+    if shared.warning:
+        display.say(f"warning: {shared.warning}")
+    facts.append(seen.facts("held out", config.eval_data, held_out) | {"in_training": shared._asdict()})
     return _Data(data.examples, held_out.examples, data.problems + held_out.problems, seen.prompts, facts)
 
 

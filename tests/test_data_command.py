@@ -241,6 +241,54 @@ def test_every_reason_is_told_with_its_first_place(data: Any, tmp_path: Path) ->
     assert (same["reason"], same["rows"]) == ("identical answers", 1)
 
 
+def test_held_out_data_is_read_and_compared(data: Any, tiny: str, tmp_path: Path, capsys: Any) -> None:
+    rows = [pair("a", "the", "red"), pair("b", "the", "red"), pair("c", "the", "red")]
+    file = write(tmp_path / "a.jsonl", rows)
+    code, found = data(file)
+    assert (code, found["held_out"]) == (0, None)
+    others = [pair("b", "the", "blue"), pair("d", "the", "red"), pair("e", "the", "red")]
+    held_out = write(tmp_path / "b.jsonl", [rows[0], *others])
+    code, found = data(file, "--eval-data", held_out)
+    assert code == 0 and found["held_out"]["in_training"] == {"of": 4, "rows": 1, "prompts": 2}
+    assert [found["held_out"][name] for name in ("data", "form", "chat")] == [held_out, "pairs", False]
+    assert found["held_out"]["sources"][0]["kept"] == 4
+    (told,) = (warning for warning in found["warnings"] if "held-out" in warning)
+    assert told.startswith("1 of 4 held-out rows is a training row too (the same prompt and answers), 1 more has the p")
+    # From a file of options too, where it was read over before.
+    (tmp_path / "run.yaml").write_text(f"data: {file}\neval_data: {held_out}\n")
+    assert data("--config", str(tmp_path / "run.yaml"))[1] == found
+    assert main(["data", file, "--eval-data", held_out, "--model", tiny]) == 0
+    out = capsys.readouterr().out
+    assert f"{held_out}, held out\n" in out and f"warning: {told}\n" in out
+    assert shlex.split(out.splitlines()[-1].partition(": ")[2])[-6:].count(held_out) == 1
+    fresh = write(tmp_path / "c.jsonl", rows[2:])
+    assert main(["data", held_out, "--eval-data", fresh, "--model", tiny]) == 0
+    assert "no held-out prompt is in the training data" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "why"),
+    [
+        ([pair("a", "the", "red"), pair("b", "", "red")], [], "1 of 2 rows cannot be used"),
+        ([pair("a", "the", "red"), pair("b", "", "red")], ["--skip-bad-rows"], ""),
+        ([pair("b", "", "red")], ["--skip-bad-rows"], "no row can be used of 1 row"),
+        ([{"prompt": "a", "completion": "the"}], [], "held-out data: --loss lsif needs rejected answers"),
+        ([{"prompt": "a", "completion": "the"}], ["--loss", "sft"], ""),
+    ],
+)
+def test_held_out_data_stops_training_too(
+    data: Any, tiny: str, tmp_path: Path, rows: list[dict[str, Any]], flags: list[str], why: str
+) -> None:
+    """As training itself would."""
+    file = write(tmp_path / "a.jsonl", [pair("x", "the", "red"), pair("y", "the", "red")])
+    given = [file, "--eval-data", write(tmp_path / "b.jsonl", rows), *flags]
+    code, found = data(*given)
+    assert code == (2 if why else 0) and why in " ".join(stop["why"] for stop in found["stops"])
+    assert bool(found["stops"]) == bool(why)
+    training = ["train", "--data", *given, "--model", tiny, "--backend", "cpu", "--max-steps", "1", "--report-samples", "0"]
+    assert main([*training, "--output-dir", str(tmp_path / "run")]) == code
+
+
 def test_notes_and_several_sources(data: Any, tmp_path: Path) -> None:
     repeated = pair("the capital", "the capital is Paris", "the capital is red")
     one, other = write(tmp_path / "a.jsonl", [repeated]), write(tmp_path / "b.jsonl", [pair("a", "b", "c")] * 2)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import batch, criterion, load
+from conftest import batch, config, criterion, load
 
 from lite_dil import backends
 from lite_dil.cli import main
 from lite_dil.data import read_rows
 from lite_dil.examples import Encoder
 from lite_dil.models import load_tokenizer
+from lite_dil.prompts import read_prompts
 
 QUESTIONS = ["what is tea", "how do you make good bread and tea", "a red house", "is it", "the capital of France is"]
 Run = Callable[..., tuple[int, str]]
@@ -69,6 +70,43 @@ def test_answers_in_the_order_of_the_prompts(generate: Run, backend_name: str, t
             (answer,) = backend.generate([ids], 7, encoder.end_ids())
         text = encoder.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
         assert row["completion"] == [{"role": "assistant", "content": text}]
+
+
+def test_every_row_tells_how_its_answers_ended(
+    generate: Run, backend_name: str, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiny models never end by themselves, so that many tokens are made to end an answer here."""
+    monkeypatch.setattr(Encoder, "end_ids", lambda self: list(range(2, 40)))
+    made = adapter(backend_name, tiny, tmp_path / "adapter")
+    code, said = generate("--adapter", str(tmp_path / "adapter"), "--base")
+    assert code == 0
+    encoder, found, cut = Encoder(load_tokenizer(tiny)), rows(tmp_path / "answers.jsonl"), {"": 0, "base_": 0}
+    for row in found:
+        ids = encoder.prompt_ids(encoder.chat_prompt(row["prompt"]), chat=True)
+        (answer,) = made.generate([ids], 7, encoder.end_ids())
+        with made.adapter_off():
+            (base,) = made.generate([ids], 7, encoder.end_ids())
+        for name, (_, end) in (("", answer), ("base_", base)):
+            assert row[f"{name}finish_reason"] == ("length" if end is None else "stop")
+            cut[name] += end is None
+    assert 0 < cut[""] < 5 and 0 < cut["base_"] < 5
+    assert f"cut by --max-new-tokens 7: {cut['']} of 5 answers, {cut['base_']} of the base model's (their finish r" in said
+    assert "a larger --max-new-tokens and another --output gives more room" in said
+    assert said.count("cut by") == 1
+    # Of earlier runs of the command too.
+    assert f"cut by --max-new-tokens 7: {cut['']} of 5" in generate("--adapter", str(tmp_path / "adapter"), "--base")[1]
+    # Such a file is one of prompts too, as for lite-dil label.
+    asked = read_prompts(str(tmp_path / "answers.jsonl"), config(), False, print)
+    assert [prompt.prompt for prompt in asked] == [row["prompt"] for row in found]
+
+
+def test_nothing_cut_and_standard_output(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, said = generate(output="-")
+    assert said.count('"finish_reason": "length"') == 5 and "base_finish_reason" not in said
+    assert "a larger --max-new-tokens gives more room" in said  # into the same place
+    monkeypatch.setattr(Encoder, "end_ids", lambda self: list(range(512)))
+    _, said = generate(output="ended.jsonl")
+    assert "cut by" not in said
 
 
 def test_the_file_trains(generate: Run, backend_name: str, tiny: str, tmp_path: Path) -> None:
@@ -126,7 +164,7 @@ def test_what_training_would_refuse_is_said_whenever_it_was_drawn(generate: Run,
     first["completion"][0]["content"] = " "
     path.write_text("".join(json.dumps(row) + "\n" for row in (first, *others)), encoding="utf-8")
     code, said = generate()
-    assert code == 0 and "empty answers: 1; training refuses them" in said and "cut by" not in said
+    assert code == 0 and "empty answers: 1; training refuses them" in said and "cut by --max-new-tokens 7: 5 of 5" in said
 
 
 def test_the_base_beside_the_adapter(generate: Run, backend_name: str, tiny: str, tmp_path: Path) -> None:

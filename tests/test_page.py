@@ -14,8 +14,9 @@ from reported import HOSTILE, make_run
 
 from lite_dil.history import POINTS, Columns, read_history
 from lite_dil.objectives import OBJECTIVES
-from lite_dil.page import escaped
+from lite_dil.page import escaped, render
 from lite_dil.story import outcome, read_record, warnings, what
+from lite_dil.watcher import write_report
 
 VOID = {"meta", "br", "path", "use", "rect"}
 
@@ -195,6 +196,44 @@ def test_what_max_length_cuts_is_said(tmp_path: Path) -> None:
     assert not any("--max-length cut" in text for text in warnings(record))
     record.facts["data"][0]["prompts_cut"] = 60
     assert any("--max-length cut 60 prompts" in text for text in warnings(record))
+
+
+def test_a_sample_prompt_that_was_cut_says_so(tmp_path: Path) -> None:
+    blocks = make_run(tmp_path, max_length=900, samples=2).split('<div class="sample">')[1:]
+    said = "cut at its start by --max-length 900: the model saw 1,011 of the prompt&#x27;s 1,012 tokens"
+    assert [said in block for block in blocks] == [False, True]
+    assert blocks[1].index(said) < blocks[1].index("before, 20 tokens")
+    path = tmp_path / "report_samples.jsonl"  # of an earlier version, which did not count
+    path.write_text(re.sub(r', "prompt_(tokens|seen)": \d+', "", path.read_text()))
+    assert len(read_record(tmp_path).samples) == 2
+    assert "the model saw" not in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompts", "shared", "little"),
+    [
+        (0, 0, "", ""),
+        (
+            12,
+            17,
+            "12 of 100 held-out rows are training rows too (the same prompt and answers), 5 more have the prompt",
+            "less",
+        ),
+        (1, 2, "1 of 100 held-out rows is a training row too (the same prompt and answers), 1 more has the prompt", "less"),
+        (100, 100, "100 of 100 held-out rows are training rows too (the same prompt and answers)", "nothing"),
+        (0, 3, "3 of 100 held-out rows have the prompt of a training row, with other answers", "less"),
+    ],
+)
+def test_held_out_rows_that_were_trained_on(rows: int, prompts: int, shared: str, little: str, tmp_path: Path) -> None:
+    page = Tags(make_run(tmp_path))
+    record = read_record(tmp_path)
+    assert warnings(record) == [] and "Beware" not in outcome(record) and "in the training data" not in page.text
+    record.facts["data"][1]["in_training"] = {"of": 100, "rows": rows, "prompts": prompts}
+    told = warnings(record)
+    assert len(told) == bool(shared) and all(text.startswith(shared) for text in told)
+    assert all(f": the held-out figures say {little} about new prompts. What to try: take these rows" in text for text in told)
+    assert (f"the model it started from. Beware: {shared}" in outcome(record)) == bool(shared)
+    assert ("none of these prompts" in render(record)) == (not shared)
 
 
 def test_several_rejected_answers_a_prompt_are_not_more_prompts(tmp_path: Path) -> None:

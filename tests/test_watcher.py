@@ -87,6 +87,20 @@ def test_samples_are_greedy_answers_and_change_nothing(flags: list[str], tiny: s
     assert page == write_report(with_samples).read_text()  # it is made from the files there
 
 
+def test_a_sample_prompt_is_shown_whole_with_what_the_model_saw_of_it(flags: list[str], tmp_path: Path) -> None:
+    flags[flags.index("--max-length") + 1] = "16"
+    folder = run(flags, tmp_path / "run", "--report-samples", "12")
+    encoder = Encoder(byte_level_tokenizer())
+    samples = read_samples(folder / "report_samples.jsonl")
+    for sample in samples:
+        prompt = encoder.prompt_ids(encoder.chat_prompt(sample.prompt), chat=True)  # type: ignore[arg-type]
+        assert sample.prompt_tokens == len(prompt) and sample.prompt_seen <= len(prompt)
+    page = (folder / "report.html").read_text()
+    cut = [sample for sample in samples if sample.prompt_seen < sample.prompt_tokens]
+    assert cut and page.count("cut at its start by --max-length 16: the model saw ") == len(cut)
+    assert all(f"saw {sample.prompt_seen} of the prompt&#x27;s {sample.prompt_tokens} tokens" in page for sample in cut)
+
+
 def test_without_held_out_data_it_samples_training_prompts_at_checkpoints(flags: list[str], tmp_path: Path) -> None:
     for option in ("--eval-data", "--eval-steps"):
         del flags[flags.index(option) : flags.index(option) + 2]
