@@ -67,7 +67,7 @@ class LoRALinear(nn.Module):
 def _product(x: mx.array, a: mx.array) -> mx.array:
     """Return ``x A`` in float32, and keep x for the backward pass in the type that it has.
 
-    MLX alone would keep the float32 copy that it multiplies, one for each adapter: twice the bytes of x, which others keep anyway.
+    MLX alone would keep the float32 copy that it multiplies, one for each adapter, beside an x that is kept anyway.
     """
     return x.astype(mx.float32) @ a
 
