@@ -183,7 +183,7 @@ class _Pass:
         return tape.elementwise(tape.cast(normed, x.each))
 
     def linear(self, x: Array, name: str) -> Array:
-        """W x + scale x A B: A and B are float32, and so is what they are multiplied with."""
+        """W x + scale x A B."""
         tape, linear = self.tape, self.step.linears[name]
         tokens = x.numbers // linear.inputs
         y = tape.matmul(x, tape.weight(self.step.frozen(linear), 1), tokens * linear.outputs)
@@ -192,9 +192,24 @@ class _Pass:
         if name not in self.adapters:
             return y
         a, b = self.adapters[name]
-        low = tape.matmul(tape.cast(self.dropped(x), FLOAT32), a, tokens * self.step.rank)
+        low = self.product(self.dropped(x), a, tokens * self.step.rank)
         z = tape.elementwise(tape.matmul(low, b, y.numbers))
         return tape.add(y, tape.cast(z, self.e))
+
+    def product(self, x: Array, a: Array, numbers: int) -> Array:
+        """Multiply with A, which is float32; the copy of x that this takes is made again for the backward pass, not kept."""
+        tape = self.tape
+        if x.each == FLOAT32:
+            return tape.matmul(x, a, numbers)
+
+        def pull(g: Array) -> Gradients:
+            late = tape.make([x, g], x.numbers, FLOAT32)
+            if x.wanted:
+                yield x, tape.cast(tape.make([g, a], x.numbers, FLOAT32, dispatches=5), x.each)
+            yield a, tape.make([late, g], a.numbers, FLOAT32, dispatches=5)
+
+        wide = tape.make([x], x.numbers, FLOAT32)
+        return tape.make([wide, a], numbers, FLOAT32, pull, dispatches=5)
 
     def dropped(self, x: Array) -> Array:
         """Dropout keeps its mask, in the type of what it drops."""

@@ -104,8 +104,9 @@ def most_examples(config: TrainConfig, model: Model, memory: int, answers: int, 
 def _curve(config: TrainConfig, model: Model, answers: int, what: str) -> Callable[[int], float]:
     """Return the bytes of a pass as a function of --max-length, for one example, or of the number of "examples".
 
-    An estimate of MLX takes half a second, too long for a search: there it is the curve through a few of them. What is kept
-    grows in proportion to the tokens, and the scores of a row with their square.
+    An estimate of MLX takes half a second, too long for a search: there it is a curve through a few of them. What is kept
+    grows in proportion to the tokens, and the scores of a row with their square; what takes most at first, the head or the
+    layers, is not what takes most later, hence a curve each for short rows and long ones.
     """
 
     def exact(size: int) -> int:
@@ -113,9 +114,16 @@ def _curve(config: TrainConfig, model: Model, answers: int, what: str) -> Callab
         one = Load.worst(replace(tried, batch_size=1), answers)
         return model.total(tried, several(one, size if what == "examples" else 1))
 
+    exact = lru_cache(maxsize=None)(exact)
     if model.backend != "mlx":
-        return lru_cache(maxsize=None)(exact)
-    sizes = (1, 2) if what == "examples" else (512, 2048, 8192)
+        return exact
+    if what == "examples":
+        return _through(exact, (1, 2))
+    short, long = _through(exact, (128, 512, 2048)), _through(exact, (512, 2048, 8192))
+    return lambda size: (short if size < 2048 else long)(size)
+
+
+def _through(exact: Callable[[int], int], sizes: Sequence[int]) -> Callable[[int], float]:
     curve = np.polynomial.Polynomial.fit(sizes, [exact(size) for size in sizes], len(sizes) - 1)
     return lambda size: float(curve(size))
 

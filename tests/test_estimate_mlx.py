@@ -87,8 +87,9 @@ def test_a_large_vocabulary(models: Any, form: dict[str, Any]) -> None:
         (LOAD, {"target_modules": "q_proj,v_proj", "lora_r": 8}),
         (LOAD, {"lora_dropout": 0.1}),
         (LOAD, {"gradient_accumulation_steps": 2}),
+        (Load((193,), ((192, 192),)), {"compile": True} | BFLOAT16),  # lengths that compiling does not pad
     ],
-    ids=("long prompt", "three padded pairs", "two adapters", "dropout", "two passes"),
+    ids=("long prompt", "three padded pairs", "two adapters", "dropout", "two passes", "compiled"),
 )
 def test_other_settings(models: Any, load: Load, options: dict[str, Any]) -> None:
     within(measured(models(), load, **options), 0.05)
