@@ -124,15 +124,22 @@ class Screen:
             return
         with suppress(ImportError):  # Windows has none
             import readline  # noqa: F401 - gives `input` its line editing and history
+        warned = False
         while True:
             try:
-                yield input("> ")
+                line = input("> ")
             except EOFError:
                 self.write("\n")
                 return
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # perhaps meant for an answer that had just ended
                 self.write("\n")
-                raise
+                if warned:
+                    raise
+                warned = True
+                self.note("Ctrl-C again leaves, as Ctrl-D does; /save FILE keeps the conversation")
+            else:
+                warned = False
+                yield line
 
 
 class Chat:

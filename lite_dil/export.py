@@ -16,6 +16,7 @@ from typing import Any
 
 from lite_dil import tuned
 from lite_dil.errors import UserError, gather
+from lite_dil.models import EMBEDDED_MODEL, resolve_model
 
 HELP = "make a trained adapter into what other programs load, and check it"
 DESCRIPTION = """\
@@ -196,7 +197,9 @@ def _next(format: str, made: Path) -> str:
     if format == "adapter":
         config = json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))
         if "peft_type" not in config:
-            return f'  mlx_lm.generate --model {shlex.quote(config["model"])} --adapter-path {path} --prompt "Hello"'
+            # The embedded model has no name that mlx-lm would know.
+            model = resolve_model(EMBEDDED_MODEL) if config["model"] == EMBEDDED_MODEL else config["model"]
+            return f'  mlx_lm.generate --model {shlex.quote(model)} --adapter-path {path} --prompt "Hello"'
         return (
             "  from peft import AutoPeftModelForCausalLM\n"
             f"  model = AutoPeftModelForCausalLM.from_pretrained({folder})  # on {config['base_model_name_or_path']}"

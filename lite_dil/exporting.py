@@ -18,6 +18,7 @@ import numpy as np
 
 from lite_dil import __version__, adapter_files, backends, merge, tuned
 from lite_dil.errors import UserError
+from lite_dil.examples import Encoder, Example
 from lite_dil.export_check import Check, Trained, held_out, measure, tolerance
 from lite_dil.models import folder_of, load_tokenizer, resolve_model
 from lite_dil.shape import fetch_config
@@ -130,19 +131,19 @@ class Export:
     def _from_trained(self) -> Trained | None:
         """Write what is made of the trained model itself, and return its figures; it is out of memory after that."""
         config, checkpoint = self.source.config, self.checkpoint
+        rows: tuple[list[Example], str] | None = None
+        if not self.args.no_check:  # before the model is loaded, which takes long
+            encoder = Encoder(load_tokenizer(self.model))
+            rows = held_out(self.source, encoder, self.args.check_rows or CHECK_ROWS, self.args.check_data, self.say)
         loaded: Tuned | None = None
         quantised = checkpoint is not None and (config.load_in_4bit or config.head_bits or checkpoint.packed)
-        if quantised or not self.args.no_check:
+        if quantised or rows:
             loaded = tuned.load(self.source, self.say)
         if checkpoint is None:
             self._write_adapter()
         else:
             self._merge(checkpoint, loaded)
-        if loaded is None or self.args.no_check:
-            return None
-        rows = self.args.check_rows or CHECK_ROWS
-        examples, data = held_out(self.source, loaded.encoder, rows, self.args.check_data, self.say)
-        return measure(loaded.backend, examples, data)
+        return measure(loaded.backend, *rows) if loaded and rows else None
 
     def _merge(self, checkpoint: merge.Checkpoint, loaded: Tuned | None) -> None:
         """Write the merged Hugging Face folder: what is asked for, or the way to it."""

@@ -61,11 +61,16 @@ class Columns:
         value = float(self.get(name)[line])
         return value if math.isfinite(value) else None
 
-    def recent(self, name: str) -> float | None:
-        """Return the mean over the last quarter of the lines, one at least: a step's own figures jump."""
-        values = self.get(name)[-max(1, self.number // 4) :]
-        values = values[np.isfinite(values)]
-        return float(values.mean()) if len(values) else None
+    def recent(self, name: str, by: str | None = None) -> float | None:
+        """Return the mean over the last quarter of the lines, one at least: a step's own figures jump.
+
+        Args:
+            by: the figure that each line counts by, as its seconds where `name` is a rate; None for all alike.
+        """
+        last = max(1, self.number // 4)
+        values, weights = self.get(name)[-last:], np.ones(last) if by is None else self.get(by)[-last:]
+        finite = np.isfinite(values * weights)
+        return float(np.average(values[finite], weights=weights[finite])) if finite.any() else None
 
     def curve(self, name: str) -> Curve:
         """Return a column by step; of more than `POINTS` lines the means of as many in a row as it takes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -143,6 +144,11 @@ def prepare_embedded(say: Any = None) -> Path:
         )
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
+        config = made / "config.json"
+        raw = json.loads(config.read_text(encoding="utf-8"))
+        # Both spellings of the rope, so that mlx-lm alone reads the folder right, too.
+        raw |= {name: value for name, value in rope_config(raw).items() if value is not None}
+        config.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         try:
             made.rename(folder)
         except OSError:

@@ -50,7 +50,7 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th { font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; overflow-wrap: normal; } th:first-child, td:first-child { text-align: left; }
 .text td, .text th { text-align: left; } .text td:last-child { min-width: 12rem; }
 .sample { border-top: 1px solid var(--line); padding: .8rem 0 .4rem; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: .7rem; margin-top: .5rem; }
@@ -79,7 +79,7 @@ def render(record: Record) -> str:
         f'<div class="lead"><p class="outcome">{escaped(story.outcome(record))}</p><p>{escaped(story.what(record))}</p></div>',
         *_notes(record),
         _tiles(record),
-        _charts(drawn),
+        _charts(drawn, bool(record.history.held_out.number)),
         _samples(record),
         _evaluations(record),
         _lengths(record),
@@ -131,7 +131,7 @@ def _tiles(record: Record) -> str:
     return f'<div class="tiles">{cells}</div>' if tiles else ""
 
 
-def _charts(drawn: Sequence[Drawn]) -> str:
+def _charts(drawn: Sequence[Drawn], held_out: bool) -> str:
     if not drawn:
         return ""
     figures = "".join(
@@ -139,7 +139,8 @@ def _charts(drawn: Sequence[Drawn]) -> str:
         f'<div role="img" aria-label="{escaped(found.sentence)}">{found.svg}</div></figure>\n'
         for found in drawn
     )
-    note = "Thin lines are training, thick ones with marks held-out data; a gap is a value that was not finite."
+    note = "Thin lines are training, thick ones with marks held-out data; a" if held_out else "A"
+    note += " gap is a value that was not finite."
     if (size := max(found.bin for found in drawn)) > 1:
         note += f" The run is long: each point is the mean of up to {size:,} lines, {POINTS} points a curve at most."
     return f'<h2>During training</h2><div class="charts">{figures}</div><p class="dim">{escaped(note)}</p>'
@@ -256,8 +257,8 @@ def _machine(record: Record) -> str:
         ["software", facts["software"]],
     ]
     if train.number:
-        examples, step = train.recent("examples_per_second"), train.recent("seconds_per_step")
-        rows.append(["speed", f"{_number(examples)} examples and {_number(step)} seconds a step, at the end"])
+        examples, step = train.recent("examples_per_second", by="seconds_per_step"), train.recent("seconds_per_step")
+        rows.append(["speed", f"{_number(examples)} examples a second, {_number(step)} seconds a step, at the end"])
         rows.append(["tokens", f"{train.last('num_tokens') or 0:,.0f}"])
     if facts["memory"]:
         rows.append(["memory", facts["memory"].removeprefix("memory: ")])

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -52,6 +53,17 @@ def test_it_knows_in_4_bits(embedded: str, encoder: Encoder, name: str) -> None:
     right, other = load(name, embedded, load_in_4bit=True).sequence_logps(Batch.of([wrong])) / len(wrong.responses[0])
     assert right > -1  # nats a token; by chance it would be -log(49152) = -10.8
     assert right > other + 0.5
+
+
+def test_mlx_lm_by_itself_reads_the_rope_that_transformers_does(embedded: str) -> None:
+    from mlx_lm import load as load_mlx
+
+    model: Any = load_mlx(embedded)[0]
+    ids = np.arange(1000, 1400)
+    theirs = np.array(model(mx.array(ids)[None]).astype(mx.float32))[0]
+    with torch.no_grad():
+        ours = bare_model(embedded)(input_ids=torch.from_numpy(ids)[None]).logits[0].numpy()
+    assert np.abs(theirs - ours).mean() < 0.1 * ours.std()
 
 
 def test_it_answers_on_mlx(embedded: str, encoder: Encoder) -> None:
