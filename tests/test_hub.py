@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_pairs
-from hub_server import Hub, serve
+from hub_server import Busy, Hub, serve
 
 
 @pytest.fixture
@@ -24,9 +24,11 @@ def endpoint(tiny: str, tmp_path: Path) -> Iterator[str]:
         yield address
 
 
-def train(endpoint: str, home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def train(endpoint: str, home: Path, *flags: str, **more: str) -> subprocess.CompletedProcess[str]:
     """A process of its own: the libraries read these variables when they are imported."""
-    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "5"}
+    env = (
+        os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "5"} | more
+    )
     command = [sys.executable, "-m", "lite_dil.cli", "train", *flags, "--max-steps", "1", "--output-dir", str(home / "run")]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
@@ -101,6 +103,15 @@ def test_without_a_network_a_model_that_was_had_before_trains(endpoint: str, tmp
     home, flags = tmp_path / "home", ["--model", "owner/tiny", "--backend", "cpu"]
     flags += ["--data", str(write_pairs(tmp_path / "pairs.jsonl", 8))]
     assert train(endpoint, home, *flags).returncode == 0
-    out = train(refusing(), home, *flags, "--resume", str(home / "run"))
+    # Were it asked again and again, its library would say so.
+    out = train(refusing(), home, *flags, "--resume", str(home / "run"), HF_HUB_VERBOSITY="warning")
     assert out.returncode == 0, out.stderr
     assert "the run is finished" in out.stdout and out.stderr == ""
+
+
+def test_a_hub_that_is_busy_is_asked_again_in_silence(tiny: str, tmp_path: Path) -> None:
+    data = str(write_pairs(tmp_path / "pairs.jsonl", 8))
+    with serve(Busy, repositories={"models/owner/tiny": Path(tiny)}) as (address, own):
+        out = train(address, tmp_path / "home", "--model", "owner/tiny", "--backend", "cpu", "--data", data)
+    assert own.busy == 0
+    assert (out.returncode, out.stderr) == (0, "")
