@@ -89,9 +89,8 @@ def append(file: io.FileIO, data: bytes, sync: bool = False) -> None:
 
 def _raised() -> tuple[type[Exception], ...]:
     """Return what is raised where a disk fails: by Python, by torch and MLX, and by safetensors."""
-    from safetensors import SafetensorError  # imported once something has failed
-
-    return (OSError, RuntimeError, SafetensorError)
+    # One that is not imported, or only in part, has raised nothing; `--help` does without it.
+    return (OSError, RuntimeError, getattr(sys.modules.get("safetensors"), "SafetensorError", OSError))
 
 
 def _cause(error: BaseException) -> OSError | None:
