@@ -195,7 +195,7 @@ class MLXBackend:
     def save_adapter(self, folder: Path) -> None:
         """Write the policy's adapter in mlx-lm's format."""
         folder.mkdir(exist_ok=True)
-        mx.save_safetensors(str(folder / "adapters.safetensors"), dict(tree_flatten(self.model.trainable_parameters())))
+        _save(folder / "adapters.safetensors", self.model.trainable_parameters())
         (folder / "adapter_config.json").write_text(json.dumps(self.adapter_config, indent=2) + "\n", encoding="utf-8")
 
     def save_state(self, folder: Path) -> None:
@@ -205,7 +205,7 @@ class MLXBackend:
             "optimizer": self.optimizer.state,
             "passes": mx.array(self.passes),
         }
-        mx.save_safetensors(str(folder / "state.safetensors"), dict(tree_flatten(state)))
+        _save(folder / "state.safetensors", state)
 
     def load_state(self, folder: Path) -> None:
         """Go on exactly where `save_state` was called."""
@@ -365,3 +365,8 @@ def _keys(model: Any, adapter: adapters.Adapter) -> list[str]:
     """Return the adapted layers' names within a block, as mlx-lm's adapter_config.json wants them."""
     prefix = next(name for name, module in model.named_modules() if module is model.layers[0]).rpartition("0")[0]
     return sorted({name.removeprefix(prefix).partition(".")[2] for name in adapter.weights})
+
+
+def _save(path: Path, tree: Any) -> None:
+    with path.open("wb") as file:  # Python's own file says why where it cannot be written
+        mx.save_safetensors(file, dict(tree_flatten(tree)))

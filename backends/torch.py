@@ -254,7 +254,8 @@ class TorchBackend:
             "rng": host,
             "cuda_rng": device,
         }
-        torch.save(state, folder / "state.pt")
+        with (folder / "state.pt").open("wb") as file:  # Python's own file says why where it cannot be written
+            torch.save(state, file)
 
     def load_state(self, folder: Path) -> None:
         """Go on exactly where `save_state` was called."""

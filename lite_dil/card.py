@@ -20,7 +20,7 @@ from lite_dil.history import read_history
 from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.objectives import DIL_FAMILY, OBJECTIVES
 from lite_dil.options import read_yaml
-from lite_dil.run import RunFolder
+from lite_dil.run import RunFolder, replace_file
 from lite_dil.story import FACTS, shared, with_error
 from lite_dil.tuned import Source
 
@@ -79,7 +79,7 @@ def write_card(folder: Path, source: Source, format: str, check: Any, command: s
     parts += ["## How it was made", *_made(options, command), "## Limits", _limits(options)]
     if options:
         parts += ["## Citation", *_citation(options["loss"])]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    replace_file(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
 def _front_matter(kind: str, base: dict[str, str], options: dict[str, Any]) -> str:

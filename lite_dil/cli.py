@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from lite_dil import __version__, quiet
 from lite_dil.config import FIELDS, TrainConfig, flag
 from lite_dil.data import EMBEDDED
+from lite_dil.disk import failing, output_fails
 from lite_dil.errors import TrainingDiverged, UserError, did_you_mean
 from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.options import add_flags, build, read_yaml
@@ -88,9 +89,14 @@ def main(argv: list[str] | None = None) -> int:
     0; 1 where training diverged or a plan does not fit; 2 for the user's errors; 130 when stopped.
     """
     try:
-        return _run(sys.argv[1:] if argv is None else argv)
+        with failing():
+            code = _run(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
+            return code
     except UserError as error:
         print(f"lite-dil: {error}", file=sys.stderr)
+        if output_fails():  # and would again, with a traceback, when Python ends
+            _drop_output()
         return 2
     except TrainingDiverged as error:
         print(f"lite-dil: {error}", file=sys.stderr)
@@ -99,8 +105,13 @@ def main(argv: list[str] | None = None) -> int:
         print("lite-dil: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output is gone, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
+
+
+def _drop_output() -> None:
+    """Let what is still to be written to standard output go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:

@@ -6,16 +6,17 @@ import tempfile
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import overload
+from typing import IO, overload
 
 import numpy as np
 
 from lite_dil.config import TrainConfig
 from lite_dil.data import CHOSEN, Problem, Reader, Row, RowError, parse_columns, refuse
 from lite_dil.digest import tokens_digest
+from lite_dil.disk import writing
 from lite_dil.errors import UserError
 from lite_dil.examples import Encoder, Example, truncate
 from lite_dil.formats import FORMATS
@@ -30,10 +31,11 @@ class ExampleStore(Sequence[Example]):
     """
 
     def __init__(self) -> None:
-        with _storing():
+        self._what = f"the data's tokens in {cache_dir()}"
+        with writing(self._what, "LITE_DIL_CACHE"):
             cache_dir().mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115  (it lives as long as the store)
-        weakref.finalize(self, self._file.close)
+        weakref.finalize(self, _close, self._file)
         self._tokens: np.ndarray | None = None
         self._starts = array("q", [0])
         self._sources: dict[str, int] = {}
@@ -48,7 +50,7 @@ class ExampleStore(Sequence[Example]):
         record = [*lengths, *example.signs, *example.prompt]
         for response in example.responses:
             record += response
-        with _storing():
+        with writing(self._what, "LITE_DIL_CACHE"):
             self._file.write(np.array(record, np.int32).tobytes())
         self._starts.append(self._starts[-1] + len(record))
         if source not in self._sources:
@@ -72,7 +74,7 @@ class ExampleStore(Sequence[Example]):
             raise IndexError(index)
         index %= len(self)
         if self._tokens is None:
-            with _storing():
+            with writing(self._what, "LITE_DIL_CACHE"):
                 self._file.flush()
             self._tokens = np.memmap(self._file, np.int32, "r")
         source, number, count = self._rows[3 * index : 3 * index + 3]
@@ -86,13 +88,9 @@ class ExampleStore(Sequence[Example]):
         return Example(parts[0], tuple(parts[1:]), tuple(signs), place)
 
 
-@contextmanager
-def _storing() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        folder = cache_dir()
-        raise UserError(f"{folder}: cannot hold the data's tokens ({error}); LITE_DIL_CACHE names another folder") from None
+def _close(file: IO[bytes]) -> None:
+    with suppress(OSError):  # of tokens that a full disk did not take, which has been said
+        file.close()
 
 
 class Picked(Sequence[Example]):

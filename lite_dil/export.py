@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil import tuned
+from lite_dil.disk import failing, writing
 from lite_dil.errors import UserError, gather
 from lite_dil.models import EMBEDDED_MODEL, resolve_model
 
@@ -129,16 +130,15 @@ def _work_folder(output: Path) -> Iterator[Path]:
         raise SystemExit(128 + number)
 
     parent = output.absolute().parent
-    try:
+    with writing(f"--output {output}: {parent}", "--output"):
         parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=parent))
-    except OSError as error:
-        raise UserError(f"--output {output}: {parent} cannot be written to ({error.strerror})") from None
     before: Any = None
     with contextlib.suppress(ValueError):  # not in the main thread, where Python allows no handlers
         before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield work
+        with failing(f"--output {output}", "--output", "Nothing of it is left there"):
+            yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if before is not None:

@@ -12,6 +12,7 @@ from lite_dil.backends import Backend, StepResult
 from lite_dil.batch import Batch, by_batch
 from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion
+from lite_dil.disk import DiskFailed
 from lite_dil.errors import OutOfMemory
 from lite_dil.losses import log_ratio
 from lite_dil.reference import ReferenceCache
@@ -60,7 +61,7 @@ class Passes:
     """Log-probs without gradients, in passes that memory holds; the reference's are remembered."""
 
     def __init__(self, backend: Backend, config: TrainConfig, cache: ReferenceCache, say: Callable[[str], None]) -> None:
-        self.backend, self.cache, self.reduction = backend, cache, config.logp_reduction or "sum"
+        self.backend, self.cache, self.say, self.reduction = backend, cache, say, config.logp_reduction or "sum"
         self._fitting = Fitting("a pass without gradients", lambda batch: batch.tokens, Batch.halves, say)
 
     def run(self, work: Callable[[Batch], np.ndarray], batch: Batch) -> np.ndarray:
@@ -81,8 +82,15 @@ class Passes:
         if known is None:
             with self.backend.adapter_off():
                 known = self.sequence_logps(batch)
-            self.cache.add(batch, known)
+            self.remember(batch, known)
         return known
+
+    def remember(self, batch: Batch, logps: np.ndarray) -> None:
+        """Keep the reference's summed log-probs of a batch: on disk, or in memory alone from where the disk fails."""
+        try:
+            self.cache.add(batch, logps)
+        except DiskFailed as error:
+            self.say(f"{error}. Going on: log-probs of the reference are kept in memory from here on")
 
     def baseline(self, batches: Sequence[Batch]) -> float:
         """Return kto's z0: the mean log-ratio of answers to other prompts, and 0 where that is negative (its eq. 8).
@@ -130,5 +138,5 @@ def take_step(passes: Passes, schedule: Schedule, step: int, criterion: Criterio
         missing = [values is None for values in known]
         for batch, logps, absent in zip(batches, by_batch(result.reference, batches), missing, strict=True):
             if absent:
-                passes.cache.add(batch, logps)
+                passes.remember(batch, logps)
         return Taken(batches, result, baseline, sum(missing))

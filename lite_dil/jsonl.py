@@ -9,7 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lite_dil.disk import append, writing
 from lite_dil.errors import UserError
+
+_SAFE = "What was there before is whole, and the same command goes on from it"
 
 
 class JSONLines:
@@ -54,27 +57,19 @@ class JSONLines:
     def add(self, *rows: Any) -> None:
         """Append rows, all or none of them."""
         data = _encoded(rows)
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                before = file.seek(0, os.SEEK_END)
-                self._same(before)
-                if file.write(data) < len(data):  # as much as the disk had room for
-                    file.truncate(before)
-                    raise UserError(f"{self.path}: cannot be written (the disk is full)")
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error})") from None
+        with writing(self.path, safe=_SAFE), self.path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            self._same(before)
+            append(file, data, sync=True)
         self.size = before + len(data)
 
     def cut(self, size: int) -> None:
         """Take back what was added since the file had `size` bytes."""
         if size == self.size:
             return
-        try:
+        with writing(self.path):
             self._same(self.path.stat().st_size)
             os.truncate(self.path, size)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error})") from None
         self.size = size
 
     def _same(self, size: int) -> None:
@@ -85,16 +80,15 @@ class JSONLines:
         """Put `rows` in the place of everything that is there, in one go."""
         data, path = _encoded(rows), self.path.resolve()  # where it is a link, of what that leads to
         made = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with made.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(made, path)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error})") from None
-        finally:
-            made.unlink(missing_ok=True)
+        with writing(self.path, safe=_SAFE):
+            try:
+                with made.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(made, path)
+            finally:
+                made.unlink(missing_ok=True)
         self.size = len(data)
 
 

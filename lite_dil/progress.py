@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
@@ -22,8 +23,18 @@ class Display:
         self.console.print(text, markup=False, emoji=False)
 
     @contextmanager
-    def bar(self, steps: int, done: int) -> Iterator[Bar]:
-        """Show the progress of `steps` steps, `done` of them already behind."""
+    def status(self, text: str) -> Iterator[None]:
+        """Show what takes a while in the block: a spinner on a terminal, a line elsewhere."""
+        if not self.console.is_terminal:
+            self.say(f"{text} ...")
+            yield
+            return
+        with self.console.status(escape(text)):
+            yield
+
+    @contextmanager
+    def bar(self, steps: int, done: int, first: str = "") -> Iterator[Bar]:
+        """Show the progress of `steps` steps, `done` of them already behind, with the text `first` until the next is done."""
         if not self.console.is_terminal:
             yield Bar(self, steps, None)
             return
@@ -36,7 +47,7 @@ class Display:
             TextColumn("{task.fields[status]}"),
         )
         with RichProgress(*columns, console=self.console) as live:
-            live.add_task("", total=steps, completed=done, status="")
+            live.add_task("", total=steps, completed=done, status=first)
             yield Bar(self, steps, live)
 
 
@@ -44,15 +55,14 @@ class Bar:
     """The progress of one run."""
 
     def __init__(self, display: Display, steps: int, live: RichProgress | None) -> None:
-        self.display, self.steps, self.live = display, steps, live
+        self.display, self.steps, self.live, self.status = display, steps, live, ""
 
     def update(self, step: int, line: dict[str, Any] | None) -> None:
         """Move to `step`, with the line of metrics where one was logged."""
         if self.live:
-            task = self.live.task_ids[0]
-            self.live.update(task, completed=step)
             if line:
-                self.live.update(task, status=_status(line))
+                self.status = _status(line)
+            self.live.update(self.live.task_ids[0], completed=step, status=self.status)
         elif line:
             seconds = (self.steps - step) * line["seconds_per_step"]
             self.display.say(f"step {step}/{self.steps}  {_status(line)}  {seconds / 60:.1f} min left")

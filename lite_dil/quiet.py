@@ -10,10 +10,10 @@ def environment() -> None:
     """Switch off what libraries read from the environment when they are imported, and their notices."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are warnings; what came of them is an error here
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT imports bitsandbytes, which warns on a CPU of a kernel that only inference would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # of its retries; what came of them is an error here
 
 
 def bars() -> None:

@@ -14,8 +14,10 @@ import numpy as np
 
 from lite_dil.batch import Batch
 from lite_dil.config import TrainConfig
+from lite_dil.disk import append, writing
 from lite_dil.errors import UserError
 from lite_dil.models import cache_dir, model_folder
+from lite_dil.run import replace_file
 
 # A digest of the token ids, the summed log-prob, the response's tokens, and a checksum of the three: 32 bytes.
 _RECORD = struct.Struct("<16sdII")
@@ -37,6 +39,7 @@ class ReferenceCache:
     def __init__(self, folder: Path | None, key: dict[str, str]) -> None:
         self.known: dict[bytes, tuple[float, int]] = {}
         self.damaged = 0
+        self.failed = False
         self.path: Path | None = None
         if folder is None:
             return
@@ -69,23 +72,27 @@ class ReferenceCache:
         return np.array(found, np.float32)
 
     def add(self, batch: Batch, logps: np.ndarray) -> None:
-        """Remember the summed log-probs (responses,) of a batch. Records are on disk when this returns."""
+        """Remember the summed log-probs (responses,) of a batch. Records are on disk when this returns.
+
+        Raises:
+            DiskFailed: they are in memory only, and so is, without an error, what comes later.
+        """
         records = b""
         for digest, response, value in zip(_digests(batch), batch.responses, logps.tolist(), strict=True):
             if math.isfinite(value) and digest not in self.known:
                 self.known[digest] = (value, len(response))
                 record = _RECORD.pack(digest, value, len(response), 0)[:_CHECKED]
                 records += record + struct.pack("<I", zlib.crc32(record))
-        if records and self.path is not None:
-            try:
+        if records and self.path is not None and not self.failed:
+            self.failed = True
+            with writing(f"the reference cache {self.path}", "--reference-cache"):
                 self._append(records)
-            except OSError as error:
-                raise UserError(f"--reference-cache {self.path.parent}: cannot be written ({error})") from None
+            self.failed = False
 
     def _append(self, content: bytes) -> None:
         assert self.path is not None
         with self.path.open("ab", buffering=0) as file:  # one write a batch, so that runs side by side do not mix records
-            file.write(content)
+            append(file, content)
 
 
 def open_cache(config: TrainConfig, model: str, identity: str) -> ReferenceCache:
@@ -156,8 +163,9 @@ def _fingerprint(folder: Path, memo: Path) -> str:
             remembered[str(real)], changed = [*seen, value], True
         total.update(f"{path.name} {value}\n".encode())
     if changed:
-        memo.mkdir(parents=True, exist_ok=True)
-        notes.write_text(json.dumps(remembered), encoding="utf-8")
+        with writing(memo, "--reference-cache"):
+            memo.mkdir(parents=True, exist_ok=True)
+        replace_file(notes, json.dumps(remembered))
     return total.hexdigest()
 
 

@@ -7,13 +7,15 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lite_dil.config import FREE_ON_RESUME, SPLIT, TrainConfig, flag
 from lite_dil.data import Problem
+from lite_dil.disk import DiskFailed, append, failing, writing
 from lite_dil.errors import UserError, gather
 from lite_dil.options import read_yaml
 
@@ -59,10 +61,8 @@ class RunFolder:
         """Make the folder and write config.yaml."""
         import yaml
 
-        try:
+        with writing(f"--output-dir {self.path}", "--output-dir"):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output-dir {self.path}: cannot be made ({error.strerror})") from None
         options = config.as_dict() | {"output_dir": str(self.path)}
         replace_file(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
 
@@ -82,8 +82,8 @@ class RunFolder:
     def log(self, line: dict[str, float]) -> None:
         """Append one object to metrics.jsonl; what is not finite becomes null, which JSON has."""
         finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        with writing(self.metrics), self.metrics.open("ab", buffering=0) as file:
+            append(file, (json.dumps(finite) + "\n").encode())
 
     def latest(self) -> Path | None:
         """Return the newest checkpoint, if there is one."""
@@ -100,12 +100,24 @@ class RunFolder:
 
         _replace_folder(target, fill)
         for step in self._steps()[: -keep if keep else 0]:
-            shutil.rmtree(self.checkpoints / f"step-{step}")
+            with writing(old := self.checkpoints / f"step-{step}"):
+                shutil.rmtree(old)
         return target
 
     def save_adapter(self, write: Callable[[Path], None]) -> None:
         """Write adapter/, the result of the run."""
         _replace_folder(self.adapter, write)
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Where the disk fails in the block, say from where the run can go on."""
+        try:
+            with failing():
+                yield
+        except DiskFailed as error:
+            latest = self.latest()
+            safe = f"The run is safe up to {latest.name}: --resume {self.path} goes on from it" if latest else ""
+            raise UserError(f"{error}. {safe or 'No checkpoint was saved before; --output-dir names another place'}") from None
 
     def _steps(self) -> list[int]:
         found = (path.parent.name.removeprefix("step-") for path in self.checkpoints.glob("step-*/progress.json"))
@@ -189,15 +201,23 @@ def _unused(path: Path) -> Path:
 def replace_file(path: Path, text: str) -> None:
     """Write a file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with writing(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fill(partial)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
+    with writing(target):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            fill(partial)
+            if target.exists():
+                shutil.rmtree(target)
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # what was not finished takes no room

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lite_dil.errors import UserError, first_line
+from lite_dil.online import offline
 
 EMBEDDED = "short-answers"
 # A row's place in words, "prefs.jsonl line 3", and the row: a dict if all is well, or why it could not be read.
@@ -407,10 +408,12 @@ def _hub(source: str, split: str, stream: bool) -> Iterator[Record]:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise UserError(f'{source}: data sets from the hub need the datasets package: pip install "lite-dil[hub]"') from None
+    unreachable = offline()  # what was had from the hub before may be in the cache
     try:
         rows = datasets.load_dataset(f"{owner}/{name}", config or None, split=named_split or split, streaming=stream)
         for number, row in enumerate(rows, 1):
             yield f"{source} row {number}", row
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         hint = f"; name it as {source}:SPLIT" if "split" in str(error) and not named_split else ""
-        raise UserError(f"{source}: cannot be loaded from the hub ({first_line(error)}){hint}") from None
+        why = f"{first_line(error)}; {unreachable}" if unreachable else first_line(error)
+        raise UserError(f"{source}: cannot be loaded from the hub ({why}){hint}") from None

@@ -46,6 +46,9 @@ from lite_dil.watcher import REPORT, Watcher, facts_of
 # What the window counts; everything else in it is a mean.
 _SUMS = ("examples", "tokens", "seconds", "steps", "skipped", "reference_passes")
 
+# It may take minutes on a large model: kernels are compiled.
+FIRST = "the first step takes longest"
+
 # float16's loss scale halves with each skipped step: after this many it is not the scale that is wrong.
 MAX_SKIPPED = 25
 
@@ -108,7 +111,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
         where = f"step {progress.step} of {schedule.steps} in {folder.path}"
         display.say(f"the run is finished: {where}" if finished else f"going on after {where}")
     else:
-        _check_start(passes, schedule, config)
+        _check_start(passes, schedule, config, display)
 
     if config.precompute_reference and not precompute(passes, (examples, others, held_out), config, display):
         display.say(f"stopped; the reference cache keeps what was computed: {cache.path}")
@@ -150,8 +153,8 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
         peak = backend.peak_memory_mb() * 2**20
         return memory_line(taken, model, heaviest.load, peak, before * 2**20) if heaviest.load else ""
 
-    with watcher:
-        with kept_where_memory_ends(), StopSignal() as stop, display.bar(schedule.steps, progress.step) as bar:
+    with folder.going_on(), watcher:
+        with kept_where_memory_ends(), StopSignal() as stop, display.bar(schedule.steps, progress.step, FIRST) as bar:
             while progress.step < schedule.steps and not stop.asked:
                 step, started = progress.step + 1, time.perf_counter()
                 taken = take_step(passes, schedule, step, criterion, display.say)
@@ -344,7 +347,7 @@ def _load(source: str, split: str, encoder: Encoder, config: TrainConfig, displa
     return data, intake
 
 
-def _check_start(passes: Passes, schedule: Schedule, config: TrainConfig) -> None:
+def _check_start(passes: Passes, schedule: Schedule, config: TrainConfig, display: Display) -> None:
     """The log-ratio of a policy that is its own reference must be exactly 0, or every figure after it is wrong."""
     if config.init_adapter and config.reference == "base":
         return
@@ -355,8 +358,9 @@ def _check_start(passes: Passes, schedule: Schedule, config: TrainConfig) -> Non
             reference = backend.sequence_logps(batch)
         return np.stack([reference, backend.sequence_logps(batch)], -1)
 
-    reference, policy = passes.run(both, batch).T
-    passes.cache.add(batch, reference)
+    with display.status("checking that the untrained model is its own reference"):
+        reference, policy = passes.run(both, batch).T
+    passes.remember(batch, reference)
     worst = float(np.abs(policy - reference).max())
     if worst != 0:
         raise UserError(

@@ -15,6 +15,7 @@ from typing import Any
 from lite_dil import __version__
 from lite_dil.backends import Backend
 from lite_dil.config import TrainConfig
+from lite_dil.disk import DiskFailed
 from lite_dil.errors import TrainingDiverged, UserError
 from lite_dil.run import RunFolder, replace_file
 from lite_dil.samples import Samples
@@ -56,7 +57,7 @@ class Watcher:
         elif error is not None:
             self.facts |= {"state": "failed", "why": str(error) if isinstance(error, UserError) else type(error).__name__}
         if error is not None:
-            self.write()
+            self.write(said=isinstance(error, DiskFailed))
         self.trackers.close(good=error is None)
 
     def log(self, line: dict[str, Any]) -> None:
@@ -73,15 +74,19 @@ class Watcher:
         self.facts |= {"state": "stopped" if stopped else "finished", "memory": memory}
         self.write()
 
-    def write(self, before: Callable[[], None] | None = None) -> None:
-        """Write report.json and report.html, after what `before` does; a full disk ends neither this nor the training."""
+    def write(self, before: Callable[[], None] | None = None, said: bool = False) -> None:
+        """Write report.json and report.html, after what `before` does; a full disk ends neither this nor the training.
+
+        With `said` the user knows already that the disk fails.
+        """
         try:
             if before:
                 before()
             replace_file(self.folder.path / FACTS, json.dumps(self.facts, indent=1) + "\n")
             write_report(self.folder.path)
-        except OSError as error:
-            self.say(f"{self.folder.path / REPORT} could not be written ({error.strerror or error}); the run goes on")
+        except DiskFailed as error:
+            if not said:
+                self.say(f"{error}. The run goes on without its report")
 
 
 def write_report(folder: Path) -> Path:

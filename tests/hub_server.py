@@ -83,6 +83,19 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
+class Busy(Hub):
+    """Refuses the first `busy` questions for a file."""
+
+    busy = 2
+
+    def do_HEAD(self) -> None:
+        if "/resolve/" in self.path and self.busy:
+            type(self).busy -= 1
+            self._send(503, b"")
+        else:
+            super().do_HEAD()
+
+
 class WritableHub(Hub):
     """Takes uploads: what was committed is in `uploaded`, by repository and name; `seen` has every request's headers."""
 

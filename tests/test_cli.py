@@ -68,7 +68,7 @@ def test_bad_data_and_models_are_found_before_anything_is_written(
         (["--model", good, "--data", good], "is a file; give the folder"),
         (["--model", "no-weights", "--data", good], "--model no-weights: cannot be loaded"),
         (["--model", "no-weights", "--data", good, "--backend", "mlx"], "no model*.safetensors"),
-        (["--model", "no/such-model", "--data", good], "--model no/such-model: its tokenizer cannot be loaded"),
+        (["--model", "no/such-model", "--data", good], "--model no/such-model: no such folder, not in the hub's cache here"),
         (["--model", tiny, "--data", good, "--init-adapter", "empty", "--reference", "base"], "no adapter_config.json there"),
         (["--model", tiny, "--data", good, "--output-dir", good], "--output-dir"),
     ):

@@ -571,7 +571,7 @@ def test_where_nothing_can_be_made_is_told_before_the_work(
     (tmp_path / "link").symlink_to(tmp_path)
     (tmp_path / "file").touch()
     assert main(["export", "--adapter", str(run), "--format", "merged", "--output", name]) == 2
-    assert ("cannot be written to" if name == "file/below" else "expected the name of a new folder") in capsys.readouterr().err
+    assert ("cannot be written (" if name == "file/below" else "expected the name of a new folder") in capsys.readouterr().err
 
 
 def test_a_program_that_is_ended_leaves_nothing(tiny: str, trained: Trainer, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import write_pairs
-from hub_server import Hub, serve
+from hub_server import Busy, Hub, serve
 
 
 @pytest.fixture
@@ -23,9 +24,11 @@ def endpoint(tiny: str, tmp_path: Path) -> Iterator[str]:
         yield address
 
 
-def train(endpoint: str, home: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def train(endpoint: str, home: Path, *flags: str, **more: str) -> subprocess.CompletedProcess[str]:
     """A process of its own: the libraries read these variables when they are imported."""
-    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "5"}
+    env = (
+        os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "5"} | more
+    )
     command = [sys.executable, "-m", "lite_dil.cli", "train", *flags, "--max-steps", "1", "--output-dir", str(home / "run")]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
@@ -65,3 +68,50 @@ def test_ids_that_the_hub_does_not_have(endpoint: str, tmp_path: Path, backend: 
         assert out.returncode == 2, out.stderr
         assert message in out.stderr
         assert "Traceback" not in out.stderr
+
+
+def refusing() -> str:
+    """An address of this machine where nobody listens."""
+    with socket.socket() as here:
+        here.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{here.getsockname()[1]}"
+
+
+def test_without_a_network_there_is_one_message(tiny: str, tmp_path: Path) -> None:
+    data = str(write_pairs(tmp_path / "pairs.jsonl", 8))
+    (tmp_path / "prompts.txt").write_text("the red\n")
+    nowhere, model = refusing(), ["--model", "owner/tiny"]
+    env = os.environ | {"HF_ENDPOINT": nowhere, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    missing = (
+        f"--model owner/tiny: no such folder, not in the hub's cache here, and the hub cannot be asked ({nowhere} does not"
+    )
+    for argv, message in (
+        (["plan", *model], missing),
+        (["data", data, *model], missing),
+        (["train", *model, "--data", data, "--backend", "cpu"], missing),
+        (["train", *model, "--data", data, "--backend", "mlx"], missing),
+        (["generate", str(tmp_path / "prompts.txt"), *model, "--output", "-"], missing),
+        (["train", "--model", tiny, "--data", "owner/prefs"], "owner/prefs: cannot be loaded from the hub"),
+    ):
+        command = [sys.executable, "-m", "lite_dil", *argv]
+        out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+        assert (out.returncode, out.stdout, out.stderr.count("\n")) == (2, "", 1), out.stderr
+        assert message in out.stderr and f"{nowhere} does not answer" in out.stderr
+
+
+def test_without_a_network_a_model_that_was_had_before_trains(endpoint: str, tmp_path: Path) -> None:
+    home, flags = tmp_path / "home", ["--model", "owner/tiny", "--backend", "cpu"]
+    flags += ["--data", str(write_pairs(tmp_path / "pairs.jsonl", 8))]
+    assert train(endpoint, home, *flags).returncode == 0
+    # Were it asked again and again, its library would say so.
+    out = train(refusing(), home, *flags, "--resume", str(home / "run"), HF_HUB_VERBOSITY="warning")
+    assert out.returncode == 0, out.stderr
+    assert "the run is finished" in out.stdout and out.stderr == ""
+
+
+def test_a_hub_that_is_busy_is_asked_again_in_silence(tiny: str, tmp_path: Path) -> None:
+    data = str(write_pairs(tmp_path / "pairs.jsonl", 8))
+    with serve(Busy, repositories={"models/owner/tiny": Path(tiny)}) as (address, own):
+        out = train(address, tmp_path / "home", "--model", "owner/tiny", "--backend", "cpu", "--data", data)
+    assert own.busy == 0
+    assert (out.returncode, out.stderr) == (0, "")

@@ -1,0 +1,36 @@
+"""The program: ``lite-dil``, or ``python -m lite_dil``. Ctrl-C ends it quietly, also while Python still reads the modules."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    # A program that was started in the background may have to ignore Ctrl-C.
+    heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    _at_ctrl_c(_leave, heard)
+    from lite_dil.cli import main as run
+
+    _at_ctrl_c(signal.default_int_handler, heard)
+    try:
+        return run()
+    finally:
+        _at_ctrl_c(_leave, heard)  # what is left is Python's own end
+
+
+def _at_ctrl_c(do: Callable[[int, FrameType | None], None], heard: bool) -> None:
+    if heard:
+        signal.signal(signal.SIGINT, do)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
