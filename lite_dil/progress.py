@@ -67,6 +67,13 @@ class Bar:
             seconds = (self.steps - step) * line["seconds_per_step"]
             self.display.say(f"step {step}/{self.steps}  {_status(line)}  {seconds / 60:.1f} min left")
 
+    def doing(self, text: str, last: bool) -> None:
+        """Say what takes a while between two steps; where lines are printed only after the last one, as no other follows."""
+        if self.live:
+            self.live.update(self.live.task_ids[0], status=f"{text} ...")
+        elif last:
+            self.display.say(f"{text} ...")
+
     def evaluation(self, metrics: dict[str, float]) -> None:
         """Print the held-out figures."""
         self.display.say(f"held out: {_figures({n.removeprefix('eval_'): value for n, value in metrics.items()}, 3)}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil.backends import Answer, Backend
+from lite_dil.backends import Answer, Backend, never
 from lite_dil.config import TrainConfig
 from lite_dil.data import CHOSEN, REJECTED, Message, Row
 from lite_dil.dataset import DataSet
@@ -138,21 +138,26 @@ class Samples:
         self.say = say
         self.fitting: Fitting[Sequence[Prompt]] = Fitting("a batch of sample answers", self._tokens, halves, say)
 
-    def refresh(self, step: int) -> None:
-        """Answer as the policy after `step` steps, and write the file; a prompt too long for memory ends the answering."""
-        if not self.prompts:
+    def refresh(self, step: int, stop: Callable[[], bool] = never) -> None:
+        """Answer as the policy after `step` steps, and write the file, unless `stop`, asked between tokens, ends it.
+
+        A prompt too long for memory ends the answering for good.
+        """
+        if not self.prompts or stop():
             return
         known = {sample.key: sample for sample in read_samples(self.path)}
         samples = [known.get(self._key(prompt)) for prompt in self.prompts]
         try:
             if missing := [p for p, sample in zip(self.prompts, samples, strict=True) if sample is None]:
                 with self.backend.adapter_off():
-                    made = iter(self._answers(missing))
+                    made = iter(self._answers(missing, stop))
                 samples = [sample or self._first(p, next(made)) for p, sample in zip(self.prompts, samples, strict=True)]
-            after = self._answers(self.prompts)
+            after = self._answers(self.prompts, stop)
         except OutOfMemory as error:
             self.say(f"no sample answers from here on: {error}")
             self.prompts = []
+            return
+        if stop():  # and the answers end in the middle
             return
         found = [sample for sample in samples if sample]
         for sample, prompt, answer in zip(found, self.prompts, after, strict=True):
@@ -160,11 +165,11 @@ class Samples:
             sample.prompt_tokens, sample.prompt_seen, sample.step = prompt.tokens, len(prompt.ids), step
         write_samples(self.path, found)
 
-    def _answers(self, prompts: Sequence[Prompt]) -> list[Answer]:
+    def _answers(self, prompts: Sequence[Prompt], stop: Callable[[], bool]) -> list[Answer]:
         ends = self.encoder.end_ids()
 
         def generate(part: Sequence[Prompt]) -> list[Answer]:
-            return self.backend.generate([p.ids for p in part], self.room, ends)
+            return self.backend.generate([p.ids for p in part], self.room, ends, stop=stop)
 
         return [answer for part in self.fitting.run(generate, prompts) for answer in part]
 

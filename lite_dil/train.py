@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from lite_dil.metrics import Means, answer_metrics, with_margin
 from lite_dil.models import load_tokenizer, resolve_model
 from lite_dil.objectives import OBJECTIVES
 from lite_dil.overlap import overlap
-from lite_dil.progress import Display
+from lite_dil.progress import Bar, Display
 from lite_dil.reference import open_cache
 from lite_dil.run import Progress, RunFolder, read_progress
 from lite_dil.sampled import add_samples, needed, reference_digest, sample_path
@@ -60,7 +60,6 @@ class Trained:
     backend: backends.Backend
     encoder: Encoder
     folder: RunFolder
-    evaluation: dict[str, float] | None
     stopped: bool
 
 
@@ -95,7 +94,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
     if config.sample_rejected:
         drawn = _draw_rejected(examples, held_out, config.sample_rejected, backend, encoder, model, config, display)
         if drawn is None:
-            return Trained(backend, encoder, folder, None, stopped=True)
+            return Trained(backend, encoder, folder, stopped=True)
         examples, held_out = drawn
     others = mismatched(examples, config) if OBJECTIVES[config.loss].baseline else []
     schedule = Schedule(config, examples, backend.layout, others)
@@ -115,7 +114,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
 
     if config.precompute_reference and not precompute(passes, (examples, others, held_out), config, display):
         display.say(f"stopped; the reference cache keeps what was computed: {cache.path}")
-        return Trained(backend, encoder, folder, None, stopped=True)
+        return Trained(backend, encoder, folder, stopped=True)
     if not resume:
         folder.create(replace(config, dtype=backend.dtype_name))
         for name in (trackers.IDS, SAMPLES):  # of a run that was killed before it saved, perhaps of another model
@@ -126,7 +125,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
 
     criterion = Criterion(config, examples)
     evaluator = Evaluator(passes, held_out, config)
-    evaluation, skipped_in_a_row = None, 0
+    skipped_in_a_row = 0
     heaviest = Heaviest(backend.layout)
     samples = Samples(data.prompts, bool(held_out), folder.path / SAMPLES, backend, encoder, config, display.say)
     watcher = Watcher(folder, config, facts_of(config, backend, schedule.steps, data.facts), samples, logged, display.say)
@@ -153,8 +152,29 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
         peak = backend.peak_memory_mb() * 2**20
         return memory_line(taken, model, heaviest.load, peak, before * 2**20) if heaviest.load else ""
 
+    def due(step: int) -> bool:
+        return bool(held_out) and (step == schedule.steps or _every(config.eval_steps, step))
+
+    def evaluate(step: int, stop: StopSignal, bar: Bar) -> None:
+        bar.doing("evaluating", last=step == schedule.steps)
+        if found := evaluator.run(lambda: stop.asked):
+            watcher.log({"step": step, "epoch": schedule.epoch(step), **found})
+            bar.evaluation(found)
+
+    def look(step: int, stop: StopSignal, bar: Bar) -> None:
+        if samples.prompts and not stop.asked:
+            bar.doing("answering the sample prompts of the report", last=step == schedule.steps)
+        watcher.look(step, lambda: stop.asked)
+
     with folder.going_on(), watcher:
         with kept_where_memory_ends(), StopSignal() as stop, display.bar(schedule.steps, progress.step, FIRST) as bar:
+            if resume:  # what the run was stopped, or killed, before
+                if progress.step == schedule.steps:
+                    folder.save_adapter(backend.save_adapter)
+                if due(progress.step) and not any(line["step"] == progress.step and "eval_loss" in line for line in logged):
+                    evaluate(progress.step, stop, bar)
+                if progress.step == schedule.steps:
+                    look(progress.step, stop, bar)
             while progress.step < schedule.steps and not stop.asked:
                 step, started = progress.step + 1, time.perf_counter()
                 taken = take_step(passes, schedule, step, criterion, display.say)
@@ -172,16 +192,15 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
                     watcher.log(line)
                     progress.window.clear()
                 bar.update(step, line)
-                evaluates = bool(held_out) and (last or _every(config.eval_steps, step))
-                if evaluates:
-                    evaluation = evaluator.run()
-                    watcher.log({"step": step, "epoch": schedule.epoch(step), **evaluation})
-                    bar.evaluation(evaluation)
-                saves = last or _every(config.save_steps, step)
-                if saves:
+                # Saved first: what follows may take long, and a resumed run makes up for it.
+                if saves := last or _every(config.save_steps, step):
                     save()
-                if evaluates or (saves and not held_out):
-                    watcher.look(step)
+                if last:
+                    folder.save_adapter(backend.save_adapter)
+                if due(step):
+                    evaluate(step, stop, bar)
+                if due(step) or (saves and not held_out):
+                    look(step, stop, bar)
 
             if progress.step < schedule.steps:
                 checkpoint = folder.latest()
@@ -190,17 +209,15 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
                 watcher.finish(stopped=True, memory=memory())
                 again = f"saved; go on with --resume {folder.path}"
                 display.say(f"stopped after step {progress.step} of {schedule.steps}, {again}")
-                return Trained(backend, encoder, folder, evaluation, stopped=True)
-        if held_out and evaluation is None:  # a finished run, resumed
-            evaluation = evaluator.run()
-            watcher.look(progress.step)
-        folder.save_adapter(backend.save_adapter)
+                return Trained(backend, encoder, folder, stopped=True)
         write_card(folder.adapter, Source(folder.adapter, folder, config), "adapter", None, "")  # fit to be uploaded as it is
         if text := memory():
             display.say(text)
         watcher.finish(stopped=False, memory=text)
     display.say(f"adapter in {folder.adapter}, report in {folder.path / REPORT}")
-    return Trained(backend, encoder, folder, evaluation, stopped=False)
+    if stop.asked:
+        display.say(f"the training is finished; what was left out of its evaluation and report: --resume {folder.path}")
+    return Trained(backend, encoder, folder, stopped=stop.asked)
 
 
 def _progress(examples: Sequence[Example], config: TrainConfig, resume: Path | None) -> Progress:
@@ -253,11 +270,13 @@ class Evaluator:
             plan(part, passes.backend.layout, config.batch_size, row_tokens(config)) for part in (examples, others)
         )
 
-    def run(self) -> dict[str, float]:
-        """Return the metrics with an ``eval_`` before their names."""
+    def run(self, stop: Callable[[], bool] = backends.never) -> dict[str, float]:
+        """Return the metrics with an ``eval_`` before their names; none where `stop`, asked between passes, ended it."""
         means = Means()
         baseline = self.passes.baseline(self.others)
         for batch in self.batches:
+            if stop():
+                return {}
             reference = self.passes.reference(batch)
             inputs = self.criterion.inputs(batch, baseline)
             policy, weighted = self._policy(batch, inputs.get("token_weights"))

@@ -65,9 +65,9 @@ class Watcher:
         self.folder.log(line)
         self.trackers.log(line)
 
-    def look(self, step: int) -> None:
-        """Let the policy answer the sample prompts after `step` steps, and write the report."""
-        self.write(lambda: self.samples.refresh(step))
+    def look(self, step: int, stop: Callable[[], bool]) -> None:
+        """Let the policy answer the sample prompts after `step` steps, unless `stop` ends it, and write the report."""
+        self.write(lambda: self.samples.refresh(step, stop))
 
     def finish(self, stopped: bool, memory: str = "") -> None:
         """Write the report of a run that is finished, or was stopped and saved; `memory` is what `memory_line` returned."""

@@ -139,6 +139,36 @@ def test_a_stopped_run_has_its_report_and_goes_on_with_it(
     assert ">finished<" in page and "6 of 6 steps" in page
 
 
+@pytest.mark.parametrize(("ends", "evaluated"), [("save_adapter", False), ("log", True)], ids=["evaluation", "samples"])
+def test_ctrl_c_after_the_last_step_leaves_out_only_what_is_made_up_for(
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ends: str,
+    evaluated: bool,
+) -> None:
+    """The adapter is there before the last evaluation, which may take long, and before the sample answers."""
+    whole, folder = run(flags, tmp_path / "whole"), tmp_path / "stopped"
+    right = getattr(RunFolder, ends)
+
+    def stop(self: RunFolder, what: Any) -> None:
+        right(self, what)
+        if ends == "save_adapter" or ("eval_loss" in what and what["step"] == 6):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, ends, stop)
+        assert main(["train", *flags, "--output-dir", str(folder)]) == 130
+    assert f"what was left out of its evaluation and report: --resume {folder}" in capsys.readouterr().out.replace("\n", " ")
+    assert learned(folder)[1].keys() == learned(whole)[1].keys()
+    assert (metrics(folder) == metrics(whole)) == evaluated
+    assert {sample.step for sample in read_samples(folder / "report_samples.jsonl")} == {3}
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert metrics(folder) == metrics(whole)
+    assert {sample.step for sample in read_samples(folder / "report_samples.jsonl")} == {6}
+
+
 def test_a_diverged_run_has_its_report(flags: list[str], tmp_path: Path) -> None:
     more = ["--logp-reduction", "sum", "--beta", "1e4", "--output-dir", str(tmp_path / "run")]
     assert main(["train", *flags, *more]) == 1
@@ -168,7 +198,7 @@ class Small:
         yield
         self.off = False
 
-    def generate(self, prompts: Sequence[Sequence[int]], limit: int, ends: Sequence[int]) -> list[Answer]:
+    def generate(self, prompts: Sequence[Sequence[int]], limit: int, ends: Sequence[int], stop: Any) -> list[Answer]:
         self.calls.append(len(prompts))
         if len(prompts) > self.most:
             raise OutOfMemory("generating", "the library's words")
@@ -260,7 +290,7 @@ def test_the_demo_shows_what_any_loss_has(loss: str, tmp_path: Path, capsys: pyt
     from reported import make_run
 
     make_run(tmp_path, loss=loss, form="demonstrations" if loss == "sft" else "pairs", text="[bold]tea[/] :tea:")
-    show(Trained(None, None, RunFolder(tmp_path), {}, stopped=False), Display())  # type: ignore[arg-type]
+    show(Trained(None, None, RunFolder(tmp_path), stopped=False), Display())  # type: ignore[arg-type]
     out = capsys.readouterr().out
     assert "[bold]tea[/] :tea:" in out
     assert "answer length: 20 tokens before, 30 after" in out
