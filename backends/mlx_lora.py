@@ -46,9 +46,9 @@ class LoRALinear(nn.Module):
         """Apply the layer."""
         y, strength = self.linear(x), self.switch.strength
         if not self.switch.reference and strength:
-            z = _product(self._dropped(x), self.lora_a) @ self.lora_b
+            z = _times(self._dropped(x), self.lora_a) @ self.lora_b
         elif self.switch.reference and self._initial:
-            z, strength = _product(x, self._initial[0]) @ self._initial[1], 1.0
+            z, strength = _times(x, self._initial[0]) @ self._initial[1], 1.0
         else:
             return y  # not y + 0 * z: that would cost as much, and let an inf or NaN of the adapter through
         return y + (self.scale * strength * z).astype(x.dtype)
@@ -63,17 +63,21 @@ class LoRALinear(nn.Module):
         return mask * x / keep
 
 
-@mx.custom_function
-def _product(x: mx.array, a: mx.array) -> mx.array:
+def _times(x: mx.array, a: mx.array) -> mx.array:
     """Return ``x A`` in float32, and keep x for the backward pass in the type that it has.
 
     MLX alone would keep the float32 copy that it multiplies, one for each adapter, beside an x that is kept anyway.
     """
+    return x @ a if x.dtype == mx.float32 else _widened_times(x, a)
+
+
+@mx.custom_function
+def _widened_times(x: mx.array, a: mx.array) -> mx.array:
     return x.astype(mx.float32) @ a
 
 
-@_product.vjp
-def _product_vjp(primals: tuple[mx.array, mx.array], slope: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+@_widened_times.vjp
+def _widened_times_vjp(primals: tuple[mx.array, mx.array], slope: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     x, a = primals
     (late,) = mx.depends([x], [slope])  # else mx.compile takes the forward pass's copy, and so keeps it
     wide = late.astype(mx.float32).reshape(-1, x.shape[-1])

@@ -31,7 +31,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from lite_dil.backends import mlx_prefix
+from lite_dil.backends import mlx_lora, mlx_prefix
 from lite_dil.backends.mlx import MLXBackend
 from lite_dil.backends.mlx_load import memory_limits, windows
 from lite_dil.batch import Batch
@@ -309,6 +309,23 @@ def test_the_prefix_layout_in_bfloat16_starts_at_0(tiny: str) -> None:
     result = step(backend, [data])
     assert (result.policy == result.reference).all()
     np.testing.assert_allclose(result.policy, load("mlx", tiny).sequence_logps(data), rtol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(7, 64), (2, 7, 64)])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_an_adapters_input_has_the_gradient_of_a_plain_product(dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
+    x, a, slope = (mx.random.normal(size) for size in (shape, (64, 4), (*shape[:-1], 4)))
+    x = x.astype(dtype)
+
+    def gradients(product: Any) -> list[np.ndarray]:
+        found = mx.grad(lambda x, a: (product(x, a) * slope).sum(), argnums=(0, 1))(x, a)
+        assert [each.dtype for each in found] == [dtype, mx.float32]
+        return [np.array(each.astype(mx.float32)) for each in found]
+
+    expected = gradients(lambda x, a: x.astype(mx.float32) @ a)
+    for product in (mlx_lora._times, mx.compile(mlx_lora._times)):
+        for one, two in zip(gradients(product), expected, strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
