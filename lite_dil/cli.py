@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from lite_dil import __version__, quiet
 from lite_dil.config import FIELDS, TrainConfig, flag
 from lite_dil.data import EMBEDDED
-from lite_dil.disk import failing, output_fails
+from lite_dil.disk import failing, flush, output_fails
 from lite_dil.errors import TrainingDiverged, UserError, did_you_mean
 from lite_dil.models import EMBEDDED_MODEL
 from lite_dil.options import add_flags, build, read_yaml
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with failing():
             code = _run(sys.argv[1:] if argv is None else argv)
-            sys.stdout.flush()
+            flush()
             return code
     except UserError as error:
         print(f"lite-dil: {error}", file=sys.stderr)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lite_dil.data import Message, RowError
+from lite_dil.disk import append, writing
 from lite_dil.errors import UserError
 from lite_dil.examples import Encoder
-from lite_dil.jsonl import JSONLines
 from lite_dil.messages import read_text
 from lite_dil.models import model_folder
 
@@ -98,7 +98,12 @@ class Conversation:
         """
         path = path.absolute()
         new = [i for i, turn in enumerate(self.turns) if turn.whole and path not in turn.saved]
-        JSONLines(path, "answers").add(*map(self._row, new))
+        lines = "".join(json.dumps(self._row(i), ensure_ascii=False) + "\n" for i in new)
+        with writing(path), path.open("a+b", buffering=0) as file:
+            if file.tell():  # a last line that somebody left without its end
+                file.seek(-1, 2)
+                lines = lines if file.read(1) == b"\n" else "\n" + lines
+            append(file, lines.encode())
         for i in new:
             self.turns[i].saved.add(path)
         return len(new)

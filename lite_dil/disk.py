@@ -23,13 +23,13 @@ class DiskFailed(UserError):
     """A file that cannot be written.
 
     Args:
-        what: was written, as a rule its path.
+        what: was written, as a rule its path; or whatever `verb` says.
         error: the system's.
         place: the option or variable that names another place for it, if there is one.
         safe: what is not lost, for people, if there is something to say.
     """
 
-    def __init__(self, what: str | Path, error: OSError, place: str = "", safe: str = "") -> None:
+    def __init__(self, what: str | Path, error: OSError, place: str = "", safe: str = "", verb: str = "written") -> None:
         fixes = []
         if error.errno in _FULL:
             fixes.append("free space there")
@@ -39,17 +39,17 @@ class DiskFailed(UserError):
             fixes.append("check whether its disk is full, failing or gone")
         if place:
             fixes.append(f"name another place with {place}")
-        text = f"{what}: cannot be written ({error.strerror or first_line(error)})"
+        text = f"{what}: cannot be {verb} ({error.strerror or first_line(error)})"
         super().__init__("; ".join([text, *([", or ".join(fixes)] if fixes else [])]) + (f". {safe}" if safe else ""))
 
 
 @contextmanager
 def writing(what: str | Path, place: str = "", safe: str = "") -> Iterator[None]:
-    """Raise DiskFailed where the block, which writes a file and does nothing else, meets an error of the system."""
+    """Raise DiskFailed where the block, which writes files and does nothing else, meets an error of the system."""
     try:
         yield
     except _raised() as error:
-        if (cause := _cause(error)) is None:
+        if (cause := _cause(error) or _before(error)) is None:
             raise
         raise DiskFailed(what, cause, place, safe) from None
 
@@ -67,9 +67,14 @@ def failing(what: str | Path = "", place: str = "", safe: str = "") -> Iterator[
         cause = _cause(error)
         if cause is None or cause.errno not in _FULL | _REFUSED | _BROKEN:
             raise
-        if not what or cause.errno not in _FULL | {errno.EROFS}:  # the others are of a file that is read, too
-            what = cause.filename or what or ("standard output" if output_fails() else "standard output or a temporary file")
-        raise DiskFailed(what, cause, place, safe) from None
+        verb = "written"
+        if cause.errno not in _FULL | {errno.EROFS}:  # the others are of a file that is read, too
+            if cause.filename:
+                what, verb = cause.filename, "read or written"
+            elif not what and not output_fails():  # of something else than a file
+                raise
+        what = what or cause.filename or ("standard output" if output_fails() else "standard output or a temporary file")
+        raise DiskFailed(what, cause, place, safe, verb) from None
 
 
 def append(file: io.FileIO, data: bytes, sync: bool = False) -> None:
@@ -101,7 +106,12 @@ def _cause(error: BaseException) -> OSError | None:
         return OSError(int(found[1]), os.strerror(int(found[1])))
     if str(error).startswith("[write] "):  # MLX, which does not say why
         return OSError(errno.EIO, first_line(error).removeprefix("[write] ").rstrip("."))
-    before = error.__context__  # torch complains of the file that a failed write left
+    return None
+
+
+def _before(error: BaseException) -> OSError | None:
+    """Return the system's error after which torch complained of the file that a failed write left, or None."""
+    before = error.__context__ if type(error) is RuntimeError else None
     while before is not None and not (isinstance(before, OSError) and before.errno in _FULL | _REFUSED | _BROKEN):
         before = before.__context__
     return before
@@ -110,7 +120,13 @@ def _cause(error: BaseException) -> OSError | None:
 def output_fails() -> bool:
     """Return whether what was printed cannot be written."""
     try:
-        sys.stdout.flush()
+        flush()
     except OSError:
         return True
     return False
+
+
+def flush() -> None:
+    """Write what was printed, where there is an output."""
+    if sys.stdout is not None:
+        sys.stdout.flush()

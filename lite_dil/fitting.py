@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from lite_dil.backends import Backend, StepResult
+from lite_dil.backends import Backend, StepResult, never
 from lite_dil.batch import Batch, by_batch
 from lite_dil.config import TrainConfig
 from lite_dil.criterion import Criterion
@@ -92,17 +92,17 @@ class Passes:
         except DiskFailed as error:
             self.say(f"{error}. Going on: log-probs of the reference are kept in memory from here on")
 
-    def baseline(self, batches: Sequence[Batch]) -> float:
+    def baseline(self, batches: Sequence[Batch], stop: Callable[[], bool] = never) -> float:
         """Return kto's z0: the mean log-ratio of answers to other prompts, and 0 where that is negative (its eq. 8).
 
-        Without batches, which is every other objective, it is 0.
+        Without batches, which is every other objective, it is 0; where `stop`, asked between passes, ends it, of no meaning.
         """
-        if not batches:
-            return 0.0
-        found = [
-            log_ratio(self.sequence_logps(batch), self.reference(batch), batch.lengths, self.reduction) for batch in batches
-        ]
-        return max(0.0, float(np.concatenate(found).mean()))
+        found = []
+        for batch in batches:
+            if stop():
+                break
+            found.append(log_ratio(self.sequence_logps(batch), self.reference(batch), batch.lengths, self.reduction))
+        return max(0.0, float(np.concatenate(found).mean())) if found else 0.0
 
 
 class Taken(NamedTuple):

@@ -56,11 +56,11 @@ def resolve_model(name: str, say: Any = None) -> str:
     elif name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
         raise UserError(f"--model {name}: no such folder, and not a hub id of the form owner/name")
     else:
-        _check_cached(name)
+        _check_cached(name, say)
     return name
 
 
-def _check_cached(name: str) -> None:
+def _check_cached(name: str, say: Any) -> None:
     """Raise UserError where the hub does not answer and its model `name` was not downloaded before."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -69,6 +69,8 @@ def _check_cached(name: str) -> None:
         return
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            if say:
+                say(f"the hub cannot be asked ({why}); {name} is taken from its cache here")
             return
     except HFValidationError as error:
         raise UserError(f"--model {name}: not a hub id ({first_line(error)})") from None
@@ -133,6 +135,8 @@ def prepare_embedded(say: Any = None) -> Path:
     """
     folder = cache_dir() / EMBEDDED_MODEL
     if (folder / "config.json").is_file():
+        with writing(folder, "LITE_DIL_CACHE"):
+            _spell_rope(folder)  # of one that an earlier version made
         return folder
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -166,11 +170,7 @@ def prepare_embedded(say: Any = None) -> Path:
         with writing(folder, "LITE_DIL_CACHE"):
             model.save_pretrained(made)
             tokenizer.save_pretrained(made)
-            config = made / "config.json"
-            raw = json.loads(config.read_text(encoding="utf-8"))
-            # Both spellings of the rope, so that mlx-lm alone reads the folder right, too.
-            raw |= {name: value for name, value in rope_config(raw).items() if value is not None}
-            config.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+            _spell_rope(made)
         try:
             made.rename(folder)
         except OSError:
@@ -179,6 +179,17 @@ def prepare_embedded(say: Any = None) -> Path:
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder
+
+
+def _spell_rope(folder: Path) -> None:
+    """Write the rope into config.json in both spellings, so that mlx-lm by itself reads the folder right, too."""
+    config = folder / "config.json"
+    raw = json.loads(config.read_text(encoding="utf-8"))
+    if "rope_theta" not in raw:
+        raw |= {name: value for name, value in rope_config(raw).items() if value is not None}
+        partial = folder / ".config.json.partial"
+        partial.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, config)
 
 
 def load_tokenizer(path: str) -> Any:

@@ -28,7 +28,7 @@ class Overlap(NamedTuple):
             parts.append(f"{self.rows:,} {of} {are} too (the same prompt and answers)")
         if others := self.prompts - self.rows:
             have = "has" if others == 1 else "have"
-            parts.append(f"{others:,} {'more' if parts else of} {have} the prompt of a training row, with other answers")
+            parts.append(f"{others:,} {'more' if parts else of} {have} the prompt of a training row, but not all its answers")
         return ", ".join(parts)
 
     @property

@@ -67,12 +67,20 @@ class Bar:
             seconds = (self.steps - step) * line["seconds_per_step"]
             self.display.say(f"step {step}/{self.steps}  {_status(line)}  {seconds / 60:.1f} min left")
 
-    def doing(self, text: str, last: bool) -> None:
-        """Say what takes a while between two steps; where lines are printed only after the last one, as no other follows."""
-        if self.live:
-            self.live.update(self.live.task_ids[0], status=f"{text} ...")
-        elif last:
+    @contextmanager
+    def doing(self, text: str, last: bool) -> Iterator[None]:
+        """Say what takes a while in the block, if there is something; printed lines do so after the `last` step alone."""
+        if not text or not (self.live or last):
+            yield
+        elif not self.live:
             self.display.say(f"{text} ...")
+            yield
+        else:
+            task = self.live.tasks[0]
+            before = task.fields["status"]
+            self.live.update(task.id, status=f"{text} ...")
+            yield
+            self.live.update(task.id, status=before)
 
     def evaluation(self, metrics: dict[str, float]) -> None:
         """Print the held-out figures."""

@@ -116,8 +116,11 @@ class RunFolder:
                 yield
         except DiskFailed as error:
             latest = self.latest()
-            safe = f"The run is safe up to {latest.name}: --resume {self.path} goes on from it" if latest else ""
-            raise UserError(f"{error}. {safe or 'No checkpoint was saved before; --output-dir names another place'}") from None
+            if latest:
+                safe = f". The run is safe up to {latest.name}: --resume {self.path} goes on from it"
+            else:
+                safe = ". No checkpoint was saved before; --output-dir names another place" if self.path.exists() else ""
+            raise UserError(f"{error}{safe}") from None
 
     def _steps(self) -> list[int]:
         found = (path.parent.name.removeprefix("step-") for path in self.checkpoints.glob("step-*/progress.json"))
@@ -210,14 +213,18 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def _replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    partial = target.with_name(f".{target.name}.partial")
+    partial, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
     with writing(target):
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in (partial, old):
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             fill(partial)
             if target.exists():
-                shutil.rmtree(target)
+                target.rename(old)
             partial.rename(target)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)  # what was not finished takes no room
+            if old.exists() and not target.exists():
+                old.rename(target)
+            for left in (partial, old):  # what was not finished takes no room
+                shutil.rmtree(left, ignore_errors=True)

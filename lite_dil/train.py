@@ -155,16 +155,23 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
     def due(step: int) -> bool:
         return bool(held_out) and (step == schedule.steps or _every(config.eval_steps, step))
 
+    left_out = False  # of the evaluation and the sample answers, because of Ctrl-C
+
     def evaluate(step: int, stop: StopSignal, bar: Bar) -> None:
-        bar.doing("evaluating", last=step == schedule.steps)
-        if found := evaluator.run(lambda: stop.asked):
+        nonlocal left_out
+        with bar.doing("" if stop.asked else "evaluating", last=step == schedule.steps):
+            found = evaluator.run(lambda: stop.asked)
+        if found:
             watcher.log({"step": step, "epoch": schedule.epoch(step), **found})
             bar.evaluation(found)
+        left_out = left_out or not found
 
     def look(step: int, stop: StopSignal, bar: Bar) -> None:
-        if samples.prompts and not stop.asked:
-            bar.doing("answering the sample prompts of the report", last=step == schedule.steps)
-        watcher.look(step, lambda: stop.asked)
+        nonlocal left_out
+        answers = samples.prompts and not stop.asked
+        with bar.doing("answering the sample prompts of the report" if answers else "", last=step == schedule.steps):
+            watcher.look(step, lambda: stop.asked)
+        left_out = left_out or (stop.asked and bool(samples.prompts))
 
     with folder.going_on(), watcher:
         with kept_where_memory_ends(), StopSignal() as stop, display.bar(schedule.steps, progress.step, FIRST) as bar:
@@ -215,9 +222,9 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
             display.say(text)
         watcher.finish(stopped=False, memory=text)
     display.say(f"adapter in {folder.adapter}, report in {folder.path / REPORT}")
-    if stop.asked:
+    if left_out:
         display.say(f"the training is finished; what was left out of its evaluation and report: --resume {folder.path}")
-    return Trained(backend, encoder, folder, stopped=stop.asked)
+    return Trained(backend, encoder, folder, stopped=left_out)
 
 
 def _progress(examples: Sequence[Example], config: TrainConfig, resume: Path | None) -> Progress:
@@ -273,7 +280,7 @@ class Evaluator:
     def run(self, stop: Callable[[], bool] = backends.never) -> dict[str, float]:
         """Return the metrics with an ``eval_`` before their names; none where `stop`, asked between passes, ended it."""
         means = Means()
-        baseline = self.passes.baseline(self.others)
+        baseline = self.passes.baseline(self.others, stop)
         for batch in self.batches:
             if stop():
                 return {}

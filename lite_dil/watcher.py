@@ -15,7 +15,7 @@ from typing import Any
 from lite_dil import __version__
 from lite_dil.backends import Backend
 from lite_dil.config import TrainConfig
-from lite_dil.disk import DiskFailed
+from lite_dil.disk import DiskFailed, failing
 from lite_dil.errors import TrainingDiverged, UserError
 from lite_dil.run import RunFolder, replace_file
 from lite_dil.samples import Samples
@@ -80,10 +80,11 @@ class Watcher:
         With `said` the user knows already that the disk fails.
         """
         try:
-            if before:
-                before()
-            replace_file(self.folder.path / FACTS, json.dumps(self.facts, indent=1) + "\n")
-            write_report(self.folder.path)
+            with failing(self.folder.path / REPORT):
+                if before:
+                    before()
+                replace_file(self.folder.path / FACTS, json.dumps(self.facts, indent=1) + "\n")
+                write_report(self.folder.path)
         except DiskFailed as error:
             if not said:
                 self.say(f"{error}. The run goes on without its report")

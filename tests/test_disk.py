@@ -17,11 +17,13 @@ from safetensors import SafetensorError
 from lite_dil import disk
 from lite_dil.cli import main
 from lite_dil.disk import DiskFailed, append, failing, writing
+from lite_dil.run import RunFolder
 
 pytest.importorskip("resource")
 # No file may grow beyond so many bytes: what a disk with that much room does, without a disk. Python ignores the signal.
 _LIMITED = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"
 _RUN = "from lite_dil.__main__ import main; sys.exit(main())"
+needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 TOO_LARGE = os.strerror(errno.EFBIG)
 FULL = os.strerror(errno.ENOSPC)
 
@@ -114,6 +116,7 @@ def test_metrics_that_do_not_fit(flags: list[str], tmp_path: Path) -> None:
     assert not list(run.rglob("*.partial"))
 
 
+@needs_full
 @pytest.mark.parametrize("backend", ["cpu", "mlx"])
 def test_a_reference_cache_that_does_not_fit_costs_no_training(flags: list[str], tmp_path: Path, backend: str) -> None:
     flags[flags.index("off")] = str(tmp_path / "cache")
@@ -158,7 +161,7 @@ def test_tokens_that_do_not_fit(flags: list[str], tmp_path: Path) -> None:
     assert left(tmp_path / "cache") == []
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@needs_full
 @pytest.mark.parametrize("command", ["train", "data", "plan", "generate"])
 def test_a_standard_output_that_is_full(flags: list[str], tiny: str, command: str, tmp_path: Path) -> None:
     data = flags[flags.index("--data") + 1]
@@ -184,6 +187,7 @@ def test_an_export_that_does_not_fit(adapter: str, tmp_path: Path, format: str, 
     assert "Nothing of it is left there" in done.stderr and left(tmp_path) == []
 
 
+@needs_full
 def test_what_does_not_fit_beside_the_merged_folder(adapter: str, tmp_path: Path) -> None:
     from lite_dil.backends.mlx_export import write_model
     from lite_dil.gguf_export import convert
@@ -260,9 +264,9 @@ def test_a_folder_that_may_not_be_written(flags: list[str], tmp_path: Path, caps
         (OSError(errno.EROFS, "ro"), "x: cannot be written (ro); make it writable, or"),
         (
             OSError(errno.ENOTCONN, "gone", "y"),
-            "y: cannot be written (gone); check whether its disk is full, failing or gone, or",
+            "y: cannot be read or written (gone); check whether its disk is full, failing or gone, or",
         ),
-        (PermissionError(errno.EACCES, "no", "y"), "y: cannot be written (no); make it writable"),
+        (PermissionError(errno.EACCES, "no", "y"), "y: cannot be read or written (no); make it writable"),
         (
             SafetensorError(f"Error while serializing: I/O error: No (os error {errno.ENOSPC})"),
             f"x: cannot be written ({FULL})",
@@ -282,6 +286,7 @@ def test_what_a_failing_disk_says(error: Exception, text: str) -> None:
         ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
         OSError("no number"),
         RuntimeError("a bug"),
+        PermissionError(errno.EPERM, "of a process"),
         SafetensorError("Error while deserializing header"),
     ],
 )
@@ -293,6 +298,48 @@ def test_errors_of_the_program_stay_what_they_are(error: Exception, monkeypatch:
     with pytest.raises(type(error)) as told:
         main([])
     assert told.value is error
+
+
+def test_a_bug_after_an_error_of_a_file_stays_one() -> None:
+    """Only torch's own complaint of the file that a failed write left is taken for that failure."""
+
+    def fail(kind: type[Exception]) -> None:
+        try:
+            raise OSError(errno.ENOSPC, FULL)
+        except OSError:
+            raise kind("another") from None
+
+    with pytest.raises(DiskFailed), writing("x"):
+        fail(RuntimeError)
+    for block, kind in ((failing, RuntimeError), (writing, NotImplementedError)):
+        with pytest.raises(kind), block("x"):
+            fail(kind)
+
+
+def test_without_an_output_nothing_more_is_written(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -m lite_dil train --model ./none >&-', sys.executable], stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 2 and "--model ./none" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    folder.save_adapter(lambda path: (path / "first").touch())
+    rename = Path.rename
+
+    def stopped(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            folder.save_adapter(lambda path: (path / "second").touch())
+    assert left(tmp_path) == ["adapter"] and left(folder.adapter) == ["first"]
+    folder.save_adapter(lambda path: (path / "second").touch())
+    assert left(tmp_path) == ["adapter"] and left(folder.adapter) == ["second"]
 
 
 def test_a_file_that_is_nearly_full_takes_all_or_nothing(tmp_path: Path) -> None:

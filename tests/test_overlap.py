@@ -103,7 +103,7 @@ def test_training_and_its_report_say_it(
     flags += ["--max-steps", "1", "--report-samples", "0"]
     said = (
         "2 of 6 held-out rows are training rows too (the same prompt and answers), 1 more has the prompt of a training row, "
-        "with other answers: the held-out figures say less about new prompts"
+        "but not all its answers: the held-out figures say less about new prompts"
     )
     for name, file, counts in (("overlap", held_out, (6, 2, 3)), ("fresh", fresh, (3, 0, 0))):
         shared = counts[1] > 0

@@ -221,7 +221,7 @@ def test_a_sample_prompt_that_was_cut_says_so(tmp_path: Path) -> None:
         ),
         (1, 2, "1 of 100 held-out rows is a training row too (the same prompt and answers), 1 more has the prompt", "less"),
         (100, 100, "100 of 100 held-out rows are training rows too (the same prompt and answers)", "nothing"),
-        (0, 3, "3 of 100 held-out rows have the prompt of a training row, with other answers", "less"),
+        (0, 3, "3 of 100 held-out rows have the prompt of a training row, but not all its answers", "less"),
     ],
 )
 def test_held_out_rows_that_were_trained_on(rows: int, prompts: int, shared: str, little: str, tmp_path: Path) -> None:

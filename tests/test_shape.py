@@ -109,7 +109,7 @@ def test_errors_name_place_and_fix(tmp_path: Path) -> None:
     refused('{"model_type": "llama", "hidden_size": 8}', "intermediate_size, num_hidden_layers, .* missing")
     with pytest.raises(UserError, match="no such folder, and not a hub id"):
         read_shape(str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"nobody/nothing: its config\.json is not in the local cache"):
+    with pytest.raises(UserError, match=r"nobody/nothing: .* not in the hub's cache here, and the hub cannot be asked"):
         read_shape("nobody/nothing")  # the tests are offline
 
 

@@ -72,6 +72,8 @@ def on_terminal(argv: list[str], until: str = "") -> tuple[int, str]:
             if until and until.encode() in shown:
                 os.write(terminal, b"\x03")
                 until = ""
+    else:
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     os.close(terminal)
     return os.waitstatus_to_exitcode(status), shown.decode()
