@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from lite_dil.config import TrainConfig
-from lite_dil.errors import UserError, gather
+from lite_dil.base.errors import UserError, gather
+from lite_dil.config.train_config import TrainConfig
 
 if TYPE_CHECKING:  # the command line's help comes from here too, and numpy takes longer than the rest of it
     import numpy as np
 
-    from lite_dil.batch import Batch
-    from lite_dil.criterion import Criterion
+    from lite_dil.batching.batch import Batch
+    from lite_dil.objectives.criterion import Criterion
 
 CHECKPOINT_FROM = 10**9  # parameters from which gradient checkpointing is on unless said otherwise
 
@@ -260,7 +260,7 @@ def prepare(name: str, config: TrainConfig) -> None:
     Raises UserError where it cannot be used.
     """
     if config.unsloth:
-        from lite_dil.backends import torch_unsloth
+        from lite_dil.backends.torch import unsloth as torch_unsloth
 
         torch_unsloth.check(config, name if name in ("cpu", "mlx") else resolve(name))
         torch_unsloth.require()
@@ -268,17 +268,17 @@ def prepare(name: str, config: TrainConfig) -> None:
 
 def import_library(name: str) -> None:
     """Import what backend `name` is made of, as `load` would: what it takes of the memory is not the model's."""
-    importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}")
+    importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.backend")
 
 
 def load(name: str, config: TrainConfig, model: str) -> Backend:
     """Load `model` (a folder or hub id) with a trainable adapter on backend `name`, "cuda", "cpu" or "mlx"."""
     prepare(name, config)
     if name == "mlx":
-        from lite_dil.backends.mlx import MLXBackend
+        from lite_dil.backends.mlx.backend import MLXBackend
 
         return MLXBackend(config, model)
-    from lite_dil.backends.torch import TorchBackend
+    from lite_dil.backends.torch.backend import TorchBackend
 
     return TorchBackend(config, model, device=name)
 

@@ -14,7 +14,7 @@ def main() -> int:
     # A program that was started in the background may have to ignore Ctrl-C.
     heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     _at_ctrl_c(_leave, heard)
-    from lite_dil.cli import main as run
+    from lite_dil.cli.main import main as run
 
     _at_ctrl_c(signal.default_int_handler, heard)
     try:

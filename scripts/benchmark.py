@@ -120,7 +120,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def cpu_jobs(options: argparse.Namespace) -> list[Job]:
     """Return the measurements of the ordinary run: the embedded model with torch, a tiny one with MLX."""
-    from lite_dil.models import EMBEDDED_MODEL, resolve_model
+    from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
 
     jobs: list[Job] = []
     device = on_device(options)
@@ -163,7 +163,7 @@ def torch_jobs(job: Job, options: argparse.Namespace) -> list[Job]:
 def mlx_jobs(options: argparse.Namespace, data: Any) -> list[Job]:
     batch = (options.batch or [8])[0]
     pairs = options.pairs or (2 * batch if options.quick else 64)
-    from lite_dil.models import resolve_model
+    from lite_dil.models.find import resolve_model
 
     tiny = models_folder(options) / "benchmark-tiny"
     folder = resolve_model(options.model) if options.model else models.make_llama(tiny, models.TINY, nf4=False)
@@ -220,7 +220,7 @@ def on_device(options: argparse.Namespace) -> str:
 
 
 def models_folder(options: argparse.Namespace) -> Path:
-    from lite_dil.models import cache_dir
+    from lite_dil.models.find import cache_dir
 
     return Path(options.folder) if options.folder else cache_dir()
 

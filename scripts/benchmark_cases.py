@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil.data import CHOSEN, REJECTED
-from lite_dil.examples import Example
+from lite_dil.data.encoder import Example
+from lite_dil.data.reader import CHOSEN, REJECTED
 
 Lengths = tuple[int, int, int]  # tokens of the prompt, of the chosen and of the rejected answer, its end token included
 
@@ -107,10 +107,10 @@ def lengths_of(case: str, pairs: int, data: Sequence[Lengths] = ()) -> tuple[Len
 
 def lengths_in(file: str, model: str, max_length: int = 1024) -> list[Lengths]:
     """Return the lengths of a file's pairs, tokenised and cut as in training, in an order drawn from a fixed seed."""
-    from lite_dil.config import TrainConfig
-    from lite_dil.dataset import load
-    from lite_dil.examples import Encoder
-    from lite_dil.models import load_tokenizer
+    from lite_dil.config.train_config import TrainConfig
+    from lite_dil.data.dataset import load
+    from lite_dil.data.encoder import Encoder
+    from lite_dil.models.find import load_tokenizer
 
     examples = load(file, "train", Encoder(load_tokenizer(model)), TrainConfig(max_length=max_length)).examples
     order = np.random.default_rng(0).permutation(len(examples))

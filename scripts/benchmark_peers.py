@@ -18,7 +18,7 @@ from benchmark_cases import Job, read_config
 from benchmark_models import text_of, word_tokenizer
 from benchmark_worker import Meter, sixteen_bit
 
-from lite_dil.examples import Example
+from lite_dil.data.encoder import Example
 
 Steps = Sequence[Sequence[Example]]
 
@@ -183,8 +183,8 @@ def two_models(job: Job, steps: Steps, meter: Meter) -> dict[str, Any]:
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load
 
-    from lite_dil.batch import Batch
-    from lite_dil.layouts import plain
+    from lite_dil.batching.batch import Batch
+    from lite_dil.batching.layouts import plain
 
     model, reference = load(job.model)[0], load(job.model)[0].freeze()
     model.freeze()

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from benchmark_cases import Job, read_config, steps_of
 
-from lite_dil.examples import Example
-from lite_dil.memory import peak_rss_mb
+from lite_dil.base.memory import peak_rss_mb
+from lite_dil.data.encoder import Example
 
 
 class NotRun(Exception):
@@ -238,11 +238,11 @@ def sixteen_bit(device: str) -> str:
 
 
 def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict[str, Any]:
-    """Drive this library as lite_dil.train does, less the data and the files."""
+    """Drive this library as lite_dil.recipes.preference does, less the data and the files."""
     from lite_dil import backends
-    from lite_dil.config import TrainConfig
-    from lite_dil.criterion import Criterion
-    from lite_dil.schedule import plan, row_tokens
+    from lite_dil.batching.schedule import plan, row_tokens
+    from lite_dil.config.train_config import TrainConfig
+    from lite_dil.objectives.criterion import Criterion
 
     longest = max(prompt + max(answers) for prompt, *answers in job.lengths)
     config = TrainConfig(
@@ -293,7 +293,7 @@ def _engine(job: Job) -> dict[str, Any]:
 
 def _longest(job: Job, step: Any) -> int:
     """Return the tokens a sequence of the longest pair that trains, by doubling, then halving the gap to within 3 %."""
-    from lite_dil.errors import OutOfMemory
+    from lite_dil.base.errors import OutOfMemory
 
     def fits(tokens: int) -> bool:
         half = (tokens // 2, tokens - tokens // 2, tokens - tokens // 2)

@@ -20,10 +20,10 @@ from typing import Any
 
 from compare_settings import Comparison, read
 
-from lite_dil import quiet
-from lite_dil.config import TrainConfig
-from lite_dil.errors import TrainingDiverged, UserError
-from lite_dil.run import RunFolder, check_same_run, replace_file, saved_config
+from lite_dil.base import quiet
+from lite_dil.base.errors import TrainingDiverged, UserError
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.runs.folder import RunFolder, check_same_run, replace_file, saved_config
 
 RESULT = "result.json"  # a run that has it is finished: trained and measured, or diverged
 
@@ -57,7 +57,7 @@ def compare(comparison: Comparison) -> bool:
     quiet.bars()
     from compare_report import report
 
-    from lite_dil.progress import Display
+    from lite_dil.cli.progress import Display
 
     display = Display()
     runs = [comparison.run(loss, seed) for seed in comparison.seeds for loss in comparison.configs]
@@ -78,7 +78,7 @@ def run_one(comparison: Comparison, config: TrainConfig, display: Any) -> bool:
     """Train one loss, from its newest checkpoint where there is one, and measure it; return False where it was stopped."""
     from compare_measure import Probe, measure, measure_reference
 
-    from lite_dil.train import train
+    from lite_dil.recipes.preference import train
 
     folder = RunFolder(Path(config.output_dir or ""))
     checkpoint = folder.latest()

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil.batch import Batch
-from lite_dil.config import TrainConfig
-from lite_dil.data import CHOSEN
-from lite_dil.dataset import load
-from lite_dil.examples import Example
-from lite_dil.run import replace_file
-from lite_dil.sampled import end_ids
-from lite_dil.train import Trained
+from lite_dil.batching.batch import Batch
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.dataset import load
+from lite_dil.data.encoder import Example
+from lite_dil.data.reader import CHOSEN
+from lite_dil.generation.reference_samples import end_ids
+from lite_dil.recipes.preference import Trained
+from lite_dil.runs.folder import replace_file
 
 TOGETHER = 8  # prompts that are answered in one go: what was answered is kept, and a GPU has room for their keys and values
 

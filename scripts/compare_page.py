@@ -7,8 +7,8 @@ from typing import Any
 
 from compare_settings import Comparison
 
-from lite_dil.figures import COLOURS, inked, svg
-from lite_dil.page import escaped
+from lite_dil.reports.charts import COLOURS, inked, svg
+from lite_dil.reports.page import escaped
 
 MARKERS, LINES = "os^Dv*", ("-", "--", ":")
 

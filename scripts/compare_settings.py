@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lite_dil.cli import _Parser
-from lite_dil.config import FIELDS, FREE_ON_RESUME, TrainConfig, flag
-from lite_dil.criterion import check_data
-from lite_dil.data import EMBEDDED, Row, parse_columns, read_rows
-from lite_dil.errors import UserError, did_you_mean, gather
-from lite_dil.objectives import OBJECTIVES, OPTIONS
-from lite_dil.options import add_flags, build, coerce, read_yaml
-from lite_dil.run import RUNS, _unused, replace_file
-from lite_dil.schedule import examples_per_step, steps_of
-from lite_dil.sources import split_sources
+from lite_dil.base.errors import UserError, did_you_mean, gather
+from lite_dil.batching.schedule import examples_per_step, steps_of
+from lite_dil.cli.main import _Parser
+from lite_dil.config.options import add_flags, build, coerce, read_yaml
+from lite_dil.config.train_config import FIELDS, FREE_ON_RESUME, TrainConfig, flag
+from lite_dil.data.reader import EMBEDDED, Row, parse_columns, read_rows
+from lite_dil.data.sources import split_sources
+from lite_dil.objectives.criterion import check_data
+from lite_dil.objectives.table import OBJECTIVES, OPTIONS
+from lite_dil.runs.folder import RUNS, _unused, replace_file
 
 COMMAND = "python scripts/compare.py"
 POINTS = 8  # evaluations over a run, unless --eval-steps says otherwise

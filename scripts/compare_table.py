@@ -10,7 +10,7 @@ from typing import Any
 
 from compare_settings import Comparison
 
-from lite_dil.objectives import DIL_FAMILY
+from lite_dil.objectives.table import DIL_FAMILY
 
 Run = dict[str, Any]  # result.json and what metrics.jsonl adds to it
 Row = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Measure the peak of live tensor bytes of training steps beside what `lite_dil.estimate` says of them.
+"""Measure the peak of live tensor bytes of training steps beside what `lite_dil.planning.estimate` says of them.
 
     python scripts/live_bytes.py --model smollm2-135m --max-length 256 --gradient-checkpointing full
 
@@ -23,16 +23,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lite_dil import backends
-from lite_dil.batch import Batch
-from lite_dil.config import FIELDS, TrainConfig
-from lite_dil.criterion import Criterion
-from lite_dil.errors import UserError
-from lite_dil.estimate import Estimate, Load, estimate
-from lite_dil.estimate_mlx import MLXStep
-from lite_dil.examples import Example
-from lite_dil.models import resolve_model
-from lite_dil.options import add_flags, build
-from lite_dil.shape import read_shape
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
+from lite_dil.config.options import add_flags, build
+from lite_dil.config.train_config import FIELDS, TrainConfig
+from lite_dil.data.encoder import Example
+from lite_dil.models.find import resolve_model
+from lite_dil.models.shape import read_shape
+from lite_dil.objectives.criterion import Criterion
+from lite_dil.planning.estimate import Estimate, Load, estimate
+from lite_dil.planning.estimate_mlx import MLXStep
 
 SLACK = 2**16  # bytes of small tensors that the two ways of counting may see differently
 

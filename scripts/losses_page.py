@@ -1,4 +1,4 @@
-"""Write docs/losses.md from the table in lite_dil/objectives.py (a test fails when the page is stale).
+"""Write docs/losses.md from the table in lite_dil/objectives/table.py (a test fails when the page is stale).
 
 python scripts/losses_page.py
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lite_dil.config import flag
-from lite_dil.objectives import OBJECTIVES, OPTIONS, Objective
+from lite_dil.config.train_config import flag
+from lite_dil.objectives.table import OBJECTIVES, OPTIONS, Objective
 
 PAGE = Path(__file__).parent.parent / "docs" / "losses.md"
 DATA = {
@@ -19,7 +19,7 @@ DATA = {
 INTRO = """\
 # Losses
 
-<!-- Made by scripts/losses_page.py from the table in lite_dil/objectives.py; change it there. -->
+<!-- Made by scripts/losses_page.py from the table in lite_dil/objectives/table.py; change it there. -->
 
 What `--loss` takes. x is a prompt, y_w a chosen (good) and y_l a rejected (bad) answer to it. The **log-ratio** `f(x, y) =
 log pi_theta(y|x) - log pi_ref(y|x)` compares the model being trained with its reference, which is the same model with its

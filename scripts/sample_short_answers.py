@@ -1,6 +1,6 @@
-"""Make lite_dil/short_answers/{train,test}.jsonl: the model's own answers become the rejected side.
+"""Make lite_dil/data/short_answers/{train,test}.jsonl: the model's own answers become the rejected side.
 
-    python scripts/sample_short_answers.py questions.jsonl lite_dil/short_answers
+    python scripts/sample_short_answers.py questions.jsonl lite_dil/data/short_answers
 
 questions.jsonl has {"prompt", "chosen"} lines of plain text. The rejected answers are drawn from SmolLM2-135M-Instruct at
 temperature 1 with nothing cut off, that is from pi_ref itself, as DIL's derivation wants. An answer that has not ended after
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from lite_dil.models import EMBEDDED_MODEL, load_tokenizer, resolve_model
+from lite_dil.models.find import EMBEDDED_MODEL, load_tokenizer, resolve_model
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from lite_dil.cli import main as lite_dil
+from lite_dil.cli.main import main as lite_dil
 
 COLUMNS = ("eval_loss", "eval_rewards/accuracies", "eval_log_ratio/chosen", "eval_log_ratio/rejected", "eval_logps/chosen")
 

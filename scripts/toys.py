@@ -33,9 +33,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lite_dil import objectives
-from lite_dil.losses import namespace
-from lite_dil.objectives import OBJECTIVES, Answers, Sides
+from lite_dil.objectives import table as objectives
+from lite_dil.objectives.losses import namespace
+from lite_dil.objectives.table import OBJECTIVES, Answers, Sides
 
 Array = Any  # a torch.Tensor or an mlx.core.array
 Loss = Callable[[Array], Array]  # parameters of shape (runs, ...) -> a loss a run, shape (runs,)

@@ -2,7 +2,7 @@
 
 import sys
 
-from lite_dil.cli import main
+from lite_dil.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -25,11 +25,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lite_dil import backends
-from lite_dil.batch import Batch
-from lite_dil.config import TrainConfig
-from lite_dil.criterion import Criterion
-from lite_dil.examples import Example
-from lite_dil.models import EMBEDDED_MODEL, cache_dir, resolve_model
+from lite_dil.batching.batch import Batch
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.encoder import Example
+from lite_dil.models.find import EMBEDDED_MODEL, cache_dir, resolve_model
+from lite_dil.objectives.criterion import Criterion
 
 # What a shell starts in the background ignores Ctrl-C, and so would the programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from lite_dil.backends import StepResult
-from lite_dil.batch import Batch
-from lite_dil.criterion import Criterion
+from lite_dil.batching.batch import Batch
+from lite_dil.objectives.criterion import Criterion
 
 Adapter = dict[str, np.ndarray]  # layer.lora_a (in, r) and layer.lora_b (r, out)
 

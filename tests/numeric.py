@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import torch
 
-from lite_dil import objectives
-from lite_dil.objectives import OBJECTIVES
+from lite_dil.objectives import table as objectives
+from lite_dil.objectives.table import OBJECTIVES
 
 
 def constants(name: str, options: dict[str, Any]) -> dict[str, Any]:

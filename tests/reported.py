@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 from conftest import config
 
-from lite_dil.objectives import OBJECTIVES
-from lite_dil.samples import Sample, write_samples
-from lite_dil.story import FACTS, SAMPLES
-from lite_dil.watcher import write_report
+from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.reports.findings import FACTS, SAMPLES
+from lite_dil.reports.run_report import write_report
+from lite_dil.reports.samples import Sample, write_samples
 
 HOSTILE = (
     "<script>window.hit=1</script>\"><img src=x onerror='window.hit=1'></style></title></svg>-->&amp;<!-- "

@@ -11,7 +11,7 @@ import torch
 from conftest import batch, criterion, load, make_checkpoint
 from test_backend import adapter, step
 
-from lite_dil.errors import UserError
+from lite_dil.base.errors import UserError
 
 
 def test_nf4_gradients_equal_those_of_dequantised_weights_bitwise(tiny: str) -> None:

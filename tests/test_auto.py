@@ -14,17 +14,17 @@ from conftest import config, examples, write_pairs
 from safetensors.numpy import load_file
 from test_plan import SHAPE
 
-from lite_dil import auto
-from lite_dil.auto import choose, largest_example
-from lite_dil.batch import Batch
-from lite_dil.cli import main
-from lite_dil.config import TrainConfig
-from lite_dil.errors import UserError
-from lite_dil.estimate import Load, estimate
-from lite_dil.fit import Heaviest, Model, memory_line, several
-from lite_dil.memory import GIB, Memory
-from lite_dil.schedule import Schedule, batch_tokens, computed_tokens
-from lite_dil.shape import read_shape
+from lite_dil.base.errors import UserError
+from lite_dil.base.memory import GIB, Memory
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.schedule import Schedule, batch_tokens, computed_tokens
+from lite_dil.cli.main import main
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.models.shape import read_shape
+from lite_dil.planning import auto
+from lite_dil.planning.auto import choose, largest_example
+from lite_dil.planning.estimate import Load, estimate
+from lite_dil.planning.fit import Heaviest, Model, memory_line, several
 
 ASKED = config(load_in_4bit=True, backend="cuda", data="x.jsonl", batch_size=4, gradient_accumulation_steps=4)
 MODES = ["off", "selective", "full"]

@@ -13,8 +13,8 @@ import torch
 from conftest import bare_model, batch, criterion, examples, load, make_checkpoint, oracle_logps
 
 from lite_dil import backends
-from lite_dil.batch import Batch
-from lite_dil.layouts import plain, prefix
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.layouts import plain, prefix
 
 
 def step(backend: Any, batches: list[Batch], rate: float = 1e-2, **changes: object) -> Any:

@@ -17,12 +17,12 @@ from conftest import write_pairs
 from hub_server import Hub, serve
 from huggingface_hub import ModelCard, ModelCardData, constants
 
-from lite_dil import tuned
-from lite_dil.card import write_card
-from lite_dil.card_words import code, public_command, public_name, public_sources, train_command
-from lite_dil.cli import main
-from lite_dil.config import FIELDS
-from lite_dil.options import add_flags, build, read_yaml
+from lite_dil.cli.main import main
+from lite_dil.config.options import add_flags, build, read_yaml
+from lite_dil.config.train_config import FIELDS
+from lite_dil.generation import policy as tuned
+from lite_dil.reports.card import write_card
+from lite_dil.reports.card_words import code, public_command, public_name, public_sources, train_command
 
 CHECK = SimpleNamespace(rows=8, tokens=1234, data="/home/me/held.jsonl", mean=0.00123, max=0.045, tolerance=0.02)
 DATA = "pre`fs` |<b>#*_.jsonl"

@@ -21,10 +21,10 @@ import pytest
 from conftest import batch, criterion, load, make_checkpoint
 from safetensors.torch import load_file, save_file
 
-from lite_dil.cli import main
-from lite_dil.examples import Encoder
-from lite_dil.models import load_tokenizer
-from lite_dil.stream_text import printable
+from lite_dil.cli.main import main
+from lite_dil.data.encoder import Encoder
+from lite_dil.generation.text_stream import printable
+from lite_dil.models.find import load_tokenizer
 
 LIMIT = 24  # tokens of an answer
 
@@ -105,9 +105,9 @@ def test_base_and_tuned_one_after_the_other(tuned: Tuned, chat: Callable[..., Sa
     sides = [text for pair in ((base, own), later) for text in pair]
     assert said.out == "".join(f"{side}: {shown(text)}" for side, text in zip(["base", "tuned"] * 2, sides, strict=True))
 
-    from lite_dil.answering import log_ratio
-    from lite_dil.batch import Batch
-    from lite_dil.examples import Example
+    from lite_dil.batching.batch import Batch
+    from lite_dil.data.encoder import Example
+    from lite_dil.generation.stream import log_ratio
 
     prompt = tuned.encoder.prompt_ids(tuned.encoder.chat_prompt([{"role": "user", "content": "the red house"}]), chat=True)
     (answer,) = tuned.backend.generate([prompt], LIMIT, tuned.encoder.end_ids())
@@ -279,7 +279,7 @@ def test_wrong_flags(tuned: Tuned, chat: Callable[..., Said], flags: tuple[str, 
 
 
 def command(tuned: Tuned, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "lite_dil.cli", *tuned.argv, *flags]
+    return [sys.executable, "-m", "lite_dil.cli.main", *tuned.argv, *flags]
 
 
 def test_from_a_pipe_there_are_no_colours_and_no_tracebacks(tuned: Tuned) -> None:

@@ -22,15 +22,15 @@ from compare_settings import Comparison
 from conftest import bare_model, config, oracle_logps, write_pairs
 
 from lite_dil.backends import Answer
-from lite_dil.batch import Batch
-from lite_dil.config import TrainConfig
-from lite_dil.data import read_rows
-from lite_dil.dataset import load
-from lite_dil.examples import Encoder, Example
-from lite_dil.figures import INK
-from lite_dil.models import load_tokenizer
-from lite_dil.options import build
-from lite_dil.run import RunFolder
+from lite_dil.batching.batch import Batch
+from lite_dil.config.options import build
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.dataset import load
+from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.reader import read_rows
+from lite_dil.models.find import load_tokenizer
+from lite_dil.reports.charts import INK
+from lite_dil.runs.folder import RunFolder
 
 STEPS, PROMPTS, TOKENS = 4, 9, 6
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lite_dil.config import FIELDS, TrainConfig, flag
-from lite_dil.errors import UserError
-from lite_dil.objectives import OBJECTIVES, OPTIONS
-from lite_dil.options import add_flags, build, read_yaml
+from lite_dil.base.errors import UserError
+from lite_dil.config.options import add_flags, build, read_yaml
+from lite_dil.config.train_config import FIELDS, TrainConfig, flag
+from lite_dil.objectives.table import OBJECTIVES, OPTIONS
 
 
 def flags(*argv: str) -> dict[str, object]:

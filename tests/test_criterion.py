@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from conftest import config, examples
 
-from lite_dil.batch import Batch
-from lite_dil.criterion import Criterion, check_data, mismatched
-from lite_dil.data import CHOSEN, REJECTED
-from lite_dil.errors import UserError
-from lite_dil.examples import Example
-from lite_dil.objectives import OBJECTIVES, need
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
+from lite_dil.data.encoder import Example
+from lite_dil.data.reader import CHOSEN, REJECTED
+from lite_dil.objectives.criterion import Criterion, check_data, mismatched
+from lite_dil.objectives.table import OBJECTIVES, need
 
 
 def lone(*signs: int, length: int = 2) -> list[Example]:

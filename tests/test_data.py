@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import zstandard
 
-from lite_dil.data import EMBEDDED, read_rows
-from lite_dil.errors import UserError
+from lite_dil.base.errors import UserError
+from lite_dil.data.reader import EMBEDDED, read_rows
 
 TEXT = {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}
 CHAT = {

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from conftest import config, sentencepiece_tokenizer
 
-from lite_dil.cli import main
-from lite_dil.dataset import load
-from lite_dil.examples import Encoder
-from lite_dil.models import load_tokenizer
+from lite_dil.cli.main import main
+from lite_dil.data.dataset import load
+from lite_dil.data.encoder import Encoder
+from lite_dil.models.find import load_tokenizer
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

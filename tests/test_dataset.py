@@ -16,11 +16,11 @@ import pytest
 import zstandard
 from conftest import byte_level_tokenizer, config
 
-from lite_dil.data import read_rows
-from lite_dil.dataset import ExampleStore, load
-from lite_dil.errors import UserError
-from lite_dil.examples import Encoder, Example
-from lite_dil.sources import split_sources
+from lite_dil.base.errors import UserError
+from lite_dil.data.dataset import ExampleStore, load
+from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.reader import read_rows
+from lite_dil.data.sources import split_sources
 
 
 def pairs(count: int, prefix: str = "") -> list[dict[str, str]]:

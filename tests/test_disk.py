@@ -14,10 +14,10 @@ import pytest
 from conftest import WORDS, write_pairs
 from safetensors import SafetensorError
 
-from lite_dil import disk
-from lite_dil.cli import main
-from lite_dil.disk import DiskFailed, append, failing, writing
-from lite_dil.run import RunFolder
+from lite_dil.base import disk
+from lite_dil.base.disk import DiskFailed, append, failing, writing
+from lite_dil.cli.main import main
+from lite_dil.runs.folder import RunFolder
 
 pytest.importorskip("resource")
 # No file may grow beyond so many bytes: what a disk with that much room does, without a disk. Python ignores the signal.
@@ -139,7 +139,8 @@ def test_a_reference_cache_that_does_not_fit_costs_no_training(flags: list[str],
 # Its file is a device that is always full from when it has been read.
 _FULL_CACHE = """
 import sys
-from lite_dil import cli, train
+from lite_dil.cli import main as cli
+from lite_dil.recipes import preference as train
 opened = train.open_cache
 def full(*args):
     cache = opened(*args)
@@ -189,8 +190,8 @@ def test_an_export_that_does_not_fit(adapter: str, tmp_path: Path, format: str, 
 
 @needs_full
 def test_what_does_not_fit_beside_the_merged_folder(adapter: str, tmp_path: Path) -> None:
-    from lite_dil.backends.mlx_export import write_model
-    from lite_dil.gguf_export import convert
+    from lite_dil.backends.mlx.export import write_model
+    from lite_dil.export.gguf import convert
 
     merged, out = tmp_path / "merged", tmp_path / "out"
     assert main(["export", "--adapter", adapter, "--format", "merged", "--output", str(merged), "--no-check"]) == 0
@@ -282,7 +283,7 @@ def test_what_a_failing_disk_says(error: Exception, text: str) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        FileNotFoundError(errno.ENOENT, "No such file", "lite_dil/short_answers/train.jsonl"),
+        FileNotFoundError(errno.ENOENT, "No such file", "lite_dil/data/short_answers/train.jsonl"),
         ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
         OSError("no number"),
         RuntimeError("a bug"),
@@ -294,7 +295,7 @@ def test_errors_of_the_program_stay_what_they_are(error: Exception, monkeypatch:
     def work(argv: list[str]) -> int:
         raise error
 
-    monkeypatch.setattr("lite_dil.cli._run", work)
+    monkeypatch.setattr("lite_dil.cli.main._run", work)
     with pytest.raises(type(error)) as told:
         main([])
     assert told.value is error
@@ -344,7 +345,7 @@ def test_a_folder_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_file_that_is_nearly_full_takes_all_or_nothing(tmp_path: Path) -> None:
     code = _LIMITED.format(10) + (
-        "from lite_dil.disk import append\n"
+        "from lite_dil.base.disk import append\n"
         "with open(sys.argv[1], 'ab', buffering=0) as file:\n"
         "    append(file, b'1234567\\n')\n"
         "    try: append(file, b'abcdefg\\n')\n"

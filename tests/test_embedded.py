@@ -14,12 +14,12 @@ from conftest import bare_model, load, oracle_logps
 from test_backend import step
 from test_parity import assert_same_gradients
 
-from lite_dil import models
-from lite_dil.batch import Batch
-from lite_dil.data import EMBEDDED, Row, read_rows
-from lite_dil.errors import UserError
-from lite_dil.examples import Encoder, Example
-from lite_dil.models import load_tokenizer
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
+from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.reader import EMBEDDED, Row, read_rows
+from lite_dil.models import find as models
+from lite_dil.models.find import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("all_threads")
 

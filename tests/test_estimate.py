@@ -14,15 +14,18 @@ from conftest import config, examples
 from live_bytes import Measured, live_bytes, measure, peak_bytes, random_examples
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lite_dil import backends, train
-from lite_dil.backends import torch_fused, torch_head, torch_packed
-from lite_dil.batch import Batch
-from lite_dil.errors import UserError
-from lite_dil.estimate import Load, estimate, layout_for
-from lite_dil.estimate_torch import CHUNK, HEAD_TILE, MLP_TILE, PRECOMPUTE_ROWS, QUERIES
-from lite_dil.models import EMBEDDED_MODEL
-from lite_dil.schedule import Schedule
-from lite_dil.shape import FAMILIES, ModelShape, Quantization
+from lite_dil import backends
+from lite_dil.backends.torch import fused as torch_fused
+from lite_dil.backends.torch import head as torch_head
+from lite_dil.backends.torch import packed_attention as torch_packed
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.schedule import Schedule
+from lite_dil.models.find import EMBEDDED_MODEL
+from lite_dil.models.shape import FAMILIES, ModelShape, Quantization
+from lite_dil.planning.estimate import Load, estimate, layout_for
+from lite_dil.planning.estimate_torch import CHUNK, HEAD_TILE, MLP_TILE, PRECOMPUTE_ROWS, QUERIES
+from lite_dil.recipes import preference as train
 
 MIB = 2**20
 LOAD = Load((160, 60), ((120, 80), (40, 100)))  # packed a row of 560 tokens, plain 4 of 280

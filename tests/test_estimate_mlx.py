@@ -14,11 +14,11 @@ from conftest import config
 from live_bytes import Measured, measure
 
 from lite_dil import backends
-from lite_dil.errors import UserError
-from lite_dil.estimate import Load, estimate
-from lite_dil.estimate_mlx import MLXStep
-from lite_dil.estimate_tape import Array, Tape
-from lite_dil.shape import ModelShape, Quantization, read_shape
+from lite_dil.base.errors import UserError
+from lite_dil.models.shape import ModelShape, Quantization, read_shape
+from lite_dil.planning.estimate import Load, estimate
+from lite_dil.planning.estimate_mlx import MLXStep
+from lite_dil.planning.estimate_tape import Array, Tape
 
 MIB = 2**20
 LOAD = Load((40,), ((120, 100),))  # prefix 39 + 220 tokens, plain 2 rows of 160
@@ -96,7 +96,7 @@ def test_other_settings(models: Any, load: Load, options: dict[str, Any]) -> Non
 
 
 def test_blocks_with_padding_as_on_metal(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lite_dil.backends.mlx import MLXBackend
+    from lite_dil.backends.mlx.backend import MLXBackend
 
     monkeypatch.setattr(MLXBackend, "pads_attention", True)
     load = Load((100, 30), ((80, 60), (80, 20)))
@@ -214,8 +214,9 @@ def test_nothing_is_loaded(tmp_path: Path) -> None:
 
     (tmp_path / "config.json").write_text(json.dumps(_CONFIG))
     code = (
-        "import sys; from lite_dil.config import TrainConfig; from lite_dil.estimate import Load, estimate;"
-        "from lite_dil.shape import read_shape;"
+        "import sys; from lite_dil.config.train_config import TrainConfig;"
+        "from lite_dil.planning.estimate import Load, estimate;"
+        "from lite_dil.models.shape import read_shape;"
         f"e = estimate(TrainConfig().resolved(), read_shape({str(tmp_path)!r}), 'mlx', 'bfloat16', Load((9,), ((9, 9),)));"
         "assert e.total > 0 and not {'torch', 'mlx'} & sys.modules.keys()"
     )

@@ -11,9 +11,9 @@ from conftest import byte_level_tokenizer, sentencepiece_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from lite_dil.data import Row, RowError
-from lite_dil.errors import UserError
-from lite_dil.examples import Encoder, Example, fingerprint, truncate
+from lite_dil.base.errors import UserError
+from lite_dil.data.encoder import Encoder, Example, fingerprint, truncate
+from lite_dil.data.reader import Row, RowError
 
 TOKENIZERS = {"byte-level": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer}
 
@@ -214,7 +214,7 @@ def test_fingerprint_sees_tokens_and_split() -> None:
 def test_the_embedded_data_is_what_the_readme_says() -> None:
     import lite_dil
 
-    folder = Path(lite_dil.__file__).parent / "short_answers"
+    folder = Path(lite_dil.__file__).parent / "data" / "short_answers"
     rows = {
         split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
         for split in ("train", "test")

@@ -28,10 +28,12 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
-from lite_dil import adapter_files, export_check, exporting, merge, tensors
-from lite_dil.batch import Batch
-from lite_dil.cli import main
-from lite_dil.errors import UserError
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
+from lite_dil.cli.main import main
+from lite_dil.export import check as export_check
+from lite_dil.export import exporting, merge
+from lite_dil.models import adapter_files, tensors
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +241,7 @@ def test_packed_checkpoints_are_merged(
     packed.save_pretrained(tmp_path / "nf4")
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-    from lite_dil.models import rope_config
+    from lite_dil.models.find import rope_config
 
     raw = json.loads((Path(tiny) / "config.json").read_text())
     model, config = load_model(Path(tiny), model_config=rope_config(raw))
@@ -274,7 +276,7 @@ def test_shards_types_and_strength(tiny: str, trained: Trainer, tmp_path: Path, 
 
 
 def test_what_memory_does_not_hold_is_read_from_the_disk(tiny: str, tmp_path: Path) -> None:
-    from lite_dil.backends import torch_export
+    from lite_dil.backends.torch import export as torch_export
 
     sequences = [((5, 6, 7), (8, 9, 10)), ((3, 4), (11,))]
     (tmp_path / "model").symlink_to(tiny)
@@ -481,7 +483,7 @@ def test_a_hub_id_stays_one(tiny: str, trained: Trainer, tmp_path: Path) -> None
     env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     for format in ("merged", "adapter"):
         command = ["export", "--adapter", str(run), "--model", "owner/name", "--format", format, "--output"]
-        code = "import sys; from lite_dil.cli import main; sys.exit(main(sys.argv[1:]))"
+        code = "import sys; from lite_dil.cli.main import main; sys.exit(main(sys.argv[1:]))"
         out = subprocess.run(
             [sys.executable, "-c", code, *command, str(tmp_path / format)], env=env, capture_output=True, text=True
         )
@@ -577,7 +579,7 @@ def test_where_nothing_can_be_made_is_told_before_the_work(
 def test_a_program_that_is_ended_leaves_nothing(tiny: str, trained: Trainer, tmp_path: Path) -> None:
     run = trained("--model", tiny, "--backend", "cpu")
     code = (
-        "import os, signal, sys; from lite_dil import merge; from lite_dil.cli import main;"
+        "import os, signal, sys; from lite_dil.export import merge; from lite_dil.cli.main import main;"
         "merge.write = lambda *_: os.kill(os.getpid(), signal.SIGTERM); sys.exit(main(sys.argv[1:]))"
     )
     command = ["export", "--adapter", str(run), "--format", "merged", "--output", str(tmp_path / "out")]
@@ -647,7 +649,7 @@ def test_what_was_made_is_uploaded_after_its_check(
     tiny: str, trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The upload itself is tested in test_push.py; here, that it is asked for what passed, and for nothing else."""
-    from lite_dil import hub
+    from lite_dil.export import push as hub
 
     run, pushed = trained("--model", tiny, "--backend", "cpu"), []
     monkeypatch.setattr(hub, "check", lambda repo: None)
@@ -677,7 +679,7 @@ def test_what_was_made_is_uploaded_after_its_check(
 
 @pytest.mark.usefixtures("all_threads")
 def test_the_embedded_model(embedded: str, tmp_path: Path) -> None:
-    from lite_dil.models import EMBEDDED_MODEL
+    from lite_dil.models.find import EMBEDDED_MODEL
 
     backend: Any = load("cpu", embedded)
     for _ in range(2):

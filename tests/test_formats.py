@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lite_dil.data import Reader, Row, parse_columns, read_rows
-from lite_dil.errors import UserError
+from lite_dil.base.errors import UserError
+from lite_dil.data.reader import Reader, Row, parse_columns, read_rows
 
 
 def user(text: str) -> dict[str, str]:

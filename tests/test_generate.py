@@ -11,7 +11,7 @@ import torch
 from conftest import bare_model, batch, criterion, load, make_checkpoint
 
 from lite_dil.backends import OWN
-from lite_dil.batch import Batch
+from lite_dil.batching.batch import Batch
 
 VOCABULARY, END, DRAWS = 24, 2, 2000
 # What a checkpoint may come with; any of these would bend the distribution, and some greedy search too.
@@ -171,7 +171,7 @@ def test_mlxs_random_state_is_left_alone(small: str) -> None:
 
 @pytest.mark.parametrize("seeds", [None, SEEDS])
 def test_mlx_without_batches_generates_the_same(small: str, seeds: list[int] | None) -> None:
-    from lite_dil.backends import mlx_generate
+    from lite_dil.backends.mlx import generate as mlx_generate
 
     backend: Any = load("mlx", small)
     processors = mlx_generate.processors_of(PROMPTS, seeds, OWN)
@@ -190,7 +190,7 @@ def test_the_checkpoints_own_settings_are_back_afterwards(hostile: str) -> None:
 
 def test_rare_tokens_keep_their_share() -> None:
     """2^17 tokens of 2^-27 each behind one that has nearly everything: half of their sum is reached in their middle."""
-    from lite_dil.backends.torch_generate import pick
+    from lite_dil.backends.torch.generate import pick
 
     logits = torch.zeros(1, 1 + 2**17)
     logits[0, 0] = 27 * np.log(2)
@@ -205,7 +205,7 @@ def test_rare_tokens_keep_their_share() -> None:
 def test_a_generation_can_be_stopped(backend_name: str, one_by_one: bool, small: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = load(backend_name, small)
     if one_by_one and backend_name == "mlx":
-        from lite_dil.backends import mlx_generate
+        from lite_dil.backends.mlx import generate as mlx_generate
 
         monkeypatch.setattr(mlx_generate, "in_a_batch", mlx_generate.one_by_one)
     whole = backend.generate(PROMPTS[:2], 12, [END], SEEDS[:2])

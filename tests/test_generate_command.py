@@ -13,11 +13,11 @@ import pytest
 from conftest import batch, config, criterion, load
 
 from lite_dil import backends
-from lite_dil.cli import main
-from lite_dil.data import read_rows
-from lite_dil.examples import Encoder
-from lite_dil.models import load_tokenizer
-from lite_dil.prompts import read_prompts
+from lite_dil.cli.main import main
+from lite_dil.data.encoder import Encoder
+from lite_dil.data.prompts import read_prompts
+from lite_dil.data.reader import read_rows
+from lite_dil.models.find import load_tokenizer
 
 QUESTIONS = ["what is tea", "how do you make good bread and tea", "a red house", "is it", "the capital of France is"]
 Run = Callable[..., tuple[int, str]]

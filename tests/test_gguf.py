@@ -27,11 +27,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lite_dil import gguf_vocabulary
-from lite_dil.batch import Batch
-from lite_dil.errors import UserError
-from lite_dil.gguf_export import PROBES, TOLERANCES, convert, different_tokens, open_file, token_logps
-from lite_dil.models import load_tokenizer
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
+from lite_dil.export import gguf_vocabulary
+from lite_dil.export.gguf import PROBES, TOLERANCES, convert, different_tokens, open_file, token_logps
+from lite_dil.models.find import load_tokenizer
 
 HAS_LLAMA_CPP = importlib.util.find_spec("llama_cpp") is not None
 needs_llama_cpp = pytest.mark.skipif(not HAS_LLAMA_CPP, reason="llama-cpp-python is not installed: it needs a compiler")

@@ -29,7 +29,17 @@ def train(endpoint: str, home: Path, *flags: str, **more: str) -> subprocess.Com
     env = (
         os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "5"} | more
     )
-    command = [sys.executable, "-m", "lite_dil.cli", "train", *flags, "--max-steps", "1", "--output-dir", str(home / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "lite_dil.cli.main",
+        "train",
+        *flags,
+        "--max-steps",
+        "1",
+        "--output-dir",
+        str(home / "run"),
+    ]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 

@@ -10,7 +10,8 @@ import pytest
 
 import lite_dil
 
-CORE = [path.stem for path in Path(lite_dil.__file__).parent.glob("[!_]*.py")]
+ROOT = Path(lite_dil.__file__).parent
+CORE = [".".join(("lite_dil", *path.relative_to(ROOT).with_suffix("").parts)) for path in ROOT.rglob("[!_]*.py")]
 HEAVY = ("torch", "mlx", "transformers", "peft")
 
 
@@ -25,17 +26,17 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_the_core_imports_no_array_library() -> None:
-    loaded = modules_after("\n".join(f"import lite_dil.{name}" for name in CORE) + "\nimport lite_dil.backends")
+    loaded = modules_after("\n".join(f"import {name}" for name in CORE) + "\nimport lite_dil.backends")
     assert loaded.isdisjoint(HEAVY)
     assert "lite_dil" in loaded
 
 
 def test_losses_run_on_numpy_without_torch_or_mlx() -> None:
-    code = "import numpy, lite_dil.losses as l; assert l.bce()(numpy.zeros(2), numpy.zeros(2)).shape == (2,)"
+    code = "import numpy, lite_dil.objectives.losses as l; assert l.bce()(numpy.zeros(2), numpy.zeros(2)).shape == (2,)"
     assert modules_after(code).isdisjoint(HEAVY)
 
 
 @pytest.mark.parametrize("command", ["train", "data", "plan", "demo", "chat", "generate", "label", "export"])
 def test_help_imports_nothing_heavy(command: str) -> None:
-    code = f"import lite_dil.cli as c\ntry: c.main(['{command}', '--help'])\nexcept SystemExit as e: assert e.code == 0"
+    code = f"import lite_dil.cli.main as c\ntry: c.main(['{command}', '--help'])\nexcept SystemExit as e: assert e.code == 0"
     assert modules_after(code).isdisjoint((*HEAVY, "numpy", "yaml", "rich"))

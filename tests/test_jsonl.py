@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lite_dil.errors import UserError
-from lite_dil.jsonl import JSONLines
+from lite_dil.base.errors import UserError
+from lite_dil.base.jsonl import JSONLines
 
 ROWS = [{"a": 1}, {"b": "ü\u2028"}, [3]]
 

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from test_generate_command import adapter
 
-from lite_dil.cli import main
-from lite_dil.data import read_rows
-from lite_dil.labels import Candidate, Labels, interval
-from lite_dil.prompts import Prompt
-from lite_dil.stream_text import printable
+from lite_dil.cli.main import main
+from lite_dil.data.prompts import Prompt
+from lite_dil.data.reader import read_rows
+from lite_dil.generation.text_stream import printable
+from lite_dil.labelling.labels import Candidate, Labels, interval
 
 QUESTIONS = ["what is tea", "how do you make good bread and tea", "a red house"]
 Label = Callable[..., tuple[int, str]]
@@ -265,7 +265,7 @@ class Terminal:
 
     def __init__(self, argv: list[str], folder: Path) -> None:
         self.master, slave = pty.openpty()
-        code = "import sys; from lite_dil.cli import main; sys.exit(main())"
+        code = "import sys; from lite_dil.cli.main import main; sys.exit(main())"
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code, *argv],

@@ -7,10 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from lite_dil.batch import Batch
-from lite_dil.examples import Example
-from lite_dil.layouts import Segment, packed, plain, prefix
-from lite_dil.schedule import computed_tokens, plan
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.layouts import Segment, packed, plain, prefix
+from lite_dil.batching.schedule import computed_tokens, plan
+from lite_dil.data.encoder import Example
 
 PAIRS = [Example((1, 2, 3), ((4, 5), (6,)), (1, -1)), Example((7,), ((8,), (9, 10, 11)), (1, -1))]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numeric import complex_step, constants, gradients, slope, values
 
-from lite_dil import losses
-from lite_dil.objectives import OBJECTIVES, Answers, Pairs, Sides
+from lite_dil.objectives import losses
+from lite_dil.objectives.table import OBJECTIVES, Answers, Pairs, Sides
 
 FIELDS = ("log_ratio", "logps", "mean_logps", "weighted_logps")
 BASELINE = 0.3

@@ -12,9 +12,9 @@ import pytest
 import torch
 from numeric import complex_step, constants, gradients, slope, values
 
-from lite_dil import losses
-from lite_dil.losses import EXPONENT_LIMIT, Bregman
-from lite_dil.objectives import OBJECTIVES, OPTIONS, Answers, Sides
+from lite_dil.objectives import losses
+from lite_dil.objectives.losses import EXPONENT_LIMIT, Bregman
+from lite_dil.objectives.table import OBJECTIVES, OPTIONS, Answers, Sides
 
 F = np.linspace(-3, 3, 25)  # float64, 0 among them
 

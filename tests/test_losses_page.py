@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from losses_page import PAGE, page
 
-from lite_dil.objectives import OBJECTIVES, OPTIONS
+from lite_dil.objectives.table import OBJECTIVES, OPTIONS
 
 
 def test_the_page_is_not_stale() -> None:

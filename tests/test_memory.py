@@ -9,7 +9,7 @@ import torch
 from conftest import criterion, load, make_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lite_dil.batch import Batch
+from lite_dil.batching.batch import Batch
 
 VOCABULARY, ROWS, LENGTH = 32768, 8, 512
 WHOLE = ROWS * LENGTH * VOCABULARY  # float32 logits of all tokens: 512 MiB

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from conftest import config, examples
 
-from lite_dil.batch import Batch
-from lite_dil.examples import Example
-from lite_dil.metrics import Means, answer_metrics, with_margin
-from lite_dil.schedule import Schedule, plan
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.schedule import Schedule, plan
+from lite_dil.data.encoder import Example
+from lite_dil.training.metrics import Means, answer_metrics, with_margin
 
 # Two pairs, as chosen, rejected, chosen, rejected; f = policy - reference = 2, -1, 1, 3 as sums.
 POLICY, REFERENCE = np.array([-8, -6, -4, -2], np.float32), np.array([-10, -5, -5, -5], np.float32)

@@ -31,11 +31,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from lite_dil.backends import mlx_lora, mlx_prefix
-from lite_dil.backends.mlx import MLXBackend
-from lite_dil.backends.mlx_load import memory_limits, windows
-from lite_dil.batch import Batch
-from lite_dil.errors import UserError
+from lite_dil.backends.mlx import lora as mlx_lora
+from lite_dil.backends.mlx import prefix as mlx_prefix
+from lite_dil.backends.mlx.backend import MLXBackend
+from lite_dil.backends.mlx.load import memory_limits, windows
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
 
 ARCHITECTURES: dict[str, PretrainedConfig] = {
     "Llama": LlamaConfig(**SMALL, rope_theta=50000.0),

@@ -19,7 +19,7 @@ from nbclient.exceptions import CellExecutionError
 from packaging.requirements import Requirement
 
 import lite_dil
-from lite_dil.models import EMBEDDED_MODEL
+from lite_dil.models.find import EMBEDDED_MODEL
 
 PATH = Path(__file__).parent.parent / "scripts" / "colab.ipynb"
 

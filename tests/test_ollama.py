@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from conftest import CHATML, LLAMA2, byte_level_tokenizer, sentencepiece_tokenizer
 
-from lite_dil.errors import UserError
-from lite_dil.ollama import _conversations, _renderer, probe, write_modelfile
+from lite_dil.base.errors import UserError
+from lite_dil.export.ollama import _conversations, _renderer, probe, write_modelfile
 
 LLAMA3 = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set messages = messages[1:] %}"

@@ -13,13 +13,13 @@ from conftest import bare_model, config, examples, load, oracle_logps
 from gradients import Adapter, random_adapter, relative_error, set_adapter, step_gradients
 from test_backend import adapter
 
-from lite_dil.batch import Batch
-from lite_dil.config import TrainConfig
-from lite_dil.criterion import Criterion, mismatched
-from lite_dil.examples import Example
-from lite_dil.fitting import Passes
-from lite_dil.objectives import OBJECTIVES
-from lite_dil.reference import open_cache
+from lite_dil.batching.batch import Batch
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.encoder import Example
+from lite_dil.objectives.criterion import Criterion, mismatched
+from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.training.passes import Passes
+from lite_dil.training.reference import open_cache
 
 exp, log = np.exp, np.log
 

@@ -16,12 +16,12 @@ from test_train import metrics, same_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lite_dil import backends
-from lite_dil.backends import torch as torch_backend
-from lite_dil.batch import Batch, by_batch
-from lite_dil.cli import main
-from lite_dil.errors import OutOfMemory
-from lite_dil.fitting import Fitting
-from lite_dil.schedule import Limits, Schedule, computed_tokens
+from lite_dil.backends.torch import backend as torch_backend
+from lite_dil.base.errors import OutOfMemory
+from lite_dil.batching.batch import Batch, by_batch
+from lite_dil.batching.schedule import Limits, Schedule, computed_tokens
+from lite_dil.cli.main import main
+from lite_dil.training.passes import Fitting
 
 
 class Canary:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, config, write_pairs
 
-from lite_dil.cli import main
-from lite_dil.dataset import load
-from lite_dil.examples import Encoder
-from lite_dil.overlap import Overlap, overlap
+from lite_dil.cli.main import main
+from lite_dil.data.dataset import load
+from lite_dil.data.encoder import Encoder
+from lite_dil.data.overlap import Overlap, overlap
 
 
 def pair(prompt: Any, chosen: str, rejected: str) -> dict[str, Any]:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from reported import HOSTILE, make_run
 
-from lite_dil.history import POINTS, Columns, read_history
-from lite_dil.objectives import OBJECTIVES
-from lite_dil.page import escaped, render
-from lite_dil.story import outcome, read_record, warnings, what
-from lite_dil.watcher import write_report
+from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.reports.findings import outcome, read_record, warnings, what
+from lite_dil.reports.page import escaped, render
+from lite_dil.reports.run_report import write_report
+from lite_dil.runs.history import POINTS, Columns, read_history
 
 VOID = {"meta", "br", "path", "use", "rect"}
 
@@ -259,7 +259,7 @@ def test_a_run_that_goes_on_from_an_adapter_says_so(tmp_path: Path) -> None:
     ],
 )
 def test_the_advice_for_longer_answers_can_be_taken(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    from lite_dil.samples import Sample, read_samples, write_samples
+    from lite_dil.reports.samples import Sample, read_samples, write_samples
 
     make_run(tmp_path, **options)
     path = tmp_path / "report_samples.jsonl"
@@ -269,7 +269,7 @@ def test_the_advice_for_longer_answers_can_be_taken(options: dict[str, Any], sai
 
 
 def test_longer_answers_are_said(tmp_path: Path) -> None:
-    from lite_dil.samples import Sample, read_samples, write_samples
+    from lite_dil.reports.samples import Sample, read_samples, write_samples
 
     make_run(tmp_path)
     assert not any("longer" in text for text in warnings(read_record(tmp_path)))  # 20 tokens before, 30 after

@@ -18,12 +18,12 @@ import pytest
 from conftest import config, write_pairs
 from test_hub import Hub
 
-from lite_dil import fit
-from lite_dil.cli import main
-from lite_dil.errors import UserError
-from lite_dil.estimate import Load, estimate
-from lite_dil.memory import CUDA_CONTEXT, GIB, memory_here, memory_of
-from lite_dil.shape import ModelShape
+from lite_dil.base.errors import UserError
+from lite_dil.base.memory import CUDA_CONTEXT, GIB, memory_here, memory_of
+from lite_dil.cli.main import main
+from lite_dil.models.shape import ModelShape
+from lite_dil.planning import fit
+from lite_dil.planning.estimate import Load, estimate
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama",
@@ -232,7 +232,7 @@ def test_of_a_hub_id_config_json_alone_is_fetched(hub: tuple[str, list[str]], tm
     env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
 
     def plan(model: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lite_dil.cli", "plan", "--model", model, "--4bit", "--memory", "12"]
+        command = [sys.executable, "-m", "lite_dil.cli.main", "plan", "--model", model, "--4bit", "--memory", "12"]
         return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
     out = plan("owner/llama")

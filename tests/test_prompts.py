@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from conftest import byte_level_tokenizer, config
 
-from lite_dil.errors import UserError
-from lite_dil.examples import Encoder
-from lite_dil.prompts import encode_prompts, key_of, read_prompts
+from lite_dil.base.errors import UserError
+from lite_dil.data.encoder import Encoder
+from lite_dil.data.prompts import encode_prompts, key_of, read_prompts
 
 USER = {"role": "user", "content": "what is tea"}
 BOT = {"role": "assistant", "content": "a drink"}

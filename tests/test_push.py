@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from hub_server import WritableHub, serve
 
-from lite_dil.errors import UserError
-from lite_dil.hub import push, scrub
+from lite_dil.base.errors import UserError
+from lite_dil.export.push import push, scrub
 
 TOKEN = "hf_" + "aBcDeFgHiJ" * 3
 # A process of its own: huggingface_hub reads its variables when it is imported.
 PUSH = """
 import sys
 from pathlib import Path
-from lite_dil import quiet
+from lite_dil.base import quiet
 from lite_dil.errors import UserError
 from lite_dil.hub import push
 quiet.environment()

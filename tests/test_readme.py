@@ -11,8 +11,8 @@ import pytest
 import yaml
 from conftest import write_pairs
 
-from lite_dil.cli import main, parsers
-from lite_dil.options import add_flags, build, read_yaml
+from lite_dil.cli.main import main, parsers
+from lite_dil.config.options import add_flags, build, read_yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

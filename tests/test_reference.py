@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from conftest import config, examples, make_checkpoint, write_pairs
 
-from lite_dil.batch import Batch
-from lite_dil.errors import UserError
-from lite_dil.progress import Display
-from lite_dil.reference import ReferenceCache, open_cache, reference_key
-from lite_dil.sampled import reference_digest
-from lite_dil.train import train
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
+from lite_dil.cli.progress import Display
+from lite_dil.generation.reference_samples import reference_digest
+from lite_dil.recipes.preference import train
+from lite_dil.training.reference import ReferenceCache, open_cache, reference_key
 
 KEY = {"weights": "some"}
 DATA = Batch.of(examples(3))
@@ -191,7 +191,7 @@ sys.exit(main(sys.argv[1:]))
     assert "stopped; the reference cache keeps what was computed" in " ".join(stopped.stdout.split())
     records = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.logps")) // 32
     assert 2 < records < 80
-    plain = "import sys; from lite_dil.cli import main; sys.exit(main(sys.argv[1:]))"
+    plain = "import sys; from lite_dil.cli.main import main; sys.exit(main(sys.argv[1:]))"
     again = subprocess.run(
         [sys.executable, "-c", plain, *arguments, "--output-dir", str(tmp_path / "one")], capture_output=True, text=True
     )

@@ -13,14 +13,14 @@ import pytest
 from conftest import byte_level_tokenizer, config, criterion, examples, load, sentencepiece_tokenizer
 from rich.console import Console
 
-from lite_dil.batch import Batch
-from lite_dil.data import CHOSEN, REJECTED, Row, read_rows
-from lite_dil.drawing import batched
-from lite_dil.errors import UserError
-from lite_dil.examples import Encoder, Example, truncate
-from lite_dil.progress import Display
-from lite_dil.sampled import SampleFile, add_samples, end_ids
-from lite_dil.sampled import draws as wanted_draws
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
+from lite_dil.cli.progress import Display
+from lite_dil.data.encoder import Encoder, Example, truncate
+from lite_dil.data.reader import CHOSEN, REJECTED, Row, read_rows
+from lite_dil.generation.batch_generator import batched
+from lite_dil.generation.reference_samples import SampleFile, add_samples, end_ids
+from lite_dil.generation.reference_samples import draws as wanted_draws
 
 QUESTIONS = ["what is tea", "how do you make good bread and tea", "a red house", "the capital of France is", "is it"]
 SETTINGS: dict[str, Any] = {"max_length": 40, "row_tokens": 15, "seed": 7}  # batches of 3

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lite_dil.errors import UserError
-from lite_dil.models import EMBEDDED_MODEL
-from lite_dil.shape import FAMILIES, ModelShape, Quantization, read_shape
+from lite_dil.base.errors import UserError
+from lite_dil.models.find import EMBEDDED_MODEL
+from lite_dil.models.shape import FAMILIES, ModelShape, Quantization, read_shape
 
 SMALL = {
     "vocab_size": 96,

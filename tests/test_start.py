@@ -36,7 +36,7 @@ def run(code: str, *argv: str, **more: object) -> subprocess.CompletedProcess[st
 
 @pytest.mark.parametrize(
     ("module", "said"),
-    [("lite_dil.cli", ""), ("lite_dil.config", ""), ("lite_dil.chat", "lite-dil: stopped\n")],
+    [("lite_dil.cli.main", ""), ("lite_dil.config.train_config", ""), ("lite_dil.cli.chat", "lite-dil: stopped\n")],
 )
 def test_ctrl_c_while_modules_are_read(module: str, said: str) -> None:
     done = run(_AT_IMPORT + _MAIN, module, "plan", "--model", "./none")
@@ -52,7 +52,7 @@ def test_a_program_that_ignores_ctrl_c_still_does() -> None:
     def ignore() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    done = run(_AT_IMPORT + _MAIN, "lite_dil.config", "plan", "--model", "./none", preexec_fn=ignore)
+    done = run(_AT_IMPORT + _MAIN, "lite_dil.config.train_config", "plan", "--model", "./none", preexec_fn=ignore)
     assert done.returncode == 2 and "--model ./none" in done.stderr
 
 
@@ -99,7 +99,7 @@ def test_a_terminal_shows_what_the_first_step_waits_for(flags: list[str]) -> Non
 
 
 def test_ctrl_c_during_the_check_leaves_the_terminal_as_it_was(flags: list[str]) -> None:
-    slow = "import sys, time\nfrom lite_dil.fitting import Passes\nPasses.run = lambda *_: time.sleep(100)\n"
+    slow = "import sys, time\nfrom lite_dil.training.passes import Passes\nPasses.run = lambda *_: time.sleep(100)\n"
     code, shown = on_terminal(["-c", slow + _MAIN, *flags], until=CHECKING)
     assert code == 130, shown
     assert "lite-dil: stopped" in shown and "Traceback" not in shown

@@ -11,8 +11,8 @@ from conftest import bare_model, batch, criterion, load, make_checkpoint
 from test_generate import DRAWS, END, PROMPTS, SEEDS, VOCABULARY, trained
 
 from lite_dil.backends import Backend, Sampling
-from lite_dil.batch import Batch
-from lite_dil.errors import UserError
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
 
 ENDS = [END, 20]
 
@@ -296,7 +296,7 @@ def test_inference_pays_for_no_optimiser(backend_name: str, small: str) -> None:
 
 
 def test_a_stream_keeps_nothing_for_a_backward_pass(small: str) -> None:
-    from lite_dil.backends import torch_generate
+    from lite_dil.backends.torch import generate as torch_generate
 
     backend: Any = load("cpu", small)
     logits, _ = torch_generate._forward(backend.base, torch.tensor([PROMPTS[1]]), None)

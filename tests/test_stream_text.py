@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import byte_level_tokenizer, sentencepiece_tokenizer
 
-from lite_dil.stream_text import TextStream, printable
+from lite_dil.generation.text_stream import TextStream, printable
 
 PARTS = ["the house", " is", "\n", "  ", "é", "日本語", "🙂", "👩‍👩‍👧", "Paris.", "\t", " a", "ß", " tea"]
 TOKENIZERS = {"byte-level": byte_level_tokenizer(), "sentencepiece": sentencepiece_tokenizer()}

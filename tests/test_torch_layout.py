@@ -25,11 +25,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from lite_dil.backends import torch_fused, torch_packed
-from lite_dil.backends.torch_packed import Row
-from lite_dil.batch import Batch
-from lite_dil.errors import UserError
-from lite_dil.layouts import packed
+from lite_dil.backends.torch import fused as torch_fused
+from lite_dil.backends.torch import packed_attention as torch_packed
+from lite_dil.backends.torch.packed_attention import Row
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.layouts import packed
 
 SMALL: dict[str, Any] = {**test_parity.SMALL, "max_position_embeddings": 4096}
 SLIDING = ["sliding_attention", "full_attention"]
@@ -282,7 +283,7 @@ def test_a_quantised_head_is_the_same_for_policy_and_reference(bits: int, tiny: 
 
 
 def test_the_table_that_is_offloaded_is_looked_up_the_same(tiny: str) -> None:
-    from lite_dil.backends import torch_layers
+    from lite_dil.backends.torch import layers as torch_layers
 
     table = torch.nn.Embedding(50, 8)
     ids = torch.arange(7)[None]

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from conftest import config, write_pairs
 
-from lite_dil import trackers
-from lite_dil.cli import main
-from lite_dil.config import tracker_names
-from lite_dil.errors import UserError
+from lite_dil.base.errors import UserError
+from lite_dil.cli.main import main
+from lite_dil.config.train_config import tracker_names
+from lite_dil.reports import trackers
 
 NAMES = ("tensorboard", "wandb", "trackio")
 Figures = dict[str, list[tuple[int, float]]]  # steps and values by name
@@ -42,7 +42,7 @@ def train(home: Path, *flags: str, code: int = 0, **environment: str) -> str:
     for name in ("WANDB_API_KEY", "WANDB_PROJECT", "TRACKIO_PROJECT"):
         whole.pop(name, None)
     whole |= environment
-    command = [sys.executable, "-m", "lite_dil.cli", "train", *flags]
+    command = [sys.executable, "-m", "lite_dil.cli.main", "train", *flags]
     done = subprocess.run(command, env=whole, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
@@ -196,7 +196,7 @@ def test_names_are_checked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         tracker_names("wandb,none")
     path = tmp_path / "c.yaml"
     path.write_text("report_to: [wandb, tensorboard]\n")
-    from lite_dil.options import read_yaml
+    from lite_dil.config.options import read_yaml
 
     assert read_yaml(path)["report_to"] == "wandb,tensorboard"
 

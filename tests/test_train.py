@@ -20,9 +20,9 @@ from conftest import batch, load, make_checkpoint, write_pairs
 from safetensors.numpy import load_file
 
 from lite_dil import backends
-from lite_dil.batch import Batch
-from lite_dil.cli import main
-from lite_dil.train import MAX_SKIPPED
+from lite_dil.batching.batch import Batch
+from lite_dil.cli.main import main
+from lite_dil.recipes.preference import MAX_SKIPPED
 
 TRL_NAMES = {
     "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
@@ -190,7 +190,7 @@ def test_a_run_is_never_written_over(flags: list[str], tmp_path: Path, capsys: p
 def test_ctrl_c_saves_and_resume_goes_on(flags: list[str], tmp_path: Path) -> None:
     whole = run(flags, tmp_path / "whole", "--max-steps", "40")
     folder = tmp_path / "stopped"
-    command = [sys.executable, "-m", "lite_dil.cli", "train", *flags, "--max-steps", "40", "--output-dir", str(folder)]
+    command = [sys.executable, "-m", "lite_dil.cli.main", "train", *flags, "--max-steps", "40", "--output-dir", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     while not (folder / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.02)

@@ -12,7 +12,7 @@ import pytest
 from conftest import write_pairs
 from test_train import metrics, run, same_weights
 
-from lite_dil.cli import main
+from lite_dil.cli.main import main
 
 
 @pytest.fixture

@@ -22,15 +22,15 @@ from conftest import bare_model, byte_level_tokenizer, config, load
 from gradients import Adapter, common_name, random_adapter, relative_error, set_adapter, set_parameters, step_gradients
 from test_backend import adapter
 
-from lite_dil.batch import Batch
-from lite_dil.cli import main
-from lite_dil.config import TrainConfig
-from lite_dil.criterion import Criterion, mismatched
-from lite_dil.dataset import load as load_data
-from lite_dil.examples import Encoder, Example
-from lite_dil.fitting import Passes
-from lite_dil.reference import open_cache
-from lite_dil.schedule import Schedule
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.schedule import Schedule
+from lite_dil.cli.main import main
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.dataset import load as load_data
+from lite_dil.data.encoder import Encoder, Example
+from lite_dil.objectives.criterion import Criterion, mismatched
+from lite_dil.training.passes import Passes
+from lite_dil.training.reference import open_cache
 
 
 def has_trl() -> bool:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import BACKENDS, batch, write_pairs
 
-from lite_dil import tuned
-from lite_dil.cli import main
-from lite_dil.errors import UserError
+from lite_dil.base.errors import UserError
+from lite_dil.cli.main import main
+from lite_dil.generation import policy as tuned
 
 
 def parsed(*argv: str, required: bool = True) -> argparse.Namespace:

@@ -18,9 +18,9 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig
 from unsloth_run import make, measure
 
 from lite_dil import backends
-from lite_dil.backends import torch_unsloth
-from lite_dil.config import TrainConfig
-from lite_dil.errors import UserError
+from lite_dil.backends.torch import unsloth as torch_unsloth
+from lite_dil.base.errors import UserError
+from lite_dil.config.train_config import TrainConfig
 
 RUN = Path(__file__).with_name("unsloth_run.py")
 needs_unsloth = pytest.mark.skipif(
@@ -88,7 +88,7 @@ def test_unsloth_comes_before_transformers(tmp_path: Path) -> None:
 def test_the_command_imports_unsloth_before_transformers_and_says_why_it_fails(tmp_path: Path) -> None:
     distribution(tmp_path, "unsloth", "2026.10.9")
     distribution(tmp_path, "unsloth_zoo", "2026.10.9")
-    code = "import torch, sys; torch.cuda.is_available = lambda: True; from lite_dil.cli import main\n"
+    code = "import torch, sys; torch.cuda.is_available = lambda: True; from lite_dil.cli.main import main\n"
     code += "sys.stderr = sys.stdout; print(main(['train', '--unsloth', '--backend', 'cuda']), 'transformers' in sys.modules)"
     expected = "lite-dil: --unsloth: unsloth cannot be imported (this is no real unsloth)\n2 False"
     assert python(code, tmp_path) == expected

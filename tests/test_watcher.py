@@ -18,16 +18,16 @@ from safetensors.numpy import load_file
 from test_train import metrics
 
 from lite_dil.backends import Answer
-from lite_dil.cli import main
-from lite_dil.data import Row
-from lite_dil.demo import show
-from lite_dil.errors import OutOfMemory, TrainingDiverged, UserError
-from lite_dil.examples import Encoder
-from lite_dil.progress import Display
-from lite_dil.run import RunFolder
-from lite_dil.samples import Intake, Samples, read_samples
-from lite_dil.train import Trained
-from lite_dil.watcher import Watcher, write_report
+from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
+from lite_dil.cli.demo import show
+from lite_dil.cli.main import main
+from lite_dil.cli.progress import Display
+from lite_dil.data.encoder import Encoder
+from lite_dil.data.reader import Row
+from lite_dil.recipes.preference import Trained
+from lite_dil.reports.run_report import Watcher, write_report
+from lite_dil.reports.samples import Intake, Samples, read_samples
+from lite_dil.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")

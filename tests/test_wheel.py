@@ -9,6 +9,8 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -17,6 +19,15 @@ def run(*command: str | Path, **environment: str) -> str:
     out = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=env, cwd=ROOT.anchor)
     assert out.returncode == 0, out.stdout + out.stderr
     return out.stdout
+
+
+def test_every_package_is_listed() -> None:
+    """What setuptools is not told of works in an editable installation and is missing from the wheel."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [path.parent for top in ("lite_dil", "backends") for path in (ROOT / top).rglob("__init__.py")]
+    found = [".".join(folder.relative_to(ROOT).parts) for folder in folders]
+    assert sorted(listed) == sorted(f"lite_dil.{name}" if name.startswith("backends") else name for name in found)
 
 
 def test_wheel_in_an_empty_environment(tmp_path: Path) -> None:
@@ -30,9 +41,10 @@ def test_wheel_in_an_empty_environment(tmp_path: Path) -> None:
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, sources)
     (wheel,) = tmp_path.glob("lite_dil-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"lite_dil/{path.name}" for path in (ROOT / "lite_dil").glob("*.py")} <= set(names)
-    assert {f"lite_dil/backends/{path.name}" for path in (ROOT / "backends").glob("*.py")} <= set(names)
-    assert {"lite_dil/short_answers/train.jsonl", "lite_dil/short_answers/test.jsonl", "lite_dil/py.typed"} <= set(names)
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "lite_dil").rglob("*.py")} <= set(names)
+    assert {f"lite_dil/{path.relative_to(ROOT)}" for path in (ROOT / "backends").rglob("*.py")} <= set(names)
+    assert {f"lite_dil/data/short_answers/{split}.jsonl" for split in ("train", "test")} <= set(names)
+    assert "lite_dil/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "scripts/", "backends/")) for name in names)
 

@@ -100,7 +100,7 @@ def make(model: str, device: str = "cpu", half: bool = False, **changes: Any) ->
     import torch
     from conftest import config
 
-    from lite_dil.backends import torch as module
+    from lite_dil.backends.torch import backend as module
 
     name = "_dtype" if hasattr(module, "_dtype") else "compute_dtype"
     before = getattr(module, name)
@@ -117,7 +117,7 @@ def make(model: str, device: str = "cpu", half: bool = False, **changes: Any) ->
 def main(path: str, model: str, out: str, *options: str) -> None:
     if path == "kernels":
         pretend_cuda()
-    from lite_dil.backends import torch_unsloth
+    from lite_dil.backends.torch import unsloth as torch_unsloth
 
     torch_unsloth.require()
     changes = {name: json.loads(value) for name, value in (option.split("=", 1) for option in options)}

@@ -1,0 +1,110 @@
+"""What an export needs of MLX: dequantised weights, model folders in mlx-lm's format, and the exported files' log-probs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load as load_folder
+from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+from lite_dil.backends.mlx.load import GROUP_SIZE, load, quantise, set_dtype
+from lite_dil.base.errors import UserError, first_line
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.export.check import Sequences
+from lite_dil.export.merge import DenseWeight
+from lite_dil.models.find import folder_of
+
+
+def dense(backend: Any) -> dict[str, DenseWeight]:
+    """Return the weights that the backend's model has in fewer bits, by the layer's name, as it computes with them."""
+    found: dict[str, DenseWeight] = {}
+    for name, module in backend.model.named_modules():
+        if "scales" in module:
+            rows, words = module.weight.shape[-2:]
+            shape = (*module.weight.shape[:-2], rows, words * 32 // module.bits)
+            found[name.removesuffix(".linear")] = DenseWeight(shape, functools.partial(_unpack, module))
+    return found
+
+
+def _unpack(module: Any) -> np.ndarray:
+    # In the scales' own 16-bit type the weights would be rounded before the adapter is added, and again after it.
+    scales = module.scales if module.mode != "affine" else module.scales.astype(mx.float32)
+    biases = module.get("biases")
+    weight = mx.dequantize(
+        module.weight,
+        scales,
+        None if biases is None else biases.astype(scales.dtype),
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+    )
+    return np.array(weight.astype(mx.float32))
+
+
+def write_model(merged: Path, target: Path, bits: int | None) -> None:
+    """Write a merged Hugging Face folder as one of mlx-lm, its layers in `bits` of bits where that is given.
+
+    Raises:
+        UserError: mlx-lm does not know the architecture.
+    """
+    try:
+        model, config = load_model(merged, lazy=True)
+        if bits:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints how many bits a weight came to
+                model, config = quantize_model(model, config, GROUP_SIZE, bits)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"--format mlx: mlx-lm cannot load this model ({first_line(error)})") from None
+    for path in merged.iterdir():  # the tokenizer and what else belongs to it
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        elif not path.name.startswith("model") and path.name != "config.json":
+            shutil.copyfile(path, target / path.name)
+    save_model(target, model, donate_model=True)
+    save_config(config, target / "config.json")
+
+
+def model_logps(folder: Path, sequences: Sequences) -> list[np.ndarray]:
+    """Return the log-probs of each response by a folder as mlx-lm itself loads it."""
+    try:
+        model, *_ = load_folder(str(folder), lazy=True)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"mlx-lm cannot load what was exported ({first_line(error)})") from None
+    if not mx.metal.is_available():
+        model.set_dtype(mx.float32)  # the same numbers; a CPU is many times slower with packed weights in bfloat16
+    return _logps(model, sequences)
+
+
+def adapter_logps(model: str, folder: Path, config: TrainConfig, sequences: Sequences) -> list[np.ndarray]:
+    """Return the log-probs of each response by the base, quantised as `config` says, with an adapter as mlx-lm loads it."""
+    base, loaded, bits = load(folder_of(model), model, config)
+    set_dtype(base, config.dtype, pre_quantised=bool(bits))
+    base, _ = quantise(base, loaded, config, model, bits)
+    try:
+        return _logps(load_adapters(base, str(folder)), sequences)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"mlx-lm cannot load what was exported ({first_line(error)})") from None
+
+
+def free() -> None:
+    """Give back what models that are gone held."""
+    mx.clear_cache()
+
+
+def _logps(model: Any, sequences: Sequences) -> list[np.ndarray]:
+    """Compute by the model's own logits, one answer at a time: another way than training's."""
+    model.eval()
+    found = []
+    for prompt, response in sequences:
+        ids = mx.array([[*prompt, *response]])
+        logits = model(ids)[0, len(prompt) - 1 : -1].astype(mx.float32)
+        logps = logits - mx.logsumexp(logits, -1, keepdims=True)
+        found.append(np.array(mx.take_along_axis(logps, ids[0, len(prompt) :, None], -1)[:, 0]))
+    return found

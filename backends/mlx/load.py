@@ -1,0 +1,161 @@
+"""Loading for MLX: mlx-lm's models as their config means them, quantised as asked, and what the machine's memory allows."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model, quantize_model
+
+from lite_dil.base.errors import UserError, first_line
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.models.find import rope_config
+
+GROUP_SIZE, BITS = 64, 4
+_CACHE_LIMIT = 4 * 2**30
+
+
+def load(folder: Path, name: str, config: TrainConfig) -> tuple[Any, dict[str, Any], int]:
+    """Return the model, its config and the bits that the checkpoint is quantised to (0 where it is not)."""
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if (method := (raw.get("quantization_config") or {}).get("quant_method")) == "bitsandbytes":
+        raise UserError(f"--model {name}: its weights are packed by {method}, for CUDA; give the 16-bit model, with --4bit")
+    try:
+        model, loaded = load_model(folder, lazy=True, model_config=rope_config(raw))
+    except FileNotFoundError:
+        raise UserError(f"--model {name}: no model*.safetensors in {folder}; MLX reads no other weights") from None
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"--model {name}: mlx-lm cannot load it ({first_line(error)})") from None
+    bits = int((loaded.get("quantization") or {}).get("bits", 0))
+    if config.load_in_4bit and bits not in (0, BITS):
+        raise UserError(f"--4bit: {name} is quantised to {bits} bits already; leave --4bit out")
+    return model, loaded, bits
+
+
+def set_dtype(model: Any, name: str, pre_quantised: bool) -> mx.Dtype:
+    """Cast the floating weights (lazily) and return the type that the model computes in."""
+    if name == "auto":
+        # On a CPU, MLX multiplies in bfloat16 up to ten times slower than in float32.
+        dtype = mx.bfloat16 if mx.metal.is_available() else mx.float32
+        if pre_quantised:
+            own = next(value.dtype for key, value in tree_flatten(model.parameters()) if key.endswith("scales"))
+            # A quantised checkpoint keeps its scales: rounding them would be another model. float32 holds them all exactly;
+            # float16 alone would need loss scaling.
+            dtype = dtype if own == mx.bfloat16 else mx.float32
+    else:
+        dtype = getattr(mx, name)
+    model.set_dtype(dtype)
+    return dtype
+
+
+def load_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Read a safetensors file."""
+    try:
+        return {name: np.array(value.astype(mx.float32)) for name, value in mx.load(str(path)).items()}
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+
+
+def quantise(model: Any, config: dict[str, Any], options: TrainConfig, name: str, bits: int) -> tuple[Any, str]:
+    """Quantise as --4bit and --head-bits ask, and return the model and what it came to, in words.
+
+    A tied head is the embedding table: quantised once, it serves as both, and no 16-bit copy stays.
+
+    Args:
+        bits: what the checkpoint is quantised to already, or 0.
+    """
+    inner = causal_lm(model)
+    if "model" not in inner or not ("lm_head" in inner or "embed_tokens" in inner.model) or not hasattr(model, "layers"):
+        raise UserError(f"--model {name}: mlx-lm builds this architecture in a way that lite-dil does not know")
+    path, head = output_head(model)
+    own = getattr(head, "bits", None)
+    wanted = options.head_bits
+    if wanted and own not in (None, wanted):
+        raise UserError(f"--head-bits {wanted}: the head of {name} is quantised to {own} bits already; leave --head-bits out")
+    if wanted and not own and head.weight.shape[-1] % GROUP_SIZE:
+        raise UserError(f"--head-bits: the model's width {head.weight.shape[-1]} is not a multiple of {GROUP_SIZE}")
+    group = (config.get("quantization") or {}).get("group_size", GROUP_SIZE)
+    if options.load_in_4bit and not bits:
+        bits = BITS
+        # An own predicate of the model is for mixed precision, as with MoE gates.
+        base = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+        special = {"group_size": GROUP_SIZE, "bits": wanted or BITS}
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how many bits a weight came to
+            model, _ = quantize_model(
+                model, config, GROUP_SIZE, BITS, quant_predicate=lambda p, m: special if p == path and wanted else base(p, m)
+            )
+    elif wanted and not own:
+        nn.quantize(model, GROUP_SIZE, wanted, class_predicate=lambda p, _: p == path)
+    words = f"{bits}-bit group {group}" if bits else ""
+    after = getattr(output_head(model)[1], "bits", 16)
+    return model, f"{words} head {after}".strip() if after != (bits or 16) else words
+
+
+def causal_lm(model: Any) -> Any:
+    """Return the text model: mlx-lm wraps that of a multimodal checkpoint once more."""
+    return getattr(model, "language_model", model)
+
+
+def output_head(model: Any) -> tuple[str, Any]:
+    """Return the output head, or the embedding table where it is tied to that, and its name in the model."""
+    inner = causal_lm(model)
+    head = inner.lm_head if "lm_head" in inner else inner.model.embed_tokens
+    return next(name for name, module in model.named_modules() if module is head), head
+
+
+def windows(config: dict[str, Any]) -> list[int | None]:
+    """Return how many tokens back each layer is meant to see, from a config.json; None for all of them."""
+    config = config.get("text_config") or config
+    layers, window = int(config.get("num_hidden_layers") or 0), config.get("sliding_window")
+    if not window or config.get("use_sliding_window") is False:
+        return [None] * layers
+    if kinds := config.get("layer_types"):
+        return [window if "sliding" in kind else None for kind in kinds]
+    kind = config.get("model_type", "")
+    if kind == "gemma2":
+        return [None if i % 2 else window for i in range(layers)]
+    if pattern := config.get("sliding_window_pattern") or {"gemma3_text": 6, "cohere2": 4}.get(kind):
+        return [window if (i + 1) % pattern else None for i in range(layers)]
+    first = config.get("max_window_layers") if config.get("use_sliding_window") else 0
+    return [window if i >= (first or 0) else None for i in range(layers)]
+
+
+def check_windows(config: dict[str, Any], applied: list[int | None] | None, max_length: int, name: str) -> None:
+    """Raise UserError where a row may be longer than a window that mlx-lm does not apply.
+
+    Args:
+        applied: each layer's window in mlx-lm, or None where that cannot be told.
+    """
+    meant = windows(config)
+    wrong = [w for i, w in enumerate(meant) if w and (applied is None or i >= len(applied) or applied[i] != w)]
+    if wrong and min(wrong) < max_length:
+        raise UserError(
+            f"--model {name}: its attention is meant to see {min(wrong)} tokens back, which mlx-lm does not do for it; "
+            f"take --max-length {min(wrong)} or less, or another --backend"
+        )
+
+
+def memory_limits(info: dict[str, Any]) -> tuple[int, int]:
+    """Return how many bytes to keep wired and how many freed ones to keep cached, from mx.device_info().
+
+    Wired: what macOS recommends, at most three quarters of the memory, so that the system has 2 of 8, 4 of 16, 6 of 24 GB.
+    Cached: a sixteenth, at most 4 GiB; batches of changing shapes would otherwise fill the memory with buffers of no use.
+    """
+    memory = int(info["memory_size"])
+    wired = min(int(info.get("max_recommended_working_set_size") or memory), memory * 3 // 4)
+    return wired, min(memory // 16, _CACHE_LIMIT)
+
+
+def limit_memory() -> None:
+    """Set the limits of `memory_limits` where there is Metal."""
+    if mx.metal.is_available():
+        wired, cache = memory_limits(mx.device_info())
+        mx.set_wired_limit(wired)
+        mx.set_cache_limit(cache)

@@ -1,0 +1,325 @@
+"""The prefix layout on mlx-lm's unmodified models: a prompt is computed once, and only what is read is computed after it.
+
+The decoder's own loop runs once, over one row of all real tokens: those of the prompts, then those of the responses. Its
+layers are handed a `Pass` in the place of a cache. A layer runs on the prompts, hands their keys and values to the responses
+and runs on these: one pure function a layer, which can be checkpointed. Norms, MLPs and adapters see no padding; attention
+alone sees blocks, (prompts, columns) padded on the left and (responses, columns) padded on the right. On a CPU, which spends
+its time on the softmax, it sees no padding either: each prompt and each response goes by itself, some queries at a time.
+
+The responses' part of a row holds, for each response token, the token before it: the last prompt token, then the response
+without its last token. So it is exactly what is read, in the last layer nothing else is computed beyond the prompts' keys and
+values (MLX computes nothing whose result is not used), and the hidden states come out in the order of the response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from lite_dil.batching.layouts import Prefix
+
+QUERIES = 256  # of a prompt or response that attend at a time on a CPU, so that the keys after them cost nothing
+ATTENTION = ("self_attn", "attention", "attn")
+MLP = ("mlp", "block_sparse_moe", "feed_forward")
+
+
+class NoPrefix(Exception):
+    """The model cannot have the prefix layout; the text says why."""
+
+
+class Window(NamedTuple):
+    """What stands for a mask in the model's own loop: how far back a token sees, or None for all of it."""
+
+    size: int | None
+
+
+def arrays(layout: Prefix, multiple: int = 1) -> dict[str, np.ndarray]:
+    """Turn a prefix layout into the arrays of a `Pass`; rows are filled up to a multiple of this many tokens.
+
+    Returns:
+        ids: (1, Tp + Tr), prompts without their last tokens, then the token before each response token.
+        prompt_from: (B, columns), which of the Tp tokens is where in the prompts' block; prompt_mask: true on tokens.
+        prompt_at: (Tp,), the flat place of each token in that block.
+        response_at: (Tr,), the same in the (n, R) block; `token_index`, (n, R), is its inverse.
+        owner: (n,), the prompt of each response; left out where each prompt has the same number of them, in order.
+        targets, token_mask: as in the layout, filled up.
+    """
+    mask = layout.prompt_mask[:, :-1]
+    if not mask.any():  # prompts of a single token each, which belongs to the responses' part
+        mask = np.zeros((len(mask), 1), bool)
+    prompt_ids, prompt_at = layout.prompt_ids[:, :-1][layout.prompt_mask[:, :-1]], np.flatnonzero(mask)
+    before = np.concatenate([layout.prompt_ids[layout.owner, -1:], layout.response_ids[:, :-1]], 1)
+    rows, width = before.shape
+    token_index, token_mask = (_widened(array, width) for array in (layout.token_index, layout.token_mask))
+    made = {
+        "ids": np.concatenate([_filled(prompt_ids, multiple), _filled(before.ravel()[layout.hidden_index], multiple)])[None],
+        "prompt_from": np.where(mask, np.cumsum(mask).reshape(mask.shape) - 1, 0),
+        "prompt_mask": mask,
+        "prompt_at": _filled(prompt_at, multiple),
+        "response_at": _filled(layout.hidden_index, multiple),
+        "targets": _filled(layout.targets, multiple),
+        "token_index": token_index,
+        "token_mask": token_mask,
+    }
+    if rows % len(mask) or (layout.owner != np.repeat(np.arange(len(mask)), rows // len(mask))).any():
+        made["owner"] = layout.owner
+    return made
+
+
+class Rows(NamedTuple):
+    """Lengths for attention without padding: tokens of each prompt but its last, tokens and prompt of each response."""
+
+    prompts: list[int]
+    responses: list[int]
+    owners: list[int]
+
+    @classmethod
+    def of(cls, layout: Prefix) -> Rows:
+        """Read them from a layout."""
+        prompts, responses = layout.prompt_mask.sum(1) - 1, layout.token_mask.sum(1).astype(int)
+        return cls(prompts.tolist(), responses.tolist(), layout.owner.tolist())
+
+
+class Pass:
+    """One pass through the decoder, in the place of each layer's cache.
+
+    Args:
+        arrays: what `arrays` returns, as MLX arrays.
+        head_axes: how many axes of heads the model's scores have between batch and tokens: 1, or 2 (Gemma 2).
+        probe: a list that collects each layer's `Window`; no layer computes anything then.
+        rows: attend by these lengths, without padding.
+    """
+
+    offset = 0  # the loops of some models ask for it
+
+    def __init__(
+        self,
+        arrays: dict[str, mx.array],
+        head_axes: int = 1,
+        probe: list[int | None] | None = None,
+        rows: Rows | None = None,
+    ) -> None:
+        self.arrays, self.head_axes, self.probe, self.rows = arrays, head_axes, probe, rows
+        self._masks: dict[Any, Any] = {}
+
+    def make_mask(self, *_: Any, window_size: int | None = None, **__: Any) -> Window:
+        """Answer mlx-lm's create_attention_mask."""
+        return Window(window_size)
+
+    def run(self, block: Callable[..., mx.array], x: mx.array, window: Any, last: bool) -> mx.array:
+        """Run a decoder block on (1, Tp + Tr, width); the last one returns the responses' part alone."""
+        if not isinstance(window, Window):
+            raise NoPrefix("the model makes its attention masks itself")
+        if self.probe is not None:
+            self.probe.append(window.size)
+            return x
+        split = self.arrays["prompt_at"].shape[0]
+
+        def mask_of(queries: int, keys: int) -> mx.array:
+            return self.causal(queries, keys, window.size, x.dtype)
+
+        prompts: Any
+        responses: Any
+        rows = self.rows
+        if rows is not None:
+            prompts = Unpadded(rows.prompts, [None] * len(rows.prompts), mask_of)
+        else:
+            prompt_mask, response_mask = self.masks(window.size, x.dtype)
+            prompts = Prompts(self.arrays, prompt_mask)
+        prompts_out = block(x[:, :split], prompts.mask, prompts)
+        if not prompts.attended:
+            raise NoPrefix("not every layer is attention over keys and values")
+        if rows is not None:
+            responses = Unpadded(rows.responses, [prompts.kept[owner] for owner in rows.owners], mask_of)
+        else:
+            responses = Responses(self.arrays, response_mask, prompts)
+        responses_out = block(x[:, split:], responses.mask, responses)
+        return responses_out if last else mx.concatenate([prompts_out, responses_out], 1)
+
+    def causal(self, queries: int, keys: int, window: int | None, dtype: mx.Dtype) -> mx.array:
+        """Return which keys the last `queries` of `keys` tokens see, to be added to scores."""
+        if (mask := self._masks.get((queries, keys, window))) is None:
+            mask = self._masks[queries, keys, window] = _additive(_causal(queries, keys, window), dtype)
+        return mask
+
+    def masks(self, window: int | None, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+        """Return who sees whom: (B, 1, columns, columns) and (n, 1, R, columns + R), to be added to scores.
+
+        Sums are many times faster than a choice by a bool mask on a CPU, and as fast on Metal.
+        """
+        if window not in self._masks:
+            keys = self.arrays["prompt_mask"]
+            columns, width = keys.shape[1], self.arrays["token_index"].shape[1]
+            prompts = (keys[:, None] & _causal(columns, columns, window)) | mx.eye(columns, dtype=mx.bool_)
+            rows = _to_responses(keys, self.arrays)
+            keys = mx.concatenate([rows, mx.ones((len(rows), width), mx.bool_)], 1)
+            responses = keys[:, None] & _causal(width, columns + width, window)
+            axes = tuple(range(1, 1 + self.head_axes))
+            self._masks[window] = tuple(mx.expand_dims(_additive(mask, dtype), axes) for mask in (prompts, responses))
+        return self._masks[window]
+
+
+class Prompts:
+    """The cache of a block's run on the prompts: it remembers their keys and values."""
+
+    offset = 0
+
+    def __init__(self, arrays: dict[str, mx.array], mask: mx.array) -> None:
+        self.mask, self.places, self.back = mask, arrays["prompt_from"], arrays["prompt_at"]
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    @property
+    def attended(self) -> bool:
+        """Whether the block's attention has asked for keys."""
+        return self.keys is not None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Answer the model's attention."""
+        if self.keys is not None:
+            raise NoPrefix("a layer attends more than once")
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+Keys = tuple[mx.array, ...]  # keys and values
+
+
+class Unpadded:
+    """The cache of a block's run on sequences that attend one after the other; it remembers their keys and values.
+
+    Args:
+        lengths: tokens of each sequence.
+        before: keys and values that come before each, or None.
+    """
+
+    mask = None  # it hands each call its own
+
+    def __init__(self, lengths: list[int], before: list[Keys | None], mask_of: Callable[[int, int], mx.array]) -> None:
+        self.lengths, self.before, self.mask_of = lengths, before, mask_of
+        self.offset, self.attended = 0, not any(lengths)
+        self.seen: Keys | None = None
+        self.kept: list[Keys | None] = []
+
+    def attend(self, attention: Callable[..., mx.array], x: mx.array) -> mx.array:
+        """Run the model's attention on (1, tokens, width), some queries at a time."""
+        self.kept, parts, at = [], [], 0
+        for length, before in zip(self.lengths, self.before, strict=True):
+            self.seen, past = before, 0 if before is None else before[0].shape[2]
+            for start in range(0, length, QUERIES):
+                stop, self.offset = min(start + QUERIES, length), past + start
+                parts.append(attention(x[:, at + start : at + stop], self.mask_of(stop - start, past + stop), self))
+                if self.seen is None or self.seen[0].shape[2] != past + stop:
+                    raise NoPrefix("a layer does not attend once over keys and values")
+            self.kept.append(self.seen)
+            at += length
+        parts.append(mx.zeros((1, x.shape[1] - at, x.shape[2]), x.dtype))  # what fills up
+        return mx.concatenate(parts, 1)
+
+    def update_and_fetch(self, *new: mx.array) -> Keys:
+        """Answer the model's attention, which is to see all keys and values so far."""
+        self.attended = True
+        self.seen = new if self.seen is None else tuple(mx.concatenate(two, 2) for two in zip(self.seen, new, strict=True))
+        return self.seen
+
+
+class Responses:
+    """The cache of a block's run on the responses: it puts the prompts' keys and values before theirs."""
+
+    def __init__(self, arrays: dict[str, mx.array], mask: mx.array, prompts: Prompts) -> None:
+        self.mask, self.places, self.back = mask, arrays["token_index"], arrays["response_at"]
+        self.arrays, self.prompts = arrays, prompts
+        self.offset = prompts.places.shape[1]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Answer the model's attention."""
+        past = [_to_responses(array, self.arrays) for array in (self.prompts.keys, self.prompts.values)]
+        return mx.concatenate([past[0], keys], 2), mx.concatenate([past[1], values], 2)
+
+
+def wrap_layers(model: nn.Module, checkpointing: str) -> None:
+    """Teach each decoder block to run a `Pass`, and to keep as little for the backward pass as asked.
+
+    Args:
+        checkpointing: "off"; "selective", a block's MLP is computed again; "full", a block keeps only its input.
+
+    Instances get a class of their own: mlx-lm's grad_checkpoint patches the class for the whole process.
+    """
+    for layer in model.layers:
+        if name := next((name for name in ATTENTION if name in layer), None):
+            layer[name].__class__ = _attention(type(layer[name]))
+        if checkpointing == "selective" and (name := next((name for name in MLP if name in layer), None)):
+            layer[name].__class__ = _checkpointed(type(layer[name]))
+        layer.__class__ = _block(type(layer), last=layer is model.layers[-1], checkpoint=checkpointing == "full")
+
+
+def _attention(kind: type) -> type:
+    def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        cache = kwargs.get("cache", args[-1] if args else None)
+        if isinstance(cache, Unpadded):
+            return cache.attend(partial(kind.__call__, self), x)
+        if not isinstance(cache, (Prompts, Responses)):
+            return kind.__call__(self, x, *args, **kwargs)
+        out = kind.__call__(self, x[0][cache.places], cache.mask, cache)
+        return out.reshape(-1, out.shape[-1])[cache.back][None]
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _block(kind: type, last: bool, checkpoint: bool) -> type:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        whole = [*args, *kwargs.values()]
+        if not any(isinstance(arg, Pass) for arg in whole):
+            return kind.__call__(self, *args, **kwargs)
+        if len(whole) != 3 or not isinstance(whole[2], Pass):
+            raise NoPrefix("a layer takes more than hidden states, a mask and a cache")
+        if not any(name in self for name in ATTENTION):
+            raise NoPrefix("not every layer is attention over keys and values")
+        x, window, cache = whole
+        return cache.run(lambda *args: kind.__call__(self, *args), x, window, last)
+
+    made = type(kind.__name__, (kind,), {"__call__": forward})
+    return _checkpointed(made) if checkpoint else made
+
+
+def _checkpointed(kind: type) -> type:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def inner(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            self.update(parameters)
+            return kind.__call__(self, *args, **kwargs)
+
+        return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _to_responses(of_prompts: mx.array, arrays: dict[str, mx.array]) -> mx.array:
+    """Repeat what belongs to each prompt, (B, ...), for each of its responses, (n, ...)."""
+    if "owner" in arrays:
+        return of_prompts[arrays["owner"]]
+    return mx.repeat(of_prompts, arrays["token_index"].shape[0] // of_prompts.shape[0], 0)
+
+
+def _causal(queries: int, keys: int, window: int | None) -> mx.array:
+    """(queries, keys) bool: the queries are the last of the keys."""
+    query, key = mx.arange(keys - queries, keys)[:, None], mx.arange(keys)
+    seen = query >= key
+    return seen if window is None else seen & (query < key + window)
+
+
+def _additive(mask: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Turn "is seen" into what is added to scores."""
+    return mx.where(mask, mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype))
+
+
+def _filled(array: np.ndarray, multiple: int) -> np.ndarray:
+    return np.pad(array, (0, max(1, -(-len(array) // multiple)) * multiple - len(array)))
+
+
+def _widened(array: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(array, ((0, 0), (0, width - array.shape[1])))

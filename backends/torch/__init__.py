@@ -1,0 +1,1 @@
+"""transformers and PEFT, on a CUDA GPU or on a CPU."""

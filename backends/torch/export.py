@@ -1,0 +1,106 @@
+"""What an export needs of torch: dequantised weights, and the exported files' own log-probs by transformers and PEFT."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lite_dil.backends.torch import out_of_memory as torch_memory
+from lite_dil.backends.torch.head import QuantizedHead
+from lite_dil.backends.torch.load import compute_dtype, load_base, target_names
+from lite_dil.base.errors import UserError, first_line
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.export.check import Sequences
+from lite_dil.export.merge import DenseWeight
+
+
+def dense(backend: Any) -> dict[str, DenseWeight]:
+    """Return the weights that the backend's model has in fewer bits, by the layer's name, as it computes with them."""
+    found: dict[str, DenseWeight] = {}
+    for name, module in backend.base.named_modules():
+        if isinstance(module, QuantizedHead):
+            width = backend.base.get_input_embeddings().weight.shape[1]
+            found[name] = DenseWeight((module.vocabulary, width), functools.partial(_head, module))
+        elif type(module).__name__ == "Linear4bit":
+            shape = (module.out_features, module.in_features)
+            found[name.removesuffix(".base_layer")] = DenseWeight(shape, functools.partial(_linear, module))
+    return found
+
+
+def _linear(module: Any) -> np.ndarray:
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return weight.reshape(module.out_features, module.in_features).float().cpu().numpy()
+
+
+def _head(module: QuantizedHead) -> np.ndarray:
+    return torch.cat([tile.float().cpu() for _, tile in module.tiles()]).numpy()
+
+
+def peft_targets(model: str, layers: set[str]) -> list[str] | None:
+    """Return the shortest names by which PEFT finds exactly these layers of a model, or None where its config is not here."""
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            return target_names(AutoModelForCausalLM.from_config(config), layers)
+    except (OSError, ValueError, ImportError, RuntimeError):
+        return None
+
+
+def model_logps(folder: Path, sequences: Sequences, max_memory: dict[Any, Any] | None = None) -> list[np.ndarray]:
+    """Return the log-probs of each response by a Hugging Face folder as transformers loads it, in its own type.
+
+    What memory does not hold stays in the folder's files, and is read layer by layer.
+
+    Args:
+        max_memory: what may be used, as accelerate takes it; None for what is free.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent) as offload:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", device_map="auto", max_memory=max_memory, offload_folder=offload
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"transformers cannot load what was exported ({first_line(error)})") from None
+        return _logps(model, sequences)
+
+
+def adapter_logps(model: str, folder: Path, config: TrainConfig, sequences: Sequences) -> list[np.ndarray]:
+    """Return the log-probs of each response by the base model, quantised as `config` says, and an adapter as PEFT loads it."""
+    from peft import PeftModel
+
+    device = config.backend if config.backend in ("cpu", "cuda") else "cuda" if torch.cuda.is_available() else "cpu"
+    base = load_base(model, compute_dtype(config.dtype, device), torch.device(device), config.load_in_4bit)
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5 for an attribute by its old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        # It warns of tensors that its model lacks, or that the file lacks.
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return _logps(PeftModel.from_pretrained(base, str(folder)), sequences)
+
+
+def free() -> None:
+    """Give back what models that are gone held of a GPU."""
+    torch_memory.free(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _logps(model: Any, sequences: Sequences) -> list[np.ndarray]:
+    """Compute by the model's own logits, one answer at a time: another way than training's."""
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    found = []
+    for prompt, response in sequences:
+        ids = torch.tensor([[*prompt, *response]], device="cpu" if device.type == "meta" else device)
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        logps = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None].to(logits.device))
+        found.append(logps[:, 0].cpu().numpy())
+    return found

@@ -1,0 +1,158 @@
+"""What is done to a decoder's layers from outside: computing again, offloading, and leaving out what nobody reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lite_dil.backends.torch import packed_attention as torch_packed
+from lite_dil.base.errors import UserError
+
+
+class HostStore:
+    """Keeps activations in pinned memory of the computer, copied on a stream of their own while the GPU computes."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.kept: list[Tensor | None] = []
+        self.fetched: dict[int, Tensor] = {}
+
+    def put(self, x: Tensor) -> int:
+        """Copy `x` to the computer's memory; return the number to ask for it by."""
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            host.copy_(x, non_blocking=True)
+        x.record_stream(self.stream)  # so that its memory is not given away before the copy is done
+        self.kept.append(host)
+        return len(self.kept) - 1
+
+    def get(self, number: int) -> Tensor:
+        """Return what was put, back on the GPU, and start on the one put before it, which is asked for next."""
+        self._fetch(number)
+        if number > 0:
+            self._fetch(number - 1)
+        current = torch.cuda.current_stream()
+        current.wait_stream(self.stream)
+        x = self.fetched.pop(number)
+        x.record_stream(current)
+        self.kept[number] = None
+        while self.kept and self.kept[-1] is None:
+            self.kept.pop()
+        return x
+
+    def clear(self) -> None:
+        """Forget what was put and never asked for."""
+        self.kept.clear()
+        self.fetched.clear()
+
+    def _fetch(self, number: int) -> None:
+        host = self.kept[number]
+        if number not in self.fetched and host is not None:
+            with torch.cuda.stream(self.stream):
+                self.fetched[number] = host.to("cuda", non_blocking=True)
+
+
+class _Again(torch.autograd.Function):
+    """Runs a function without keeping anything but its input, and runs it again, with gradients, in the backward pass.
+
+    Gradients of parameters go straight to their ``.grad``. Unlike torch's own checkpoint the input can be offloaded, and the
+    packed row that the function ran in is there again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], config: Any, store: HostStore | None) -> Tensor:
+        ctx.run, ctx.config, ctx.row, ctx.store = run, config, torch_packed.active(), store
+        ctx.random = torch.get_rng_state(), torch.cuda.get_rng_state() if x.is_cuda else None
+        if store is None:
+            ctx.save_for_backward(x)
+        else:
+            ctx.number = store.put(x)
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x = ctx.saved_tensors[0] if ctx.store is None else ctx.store.get(ctx.number)
+        x = x.detach().requires_grad_()
+        devices = [x.device] if x.is_cuda else []
+        with torch.random.fork_rng(devices), torch_packed.computing(ctx.config, ctx.row), torch.enable_grad():
+            host, device = ctx.random  # the same dropout again
+            torch.set_rng_state(host)
+            if device is not None:
+                torch.cuda.set_rng_state(device)
+            out = ctx.run(x)
+        torch.autograd.backward(out, grads[0])
+        return x.grad, None, None, None
+
+
+def again(module: Any, config: Any, store: HostStore | None = None) -> None:
+    """Make `module` keep only its first argument for the backward pass; `config` is the decoder's."""
+    forward = module.forward
+
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(x, *args, **kwargs)
+        rest: list[Any] | None = None  # older models return a tuple, of which the decoder goes on with the first alone
+
+        def run(x: Tensor) -> Tensor:
+            nonlocal rest
+            out = forward(x, *args, **kwargs)
+            if isinstance(out, tuple):
+                out, *rest = out
+            return out
+
+        if any(isinstance(other, Tensor) and other.requires_grad for other in (*args, *kwargs.values())):
+            # Only the first argument's gradient would come back.
+            raise UserError(f"--gradient-checkpointing: {type(module).__name__} takes more than one input with a gradient")
+        # The first layer's input comes from a frozen table; what needs no gradient would have no backward pass.
+        out = _Again.apply(x if x.requires_grad else x.detach().requires_grad_(), run, config, store)
+        return out if rest is None else (out, *rest)
+
+    module.forward = call
+
+
+def layers_of(decoder: nn.Module) -> nn.ModuleList | None:
+    """Return the decoder's layers, which transformers keeps in a list of its own."""
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child)]
+    same = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
+    return same[0] if len(same) == 1 else None
+
+
+def skip_unread(decoder: Any, last_layer: Any) -> None:
+    """Where a row is packed, compute the last layer's MLP and the last norm only for positions that are read.
+
+    The MLP's rows that nobody reads become 0; the decoder then returns (1, tokens, width), a hidden state a response token.
+    """
+    mlp: Any = getattr(last_layer, "mlp", None)
+    if isinstance(mlp, nn.Module):
+        forward = mlp.forward
+
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            row = torch_packed.active()
+            if row is None:
+                return forward(x, *args, **kwargs)
+            out = forward(x[:, row.read], *args, **kwargs)
+            return x.new_zeros(x.shape).index_copy(1, row.read, out)
+
+        mlp.forward = call
+    norm = decoder.norm.forward
+
+    def normed(x: Tensor) -> Tensor:
+        row = torch_packed.active()
+        return norm(x if row is None else x[:, row.hidden_index])
+
+    decoder.norm.forward = normed
+
+
+def offload_embeddings(embedding: Any, device: torch.device) -> None:
+    """Keep the table in the computer's memory; only the rows that are looked up go to the device."""
+    embedding.to("cpu")
+    forward = embedding.forward
+
+    def call(ids: Tensor) -> Tensor:
+        return forward(ids.cpu()).to(device)
+
+    embedding.forward = call

@@ -1,0 +1,159 @@
+"""Loading for the torch backend: a base model of transformers, its adapter's places, its optimiser."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from lite_dil.base.errors import UserError, first_line
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.models import adapters
+
+
+def compute_dtype(name: str, device: str) -> torch.dtype:
+    """Return what --dtype stands for on this device."""
+    if name == "auto" and device == "cuda":
+        # By default torch also says True where bf16 is emulated, as on a T4.
+        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    elif name == "auto":
+        name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
+    elif name == "float16" and device == "cpu":
+        raise UserError("--dtype float16 is for GPUs; on a CPU use bfloat16 or float32")
+    return getattr(torch, name)
+
+
+def load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: bool) -> Any:
+    """Load a frozen model without dropout, or raise UserError with the reason."""
+    quantization = None
+    if in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        config = AutoConfig.from_pretrained(model)
+        for part in (config, config.get_text_config()):
+            for name, value in list(vars(part).items()):
+                # The base model's own dropout would make the log-ratio noisy, and not 0 at the start.
+                if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+                    setattr(part, name, 0.0)
+        # transformers 5.17 computes Gemma 2 by SDPA, which leaves out the soft cap on its attention scores.
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model,
+            output_loading_info=True,
+            attn_implementation="eager" if capped else None,
+            config=config,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": device},
+        )
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"--model {model}: not enough memory to load it ({first_line(error)}); try --4bit") from None
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--model {model}: cannot be loaded ({first_line(error)})") from None
+    base, report = loaded
+    if absent := sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"])):
+        # transformers would fill them with random numbers.
+        raise UserError(f"--model {model}: its files lack {len(absent)} of the model's weights, the first is {absent[0]}")
+    if getattr(base, "is_loaded_in_4bit", False):
+        import bitsandbytes
+
+        for module in base.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                # On a CPU with avx512_bf16 the first forward in eval mode repacks the weights for inference, after which
+                # gradients are silently wrong.
+                module.support_avx512bf16_for_cpu = False
+                # A checkpoint packed before names a type of its own, which this machine may not have.
+                module.compute_dtype, module.compute_type_is_set = dtype, True
+    base.requires_grad_(False)
+    return base
+
+
+def linear_layers(base: Any) -> dict[str, tuple[int, int]]:
+    """Return the (out, in) shape of each linear layer of the decoder, by its name in the model."""
+    decoder = {id(module) for module in base.get_decoder().modules()} - {id(base.get_output_embeddings())}
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and id(module) in decoder
+    }
+
+
+def target_names(base: Any, wanted: set[str]) -> list[str]:
+    """Return the shortest names by which PEFT finds exactly the wanted layers: last parts where they suffice."""
+    suffixes = {name.rpartition(".")[2] for name in wanted}
+    matched = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in suffixes}
+    return sorted(suffixes if matched == wanted else wanted)
+
+
+def set_weights(model: Any, name: str, adapter: adapters.Adapter) -> None:
+    """Give the adapter `name` of a PEFT model these weights."""
+    modules = dict(model.get_base_model().named_modules())
+    with torch.no_grad():
+        for layer, (a, b) in adapter.weights.items():
+            modules[layer].lora_A[name].weight.copy_(torch.from_numpy(a))
+            modules[layer].lora_B[name].weight.copy_(torch.from_numpy(b))
+
+
+def load_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Read a safetensors file, to float32."""
+    from safetensors.torch import load_file
+
+    try:
+        return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def need_bitsandbytes() -> None:
+    """Raise UserError where bitsandbytes is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--4bit, --head-bits and --optim paged_adamw_8bit need bitsandbytes: pip install bitsandbytes")
+
+
+def make_optimizer(parameters: list[Tensor], config: TrainConfig, in_4bit: bool, device: str) -> torch.optim.Optimizer:
+    """Return AdamW as --optim says."""
+    name = config.optim
+    if name == "auto":
+        name = "paged_adamw_8bit" if in_4bit else "adamw"
+    if name == "adamw":
+        # Fused, because it needs no memory of its own: the others make temporaries between the changes to their state.
+        return torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True)
+    import bitsandbytes
+
+    # On a CPU there is nothing to page from, and the paged class warns.
+    kind = bitsandbytes.optim.PagedAdamW8bit if device == "cuda" else bitsandbytes.optim.AdamW8bit
+    return kind(parameters, weight_decay=config.weight_decay)
+
+
+def create_states(optimizer: Any) -> None:
+    """Create the state of each parameter that has none yet, whole or not at all.
+
+    The optimisers would do it in their first update: bitsandbytes' between the updates of others, where memory may run out.
+    """
+    for g, group in enumerate(optimizer.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            if parameter in optimizer.state:
+                continue
+            if isinstance(optimizer, torch.optim.AdamW):
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+                continue
+            try:
+                optimizer.init_state(group, parameter, g, i)
+            except torch.OutOfMemoryError:
+                optimizer.state.pop(parameter, None)
+                raise

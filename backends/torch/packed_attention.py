@@ -1,0 +1,298 @@
+"""Attention over a packed row, for transformers' models: each prompt once, its responses after it, many pairs end to end.
+
+On CUDA it is FlexAttention with a block mask. On a CPU it is a function of its own, which takes a block of queries at a time
+and leaves out the keys that no query of it can see: no mask is larger than such a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lite_dil.batching.layouts import Packed, Segment
+
+NAME = "lite_dil_packed"
+BLOCK = 128  # FlexAttention's blocks; rows on CUDA are padded to a multiple of it
+
+QUERIES = 64  # in a block on a CPU: its scores over some hundred keys stay in the cache
+
+
+class Unsupported(Exception):
+    """The model's attention is of a kind that a packed row cannot have."""
+
+
+@dataclass
+class Row:
+    """What the layers need to know of the row that is being computed.
+
+    Attributes:
+        read: (n,) the positions whose output of the last layer is read.
+        hidden_index: (tokens,) which of all the row's hidden states predicts each response token.
+        longest: tokens of its longest sequence.
+        last_layer: the number of the model's last layer, of whose prompts only the last token is read.
+    """
+
+    segments: tuple[Segment, ...]
+    read: Tensor
+    hidden_index: Tensor
+    position_ids: Tensor
+    longest: int
+    last_layer: int
+    masks: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, layout: Packed, device: torch.device, last_layer: int = -1) -> Row:
+        """Put a layout on the device."""
+        index = torch.from_numpy(layout.hidden_index)
+        longest = max(segment.prompt + max(segment.responses, default=0) for segment in layout.segments)
+        positions = torch.from_numpy(layout.position_ids).to(device)
+        return cls(layout.segments, torch.unique(index).to(device), index.to(device), positions, longest, last_layer)
+
+
+_active: list[Row | None] = [None]  # a list, and not a context variable: CUDA's backward pass runs in another thread
+
+
+def active() -> Row | None:
+    """Return the row that is being computed, if any."""
+    return _active[0]
+
+
+@contextmanager
+def computing(config: Any, row: Row | None) -> Iterator[None]:
+    """Compute a row inside the block: the model of `config` attends as its segments say, and as ever after it."""
+    before, implementation = _active[0], config._attn_implementation
+    _active[0] = row
+    if row is not None:
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        _active[0] = before
+        config._attn_implementation = implementation
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend over the active row, as a function of transformers' attention interface.
+
+    Args:
+        query: (1, heads, tokens, head width); key and value may have fewer heads.
+
+    Returns:
+        (1, tokens, heads, head width), and None for the weights.
+    """
+    row = active()
+    assert row is not None and attention_mask is None
+    if dropout or kwargs.get("s_aux") is not None or kwargs.get("is_causal") is False or key.shape[2] != query.shape[2]:
+        raise Unsupported("its attention has more than a scale, a soft cap and a window")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    window = sliding_window if sliding_window is not None and sliding_window < row.longest else None
+    if query.device.type == "cuda":
+        return _flex(query, key, value, row, scale, softcap, window), None
+    last = getattr(module, "layer_idx", None) == row.last_layer
+    return _Blocks.apply(query, key, value, row.segments, Scores(scale, softcap or 0.0, window), last), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+
+
+class Scores(NamedTuple):
+    """What becomes of a query's product with a key: scaled, capped by ``cap * tanh(s / cap)``, and seen within a window."""
+
+    scale: float
+    cap: float
+    window: int | None
+
+
+class Unit(NamedTuple):
+    """Queries of a row, and the keys before and among them: a prompt, or a response after its prompt."""
+
+    rows: slice
+    prompt: slice
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Take this unit's keys or values, (heads, n, width), from the row's."""
+        if self.rows.stop == self.prompt.stop:
+            return x[:, self.prompt]
+        return torch.cat((x[:, self.prompt], x[:, self.rows]), 1)
+
+    def blocks(self, window: int | None) -> Iterator[tuple[slice, slice, int]]:
+        """Return the blocks of queries, which of `keys` each can see, and the place of its first query among them."""
+        response = self.rows.stop != self.prompt.stop
+        first = (self.prompt.stop if response else self.rows.start) - self.prompt.start
+        for start in range(self.rows.start, self.rows.stop, QUERIES):
+            stop = min(start + QUERIES, self.rows.stop)
+            place = first + start - self.rows.start
+            low = 0 if window is None else max(0, place - window + 1)
+            yield slice(start, stop), slice(low, place + stop - start), place
+
+
+def units(segments: tuple[Segment, ...], last: bool) -> Iterator[Unit]:
+    """Return what a row consists of; `last` leaves out all queries of a prompt but its last token."""
+    for segment in segments:
+        at = segment.start + segment.prompt
+        prompt = slice(segment.start, at)
+        yield Unit(slice(at - 1, at) if last else prompt, prompt)
+        for length in segment.responses:
+            yield Unit(slice(at, at + length), prompt)
+            at += length
+
+
+def _scores(q: Tensor, keys: Tensor, seen: slice, place: int, of: Scores) -> Tensor:
+    """Return (heads, group, queries, keys) float32 scores, -inf where a key is not to be seen.
+
+    Args:
+        q: (heads, group, queries, width), already scaled; `keys` is (heads, width, all keys of the unit), both float32.
+    """
+    heads, group, queries, width = q.shape
+    scores = torch.bmm(q.reshape(heads, group * queries, width), keys[:, :, seen]).view(heads, group, queries, -1)
+    if of.cap:
+        scores.div_(of.cap).tanh_().mul_(of.cap)
+    row = torch.arange(place, place + queries)[:, None]
+    if of.window is None:  # only the keys among the queries can come too late
+        scores[..., -queries:].masked_fill_(torch.arange(place, place + queries) > row, -torch.inf)
+    else:
+        key = torch.arange(seen.start, seen.stop)
+        scores.masked_fill_((key > row) | (key <= row - of.window), -torch.inf)
+    return scores
+
+
+class _Blocks(torch.autograd.Function):
+    """Keeps queries, keys, values, the result and its log-sum-exp. Scores and softmax are float32 in every type."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], of: Scores, last: bool) -> Tensor:
+        heads, tokens = k.shape[1], q.shape[2]
+        # Laid out as what follows wants it, so that it is not copied there.
+        result = q.new_zeros(1, tokens, q.shape[1], v.shape[-1])
+        out = result[0].unflatten(1, (heads, -1)).permute(1, 2, 0, 3)  # (key heads, group, tokens, width)
+        grouped = q[0].unflatten(0, (heads, -1))
+        total = torch.zeros(grouped.shape[:3], dtype=torch.float32)
+        for unit in units(segments, last):
+            keys, values = unit.keys(k[0]).float().transpose(1, 2).contiguous(), unit.keys(v[0])
+            for rows, seen, place in unit.blocks(of.window):
+                scores = _scores(grouped[:, :, rows].float() * of.scale, keys, seen, place, of)
+                top = scores.amax(-1, keepdim=True)
+                weights = scores.sub_(top).exp_()
+                mass = weights.sum(-1, keepdim=True)
+                mixed = torch.bmm(weights.to(v.dtype).flatten(1, 2), values[:, seen])
+                out[:, :, rows] = mixed.view(*weights.shape[:3], -1) / mass
+                total[:, :, rows] = (top + mass.log())[..., 0]
+        ctx.save_for_backward(q, k, v, result, total)
+        ctx.of = segments, of, last
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, result, total = ctx.saved_tensors
+        segments, of, last = ctx.of
+        heads = k.shape[1]
+        out, grad = (x[0].unflatten(1, (heads, -1)).permute(1, 2, 0, 3) for x in (result, grads[0]))
+        grouped = q[0].unflatten(0, (heads, -1))
+        grad_q = torch.zeros_like(q)
+        grad_k, grad_v = (torch.zeros(x.shape[1:], dtype=torch.float32) for x in (k, v))
+        into_q = grad_q[0].unflatten(0, (heads, -1))
+        for unit in units(segments, last):
+            keys, values = unit.keys(k[0]), unit.keys(v[0]).transpose(1, 2).contiguous()
+            wide = keys.float().transpose(1, 2).contiguous()
+            own_k, own_v = torch.zeros(keys.shape, dtype=torch.float32), torch.zeros(values.mT.shape, dtype=torch.float32)
+            for rows, seen, place in unit.blocks(of.window):
+                here = grouped[:, :, rows]
+                scores = _scores(here.float() * of.scale, wide, seen, place, of)
+                slope = 1 - (scores / of.cap).square_() if of.cap else None
+                weights = scores.sub_(total[:, :, rows, None]).exp_()
+                back = grad[:, :, rows]
+                # d score = weight * (d weight - sum(d weight * weight)), and the sum is that of grad * out
+                mean = (back.float() * out[:, :, rows].float()).sum(-1, keepdim=True)
+                flat = back.flatten(1, 2)
+                grad_s = torch.bmm(flat, values[:, :, seen]).float().view_as(weights).sub_(mean).mul_(weights)
+                if slope is not None:
+                    grad_s.mul_(slope.nan_to_num_(neginf=0.0))
+                own_v[:, seen] += torch.bmm(weights.to(v.dtype).flatten(1, 2).mT, flat)
+                grad_s = grad_s.mul_(of.scale).to(q.dtype).flatten(1, 2)
+                into_q[:, :, rows] = torch.bmm(grad_s, keys[:, seen]).view_as(here)
+                own_k[:, seen] += torch.bmm(grad_s.mT, here.flatten(1, 2))
+            size = unit.prompt.stop - unit.prompt.start
+            for whole, own in ((grad_k, own_k), (grad_v, own_v)):
+                whole[:, unit.prompt] += own[:, :size]
+                if own.shape[1] > size:
+                    whole[:, unit.rows] += own[:, size:]
+        return grad_q, grad_k[None].to(k.dtype), grad_v[None].to(v.dtype), None, None, None
+
+
+def _allowed(row: Row, window: int | None) -> Callable[[Any, Any, Any, Any], Any]:
+    """Return FlexAttention's mask function: whether token q of the row attends to token k."""
+    tokens = row.position_ids.shape[1]
+    segment = torch.full((tokens,), -1, dtype=torch.int32)
+    response = torch.zeros(tokens, dtype=torch.int32)
+    for number, part in enumerate(row.segments):
+        at = part.start + part.prompt
+        segment[part.start : at + sum(part.responses)] = number
+        for order, length in enumerate(part.responses, 1):
+            response[at : at + length] = order
+            at += length
+    segment, response, position = (x.to(row.position_ids.device) for x in (segment, response, row.position_ids[0]))
+
+    def allowed(batch: Any, head: Any, q: Any, k: Any) -> Any:
+        mask = (q >= k) & (segment[q] == segment[k]) & ((response[k] == 0) | (response[k] == response[q]))
+        return mask if window is None else mask & (position[q] - position[k] < window)
+
+    return allowed
+
+
+@cache
+def _compiled() -> tuple[Any, Any]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return torch.compile(flex_attention), torch.compile(create_block_mask)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float, softcap: float | None, window: int | None) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    # Uncompiled it holds whole score matrices, which is for the tests on a CPU.
+    flex, make_mask = _compiled() if q.device.type == "cuda" else (flex_attention, create_block_mask)
+    if window not in row.masks:
+        tokens = q.shape[2]
+        row.masks[window] = make_mask(_allowed(row, window), None, None, tokens, tokens, device=str(q.device))
+    cap = None
+    if softcap:
+
+        def cap(score: Any, *_: Any) -> Any:
+            return softcap * torch.tanh(score / softcap)
+
+    return flex(q, k, v, score_mod=cap, block_mask=row.masks[window], scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+def why_not(base: Any, max_length: int) -> str:
+    """Return why the model's architecture cannot be packed, or nothing where it can as far as its config tells."""
+    config = base.config.get_text_config()
+    if not getattr(base, "_supports_attention_backend", False):
+        return f"{type(base).__name__} has an attention of its own"
+    if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return f"it has layers of type {', '.join(sorted(other))}"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is bidirectional"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]:
+        trained = part.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        if part.get("rope_type") in ("dynamic", "longrope") and max_length > (trained or config.max_position_embeddings):
+            return f"its {part['rope_type']} rope depends on the length of the row beyond {trained} tokens"
+    return ""

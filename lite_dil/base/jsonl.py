@@ -1,0 +1,104 @@
+"""A file of JSON Lines that grows, and that a crash leaves whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.disk import append, writing
+from lite_dil.base.errors import UserError
+
+_SAFE = "What was there before is whole, and the same command goes on from it"
+
+
+class JSONLines:
+    """An append-only file, one JSON value a line. What `add` was given is on disk when it returns, or nothing of it is.
+
+    A last line that was cut off, when a process was killed or the disk was full, is removed; one that lacks nothing but its
+    line feed, as editors leave it, gets that.
+
+    Args:
+        path: made by the first `add`, with its folders made at once.
+        use: what the file is for, for messages.
+        alone: whether nobody else may write to it meanwhile, which is then refused.
+
+    Attributes:
+        lines: those that were there, without their ends.
+        size: of the file, in bytes.
+    """
+
+    def __init__(self, path: Path, use: str, alone: bool = False) -> None:
+        self.path, self.alone = path, alone
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(
+                path if path.exists() else path.parent, os.W_OK
+            ):  # found now, and not after the first work is done
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            content = path.read_bytes() if path.exists() else b""
+            whole = content[: content.rfind(b"\n") + 1]
+            if tail := content[len(whole) :]:
+                if not tail.lstrip().startswith(b"{"):
+                    raise UserError(f"{path}: holds something else than JSON Lines; give another file for {use}")
+                if _is_json(tail):
+                    with path.open("ab") as file:
+                        file.write(b"\n")
+                    whole = content + b"\n"
+                else:
+                    os.truncate(path, len(whole))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be used for {use} ({error})") from None
+        self.lines, self.size = whole.split(b"\n")[:-1], len(whole)
+
+    def add(self, *rows: Any) -> None:
+        """Append rows, all or none of them."""
+        data = _encoded(rows)
+        with writing(self.path, safe=_SAFE), self.path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            self._same(before)
+            append(file, data, sync=True)
+        self.size = before + len(data)
+
+    def cut(self, size: int) -> None:
+        """Take back what was added since the file had `size` bytes."""
+        if size == self.size:
+            return
+        with writing(self.path):
+            self._same(self.path.stat().st_size)
+            os.truncate(self.path, size)
+        self.size = size
+
+    def _same(self, size: int) -> None:
+        if self.alone and size != self.size:
+            raise UserError(f"{self.path}: was changed by another program meanwhile; start again to go on with it")
+
+    def rewrite(self, rows: list[Any]) -> None:
+        """Put `rows` in the place of everything that is there, in one go."""
+        data, path = _encoded(rows), self.path.resolve()  # where it is a link, of what that leads to
+        made = path.with_name(f".{path.name}.{os.getpid()}")
+        with writing(self.path, safe=_SAFE):
+            try:
+                with made.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(made, path)
+            finally:
+                made.unlink(missing_ok=True)
+        self.size = len(data)
+
+
+def _encoded(rows: Iterable[Any]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""From examples to arrays: batches, layouts, and the schedule of steps."""

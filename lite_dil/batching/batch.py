@@ -1,0 +1,107 @@
+"""A batch is ragged and free of any layout; lite_dil.batching.layouts turns it into arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lite_dil.data.encoder import Example
+from lite_dil.data.reader import CHOSEN
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts, and responses that name their prompt.
+
+    prompts=[p0, p1], responses=[w0, l0, w1, l1], prompt_of=[0, 0, 1, 1], signs=[1, -1, 1, -1] are two pairs. Answers without
+    a partner are prompts with one response. `places` says where each prompt's example came from.
+    """
+
+    prompts: list[np.ndarray]
+    responses: list[np.ndarray]
+    prompt_of: np.ndarray
+    signs: np.ndarray
+    places: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Batch:
+        """Collect examples, their responses in order."""
+        return cls(
+            prompts=[np.array(example.prompt, np.int64) for example in examples],
+            responses=[np.array(response, np.int64) for example in examples for response in example.responses],
+            prompt_of=np.array([i for i, example in enumerate(examples) for _ in example.responses], np.int64),
+            signs=np.array([sign for example in examples for sign in example.signs], np.int64),
+            places=tuple(example.place for example in examples),
+        )
+
+    def halves(self) -> tuple[Batch, ...]:
+        """Split it between its examples into two, or into nothing where it has but one; for batches made by `of`."""
+        middle = (self.examples + 1) // 2
+        if middle == self.examples:
+            return ()
+        at = int(np.searchsorted(self.prompt_of, middle))
+        return tuple(
+            Batch(
+                self.prompts[prompts],
+                self.responses[responses],
+                self.prompt_of[responses] - prompts.start,
+                self.signs[responses],
+                self.places[prompts],
+            )
+            for prompts, responses in (
+                (slice(0, middle), slice(0, at)),
+                (slice(middle, self.examples), slice(at, len(self.responses))),
+            )
+        )
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """Indices of the chosen responses."""
+        return np.flatnonzero(self.signs == CHOSEN)
+
+    @property
+    def rejected(self) -> np.ndarray:
+        """Indices of the rejected responses."""
+        return np.flatnonzero(self.signs != CHOSEN)
+
+    @property
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the chosen and of the rejected response of every pair: the two have one prompt."""
+        same = self.prompt_of[self.chosen][:, None] == self.prompt_of[self.rejected]
+        first, second = np.nonzero(same)
+        return self.chosen[first], self.rejected[second]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each response, float32."""
+        return np.array([len(response) for response in self.responses], np.float32)
+
+    @property
+    def answer_lengths(self) -> list[list[int]]:
+        """For each prompt the tokens of each of its responses."""
+        found: list[list[int]] = [[] for _ in self.prompts]
+        for prompt, response in zip(self.prompt_of, self.responses, strict=True):
+            found[prompt].append(len(response))
+        return found
+
+    @property
+    def examples(self) -> int:
+        """How many prompts there are, each with its responses."""
+        return len(self.prompts)
+
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens that must be computed where a prompt is computed once: prompts and responses, without padding."""
+        return sum(map(len, self.prompts)) + sum(map(len, self.responses))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all the sequences, each response counted with its prompt, without padding."""
+        return sum(len(response) + len(self.prompts[p]) for response, p in zip(self.responses, self.prompt_of, strict=True))
+
+
+def by_batch(values: np.ndarray, batches: Sequence[Batch]) -> list[np.ndarray]:
+    """Cut a step's values of all responses, (responses,), into those of each batch."""
+    return np.split(values, np.cumsum([len(batch.responses) for batch in batches[:-1]], dtype=np.int64))

@@ -1,0 +1,146 @@
+"""Which examples a step takes, and at what rate: pure functions of the step, so a resumed run needs no more than it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from lite_dil.batching.batch import Batch
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.encoder import Example
+
+
+def examples_per_step(config: TrainConfig) -> int:
+    """Return how many examples an optimiser step takes, its passes together."""
+    return config.batch_size * config.gradient_accumulation_steps
+
+
+def steps_of(config: TrainConfig, examples: int) -> tuple[int, int]:
+    """Return the steps of an epoch over so many examples, the short last one counted, and those of the whole run."""
+    per_epoch = math.ceil(examples / examples_per_step(config))
+    return per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch)
+
+
+class Limits(NamedTuple):
+    """How large a pass may be at most; its tokens are those that its layout computes, padding included."""
+
+    examples: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.examples} examples or {self.tokens} tokens"
+
+
+class Schedule:
+    """The plan of a run over `examples`: each epoch a new order, drawn from the seed; a short last batch is taken as it is.
+
+    Args:
+        others: for each example one that goes with it wherever it goes (kto's rows for z0), or none at all.
+    """
+
+    def __init__(
+        self, config: TrainConfig, examples: Sequence[Example], layout: str = "plain", others: Sequence[Example] = ()
+    ) -> None:
+        self.config, self.examples, self.layout, self._others = config, examples, layout, others
+        self.limits = Limits(config.batch_size, row_tokens(config))
+        self.examples_per_step = examples_per_step(config)
+        self.steps_per_epoch, self.steps = steps_of(config, len(examples))
+        self._shuffled = lru_cache(1)(self._draw)
+
+    def batches(self, step: int) -> list[Batch]:
+        """Return the micro-batches of step 1, 2, ..., which depend on the layout; their examples together do not."""
+        return self._planned(self.examples, step)
+
+    def others(self, step: int) -> list[Batch]:
+        """Return batches of what goes with the step's examples."""
+        return self._planned(self._others, step) if self._others else []
+
+    def halve(self, batches: Sequence[Batch]) -> bool:
+        """Plan passes of at most half of the largest of `batches` from here on; False where that is a single example."""
+        tokens, examples = max((batch_tokens(batch, self.layout), batch.examples) for batch in batches)
+        if examples == 1:
+            return False
+        self.limits = Limits(min(self.limits.examples, math.ceil(examples / 2)), min(self.limits.tokens, tokens // 2))
+        return True
+
+    def _planned(self, examples: Sequence[Example], step: int) -> list[Batch]:
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        start = position * self.examples_per_step
+        picked = [examples[i] for i in self.order(epoch)[start : start + self.examples_per_step]]
+        return plan(picked, self.layout, *self.limits)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the examples' indices in the order of epoch 0, 1, ..."""
+        return self._shuffled(epoch)
+
+    def epoch(self, step: int) -> float:
+        """Return how many epochs are done after `step`."""
+        return step / self.steps_per_epoch
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of step 1, 2, ...: a linear rise over the warm-up, then the decay, never 0 in the run."""
+        peak = self.config.learning_rate
+        assert peak is not None  # filled in by TrainConfig.resolved
+        warmup = math.ceil(self.config.warmup_ratio * self.steps)
+        if step <= warmup:
+            return peak * step / warmup
+        left = (self.steps - step + 1) / (self.steps - max(warmup, 1) + 1)
+        if self.config.lr_scheduler_type == "linear":
+            return peak * left
+        if self.config.lr_scheduler_type == "cosine":
+            return peak * (1 - math.cos(math.pi * left)) / 2
+        return peak
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.examples))
+
+
+# A pass without gradients keeps next to nothing, so that it can take more tokens than one of training.
+PRECOMPUTE_ROWS = 4
+OPEN_ROWS = 8  # how many unfilled rows first-fit looks at, so that a whole data set is planned in no time
+
+
+def row_tokens(config: TrainConfig) -> int:
+    """Return the tokens of a pass at most: as asked, or what the longest pair that --max-length allows needs in any layout."""
+    return config.row_tokens or 2 * config.max_length
+
+
+def plan(examples: Sequence[Example], layout: str, count: int, tokens: int) -> list[Batch]:
+    """Group examples into batches of at most `count` examples and `tokens` tokens, padding counted; a longer one goes alone.
+
+    First-fit over the examples from the longest to the shortest, which pads little and fills rows well.
+    """
+    rows: list[list[Example]] = []
+    for example in sorted(examples, key=lambda e: len(e.prompt) + max(map(len, e.responses)), reverse=True):
+        for row in rows[-OPEN_ROWS:]:
+            if len(row) < count and computed_tokens([*row, example], layout) <= tokens:
+                row.append(example)
+                break
+        else:
+            rows.append([example])
+    return [Batch.of(row) for row in rows]
+
+
+def batch_tokens(batch: Batch, layout: str) -> int:
+    """Return `computed_tokens` of a batch's examples."""
+    return layout_tokens([len(prompt) for prompt in batch.prompts], batch.answer_lengths, layout)
+
+
+def computed_tokens(examples: Sequence[Example], layout: str) -> int:
+    """Return how many tokens a layout computes for these examples in one pass, padding included."""
+    lengths = [list(map(len, example.responses)) for example in examples]
+    return layout_tokens([len(example.prompt) for example in examples], lengths, layout)
+
+
+def layout_tokens(prompts: Sequence[int], responses: Sequence[Sequence[int]], layout: str) -> int:
+    """Return how many tokens a layout computes for prompts of these lengths, each with responses of these lengths."""
+    count = sum(map(len, responses))
+    if layout == "packed":
+        return sum(prompts) + sum(map(sum, responses))
+    if layout == "prefix":
+        return len(prompts) * max(prompts) + count * max(map(max, responses))
+    return count * max(prompt + max(lengths) for prompt, lengths in zip(prompts, responses, strict=True))

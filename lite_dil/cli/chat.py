@@ -1,0 +1,289 @@
+"""``lite-dil chat``: talk to a tuned model, also beside the model it was made from."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lite_dil.backends import Sampling
+from lite_dil.base.errors import UserError, did_you_mean
+from lite_dil.base.hashing import digest
+from lite_dil.base.signals import StopSignal
+from lite_dil.generation import policy as tuned
+from lite_dil.generation.conversation import Conversation, Prompt, context_limit
+from lite_dil.generation.text_stream import printable
+
+if TYPE_CHECKING:
+    from lite_dil.generation.stream import Answering
+
+HELP = "talk to a tuned model, also beside the model it was made from"
+DESCRIPTION = """\
+Talk to a tuned model. From a pipe each line is a message; the answers go to standard output, all else to standard error.
+
+  lite-dil chat --adapter runs/lsif-20260101-120000 --compare
+"""
+COMMANDS = """\
+/help               this list
+/reset              forget what was said
+/undo               take the last message and its answer back
+/system TEXT        set the system message; without a text, remove it
+/strength X         0 is the model without its adapter, 1 the adapter as trained, 1.5 the most
+/temperature X      0 takes the likeliest token each time
+/compare on|off     answer with and without the adapter
+/save FILE          add the answers to a JSON Lines file, which trains with --loss sft
+/quit               leave; so does Ctrl-D. Ctrl-C stops an answer
+//TEXT              say /TEXT
+"""
+SIDES = ("base", "tuned")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of chat."""
+    tuned.add_arguments(parser)
+    group = parser.add_argument_group("chat")
+    group.add_argument("--compare", action="store_true", help="answer with and without the adapter, side by side")
+    group.add_argument("--system", metavar="TEXT", default="", help="system message")
+    group.add_argument(
+        "--temperature", metavar="X", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)"
+    )
+    group.add_argument(
+        "--top-p", metavar="X", type=float, default=0.95, help="draw from the likeliest tokens that reach it (default: 0.95)"
+    )
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="decides what is drawn (default: 0)")
+    group.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="of an answer (default: 512)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Talk until the input ends; return the exit code."""
+    sampling = Sampling(args.temperature, args.top_p)
+    for name, least in (("seed", 0), ("max_new_tokens", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
+    source = tuned.find(args)
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # bytes of another encoding are an error of that message alone
+            stream.reconfigure(errors=errors)
+    screen = Screen()
+    model = tuned.load(source, screen.note)
+    talk = Conversation(model.encoder, context_limit(model.model), args.system)
+    Chat(model, talk, screen, sampling, args).run()
+    return 0
+
+
+class Screen:
+    """Answers on standard output, notes on standard error."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.out = Console(highlight=False, soft_wrap=True)
+        self.notes = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.interactive = sys.stdin.isatty() and self.out.is_terminal
+
+    def note(self, text: str) -> None:
+        """Print a line that is no answer."""
+        from rich.text import Text
+
+        self.notes.print(Text(text, style="dim"))
+
+    def write(self, text: str) -> None:
+        """Print a piece of an answer as it stands."""
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    @contextmanager
+    def hidden_keys(self) -> Iterator[None]:
+        """Keep what is typed in the block for the next line, and out of the answer that is on its way."""
+        if not self.interactive or importlib.util.find_spec("termios") is None:  # Windows has none
+            yield
+            return
+        import termios
+
+        keyboard = sys.stdin.fileno()
+        before = termios.tcgetattr(keyboard)
+        hidden = [*before]
+        hidden[3] &= ~termios.ECHO
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, hidden)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+
+    def lines(self) -> Iterator[str]:
+        """Return what the user types, or the lines of the pipe."""
+        if not self.interactive:
+            yield from (line.rstrip("\r\n") for line in sys.stdin)
+            return
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401 - gives `input` its line editing and history
+        warned = False
+        while True:
+            try:
+                line = input("> ")
+            except EOFError:
+                self.write("\n")
+                return
+            except KeyboardInterrupt:  # perhaps meant for an answer that had just ended
+                self.write("\n")
+                if warned:
+                    raise
+                warned = True
+                self.note("Ctrl-C again leaves, as Ctrl-D does; /save FILE keeps the conversation")
+            else:
+                warned = False
+                yield line
+
+
+class Chat:
+    """The loop: a line is a command or a message, and a message gets an answer."""
+
+    def __init__(
+        self, model: tuned.Tuned, talk: Conversation, screen: Screen, sampling: Sampling, args: argparse.Namespace
+    ) -> None:
+        self.model, self.talk, self.screen, self.sampling = model, talk, screen, sampling
+        self.compare, self.seed, self.max_new_tokens = args.compare, args.seed, args.max_new_tokens
+        self.answers = self.left_out = 0
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: screen.note(COMMANDS.rstrip()),
+            "/reset": self._reset,
+            "/undo": self._undo,
+            "/system": self._system,
+            "/strength": self._strength,
+            "/temperature": self._temperature,
+            "/compare": self._compare,
+            "/save": self._save,
+        }
+
+    def run(self) -> None:
+        """Read lines until they end."""
+        if not self.talk.is_chat:
+            self.screen.note("this model has no chat template: each text is continued by itself, as it stands")
+        if self.screen.interactive:
+            self.screen.note(f"{self.model.source.adapter}, {self._strengths()}; /help lists the commands, Ctrl-D leaves")
+        for line in self.screen.lines():
+            name, _, rest = line.strip().partition(" ")
+            try:
+                if name == "/quit":
+                    return
+                if name.startswith("/") and not name.startswith("//"):
+                    if name not in self.commands:
+                        raise UserError(f"no command {name}{did_you_mean(name, [*self.commands, '/quit'])}; /help lists them")
+                    self.commands[name](rest.strip())
+                elif name:
+                    # Without a keyboard there is no other use for Ctrl-C than to end it all.
+                    signals = (signal.SIGINT,) if self.screen.interactive else ()
+                    with StopSignal("", signals) as stop, self.screen.hidden_keys():
+                        self._message(line.lstrip()[1:] if name.startswith("//") else line, stop)
+            except UserError as error:
+                self.screen.note(str(error))
+
+    def _message(self, text: str, stop: StopSignal) -> None:
+        """Answer a message."""
+        prompt = self.talk.prompt(text, self.max_new_tokens)
+        if prompt.left_out > self.left_out:
+            turns = "turn is" if prompt.left_out == 1 else f"{prompt.left_out} turns are"
+            self.screen.note(f"the oldest {turns} left out: the model takes {self.talk.limit} tokens")
+        self.left_out = prompt.left_out
+        # Both sides draw with the same numbers: what differs is the model.
+        sides = [self._answering(prompt, side) for side in (SIDES if self.compare else SIDES[1:])]
+        self.answers += 1
+        self._show(sides, stop)
+        answer = sides[-1]
+        if not answer.text.strip():
+            self.screen.note("nothing was said; the message is taken back")
+            return
+        self.talk.add(text, answer.text, answer.whole)
+        self._figures(prompt, sides, stop)
+
+    def _answering(self, prompt: Prompt, side: str) -> Answering:
+        from lite_dil.generation.stream import Answering
+
+        seed = int(digest(self.seed, self.answers)[:16], 16)
+        backend, encoder = self.model.backend, self.model.encoder
+        return Answering(backend, encoder, prompt, seed, self.sampling, side == "base", self.talk.is_chat)
+
+    def _show(self, sides: list[Answering], stop: StopSignal) -> None:
+        """Let the answers come: side by side where there is room, else one after the other."""
+        from lite_dil.cli.columns import Columns
+
+        if len(sides) > 1 and self.screen.interactive and Columns.fit(self.screen.out):
+            with Columns(self.screen.out, SIDES) as columns:
+                while (going := [i for i, side in enumerate(sides) if not side.done]) and not stop.asked:
+                    for i in going:
+                        columns.add(i, printable(sides[i].step()))
+            return
+        for title, side in zip(SIDES, sides, strict=False):
+            if len(sides) > 1:
+                self.screen.write(f"{title}: ")
+            while not side.done and not stop.asked:
+                self.screen.write(printable(side.step()))
+            self.screen.write("\n")
+
+    def _figures(self, prompt: Prompt, sides: list[Answering], stop: StopSignal) -> None:
+        """Say how long and how fast the answers were, and what the adapter changed."""
+        from lite_dil.generation.stream import log_ratio
+
+        parts = [side.figures() for side in sides]
+        if len(sides) > 1:
+            parts = [f"{name} {figures}" for name, figures in zip(SIDES, parts, strict=True)]
+            if not stop.asked:
+                f = log_ratio(self.model.backend, prompt.ids, sides[-1].ids)
+                parts.append(f"log-ratio of the tuned answer {f:+.3f} nats a token")
+        if not sides[-1].whole:
+            parts.append("stopped" if stop.asked else f"cut after {len(sides[-1].ids)} tokens")
+        self.screen.note("; ".join(parts))
+
+    def _strengths(self) -> str:
+        return f"strength {self.model.backend.strength:g}"
+
+    def _reset(self, _: str) -> None:
+        self.talk.reset()
+        self.left_out = 0
+        self.screen.note("what was said is forgotten")
+
+    def _undo(self, _: str) -> None:
+        turn = self.talk.undo()
+        self.left_out = 0
+        self.screen.note(f"taken back: {turn.user}" if turn else "nothing to take back")
+
+    def _system(self, text: str) -> None:
+        self.talk.set_system(text)
+        self.left_out = 0
+        self.screen.note(f"system message: {text}" if text else "no system message")
+
+    def _strength(self, text: str) -> None:
+        self.model.backend.set_strength(_number("/strength", text))
+        self.screen.note(self._strengths())
+
+    def _temperature(self, text: str) -> None:
+        self.sampling = replace(self.sampling, temperature=_number("/temperature", text))
+        self.screen.note(f"temperature {self.sampling.temperature:g}")
+
+    def _compare(self, text: str) -> None:
+        if text not in ("on", "off"):
+            raise UserError(f"/compare {text}: expected on or off")
+        self.compare = text == "on"
+        self.screen.note(f"compare {text}")
+
+    def _save(self, text: str) -> None:
+        if not text:
+            raise UserError("/save: expected the name of a file")
+        rows = self.talk.save(Path(text).expanduser())
+        cut = sum(not turn.whole for turn in self.talk.turns)
+        note = f"{rows} {'answer' if rows == 1 else 'answers'} added to {text}"
+        self.screen.note(note + (f"; {cut} that did not end left out" if cut else ""))
+
+
+def _number(command: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{command} {text}: expected a number") from None

@@ -1,0 +1,265 @@
+"""``lite-dil generate``: answers for files of prompts, as rows that train as they are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lite_dil.backends import Sampling
+from lite_dil.base.errors import UserError
+from lite_dil.base.hashing import digest
+from lite_dil.base.jsonl import JSONLines
+from lite_dil.base.signals import StopSignal
+from lite_dil.config.options import add_flags
+from lite_dil.data import prompts
+from lite_dil.data.prompts import Prompt
+from lite_dil.generation import policy as tuned
+
+if TYPE_CHECKING:
+    from lite_dil.backends import Answer
+    from lite_dil.cli.progress import Display
+    from lite_dil.data.encoder import Encoder
+    from lite_dil.generation.batch_generator import Drawer
+
+HELP = "write the model's answers to a file of prompts"
+DESCRIPTION = """\
+Answer every prompt of a file, with the adapter of a run or the bare model. The rows written train as they are, as
+demonstrations; "finish_reason" is "length" where --max-new-tokens cut an answer, else "stop". The same command goes on where
+it was stopped.
+
+  lite-dil generate prompts.jsonl --adapter runs/mine --output answers.jsonl
+"""
+_VERSION = "2"
+# The field that tells how an answer ended, by the answer's own field.
+_ENDED = {"completion": "finish_reason", "base": "base_finish_reason"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_common(parser, temperature=0.0)
+    group = parser.add_argument_group("answers")
+    group.add_argument("--output", metavar="FILE.jsonl", required=True, help="where answers go; - is standard output")
+    group.add_argument("--num-answers", metavar="N", type=int, default=1, help="answers a prompt, a row each (default: 1)")
+    group.add_argument(
+        "--base", action="store_true", help="write the base model's answer, the adapter off, beside it, in the field 'base'"
+    )
+    group.add_argument(
+        "--batch-size", dest="rows", metavar="N", type=int, help="answers in a batch at most (default: what 8 passes hold)"
+    )
+
+
+def add_common(parser: argparse.ArgumentParser, temperature: float) -> None:
+    """Add what all commands take that answer files of prompts."""
+    parser.add_argument("prompts", metavar="PROMPTS", help=prompts.HELP)
+    tuned.add_arguments(parser, required=False)
+    add_flags(parser, prompts.FLAGS)
+    group = parser.add_argument_group("answers")
+    group.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="whether prompts of plain text are asked as a user's messages or continued as they stand (default: lines of "
+        "a .txt file are asked where the model has a chat template, rows are continued)",
+    )
+    group.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=256, help="tokens of an answer at most (default: 256)"
+    )
+    group.add_argument(
+        "--temperature",
+        metavar="X",
+        type=float,
+        default=temperature,
+        help=f"0 takes the likeliest token each time, 1 draws as the model has it (default: {temperature:g})",
+    )
+    group.add_argument(
+        "--top-p", metavar="X", type=float, default=1.0, help="draw from the likeliest tokens up to this share (default: 1)"
+    )
+    group.add_argument("--seed", dest="draw_seed", metavar="N", type=int, default=0, help="of what is drawn (default: 0)")
+
+
+def check_counts(args: argparse.Namespace, *names: str) -> None:
+    """Raise UserError where one of these arguments is given and is no count."""
+    for name in names:
+        if (value := getattr(args, name)) is not None and value < 1:
+            named = "--batch-size" if name == "rows" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{named} {value}: expected at least 1")
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One row that is wanted: answer number `number` to `asked`."""
+
+    asked: Prompt
+    number: int
+    room: int
+    seed: int
+    key: str
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The prompt's tokens."""
+        return self.asked.ids
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    from rich.console import Console
+
+    from lite_dil.batching.schedule import row_tokens
+    from lite_dil.cli.progress import Display
+    from lite_dil.generation.batch_generator import Drawer, batched
+    from lite_dil.generation.reference_samples import ROWS
+
+    check_counts(args, "max_new_tokens", "num_answers", "rows")
+    sampling = Sampling(args.temperature, args.top_p)
+    if args.num_answers > 1 and args.temperature == 0:
+        raise UserError(f"--num-answers {args.num_answers} at --temperature 0 are equal; give --temperature 1, say")
+    source = tuned.find(args)
+    if args.base and source.adapter is None:
+        raise UserError("--base writes the answer without the adapter beside the one with it; give --adapter")
+    display = Display(Console(stderr=True, highlight=False, soft_wrap=True))
+    asked, chat = prompts.read_and_encode(args.prompts, source.config, args.chat, args.max_new_tokens, display.say)
+    if args.chat is None and not asked[0].chat and chat:
+        display.say("the prompts are plain text, which the model continues as it stands; --chat asks them as messages")
+    wanted = _wanted(asked, args, source)
+    answers = Answers(None if args.output == "-" else Path(args.output), wanted)
+    if answers.path:
+        display.say(f"{len(answers)} of {len(wanted)} answers are in {answers.path}, {len(wanted) - len(answers)} to draw")
+    if len(answers) < len(wanted):
+        model = tuned.load(source, display.say)
+        drawer = Drawer(model.backend, model.encoder.end_ids(), display.say, sampling)
+        batches = batched(wanted, ROWS * row_tokens(source.config), args.rows)
+        if not _draw(batches, drawer, model, args.base, answers, display):
+            display.say(f"stopped: {len(answers)} of {len(wanted)} answers are done" + answers.how_to_go_on)
+            return 130
+    answers.finish()
+    if empty := answers.empty():
+        display.say(f"empty answers: {empty}; training refuses them unless it is given --skip-bad-rows")
+    if cut := answers.cut():
+        display.say(f"cut by --max-new-tokens {args.max_new_tokens}: {cut}")
+    if answers.path:
+        display.say(f"all {len(wanted)} answers are in {answers.path}")
+    return 0
+
+
+def _wanted(asked: Sequence[Prompt], args: argparse.Namespace, source: tuned.Source) -> list[_Wanted]:
+    """Return what is wanted, in the order of the prompts. A row's key names all that decides it."""
+    room, out = args.max_new_tokens, []
+    c, model = source.config, tuned.identity(source)
+    settings = (_VERSION, c.model, c.load_in_4bit, c.dtype, c.head_bits, model, room, args.temperature, args.top_p)
+    for prompt in asked:
+        for number in range(args.num_answers):
+            seed = int(digest(args.draw_seed, prompt.key, number)[:16], 16)
+            out.append(
+                _Wanted(prompt, number, room, seed, digest(settings, seed, args.base, prompt.ids, prompt.key, number)[:16])
+            )
+    return out
+
+
+def _draw(
+    batches: list[list[_Wanted]], drawer: Drawer, model: tuned.Tuned, base: bool, answers: Answers, display: Display
+) -> bool:
+    """Answer all batches that are not known; return False where Ctrl-C ended it early."""
+    total = sum(map(len, batches))
+    with StopSignal("stopping after these answers") as stop, display.bar(total, len(answers)) as bar:
+        for batch in batches:
+            # Whole batches, also where a part is known: it then has what a run in one go would have.
+            if all(each.key in answers.rows for each in batch):
+                continue
+            if stop.asked:
+                return False
+            found = {"completion": drawer.draw(batch)}
+            if base:
+                with model.backend.adapter_off():
+                    found["base"] = drawer.draw(batch)
+            sides = [dict(zip(found, each, strict=True)) for each in zip(*found.values(), strict=True)]
+            answers.add([_row(each, side, model.encoder) for each, side in zip(batch, sides, strict=True)])
+            bar.update(len(answers), None)
+    return True
+
+
+def _row(wanted: _Wanted, found: dict[str, Answer], encoder: Encoder) -> dict[str, Any]:
+    """Return the row of the answers that were `found`, by their fields, each with how it ended."""
+    texts = {name: wanted.asked.text(encoder, answer.ids) for name, answer in found.items()}
+    ended = {_ENDED[name]: "length" if answer.end is None else "stop" for name, answer in found.items()}
+    return {**wanted.asked.row(**texts), **ended, "key": wanted.key}
+
+
+class Answers:
+    """The rows that there are, in a file to which each batch is added at once, or for standard output.
+
+    Args:
+        path: None is standard output, which gets rows in the order of the prompts as soon as there are none missing before.
+        wanted: all that will be in it, in order.
+
+    Raises UserError where the file holds rows that are not wanted.
+    """
+
+    def __init__(self, path: Path | None, wanted: Sequence[_Wanted]) -> None:
+        self.path, self.wanted = path, wanted
+        self.rows: dict[str, dict[str, Any]] = {}
+        self._printed = 0
+        self.file = JSONLines(path, "answers") if path else None
+        keys = {each.key for each in wanted}
+        for number, line in enumerate(self.file.lines if self.file else (), 1):
+            try:
+                row = json.loads(line)
+                known = row["key"] in keys
+            except (ValueError, KeyError, TypeError):  # not JSON, no object, or not a row of ours
+                known = False
+            if not known:
+                raise UserError(
+                    f"--output {path} line {number} is not of this command, but of other prompts, another model, other "
+                    "settings or an earlier version; give another --output, or remove the file"
+                )
+            self.rows[row["key"]] = row
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add those rows that are not there yet."""
+        new = {row["key"]: row for row in rows if row["key"] not in self.rows}
+        self.rows |= new
+        if self.file:
+            self.file.add(*new.values())
+            return
+        while self._printed < len(self.wanted) and (row := self.rows.get(self.wanted[self._printed].key)):
+            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._printed += 1
+        sys.stdout.flush()
+
+    def empty(self) -> int:
+        """Return how many answers have no text, those of earlier runs of the command too."""
+        texts = (
+            row["completion"] if isinstance(row["completion"], str) else row["completion"][0]["content"]
+            for row in self.rows.values()
+        )
+        return sum(not text.strip() for text in texts)
+
+    def cut(self) -> str:
+        """Say how many answers were cut, those of earlier runs of the command too, and what to do; nothing where none was."""
+        own, base = (sum(row.get(field) == "length" for row in self.rows.values()) for field in _ENDED.values())
+        if not own and not base:
+            return ""
+        counts = f"{own} of {len(self)} answers" + (f", {base} of the base model's" if base else "")
+        elsewhere = " and another --output" if self.path else ""
+        return (
+            f"{counts} (their finish reason is 'length'); a cut answer teaches a model that is trained on it to stop short; a "
+            f"larger --max-new-tokens{elsewhere} gives more room"
+        )
+
+    def finish(self) -> None:
+        """Put the file's rows, which came by length, into the order of the prompts."""
+        ordered = [each.key for each in self.wanted]
+        if self.file and list(self.rows) != ordered:
+            self.file.rewrite([self.rows[key] for key in ordered])
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What to do after a stop."""
+        return f" and in {self.path}; the same command goes on from there" if self.path else ""

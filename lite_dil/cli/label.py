@@ -1,0 +1,287 @@
+"""``lite-dil label``: preference data made at home, by a person who says which of two answers is better."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lite_dil.backends import Sampling
+from lite_dil.base.errors import UserError
+from lite_dil.cli import keyboard
+from lite_dil.cli.generate import add_common, check_counts
+from lite_dil.config.train_config import flag
+from lite_dil.data import prompts
+from lite_dil.data.prompts import Prompt
+from lite_dil.data.reader import same_text
+from lite_dil.generation import policy as tuned
+from lite_dil.generation.text_stream import printable
+from lite_dil.labelling.labels import Candidate, Labels, Mark, interval
+
+if TYPE_CHECKING:
+    from lite_dil.cli.progress import Display
+    from lite_dil.labelling.offers import Offers
+
+HELP = "make preference data: the model offers two answers, you press 1 or 2"
+DESCRIPTION = """\
+Make preference data at home. For each prompt the model offers two answers; press the better one's number, b where both are
+bad, or t to type a better one. Every decision is on disk at once, and the same command goes on with the prompts that are left.
+The file of pairs trains as it is; answers that were bad lie beside it until one is taken to win against them.
+
+  lite-dil label prompts.txt --adapter runs/mine --output labels.jsonl
+"""
+AHEAD = 3  # prompts whose answers are drawn while the user reads
+_SIDE_BY_SIDE = 100  # columns from which the answers stand beside each other
+_KEYS = "[1] [2] the better one  [b]oth bad  [t]ype or [e]dit a better one  [s]kip  [u]ndo  [q]uit"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add_common(parser, temperature=1.0)
+    group = parser.add_argument_group("labels")
+    group.add_argument(
+        "--output",
+        metavar="FILE.jsonl",
+        default="labels.jsonl",
+        help="where pairs go; answers that were bad go beside it, as in labels.bad.jsonl (default: labels.jsonl)",
+    )
+    group.add_argument(
+        "--against-base",
+        action="store_true",
+        help="one of the two answers is the base model's, the adapter off, and you are not told which; tells at the end how "
+        "often the adapter's was taken",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return its exit code."""
+    from lite_dil.cli.progress import Display
+    from lite_dil.labelling.offers import Offers
+
+    check_counts(args, "max_new_tokens")
+    sampling = Sampling(args.temperature, args.top_p)
+    if args.temperature == 0 and not args.against_base:
+        raise UserError("--temperature 0 gives the same answer twice; give a number above 0")
+    source = tuned.find(args)
+    if args.against_base and source.adapter is None:
+        raise UserError("--against-base compares an adapter with the model below it; give --adapter")
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # of another encoding than UTF-8: what cannot be read is refused as an answer
+            stream.reconfigure(errors=errors)
+    display = Display()
+    labels = Labels(Path(args.output))
+    asked, chats = prompts.read_and_encode(args.prompts, source.config, args.chat, args.max_new_tokens, display.say)
+    if args.chat is None and chats and not asked[0].chat:
+        display.say("the prompts are plain text, which the model continues as it stands; --chat asks them as messages")
+    labels.check_kind(asked[0].chat)
+    left = [prompt for prompt in asked if not labels.is_done(prompt)]
+    if len(left) < len(asked):
+        display.say(f"{len(asked) - len(left)} of {len(asked)} prompts are labelled in {args.output}, {len(left)} are left")
+    stopped = False
+    name = tuned.identity(source)
+    if left:
+        model = tuned.load(source, display.say)
+        origins = (name, "base" if args.against_base else name)
+        offers = Offers(model, sampling, args.draw_seed, args.max_new_tokens, origins, display.say)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # which leaves the terminal as it was
+        try:
+            Session(left, labels, offers, display).run()
+        except KeyboardInterrupt:
+            stopped = True
+        finally:
+            offers.close()
+            signal.signal(signal.SIGTERM, before)
+    _summary(labels, source, name if args.against_base else "", args, display)
+    return 130 if stopped else 0
+
+
+class _Decision(NamedTuple):
+    """What undo goes back to: the prompt's number, the answers that were shown, and the files before it."""
+
+    number: int
+    shown: list[Candidate]
+    mark: Mark
+
+
+class Session:
+    """Asks about one prompt after the other, until the last one or q."""
+
+    def __init__(self, left: Sequence[Prompt], labels: Labels, offers: Offers, display: Display) -> None:
+        self.left, self.labels, self.offers, self.display = left, labels, offers, display
+        self.number = 0
+        self.history: list[_Decision] = []
+
+    def run(self) -> None:
+        """Go through the prompts."""
+        shown: list[Candidate] = []
+        while (key := self._ask(shown)) != "q":
+            shown = self._undo() if key == "u" else []
+
+    def _ask(self, shown: list[Candidate]) -> str:
+        """Ask about the next prompt, with answers that were `shown` before or with new ones; return the key."""
+        if self.number == len(self.left):
+            return self._end()
+        prompt = self.left[self.number]
+        shown = shown or self._offer(prompt)
+        if shown:
+            show(self.display, prompt, shown, f"{self.number + 1} of {len(self.left)}")
+            return self._decide(prompt, shown)
+        self.display.say(
+            f"{prompt.place}: passed over, because the model has no two different answers that can be used; a higher "
+            "--temperature may help"
+        )
+        self.number += 1
+        return ""
+
+    def _end(self) -> str:
+        """Ask whether the last decision stands; return u where it does not."""
+        if not self.history:
+            return "q"
+        self.display.say("that was the last prompt: [u]ndo, or any other key to end")
+        return "u" if keyboard.read_key() == "u" else "q"
+
+    def _undo(self) -> list[Candidate]:
+        """Take back the last decision; return what was shown for it."""
+        self.number, shown, mark = self.history.pop()
+        self.labels.undo(mark)
+        self.display.say("the last decision is taken back")
+        return shown
+
+    def _offer(self, prompt: Prompt) -> list[Candidate]:
+        """Return two answers, and begin to draw for the next prompts."""
+        avoid = frozenset(same_text(each.text) for each in self.labels.bad_of(prompt))
+        with self.display.console.status("drawing two answers"):
+            shown = self.offers.take(prompt, avoid)
+        for later in self.left[self.number + 1 : self.number + 1 + AHEAD]:
+            self.offers.ahead(later, frozenset(same_text(each.text) for each in self.labels.bad_of(later)))
+        return shown
+
+    def _decide(self, prompt: Prompt, shown: list[Candidate]) -> str:
+        """Ask until there is a decision, and write it down; return the key. q is for the input's end too, u is left to do."""
+        while True:
+            key = keyboard.read_key()
+            if key is None or key == "q":
+                return "q"
+            if key == "u" and self.history:
+                return key
+            mark = self.labels.mark()
+            if key in ("1", "2"):
+                self._take(prompt, shown[int(key) - 1], shown)
+            elif key in ("t", "e"):
+                winner = self._written(prompt, shown, edit=key == "e")
+                if winner is None:
+                    self.display.say(_KEYS)
+                    continue
+                self._take(prompt, winner, shown)
+            elif key == "b":
+                self.labels.reject(prompt, shown)
+                self.display.say("both are bad: two others")
+            elif key == "s":
+                self.display.say("skipped; it comes again the next time")
+            else:
+                self.display.say("nothing to take back" if key == "u" else _KEYS)
+                continue
+            self.history.append(_Decision(self.number, shown, mark))
+            self.number += key != "b"
+            return key
+
+    def _take(self, prompt: Prompt, winner: Candidate, shown: list[Candidate]) -> None:
+        count = self.labels.take(prompt, winner, shown)
+        self.display.say(f"{_count(count, 'pair')} added")
+        if winner.cut:
+            self.display.say(
+                "beware: --max-new-tokens cut this answer, and training would teach the model to end there; u takes it "
+                "back, e edits it"
+            )
+
+    def _written(self, prompt: Prompt, shown: list[Candidate], edit: bool) -> Candidate | None:
+        """Return the user's own answer, or None where there is none that can be used."""
+        if edit:
+            self.display.say("edit [1], [2], or a [n]ew one?")
+            which = keyboard.read_key() or ""
+            try:
+                before = shown[int(which) - 1].text.strip() if which in ("1", "2") else ""
+                text = keyboard.edit_text(before)
+            except UserError as error:
+                self.display.say(str(error))
+                return None
+            text = "" if text == before else text
+        else:
+            text = keyboard.read_text("better answer: ")
+        if not text:
+            self.display.say("no other answer was written")
+            return None
+        if not prompt.chat and all(each.text[:1].isspace() for each in shown):
+            text = f" {text}"  # a text that continues another one begins as the model's do
+        if problem := self.offers.problem(prompt, text):
+            self.display.say(f"this answer could not be trained on: {problem}")
+            return None
+        return Candidate(text, "typed")
+
+
+def show(display: Display, prompt: Prompt, shown: Sequence[Candidate], where: str) -> None:
+    """Print a prompt and the two answers to it, beside each other where there is room."""
+    from rich.columns import Columns
+    from rich.console import Group
+    from rich.panel import Panel
+    from rich.text import Text
+
+    panels = []
+    for number, each in enumerate(shown, 1):
+        parts = [Text(printable(each.text.strip()))]
+        if each.cut:
+            parts.append(Text("(cut by --max-new-tokens)", style="dim"))
+        panels.append(Panel(Group(*parts), title=str(number), title_align="left"))
+    console = display.console
+    console.rule(where)
+    console.print(Text(printable(_asked(prompt)), style="bold"))
+    if console.width >= _SIDE_BY_SIDE:
+        console.print(Columns(panels, width=console.width // 2 - 1, expand=True))
+    else:
+        for panel in panels:
+            console.print(panel)
+    display.say(_KEYS)
+
+
+def _asked(prompt: Prompt) -> str:
+    """Return a prompt as text: one question as it stands, other conversations with who says what."""
+    if isinstance(prompt.prompt, str):
+        return prompt.prompt
+    if len(prompt.prompt) == 1:
+        return str(prompt.prompt[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt.prompt)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _summary(labels: Labels, source: tuned.Source, against: str, args: argparse.Namespace, display: Display) -> None:
+    """Print what there is and how to train on it."""
+    path, bad = labels.pairs.path, labels.bad.path
+    display.say(f"{_count(len(labels.rows), 'pair')} in {path}")
+    if labels.bad_rows:
+        display.say(
+            f"{_count(len(labels.bad_rows), 'bad answer')} in {bad}, which do not train by themselves: each is in a pair once "
+            "an answer to its prompt is taken"
+        )
+    if against:
+        won, met = labels.wins(against, "base")
+        if met:
+            low, high = interval(won, met)
+            display.say(
+                f"the adapter's answer was taken {won} of {met} times: {won / met:.0%}, between {low:.0%} and {high:.0%} with "
+                "95 % confidence; 50% is a coin's"
+            )
+    if labels.rows:
+        words = ["lite-dil", "train", "--data", str(path), "--model", source.config.model]
+        words += ["--4bit"] * source.config.load_in_4bit
+        words += [flag("backend"), args.backend] if "backend" in args else []
+        if source.adapter:
+            words += ["--init-adapter", str(source.adapter), "--reference", "initial-adapter"]
+        display.say(f"train on them: {shlex.join(words)}")

@@ -1,0 +1,303 @@
+"""The command line: ``lite-dil train`` and the commands around it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lite_dil import __version__
+from lite_dil.base import quiet
+from lite_dil.base.disk import failing, flush, output_fails
+from lite_dil.base.errors import TrainingDiverged, UserError, did_you_mean
+from lite_dil.config.options import add_flags, build, read_yaml
+from lite_dil.config.train_config import FIELDS, TrainConfig, flag
+from lite_dil.data.reader import EMBEDDED
+from lite_dil.models.find import EMBEDDED_MODEL
+from lite_dil.runs.folder import RunFolder, check_same_run, find_checkpoint, saved_config
+
+_TRAIN = """\
+Train a LoRA adapter on preference data. With no flag: the demo's training, SmolLM2-135M-Instruct on the data in this package.
+
+  lite-dil train --model meta-llama/Llama-3.1-8B-Instruct --4bit --data prefs.jsonl
+"""
+_DATA = """\
+Show what would be trained on, without loading a model: how the rows are read and which cannot be used, token lengths, what
+--max-length cuts, what may spoil the training, whether held-out rows are training rows too, and three examples with their
+tokens. Exit code 2 where train would stop.
+
+  lite-dil data prefs.jsonl --model meta-llama/Llama-3.1-8B-Instruct
+"""
+_PLAN = """\
+Say whether a run fits into memory, and what would help, before a byte of the model is downloaded: of it only config.json is
+read. Takes the flags of train. Exit code: 0 if it fits, 1 if it does not, 2 for errors.
+
+  lite-dil plan --model meta-llama/Llama-3.1-8B-Instruct --4bit --memory 12
+"""
+_DEMO = """\
+Train the embedded 135M model on the embedded data (about 3 minutes on 2 CPU cores), then show what it answers to held-out
+questions before and after. Takes the flags of train.
+"""
+# The flags of train that decide what is read, and what the loss makes of it.
+_DATA_FLAGS = (
+    "model",
+    "eval_data",
+    "data_format",
+    "columns",
+    "max_rows",
+    "skip_bad_rows",
+    "max_length",
+    "loss",
+    "sample_rejected",
+    "seed",
+)
+# Commands in modules of their own, each with HELP (a line), DESCRIPTION, add_arguments(parser) and run(args), which returns
+# the exit code. They import nothing heavy before `run`.
+_MODULES: tuple[str, ...] = (
+    "chat",
+    "generate",
+    "label",
+    "export",
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest flag, and exits with code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        if unknown := message.partition("unrecognized arguments: ")[2]:
+            first = unknown.split()[0].partition("=")[0]
+            flags = [option for action in self._actions for option in action.option_strings]
+            files = [action.metavar for action in self._actions if not action.option_strings]
+            message = f"unknown argument {first}{did_you_mean(first, flags)}"
+            if first == "--data" and files:
+                message = f"{files[0]} is named without a flag here, as in {self.prog} prefs.jsonl"
+            elif first in {"--resume", *map(flag, FIELDS)}:
+                message = f"{first} is of lite-dil train and changes nothing here{did_you_mean(first, flags)}"
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; return its exit code.
+
+    0; 1 where training diverged or a plan does not fit; 2 for the user's errors; 130 when stopped.
+    """
+    try:
+        with failing():
+            code = _run(sys.argv[1:] if argv is None else argv)
+            flush()
+            return code
+    except UserError as error:
+        print(f"lite-dil: {error}", file=sys.stderr)
+        if output_fails():  # and would again, with a traceback, when Python ends
+            _drop_output()
+        return 2
+    except TrainingDiverged as error:
+        print(f"lite-dil: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lite-dil: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
+        _drop_output()
+        return 141
+
+
+def _drop_output() -> None:
+    """Let what is still to be written to standard output go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser of the whole command line, and that of each command by its name."""
+    parser = _Parser(prog="lite-dil", description="Preference training of language models by Direct Imitation Learning.")
+    parser.add_argument("--version", action="version", version=f"lite-dil {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str, help: str) -> argparse.ArgumentParser:
+        layout = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(name, help=help, description=text, formatter_class=layout, allow_abbrev=False)
+
+    for name, text, help in (
+        ("plan", _PLAN, "say whether a run fits into memory, before anything is downloaded"),
+        ("train", _TRAIN, "train an adapter on preference data"),
+        ("data", _DATA, "show what would be trained on: lengths, problems, samples"),
+        ("demo", _DEMO, "train the embedded model and see its answers before and after"),
+    ):
+        command = add(name, text, help)
+        add_flags(command, _DATA_FLAGS if name == "data" else FIELDS)
+        group = command.add_argument_group("files")
+        group.add_argument("--config", metavar="FILE.yaml", help="options as 'key: value' lines; flags win over them")
+        if name == "data":
+            _add_data(command)
+        elif name == "plan":
+            _add_plan(command)
+        else:
+            group.add_argument(
+                "--resume",
+                nargs="?",
+                const="auto",
+                metavar="DIR",
+                help="go on with a run, as if it had never stopped: its folder, one of its checkpoints, or auto (the newest "
+                "in --output-dir or under runs/, or a new run where there is none); auto if no DIR is given",
+            )
+    for name in _MODULES:
+        _module(name).add_arguments(add(name, _module(name).DESCRIPTION, _module(name).HELP))
+    return parser, commands.choices
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"lite_dil.cli.{name}")
+
+
+def _run(argv: list[str]) -> int:
+    name = argv[0] if argv else ""
+    parser, commands = parsers()
+    # Given to the sub-parser itself, so that an unknown flag is compared with that command's flags.
+    chosen = commands.get(name)
+    args = chosen.parse_args(argv[1:]) if chosen else parser.parse_args(argv)
+    if name in _MODULES:
+        quiet.environment()
+        return int(_module(name).run(args))
+    if name == "data":
+        return _show_data(args)
+    if name == "plan":
+        return _show_plan(args)
+    config, resume, fixed = _config(args)
+    if name == "demo" and (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED):
+        raise UserError("the demo is the embedded model on the embedded data; use lite-dil train for --model and --data")
+
+    from lite_dil.backends import prepare
+
+    quiet.environment()
+    prepare(config.backend, config)
+    quiet.bars()
+    from lite_dil.cli.demo import MEASURED, show
+    from lite_dil.cli.progress import Display
+    from lite_dil.recipes.preference import train
+
+    if name == "demo" and "report_samples" not in fixed:
+        config = replace(config, report_samples=MEASURED)
+    display = Display()
+    trained = train(config, display, resume, fixed)
+    if name == "demo" and not trained.stopped:
+        show(trained, display)
+    return 130 if trained.stopped else 0
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    """Add what `lite-dil data` takes beside flags of train."""
+    what = FIELDS["data"].metadata["help"].partition(". lite-dil data")[0]
+    command.add_argument("data", nargs="?", metavar="FILE", default=argparse.SUPPRESS, help=f"{what} (default: {EMBEDDED})")
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object instead; lite_dil/data/inspect/findings.py describes its fields",
+    )
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    """Add what `lite-dil plan` takes beside flags of train."""
+    group = command.add_argument_group("plan")
+    group.add_argument(
+        "--memory",
+        metavar="GB",
+        help="memory to plan for: of a GPU, a Mac, or with --backend cpu the computer (default: what is free here)",
+    )
+    rate = group.add_mutually_exclusive_group()
+    rate.add_argument("--tokens-per-second", metavar="X", help="what your hardware trains, for the time of an epoch")
+    rate.add_argument("--like", metavar="RUN_FOLDER", help="take the rate of this earlier run")
+    group.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
+
+
+def _config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None, set[str]]:
+    """Merge flags, YAML, a resumed run's options and the defaults, in this order; return also what the user chose himself."""
+    given, base = _options(args)
+    fixed = _chosen(given, base)
+    if not args.resume:
+        return build(given, base), None, fixed
+    output_dir = given.get("output_dir", base.get("output_dir"))
+    checkpoint = find_checkpoint(args.resume, output_dir)
+    if checkpoint is None:
+        if output_dir:
+            RunFolder(Path(output_dir)).drop_unsaved()
+        return build(given, base), None, fixed
+    saved, run = saved_config(checkpoint), checkpoint.parent.parent
+    if output_dir and Path(output_dir).resolve() != run.resolve():
+        raise UserError(f"--resume {args.resume} goes on in {run}; leave --output-dir {output_dir} out")
+    # "auto" asks for what the run already found to be best.
+    given, base = ({n: v for n, v in options.items() if v != "auto" and n != "output_dir"} for options in (given, base))
+    # What --auto chose is saved with the rest; it chooses again only where it is given again.
+    config = build(given, saved | {"auto": False} | base | {"output_dir": str(run)})
+    check_same_run(config, saved, args.resume)
+    return config, checkpoint, fixed
+
+
+def _options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options that were given as flags, and those of the --config file."""
+    given = {name: value for name, value in vars(args).items() if name in FIELDS}
+    return given, read_yaml(Path(args.config)) if args.config else {}
+
+
+def _chosen(given: dict[str, Any], base: dict[str, Any]) -> set[str]:
+    """Return the options that --auto leaves alone: flags, and what a file sets to other than the default."""
+    options = given | {name: value for name, value in base.items() if value != FIELDS[name].default}
+    return {name for name, value in options.items() if value != "auto"}
+
+
+def _show_plan(args: argparse.Namespace) -> int:
+    """Print whether the run fits; return 0 where it does, else 1."""
+    quiet.environment()
+    from lite_dil.planning import plan
+
+    given, base = _options(args)
+    return plan.run(args, build(given, base), _chosen(given, base))
+
+
+def _show_data(args: argparse.Namespace) -> int:
+    """Print the report on the data; return 0 where training would go on with it, else 2."""
+    config = build(*_options(args))
+    quiet.environment()
+    import json
+
+    from rich.console import Console
+
+    from lite_dil.cli.progress import Display
+    from lite_dil.cli.show_data import Show
+    from lite_dil.data.encoder import Encoder
+    from lite_dil.data.inspect.findings import report
+    from lite_dil.models.find import load_tokenizer, resolve_model
+
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe of another encoding than UTF-8 shows codes instead
+        sys.stdout.reconfigure(errors="backslashreplace")
+    aside = Display(Console(stderr=True, highlight=False, soft_wrap=True))
+    quiet.bars()
+    with aside.console.status("reading the data"):
+        found = report(config, Encoder(load_tokenizer(resolve_model(config.model, aside.say))))
+    if args.json:
+        print(json.dumps(found))
+    else:
+        Show(Console(highlight=False)).all(found, _as_train(args))
+    return 2 if found["stops"] else 0
+
+
+def _as_train(args: argparse.Namespace) -> str:
+    """Return the command that trains on what `args` of lite-dil data show."""
+    words = ["lite-dil", "train", *(["--config", args.config] if args.config else [])]
+    for name, value in vars(args).items():
+        if name in FIELDS and isinstance(value, bool):
+            words.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+        elif name in FIELDS:
+            words += [flag(name), value]
+    return shlex.join(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

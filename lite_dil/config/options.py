@@ -1,0 +1,122 @@
+"""Options from outside: flags and YAML files, checked and turned into a TrainConfig."""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.errors import UserError, did_you_mean, gather
+from lite_dil.config.train_config import FIELDS, TrainConfig, flag
+
+_HINTS = typing.get_type_hints(TrainConfig)
+
+
+def _types(name: str) -> tuple[type, bool]:
+    """Return a field's type, and whether it may be None."""
+    hint = _HINTS[name]
+    if isinstance(hint, types.UnionType):
+        inner = [t for t in typing.get_args(hint) if t is not type(None)]
+        return inner[0], True
+    return hint, False
+
+
+def coerce(name: str, value: Any, where: str) -> Any:
+    """Return `value` as the field's type, or raise UserError. YAML reads 1e-5 as text, and text is what flags are."""
+    kind, optional = _types(name)
+    if value is None and optional:
+        return None
+    choices = FIELDS[name].metadata["choices"]
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    try:
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError
+        elif (
+            isinstance(value, (bool, list, dict))
+            or value is None
+            or (kind is not str and isinstance(value, str) and "_" in value)
+        ):
+            raise ValueError
+        elif kind is int:
+            value = int(value) if isinstance(value, str) else value
+            if not isinstance(value, int):
+                raise ValueError
+        else:
+            value = kind(value)
+    except (ValueError, OverflowError):
+        raise UserError(f"{where}: {value!r} is not {expected}") from None
+    if choices and value not in choices:
+        raise UserError(f"{where}: {value!r}{did_you_mean(str(value), choices)} is not one of {', '.join(choices)}")
+    return value
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = FIELDS) -> None:
+    """Add a flag for each of the fields `names`, grouped. A flag that is not given leaves no attribute behind."""
+    groups: dict[str, Any] = {}
+    for name in names:
+        spec = FIELDS[name]
+        meta = spec.metadata
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        kind, _ = _types(name)
+        help = meta["help"]
+        if spec.default is not None and kind is not bool:
+            help += f" (default: {spec.default})"
+        flags = [*meta["flags"], f"--{name.replace('_', '-')}"]
+        common = {"dest": name, "default": argparse.SUPPRESS, "help": help.replace("%", "%%")}
+        if kind is bool:
+            group.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
+        else:
+            metavar = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else meta["metavar"] or kind.__name__.upper()
+            group.add_argument(*flags, metavar=metavar, **common)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a config file whose keys are the flags' names with underscores."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected lines of the form 'key: value'")
+    problems, checked = [], {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        name = "load_in_4bit" if name == "4bit" else name
+        if name not in FIELDS:
+            problems.append(f"unknown key {key!r}{did_you_mean(name, FIELDS)}")
+            continue
+        # A list is the natural YAML for these.
+        if name in ("target_modules", "data", "eval_data", "report_to") and isinstance(value, list):
+            value = ",".join(map(str, value))
+        if name in ("columns", "data", "eval_data") and isinstance(value, dict):
+            value = ",".join(f"{part}={of}" for part, of in value.items())
+        try:
+            checked[name] = coerce(name, value, f"key {key!r}")
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError(gather(problems, f"{path}:"))
+    return checked
+
+
+def build(given: dict[str, Any], base: dict[str, Any]) -> TrainConfig:
+    """Return the checked, resolved config: flags (as text) over `base` (from YAML or a resumed run) over the defaults."""
+    problems, values = [], dict(base)
+    for name, value in given.items():
+        try:
+            values[name] = coerce(name, value, f"argument {flag(name)}")
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    config = TrainConfig(**values)
+    config.check()
+    return config.resolved()

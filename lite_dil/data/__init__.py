@@ -1,0 +1,1 @@
+"""From a row of somebody's file to an Example: sources, formats, messages, tokens."""

@@ -1,0 +1,273 @@
+"""A data set ready for training: read, checked, tokenised and cut row by row, its tokens in a file and not in memory."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import IO, overload
+
+import numpy as np
+
+from lite_dil.base.disk import writing
+from lite_dil.base.errors import UserError
+from lite_dil.base.hashing import tokens_digest
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.encoder import Encoder, Example, truncate
+from lite_dil.data.formats import FORMATS
+from lite_dil.data.reader import CHOSEN, Problem, Reader, Row, RowError, parse_columns, refuse
+from lite_dil.data.sources import split_sources
+from lite_dil.models.find import cache_dir
+
+
+class ExampleStore(Sequence[Example]):
+    """Examples in a file that vanishes with the process; one is made again, of 4 bytes a token, when it is asked for.
+
+    Memory holds some 40 bytes an example, so that a data set may be larger than memory.
+    """
+
+    def __init__(self) -> None:
+        self._what = f"the data's tokens in {cache_dir()}"
+        with writing(self._what, "LITE_DIL_CACHE"):
+            cache_dir().mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115  (it lives as long as the store)
+        weakref.finalize(self, _close, self._file)
+        self._tokens: np.ndarray | None = None
+        self._starts = array("q", [0])
+        self._sources: dict[str, int] = {}
+        self._names: list[str] = []  # of the sources, by their numbers
+        # For each example: its source, the number of its row there, and how many responses it has.
+        self._rows = array("q")
+
+    def append(self, example: Example) -> None:
+        """Add an example at the end; all of them before the first is read."""
+        source, _, number = example.place.rpartition(" ")
+        lengths = [len(example.prompt), *map(len, example.responses)]
+        record = [*lengths, *example.signs, *example.prompt]
+        for response in example.responses:
+            record += response
+        with writing(self._what, "LITE_DIL_CACHE"):
+            self._file.write(np.array(record, np.int32).tobytes())
+        self._starts.append(self._starts[-1] + len(record))
+        if source not in self._sources:
+            self._sources[source] = len(self._names)
+            self._names.append(source)
+        place = self._sources[source]
+        self._rows.extend((place, int(number or 0), len(example.responses)))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        if self._tokens is None:
+            with writing(self._what, "LITE_DIL_CACHE"):
+                self._file.flush()
+            self._tokens = np.memmap(self._file, np.int32, "r")
+        source, number, count = self._rows[3 * index : 3 * index + 3]
+        record = self._tokens[self._starts[index] : self._starts[index + 1]].tolist()
+        lengths, signs, at = record[: count + 1], record[count + 1 : 2 * count + 1], 2 * count + 1
+        parts = []
+        for length in lengths:
+            parts.append(tuple(record[at : at + length]))
+            at += length
+        place = f"{self._names[source]} {number}"
+        return Example(parts[0], tuple(parts[1:]), tuple(signs), place)
+
+
+def _close(file: IO[bytes]) -> None:
+    with suppress(OSError):  # of tokens that a full disk did not take, which has been said
+        file.close()
+
+
+class Picked(Sequence[Example]):
+    """Examples of a store in another order, some perhaps left out or several times there."""
+
+    def __init__(self, examples: Sequence[Example], order: np.ndarray) -> None:
+        self.examples, self.order = examples, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self.examples[i] for i in self.order[index]]
+        return self.examples[self.order[index]]
+
+
+@dataclass
+class Source:
+    """What was read from one source.
+
+    Attributes:
+        weight: how often an epoch takes each of its rows.
+        kept: how many rows were good.
+        format: the name of its format, in `lite_dil.data.formats.FORMATS`.
+        problems: the rows that were left out, and why.
+        notes: what was done to rows that their owner should know, and to how many.
+    """
+
+    name: str
+    weight: float
+    kept: int
+    format: str
+    problems: list[Problem]
+    notes: Counter[str]
+
+
+@dataclass
+class DataSet:
+    """A data set as one epoch takes it.
+
+    Attributes:
+        form: "pairs", "unpaired" or "demonstrations".
+        chat: whether prompts are chat messages.
+        answers: how many of each sign were read.
+        prompts_cut, responses_cut: how many examples `max_length` touched.
+        store: every example once, in the order of the data.
+        names: (examples, 2) uint64, for each example what names its prompt, and its prompt with its answers in any order,
+            before they were cut.
+    """
+
+    examples: Sequence[Example]
+    form: str
+    chat: bool
+    answers: Counter[int]
+    sources: list[Source]
+    prompts_cut: int
+    responses_cut: int
+    store: Sequence[Example]
+    names: np.ndarray
+
+    @property
+    def problems(self) -> list[Problem]:
+        """The rows that were left out, of all sources."""
+        return [problem for source in self.sources for problem in source.problems]
+
+
+def reader_of(name: str, split: str, config: TrainConfig) -> Reader:
+    """Return the reader of one source with the settings of `config`."""
+    return Reader(name, split, format=config.data_format, columns=parse_columns(config.columns), limit=config.max_rows)
+
+
+def load(
+    data: str,
+    split: str,
+    encoder: Encoder,
+    config: TrainConfig,
+    watch: Callable[[Row, Example, Example], None] | None = None,
+    good_only: bool = False,
+    strict: bool = True,
+) -> DataSet:
+    """Read, check, tokenise and cut all rows of `data`.
+
+    Args:
+        data: one source or several; see `lite_dil.data.sources.split_sources`.
+        split: the split to take where a source names none, "train" or "test".
+        watch: called for each good row with the row, its tokens, and its tokens cut to ``--max-length``.
+        good_only: leave bad answers without a partner out of the examples, for objectives that train on good ones alone.
+        strict: raise UserError for rows that cannot be used (unless ``--skip-bad-rows``), and for a source without good ones.
+
+    Raises:
+        UserError: a source cannot be read, or has data of another kind than the one before it; or as `strict` says.
+    """
+    store, answers, names = ExampleStore(), Counter[int](), bytearray()
+    sources: list[Source] = []
+    form, chat, prompts_cut, responses_cut = "", False, 0, 0
+    order: list[np.ndarray] = []
+    random = np.random.default_rng([config.seed, 1])
+    for name, weight in split_sources(data):
+        reader = reader_of(name, split, config)
+        first, rows = len(store), 0
+        for row in reader:
+            try:
+                whole = encoder.encode(row)
+            except RowError as error:
+                reader.problems.append(Problem(error.kind, row.place, str(error)))
+                continue
+            rows += 1
+            example, prompt_cut, response_cut = truncate(whole, config.max_length)
+            if watch:
+                watch(row, whole, example)
+            answers.update(row.signs)
+            if good_only and CHOSEN not in row.signs:
+                continue
+            store.append(example)
+            names += tokens_digest(whole.prompt)[:8] + tokens_digest(whole.prompt, whole.responses)[:8]
+            prompts_cut += prompt_cut
+            responses_cut += response_cut
+        if strict:
+            refuse(name, [] if config.skip_bad_rows and rows else reader.problems, rows)
+        if rows and form and (reader.form, reader.chat) != (form, chat):
+            kinds = [
+                f"{kind} of {'chat messages' if talk else 'plain text'}"
+                for kind, talk in ((form, chat), (reader.form, reader.chat))
+            ]
+            raise UserError(f"--data: {sources[0].name} has {kinds[0]} and {name} {kinds[1]}; train on one kind at a time")
+        if rows:
+            form, chat = reader.form, reader.chat
+        sources.append(Source(name, weight, rows, reader.format, reader.problems, reader.notes))
+        order.append(_often(np.arange(first, len(store)), weight, random))
+    examples: Sequence[Example] = store
+    named = np.frombuffer(names, np.uint64).reshape(-1, 2)
+    if any(source.weight != 1 for source in sources):
+        taken = np.concatenate(order)
+        examples, named = Picked(store, taken), named[taken]
+    return DataSet(examples, form, chat, answers, sources, prompts_cut, responses_cut, store, named)
+
+
+def epoch_rows(rows: int, weight: float) -> tuple[int, int]:
+    """Return how many times an epoch takes all of a source's rows, and how many of them once more.
+
+    A source that is named is in every epoch, with one row at least.
+    """
+    whole = int(weight)
+    return whole, min(rows, max(int(whole == 0), round((weight - whole) * rows)))
+
+
+def _often(rows: np.ndarray, weight: float, random: np.random.Generator) -> np.ndarray:
+    """Return the rows as often as an epoch takes them, a random share of them for what is less than all."""
+    whole, rest = epoch_rows(len(rows), weight)
+    return np.concatenate([np.tile(rows, whole), np.sort(random.permutation(rows)[:rest])])
+
+
+def describe(data: DataSet) -> str:
+    """Say in a line what the rows were taken for."""
+    formats = dict.fromkeys(source.format for source in data.sources)
+    titles = "; ".join(f"{FORMATS[name].title} ({name})" for name in formats)
+    return f"{'chat messages' if data.chat else 'plain text, no chat template'}, read as {titles}"
+
+
+def remarks(data: DataSet) -> list[str]:
+    """Return what the owner of the data should know: rows left out, and what was done to others."""
+    lines = []
+    for source in data.sources:
+        if source.weight != 1:
+            lines.append(f"{source.name}: each of its {source.kept} rows {source.weight:g} times an epoch")
+        lines += [f"{source.name}: {count} rows: {note}" for note, count in source.notes.items()]
+        if source.problems:
+            kinds = Counter(problem.kind for problem in source.problems).most_common()
+            first = {problem.kind: problem.place for problem in reversed(source.problems)}
+            counts = "; ".join(f"{count} {kind} (first: {first[kind]})" for kind, count in kinds)
+            lines.append(
+                f"{source.name}: {len(source.problems)} of {source.kept + len(source.problems)} rows left out: {counts}"
+            )
+    return lines

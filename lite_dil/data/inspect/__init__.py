@@ -1,0 +1,1 @@
+"""What `lite-dil data` finds out about a data set."""

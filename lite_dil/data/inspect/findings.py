@@ -1,0 +1,285 @@
+"""What `lite-dil data` finds out about data before a model is loaded: the figures, what to beware of, and a few samples.
+
+``report`` returns the object that ``lite-dil data --json`` prints. Its fields:
+
+* ``model``, ``data``, ``loss``: the options that it is about.
+* ``form``: "pairs", "unpaired" or "demonstrations"; ``chat``: whether prompts are chat messages. Empty and false without rows.
+* ``sources``: for each its ``name``, ``weight`` (how often an epoch takes its rows), ``format``, ``kept`` (rows), ``left_out``
+  (for each reason: ``reason``, ``rows``, and ``stories``, up to 3 different ones, each the ``first`` place that has it and its
+  ``message``) and ``notes`` (what was done to rows: ``note``, ``rows``).
+* ``answers``: the numbers of ``chosen`` and ``rejected`` answers.
+* ``tokens``: for ``prompt``, ``chosen``, ``rejected`` and ``whole`` (the prompt once and its answers) the lengths ``p50``,
+  ``p90``, ``p95``, ``p99``, ``max`` and ``mean``, before anything is cut; a side without answers is absent.
+* ``all_rows``: the tokens of all rows, cut: ``computed``, each prompt once, and ``trained``, those of the answers.
+* ``max_length``: ``given``; ``prompts_cut``, ``prompts_halved`` (less than half is left), ``answers_cut``, ``examples_cut`` by
+  it; the least that ``cuts_none`` and that ``cuts_one_percent`` of the examples at most.
+* ``length_bias`` (pairs alone): the shares ``chosen_longer`` and ``rejected_longer``, the ``mean_difference``, chosen less
+  rejected, in tokens, and whether chosen is longer ``beyond_chance``.
+* ``duplicates``, ``contradictions``: ``rows`` with the prompt and the answers of an earlier row, and the same or the opposite
+  preference; the place of the ``first`` such row and of the ``earlier`` one.
+* ``marks``: texts that look like a template's control marks: ``mark``, ``rows``, ``first``, and whether it is the model's own
+  and read ``as_token``.
+* ``losses``: those that can train on this data.
+* ``samples``: up to 3 examples as they are trained on: ``place`` and ``parts``, each with its ``side`` ("prompt", "chosen",
+  "rejected"), ``trained``, ``ids``, ``text`` and ``pieces``, which are [text, number of tokens, whether a control token], one
+  a token except where several make one character; ``cut``: tokens that --max-length took off.
+* ``held_out``: null without ``--eval-data``, else what that holds: ``data`` (the option), ``form``, ``chat``, ``sources`` and
+  ``answers``, as above; ``in_training``: of so many held-out rows (``of``) how many are training rows too, with the same
+  prompt and answers (``rows``), or have at least the prompt of one (``prompts``), those counted that a loss leaves out.
+* ``warnings``: what may spoil the training, or its figures, in words.
+* ``stops``: for each reason why ``lite-dil train`` would stop, ``why`` and how to ``mend`` it; empty where it would go on.
+
+Without a good row the fields from ``tokens`` to ``samples`` are absent.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lite_dil.base.errors import UserError
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.dataset import DataSet, Source, load
+from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.inspect.pieces import pieces
+from lite_dil.data.inspect.survey import Survey, enough_for, length_bias, lengths
+from lite_dil.data.overlap import overlap
+from lite_dil.data.reader import CHOSEN, REJECTED
+from lite_dil.objectives.criterion import check_data, mismatched
+from lite_dil.objectives.table import OBJECTIVES
+
+SAMPLES = 3
+STORIES = 3
+SIDES = {CHOSEN: "chosen", REJECTED: "rejected"}
+
+
+def report(config: TrainConfig, encoder: Encoder) -> dict[str, Any]:
+    """Read all of ``--data`` and return what is described at the top of this file.
+
+    Raises:
+        UserError: a source cannot be read at all, or the sources do not go together.
+    """
+    survey = Survey(encoder)
+    data = load(config.data, "train", encoder, config, watch=survey.add, strict=False)
+    found: dict[str, Any] = {"model": config.model, "data": config.data, "loss": config.loss, **_read(data), "held_out": None}
+    stops = _bad_rows(config, data)
+    if len(survey):
+        found |= _figures(config, data, survey)
+        found["samples"] = [_sample(data.store[i], i, survey, config) for i in _drawn(len(survey), config.seed)]
+        if refusal := _refusal(config, data, survey):
+            stops.append({"why": refusal, "mend": _mend(data, found["losses"])})
+    found["warnings"] = _warnings(config, found, bool(encoder.tokenizer.chat_template)) if len(survey) else []
+    if config.eval_data:
+        survey = Survey(encoder)
+        held_out = load(config.eval_data, "test", encoder, config, watch=survey.add, strict=False)
+        shared = overlap(data, held_out)
+        found["held_out"] = {"data": config.eval_data, **_read(held_out), "in_training": shared._asdict()}
+        found["warnings"] += [shared.warning] if shared.warning else []
+        stops += _bad_rows(config, held_out)
+        if len(survey) and (refusal := _refusal(replace(config, data=config.eval_data), held_out, survey)):
+            stops.append({"why": f"held-out data: {refusal}", "mend": "give --eval-data of the training data's form"})
+    return found | {"stops": stops}
+
+
+def count(number: int, word: str) -> str:
+    """Return a number with its noun, in the plural where it is one."""
+    return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
+def source_facts(source: Source) -> dict[str, Any]:
+    """Return what was read from a source, as the field ``sources`` has it."""
+    kinds = Counter(problem.kind for problem in source.problems)
+    first: dict[str, dict[str, str]] = {kind: {} for kind in kinds}  # for each kind the first place of each message
+    for problem in source.problems:
+        if len(first[problem.kind]) < STORIES:
+            first[problem.kind].setdefault(problem.message, problem.place)
+    return {
+        "name": source.name,
+        "weight": source.weight,
+        "format": source.format,
+        "kept": source.kept,
+        "left_out": [
+            {
+                "reason": kind,
+                "rows": rows,
+                "stories": [{"first": place, "message": message} for message, place in first[kind].items()],
+            }
+            for kind, rows in kinds.most_common()
+        ],
+        "notes": [{"note": note, "rows": rows} for note, rows in source.notes.most_common()],
+    }
+
+
+def _read(data: DataSet) -> dict[str, Any]:
+    """Return what a data set was read as."""
+    return {
+        "form": data.form,
+        "chat": data.chat,
+        "sources": [source_facts(source) for source in data.sources],
+        "answers": {side: data.answers[sign] for sign, side in SIDES.items()},
+    }
+
+
+def _figures(config: TrainConfig, data: DataSet, survey: Survey) -> dict[str, Any]:
+    sides = {SIDES[sign]: values for sign, values in survey.answers.items() if values}
+    found: dict[str, Any] = {
+        "tokens": {
+            name: lengths(values) for name, values in {"prompt": survey.prompt, **sides, "whole": survey.whole}.items()
+        },
+        "all_rows": {"computed": survey.computed, "trained": survey.trained},
+        "max_length": {
+            "given": config.max_length,
+            "prompts_cut": survey.prompts_cut,
+            "prompts_halved": survey.prompts_halved,
+            "answers_cut": survey.answers_cut,
+            "examples_cut": survey.examples_cut,
+            "cuts_none": enough_for(survey.needed, 0),
+            "cuts_one_percent": enough_for(survey.needed, 1),
+        },
+    }
+    if data.form == "pairs":
+        found["length_bias"] = length_bias(survey.answers[CHOSEN], survey.answers[REJECTED])
+    for name, repeat in zip(("duplicates", "contradictions"), survey.repeats(), strict=True):
+        places = {
+            which: None if row is None else data.store[row].place
+            for which, row in (("first", repeat.first), ("earlier", repeat.earlier))
+        }
+        found[name] = {"rows": repeat.rows, **places}
+    found["marks"] = [
+        {"mark": mark, "rows": rows, "first": survey.first_with[mark], "as_token": survey.is_token(mark)}
+        for mark, rows in survey.marks.most_common()
+    ]
+    plain = replace(config, sample_rejected=None)
+    found["losses"] = [name for name in OBJECTIVES if not _refusal(replace(plain, loss=name), data, survey)]
+    return found
+
+
+def _bad_rows(config: TrainConfig, data: DataSet) -> list[dict[str, str]]:
+    """Return which rows would stop training before its first step, and how to mend that."""
+    stops = []
+    for source in data.sources:
+        bad = len(source.problems)
+        if not source.kept:
+            stops.append(
+                {
+                    "why": f"{source.name}: no row can be used of {count(bad, 'row')}",
+                    "mend": "mend the rows, or say what they are with --data-format and --columns",
+                }
+            )
+        elif bad and not config.skip_bad_rows:
+            stops.append(
+                {
+                    "why": f"{source.name}: {bad:,} of {count(source.kept + bad, 'row')} cannot be used",
+                    "mend": "mend these rows, or leave them out with --skip-bad-rows",
+                }
+            )
+    return stops
+
+
+def _mend(data: DataSet, losses: list[str]) -> str:
+    """Return what to do about a loss that cannot be trained on this data."""
+    mend = f"take --loss {' or '.join(losses)}" if losses else "add good answers"
+    return f"{mend}, or draw rejected answers with --sample-rejected 1" if data.form == "demonstrations" else mend
+
+
+def _refusal(config: TrainConfig, data: DataSet, survey: Survey) -> str:
+    """Return why the loss cannot be trained on this data, or nothing."""
+    try:
+        check_data(config, data.form, set(data.answers), config.data)
+        if OBJECTIVES[config.loss].baseline:
+            mismatched(survey.two_prompts, config)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _warnings(config: TrainConfig, found: dict[str, Any], has_template: bool) -> list[str]:
+    """Return what does not stop training, and may spoil it."""
+    warnings = []
+    if has_template and not found["chat"] and not any(mark["as_token"] for mark in found["marks"]):
+        warnings.append(
+            "the prompts are plain text, which the answers continue without the model's chat template; a model that will be "
+            'asked in chats learns more from messages: "prompt": [{"role": "user", "content": "..."}]'
+        )
+    if found.get("length_bias", {}).get("beyond_chance"):
+        warnings.append(_length_warning(config, found["length_bias"]))
+    repeats = found["contradictions"]
+    if repeats["rows"]:
+        warnings.append(
+            f"{count(repeats['rows'], 'row')} with the opposite preference of an earlier row with the same prompt and answers "
+            f"(first {repeats['first']}, against {repeats['earlier']}): they undo each other; keep one side"
+        )
+    repeats = found["duplicates"]
+    if repeats["rows"]:
+        warnings.append(
+            f"{count(repeats['rows'], 'row')} exactly as an earlier row (first {repeats['first']}, as {repeats['earlier']}): "
+            "what is there twice counts twice"
+        )
+    if lost := found["max_length"]["prompts_halved"]:
+        warnings.append(
+            f"{count(lost, 'prompt')} of which --max-length {config.max_length} leaves less than half, because the answers "
+            f"need the room: they are learned without their questions; --max-length {found['max_length']['cuts_none']} cuts "
+            "none"
+        )
+    if cut := found["max_length"]["answers_cut"]:
+        warnings.append(
+            f"{count(cut, 'answer')} without an end, cut by --max-length {config.max_length}, so that nothing in them teaches "
+            f"the model to stop; --max-length {found['max_length']['cuts_none']} cuts none"
+        )
+    if marks := [mark for mark in found["marks"] if not mark["as_token"]]:
+        listed = ", ".join(f"{mark['mark']!r} in {count(mark['rows'], 'row')} (first {mark['first']})" for mark in marks)
+        warnings.append(
+            f"marks of another model's template or of a transcript, which this model reads and learns as ordinary text: "
+            f"{listed}; take them out, or split the text into messages there"
+        )
+    return warnings
+
+
+def _length_warning(config: TrainConfig, bias: dict[str, Any]) -> str:
+    objective, loss = OBJECTIVES[config.loss], f"--loss {config.loss}"
+    text = (
+        f"the chosen answer is the longer one in {bias['chosen_longer']:.0%} of the pairs, more than chance would have it: "
+        "the model learns that longer is better, too. "
+    )
+    if objective.data == "chosen":
+        return f"{text}{loss} learns the lengths of the chosen answers as they are"
+    if (config.logp_reduction or objective.reduction) == "mean":
+        text += f"{loss} averages log-probs over an answer's tokens here, so that length by itself gains nothing"
+    else:
+        averaging = ", ".join(name for name, other in OBJECTIVES.items() if other.reduction == "mean")
+        text += (
+            f"{loss} sums log-probs over an answer's tokens here, so that length by itself gains; it does not where they are "
+            f"averaged: --logp-reduction mean, or --loss simpo or another that averages by default ({averaging})"
+        )
+    return (
+        f"{text}. What the answers themselves teach of length changes with the pairs alone: drop some whose longer answer won"
+    )
+
+
+def _drawn(rows: int, seed: int) -> list[int]:
+    random = np.random.default_rng([seed, 2])
+    return sorted(int(i) for i in random.choice(rows, min(SAMPLES, rows), replace=False))
+
+
+def _sample(example: Example, number: int, survey: Survey, config: TrainConfig) -> dict[str, Any]:
+    """Return an example of the store, the survey's row of that number, with its tokens as pieces of text."""
+    used = {CHOSEN} if OBJECTIVES[config.loss].data == "chosen" else {CHOSEN, REJECTED}
+    parts = []
+    for sign, ids, cut in zip(
+        (0, *example.signs), (example.prompt, *example.responses), survey.cut(number, example), strict=True
+    ):
+        spelled = pieces(survey.encoder.tokenizer, ids, example.prompt if sign else ())
+        parts.append(
+            {
+                "side": SIDES.get(sign, "prompt"),
+                "trained": sign in used,
+                "cut": cut,
+                "ids": list(ids),
+                "text": "".join(piece.text for piece in spelled),
+                "pieces": [list(piece) for piece in spelled],
+            }
+        )
+    return {"place": example.place, "parts": parts}

@@ -1,0 +1,156 @@
+"""Figures of a data set, gathered in some 40 bytes a row: lengths, repeats, and marks of other models' templates."""
+
+from __future__ import annotations
+
+import math
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lite_dil.base.hashing import tokens_digest
+from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.reader import CHOSEN, REJECTED, Row
+
+PERCENTILES = (50, 90, 95, 99)
+# How chat templates of other models, and transcripts, mark turns and ends. As text of a message they are a mistake, mostly.
+_NAMES = (
+    "im_start im_end im_sep endoftext endofprompt eot eot_id eom_id start_header_id end_header_id begin_of_text end_of_text "
+    "system user assistant end start message channel return START_OF_TURN_TOKEN END_OF_TURN_TOKEN"
+)
+_MARKS = re.compile(
+    rf"<\|(?:{_NAMES.replace(' ', '|')})\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:eos|bos|pad|unk)>|<(?:start|end)_of_turn>"
+    r"|<\uff5c[^\n<>]{1,30}\uff5c>|\n\n(?:Human|Assistant):"
+)
+_KINDS_OF_MARKS = 100  # counted at most, whatever the data holds
+
+
+class Repeat(NamedTuple):
+    """How many rows repeat an earlier one, the number of the first of them, and of the one that it repeats."""
+
+    rows: int
+    first: int | None
+    earlier: int | None
+
+    @classmethod
+    def of(cls, rows: np.ndarray, earlier: np.ndarray) -> Repeat:
+        """Describe `rows`, each of which repeats the row that `earlier` names for it."""
+        return cls(len(rows), int(rows[0]), int(earlier[rows[0]])) if len(rows) else cls(0, None, None)
+
+
+class Survey:
+    """Watches `lite_dil.data.dataset.load`: `add` takes each good row, its tokens, and its tokens cut to ``--max-length``."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.prompt, self.whole, self.needed = array("i"), array("i"), array("i")
+        self.answers = {CHOSEN: array("i"), REJECTED: array("i")}
+        self.prompts_cut = self.prompts_halved = self.answers_cut = self.examples_cut = self.computed = self.trained = 0
+        self.marks: Counter[str] = Counter()
+        self.first_with: dict[str, str] = {}
+        # The first example, and the first with another prompt: what a loss needs that compares answers to different prompts.
+        self.two_prompts: list[Example] = []
+        self._digests, self._preferred = bytearray(), array("b")
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def add(self, row: Row, whole: Example, cut: Example) -> None:
+        """Take one row."""
+        lengths = [len(response) for response in whole.responses]
+        self.prompt.append(len(whole.prompt))
+        self.whole.append(len(whole.prompt) + sum(lengths))
+        self.needed.append(len(whole.prompt) + max(lengths))
+        for sign, length in zip(whole.signs, lengths, strict=True):
+            self.answers[sign].append(length)
+        short = [len(response) for response in cut.responses]
+        self.trained += sum(short)
+        self.computed += len(cut.prompt) + sum(short)
+        answers_cut = sum(less < length for less, length in zip(short, lengths, strict=True))
+        prompt_cut = len(cut.prompt) < len(whole.prompt)
+        self.answers_cut += answers_cut
+        self.prompts_cut += prompt_cut
+        self.prompts_halved += 2 * len(cut.prompt) < len(whole.prompt)
+        self.examples_cut += bool(answers_cut or prompt_cut)
+        if len(self.two_prompts) < 2 and (not self.two_prompts or self.two_prompts[0].prompt != cut.prompt):
+            self.two_prompts.append(cut)
+        for mark in sorted({mark for text in _texts(row) for mark in _MARKS.findall(text)}):
+            if mark in self.marks or len(self.marks) < _KINDS_OF_MARKS:
+                self.marks[mark] += 1
+                self.first_with.setdefault(mark, row.place)
+        self._digest(whole)
+
+    def _digest(self, example: Example) -> None:
+        """Keep what tells two rows apart: a digest that does not see which answer is preferred, and which one is."""
+        self._digests += tokens_digest(example.prompt, example.responses)
+        self._preferred.append(example.signs[example.responses.index(min(example.responses))])
+
+    def cut(self, number: int, example: Example) -> list[int]:
+        """Return how many tokens of the prompt and of each answer were cut from row `number`, of which `example` is left."""
+        if len(example.responses) > 1:
+            answers = [self.answers[sign][number] for sign in example.signs]
+        else:
+            answers = [self.whole[number] - self.prompt[number]]
+        left = [len(example.prompt), *map(len, example.responses)]
+        return [before - after for before, after in zip([self.prompt[number], *answers], left, strict=True)]
+
+    def repeats(self) -> tuple[Repeat, Repeat]:
+        """Return the rows with prompt, answers and preference of an earlier one, and those with the opposite preference."""
+        low, high = np.frombuffer(self._digests, np.uint64).reshape(-1, 2).T
+        preferred = np.frombuffer(self._preferred, np.int8)
+        same, alike = _first_equal(low, high, preferred), _first_equal(low, high)
+        again, opposite = np.flatnonzero(same != np.arange(len(same))), np.flatnonzero(preferred != preferred[alike])
+        return Repeat.of(again, same), Repeat.of(opposite, alike)
+
+    def is_token(self, mark: str) -> bool:
+        """Whether the tokenizer makes one of its own control tokens of a mark, which it does in plain text."""
+        ids = self.encoder.ids(mark)
+        return len(ids) == 1 and ids[0] in self.encoder.tokenizer.added_tokens_decoder
+
+
+def _first_equal(*keys: np.ndarray) -> np.ndarray:
+    """Return for each row the first one with equal keys."""
+    order = np.lexsort(keys)  # stable: among equals the first row is first
+    new = np.ones(len(order), bool)
+    new[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
+    first = np.empty(len(order), np.int64)
+    first[order] = order[np.flatnonzero(new)][np.cumsum(new) - 1]
+    return first
+
+
+def _texts(row: Row) -> Iterator[str]:
+    """Yield every text of a row that its owner wrote."""
+    for part in (*([row.prompt] if isinstance(row.prompt, str) else row.prompt), *row.answers):
+        yield part if isinstance(part, str) else part["content"]
+
+
+def lengths(values: array[int]) -> dict[str, float]:
+    """Return percentiles (lengths that occur, of which p percent are as short or shorter), the longest and the mean."""
+    found = np.frombuffer(values, np.int32)
+    named = {f"p{p}": int(np.percentile(found, p, method="inverted_cdf")) for p in PERCENTILES}
+    return {**named, "max": int(found.max()), "mean": round(float(found.mean()), 2)}
+
+
+def enough_for(needed: array[int], percent: int) -> int:
+    """Return the smallest ``--max-length`` that cuts no more than `percent` percent of the examples."""
+    ordered = np.sort(np.frombuffer(needed, np.int32))
+    return int(ordered[len(ordered) - 1 - len(ordered) * percent // 100])
+
+
+def length_bias(chosen: array[int], rejected: array[int]) -> dict[str, Any]:
+    """Return how often the chosen answer is the longer one of a pair, and whether that is beyond chance.
+
+    Beyond chance is a share, of the pairs with unequal lengths, of more than a half by two standard errors.
+    """
+    difference = np.frombuffer(chosen, np.int32) - np.frombuffer(rejected, np.int32)
+    longer, shorter = int((difference > 0).sum()), int((difference < 0).sum())
+    unequal = max(longer + shorter, 1)
+    return {
+        "chosen_longer": round(longer / len(difference), 4),
+        "rejected_longer": round(shorter / len(difference), 4),
+        "mean_difference": round(float(difference.mean()), 2),
+        "beyond_chance": longer / unequal > 0.5 + 2 * 0.5 / math.sqrt(unequal),
+    }

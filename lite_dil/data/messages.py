@@ -1,0 +1,136 @@
+"""Chat messages, answers and texts, as rows of every format have them; each reader raises RowError for what is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lite_dil.base.errors import did_you_mean
+from lite_dil.data.sources import RowError
+
+CHOSEN, REJECTED = 1, -1
+ROLES = ("system", "user", "assistant", "tool")
+# How ShareGPT and its kin call them.
+_SPEAKERS = {
+    "system": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function"), "tool"),
+}
+# What a chat template may want of a message beside its role and content.
+_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+
+Message = dict[str, Any]
+# What the assistant says: text, or a whole message where it calls tools.
+Answer = str | Message
+
+
+def read_text(value: Any, field: str) -> str:
+    """Return a text that can be encoded."""
+    if not isinstance(value, str):
+        raise RowError("wrong type", f"field {field!r} is {kind_of(value)}; expected text, or chat messages")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RowError(
+            "half a character", f"field {field!r} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        ) from None
+    return value
+
+
+def read_messages(value: Any, field: str) -> list[Message]:
+    """Return a list of messages, given as role and content or as from and value."""
+    if not isinstance(value, list) or not value:
+        kind = "empty prompt" if value == [] else "wrong type"
+        raise RowError(kind, f"field {field!r} is {kind_of(value)}; expected a list of messages")
+    return [_message(message, f"{field}[{index}]") for index, message in enumerate(value)]
+
+
+def read_answer(value: Any, field: str) -> Answer:
+    """Return what the assistant says: text, its one message, or a list of that one message."""
+    if isinstance(value, str):
+        return read_text(value, field)
+    if isinstance(value, list) and not value:
+        raise RowError("empty answer", f"field {field!r} is an empty list; expected one assistant message")
+    messages = read_messages([value] if isinstance(value, dict) else value, field)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise RowError(
+            "not one answer",
+            f"field {field!r} has the roles {[m['role'] for m in messages]}; expected one assistant message, with everything "
+            "before it in 'prompt'",
+        )
+    return messages[0] if messages[0].get("tool_calls") else messages[0]["content"]
+
+
+def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the tools of a row, a list of JSON schemas or the JSON text of one, or None where it has none."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise RowError("tools", f"field 'tools' is not valid JSON ({error})") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("tools", f"field 'tools' is {kind_of(tools)}; expected a list of JSON schemas")
+    return tools
+
+
+def _message(value: Any, where: str) -> Message:
+    if not isinstance(value, dict):
+        raise RowError("wrong type", f"{where} is {kind_of(value)}; expected an object with 'role' and 'content'")
+    if "from" in value and "role" not in value:
+        return _spoken(value, where)
+    calls = bool(value.get("tool_calls"))
+    if lacking := {"role", "content"} - value.keys() - ({"content"} if calls else set()):
+        names = " and no ".join(map(repr, sorted(lacking)))
+        raise RowError("message without role or content", f"{where} has no {names}; expected 'role' and 'content'")
+    if value["role"] not in ROLES:
+        known = _SPEAKERS.get(str(value["role"]).lower())
+        hint = f" (did you mean {known!r}?)" if known else did_you_mean(str(value["role"]).lower(), ROLES)
+        raise RowError("unknown role", f"{where} has role {value['role']!r}{hint}; expected one of {', '.join(ROLES)}")
+    content = "" if calls and value.get("content") is None else _content(value["content"], f"{where}.content")
+    return {"role": value["role"], "content": content, **{name: value[name] for name in _KEPT if value.get(name) is not None}}
+
+
+def _spoken(value: Mapping[str, Any], where: str) -> Message:
+    """Read a message of ShareGPT: from and value; 'function_call' holds the JSON of the calls."""
+    if "value" not in value:
+        raise RowError("message without role or content", f"{where} has no 'value'; expected 'from' and 'value'")
+    speaker, text = value["from"], read_text(value["value"], f"{where}.value")
+    if speaker == "function_call":
+        try:
+            calls = json.loads(text)
+        except ValueError as error:
+            raise RowError("tools", f"{where}.value is not valid JSON ({error}); expected name and arguments") from None
+        calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+        return {"role": "assistant", "content": "", "tool_calls": calls}
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+        raise RowError("unknown role", f"{where} is from {speaker!r}; expected one of {', '.join(_SPEAKERS)}")
+    return {"role": _SPEAKERS[speaker], "content": text}
+
+
+def _content(value: Any, where: str) -> str:
+    """Return a message's text, also where it is a list of blocks of text."""
+    if not isinstance(value, list):
+        return read_text(value, where)
+    texts = []
+    for index, block in enumerate(value):
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind != "text":
+            found = f"of type {kind!r}" if kind else kind_of(block)
+            raise RowError("not text", f"{where}[{index}] is {found}; only text can be trained on")
+        texts.append(read_text(block.get("text"), f"{where}[{index}].text"))
+    return "".join(texts)
+
+
+def kind_of(value: Any) -> str:
+    """Return what a JSON value is, in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, (list, dict)) and not value:
+        return f"an empty {'list' if isinstance(value, list) else 'object'}"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,209 @@
+"""Prompts to be answered: from files of prompts alone, or from any data that could be trained on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.errors import UserError
+from lite_dil.base.hashing import digest
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.encoder import Encoder, continuation_text
+from lite_dil.data.formats import Draft, format_of, read
+from lite_dil.data.messages import kind_of
+from lite_dil.data.reader import Message, Problem, RowError, check_prompt, parse_columns, refuse, renamed
+from lite_dil.data.sources import Record, records, split_sources, text_lines
+from lite_dil.models.find import load_tokenizer, resolve_model
+
+# The flags of train that say how prompts are read.
+FLAGS = ("data_format", "columns", "max_rows", "skip_bad_rows", "max_length")
+HELP = (
+    "prompts: a .txt file of one a line, or rows (JSON Lines, JSON, CSV, ...) with 'prompt' or 'messages', or any data that "
+    "lite-dil train takes, whose prompts are used"
+)
+_EXPECTED = "prompt, as text or messages; messages, or conversations; or the rows of any data that lite-dil train takes"
+_KINDS = {False: "plain text", True: "chat messages"}
+_ASSISTANT = {"role": "assistant", "content": "x"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as its row has it, text or chat messages; `place` is where it came from and `ids` are its tokens."""
+
+    prompt: str | list[Message]
+    place: str
+    tools: list[dict[str, Any]] | None = None
+    ids: tuple[int, ...] = ()
+
+    @property
+    def chat(self) -> bool:
+        """Whether it is chat messages."""
+        return not isinstance(self.prompt, str)
+
+    @property
+    def key(self) -> str:
+        """A name for it that is the same wherever it comes from."""
+        return key_of(self.row())
+
+    def row(self, **answers: str) -> dict[str, Any]:
+        """Return a row of data with this prompt and `answers` by field, in the prompt's own form."""
+        said = {name: [{"role": "assistant", "content": text}] if self.chat else text for name, text in answers.items()}
+        return {"prompt": self.prompt, **said, **({"tools": self.tools} if self.tools else {})}
+
+    def text(self, encoder: Encoder, ids: Sequence[int]) -> str:
+        """Return the text of an answer, without control tokens; of a chat's without the space around it."""
+        text = continuation_text(encoder.tokenizer, self.ids, ids, plain=True)
+        return text.strip() if self.chat else text
+
+
+def key_of(row: dict[str, Any]) -> str:
+    """Return what `Prompt.key` is for the prompt of a row that `Prompt.row` made."""
+    return digest(json.dumps([row["prompt"], row.get("tools")], sort_keys=True))
+
+
+def read_prompts(source: str, config: TrainConfig, chat: bool, say: Callable[[str], None]) -> list[Prompt]:
+    """Read all prompts of one or several sources, each once, in their order.
+
+    Args:
+        source: see `lite_dil.data.sources.records`; a file whose name ends in .txt has a prompt a line.
+        config: whose `FLAGS` say how rows are read.
+        chat: whether prompts of plain text become user messages.
+
+    Raises:
+        UserError: naming the rows that cannot be used, unless `config.skip_bad_rows` leaves them out, or that there are none.
+    """
+    found: dict[str, Prompt] = {}
+    columns, notes, repeats, first = parse_columns(config.columns), Counter[str](), 0, None
+    for name, times in split_sources(source):
+        if times != 1:
+            raise UserError(f"{source}: prompts are taken once; leave ={times:g} out")
+        problems: list[Problem] = []
+        kept = 0
+        for place, value in _records(name, config.max_rows):
+            try:
+                if isinstance(value, RowError):
+                    raise value
+                draft = _draft(renamed(value, columns), config.data_format)
+                check_prompt(draft.prompt)
+                prompt = Prompt(draft.prompt, place, draft.tools)
+                if chat and isinstance(prompt.prompt, str):
+                    prompt = replace(prompt, prompt=[{"role": "user", "content": prompt.prompt}])
+                first = first or prompt
+                if prompt.chat != first.chat:
+                    raise RowError(
+                        "mixed formats",
+                        f"the prompt is {_KINDS[prompt.chat]}, but {first.place} has {_KINDS[first.chat]}; keep one kind in a "
+                        "file, or make all of them messages with --chat",
+                    )
+            except RowError as error:
+                problems.append(Problem(error.kind, place, str(error)))
+                continue
+            kept += 1
+            notes[draft.note] += bool(draft.note)
+            repeats += prompt.key in found
+            found.setdefault(prompt.key, prompt)
+        refuse(name, [] if config.skip_bad_rows and kept else problems, kept, _EXPECTED)
+        if problems:
+            several = "rows that cannot be used are" if len(problems) > 1 else "row that cannot be used is"
+            say(f"{name}: {len(problems)} {several} left out")
+    for note, count in (+notes).items():
+        say(f"{count} {note}")
+    if repeats:
+        say(f"{repeats} prompt{'s repeat' if repeats > 1 else ' repeats'} an earlier one: each is taken once")
+    return list(found.values())
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt], encoder: Encoder, config: TrainConfig, room: int, say: Callable[[str], None]
+) -> list[Prompt]:
+    """Return the prompts with their tokens, cut from the left where they leave no `room` in ``--max-length``.
+
+    Raises:
+        UserError: naming the prompts that the model's template or tokenizer refuses, unless `config.skip_bad_rows` leaves
+            them out.
+    """
+    limit = config.max_length - room
+    if limit < 1:
+        raise UserError(f"--max-new-tokens {room} leaves no room for a prompt in --max-length {config.max_length}")
+    encoded: list[Prompt] = []
+    problems: list[Problem] = []
+    cut = 0
+    for prompt in prompts:
+        try:
+            ids = _ids(prompt, encoder)
+        except RowError as error:
+            problems.append(Problem(error.kind, prompt.place, str(error)))
+            continue
+        if len(ids) > limit:
+            cut, ids = cut + 1, ids[:1] + ids[len(ids) - limit + 1 :]
+        encoded.append(replace(prompt, ids=ids))
+    refuse("prompts", [] if config.skip_bad_rows and encoded else problems, len(encoded), _EXPECTED)
+    if problems:
+        say(f"{len(problems)} prompts that the model cannot take are left out; the first: {problems[0].place}")
+    if cut:
+        say(f"{cut} prompts are cut from the left to {limit} tokens, by --max-length {config.max_length}")
+    return encoded
+
+
+def read_and_encode(
+    source: str, config: TrainConfig, chat: bool | None, room: int, say: Callable[[str], None]
+) -> tuple[list[Prompt], bool]:
+    """Read the prompts and tokenise them for the model of `config`, of which only the tokenizer is loaded.
+
+    Args:
+        chat: whether prompts of plain text become user messages; None is for the lines of .txt files, where the model chats.
+        room: tokens of an answer at most.
+
+    Returns:
+        The prompts, and whether the model has a chat template.
+    """
+    encoder = Encoder(load_tokenizer(resolve_model(config.model, say)))
+    chats = bool(encoder.tokenizer.chat_template)
+    lines = all(Path(name).suffix == ".txt" for name, _ in split_sources(source))
+    found = read_prompts(source, config, lines and chats if chat is None else chat, say)
+    return encode_prompts(found, encoder, config, room, say), chats
+
+
+def _ids(prompt: Prompt, encoder: Encoder) -> tuple[int, ...]:
+    text = prompt.prompt if isinstance(prompt.prompt, str) else encoder.chat_prompt(prompt.prompt, prompt.tools)
+    ids = encoder.prompt_ids(text, chat=prompt.chat)
+    if not ids:
+        raise RowError("empty prompt", "the prompt has no token, so nothing predicts the first token of an answer")
+    return ids
+
+
+def _records(source: str, limit: int | None) -> Iterator[Record]:
+    if Path(source).suffix != ".txt":
+        yield from records(source, limit=limit)
+        return
+    for number, (place, line) in enumerate(text_lines(Path(source))):
+        if number == limit:
+            return
+        yield place, line if isinstance(line, RowError) else {"prompt": line}
+
+
+def _draft(row: Any, format: str) -> Draft:
+    """Read a row in its format. One that has no answer is given one for that, which nobody reads."""
+    if not isinstance(row, dict):
+        raise RowError("not an object", f"expected a JSON object with 'prompt' or 'messages', found {kind_of(row)}")
+    known = format_of(row)
+    if known in ("messages", "sharegpt"):
+        field = "messages" if known == "messages" else "conversations"
+        turns = row[field]
+        last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
+        speaks = {last.get("role"), last.get("from")}
+        if turns and not row.get("chosen") and not speaks & {"assistant", "gpt", "chatgpt", "model", "bot", "function_call"}:
+            row = {**row, field: [*turns, _ASSISTANT]}
+    elif not known and "prompt" in row:
+        row = {"prompt": row["prompt"], "completion": "x", "tools": row.get("tools")}
+    elif not known and "instruction" in row:
+        row = {"output": "x", **{n: row[n] for n in ("instruction", "input", "system", "history") if n in row}}
+    elif not known:
+        near = next((name for name in ("question", "query", "text", "input", "problem") if isinstance(row.get(name), str)), "")
+        hint = f"; if it is {near!r}: --columns prompt={near}" if near else ""
+        raise RowError("no field 'prompt'", f"no field 'prompt'; the row has {', '.join(map(str, row)) or 'none'}{hint}")
+    return read(row, format_of(row) if format == "auto" else format)

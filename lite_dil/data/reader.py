@@ -1,0 +1,235 @@
+"""Reading data: every row is checked at the door, and every problem names its file, line, field and fix."""
+
+from __future__ import annotations
+
+import itertools
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lite_dil.base.errors import UserError, did_you_mean, gather
+from lite_dil.data.formats import FIELDS, FORMATS, Draft, detect, format_of, read
+from lite_dil.data.messages import CHOSEN, REJECTED, Answer, Message
+from lite_dil.data.sources import EMBEDDED, RowError, records, split_sources
+
+__all__ = ["CHOSEN", "EMBEDDED", "REJECTED", "Answer", "Message", "Problem", "Reader", "Row", "RowError", "parse_columns"]
+
+LOOKED_AT = 100  # rows from which the format is told
+# Characters that take no room: two texts that differ in them alone are the same to a reader.
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a prompt and the answers to it, each ``CHOSEN`` (good) or ``REJECTED`` (bad) by its sign.
+
+    A pair has one of each, an unpaired row a single answer, a demonstration a single good one. With `chat` the prompt is a
+    list of messages, to be laid out by the model's chat template with the `tools` that it may call; otherwise it is plain text
+    that the answers continue as it stands. `place` is where the row came from, for error messages.
+    """
+
+    prompt: str | list[Message]
+    answers: tuple[Answer, ...]
+    signs: tuple[int, ...]
+    place: str
+    form: str
+    tools: list[dict[str, Any]] | None = field(default=None, compare=False)
+
+    @classmethod
+    def pair(cls, prompt: str | list[Message], chosen: Answer, rejected: Answer, place: str) -> Row:
+        """Make a row of a pair."""
+        return cls(prompt, (chosen, rejected), (CHOSEN, REJECTED), place, "pairs")
+
+    @property
+    def chat(self) -> bool:
+        """Whether the prompt is chat messages."""
+        return not isinstance(self.prompt, str)
+
+
+class Problem(NamedTuple):
+    """Why one row is left out: a few words that such rows share, where it is, and the whole story."""
+
+    kind: str
+    place: str
+    message: str
+
+
+class Reader:
+    """Reads one source, row by row; iterate over it once.
+
+    Rows that cannot be used are left out and added to `problems`. All rows have one form, that of the first good one, and are
+    all chat messages or all plain text.
+
+    Args:
+        source: see `lite_dil.data.sources.records`.
+        split: the split to take where `source` names none.
+        format: the name of one of `lite_dil.data.formats.FORMATS`, or "auto" to tell it from the first rows.
+        columns: for a field the column to read it from, where they differ; see `parse_columns`.
+        limit: read at most this many rows.
+
+    Attributes:
+        format: the name of the format, once a row was read.
+        form: "pairs", "unpaired" or "demonstrations", of the rows read so far.
+        chat: whether prompts are chat messages.
+        problems: what was left out and why, in the order of the source.
+        notes: what was done to rows that their owner should know, and to how many.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        split: str = "train",
+        *,
+        format: str = "auto",
+        columns: dict[str, str] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.source, self.format, self.columns = source, format, columns or {}
+        self.form, self.chat, self._first = "", False, ""
+        self.problems: list[Problem] = []
+        self.notes: Counter[str] = Counter()
+        self._records = records(source, split, limit)
+
+    def __iter__(self) -> Iterator[Row]:
+        head = list(itertools.islice(self._records, LOOKED_AT))
+        if self.format == "auto":
+            named = [v for _, v in head if isinstance(v, dict) and v.keys() >= set(self.columns.values())]
+            self.format = detect(renamed(value, self.columns) for value in named)
+        for place, value in itertools.chain(head, self._records):
+            try:
+                if isinstance(value, RowError):
+                    raise value
+                row = self._row(renamed(value, self.columns), place)
+            except RowError as error:
+                self.problems.append(Problem(error.kind, place, str(error)))
+                continue
+            yield row
+
+    def _row(self, value: Any, place: str) -> Row:
+        try:
+            draft = read(value, self.format)
+        except RowError as error:
+            other = format_of(value) if isinstance(value, dict) else ""
+            if other and other != self.format and error.kind.startswith("no field"):
+                raise RowError(
+                    "mixed formats",
+                    f"{error}. The row looks like {FORMATS[other].title} ({other}), but the file is read as {self.format}; "
+                    "keep one format in a file",
+                ) from None
+            raise
+        row = _checked(draft, place)
+        if not self._first:
+            self._first, self.form, self.chat = place, row.form, row.chat
+        if row.form != self.form:
+            raise RowError(
+                "mixed formats", f"the row has {row.form}, but {self._first} has {self.form}; keep one form in a file"
+            )
+        if row.chat != self.chat:
+            kinds = ("plain text", "chat messages")
+            raise RowError(
+                "mixed formats",
+                f"the prompt is {kinds[row.chat]}, but {self._first} has {kinds[self.chat]}; keep one kind in a file",
+            )
+        if draft.note:
+            self.notes[draft.note] += 1
+        return row
+
+
+def renamed(value: Any, columns: dict[str, str]) -> Any:
+    """Return a row with its columns under the names of fields, as `parse_columns` has them. Raises RowError."""
+    if not columns or not isinstance(value, dict):
+        return value
+    for column in columns.values():
+        if column not in value:
+            hint = did_you_mean(column, map(str, value))
+            raise RowError(f"no column {column!r}", f"no column {column!r}, which --columns names{hint}")
+    moved = {name: value[column] for name, column in columns.items()}
+    return {name: v for name, v in value.items() if name not in columns.values()} | moved
+
+
+def read_rows(source: str, split: str = "train", *, skip: bool = False, **settings: Any) -> list[Row]:
+    """Read and check all rows of a source, or of several, with the `settings` of `Reader`.
+
+    Raises:
+        UserError: naming the rows that cannot be used, unless `skip` leaves them out, or that there are none.
+    """
+    found = []
+    for name, _ in split_sources(source):
+        reader = Reader(name, split, **settings)
+        rows = list(reader)
+        refuse(name, [] if skip and rows else reader.problems, len(rows))
+        found += rows
+    return found
+
+
+def refuse(source: str, problems: list[Problem], kept: int, expected: str = "") -> None:
+    """Raise UserError where rows cannot be used, or where there are none; `expected` is what is read, by default data."""
+    expected = expected or _known()
+    if problems:
+        lines = [f"{problem.place}: {problem.message}" for problem in problems]
+        heading = f"{source}: {len(problems)} of {kept + len(problems)} rows cannot be used (--skip-bad-rows leaves them out):"
+        kinds = Counter(problem.kind for problem in problems).most_common()
+        counts = "" if len(problems) == 1 else f"\n{', '.join(f'{count} {kind}' for kind, count in kinds)}"
+        raise UserError(gather(lines, heading) + counts + ("" if kept else f"\nWhat is read: {expected}"))
+    if not kept:
+        raise UserError(f"{source}: no rows; expected {expected}")
+
+
+def _known() -> str:
+    return "; ".join(f"{', '.join(spec.fields)} ({name})" for name, spec in FORMATS.items())
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """Return for each field the column that holds it: ``chosen=good,rejected=bad``."""
+    columns: dict[str, str] = {}
+    for part in (text or "").split(","):
+        name, equals, column = (piece.strip() for piece in part.partition("="))
+        if not part.strip():
+            continue
+        if not (equals and column):
+            raise UserError(f"--columns {part}: expected FIELD=COLUMN, as chosen=good")
+        if name not in FIELDS:
+            raise UserError(
+                f"--columns {part}: unknown field {name!r}{did_you_mean(name, FIELDS)}; expected one of {', '.join(FIELDS)}"
+            )
+        columns[name] = column
+    return columns
+
+
+def same_text(answer: Answer) -> Any:
+    """Return what two answers share that look the same: without outer or invisible characters, in one Unicode form."""
+    if isinstance(answer, dict):
+        return {**answer, "content": same_text(answer["content"])}
+    return unicodedata.normalize("NFC", answer.translate(_INVISIBLE)).strip()
+
+
+def check_prompt(prompt: str | list[Message]) -> None:
+    """Raise RowError for a prompt that asks nothing, or that ends in an answer."""
+    if isinstance(prompt, str):
+        if not same_text(prompt):
+            raise RowError("empty prompt", "field 'prompt' is empty; write one or remove the row")
+    else:
+        if prompt[-1]["role"] == "assistant":
+            raise RowError(
+                "prompt ends in an answer", "the prompt ends with the assistant's turn; expected the user's (or a tool's)"
+            )
+        for number, message in enumerate(prompt):
+            if message["role"] == "user" and not same_text(message["content"]):
+                raise RowError("empty prompt", f"the prompt's message {number + 1}, the user's, is empty")
+
+
+def _checked(draft: Draft, place: str) -> Row:
+    """Make a row of what was read, or raise RowError where nothing can be learned from it."""
+    check_prompt(draft.prompt)
+    for answer, sign in zip(draft.answers, draft.signs, strict=True):
+        if isinstance(answer, str) and not same_text(answer):
+            side = "" if len(draft.signs) == 1 else "chosen " if sign == CHOSEN else "rejected "
+            raise RowError("empty answer", f"the {side}answer is empty; write one or remove the row")
+    form = "pairs" if len(draft.signs) > 1 else "unpaired" if draft.labelled else "demonstrations"
+    if form == "pairs" and same_text(draft.answers[0]) == same_text(draft.answers[1]):
+        raise RowError(
+            "identical answers", "'chosen' and 'rejected' are the same text: no preference to learn; remove the row"
+        )
+    return Row(draft.prompt, draft.answers, draft.signs, place, form, draft.tools)

@@ -1,0 +1,1 @@
+"""Merging an adapter, checking the result, GGUF, Ollama, the hub."""

@@ -1,0 +1,280 @@
+"""What ``lite-dil export`` does: the trained model measured and merged, converted, and what was made measured too."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lite_dil import __version__, backends
+from lite_dil.base.errors import UserError
+from lite_dil.data.encoder import Encoder, Example
+from lite_dil.export import merge
+from lite_dil.export.check import Check, Trained, held_out, measure, tolerance
+from lite_dil.generation import policy as tuned
+from lite_dil.generation.policy import Source, Tuned
+from lite_dil.models import adapter_files
+from lite_dil.models.find import folder_of, load_tokenizer, resolve_model
+from lite_dil.models.shape import fetch_config
+
+CHECK_ROWS = 8
+OUTTYPE = "q8_0"
+# So that a weight is rounded once, and to q8_0 by way of the finer of the 16-bit types: bfloat16 rounds small changes away.
+_GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
+
+
+class Export:
+    """One export: `make` fills the folder `made`; `work`, around it, is for what is needed on the way.
+
+    Raises:
+        UserError: what is asked for cannot be made of this adapter, or with what is installed.
+    """
+
+    def __init__(self, args: argparse.Namespace, source: Source, work: Path, made: Path, say: Callable[[str], None]) -> None:
+        assert source.adapter is not None  # --adapter is required
+        self.args, self.work, self.made, self.say = args, work, made, say
+        self.format: str = args.format
+        # Both are called as --output is: llama.cpp's converter takes a folder's name for the model's.
+        self.merged = made if self.format == "merged" else work / "merged" / made.name
+        self.backend = backends.resolve(source.config.backend)
+        self.to: str | None = None
+        if self.format == "adapter":
+            self.to = args.to or ("mlx-lm" if adapter_files.format_of(source.adapter) == "peft" else "peft")
+        self.reader = self._reader()
+        self.files = adapter_files.read(source.adapter)
+        self.model = resolve_model(source.config.model, say)
+        self.checkpoint: merge.Checkpoint | None = None
+        if self.format != "adapter":
+            self.checkpoint = merge.Checkpoint.open(folder_of(self.model), source.config.model)
+        if self.checkpoint is not None and self.reader == "gguf":
+            self._check_gguf(self.checkpoint)
+        self.source = self._as_exported(source)
+        self.facts: dict[str, Any] = {
+            "lite_dil": __version__,
+            "format": self.format,
+            "model": public_name(source.config.model),
+            "strength": source.strength,
+        }
+
+    def make(self) -> Check | None:
+        """Fill the folder; return the comparison with the trained model, None where none was asked for."""
+        trained = self._from_trained()
+        if trained is not None:
+            _library(self.backend).free()  # the trained model is gone, and what was made is not loaded yet
+        if self.format in ("mlx", "gguf", "ollama"):
+            self._convert()
+        check = None
+        if trained is not None:
+            self.say(f"checking {self.format} on {len(trained.examples)} rows of {trained.data} ...")
+            check = trained.compare(self._logps(trained), self._tolerance(trained))
+        self.facts["check"] = check.as_dict() if check else None
+        text = json.dumps(self.facts, indent=2, ensure_ascii=False, allow_nan=False)
+        (self.made / "export.json").write_text(text + "\n", encoding="utf-8")
+        return check
+
+    def _reader(self) -> str:
+        """Return what loads the made files for the check, "torch", "mlx" or "gguf"; it must be installed."""
+        if self.format in ("gguf", "ollama"):
+            return "gguf"
+        if self.format == "merged":
+            reader = "torch" if _has_torch() else "mlx"
+        else:
+            reader = "mlx" if self.format == "mlx" or self.to == "mlx-lm" else "torch"
+        installed = importlib.util.find_spec("mlx_lm") is not None if reader == "mlx" else _has_torch()
+        if not installed and (self.format == "mlx" or not self.args.no_check):
+            what = f"--to {self.to}" if self.to else f"--format {self.format}"
+            needed = "mlx-lm" if reader == "mlx" else "torch, peft and accelerate"
+            instead = "" if self.format == "mlx" else ", or compare nothing, with --no-check"
+            fix = backends.INSTALL["mlx" if reader == "mlx" else "cpu"]
+            raise UserError(f"{what} is checked by {needed}: {fix}{instead}" if instead else f"{what} needs {needed}: {fix}")
+        return reader
+
+    def _check_gguf(self, checkpoint: merge.Checkpoint) -> None:
+        """Raise UserError, before the work, where the model cannot be made into a GGUF file, or its template into Ollama's."""
+        from lite_dil.export import gguf as gguf_export
+
+        gguf_export.check(checkpoint.folder, checkpoint.tensors, self.args.llama_cpp, logps=not self.args.no_check)
+        if self.format == "ollama":
+            from lite_dil.export.ollama import probe
+
+            probe(load_tokenizer(str(checkpoint.folder)))
+
+    def _as_exported(self, source: Source) -> Source:
+        """Return the source with the model that is merged into, and say where that is not the one that was trained."""
+        config, checkpoint = source.config, self.checkpoint
+        if self.args.merge_into == "original":
+            if checkpoint is not None and checkpoint.packed:
+                raise UserError(
+                    f"--merge-into original: {config.model} itself is quantised; give the 16-bit model with --model"
+                )
+            if config.load_in_4bit or config.head_bits:
+                self.say("--merge-into original: training had these weights in fewer bits, so what is made is another model")
+            return replace(source, config=replace(config, load_in_4bit=False, head_bits=None))
+        if config.head_bits:
+            why = ""
+            if checkpoint is None and not self.backend == self.reader == "mlx":
+                why = f"where {self.to} loads the adapter it is whole"
+            elif checkpoint is not None and checkpoint.tied and self.backend != "mlx":
+                why = "it is the embedding table too and stays whole"
+            if why:
+                self.say(f"the output head had {config.head_bits} bits in training; {why}, also for the check")
+                return replace(source, config=replace(config, head_bits=None))
+        return source
+
+    def _from_trained(self) -> Trained | None:
+        """Write what is made of the trained model itself, and return its figures; it is out of memory after that."""
+        config, checkpoint = self.source.config, self.checkpoint
+        rows: tuple[list[Example], str] | None = None
+        if not self.args.no_check:  # before the model is loaded, which takes long
+            encoder = Encoder(load_tokenizer(self.model))
+            rows = held_out(self.source, encoder, self.args.check_rows or CHECK_ROWS, self.args.check_data, self.say)
+        loaded: Tuned | None = None
+        quantised = checkpoint is not None and (config.load_in_4bit or config.head_bits or checkpoint.packed)
+        if quantised or rows:
+            loaded = tuned.load(self.source, self.say)
+        if checkpoint is None:
+            self._write_adapter()
+        else:
+            self._merge(checkpoint, loaded)
+        return measure(loaded.backend, *rows) if loaded and rows else None
+
+    def _merge(self, checkpoint: merge.Checkpoint, loaded: Tuned | None) -> None:
+        """Write the merged Hugging Face folder: what is asked for, or the way to it."""
+        dense = _library(self.backend).dense(loaded.backend) if loaded else {}
+        dtype = self.args.weights_dtype or (_GGUF_DTYPES.get(self._outtype()) if self.reader == "gguf" else None)
+        adapter = adapter_files.float_adapter(self.files, self.source.strength)
+        planned = merge.plan(checkpoint, adapter, dense, dtype, self.source.config.model)
+        self._need_disk(sum(tensor.nbytes for tensor in planned))
+        self.say(f"merging the adapter into {len(adapter.weights)} layers" + (f", {len(dense)} dequantised" if dense else ""))
+        self.merged.mkdir(parents=True, exist_ok=True)
+        merge.write(self.merged, planned, checkpoint, dtype)
+        self.facts |= {"dtype": dtype or checkpoint.dtype, "dequantised_weights": len(dense)}
+
+    def _need_disk(self, merged: int) -> None:
+        """Raise UserError where the disk has no room for the merged weights, and for what is made of them."""
+        second = {"merged": 0.0, "mlx": (self.args.bits + 0.5) / 16 if self.args.bits else 1.0}.get(self.format, 1.0)
+        needed, free = merged * (1 + second) * 1.02, shutil.disk_usage(self.work).free
+        if free < needed:
+            beside = ", as the merged model lies beside what is made of it for a while" if second else ""
+            raise UserError(
+                f"--output {self.args.output}: {needed / 1e9:.1f} GB are needed there{beside}, {free / 1e9:.1f} GB are free"
+            )
+
+    def _write_adapter(self) -> None:
+        """Write the adapter in the format that is asked for, and read it back."""
+        name, config = self.source.config.model, model_config(self.model)
+        method = (config.get("quantization_config") or {}).get("quant_method")
+        packed_for = "peft" if method else "mlx-lm" if config.get("quantization") else self.to
+        if packed_for != self.to:
+            raise UserError(f"--to {self.to}: {name} is quantised for {packed_for} alone; give the 16-bit model with --model")
+        if Path(name).is_dir():
+            if self.args.push_to_hub:
+                name = public_name(name)
+            self.say(
+                f"adapter_config.json will name the model as {name}" + ("" if self.args.push_to_hub else ", a path of yours")
+            )
+        strength = self.source.strength
+        if self.to == "peft":
+            layers = set(self.files.adapter.weights)
+            targets = _library("torch").peft_targets(self.model, layers) if _has_torch() else None
+            adapter_files.write_peft(self.made, self.files, strength, name, targets or sorted(layers))
+        else:
+            count = (config.get("text_config") or config).get("num_hidden_layers", -1)
+            adapter_files.write_mlx(self.made, self.files, strength, name, count)
+            if config.get("rope_parameters") and "rope_theta" not in config:
+                self.say(f"beware: mlx-lm alone does not read the rope_parameters of {name}; --format mlx makes what it reads")
+        again = adapter_files.read(self.made).adapter
+        for layer, pair in self.files.adapter.weights.items():
+            if not all(map(np.array_equal, pair, again.weights[layer])):
+                raise AssertionError(f"{layer} was not written as it was read")
+        self.facts["to"] = self.to
+
+    def _convert(self) -> None:
+        """Make of the merged folder what is asked for."""
+        if self.format == "mlx":
+            self.say("writing the MLX model")
+            _library("mlx").write_model(self.merged, self.made, self.args.bits)
+            self.facts["bits"] = self.args.bits
+            return
+        from lite_dil.export import gguf as gguf_export
+
+        file, kind = self._gguf(), self._outtype()
+        gguf_export.convert(self.merged, file, kind, self.args.llama_cpp, self.say)
+        self.facts["outtype"] = kind
+        if self.format == "ollama":
+            from lite_dil.export.ollama import write_modelfile
+
+            defaults = self.merged / "generation_config.json"
+            settings = json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else None
+            write_modelfile(self.made, file.name, load_tokenizer(str(self.merged)), settings)
+
+    def _logps(self, trained: Trained) -> list[np.ndarray]:
+        """Return the log-probs by what was made, loaded by the programs that it is for."""
+        if self.reader == "gguf":
+            from lite_dil.export import gguf as gguf_export
+
+            return gguf_export.token_logps(self._gguf(), trained.sequences, self.say)
+        library = _library(self.reader)
+        if self.format != "adapter":
+            return library.model_logps(self.made, trained.sequences)
+        config = self.source.config if self._same_library() else replace(self.source.config, dtype="auto")
+        return library.adapter_logps(self.model, self.made, config, trained.sequences)
+
+    def _tolerance(self, trained: Trained) -> float:
+        """Return what the mean difference may be, by what was rounded on either side."""
+        if self.reader == "gguf":
+            from lite_dil.export.gguf import TOLERANCES
+
+            return TOLERANCES[self._outtype()] + tolerance(self.facts["dtype"], trained.dtype)
+        if self.format == "adapter":
+            if self._same_library():
+                return tolerance(trained.dtype)
+            return tolerance("4-bit" if self.source.config.load_in_4bit else "bfloat16", trained.dtype)
+        made = f"{self.args.bits}-bit" if self.args.bits else self.facts["dtype"]
+        return tolerance(made, trained.dtype)
+
+    def _same_library(self) -> bool:
+        return (self.reader == "mlx") == (self.backend == "mlx")
+
+    def _outtype(self) -> str:
+        return self.args.outtype or OUTTYPE
+
+    def _gguf(self) -> Path:
+        return self.made / f"{self.args.output.name}.gguf"
+
+
+def describe(folder: Path, source: Source, format: str, check: Check | None) -> None:
+    """Write the model card."""
+    from lite_dil.reports.card import write_card
+
+    write_card(folder, source, format, check, shlex.join(["lite-dil", *sys.argv[1:]]))
+
+
+def public_name(model: str) -> str:
+    """Return a model's name without the folders of this machine."""
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def model_config(model: str) -> dict[str, Any]:
+    """Return the config.json of a resolved model, downloaded if it is a hub id."""
+    file = Path(model) / "config.json" if Path(model).is_dir() else fetch_config(model)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _has_torch() -> bool:
+    return all(importlib.util.find_spec(module) is not None for module in ("torch", "peft", "accelerate"))
+
+
+def _library(backend: str) -> Any:
+    """Return what an export needs of a backend's library."""
+    return importlib.import_module(f"lite_dil.backends.{'mlx' if backend == 'mlx' else 'torch'}.export")

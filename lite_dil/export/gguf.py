@@ -1,0 +1,282 @@
+"""A model folder made into a GGUF file, for llama.cpp, Ollama and LM Studio, and the file's own log-probs, to check it by."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lite_dil.base.errors import UserError, first_line
+from lite_dil.export import gguf_vocabulary, gguf_weights
+from lite_dil.models.find import load_tokenizer
+from lite_dil.models.tensors import Stored
+
+# Kind of numbers -> its name in a GGUF file's general.file_type. All are what llama.cpp's converter makes too.
+KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+# How far a token's log-prob may be from the trained model's, in nats, on average over held-out answers; its compute type's own
+# rounding is on top. Measured on SmolLM2-135M, 772 tokens, llama.cpp against float32 (transformers reads what is in the file,
+# llama.cpp computes in the file's type and caches keys and values in float16): f32 0.001, f16 0.002, bf16 0.012, q8_0 0.077.
+# About three times that, and a file with one projection wrong is off by nats.
+TOLERANCES = {"f32": 0.005, "f16": 0.01, "bf16": 0.04, "q8_0": 0.25}
+# What tokenizers disagree about: contractions, digits, kinds of space, scripts, emoji of several code points, code.
+PROBES = (
+    "Hello world, it's Tom's; I'LL go.\n\n\n  and   then\t\ttabs \r\n and",
+    "12345 3.14 1,000,000 a1b22c333 ½",
+    "naïve café, 日本語のテキスト, русский, עברית, ไทย, 한국어",
+    "😀👩‍👩‍👧‍👦 🇫🇷 ∑ ≠ … “quoted” — dash",
+    " leading and trailing  ",
+    'for (int i=0; i<10; i++) { x[i] += "a\\n"; }  // done',
+)
+_CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
+Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
+
+
+def convert(merged: Path, target: Path, kind: str, llama_cpp: Path | None, say: Callable[[str], None]) -> None:
+    """Make the GGUF file `target` of the model folder `merged`, whole or not at all.
+
+    llama.cpp's own converter does it where it is found: in the folder `llama_cpp`, in $LLAMA_CPP_DIR or on the PATH. Else it
+    is done here, for the architectures and tokenizers that come out exactly. Where llama-cpp-python is installed, hard texts
+    must come out as the same tokens.
+
+    Args:
+        merged: a Hugging Face folder with weights of 16 or 32 bits, without an adapter.
+        kind: one of ``KINDS``, the type of the matrices; vectors stay float32.
+        say: takes a line for people.
+
+    Raises:
+        UserError: the model or its tokenizer cannot be written so, a package is missing, or the converter failed.
+    """
+    converter = find_converter(llama_cpp)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = target.with_name(f".{target.name}.part")
+    try:
+        if converter:
+            say(f"converting with {converter}")
+            _run(converter, merged, made, kind)
+        else:
+            _write(merged, made, kind, target.stem, say)
+        _check_tokens(made, merged)
+        made.replace(target)
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def check(model: Path, found: Mapping[str, Stored], llama_cpp: Path | None, logps: bool) -> None:
+    """Raise UserError where `convert` would refuse a model, as far as that can be known before its merged weights are there.
+
+    Args:
+        model: the folder of the model, not merged yet.
+        found: the tensors in it.
+        logps: whether `token_logps` is to follow.
+    """
+    if find_converter(llama_cpp) is None:
+        _need_gguf()
+        gguf_weights.read_config(model)
+        gguf_vocabulary.read(load_tokenizer(str(model)), gguf_weights.vocabulary_rows(found), lambda line: None)
+    if logps:
+        _reader()
+
+
+def find_converter(llama_cpp: Path | None) -> Path | None:
+    """Return llama.cpp's converter, or None where there is none.
+
+    Raises:
+        UserError: it is not in the folder where it was said to be.
+    """
+    origin = "--llama-cpp" if llama_cpp else "$LLAMA_CPP_DIR"
+    if folder := llama_cpp or os.environ.get("LLAMA_CPP_DIR"):
+        script = Path(folder) / _CONVERTERS[0]
+        if not script.is_file():
+            raise UserError(f"{origin} {folder}: no {script.name} there; give the folder of llama.cpp's source")
+        return script
+    return next((Path(path) for name in _CONVERTERS if (path := shutil.which(name))), None)
+
+
+def _run(converter: Path, merged: Path, made: Path, kind: str) -> None:
+    python = [sys.executable] if converter.suffix == ".py" else []
+    command = [*python, str(converter), str(merged), "--outfile", str(made), "--outtype", kind]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode or not made.is_file():
+        last = "\n".join(line for line in done.stdout.splitlines()[-8:] if line.strip())
+        raise UserError(f"{converter} failed (exit code {done.returncode}). Its last lines:\n{last}")
+
+
+def _write(merged: Path, made: Path, kind: str, name: str, say: Callable[[str], None]) -> None:
+    _need_gguf()
+    import gguf
+
+    config = gguf_weights.read_config(merged)
+    found = gguf_weights.tensors(merged)
+    planned = gguf_weights.plan(config, found)
+    rows = gguf_weights.vocabulary_rows(found)
+    vocabulary = gguf_vocabulary.read(load_tokenizer(str(merged)), rows, say)
+    if getattr(config, "sliding_window", None) and config.model_type == "mistral":
+        say(f"note: the format has no sliding window for this model; beyond {config.sliding_window} tokens it would differ")
+    writer = gguf.GGUFWriter(made, gguf_weights.ARCHITECTURES[config.model_type])
+    try:
+        gguf_weights.write_config(config, name, rows, writer)
+        writer.add_file_type(gguf.LlamaFileType[KINDS[kind]])
+        vocabulary.write(writer)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for target, tensor in planned.items():
+            stored = _stored_type(kind, tensor.shape)
+            size, item = gguf.GGML_QUANT_SIZES[stored]
+            writer.add_tensor_info(target, tensor.shape, np.dtype(np.float32), tensor.count // size * item, raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for target, tensor in planned.items():
+            values = tensor.read()
+            stored = _stored_type(kind, tensor.shape)
+            if stored == gguf.GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
+                raise UserError(f"{target} holds numbers too large for f16; take bf16 or q8_0")
+            writer.write_tensor_data(gguf.quantize(values, stored))
+    finally:
+        writer.close()
+
+
+def _need_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError('GGUF files are written with the gguf package: pip install "lite-dil[gguf]"')
+
+
+def _check_tokens(made: Path, merged: Path) -> None:
+    if importlib.util.find_spec("llama_cpp") is None:
+        return
+    if different := different_tokens(made, load_tokenizer(str(merged)), PROBES):
+        raise UserError(f"llama.cpp would read {different[0]!r} as other tokens than the model's own tokenizer does")
+
+
+def _stored_type(kind: str, shape: tuple[int, ...]) -> Any:
+    """Return the type of a tensor in a file of a kind: vectors are few and matter, and a q8_0 block is 32 numbers of a row."""
+    from gguf import GGMLQuantizationType
+
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32
+    return GGMLQuantizationType["F16" if kind == "q8_0" and shape[-1] % 32 else kind.upper()]
+
+
+def token_logps(path: Path, sequences: Sequences, say: Callable[[str], None]) -> list[np.ndarray]:
+    """Return the log-probs (nats) of each sequence's response tokens, (tokens,) float32, by the file itself.
+
+    llama.cpp computes them where llama-cpp-python is installed, as Ollama will; else transformers, from the file's weights in
+    float32 (4 bytes of memory a parameter).
+
+    Args:
+        sequences: (prompt ids, response ids) of each answer; no list is empty.
+
+    Raises:
+        UserError: neither is installed, or the file cannot be loaded.
+    """
+    if _reader() == "llama.cpp":
+        say(f"reading {path.name} with llama.cpp")
+        return _by_llama_cpp(path, sequences)
+    say(f"reading {path.name} with transformers (llama-cpp-python is not installed)")
+    return _by_transformers(path, sequences)
+
+
+def _reader() -> str:
+    """Return what reads GGUF files here. Raises UserError where nothing does."""
+    if importlib.util.find_spec("llama_cpp") is not None:
+        return "llama.cpp"
+    if any(importlib.util.find_spec(module) is None for module in ("torch", "gguf", "accelerate")):
+        raise UserError("a GGUF file is checked with llama-cpp-python, or with torch: pip install llama-cpp-python")
+    return "transformers"
+
+
+def open_file(path: Path, **options: Any) -> Any:
+    """Open a GGUF file in llama.cpp, in silence. `options` are llama_cpp.Llama's."""
+    from llama_cpp import Llama, llama_log_set
+
+    llama_log_set(_silence(), None)  # type: ignore[arg-type]
+    try:
+        return Llama(str(path), verbose=False, **options)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: llama.cpp cannot load it ({first_line(error)})") from None
+
+
+@cache
+def _silence() -> Any:
+    """Return a receiver of llama.cpp's log that drops it; made once and kept, as the library calls it to the end."""
+    from llama_cpp import llama_log_callback
+
+    return llama_log_callback(lambda level, text, data: None)
+
+
+def different_tokens(path: Path, tokenizer: Any, texts: Iterable[str]) -> list[str]:
+    """Return those of `texts` that llama.cpp, with the file's own tokenizer, makes other tokens of than `tokenizer` does.
+
+    Nothing is added to the texts, and control tokens written in them are control tokens. Needs llama-cpp-python.
+    """
+    file = open_file(path, vocab_only=True)
+    try:
+        return [
+            text
+            for text in texts
+            if file.tokenize(text.encode(), add_bos=False, special=True) != tokenizer(text, add_special_tokens=False).input_ids
+        ]
+    finally:
+        file.close()
+
+
+def _by_llama_cpp(path: Path, sequences: Sequences) -> list[np.ndarray]:
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    file = open_file(path, n_ctx=longest, logits_all=True)
+    try:
+        logps = []
+        for prompt, response in sequences:
+            file.reset()
+            file.eval([*prompt, *response])
+            logps.append(_log_softmax_at(file.scores[len(prompt) - 1 : len(prompt) + len(response) - 1], response))
+        return logps
+    finally:
+        file.close()
+
+
+def _log_softmax_at(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+    """Return the log-probs of `ids` (tokens,) by `logits` (tokens, vocabulary)."""
+    logits = logits.astype(np.float64)
+    top = logits.max(-1)
+    total = top + np.log(np.exp(logits - top[:, None]).sum(-1))
+    return (logits[np.arange(len(ids)), list(ids)] - total).astype(np.float32)
+
+
+def _by_transformers(path: Path, sequences: Sequences) -> list[np.ndarray]:
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+    file = GGUFReader(path)
+    fields = {key.partition(".")[2]: field.contents() for key, field in file.fields.items()}
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        # What transformers overlooks: the size of Qwen 3's heads, and how the rope is scaled.
+        config.head_dim = fields.get("attention.key_length", gguf_weights.head_size(config))
+        if (factor := fields.get("rope.scaling.factor")) is not None:
+            config.rope_parameters |= {"rope_type": fields["rope.scaling.type"], "factor": factor}
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            config=config,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        ).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: transformers cannot load it ({first_line(error)})") from None
+    factors = next((tensor.data for tensor in file.tensors if tensor.name == "rope_freqs.weight"), None)
+    if factors is not None:
+        model.model.rotary_emb.inv_freq /= torch.tensor(np.array(factors))
+    logps = []
+    for prompt, response in sequences:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+        logps.append(_log_softmax_at(logits.numpy(), response))
+    return logps

@@ -1,0 +1,226 @@
+"""A LoRA adapter merged into a checkpoint: a new Hugging Face folder, written tensor by tensor from the old one's files.
+
+The files are walked as they lie on the disk, so that everything the adapter does not touch, names, biases and tied embeddings,
+stays as it is, and memory holds one tensor. Weights that training had in 4 or 8 bits come from the backend, dequantised.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lite_dil.base.errors import UserError
+from lite_dil.models import tensors
+from lite_dil.models.adapters import Adapter
+from lite_dil.models.find import rope_config
+from lite_dil.models.tensors import CODES, FLOATS, Planned, Stored, encode
+
+SHARD_BYTES = 5 * 10**9
+# What belongs to a model beside its weights and config.json.
+_BESIDE = (
+    *("generation_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "LICENSE*", "LICENCE*", "NOTICE*"),
+)
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A weight that training had in fewer bits: its shape, (out, in), and what makes it in float32."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+Dense = Mapping[str, DenseWeight]  # by the layer's name
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder: its config.json and where each of its tensors is."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Stored]
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> Checkpoint:
+        """Read the headers of a folder's files; `name` is what the user calls the model.
+
+        Raises:
+            UserError: it has no safetensors files, or not all of them.
+        """
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        index = folder / "model.safetensors.index.json"
+        if (folder / "model.safetensors").is_file():  # in the order of loaders, so that no second copy is taken
+            files = ["model.safetensors"]
+        elif index.is_file():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        else:
+            files = sorted(path.name for path in folder.glob("model*.safetensors"))
+        if not files:
+            raise UserError(
+                f"--model {name}: no model*.safetensors in {folder}; weights in other files (.bin) cannot be merged. Load it "
+                "by transformers, save it with save_pretrained, which writes safetensors, and give that folder as --model"
+            )
+        found: dict[str, Stored] = {}
+        for file in files:
+            found |= tensors.read(folder / file)
+        return cls(folder, config, found)
+
+    @property
+    def packed(self) -> bool:
+        """Whether its weights are quantised in its files."""
+        return bool(self.config.get("quantization_config") or self.config.get("quantization"))
+
+    @property
+    def code(self) -> str:
+        """The type of its floating weights: as its config says, else that of most of them."""
+        text = self.config.get("text_config") or {}
+        for name in (source.get(key) for source in (self.config, text) for key in ("dtype", "torch_dtype")):
+            if name in CODES:
+                return CODES[name]
+        return Counter(stored.code for stored in self.tensors.values() if stored.floating).most_common(1)[0][0]
+
+    @property
+    def dtype(self) -> str:
+        """The name of that type."""
+        return FLOATS[self.code]
+
+    @property
+    def tied(self) -> bool:
+        """Whether its output head is its embedding table."""
+        tied = (self.config.get("text_config") or self.config).get("tie_word_embeddings")
+        # Without the key it is the default of the model's class, which files without a head tell.
+        return not any(_core(key) == "lm_head.weight" for key in self.tensors) if tied is None else bool(tied)
+
+
+def plan(checkpoint: Checkpoint, adapter: Adapter, dense: Dense, dtype: str | None, name: str) -> list[Planned]:
+    """Return the tensors of the merged model, in the order of the checkpoint's.
+
+    Args:
+        adapter: with the scale it is merged by.
+        dense: weights to be taken instead of the checkpoint's.
+        dtype: "float32", "float16" or "bfloat16" for all floating tensors; None leaves each its own.
+        name: what the user calls the model.
+
+    Raises:
+        UserError: a layer of the adapter, or of `dense`, is not in the files, or has another shape there.
+    """
+    code = CODES[dtype] if dtype else None
+    planned, left = [], set(adapter.weights) | set(dense)
+    ours = {_core(layer): layer for layer in left}
+    if len(ours) != len(left):
+        raise UserError(f"--model {name}: its layers' names do not tell them apart; cannot be merged")
+    for key, stored in checkpoint.tensors.items():
+        layer, _, leaf = key.rpartition(".")
+        own = ours.get(_core(layer))
+        if checkpoint.packed and not (leaf == "weight" and own) and _packing(key, dense, ours):
+            continue
+        if checkpoint.tied and _core(layer) == "lm_head":
+            continue  # loaders take the embedding table
+        if own is None or leaf != "weight":
+            if checkpoint.packed and not stored.floating:
+                raise UserError(f"--model {name}: {key} is quantised in a way that lite-dil does not know; cannot be merged")
+            planned.append(_unchanged(key, stored, code))
+            continue
+        left.discard(own)
+        weight = dense.get(own) or DenseWeight(stored.shape, stored.float32)
+        planned.append(
+            _merged(key, stored, adapter, weight, own, code or (stored.code if stored.floating else checkpoint.code))
+        )
+    if left:
+        raise UserError(
+            f"--model {name}: its files have no weight of {min(left)}, so the adapter cannot be merged into them; "
+            "--format adapter can be had"
+        )
+    return planned
+
+
+def _core(layer: str) -> str:
+    """Return a layer's name without what libraries wrap a language model in, each in its own way."""
+    return ".".join(part for part in layer.split(".") if part not in ("model", "language_model"))
+
+
+def _packing(key: str, dense: Dense, ours: dict[str, str]) -> bool:
+    """Whether a tensor of a quantised checkpoint is no weight but how one is packed."""
+    layer, _, leaf = key.rpartition(".")
+    if leaf in ("scales", "biases") and ours.get(_core(layer)) in dense:  # MLX
+        return True
+    owner, weight, _ = key.partition(".weight.")  # bitsandbytes
+    return bool(weight) and ours.get(_core(owner)) in dense
+
+
+def _unchanged(key: str, stored: Stored, code: str | None) -> Planned:
+    code = code if code and stored.floating else stored.code
+    return Planned(key, code, stored.shape, functools.partial(stored.pieces, code))
+
+
+def _merged(key: str, stored: Stored, adapter: Adapter, weight: DenseWeight, layer: str, code: str) -> Planned:
+    pair = adapter.weights.get(layer)
+    if pair and (pair[1].shape[0], pair[0].shape[1]) != weight.shape:
+        rows, columns = pair[1].shape[0], pair[0].shape[1]
+        raise UserError(f"{stored.path.name}: {key} is {weight.shape}, its adapter for {rows, columns}; cannot be merged")
+
+    def pieces() -> Iterator[np.ndarray]:
+        values = weight.make()
+        if pair:
+            values += np.float32(adapter.scale) * (pair[1] @ pair[0])
+        return encode(values, code)
+
+    return Planned(key, code, weight.shape, pieces)
+
+
+def write(folder: Path, planned: list[Planned], checkpoint: Checkpoint, dtype: str | None) -> None:
+    """Write the planned tensors, and all else that makes a model's folder, into `folder`."""
+    for pattern in _BESIDE:
+        for path in checkpoint.folder.glob(pattern):
+            if path.is_file():
+                to = folder / path.relative_to(checkpoint.folder)
+                to.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, to)
+    text = json.dumps(_config(checkpoint, dtype), indent=2, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    shards = _shards(planned)
+    if len(shards) == 1:
+        tensors.write(folder / "model.safetensors", shards[0], "pt")
+        return
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors.write(folder / file, shard, "pt")
+        where |= {tensor.name: file for tensor in shard}
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in planned)}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(planned: list[Planned]) -> list[list[Planned]]:
+    """Divide tensors into files of at most SHARD_BYTES, or of one tensor."""
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for tensor in planned:
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def _config(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Any]:
+    """Return the merged model's config.json: not quantised, and with its rope as every reader knows it."""
+    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "quantization", "_name_or_path")}
+    if dtype or checkpoint.packed:
+        parts = [config, config["text_config"]] if "text_config" in config else [config]
+        for part in parts:
+            part |= {key: dtype or checkpoint.dtype for key in ("dtype", "torch_dtype") if key in part}
+    # mlx-lm, transformers 4 and those who learned from it read rope_theta, and take 10000 where there is none.
+    return config | {key: value for key, value in rope_config(checkpoint.config).items() if value is not None}

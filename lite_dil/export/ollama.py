@@ -1,0 +1,211 @@
+"""A Modelfile for Ollama: the chat template in Go's text/template, the stop tokens and the model's own sampling.
+
+Ollama runs no Jinja. What the model's template puts around messages is found by rendering conversations of marker messages,
+laid out again as a Go template, and kept only if other conversations come out as the same text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.errors import UserError, first_line
+from lite_dil.data.encoder import FIXED_DATE
+from lite_dil.export.gguf_vocabulary import around
+
+Conversation = Sequence[Mapping[str, str]]
+# generation_config.json -> Ollama's parameters.
+_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
+_REFUSED = "the chat template cannot be written for Ollama: {}. Export with --format gguf, and write the Modelfile by hand"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a chat template puts before and after the messages of a conversation.
+
+    `first_user` stands before a user's message that opens the conversation (with BOS, unless the runtime adds it, and a
+    system prompt of the template's own), `after_system` before one that follows the system message. `system` is what stands
+    around that message, None where the template has none; `in_last` what stands after it where a template (Mistral's) moves
+    it in front of the last user's text.
+    """
+
+    first_user: str
+    user: str
+    user_end: str
+    assistant: str
+    assistant_end: str
+    generation: str
+    system: tuple[str, str] | None = None
+    after_system: str = ""
+    in_last: str | None = None
+
+    def render(self, messages: Conversation) -> str:
+        """Return the text of a conversation that the assistant is to continue: what `go_template` makes of it in Go."""
+        text = ""
+        opening = messages[0]["content"] if messages[0]["role"] == "system" else None
+        for i, message in enumerate(messages):
+            last, content = i == len(messages) - 1, message["content"]
+            if message["role"] == "system":
+                text += self.system[0] + content + self.system[1] if self.system else ""
+            elif message["role"] == "user":
+                text += self.first_user if i == 0 else self.after_system if i == 1 and opening is not None else self.user
+                text += opening + self.in_last if last and opening is not None and self.in_last is not None else ""
+                text += content + self.user_end
+            else:
+                text += self.assistant + content + ("" if last else self.assistant_end)
+            text += self.generation if last and message["role"] != "assistant" else ""
+        return text
+
+    def go_template(self) -> str:
+        """Return it as a Go template. Every piece is a quoted string in an action, so nothing in it is taken for more."""
+        opened = '(eq (index $.Messages 0).Role "system")'
+        before = f"{{{{ if eq $i 0 }}}}{_quoted(self.first_user)}"
+        if self.system or self.in_last is not None:
+            before += f"{{{{ else if and (eq $i 1) {opened} }}}}{_quoted(self.after_system)}"
+        before += f"{{{{ else }}}}{_quoted(self.user)}{{{{ end }}}}"
+        if self.in_last is not None:
+            moved = "{{ (index $.Messages 0).Content }}" + _quoted(self.in_last)
+            before += f"{{{{ if and $last {opened} }}}}{moved}{{{{ end }}}}"
+        lines = [
+            "range $i, $_ := .Messages }}",
+            "$last := eq (len (slice $.Messages $i)) 1 }}",
+            'if eq .Role "user" }}' + before + "{{ .Content }}" + _quoted(self.user_end),
+            'else if eq .Role "assistant" }}' + _quoted(self.assistant) + "{{ .Content }}",
+            f"if not $last }}}}{_quoted(self.assistant_end)}{{{{ end }}}}",
+            "end }}",
+            f'if and $last (ne .Role "assistant") }}}}{_quoted(self.generation)}{{{{ end }}}}',
+            "end }}",
+        ]
+        if self.system:
+            before, after = map(_quoted, self.system)
+            lines.insert(5, 'else if eq .Role "system" }}' + before + "{{ .Content }}" + after)
+        return "\n".join("{{- " + line for line in lines)
+
+
+def _quoted(text: str) -> str:
+    """Return an action that prints `text`. It never holds three quotes in a row, which would end a Modelfile's string."""
+    return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
+
+
+def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, defaults: Mapping[str, Any] | None) -> None:
+    """Write `folder`/Modelfile for the GGUF file `gguf_name` beside it.
+
+    Args:
+        tokenizer: the model's fast tokenizer, with its chat template.
+        defaults: the object of the model's generation_config.json, where it has one; nothing else sets sampling.
+
+    Raises:
+        UserError: the template cannot be expressed; nothing is written then.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("the model has no chat template, so Ollama could not chat with it; export with --format gguf")
+    if "\n" in gguf_name or "\r" in gguf_name or '"' in gguf_name:
+        raise UserError(f"a Modelfile cannot name the file {gguf_name!r}: it has a quote or a line break in its name")
+    layout = probe(tokenizer)
+    name = model_name(gguf_name)
+    lines = [
+        f"# ollama create {name} -f Modelfile",
+        f"# ollama run {name}",
+        "# (A smaller one of an f16 file: ollama create --quantize q4_K_M ...)",
+    ]
+    if not layout.system and layout.in_last is None:
+        lines.append("# The model's chat template has no system message: one that is given is left out.")
+    ends = dict.fromkeys(end for end in (tokenizer.eos_token, layout.assistant_end.strip()) if end)
+    lines += [f"FROM ./{gguf_name}", "", f'TEMPLATE """{layout.go_template()}"""', ""]
+    lines += [f'PARAMETER stop "{end}"' for end in ends if '"' not in end and end.isprintable()]
+    lines += [f"PARAMETER {key} {value}" for key, value in _sampling(defaults or {}).items()]
+    (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def model_name(gguf_name: str) -> str:
+    """Return a name that Ollama takes for the model of a GGUF file."""
+    return re.sub(r"[^a-z0-9._-]+", "-", gguf_name.lower().removesuffix(".gguf")).strip("-._") or "model"
+
+
+def _sampling(defaults: Mapping[str, Any]) -> dict[str, float]:
+    """Return the model's own sampling in Ollama's words; without do_sample its temperature means nothing."""
+    names = _SAMPLING if defaults.get("do_sample") else {}
+    found = {ours: defaults.get(theirs) for theirs, ours in (names | {"repetition_penalty": "repeat_penalty"}).items()}
+    return {name: value for name, value in found.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+
+
+def probe(tokenizer: Any) -> Layout:
+    """Return the layout of a tokenizer's chat template.
+
+    Raises:
+        UserError: what it does is more than to put fixed text around messages.
+    """
+    render = _renderer(tokenizer)
+    user, answer, more, rules = ("Xquestionx", "Xanswerx", "Xmorex", "Xrulesx")
+    asked = [{"role": "user", "content": user}]
+    answered = [*asked, {"role": "assistant", "content": answer}]
+    first, end = _cut(render(asked, True), user)
+    _, to_answer, to_more, more_end = _cut(render([*answered, {"role": "user", "content": more}], True), user, answer, more)
+    user_end = _common([_cut(render(asked, False), user)[1], to_answer, end])
+    answer_end = _common([_cut(render(answered, False), user, answer)[2], to_more])
+    layout = Layout(
+        first, to_more[len(answer_end) :], user_end, to_answer[len(user_end) :], answer_end, more_end[len(user_end) :]
+    )
+    tries = [layout]
+    system = {"role": "system", "content": rules}
+    try:
+        ruled = render([system, *asked], True)
+    except UserError:  # a template that refuses system messages
+        ruled = ""
+    if rules in ruled:
+        before, between, _ = _cut(ruled, rules, user)
+        cut = between.removesuffix(layout.user)
+        around_it = replace(layout, system=(before, cut), after_system=between[len(cut) :])
+        tries = [around_it, replace(layout, after_system=before, in_last=between)]
+    for candidate in tries:
+        if all(candidate.render(talk) == render(talk, True) for talk in _conversations(bool(rules in ruled))):
+            return candidate
+    raise UserError(_REFUSED.format("it does more than to put fixed text around each message"))
+
+
+def _conversations(system: bool) -> list[Conversation]:
+    """Return conversations of one to three turns, without and with a system message, to compare layouts by."""
+    texts = ["Hello, who are you?", "A model.\nOne that answers.", "Why <b>2 + 2</b>?", "It is 4: {{ 2 + 2 }}.", "¿Qué? 你好"]
+    talk = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+    plain = [talk[:turns] for turns in (1, 3, 5)]
+    return [*plain, *([{"role": "system", "content": "Be brief.\nBe kind."}, *each] for each in plain if system)]
+
+
+def _renderer(tokenizer: Any) -> Callable[[Conversation, bool], str]:
+    """Return what lays out a conversation as the chat template does, without the BOS token that the runtime adds itself."""
+    from jinja2 import TemplateError
+
+    template = FIXED_DATE + tokenizer.get_chat_template()
+    bos = tokenizer.bos_token if around(tokenizer)[0] else ""
+
+    def render(messages: Conversation, generation: bool) -> str:
+        try:
+            text = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation, chat_template=template
+            )
+        except (TemplateError, TypeError) as error:
+            raise UserError(_REFUSED.format(f"it refuses a conversation ({first_line(error)})")) from None
+        return text.removeprefix(bos)
+
+    return render
+
+
+def _common(texts: list[str]) -> str:
+    """Return what all texts begin with."""
+    shortest = min(texts, key=len)
+    return shortest[: next((i for i, char in enumerate(shortest) if any(text[i] != char for text in texts)), len(shortest))]
+
+
+def _cut(text: str, *marks: str) -> list[str]:
+    """Return what stands before, between and after the marks, each of which must be there once and in this order."""
+    parts = []
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found or mark in text:
+            raise UserError(_REFUSED.format("it leaves out a message or repeats it"))
+        parts.append(before)
+    return [*parts, text]

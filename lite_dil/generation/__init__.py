@@ -1,0 +1,1 @@
+"""A loaded model with its adapter, and the answers it gives."""

@@ -1,0 +1,95 @@
+"""Answers from the model for many prompts: in batches of similar length that memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Protocol, TypeVar
+
+from lite_dil.backends import OWN, Answer, Backend, Sampling, never
+from lite_dil.training.passes import Fitting
+
+
+class Wanted(Protocol):
+    """One answer that is wanted: to the tokens of `prompt`, of at most `room` tokens, drawn with `seed`."""
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """Token ids."""
+
+    @property
+    def room(self) -> int:
+        """At least 1; the end token is counted."""
+
+    @property
+    def seed(self) -> int:
+        """A number below 2^64."""
+
+
+T = TypeVar("T")
+W = TypeVar("W", bound=Wanted)
+
+
+def batched(wanted: Sequence[W], tokens: int, rows: int | None = None) -> list[list[W]]:
+    """Group what is wanted by prompts of similar length, the longest first, by the tokens that a batch may come to.
+
+    Args:
+        tokens: of a batch at most, but for one answer alone.
+        rows: answers in a batch at most.
+    """
+    batches: list[list[W]] = []
+    for each in sorted(wanted, key=lambda each: len(each.prompt), reverse=True):
+        batch = batches[-1] if batches else []
+        # Padded to the longest prompt, which is the first, and going on until the longest room is used up.
+        if batch and (rows is None or len(batch) < rows) and _tokens([*batch, each]) <= tokens:
+            batch.append(each)
+        else:
+            batches.append([each])
+    return batches
+
+
+class Drawer:
+    """Draws batches of answers, in halves where memory does not hold a whole one.
+
+    Args:
+        ends: the tokens that end an answer.
+        say: tells the user.
+        sampling: how the next token is drawn.
+        stop: asked between tokens; where it returns true the answers end as they are.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        ends: Sequence[int],
+        say: Callable[[str], None],
+        sampling: Sampling = OWN,
+        stop: Callable[[], bool] = never,
+    ) -> None:
+        self.backend, self.ends, self.sampling, self.stop = backend, ends, sampling, stop
+        self._fitting: Fitting[Sequence[Wanted]] = Fitting("a batch of answers", _tokens, halves, say)
+
+    def draw(self, batch: Sequence[Wanted]) -> list[Answer]:
+        """Return an answer to each; one that reached its own room has no end token, though the batch may go on."""
+        found = list(chain.from_iterable(self._fitting.run(self._generate, batch)))
+        return [_within(answer, wanted.room) for answer, wanted in zip(found, batch, strict=True)]
+
+    def _generate(self, part: Sequence[Wanted]) -> list[Answer]:
+        prompts, seeds = [each.prompt for each in part], [each.seed for each in part]
+        room = max(each.room for each in part)
+        return self.backend.generate(prompts, room, self.ends, seeds, self.sampling, self.stop)
+
+
+def _within(answer: Answer, room: int) -> Answer:
+    """Cut an answer to its own room, the end token counted."""
+    return answer if len(answer.ids) < room else Answer(answer.ids[:room], None)
+
+
+def _tokens(batch: Sequence[Wanted]) -> int:
+    return len(batch) * (max(len(each.prompt) for each in batch) + max(each.room for each in batch))
+
+
+def halves(batch: Sequence[T]) -> list[Sequence[T]]:
+    """Return a batch in two parts, or nothing where it is one answer."""
+    middle = (len(batch) + 1) // 2
+    return [batch[:middle], batch[middle:]] if middle < len(batch) else []

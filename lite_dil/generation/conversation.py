@@ -1,0 +1,139 @@
+"""A conversation with a model: its turns, the prompt that they make, and the rows that they leave for training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lite_dil.base.disk import append, writing
+from lite_dil.base.errors import UserError
+from lite_dil.data.encoder import Encoder
+from lite_dil.data.messages import read_text
+from lite_dil.data.reader import Message, RowError
+from lite_dil.models.find import model_folder
+
+# How configs name the longest sequence that a model was made for.
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+@dataclass
+class Turn:
+    """What was said and answered, and the system message of that time.
+
+    `whole` is false where the answer was stopped; `saved` are the files that hold it.
+    """
+
+    user: str
+    answer: str
+    whole: bool
+    system: str
+    saved: set[Path] = field(default_factory=set)
+
+
+class Prompt(NamedTuple):
+    """Token ids, the tokens that an answer may have, and how many of the oldest turns were left out to make room."""
+
+    ids: tuple[int, ...]
+    room: int
+    left_out: int
+
+
+class Conversation:
+    """Turns under a system message; without a chat template each text is continued by itself.
+
+    Args:
+        limit: tokens that the model takes, or None where nobody knows.
+    """
+
+    def __init__(self, encoder: Encoder, limit: int | None, system: str = "") -> None:
+        self.encoder, self.limit, self.turns = encoder, limit, list[Turn]()
+        self.is_chat = bool(encoder.tokenizer.chat_template)
+        self.set_system(system)
+
+    def set_system(self, text: str) -> None:
+        """Set the system message from here on, or remove it. Raises UserError where the model cannot have one."""
+        if text and not self.is_chat:
+            raise UserError("a system message needs a chat template, which this model lacks")
+        if text:  # what the template refuses must not spoil every message after it
+            self._layout([{"role": "system", "content": text}, {"role": "user", "content": "x"}])
+        self.system, self.left_out = text, 0
+
+    def add(self, user: str, answer: str, whole: bool) -> None:
+        """Add a turn, its answer as the model gave it."""
+        self.turns.append(Turn(user, answer.rstrip() if self.is_chat else answer, whole, self.system))
+
+    def undo(self) -> Turn | None:
+        """Take the last turn back and return it, or None where there is none."""
+        self.left_out = 0
+        return self.turns.pop() if self.turns else None
+
+    def reset(self) -> None:
+        """Forget the turns."""
+        self.turns, self.left_out = [], 0
+
+    def prompt(self, text: str, max_new_tokens: int) -> Prompt:
+        """Return what the model is to continue after `text`, the oldest turns left out where they do not fit.
+
+        Raises UserError where the text cannot be said, or is by itself too long.
+        """
+        while True:
+            turns = self.turns[self.left_out :]
+            ids = self._layout([*_messages(self.system, turns), {"role": "user", "content": text}])
+            if self.limit is None:
+                return Prompt(ids, max_new_tokens, 0)
+            if len(ids) + min(max_new_tokens, self.limit // 4) <= self.limit:
+                return Prompt(ids, min(max_new_tokens, self.limit - len(ids)), self.left_out)
+            if not self.is_chat or self.left_out == len(self.turns):
+                self.left_out = 0
+                raise UserError(f"the message is too long: {len(ids)} tokens with all around it, the model takes {self.limit}")
+            self.left_out += 1
+
+    def save(self, path: Path) -> int:
+        """Append a row for each whole answer that the file does not hold yet; return how many.
+
+        A row is ``messages`` up to the answer, or ``prompt`` and ``completion`` without a chat template: demonstrations.
+        """
+        path = path.absolute()
+        new = [i for i, turn in enumerate(self.turns) if turn.whole and path not in turn.saved]
+        lines = "".join(json.dumps(self._row(i), ensure_ascii=False) + "\n" for i in new)
+        with writing(path), path.open("a+b", buffering=0) as file:
+            if file.tell():  # a last line that somebody left without its end
+                file.seek(-1, 2)
+                lines = lines if file.read(1) == b"\n" else "\n" + lines
+            append(file, lines.encode())
+        for i in new:
+            self.turns[i].saved.add(path)
+        return len(new)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        turn = self.turns[index]
+        if not self.is_chat:
+            return {"prompt": turn.user, "completion": turn.answer}
+        return {"messages": _messages(turn.system, self.turns[: index + 1])}
+
+    def _layout(self, messages: list[Message]) -> tuple[int, ...]:
+        """Tokenise what leads up to an answer."""
+        try:
+            read_text(messages[-1]["content"], "message")
+            if not self.is_chat:
+                return self.encoder.prompt_ids(messages[-1]["content"], chat=False)
+            return self.encoder.prompt_ids(self.encoder.chat_prompt(messages), chat=True)
+        except RowError as error:
+            raise UserError(str(error)) from None
+
+
+def _messages(system: str, turns: Sequence[Turn]) -> list[Message]:
+    messages = [{"role": "system", "content": system}] if system else []
+    for turn in turns:
+        messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
+    return messages
+
+
+def context_limit(model: str) -> int | None:
+    """Return the tokens that a loaded model was made for, by its config.json, or None where that does not say."""
+    config = json.loads((model_folder(model) / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config", config)
+    return next((int(text[name]) for name in _LIMITS if text.get(name)), None)

@@ -1,0 +1,212 @@
+"""Rejected answers drawn from the reference itself, once, into a file that can be read.
+
+DIL's derivation takes the rejected side for draws from pi_ref. Written answers of some other origin are not; these are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lite_dil.backends import Backend
+from lite_dil.base.hashing import digest
+from lite_dil.base.jsonl import JSONLines
+from lite_dil.base.signals import StopSignal
+from lite_dil.batching.schedule import Schedule, row_tokens
+from lite_dil.cli.progress import Display
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.encoder import Encoder, Example, continuation_text
+from lite_dil.data.reader import CHOSEN, REJECTED
+from lite_dil.generation.batch_generator import Drawer, batched
+from lite_dil.models.find import cache_dir
+from lite_dil.training.reference import reference_key
+
+# Generation keeps keys and values and no activations, so that it can take more tokens at once than a step of training.
+ROWS = 8
+_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One answer that is wanted: the draw number `sample` for the prompt of `example`.
+
+    `room` is how many tokens the answer may have. `key` names all that decides it.
+    """
+
+    example: Example
+    sample: int
+    room: int
+    seed: int
+    key: str
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The example's prompt."""
+        return self.example.prompt
+
+
+def add_samples(
+    examples: Sequence[Example],
+    count: int,
+    backend: Backend,
+    encoder: Encoder,
+    path: Path,
+    reference: str,
+    config: TrainConfig,
+    display: Display,
+) -> list[Example] | None:
+    """Add `count` answers drawn from the reference to each example, as rejected ones behind the answers that it has.
+
+    An answer is exactly what was drawn: temperature 1, nothing cut off, its own end token last, or cut at `sample_max_tokens`,
+    or at `max_length` as a chosen answer would be. It may happen to be one of the example's other answers.
+
+    Args:
+        examples: fitted into `config.max_length` tokens.
+        path: a JSON Lines file, one line a draw, to which those that are not in it yet are added. The token ids in it are
+            what is trained on; a line whose text is not that of its ids is ignored.
+        reference: what `reference_digest` returned; draws from another reference are not taken for this one's.
+
+    Returns:
+        The examples in the same order, or None where Ctrl-C ended it early; what was drawn up to then is in the file.
+    """
+    ends = end_ids(examples, encoder)
+    wanted = draws(examples, count, ends, reference, config)
+    file = SampleFile(path, wanted, ends, encoder.tokenizer)
+    # Whole batches, also where some of their lines are there: a run that goes on then computes what one in a go would have.
+    batches = [
+        batch for batch in batched(wanted, ROWS * row_tokens(config)) if any(draw.key not in file.known for draw in batch)
+    ]
+    keys = {draw.key for draw in wanted}
+    found = len(keys & file.known.keys())
+    display.say(f"rejected answers from the reference: {found} of {len(keys)} are in {path}, {len(keys) - found} to draw")
+    if file.ignored:
+        display.say(f"{path}: {file.ignored} lines ignored, which were edited or damaged")
+    drawer = Drawer(backend, ends, display.say)
+    with StopSignal("stopping after these answers; what was drawn is kept") as stop, display.bar(len(batches), 0) as bar:
+        for number, batch in enumerate(batches, 1):
+            if stop.asked:
+                return None
+            with backend.adapter_off():
+                answers = drawer.draw(batch)
+            for draw, (ids, end) in zip(batch, answers, strict=True):
+                file.add(draw, (*ids, *(() if end is None else (end,))))
+            bar.update(number, None)
+
+    drawn = [file.known[draw.key] for draw in wanted]
+    return [
+        replace(
+            example,
+            responses=(*example.responses, *drawn[i * count : (i + 1) * count]),
+            signs=(*example.signs, *[REJECTED] * count),
+        )
+        for i, example in enumerate(examples)
+    ]
+
+
+def reference_digest(config: TrainConfig, model: str, identity: str) -> str:
+    """Return what names the reference that is drawn from; arguments as in `lite_dil.training.reference.open_cache`."""
+    return digest(sorted(reference_key(config, model, identity).items()))
+
+
+def sample_path(config: TrainConfig, reference: str) -> Path:
+    """Return the file of the draws: as asked for, or one in the cache folder for this data and this reference."""
+    if config.sample_file:
+        return Path(config.sample_file)
+    return cache_dir() / "sampled" / f"{Path(config.data).stem}-{reference[:12]}.jsonl"
+
+
+def needed(config: TrainConfig, examples: Sequence[Example]) -> list[Example]:
+    """Return those that a run with `--max-steps` comes to, in the order of the data; drawing takes longer than training."""
+    schedule = Schedule(config, examples)
+    count = schedule.steps * schedule.examples_per_step
+    if config.max_steps is None or count >= len(examples):
+        return list(examples)
+    return [examples[i] for i in sorted(schedule.order(0)[:count].tolist())]  # a longer run needs these and more
+
+
+def end_ids(examples: Sequence[Example], encoder: Encoder) -> list[int]:
+    """Return the tokens that end an answer: EOS, and the end-of-turn tokens that the examples' own answers end in.
+
+    A chat template's end-of-turn token need not be the tokenizer's EOS, and a model may have learned both.
+    """
+    control = set(encoder.tokenizer.convert_tokens_to_ids(sorted(encoder.control)))
+    last = {response[-1] for example in examples for response in example.responses}
+    return sorted({encoder.tokenizer.eos_token_id} | (last & control))  # one that was cut ends in some other token
+
+
+def draws(examples: Sequence[Example], count: int, ends: Sequence[int], reference: str, config: TrainConfig) -> list[Draw]:
+    """Return what is to be drawn, `count` a example, in their order; a prompt that comes twice has draws of its own twice."""
+    longest = config.sample_max_tokens or config.max_length
+    wanted: list[Draw] = []
+    seen: Counter[tuple[int, ...]] = Counter()
+    for example in examples:
+        for sample in range(seen[example.prompt], seen[example.prompt] + count):
+            # The seed is the prompt's and the number's alone: not of its neighbours in a batch, nor of where a run stopped.
+            seed = int(digest(config.seed, example.prompt, sample)[:16], 16)
+            key = digest(_VERSION, reference, config.seed, config.max_length, longest, tuple(ends), example.prompt, sample)
+            wanted.append(Draw(example, sample, min(longest, config.max_length - len(example.prompt)), seed, key))
+        seen[example.prompt] += count
+    return wanted
+
+
+class SampleFile:
+    """The answers that were drawn, in one append-only file of JSON Lines: preference data of plain text, and the ids.
+
+    `read_rows` reads it too, but for an answer that ended at once, whose text is empty.
+    Lines that cannot be used are left where they are and counted in `ignored`.
+
+    Args:
+        wanted: the draws that are looked for.
+        ends: the end tokens, which the text leaves out.
+    """
+
+    def __init__(self, path: Path, wanted: Sequence[Draw], ends: Sequence[int], tokenizer: Any) -> None:
+        self.ends, self.tokenizer = set(ends), tokenizer
+        self.known: dict[str, tuple[int, ...]] = {}
+        self.ignored = 0
+        self.file = JSONLines(path, "the answers that are drawn")
+        by_key = {draw.key: draw for draw in wanted}
+        for line in self.file.lines:
+            try:
+                row = json.loads(line)
+                ids, draw = tuple(row["rejected_ids"]), by_key.get(row["key"])  # None is of a longer run, or other settings
+                # Ids that belong to another text were edited by someone who should hear that they are what counts, or damaged.
+                believed = draw is None or (
+                    row["rejected"] == self._text(draw.example.prompt, ids) and 0 < len(ids) <= draw.room
+                )
+            except (ValueError, KeyError, TypeError, OverflowError):  # not JSON, no key, or ids that are no ids
+                draw, believed = None, False
+            if not believed:
+                self.ignored += 1
+            elif draw:
+                self.known.setdefault(draw.key, ids)
+
+    def add(self, draw: Draw, ids: tuple[int, ...]) -> None:
+        """Remember an answer, unless it is known. It is on disk when this returns."""
+        if draw.key in self.known:
+            return
+        self.file.add(self._row(draw, ids))
+        self.known[draw.key] = ids
+
+    def _row(self, draw: Draw, ids: tuple[int, ...]) -> dict[str, Any]:
+        example = draw.example
+        chosen = next((r for r, sign in zip(example.responses, example.signs, strict=True) if sign == CHOSEN), None)
+        return {
+            "prompt": self._decode(example.prompt),
+            **({} if chosen is None else {"chosen": self._text(example.prompt, chosen)}),
+            "rejected": self._text(example.prompt, ids),
+            "rejected_ids": list(ids),
+            "sample": draw.sample,
+            "key": draw.key,
+        }
+
+    def _text(self, prompt: tuple[int, ...], ids: tuple[int, ...]) -> str:
+        """Return the text of an answer."""
+        return continuation_text(self.tokenizer, prompt, ids[:-1] if ids and ids[-1] in self.ends else ids)
+
+    def _decode(self, ids: tuple[int, ...]) -> str:
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))

@@ -1,0 +1,75 @@
+"""One answer while it is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import numpy as np
+
+from lite_dil.backends import Backend, Sampling
+from lite_dil.batching.batch import Batch
+from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.reader import CHOSEN
+from lite_dil.generation.conversation import Prompt
+from lite_dil.generation.text_stream import TextStream
+
+
+class Answering:
+    """The continuation of a prompt, a token a step.
+
+    `ids` and `text` are what there is of it; `done`: nothing more comes; `whole`: it came to its end token, the last of `ids`.
+
+    Args:
+        reference: whether the adapter is off.
+        strip: leave out white space in front of the text.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        encoder: Encoder,
+        prompt: Prompt,
+        seed: int,
+        sampling: Sampling,
+        reference: bool,
+        strip: bool,
+    ) -> None:
+        self.backend, self.reference, self.strip = backend, reference, strip
+        self.end_ids = encoder.end_ids()
+        self.tokens = backend.stream(prompt.ids, prompt.room, self.end_ids, seed, sampling)
+        self.decoded = TextStream(encoder.tokenizer, prompt.ids)
+        self.ids: list[int] = []
+        self.text, self.done, self.whole = "", False, False
+        self.seconds = 0.0  # of all tokens but the first, which waits for the prompt
+
+    def step(self) -> str:
+        """Make a token; return the text that came with it."""
+        start = time.perf_counter()
+        with self.backend.adapter_off() if self.reference else nullcontext():
+            token = next(self.tokens, None)
+        if token is None or token in self.end_ids:
+            self.done, self.whole = True, token is not None
+        if token is None:
+            return ""
+        self.seconds += time.perf_counter() - start if self.ids else 0.0
+        self.ids.append(token)
+        text = "" if self.whole else self.decoded.add(token)
+        text = text.lstrip() if self.strip and not self.text else text
+        self.text += text
+        return text
+
+    def figures(self) -> str:
+        """Return length and speed, for people."""
+        speed = f", {(len(self.ids) - 1) / self.seconds:.1f} tokens/s" if len(self.ids) > 1 else ""
+        return f"{len(self.ids)} token{'s' if len(self.ids) != 1 else ''}{speed}"
+
+
+def log_ratio(backend: Backend, prompt: Sequence[int], answer: Sequence[int]) -> float:
+    """Return the log-ratio of an answer, policy to reference, in nats a token."""
+    batch = Batch.of([Example(tuple(prompt), (tuple(answer),), (CHOSEN,))])
+    policy = backend.token_logps(batch)
+    with backend.adapter_off():
+        reference = backend.token_logps(batch)
+    return float(np.mean(policy - reference, dtype=np.float64))

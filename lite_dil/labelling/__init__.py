@@ -1,0 +1,1 @@
+"""Labels, the pairs on offer, and their file."""

@@ -1,0 +1,114 @@
+"""Two different answers to choose from, drawn ahead while the user reads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from lite_dil.backends import Sampling
+from lite_dil.base.hashing import digest
+from lite_dil.data.messages import read_text
+from lite_dil.data.prompts import Prompt
+from lite_dil.data.reader import CHOSEN, Row, RowError, same_text
+from lite_dil.generation.batch_generator import Drawer
+from lite_dil.generation.policy import Tuned
+from lite_dil.labelling.labels import Candidate
+
+TRIES = 8  # pairs of draws until two usable, different answers are there
+
+
+@dataclass(frozen=True)
+class _Draw:
+    prompt: tuple[int, ...]
+    room: int
+    seed: int
+
+
+class Offers:
+    """Draws the answers to be compared. Only its one thread uses the model, so that the user can read and press meanwhile.
+
+    An offer is decided by the seed, the prompt and the answers to avoid, and not by what was drawn before: the same one comes
+    again after a restart.
+
+    Args:
+        origins: whose the two answers are, by name; "base" is the model with the adapter off.
+        room: tokens of an answer at most.
+    """
+
+    def __init__(
+        self, tuned: Tuned, sampling: Sampling, seed: int, room: int, origins: tuple[str, str], say: Callable[[str], None]
+    ) -> None:
+        self.tuned, self.seed, self.room, self.origins = tuned, seed, room, origins
+        self._stopped = threading.Event()
+        self._drawer = Drawer(tuned.backend, tuned.encoder.end_ids(), say, sampling, self._stopped.is_set)
+        self._thread = ThreadPoolExecutor(1)
+        self._begun: dict[tuple[str, frozenset[str]], Future[list[Candidate]]] = {}
+        self._tokenizer = threading.Lock()  # a fast tokenizer is not to be used by two threads at once
+
+    def ahead(self, prompt: Prompt, avoid: frozenset[str] = frozenset()) -> None:
+        """Begin to draw for a prompt, unless that was begun."""
+        if (prompt.key, avoid) not in self._begun:
+            self._begun[prompt.key, avoid] = self._thread.submit(self._offer, prompt, avoid)
+
+    def take(self, prompt: Prompt, avoid: frozenset[str] = frozenset()) -> list[Candidate]:
+        """Return two answers that differ from each other and from `avoid`; none where the model has no such two.
+
+        Args:
+            avoid: texts as `same_text` has them.
+        """
+        if (prompt.key, avoid) not in self._begun:  # what is wanted now comes first
+            self._begun = {key: future for key, future in self._begun.items() if not future.cancel()}
+        self.ahead(prompt, avoid)
+        return self._begun.pop((prompt.key, avoid)).result()
+
+    def problem(self, prompt: Prompt, text: str) -> str:
+        """Return why an answer could not be trained on, or nothing."""
+        if not same_text(text):
+            return "the answer is empty"
+        try:
+            read_text(text, "answer")
+            with self._tokenizer:
+                self.tuned.encoder.encode(Row(prompt.prompt, (text,), (CHOSEN,), "", "demonstrations", prompt.tools))
+        except RowError as error:
+            return str(error)
+        return ""
+
+    def close(self) -> None:
+        """Stop what is being drawn."""
+        self._stopped.set()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _offer(self, prompt: Prompt, avoid: frozenset[str]) -> list[Candidate]:
+        found: list[Candidate | None] = [None, None]
+        for number in range(TRIES):
+            for side, candidate in self._draw(prompt, [i for i in (0, 1) if found[i] is None], number).items():
+                if same_text(candidate.text) not in avoid and not self.problem(prompt, candidate.text):
+                    found[side] = candidate
+            one, two = found
+            if one and two:
+                if same_text(one.text) != same_text(two.text):
+                    return [two, one] if int(digest(self.seed, prompt.key, "order", number)[:8], 16) % 2 else [one, two]
+                found = [None, None]  # both again: to keep one would favour it where the two are of different models
+            if self._stopped.is_set():
+                break
+        return []
+
+    def _draw(self, prompt: Prompt, sides: Sequence[int], number: int) -> dict[int, Candidate]:
+        """Draw an answer for each of `sides`, in one batch where they come from the same model."""
+        groups = [list(sides)] if self.origins[0] == self.origins[1] else [[side] for side in sides]
+        out: dict[int, Candidate] = {}
+        for group in groups:
+            seeds = [int(digest(self.seed, prompt.key, side, number)[:16], 16) for side in group]
+            wanted = [_Draw(prompt.ids, self.room, seed) for seed in seeds]
+            if self.origins[group[0]] == "base":
+                with self.tuned.backend.adapter_off():
+                    answers = self._drawer.draw(wanted)
+            else:
+                answers = self._drawer.draw(wanted)
+            for side, (ids, end) in zip(group, answers, strict=True):
+                with self._tokenizer:
+                    text = prompt.text(self.tuned.encoder, ids)
+                out[side] = Candidate(text, self.origins[side], end is None)
+        return out

@@ -1,0 +1,1 @@
+"""Finding a model, its shape, and adapters with their files."""

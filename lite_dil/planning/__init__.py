@@ -1,0 +1,1 @@
+"""What a step needs, what fits, and --auto."""

@@ -1,0 +1,185 @@
+"""--auto: of the settings that change no result, the fastest that fits into the memory that is free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import replace
+from typing import Any
+
+from lite_dil.base.errors import UserError
+from lite_dil.base.memory import memory_here
+from lite_dil.batching.schedule import computed_tokens, row_tokens
+from lite_dil.config.train_config import FIELDS, SPLIT, TrainConfig, flag
+from lite_dil.data.encoder import Example
+from lite_dil.models.shape import ModelShape, read_shape
+from lite_dil.planning.estimate import Load, layout_for
+from lite_dil.planning.fit import Model, find_remedy, gigabytes, most, planned_dtype, several
+
+OFFLOADS = ("offload_embeddings", "offload_activations")  # in order of the time that they cost
+CHOSEN = ("batch_size", "gradient_accumulation_steps", "row_tokens", "gradient_checkpointing", *OFFLOADS)
+ENOUGH = {"cpu": 512}  # tokens of a pass that keep the hardware busy; a GPU wants more
+ENOUGH_GPU, MOST_GPU = 2048, 8192  # beyond the second nothing is gained
+ROOM = 0.9  # of the memory, for passes that are larger than they need be
+
+
+def choose(
+    config: TrainConfig,
+    shape: ModelShape,
+    backend: str,
+    dtype: str,
+    memory: int,
+    load: Load,
+    given: Set[str] = frozenset(),
+) -> TrainConfig:
+    """Return `config` with the split of a step, checkpointing and offloads that are the fastest of those that fit.
+
+    A step keeps its batch_size * gradient_accumulation_steps examples, so that the result stays the same. In order of time:
+    nothing computed again, selective and full checkpointing, each with passes that keep the hardware busy; full with smaller
+    passes; offloads. Passes on a GPU then grow while there is room.
+
+    Args:
+        config: resolved.
+        memory: bytes that training may take.
+        load: the largest example, which no setting can split.
+        given: the fields that stay as they are.
+
+    Raises:
+        UserError: nothing fits, with what would help.
+    """
+    model = Model(shape, backend, dtype)
+    found = pick(config, model, memory, load, given)
+    if found is not None:
+        return found
+    config = frugal(config, model, load, given)
+    least = model.total(config, load)
+    text = f"--auto: at least {gigabytes(least)} GB are needed, and {gigabytes(memory)} GB are free"
+    kept = [flag(name) for name in ("gradient_checkpointing", "row_tokens", "batch_size", *OFFLOADS) if name in given]
+    if kept:
+        text += f" ({', '.join(kept)} as given)"
+    remedy = find_remedy(config, model, memory, lambda c: several(cut(load, c.max_length), 1))
+    raise UserError(f"{text}. {remedy.advice()}")
+
+
+def pick(config: TrainConfig, model: Model, memory: int, load: Load, given: Set[str]) -> TrainConfig | None:
+    """Return what `choose` does, or None where nothing fits."""
+    limit = _limit(config, given)
+    tokens = load.tokens(layout_for(config, model.shape, model.backend))
+    fixed = config.row_tokens if "row_tokens" in given else None
+    busy = _between(ENOUGH.get(model.backend, ENOUGH_GPU) // tokens, limit)
+    if fixed:
+        busy = limit = _between(-(-fixed // tokens), limit)
+
+    def total(base: TrainConfig, count: int) -> int:
+        return model.total(_split(base, count, tokens, given), several(load, count))
+
+    def filled(base: TrainConfig, low: int, high: int, memory: float) -> TrainConfig:
+        count = most(lambda number: total(base, number) <= memory, low, high)
+        return _split(base, count, tokens, given)
+
+    modes, offloads = _modes(config, given), _offloads(config, model, given)
+    ceiling = busy if model.backend == "cpu" else max(busy, _between(MOST_GPU // tokens, limit))
+    for mode in modes:
+        base = replace(config, **offloads[0], gradient_checkpointing=mode)
+        if total(base, busy) <= memory:
+            return filled(base, busy + 1, ceiling, ROOM * memory)
+    for offload in offloads:
+        base = replace(config, **offload, gradient_checkpointing=modes[-1])
+        if total(base, lowest := busy if fixed else 1) <= memory:
+            return filled(base, lowest, busy, memory)
+    return None
+
+
+def frugal(config: TrainConfig, model: Model, load: Load, given: Set[str] = frozenset()) -> TrainConfig:
+    """Return the setting of `choose` that takes the least memory, one example a pass."""
+    tokens = load.tokens(layout_for(config, model.shape, model.backend))
+    last = _offloads(config, model, given)[-1]
+    return _split(replace(config, **last, gradient_checkpointing=_modes(config, given)[-1]), 1, tokens, given)
+
+
+def fitted(config: TrainConfig, examples: Sequence[Example], given: Set[str] | None) -> tuple[TrainConfig, str]:
+    """Return what --auto chooses for these examples on this machine, and a line that says so.
+
+    Args:
+        given: the options that stay as they are; None for those that are not at their default.
+    """
+    if given is None:
+        given = {name for name in CHOSEN if getattr(config, name) != FIELDS[name].default}
+    shape, memory = read_shape(config.model), memory_here(config.backend)
+    model = Model(shape, config.backend, planned_dtype(config, config.backend))
+    load = largest_example(examples, config, layout_for(config, shape, config.backend))
+    chosen = choose(config, shape, model.backend, model.dtype, memory.usable, load, given)
+    return chosen, f"--auto: {words(chosen)} ({memory.text})"
+
+
+def words(config: TrainConfig) -> str:
+    """Return what was chosen, for people."""
+    mode = (
+        "nothing computed again"
+        if config.gradient_checkpointing == "off"
+        else f"{config.gradient_checkpointing} checkpointing"
+    )
+    offloads = "".join(f", {flag(name)}" for name in OFFLOADS if getattr(config, name))
+    examples = config.batch_size * config.gradient_accumulation_steps
+    return f"{mode}{offloads}, passes of up to {row_tokens(config)} tokens, {examples} examples a step as asked"
+
+
+def largest_example(examples: Sequence[Example], config: TrainConfig, layout: str) -> Load:
+    """Return an example as long as the longest, with answers as long as any: what no pass can be smaller than.
+
+    Answers of --sample-rejected that are yet to be drawn count at their longest.
+    """
+    answers = max((tuple(map(len, e.responses)) for e in examples), key=sum)
+    tokens = max(computed_tokens([e], layout) for e in examples)
+    if layout == "plain":
+        prompt = max(len(e.prompt) + max(map(len, e.responses)) for e in examples) - max(answers)
+    else:
+        prompt = tokens - sum(answers)
+    prompt = max(1, prompt)
+    if config.sample_rejected:
+        drawn = min(config.sample_max_tokens or config.max_length, max(1, config.max_length - prompt))
+        answers = (*answers, *(drawn,) * config.sample_rejected)
+    return Load((prompt,), (answers,))
+
+
+def cut(load: Load, length: int) -> Load:
+    """Return an example's load under another --max-length, as `lite_dil.data.encoder.truncate` cuts."""
+    prompt, answers = load.prompts[0], load.responses[0]
+    prompt = min(prompt, max(1, length - max(answers)))
+    return Load((prompt,), (tuple(min(n, length - prompt) for n in answers),))
+
+
+def _between(count: int, limit: int) -> int:
+    return max(1, min(count, limit))
+
+
+def _limit(config: TrainConfig, given: Set[str]) -> int:
+    """Return how many examples a pass may hold: all of a step's, unless the user split it."""
+    free = given.isdisjoint(SPLIT)
+    return config.batch_size * (config.gradient_accumulation_steps if free else 1)
+
+
+def _split(config: TrainConfig, count: int, tokens: int, given: Set[str]) -> TrainConfig:
+    """Return the config of passes of at most `count` examples of `tokens` tokens; shorter ones may be more."""
+    changes: dict[str, Any] = {}
+    if given.isdisjoint(SPLIT):
+        whole = config.batch_size * config.gradient_accumulation_steps
+        changes |= {"batch_size": whole, "gradient_accumulation_steps": 1}
+    if "row_tokens" not in given:
+        changes["row_tokens"] = count * tokens
+    return replace(config, **changes)
+
+
+def _modes(config: TrainConfig, given: Set[str]) -> list[str]:
+    if "offload_activations" in given and config.offload_activations:
+        return ["full"]  # it stores what that keeps
+    return [config.gradient_checkpointing] if "gradient_checkpointing" in given else ["off", "selective", "full"]
+
+
+def _offloads(config: TrainConfig, model: Model, given: Set[str]) -> list[dict[str, Any]]:
+    """Return the sets of offloads to try, from none to all."""
+    sets: list[dict[str, Any]] = [{name: False for name in OFFLOADS if name not in given}]
+    for name in OFFLOADS:
+        needs_full = name == "offload_activations" and _modes(config, given)[-1] != "full"
+        if name in model.can_offload(config) and name not in given and not needs_full:
+            sets.append(sets[-1] | {name: True})
+    return sets

@@ -1,0 +1,192 @@
+"""How much memory a training step takes, from the config and the model's shape alone; nothing is loaded for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lite_dil.backends import check_options
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.schedule import Schedule, layout_tokens, row_tokens
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.encoder import Example
+from lite_dil.models.adapters import read, select_targets
+from lite_dil.models.shape import ModelShape
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Load:
+    """The lengths of what one forward and backward pass computes.
+
+    Attributes:
+        prompts: tokens of each prompt.
+        responses: for each prompt the tokens of each of its responses.
+    """
+
+    prompts: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Load:
+        """Return the load of one batch."""
+        return cls(tuple(map(len, batch.prompts)), tuple(map(tuple, batch.answer_lengths)))
+
+    @classmethod
+    def worst(cls, config: TrainConfig, answers: int = 2) -> Load:
+        """Return the largest pass that --max-length, --row-tokens and --batch-size allow, of examples with `answers` each.
+
+        Prompts are one token long: answers cost more, and in a packed row each has its own tokens.
+        """
+        tokens = row_tokens(config)
+        count = min(config.batch_size, max(1, -(-tokens // (answers * config.max_length))))
+        # A single example is never split, however long it is.
+        length = config.max_length if count == 1 else min(config.max_length, tokens // (answers * count))
+        length = max(2, length)
+        return cls((1,) * count, ((length - 1,) * answers,) * count)
+
+    @classmethod
+    def heaviest(cls, config: TrainConfig, examples: Sequence[Example], layout: str) -> Load:
+        """Return the pass with the most tokens of the whole run over `examples`, whose order the seed decides."""
+        schedule = Schedule(config, examples, layout)
+        loads = (cls.of(batch) for step in range(1, schedule.steps + 1) for batch in schedule.batches(step))
+        return max(loads, key=lambda load: (load.tokens(layout), load.answer_tokens))
+
+    def tokens(self, layout: str, multiple: int = 1) -> int:
+        """Return how many tokens a layer computes, padding included; a packed row is padded to a multiple."""
+        tokens = layout_tokens(self.prompts, self.responses, layout)
+        return -(-tokens // multiple) * multiple if layout == "packed" else tokens
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its answers."""
+        return max(prompt + max(answers) for prompt, answers in zip(self.prompts, self.responses, strict=True))
+
+    @cached_property
+    def answer_tokens(self) -> int:
+        """Tokens whose log-probs are computed."""
+        return sum(map(sum, self.responses))
+
+    @cached_property
+    def read_positions(self) -> int:
+        """Tokens of a packed row whose last hidden states are read: all that predict an answer's token."""
+        return sum(1 + sum(answers) - len(answers) for answers in self.responses)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the moment of a step when the most are live, by what they are for; `total` is their sum.
+
+    Attributes:
+        phase: that moment.
+        linears: the decoder's linear layers, packed or not.
+        embeddings: the table.
+        head: the output head; 0 where it is the table.
+        norms: norm weights, and what else is loaded and never used.
+        adapter: float32 weights of LoRA.
+        reference: a frozen second adapter; else the reference is the same model and needs nothing.
+        gradients: of the adapter, as many as there are at this moment.
+        optimizer: AdamW's state.
+        activations: what is kept for the backward pass.
+        logits: the head's chunk of tokens by vocabulary.
+        temporaries: what comes and goes at this moment, unpacked weights among it.
+        reserve: what the allocator of a GPU loses between tensors.
+        host: bytes in the computer's memory, beside those that --backend cuda has on the GPU; not in `total`.
+        phases: the total of every phase.
+    """
+
+    phase: str
+    linears: int = 0
+    embeddings: int = 0
+    head: int = 0
+    norms: int = 0
+    adapter: int = 0
+    reference: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    logits: int = 0
+    temporaries: int = 0
+    reserve: int = 0
+    host: int = 0
+    phases: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def components(self) -> dict[str, int]:
+        """The bytes by name, those that `total` is the sum of."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("phase", "host", "phases")}
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the frozen model."""
+        return self.linears + self.embeddings + self.head + self.norms
+
+    @property
+    def total(self) -> int:
+        """The peak of live bytes: in the computer's memory with cpu, on the GPU with cuda, whose context is not counted."""
+        return sum(self.components.values())
+
+
+def layout_for(config: TrainConfig, shape: ModelShape, backend: str) -> str:
+    """Return the layout that a run takes, as far as the model's config tells."""
+    if config.layout != "auto":
+        return config.layout
+    if backend == "mlx":
+        return "prefix"
+    return "plain" if shape.long_rope is not None and config.max_length > shape.long_rope else "packed"
+
+
+def adapter_tensors(config: TrainConfig, shape: ModelShape) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the shapes of A and B of every adapted layer by its name, from --init-adapter's files or the options."""
+    if config.init_adapter:
+        initial = read(config.init_adapter, _shapes_only)
+        return {name: (a.shape, b.shape) for name, (a, b) in initial.weights.items()}
+    shapes = {
+        f"layers.{number}.{name}": (linear.outputs, linear.inputs)
+        for number in range(shape.layers)
+        for name, linear in shape.linears().items()
+    }
+    rank, targets = config.lora_r, config.target_modules
+    assert rank and targets  # filled in by TrainConfig.resolved
+    return {name: ((rank, into), (out, rank)) for name, (out, into) in select_targets(shapes, targets).items()}
+
+
+def _shapes_only(path: Path) -> dict[str, np.ndarray]:
+    """Return arrays of the shapes in a safetensors file that take no memory."""
+    try:
+        with safe_open(path, "np") as file:
+            names = file.keys()
+            return {name: np.broadcast_to(np.float32(0), file.get_slice(name).get_shape()) for name in names}
+    except SafetensorError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def estimate(config: TrainConfig, shape: ModelShape, backend: str, dtype: str, load: Load) -> Estimate:
+    """Return the peak of live bytes in training, once the optimiser has its state.
+
+    Args:
+        config: resolved (`TrainConfig.resolved`).
+        backend: "cuda", "cpu", or "mlx" on Apple silicon.
+        dtype: what the model computes in: "float32", "bfloat16" or "float16".
+        load: the largest pass of the run.
+
+    Raises:
+        UserError: the options ask for something whose memory is not known.
+    """
+    check_options(backend, config)
+    if config.unsloth:
+        raise UserError("plan does not know what the layers of --unsloth keep; leave it out")
+    if backend == "mlx":
+        from lite_dil.planning.estimate_mlx import MLXStep
+
+        return MLXStep(config, shape, dtype, load).estimate()
+    from lite_dil.planning.estimate_torch import TorchStep
+
+    return TorchStep(config, shape, backend, dtype, load).estimate()

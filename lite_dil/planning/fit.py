@@ -1,0 +1,255 @@
+"""What fits into a memory, by estimate: how long, how many at once, and what to change where a run does not."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from lite_dil.backends import checkpointing
+from lite_dil.base.errors import UserError
+from lite_dil.base.memory import GIB
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.schedule import row_tokens
+from lite_dil.config.train_config import TrainConfig, flag
+from lite_dil.models.find import model_folder
+from lite_dil.models.shape import ModelShape, read_shape
+from lite_dil.planning.estimate import Estimate, Load, estimate
+
+LENGTHS = 64  # lengths are given in multiples of this
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and where it is trained: all that an estimate takes beside the options and the load."""
+
+    shape: ModelShape
+    backend: str
+    dtype: str
+
+    def estimate(self, config: TrainConfig, load: Load) -> Estimate:
+        """Return the memory of a step whose largest pass is `load`."""
+        # A step of several passes adds up their gradients, whether --row-tokens splits it or the user did.
+        if len(load.prompts) < config.batch_size * config.gradient_accumulation_steps:
+            config = replace(config, gradient_accumulation_steps=max(2, config.gradient_accumulation_steps))
+        return estimate(config, self.shape, self.backend, self.dtype, load)
+
+    def total(self, config: TrainConfig, load: Load) -> int:
+        """Return its bytes."""
+        return self.estimate(config, load).total
+
+    def mode(self, config: TrainConfig) -> str:
+        """Return what --gradient-checkpointing comes to: "off", "selective" or "full"."""
+        return checkpointing(config, self.shape.parameters)
+
+    def can_offload(self, config: TrainConfig) -> tuple[str, ...]:
+        """Return the options of --offload-... that this backend and this model have."""
+        if self.backend != "cuda":
+            return ()
+        table = not self.shape.tied or config.head_bits is not None
+        return ("offload_activations", "offload_embeddings") if table else ("offload_activations",)
+
+
+def planned_dtype(config: TrainConfig, backend: str, here: bool = True) -> str:
+    """Return what the model computes in, as far as can be told; a Mac that is not `here` has bfloat16."""
+    if config.dtype != "auto":
+        return config.dtype
+    if here and backend == "mlx" and importlib.util.find_spec("mlx") is not None:
+        import mlx.core as mx
+
+        return "bfloat16" if mx.metal.is_available() else "float32"
+    if backend != "mlx" and importlib.util.find_spec("torch") is not None:
+        import torch
+
+        if backend == "cpu" or torch.cuda.is_available():
+            from lite_dil.backends.torch.load import compute_dtype
+
+            return str(compute_dtype("auto", backend)).removeprefix("torch.")
+    return "float32" if backend == "cpu" else "bfloat16"
+
+
+def several(load: Load, count: int) -> Load:
+    """Return the pass of `count` examples like that of `load`."""
+    return Load(load.prompts * count, load.responses * count)
+
+
+def most(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the largest number in low .. high that fits, or low - 1; what is smaller than one that fits does too."""
+    low -= 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def longest(config: TrainConfig, model: Model, memory: int, answers: int) -> int:
+    """Return the largest --max-length, a multiple of 64, with which one example of `answers` answers fits; 0 for none."""
+    # Beyond what the model was made for nothing is to be had.
+    limit = (model.shape.max_positions or 2**20) // LENGTHS
+    size = _curve(config, model, answers, "max_length")
+    return most(lambda number: size(number * LENGTHS) <= memory, 1, limit) * LENGTHS
+
+
+def most_examples(config: TrainConfig, model: Model, memory: int, answers: int, limit: int = 1000) -> int:
+    """Return how many examples of --max-length fit into one pass, `limit` at most."""
+    size = _curve(config, model, answers, "examples")
+    return most(lambda count: size(count) <= memory, 1, limit)
+
+
+@lru_cache(maxsize=16)
+def _curve(config: TrainConfig, model: Model, answers: int, what: str) -> Callable[[int], float]:
+    """Return the bytes of a pass as a function of --max-length, for one example, or of the number of "examples".
+
+    An estimate of MLX takes half a second, too long for a search: there it is a curve through a few of them. What is kept
+    grows in proportion to the tokens, and the scores of a row with their square; what takes most at first, the head or the
+    layers, is not what takes most later, hence a curve each for short rows and long ones.
+    """
+
+    def exact(size: int) -> int:
+        tried = config if what == "examples" else replace(config, max_length=size)
+        one = Load.worst(replace(tried, batch_size=1), answers)
+        return model.total(tried, several(one, size if what == "examples" else 1))
+
+    exact = lru_cache(maxsize=None)(exact)
+    if model.backend != "mlx":
+        return exact
+    if what == "examples":
+        return _through(exact, (1, 2))
+    short, long = _through(exact, (128, 512, 2048)), _through(exact, (512, 2048, 8192))
+    return lambda size: (short if size < 2048 else long)(size)
+
+
+def _through(exact: Callable[[int], int], sizes: Sequence[int]) -> Callable[[int], float]:
+    curve = np.polynomial.Polynomial.fit(sizes, [exact(size) for size in sizes], len(sizes) - 1)
+    return lambda size: float(curve(size))
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What to change so that a run fits: options in order of harm, and bytes; `fits` is false where nothing here suffices."""
+
+    changes: dict[str, Any]
+    config: TrainConfig
+    total: int
+    fits: bool
+
+    def flags(self) -> str:
+        """Return the changes as flags."""
+        values = {**self.changes}
+        if "row_tokens" in values:
+            values["row_tokens"] = row_tokens(self.config)
+        return " ".join(flag(name) if value is True else f"{flag(name)} {value}" for name, value in values.items())
+
+    def advice(self) -> str:
+        """Return a sentence for people."""
+        if self.fits:
+            return f"What would fit: {self.flags()} ({gigabytes(self.total)} GB)"
+        return (
+            f"No setting makes it fit: {self.flags()} would still take {gigabytes(self.total)} GB. Take a smaller model, or "
+            "a larger GPU"
+        )
+
+
+def find_remedy(config: TrainConfig, model: Model, memory: int, load: Callable[[TrainConfig], Load]) -> Remedy:
+    """Return the first changes, in order of harm, that make a run fit, without those that turn out needless.
+
+    Args:
+        load: the largest pass under a config.
+    """
+
+    def changed(changes: dict[str, Any]) -> TrainConfig:
+        return replace(config, **changes)
+
+    def total(changes: dict[str, Any]) -> int:
+        return model.total(changed(changes), load(changed(changes)))
+
+    changes: dict[str, Any] = {}
+    for step in _harms(config, model):
+        if total(changes) <= memory:
+            break
+        changes |= step
+    if total(changes) > memory:
+        shorter = most(
+            lambda n: total(changes | {"max_length": n * LENGTHS}) <= memory, 1, max(0, config.max_length - 1) // LENGTHS
+        )
+        changes["max_length"] = max(1, shorter) * LENGTHS
+    fits = total(changes) <= memory
+    for name in reversed(list(changes)):
+        fewer = {n: value for n, value in changes.items() if n != name}
+        if fits and _valid(changed(fewer), model) and total(fewer) <= memory:
+            changes = fewer
+    return Remedy(changes, changed(changes), total(changes), fits)
+
+
+def _harms(config: TrainConfig, model: Model) -> list[dict[str, Any]]:
+    """Return what can be changed to save memory, from what costs a little time to what changes the model."""
+    mode = model.mode(config)
+    steps: list[dict[str, Any]] = []
+    if mode == "off":
+        steps.append({"gradient_checkpointing": "selective"})
+    if mode != "full":
+        steps.append({"gradient_checkpointing": "full"})
+    if row_tokens(config) > 2 * config.max_length:
+        steps.append({"row_tokens": None})  # the longest pair's
+    for name in ("offload_activations", "offload_embeddings"):
+        if name in model.can_offload(config) and not getattr(config, name):
+            steps.append({name: True})
+    packed = config.load_in_4bit or model.shape.quantization is not None
+    if not packed:
+        steps.append({"load_in_4bit": True})
+    if config.head_bits is None:
+        tied = model.shape.tied and model.backend == "cuda"
+        steps.append({"head_bits": 8} | ({"offload_embeddings": True} if tied else {}))
+    return steps
+
+
+def _valid(config: TrainConfig, model: Model) -> bool:
+    """Whether the options go together."""
+    if config.offload_embeddings and "offload_embeddings" not in model.can_offload(config):
+        return False
+    return not config.offload_activations or model.mode(config) == "full"
+
+
+class Heaviest:
+    """Remembers the largest pass of a run, so that its estimate can stand beside the peak that was measured."""
+
+    def __init__(self, layout: str) -> None:
+        self.layout = layout
+        self.load: Load | None = None
+
+    def add(self, batches: Sequence[Batch]) -> None:
+        """Look at the passes of a step."""
+        for load in map(Load.of, batches):
+            size = (load.tokens(self.layout), load.answer_tokens)
+            if self.load is None or size > (self.load.tokens(self.layout), self.load.answer_tokens):
+                self.load = load
+
+
+def memory_line(config: TrainConfig, model: str, load: Load, peak: float, before: float) -> str:
+    """Return the estimate beside the peak.
+
+    Args:
+        config: with the layout and the dtype that the run took, not "auto".
+        model: a folder or a hub id, which was loaded.
+        peak: bytes.
+        before: bytes that a process on a CPU had before the model was loaded.
+    """
+    text, what = f"{gigabytes(peak)} GB peak", ""
+    if config.backend == "cpu":
+        text = f"the whole process took {gigabytes(peak)} GB at its peak, {gigabytes(before)} GB before the model was loaded"
+        what = " of tensors"
+    try:
+        shape = read_shape(str(model_folder(model)))
+        estimated = Model(shape, config.backend, config.dtype).total(config, load)
+    except UserError:  # layers or options that the estimate does not know
+        return f"memory: {text}"
+    return f"memory: {gigabytes(estimated)} GB{what} estimated, {text}"
+
+
+def gigabytes(number: float) -> str:
+    """Return bytes in units of 2^30."""
+    return f"{number / GIB:.1f}" if abs(number) >= GIB / 20 else f"{number / GIB:.2f}"

@@ -1,0 +1,240 @@
+"""``lite-dil plan``: whether a run fits, why, and what would help, from the options and the model's config.json alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lite_dil import backends
+from lite_dil.base.errors import UserError
+from lite_dil.base.memory import Memory, memory_here, memory_of, nvidia_smi
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.dataset import epoch_rows, reader_of
+from lite_dil.data.reader import CHOSEN, EMBEDDED, refuse
+from lite_dil.data.sources import is_local, looks_like_file, split_sources
+from lite_dil.models.find import EMBEDDED_MODEL
+from lite_dil.models.shape import ModelShape, read_shape
+from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.planning import auto, fit
+from lite_dil.planning.estimate import BYTES, Estimate, Load
+from lite_dil.planning.plan_text import lines
+
+WEIGHTS = (".safetensors", ".bin")
+CARDS = (8, 12, 16, 24)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a memory has room for: `longest` is a --max-length, `examples` are so many of the config's own --max-length."""
+
+    name: str
+    usable: int
+    longest: int
+    examples: int
+    longest_auto: int
+    examples_auto: int
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch's examples and the seconds they take; `at_most` where their lengths are not known, only --max-length is."""
+
+    examples: int | None
+    seconds: float | None
+    at_most: bool
+    rate: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that there is to say about a run before it starts.
+
+    Attributes:
+        answers: of an example.
+        remedy: what would make it fit; None where it fits as it is.
+        rooms: this memory's, then that of common cards.
+        download: bytes of the weights on the hub; None where they are here.
+        remark: for people, on the backend that was assumed.
+        choice: what --auto took, in words.
+    """
+
+    config: TrainConfig
+    model: fit.Model
+    memory: Memory
+    load: Load
+    answers: int
+    estimate: Estimate
+    remedy: fit.Remedy | None
+    rooms: tuple[Room, ...]
+    download: int | None
+    epoch: Epoch
+    remark: str
+    choice: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits as it is."""
+        return self.remedy is None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it for programs, sizes in bytes."""
+        shape, remedy = self.model.shape, self.remedy
+        return {
+            "model": self.config.model,
+            "parameters": shape.parameters,
+            "backend": self.model.backend,
+            "dtype": self.model.dtype,
+            "memory": self.memory.usable,
+            "fits": self.fits,
+            "total": self.estimate.total,
+            "components": self.estimate.components,
+            "phase": self.estimate.phase,
+            "computer_memory": self.estimate.host,
+            "options": {
+                name: getattr(self.config, name) for name in (*auto.CHOSEN, "max_length", "load_in_4bit", "head_bits")
+            },
+            "remedy": remedy and {"flags": remedy.flags(), "fits": remedy.fits, "total": remedy.total},
+            "room": [vars(room) for room in self.rooms],
+            "download": self.download,
+            "epoch": vars(self.epoch),
+        }
+
+
+def run(args: argparse.Namespace, config: TrainConfig, given: Set[str]) -> int:
+    """Print the plan that the flags ask for; return 0 if the run fits, else 1."""
+    plan = make(args, config, given)
+    print(json.dumps(plan.as_json(), indent=2) if args.json else "\n".join(lines(plan)))
+    return 0 if plan.fits else 1
+
+
+def make(args: argparse.Namespace, config: TrainConfig, given: Set[str]) -> Plan:
+    """Work out the plan for `config`, with plan's own flags in `args`; `given` are the options that --auto leaves alone."""
+    size = None if args.memory is None else _number(args.memory, "--memory")
+    shape = read_shape(config.model)
+    backend, remark = planned_backend(config.backend, size is not None)
+    config = replace(config, backend=backend)
+    model = fit.Model(shape, backend, fit.planned_dtype(config, backend, here=size is None))
+    memory = memory_here(backend) if size is None else memory_of(size, backend)
+    count, answers = _examples(config)
+    answers += config.sample_rejected or 0
+    one = Load.worst(replace(config, batch_size=1), answers)
+    choice = ""
+    if config.auto:
+        config = auto.pick(config, model, memory.usable, one, given) or auto.frugal(config, model, one, given)
+        choice = auto.words(config)
+    load = Load.worst(config, answers)
+    found = model.estimate(config, load)
+    remedy = None
+    if found.total > memory.usable:
+        remedy = fit.find_remedy(config, model, memory.usable, lambda c: Load.worst(c, answers))
+    sizes = [("this memory", memory), *((f"{card} GB", memory_of(card, backend)) for card in CARDS)]
+    least = auto.frugal(config, model, one)
+
+    rooms = tuple(_room(name, config, least, model, memory.usable, answers) for name, memory in sizes)
+    epoch = _epoch(args, config, count, answers)
+    return Plan(
+        config, model, memory, load, answers, found, remedy, rooms, _download(config.model, shape), epoch, remark, choice
+    )
+
+
+def _room(name: str, config: TrainConfig, least: TrainConfig, model: fit.Model, usable: int, answers: int) -> Room:
+    """Return what `usable` bytes have room for with `config`, and with `least`, the most frugal that --auto may choose."""
+    longest = [fit.longest(c, model, usable, answers) for c in (config, least)]
+    examples = [fit.most_examples(c, model, usable, answers) for c in (config, least)]
+    return Room(name, usable, longest[0], examples[0], longest[1], examples[1])
+
+
+def planned_backend(name: str, memory_given: bool) -> tuple[str, str]:
+    """Return the backend to plan for, and a remark where it is neither asked for nor what would train here."""
+    if name != "auto":
+        return name, ""
+    try:
+        here = backends.resolve("auto")
+    except UserError:  # none is installed, which planning does not need
+        here = "cuda" if nvidia_smi() else "cpu"
+    if here == "cpu" and memory_given:
+        return "cuda", " (there is no GPU here; --backend cpu or mlx plans for those)"
+    return here, ""
+
+
+def _examples(config: TrainConfig) -> tuple[int, int]:
+    """Return how many examples an epoch takes, 0 where --data names no file here, and how many answers each has.
+
+    A hub's data is not fetched.
+    """
+    sources = split_sources(config.data)
+    if config.data == EMBEDDED or not all(is_local(name) or looks_like_file(name) for name, _ in sources):
+        return 0, 1 if config.sample_rejected else 2  # rejected answers are drawn for good ones alone
+    good_only, total, answers = OBJECTIVES[config.loss].data == "chosen", 0, 0
+    for name, weight in sources:
+        reader = reader_of(name, "train", config)
+        kept = 0
+        for row in reader:
+            kept += not good_only or CHOSEN in row.signs
+            answers = max(answers, len(row.signs))
+        refuse(name, [] if config.skip_bad_rows and kept else reader.problems, kept)
+        whole, rest = epoch_rows(kept, weight)
+        total += whole * kept + rest
+    return total, answers
+
+
+def _download(name: str, shape: ModelShape) -> int | None:
+    """Return the bytes of the weights on the hub, before any quantising; None where there is nothing to download."""
+    if name == EMBEDDED_MODEL or any(path.suffix in WEIGHTS for path in Path(name).glob("*")):
+        return None
+    if name.count("/") == 1 and not Path(name).exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        files = ("model.safetensors", "model.safetensors.index.json")
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+            return None
+    if (packed := shape.quantization) is None:
+        return shape.parameters * BYTES.get(shape.dtype, 2)
+    linear = shape.layers * sum(linear.weight for linear in shape.linears().values())
+    if packed.library == "mlx":
+        linear += shape.table * (1 if shape.tied else 2)
+    scales = linear // packed.group * (4 if packed.library == "mlx" else 1)
+    return linear * packed.bits // 8 + scales + (shape.parameters - linear) * 2
+
+
+def _epoch(args: argparse.Namespace, config: TrainConfig, examples: int, answers: int) -> Epoch:
+    count = examples or None
+    if args.like:
+        figures = _measured(Path(args.like))
+        seconds = count / figures["examples_per_second"] if count else None
+        return Epoch(count, seconds, False, f"{figures['tokens_per_second']:,.0f} tokens/s in {args.like}")
+    if args.tokens_per_second is None:
+        return Epoch(count, None, True, "")
+    rate = _number(args.tokens_per_second, "--tokens-per-second")
+    # Every answer counts with its prompt, as in metrics.jsonl.
+    return Epoch(count, count and count * answers * config.max_length / rate, True, f"{rate:,.0f} tokens/s")
+
+
+def _measured(folder: Path) -> dict[str, float]:
+    """Return the median rates of an earlier run."""
+    path = folder / "metrics.jsonl"
+    names = ("tokens_per_second", "examples_per_second")
+    try:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        figures = {name: [float(line[name]) for line in found if line.get(name)] for name in names}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--like {folder}: metrics.jsonl cannot be read ({error})") from None
+    if not all(figures.values()):
+        raise UserError(f"--like {folder}: metrics.jsonl holds no {' and '.join(names)}; is it the folder of a training run?")
+    return {name: statistics.median(values) for name, values in figures.items()}
+
+
+def _number(text: str, flag: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e9:
+        raise UserError(f"argument {flag}: {text!r} is not a number above 0")
+    return value

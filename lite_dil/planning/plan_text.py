@@ -1,0 +1,131 @@
+"""A plan in words: few lines, for someone who wonders whether the model fits the card."""
+
+from __future__ import annotations
+
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+from lite_dil.base.memory import GIB
+from lite_dil.planning.auto import CHOSEN
+from lite_dil.planning.fit import gigabytes
+
+if TYPE_CHECKING:
+    from lite_dil.planning.plan import Plan
+
+WIDTH = 100
+
+
+def lines(plan: Plan) -> list[str]:
+    """Return the lines of `lite-dil plan`."""
+    blocks = [_wrapped(_about(plan)), _table(plan), _wrapped([_verdict(plan)]), _rooms(plan)]
+    return [*(line for block in blocks for line in (*block, "")), *_wrapped([_download(plan), _time(plan)])]
+
+
+def _wrapped(texts: list[str]) -> list[str]:
+    """Break sentences into lines, never inside a flag or a path."""
+    return [line for text in texts for line in wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)]
+
+
+def _about(plan: Plan) -> list[str]:
+    shape, config = plan.model.shape, plan.config
+    packed = "4 bits" if config.load_in_4bit else f"{shape.quantization.bits} bits" if shape.quantization else ""
+    weights = f"linear layers in {packed}, the rest in {plan.model.dtype}" if packed else plan.model.dtype
+    if config.head_bits:
+        weights += f", head in {config.head_bits} bits"
+    how = plan.choice or f"gradient checkpointing {plan.model.mode(config)}"
+    return [
+        f"{config.model}: {_count(shape.parameters)} parameters, {shape.layers} layers, width {shape.hidden:,}, "
+        f"vocabulary {shape.vocabulary:,}; {weights}",
+        f"Planned for {plan.model.backend}{plan.remark}: {plan.memory.text}. 1 GB = 2^30 bytes.",
+        f"{'--auto takes ' if plan.choice else ''}{how}. The largest pass: {_examples(plan)}.",
+    ]
+
+
+def _examples(plan: Plan) -> str:
+    """Say what the largest pass holds: of pairs, each answer with its prompt is as long as --max-length allows."""
+    count, tokens = len(plan.load.prompts), plan.load.longest
+    kind = {1: "answer", 2: "pair"}.get(plan.answers, f"prompt with {plan.answers} answers")
+    plural = {1: "answers", 2: "pairs"}.get(plan.answers, f"prompts with {plan.answers} answers")
+    return f"{count:,} {kind if count == 1 else plural} of {tokens:,} tokens (prompt plus answer)"
+
+
+def _table(plan: Plan) -> list[str]:
+    estimate = plan.estimate
+    parts = estimate.components
+    shown = [
+        ("weights", estimate.weights, "frozen"),
+        (
+            "adapter",
+            parts["adapter"],
+            f"LoRA of rank {rank}, float32" if (rank := plan.config.lora_r) else "the initial one, float32",
+        ),
+        ("gradients", parts["gradients"], "of the adapter alone"),
+        ("optimiser", parts["optimizer"], "AdamW's state"),
+        ("activations", parts["activations"], "kept for the backward pass"),
+        ("logits chunk", parts["logits"], "" if parts["logits"] else "none at the fullest moment"),
+        ("temporaries", parts["temporaries"], f"at the fullest moment: {estimate.phase}"),
+        ("reference", parts["reference"], "the initial adapter" if parts["reference"] else "the same model, its adapter off"),
+        ("fragmentation", parts["reserve"], "lost between tensors"),
+    ]
+    rows = [f"  {name:14}{size / GIB:8.2f} GB   {note}" for name, size, note in shown]
+    rows.append(f"  {'total':14}{estimate.total / GIB:8.2f} GB   of {plan.memory.usable / GIB:.2f} GB")
+    if estimate.host:
+        rows.append(f"  and {gigabytes(estimate.host)} GB of the computer's own memory")
+    return rows
+
+
+def _verdict(plan: Plan) -> str:
+    spare = plan.memory.usable - plan.estimate.total
+    if plan.remedy is None:
+        return f"It fits, with {gigabytes(spare)} GB to spare."
+    advice = f"It does not fit: {gigabytes(-spare)} GB are missing. {plan.remedy.advice()}."
+    if plan.remedy.fits and set(plan.remedy.changes) <= set(CHOSEN):
+        advice += " --auto finds such a setting itself."
+    return advice
+
+
+def _rooms(plan: Plan) -> list[str]:
+    kind = {1: "answers", 2: "pairs"}.get(plan.answers, "prompts")
+    rows = [
+        f"Room for: the longest --max-length that fits, or how many {kind} of {plan.config.max_length:,} tokens in one pass.",
+        f"  {'':14}{'with these options':>24}{'with --auto':>24}",
+        f"  {'memory':14}" + 2 * f"{'--max-length':>14}{kind:>10}",
+    ]
+    for room in plan.rooms:
+        cells = [f"{n:,}" if n else "-" for n in (room.longest, room.examples, room.longest_auto, room.examples_auto)]
+        rows.append("  {:14}{:>14}{:>10}{:>14}{:>10}".format(room.name, *cells))
+    if plan.model.backend == "mlx":
+        rows.append("  (along a curve through a few estimates)")
+    if any(room.longest_auto == plan.model.shape.max_positions for room in plan.rooms):
+        rows.append(f"  {plan.model.shape.max_positions:,} tokens are all that the model was made for.")
+    return rows
+
+
+def _download(plan: Plan) -> str:
+    if plan.download is None:
+        return "Download: none, the weights are here."
+    return f"Download: {gigabytes(plan.download)} GB of weights, once."
+
+
+def _time(plan: Plan) -> str:
+    epoch = plan.epoch
+    if not epoch.rate:
+        return "Time: not known; give --tokens-per-second X, or --like RUN_FOLDER for the rate of an earlier run."
+    if epoch.examples is None or epoch.seconds is None:
+        return f"Time: at {epoch.rate}; of an epoch not known without --data FILE."
+    most = (
+        f"at most {_duration(epoch.seconds)}, if all were of --max-length" if epoch.at_most else f"{_duration(epoch.seconds)}"
+    )
+    same = "" if epoch.at_most else ", if these examples are as long as that run's"
+    return f"Time of an epoch of {epoch.examples:,} examples at {epoch.rate}: {most}{same}."
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "less than a minute"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.0f} million"

@@ -1,0 +1,1 @@
+"""Whole trainings, put together from the other rooms."""

@@ -1,0 +1,286 @@
+"""The model card of what is published: README.md with the hub's front matter, made from a run's own files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lite_dil import __version__
+from lite_dil.config.options import read_yaml
+from lite_dil.data.formats import FORMATS
+from lite_dil.generation.policy import Source
+from lite_dil.models.find import EMBEDDED_MODEL
+from lite_dil.objectives.table import DIL_FAMILY, OBJECTIVES
+from lite_dil.reports.card_use import how_to_use
+from lite_dil.reports.card_words import code, is_hub_id, public_command, public_name, public_sources, train_command
+from lite_dil.reports.findings import FACTS, shared, with_error
+from lite_dil.runs.folder import RunFolder, replace_file
+from lite_dil.runs.history import read_history
+
+# What the embedded model is on the hub; it was made from a package, which has no card.
+_EMBEDDED = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
+_LIBRARIES = {"peft": "peft", "mlx-lm": "mlx", "merged": "transformers", "mlx": "mlx"}
+_PACKAGES = {
+    "torch": ("torch", "transformers", "peft", "bitsandbytes"),
+    "mlx": ("mlx", "mlx-lm", "transformers"),
+}
+_SIDES = ("chosen", "rejected")
+_FORMS = {"pairs": "pairs", "unpaired": "good and bad answers", "demonstrations": "good answers"}
+_BIBTEX = """\
+```bibtex
+@inproceedings{xiao2025dil,
+  title = {On a Connection Between Imitation Learning and {RLHF}},
+  author = {Xiao, Teng and Yuan, Yige and Li, Mingxiao and Chen, Zhengyu and Honavar, Vasant G.},
+  booktitle = {International Conference on Learning Representations},
+  year = {2025}
+}
+```"""
+
+
+def write_card(folder: Path, source: Source, format: str, check: Any, command: str) -> None:
+    """Write README.md into `folder`, over one that is there.
+
+    What the run's files do not say is left out; of paths no more than the last part is published.
+
+    Args:
+        folder: what was made, its files in place.
+        source: the adapter it was made from.
+        format: "adapter", "merged", "mlx", "gguf" or "ollama".
+        check: what comparing the made files with the trained model gave: `rows`, `tokens`, `mean` and `max` (nats a token),
+            `tolerance`, `data`; None where nothing was compared.
+        command: the command that made the folder; "" where training itself did.
+    """
+    kind = format
+    if format == "adapter":
+        kind = "peft" if (folder / "adapter_model.safetensors").is_file() else "mlx-lm"
+    options = read_yaml(source.run.path / "config.yaml") if source.run else {}
+    model = source.config.model
+    base = _EMBEDDED if model == EMBEDDED_MODEL else ({"base_model": model} if is_hub_id(model) else {}) | _license(model)
+    facts = _facts(source.run) if source.run else {}
+    parts = [
+        "---\n" + _front_matter(kind, base, options) + "---",
+        *_introduction(kind, model, base, options, source.strength),
+        "## Use",
+        how_to_use(
+            kind, folder, base.get("base_model", f"FOLDER_OF_{public_name(model)}"), options, facts.get("training", {})
+        ),
+    ]
+    if source.run and options:
+        parts += ["## Training", *_training(options, facts), *_figures(source.run, _step(source), options, facts)]
+    if check is not None:
+        parts += ["## Check of these files", _checked(check)]
+    parts += ["## How it was made", *_made(options, command), "## Limits", _limits(options)]
+    if options:
+        parts += ["## Citation", *_citation(options["loss"])]
+    replace_file(folder / "README.md", "\n\n".join(parts) + "\n")
+
+
+def _front_matter(kind: str, base: dict[str, str], options: dict[str, Any]) -> str:
+    """Return the YAML that the hub reads."""
+    import yaml
+
+    loss = options.get("loss")
+    family = ["dil"] if loss in DIL_FAMILY else []
+    preference = ["preference"] if loss and OBJECTIVES[loss].data != "chosen" else []
+    data = {
+        **base,
+        "base_model_relation": ("adapter" if kind in ("peft", "mlx-lm") else "finetune") if "base_model" in base else None,
+        "library_name": _LIBRARIES.get(kind),
+        "pipeline_tag": "text-generation",
+        "datasets": public_sources(options.get("data", ""))[1],
+        "tags": [
+            "lite-dil",
+            *family,
+            *([loss] if loss else []),
+            "lora",
+            *preference,
+            *(["gguf"] if kind in ("gguf", "ollama") else []),
+        ],
+    }
+    return yaml.safe_dump({key: value for key, value in data.items() if value}, sort_keys=False, allow_unicode=True)
+
+
+def _license(model: str) -> dict[str, str]:
+    """Return the licence fields of the base model's own card, as far as they can be had."""
+    import yaml
+    from huggingface_hub import HfApi, metadata_load
+    from huggingface_hub.errors import HTTPError
+
+    card: dict[str, Any] = {}
+    try:
+        if (readme := Path(model) / "README.md").is_file():
+            card = metadata_load(readme) or {}
+        elif is_hub_id(model):
+            found = HfApi().model_info(model, timeout=10).card_data
+            card = found.to_dict() if found else {}
+    except (OSError, HTTPError, ValueError, yaml.YAMLError):  # no network, or a card that is broken: nothing is claimed
+        return {}
+    if not isinstance(name := card.get("license"), str) or not re.fullmatch(r"[\w.-]+", name):
+        return {}
+    fields = {"license": name}
+    for key in ("license_name", "license_link"):
+        if isinstance(value := card.get(key), str) and value:
+            fields[key] = value
+    link = fields.get("license_link", "https://")
+    if "://" not in link:  # a file of the base model's repository
+        fields.pop("license_link")
+        if is_hub_id(model):
+            fields["license_link"] = f"https://huggingface.co/{model}/blob/main/{link}"
+    return fields
+
+
+def _introduction(kind: str, model: str, base: dict[str, str], options: dict[str, Any], strength: float) -> Iterator[str]:
+    name = public_name(base.get("base_model", model))
+    linked = f"[{name}](https://huggingface.co/{base['base_model']})" if "base_model" in base else code(name)
+    what = {
+        "peft": "A LoRA adapter, in PEFT's format, for",
+        "mlx-lm": "A LoRA adapter, in mlx-lm's format, for",
+        "merged": "The weights, in 16 bits, with a LoRA adapter merged into them, of",
+        "mlx": "An MLX model, with a LoRA adapter merged into its weights, of",
+        "gguf": "A GGUF file, with a LoRA adapter merged into its weights, of",
+        "ollama": "A GGUF file and an Ollama Modelfile, with a LoRA adapter merged into the weights, of",
+    }[kind]
+    text = f"{what} {linked}"
+    if options:
+        text += f", trained by lite-dil with the loss {code(options['loss'])}"
+    yield f"# {code(name)}, tuned" if options else f"# {code(name)} with an adapter"
+    yield text + "." + (f" The adapter is taken {strength:g} times as strong as it was trained." if strength != 1 else "")
+    if "license" in base:
+        told = base.get("license_name", base["license"])
+        link = f" ({base['license_link']})" if "license_link" in base else ""
+        yield f"The base model's licence is {code(told)}{link}, and holds for what is derived from it."
+    elif files := sorted(path.name for path in Path(model).glob("LICEN[SC]E*")):
+        yield f"The base model's licence, which holds for what is derived from it, is in its file {code(files[0])}."
+    else:
+        yield "The base model's own licence holds for what is derived from it."
+
+
+def _facts(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """Return what the run noted of its data: by use, "training" and "held out"."""
+    path = run.path / FACTS
+    return {data["use"]: data for data in json.loads(path.read_text(encoding="utf-8"))["data"]} if path.is_file() else {}
+
+
+def _training(options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Say what was trained on, by which loss, with which settings."""
+    loss = options["loss"]
+    objective = OBJECTIVES[loss]
+    constants = [f"{name} {options[name]}" for name in ("beta", *objective.options) if options.get(name) is not None]
+    if options.get("init_adapter"):  # whose rank, alpha and layers are taken
+        lora = f"gone on with from {code(public_name(options['init_adapter']))}; reference: {options['reference']}"
+    else:
+        lora = f"rank {options['lora_r']}, alpha {options['lora_alpha']:g}, on {code(options['target_modules'])}"
+    steps = f"{options['max_steps']} steps" if options.get("max_steps") else f"{options['epochs']:g} times the data"
+    lines = [
+        f"data: {_data(options['data'], facts.get('training'))}",
+        f"held-out data: {_data(options['eval_data'], facts.get('held out')) if options.get('eval_data') else 'none'}",
+        f"loss: {code(loss)}, {objective.title}: {code(objective.formula)}",
+        f"source of the loss: {objective.source}",
+        f"constants: {', '.join([*constants, 'log-ratio: ' + str(options['logp_reduction']) + ' over the tokens'])}",
+        f"LoRA: {lora}" + (f", dropout {options['lora_dropout']:g}" if options.get("lora_dropout") else ""),
+        f"base weights in training: {'4 bits' if options['load_in_4bit'] else 'as the base model has them'}"
+        + (f", the output head in {options['head_bits']} bits" if options.get("head_bits") else "")
+        + f", computed in {options['dtype']} on {options['backend']}",
+        f"{steps} of {options['batch_size'] * options['gradient_accumulation_steps']} examples, learning rate "
+        f"{options['learning_rate']:g} ({options['lr_scheduler_type']}), at most {options['max_length']} tokens, "
+        f"seed {options['seed']}",
+    ]
+    if options.get("sample_rejected"):
+        lines.insert(1, f"rejected answers: {options['sample_rejected']} a prompt, drawn from the base model")
+    yield "\n".join(f"- {line}" for line in lines)
+
+
+def _data(text: str, facts: dict[str, Any] | None) -> str:
+    """Name a data set, with how much of which formats it was taken for."""
+    names = ", ".join(map(code, public_sources(text)[0]))
+    if facts is None:
+        return names
+    formats = ", ".join(dict.fromkeys(FORMATS[source["format"]].title for source in facts["sources"]))
+    return f"{names}, {facts['examples']:,} {_FORMS[facts['form']]}, read as {formats}"
+
+
+def _step(source: Source) -> float:
+    """Return the step of the adapter: a checkpoint's own, or the run's last."""
+    found = re.search(r"/checkpoints/step-(\d+)/adapter$", source.adapter.absolute().as_posix()) if source.adapter else None
+    return int(found[1]) if found else math.inf
+
+
+def _figures(run: RunFolder, last: float, options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Say how the adapter did on held-out data, by the last evaluation up to the step `last`."""
+    held_out = read_history(run.metrics).held_out
+    lines = np.flatnonzero(held_out.get("step") <= last)
+    if not len(lines):
+        return
+
+    def figure(name: str) -> float | None:
+        return held_out.at(int(lines[-1]), f"eval_{name}")
+
+    yield f"### Held-out figures after step {held_out.get('step')[lines[-1]]:.0f}"
+    if "held out" in facts and (accuracy := figure("rewards/accuracies")) is not None:
+        _, error, pairs = with_error(accuracy, facts["held out"], options)
+        yield (
+            f"Accuracy {accuracy:.3f} (standard error {error:.3f}, {pairs:,} pairs): the share of pairs where the chosen "
+            "answer gained more than the rejected one."
+        )
+    if warning := shared(facts.get("held out")).warning:
+        yield f"Mind: {warning}."
+    per = "a token" if options["logp_reduction"] == "mean" else "an answer"
+    rows = [f"| | {' | '.join(_SIDES)} |", "|---|---|---|"]
+    for title, name in ((f"log-ratio to the reference, nats {per}", "log_ratio"), ("log-prob, nats an answer", "logps")):
+        cells = [figure(f"{name}/{side}") for side in _SIDES]
+        rows.append(f"| {title} | {' | '.join('-' if cell is None else f'{cell:+.3f}' for cell in cells)} |")
+    yield "\n".join(rows)
+    if (figure("log_ratio/chosen") or 0) < 0:
+        yield (
+            "Mind: the chosen answers' likelihood fell. The tuned model gives them less probability than its reference does, "
+            "though it may prefer them to the rejected ones."
+        )
+
+
+def _checked(check: Any) -> str:
+    return (
+        f"{check.tokens:,} answer tokens in {check.rows:,} rows of {', '.join(map(code, public_sources(check.data)[0]))}: the "
+        f"log-probs by these files differ from those of the model as it was trained by {check.mean:.2g} nats a token on "
+        f"average ({check.tolerance:g} is allowed), and by {check.max:.2g} at most."
+    )
+
+
+def _made(options: dict[str, Any], command: str) -> Iterator[str]:
+    """Give the commands, with the last parts of paths, and the versions."""
+    commands = [train_command(options)] if options else []
+    commands += [public_command(command)] if command else []
+    if commands:
+        yield "```bash\n" + "\n".join(commands) + "\n```"
+    found = [f"lite-dil {__version__}"]
+    for package in _PACKAGES["mlx" if options.get("backend") == "mlx" else "torch"]:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    yield f"Versions where this was written: {', '.join(found)}."
+
+
+def _limits(options: dict[str, Any]) -> str:
+    text = (
+        "What the base model does not know, this one does not either, and it has the biases of the base model and the data. "
+        "Figures are of data like that which it was trained on; nothing was tested for safety, or for other uses."
+    )
+    if options.get("loss") in DIL_FAMILY and options["logp_reduction"] == "mean":
+        text += (
+            " The log-ratio was averaged over the tokens, for which the paper's theorem (the minimiser is the true density "
+            "ratio) does not hold."
+        )
+    return text
+
+
+def _citation(loss: str) -> Iterator[str]:
+    if loss not in DIL_FAMILY:
+        yield f"The loss: {OBJECTIVES[loss].source}. The library is made for Direct Imitation Learning:"
+    yield _BIBTEX

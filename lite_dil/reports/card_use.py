@@ -1,0 +1,100 @@
+"""How a published folder is used: a few lines for each format, for the model card."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from lite_dil.reports.card_words import plain
+
+_HERE = 'here = "."  # this folder, or OWNER/NAME of its page on the hub'
+_HERE_LOCAL = 'here = "."  # this folder; one of the hub is fetched by huggingface_hub.snapshot_download("OWNER/NAME")'
+_MESSAGES = 'messages = [{"role": "user", "content": "What is the capital of France?"}]\n'
+_TORCH_CHAT = (
+    _MESSAGES
+    + 'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")'
+)
+_TORCH_TEXT = 'inputs = tokenizer("The capital of France is", return_tensors="pt")'
+_TORCH = """\
+answer = model.generate(**inputs.to(model.device), max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+_MLX_CHAT = _MESSAGES + "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)"
+_MLX_TEXT = 'prompt = "The capital of France is"'
+_MLX = "print(generate(model, tokenizer, prompt=prompt, max_tokens=256))"
+
+
+def how_to_use(kind: str, folder: Path, base: str, options: dict[str, Any], data: dict[str, Any]) -> str:
+    """Return Markdown that loads and asks the model.
+
+    Args:
+        kind: "peft", "mlx-lm", "merged", "mlx", "gguf" or "ollama".
+        base: the base model's hub id, or words that stand for its folder.
+        options: the run's, or {} where they are not known.
+        data: what the run noted of its data; a chat where it says nothing.
+    """
+    chat = data.get("chat", True)
+    torch, mlx = (_TORCH_CHAT if chat else _TORCH_TEXT), (_MLX_CHAT if chat else _MLX_TEXT)
+    model = json.dumps(plain(base))
+    if kind == "peft":
+        text = f"""\
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{_HERE}
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model}, dtype="auto"), here)
+tokenizer = AutoTokenizer.from_pretrained({model})
+{torch}
+{_TORCH}
+```"""
+        if options.get("load_in_4bit") and options["backend"] != "mlx":
+            text += (
+                "\n\nIn training the base model was in 4 bits (NF4, double quantisation), which bitsandbytes gives: "
+                '`quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+                "bnb_4bit_use_double_quant=True)`. In 16 bits its answers differ a little."
+            )
+        return text
+    if kind == "mlx-lm":
+        text = f"""\
+```python
+from mlx_lm import generate, load
+
+{_HERE_LOCAL}
+model, tokenizer = load({model}, adapter_path=here)
+{mlx}
+{_MLX}
+```"""
+        if options.get("load_in_4bit"):
+            text += (
+                "\n\nIn training the base model was in 4 bits (groups of 64), which `mlx_lm.convert --quantize` makes of it. "
+                "In 16 bits its answers differ a little."
+            )
+        return text
+    if kind == "merged":
+        return f"""\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{_HERE}
+model = AutoModelForCausalLM.from_pretrained(here, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(here)
+{torch}
+{_TORCH}
+```"""
+    if kind == "mlx":
+        return f"""\
+```python
+from mlx_lm import generate, load
+
+{_HERE}
+model, tokenizer = load(here)
+{mlx}
+{_MLX}
+```"""
+    name = shlex.quote(next((path.name for path in sorted(folder.glob("*.gguf"))), "MODEL.gguf"))
+    llama = f"With [llama.cpp](https://github.com/ggml-org/llama.cpp):\n\n```bash\nllama-cli -m {name} -cnv\n```"
+    if kind == "gguf":
+        return llama
+    return f"With [Ollama](https://ollama.com):\n\n```bash\nollama create tuned -f Modelfile\nollama run tuned\n```\n\n{llama}"

@@ -1,0 +1,103 @@
+"""Words that may be published: names without a machine's folders, commands made of them, Markdown that stays text."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Any
+
+from lite_dil.config.train_config import FIELDS, TrainConfig, flag
+from lite_dil.data.sources import EMBEDDED, is_local, looks_like_file, split_sources
+from lite_dil.models.find import EMBEDDED_MODEL
+
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+# What names a place on this machine: from the root, a home folder, a drive, or above the current folder.
+_PLACE = re.compile(r"(?:~|\.\.|[A-Za-z]:)?[/\\][^,=]*")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form owner/name and is no folder here."""
+    return re.fullmatch(_HUB_ID, name, re.ASCII) is not None and not is_local(name) and ".." not in name
+
+
+def plain(text: str) -> str:
+    """Return text on one line, without control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def code(text: object) -> str:
+    """Return text as Markdown code, whatever it holds."""
+    words = plain(str(text))
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", words)), default=0))
+    space = " " if words.startswith("`") or words.endswith("`") else ""
+    return f"{fence}{space}{words}{space}{fence}"
+
+
+def public_name(name: str) -> str:
+    """Return a hub id or the embedded names as they are, and of a path its last part."""
+    if name in (EMBEDDED, EMBEDDED_MODEL) or is_hub_id(name):
+        return name
+    return _last_part(name)
+
+
+def _last_part(path: str) -> str:
+    return plain(re.split(r"[/\\]", path.rstrip("/\\"))[-1])
+
+
+def public_sources(text: str) -> tuple[list[str], list[str]]:
+    """Return the names of the sources that --data names, and the hub ids of those that are on the hub."""
+    names, hub = [], []
+    for source, weight in split_sources(text) if text else []:
+        times = "" if weight == 1 else f"={weight:g}"
+        found = re.match(rf"({_HUB_ID})(/[\w.-]+)?(:[\w.-]+)?$", source, re.ASCII)
+        if found and not is_local(source) and not is_local(source.rpartition(":")[0]) and not looks_like_file(source):
+            names.append(source + times)
+            hub.append(found[1])
+        else:
+            names.append(_last_part(source) + times)
+    return names, list(dict.fromkeys(hub))
+
+
+def public_command(command: str) -> str:
+    """Return a shell command on one line in which places on this machine are their last parts."""
+    return shlex.join(_without_places(plain(word)) for word in shlex.split(command))
+
+
+def _without_places(word: str) -> str:
+    """Shorten each place in a word as ``--data=/home/me/a.jsonl,b.jsonl=0.5``."""
+
+    def shorten(found: re.Match[str]) -> str:
+        return _last_part(found[0]) or "."
+
+    # Not within a word: owner/name and runs/one have a slash as well.
+    return re.sub(rf"(?<![^,=]){_PLACE.pattern}", shorten, word)
+
+
+def train_command(options: dict[str, Any]) -> str:
+    """Return the lite-dil train command that stands for a run's resolved options: what differs from the defaults."""
+    chosen = {name: options[name] for name in ("model", "data", "loss", "init_adapter", "sample_rejected") if name in options}
+    defaults = TrainConfig(**chosen, reference=options.get("reference")).resolved().as_dict() | {
+        name: FIELDS[name].default for name in chosen
+    }
+    words = ["lite-dil", "train"]
+    for name, value in options.items():
+        if name in _OWN or name not in FIELDS or value is None or value == defaults[name]:
+            continue
+        option = flag(name)
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        else:
+            words += [option, _public_value(name, value)]
+    return shlex.join(words)
+
+
+# Where things lie on this machine.
+_OWN = {"output_dir", "reference_cache", "sample_file"}
+
+
+def _public_value(name: str, value: Any) -> str:
+    if name in ("data", "eval_data"):
+        return ",".join(public_sources(value)[0])
+    if name in ("model", "init_adapter"):
+        return public_name(value)
+    return f"{value:g}" if isinstance(value, float) else plain(str(value))

@@ -1,0 +1,175 @@
+"""Charts as SVG in the page's own ink, for pages that are read by day and by night; matplotlib draws them."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lite_dil.runs.history import Curve, History
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, without black and yellow: each shows on white and on black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK = "#010203"  # stands for the page's own text colour
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+# Beyond it matplotlib's own arithmetic on axes overflows; such a value is left out as one that is not finite is.
+LARGEST = 1e100
+# Names of groups would be there twice on a page of several charts, a style would be the whole page's, and so is the font.
+_NOT_OURS = (
+    (r'<g id="[^"]*">', "<g>"),
+    (r"<style.*?</style>", ""),
+    (r"font-family: [^;\"]*;?", ""),
+    (r"\s*\n\s*", " "),
+)
+
+
+def inked(ink: str) -> dict[Any, Any]:
+    """Return matplotlib's settings for texts and axes in one colour."""
+    return {**dict.fromkeys(_INKED, ink), "axes.spines.top": False, "axes.spines.right": False}
+
+
+def svg(make: Callable[[str], Any], salt: str = "lite-dil", text: str = "path") -> str:
+    """Return the figure that `make` draws in a given ink, as an SVG element in the colour of the text around it.
+
+    Args:
+        salt: decides the names inside the SVG, so that the same numbers make the same file.
+        text: "path" draws letters as shapes, "none" leaves them as text in the page's own font.
+    """
+    import matplotlib
+
+    out = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": text, "svg.hashsalt": salt}):
+        make(INK).savefig(out, format="svg", transparent=True, metadata=nothing)
+    found = out.getvalue()
+    found = found[found.index("<svg") :].replace(INK, "currentColor")
+    for pattern, instead in _NOT_OURS:
+        found = re.sub(pattern, instead, found)
+    return found
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart: the metric's name without ``eval_``, and what it is called there."""
+
+    name: str
+    label: str = ""
+    colour: str = COLOURS[0]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What a chart shows. `level` is a value to draw a thin line at, where that means something."""
+
+    key: str
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+    level: float | None = None
+
+
+def _sides(prefix: str) -> tuple[Line, ...]:
+    return (Line(f"{prefix}/chosen", "chosen", COLOURS[0]), Line(f"{prefix}/rejected", "rejected", COLOURS[1]))
+
+
+def charts(per: str) -> list[Chart]:
+    """Return every chart; `per` is what log-ratios are per: "token" or "answer"."""
+    return [
+        Chart("loss", "Loss", "", (Line("loss"),)),
+        Chart("accuracy", "Accuracy: pairs whose chosen answer gained more", "share", (Line("rewards/accuracies"),), 0.5),
+        Chart("margin", "Margin: reward of chosen less rejected", "beta x nats", (Line("rewards/margins"),), 0.0),
+        Chart("log-ratio", "Log-ratio to the reference, by side", f"nats a {per}", _sides("log_ratio"), 0.0),
+        Chart("log-prob", "Log-prob of the answers, by side", "nats an answer", _sides("logps")),
+        Chart("kl", "KTO's baseline z0", f"nats a {per}", (Line("kl"),), 0.0),
+        Chart("capped", "Answers beyond --log-ratio-cap", "share", (Line("capped"),)),
+        Chart("grad-norm", "Gradient norm before clipping", "", (Line("grad_norm"),)),
+        Chart("learning-rate", "Learning rate", "", (Line("learning_rate"),)),
+        Chart("speed", "Speed", "tokens a second", (Line("tokens_per_second"),)),
+        Chart("memory", "Peak memory so far", "MB", (Line("peak_memory_mb"),)),
+        Chart("skipped", "Skipped steps", "a line", (Line("skipped_steps"),)),
+    ]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A chart's SVG, and a sentence of its figures for those who cannot see it."""
+
+    chart: Chart
+    svg: str
+    sentence: str
+    bin: int
+
+
+def draw(chart: Chart, history: History) -> Drawn | None:
+    """Draw a chart of a run, or return None where it has nothing to show."""
+    curves = []
+    for line in chart.lines:
+        curves.append((line, "training", _within(history.train.curve(line.name))))
+        curves.append((line, "held out", _within(history.held_out.curve(f"eval_{line.name}"))))
+    curves = [entry for entry in curves if entry[2].drawable]
+    if not curves or (chart.key == "skipped" and not any(curve.values.any() for _, _, curve in curves)):
+        return None
+    sentence = f"{chart.title}{f' ({chart.unit})' if chart.unit else ''}. " + " ".join(
+        f"{_name(line, part)}: {_figures(curve)}." for line, part, curve in curves
+    )
+    text = svg(lambda ink: _figure(chart, curves, ink), salt=chart.key, text="none")
+    for number, colour in enumerate(COLOURS[:3]):  # so that a dark page can have them lighter
+        text = text.replace(colour.lower(), f"var(--curve-{number})")
+    return Drawn(chart, text, sentence, max(curve.bin for _, _, curve in curves))
+
+
+def _within(curve: Curve) -> Curve:
+    return curve._replace(values=np.where(np.abs(curve.values) < LARGEST, curve.values, np.nan))
+
+
+def _name(line: Line, part: str) -> str:
+    return f"{line.label}, {part}" if line.label else part
+
+
+def _figures(curve: Curve) -> str:
+    finite = np.isfinite(curve.values)
+    steps, values = curve.steps[finite], curve.values[finite]
+    if len(values) == 1:
+        return f"{values[0]:.4g} at step {steps[0]:.0f}"
+    return (
+        f"{values[0]:.4g} at step {steps[0]:.0f}, {values[-1]:.4g} at step {steps[-1]:.0f}, "
+        f"between {values.min():.4g} and {values.max():.4g}"
+    )
+
+
+def _figure(chart: Chart, curves: Sequence[tuple[Line, str, Curve]], ink: str) -> Any:
+    """Draw training as a thin line, what is held out as a thick one with marks."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.rc_context(inked(ink) | {"font.size": 12.0}):
+        figure = Figure(figsize=(5, 2.9), layout="constrained")
+        axes = figure.subplots()
+        axes.patch.set_alpha(0)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if chart.level is not None:
+            axes.axhline(chart.level, color=ink, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.5)
+        for line, part, curve in curves:
+            held_out = part == "held out"
+            colour = line.colour if line.label or not held_out else COLOURS[2]
+            few = np.isfinite(curve.values).sum() <= (40 if held_out else 2)
+            axes.plot(
+                curve.steps,
+                curve.values,
+                color=colour,
+                linewidth=2.2 if held_out else 1.3,
+                alpha=1 if held_out or len(curves) == 1 else 0.7,
+                marker="o" if few else None,
+                markersize=5,
+                label=_name(line, part),
+            )
+        if len(curves) > 1:
+            figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=11, handlelength=1.4, borderaxespad=0.1)
+    return figure

@@ -1,0 +1,276 @@
+"""What a run's figures say, in plain sentences: what it was, whether it went well, and what to look at."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lite_dil.config.train_config import flag
+from lite_dil.data.overlap import Overlap
+from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.reports.samples import Sample, read_samples
+from lite_dil.runs.history import History, read_history
+
+FACTS, SAMPLES = "report.json", "report_samples.jsonl"
+_MEMORISED = 0.2  # of what the training loss fell: how far the held-out loss may rise again before it is said
+_GAP = 0.15  # between the accuracies of training and held out, before it is said
+_LONGER = 1.5  # times the tokens of before, before it is said
+_CUT = 0.1  # of the examples, from which a cut is worth a word
+# The losses of pairs with a term of the chosen answers' own likelihood, and its weight (docs/losses.md, docs/results.md).
+_LIKELIHOOD = {"cpo": "cpo_lambda", "slic": "slic_lambda"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that a run's folder holds for its report: options, facts (report.json), metrics and sample answers."""
+
+    folder: Path
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    history: History = field(default_factory=History)
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def per(self) -> str:
+        """What a log-ratio is per: "token" where it is averaged, else "answer"."""
+        return "token" if self.config.get("logp_reduction") == "mean" else "answer"
+
+    @property
+    def start(self) -> str:
+        """What the policy is compared with: the model that it was at the start, or the bare base model."""
+        other = self.config.get("init_adapter") and self.config.get("reference") == "base"
+        return "the bare base model" if other else "the model it started from"
+
+    def data(self, use: str) -> dict[str, Any] | None:
+        """Return the facts of the data "training" or "held out"."""
+        return next((data for data in self.facts["data"] if data["use"] == use), None)
+
+    def figure(self, name: str) -> tuple[float | None, str]:
+        """Return a figure at the end and where it is from: held out, or the mean of the last quarter of training."""
+        if (value := self.history.held_out.last(f"eval_{name}")) is not None:
+            return value, "held out"
+        return self.history.train.recent(name), "training"
+
+    @property
+    def accuracy(self) -> tuple[float, float, int] | None:
+        """The last held-out accuracy, its standard error, and the number of pairs; None without held-out pairs."""
+        value, data = self.history.held_out.last("eval_rewards/accuracies"), self.data("held out")
+        return None if value is None or data is None else with_error(value, data, self.config)
+
+
+def shared(data: dict[str, Any] | None) -> Overlap:
+    """Return what the facts of the held-out data say that it shares with the training data; those of old runs say nothing."""
+    return Overlap(**found) if data and (found := data.get("in_training")) else Overlap(0, 0, 0)
+
+
+def with_error(accuracy: float, data: dict[str, Any], config: dict[str, Any]) -> tuple[float, float, int]:
+    """Return an accuracy with its standard error and the number of pairs that it is of.
+
+    Pairs of one prompt, of which ``--sample-rejected`` may draw several, share their chosen answer and are not independent:
+    the error counts each prompt once, which is never too little.
+    """
+    examples = int(data["examples"])
+    return accuracy, math.sqrt(max(accuracy * (1 - accuracy), 0.0) / examples), examples * (config.get("sample_rejected") or 1)
+
+
+def read_record(folder: Path) -> Record:
+    """Read a run's folder: config.yaml, report.json, metrics.jsonl and report_samples.jsonl."""
+    import yaml
+
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return Record(folder, config, facts, read_history(folder / "metrics.jsonl"), read_samples(folder / SAMPLES))
+
+
+def what(record: Record) -> str:
+    """Say in a sentence or two what the run is and how far it came."""
+    config, facts, history = record.config, record.facts, record.history
+    data = record.data("training") or {}
+    kinds = {"pairs": "pairs of answers", "unpaired": "good and bad answers", "demonstrations": "good answers"}
+    title = OBJECTIVES[config["loss"]].title
+    steps = f"{history.step:,} of {facts['steps']:,} steps"
+    rank = f" of rank {config['lora_r']}" if config["lora_r"] else f", gone on with from {config['init_adapter']},"
+    text = (
+        f"A LoRA adapter{rank} for {config['model']}, trained with the loss "
+        f"{config['loss']} ({title}) on {data.get('examples', 0):,} {kinds.get(data.get('form', ''), 'examples')} of "
+        f"{config['data']}, on {facts['device']}. "
+    )
+    states = {
+        "running": f"The run is going on: {steps} when this was written.",
+        "finished": f"It is finished: {steps}.",
+        "stopped": f"It was stopped after {steps}, and saved; --resume {record.folder} goes on.",
+        "interrupted": f"It was cut off by Ctrl-C after {steps}; what came after its last checkpoint is not saved.",
+        "diverged": f"It diverged after {steps}: {facts['why']}",
+        "failed": f"It ended by an error after {steps}: {facts['why']}",
+    }
+    return text + states[facts["state"]]
+
+
+def outcome(record: Record) -> str:
+    """Say what was learned, with its uncertainty."""
+    parts = []
+    chosen, place = record.figure("log_ratio/chosen")
+    rejected, _ = record.figure("log_ratio/rejected")
+    where = "held-out" if place == "held out" else "training"
+    if record.accuracy:
+        share, error, number = record.accuracy
+        parts.append(
+            f"In {share:.1%} of {number:,} held-out pairs (give or take {error:.1%}, one standard error) the chosen answer "
+            "gained more probability than the rejected one; chance is 50%."
+        )
+    elif (trained := record.history.train.recent("rewards/accuracies")) is not None and record.history.step > 1:
+        parts.append(f"In {trained:.1%} of the last training pairs the chosen answer gained more than the rejected one.")
+    if chosen is not None:
+        kind = "chosen" if rejected is not None else "good"
+        text = f"The {where} {kind} answers became {_likelier(chosen, record)}"
+        if rejected is not None:
+            text += f", the rejected ones {_likelier(rejected, record)}"
+        parts.append(f"{text}, by the mean log-ratio to {record.start}.")
+    if place == "held out" and (said := str(shared(record.data("held out")))):
+        parts.append(f"Beware: {said}.")
+    return " ".join(parts) or "No step was logged yet."
+
+
+def _likelier(value: float, record: Record) -> str:
+    return f"{'more' if value >= 0 else 'less'} likely by {abs(value):.3g} nats {_article(record.per)}"
+
+
+def _article(unit: str) -> str:
+    return f"{'an' if unit[0] in 'aeiou' else 'a'} {unit}"
+
+
+def warnings(record: Record) -> list[str]:
+    """Return what to look at, each with what to try."""
+    found = [_skipped(record), _shared(record), _chosen_falls(record), _chance(record), *_memorised(record), _longer(record)]
+    found += [_cut(record), _unseen(record)]
+    return [text for text in found if text]
+
+
+def _shared(record: Record) -> str:
+    if not (warning := shared(record.data("held out")).warning):
+        return ""
+    return f"{warning}. What to try: take these rows out of --data or out of --eval-data."
+
+
+def _chosen_falls(record: Record) -> str:
+    value, place = record.figure("log_ratio/chosen")
+    if value is None or round(value, 3) >= 0:
+        return ""
+    names = "chosen" if record.history.train.recent("log_ratio/rejected") is not None else "good"
+    advice = f"a lower --learning-rate or fewer --epochs{_keeps_likely(record)}"
+    where = "held out" if place == "held out" else "last training steps"
+    return (
+        f"The policy now gives the {names} answers less probability than {record.start}: {value:.3g} nats "
+        f"{_article(record.per)} ({where}). Where the rejected ones fall "
+        f"faster, accuracy and margin hide that; what gains is some other text. What to try: {advice}."
+    )
+
+
+def _keeps_likely(record: Record) -> str:
+    """Return which loss on this data, or which constant of the run's own, holds the chosen answers' likelihood up."""
+    loss, form = record.config["loss"], (record.data("training") or {}).get("form")
+    if OBJECTIVES[loss].data == "chosen":
+        return ""
+    if loss in _LIKELIHOOD:
+        return f", or a higher {flag(_LIKELIHOOD[loss])}, the weight of the chosen answers' likelihood"
+    others = ["sft"] if form == "unpaired" else [*_LIKELIHOOD, "sft"]
+    return f", or --loss {' or '.join(others)}, with a term of the chosen answers' own likelihood"
+
+
+def _chance(record: Record) -> str:
+    if not record.accuracy:
+        return ""
+    share, _, number = record.accuracy
+    # Two standard errors of a coin: those of the share itself are 0 where a few pairs are all right.
+    limit = 0.5 + 1 / math.sqrt((record.data("held out") or {})["examples"])
+    if share > limit:
+        return ""
+    return (
+        f"The held-out accuracy cannot be told from chance: {share:.1%} of {number:,} pairs, where chance reaches "
+        f"{min(limit, 1.0):.1%} (two standard errors above 50%). What to try: more held-out pairs to see more clearly, more "
+        "data or steps, or a higher --learning-rate; lite-dil data shows whether the pairs contradict each other."
+    )
+
+
+def _memorised(record: Record) -> list[str]:
+    train, held_out = record.history.train, record.history.held_out
+    found = []
+    losses, last = held_out.get("eval_loss"), held_out.last("eval_loss")
+    first, recent = (train.at(0, "loss") if train.number else None), train.recent("loss")
+    if last is not None and first is not None and recent is not None and held_out.number > 1:
+        best = min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)
+        if last - losses[best] > _MEMORISED * max(first - recent, 0) > 0:
+            found.append(
+                f"The held-out loss was best at step {held_out.get('step')[best]:.0f} ({losses[best]:.4g}) and has risen to "
+                f"{last:.4g} since, while the training loss fell: the run has begun to learn its data by heart. What to try: "
+                "fewer --epochs, a lower --learning-rate, or the checkpoint nearest to the best step (--save-steps)."
+            )
+    trained = train.recent("rewards/accuracies")
+    if not found and record.accuracy and trained is not None and record.history.step > 1:
+        share, error, _ = record.accuracy
+        if trained - share > max(_GAP, 3 * error):
+            found.append(
+                f"Training and held-out pairs part: {trained:.1%} of the last training pairs against {share:.1%} of the "
+                "held-out ones. What to try: more data, fewer --epochs, or a smaller --lora-r."
+            )
+    return found
+
+
+def _skipped(record: Record) -> str:
+    number = int(sum(value for value in record.history.train.get("skipped_steps") if math.isfinite(value)))
+    if number <= max(3, record.history.step // 50):
+        return ""
+    return (
+        f"{number:,} of {record.history.step:,} steps were skipped: float16 overflowed in them. A few at the start are "
+        "normal, while its loss scale is found. What to try: --dtype bfloat16 where the hardware has it, or a lower "
+        "--learning-rate."
+    )
+
+
+def answer_lengths(record: Record) -> tuple[float, float] | None:
+    """Return the mean tokens of the sample answers before and after, or None without answers."""
+    samples = record.samples
+    if not samples:
+        return None
+    before, after = (sum(getattr(s, name) for s in samples) / len(samples) for name in ("before_tokens", "after_tokens"))
+    return before, after
+
+
+def _longer(record: Record) -> str:
+    if not (means := answer_lengths(record)) or means[1] <= _LONGER * max(means[0], 10):
+        return ""
+    tokens = (record.data("training") or {}).get("tokens", {})
+    text = f"The sample answers got much longer: {means[0]:.0f} tokens before, {means[1]:.0f} after (means)"
+    if "chosen" in tokens and "rejected" in tokens and tokens["chosen"]["mean"] > tokens["rejected"]["mean"]:
+        text += (
+            f". The chosen answers of the data are longer than the rejected ones ({tokens['chosen']['mean']:.0f} against "
+            f"{tokens['rejected']['mean']:.0f} tokens), which teaches that"
+        )
+    if OBJECTIVES[record.config["loss"]].data == "chosen":
+        return f"{text}. What to try: shorter good answers, as it learns their lengths."
+    advice = "" if record.per == "token" else ", or --logp-reduction mean"
+    return f"{text}. What to try: chosen and rejected answers of like lengths{advice}."
+
+
+def _cut(record: Record) -> str:
+    data = record.data("training") or {}
+    prompts, answers = data.get("prompts_cut", 0), data.get("answers_cut", 0)
+    if max(prompts, answers) <= _CUT * data.get("examples", 0):
+        return ""
+    return (
+        f"--max-length cut {prompts:,} prompts, at their start, and the answers of {answers:,} of {data['examples']:,} "
+        "examples: what is gone cannot be learned, and answers without an end teach the model to ramble. What to try: a "
+        "larger --max-length; lite-dil data tells which cuts none."
+    )
+
+
+def _unseen(record: Record) -> str:
+    if record.data("held out"):
+        return ""
+    return (
+        "There is no held-out data, so these figures are of answers that the run was trained on and say little about new "
+        "prompts. What to try: --eval-data FILE."
+    )

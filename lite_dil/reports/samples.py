@@ -1,0 +1,201 @@
+"""What the report shows of the data and of the model's own words: lengths, and answers to a few prompts before and after."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lite_dil.backends import Answer, Backend, never
+from lite_dil.base.errors import OutOfMemory
+from lite_dil.base.hashing import digest
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.dataset import DataSet
+from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.inspect.findings import source_facts
+from lite_dil.data.inspect.survey import lengths
+from lite_dil.data.reader import CHOSEN, REJECTED, Message, Row
+from lite_dil.generation.batch_generator import halves
+from lite_dil.runs.folder import replace_file
+from lite_dil.training.passes import Fitting
+
+MAX_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to answer: its token ids, what a person reads of it, text or messages, and its tokens before it was cut."""
+
+    ids: tuple[int, ...]
+    shown: str | list[Message]
+    place: str
+    tokens: int
+
+
+class Intake:
+    """Watches `lite_dil.data.dataset.load`: `add` keeps lengths, and by the seed a few prompts.
+
+    Args:
+        count: how many prompts to keep; those that leave no room for `MAX_NEW_TOKENS` only where there are no others.
+    """
+
+    def __init__(self, count: int, config: TrainConfig) -> None:
+        self.count, self.max_length = count, config.max_length
+        self.lengths = {"prompt": array("i"), "chosen": array("i"), "rejected": array("i")}
+        self._random = np.random.default_rng([config.seed, 3])
+        self._kept: dict[tuple[int, ...], tuple[float, Prompt]] = {}
+
+    def add(self, row: Row, whole: Example, cut: Example) -> None:
+        """Take one row, its tokens, and its tokens cut to ``--max-length``."""
+        self.lengths["prompt"].append(len(whole.prompt))
+        for sign, response in zip(whole.signs, whole.responses, strict=True):
+            self.lengths[{CHOSEN: "chosen", REJECTED: "rejected"}[sign]].append(len(response))
+        if not self.count or cut.prompt in self._kept:
+            return
+        # The rows with the smallest random numbers, so that one pass over the data is enough.
+        order = self._random.random() + (len(cut.prompt) + MAX_NEW_TOKENS > self.max_length)
+        if len(self._kept) == self.count:
+            last = max(self._kept, key=lambda ids: self._kept[ids][0])
+            if order >= self._kept[last][0]:
+                return
+            del self._kept[last]
+        self._kept[cut.prompt] = order, Prompt(cut.prompt, row.prompt, row.place, len(whole.prompt))
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts that were kept: one without room would leave all of them no more than it has."""
+        roomy = [prompt for order, prompt in self._kept.values() if order < 1]
+        return roomy or [prompt for _, prompt in self._kept.values()]
+
+    def facts(self, use: str, source: str, data: DataSet) -> dict[str, Any]:
+        """Return what the report says of a data set; `use` is "training" or "held out"."""
+        return {
+            "use": use,
+            "source": source,
+            "examples": len(data.examples),
+            "form": data.form,
+            "chat": data.chat,
+            "answers": {"chosen": data.answers[CHOSEN], "rejected": data.answers[REJECTED]},
+            "sources": [source_facts(part) for part in data.sources],
+            "prompts_cut": data.prompts_cut,
+            "answers_cut": data.responses_cut,
+            "tokens": {name: lengths(values) for name, values in self.lengths.items() if values},
+        }
+
+
+@dataclass
+class Sample:
+    """One prompt and what was answered to it: ``before`` with the adapter off, ``after`` by the policy after ``step`` steps.
+
+    ``prompt`` is whole; of its ``prompt_tokens`` tokens the model saw ``prompt_seen``, the rest being cut by ``--max-length``.
+    ``before_tokens`` and ``after_tokens`` count an answer's tokens without its end token, ``*_cut`` says that it had no end
+    yet. ``key`` tells prompt and limit apart from others.
+    """
+
+    key: str
+    prompt: str | list[Message]
+    place: str
+    held_out: bool
+    before: str
+    before_tokens: int
+    before_cut: bool
+    after: str = ""
+    after_tokens: int = 0
+    after_cut: bool = False
+    step: int = 0
+    prompt_tokens: int = 0
+    prompt_seen: int = 0
+
+
+class Samples:
+    """Greedy answers to a few prompts, kept in a file: once with the adapter off, and the latest of the policy.
+
+    Args:
+        prompts: what to answer.
+        held_out: whether they are of the held-out data.
+        path: report_samples.jsonl; answers with the adapter off that are there already are not made again.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        held_out: bool,
+        path: Path,
+        backend: Backend,
+        encoder: Encoder,
+        config: TrainConfig,
+        say: Callable[[str], None],
+    ) -> None:
+        self.prompts, self.held_out, self.path, self.backend, self.encoder = prompts, held_out, path, backend, encoder
+        # One limit for all, so that a batch that is halved answers the same; the model was made for --max-length at least.
+        longest = max((len(prompt.ids) for prompt in prompts), default=0)
+        self.room = max(1, min(MAX_NEW_TOKENS, config.max_length - longest))
+        self.say = say
+        self.fitting: Fitting[Sequence[Prompt]] = Fitting("a batch of sample answers", self._tokens, halves, say)
+
+    def refresh(self, step: int, stop: Callable[[], bool] = never) -> None:
+        """Answer as the policy after `step` steps, and write the file, unless `stop`, asked between tokens, ends it.
+
+        A prompt too long for memory ends the answering for good.
+        """
+        if not self.prompts or stop():
+            return
+        known = {sample.key: sample for sample in read_samples(self.path)}
+        samples = [known.get(self._key(prompt)) for prompt in self.prompts]
+        try:
+            if missing := [p for p, sample in zip(self.prompts, samples, strict=True) if sample is None]:
+                with self.backend.adapter_off():
+                    made = iter(self._answers(missing, stop))
+                samples = [sample or self._first(p, next(made)) for p, sample in zip(self.prompts, samples, strict=True)]
+            after = self._answers(self.prompts, stop)
+        except OutOfMemory as error:
+            self.say(f"no sample answers from here on: {error}")
+            self.prompts = []
+            return
+        if stop():  # and the answers end in the middle
+            return
+        found = [sample for sample in samples if sample]
+        for sample, prompt, answer in zip(found, self.prompts, after, strict=True):
+            sample.after, sample.after_tokens, sample.after_cut = self._shown(prompt, answer)
+            sample.prompt_tokens, sample.prompt_seen, sample.step = prompt.tokens, len(prompt.ids), step
+        write_samples(self.path, found)
+
+    def _answers(self, prompts: Sequence[Prompt], stop: Callable[[], bool]) -> list[Answer]:
+        ends = self.encoder.end_ids()
+
+        def generate(part: Sequence[Prompt]) -> list[Answer]:
+            return self.backend.generate([p.ids for p in part], self.room, ends, stop=stop)
+
+        return [answer for part in self.fitting.run(generate, prompts) for answer in part]
+
+    def _first(self, prompt: Prompt, answer: Answer) -> Sample:
+        return Sample(self._key(prompt), prompt.shown, prompt.place, self.held_out, *self._shown(prompt, answer))
+
+    def _shown(self, prompt: Prompt, answer: Answer) -> tuple[str, int, bool]:
+        return self.encoder.tokenizer.decode(answer.ids).strip(), len(answer.ids), answer.end is None
+
+    def _key(self, prompt: Prompt) -> str:
+        return digest(prompt.ids, self.room)
+
+    def _tokens(self, part: Sequence[Prompt]) -> int:
+        return len(part) * (max(len(p.ids) for p in part) + self.room)
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Read report_samples.jsonl; none where there is no such file, or where it is of another kind."""
+    if not path.exists():
+        return []
+    try:
+        return [Sample(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError):
+        return []
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Write report_samples.jsonl, whole or not at all."""
+    replace_file(path, "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))

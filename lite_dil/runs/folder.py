@@ -1,0 +1,230 @@
+"""A run's folder: config.yaml, metrics.jsonl, checkpoints and the final adapter; nothing half-written passes for whole."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.disk import DiskFailed, append, failing, writing
+from lite_dil.base.errors import UserError, gather
+from lite_dil.config.options import read_yaml
+from lite_dil.config.train_config import FREE_ON_RESUME, SPLIT, TrainConfig, flag
+from lite_dil.data.reader import Problem
+
+RUNS = Path("runs")
+
+
+@dataclass
+class Progress:
+    """Where a run stands, apart from the backend's state; saved with each checkpoint.
+
+    `window` holds the sums of the metrics since the last logged line, so that a resumed run logs the same means.
+    """
+
+    step: int = 0
+    num_tokens: int = 0
+    fingerprint: str = ""
+    window: dict[str, list[float]] = field(default_factory=dict)
+
+
+class RunFolder:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.adapter = path / "adapter"
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def new(cls, config: TrainConfig) -> RunFolder:
+        """Choose a new run's folder, without making it yet. Raises UserError where it would be written over another run."""
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        folder = cls(Path(config.output_dir) if config.output_dir else _unused(RUNS / f"{config.loss}-{now}"))
+        if folder.metrics.exists() or folder.adapter.exists() or folder.checkpoints.exists():
+            raise UserError(
+                f"--output-dir {folder.path} already holds a run; go on with --resume {folder.path}, or give another folder"
+            )
+        if folder.path.exists() and not folder.path.is_dir():
+            raise UserError(f"--output-dir {folder.path} is a file")
+        return folder
+
+    def create(self, config: TrainConfig) -> None:
+        """Make the folder and write config.yaml."""
+        import yaml
+
+        with writing(f"--output-dir {self.path}", "--output-dir"):
+            self.path.mkdir(parents=True, exist_ok=True)
+        options = config.as_dict() | {"output_dir": str(self.path)}
+        replace_file(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+
+    def drop_unsaved(self) -> None:
+        """Drop the lines of a run that was killed before its first checkpoint: there is nothing to go on from."""
+        ours = (self.path / "config.yaml").is_file() and not self.adapter.exists() and self.latest() is None
+        left = [*self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
+        if ours and all(path.name.startswith(".step-") and path.suffix == ".partial" for path in left):
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self.metrics.unlink(missing_ok=True)
+
+    def list_skipped(self, problems: Sequence[Problem]) -> None:
+        """Write skipped_rows.jsonl: the place of every row that was left out, and why."""
+        lines = (json.dumps(problem._asdict(), ensure_ascii=False) + "\n" for problem in problems)
+        replace_file(self.path / "skipped_rows.jsonl", "".join(lines))
+
+    def log(self, line: dict[str, float]) -> None:
+        """Append one object to metrics.jsonl; what is not finite becomes null, which JSON has."""
+        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        with writing(self.metrics), self.metrics.open("ab", buffering=0) as file:
+            append(file, (json.dumps(finite) + "\n").encode())
+
+    def latest(self) -> Path | None:
+        """Return the newest checkpoint, if there is one."""
+        steps = self._steps()
+        return self.checkpoints / f"step-{steps[-1]}" if steps else None
+
+    def save_checkpoint(self, progress: Progress, write: Callable[[Path], None], keep: int | None) -> Path:
+        """Write checkpoints/step-N whole or not at all, then drop all but the `keep` newest."""
+        target = self.checkpoints / f"step-{progress.step}"
+
+        def fill(folder: Path) -> None:
+            write(folder)
+            (folder / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+
+        _replace_folder(target, fill)
+        for step in self._steps()[: -keep if keep else 0]:
+            with writing(old := self.checkpoints / f"step-{step}"):
+                shutil.rmtree(old)
+        return target
+
+    def save_adapter(self, write: Callable[[Path], None]) -> None:
+        """Write adapter/, the result of the run."""
+        _replace_folder(self.adapter, write)
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Where the disk fails in the block, say from where the run can go on."""
+        try:
+            with failing():
+                yield
+        except DiskFailed as error:
+            latest = self.latest()
+            if latest:
+                safe = f". The run is safe up to {latest.name}: --resume {self.path} goes on from it"
+            else:
+                safe = ". No checkpoint was saved before; --output-dir names another place" if self.path.exists() else ""
+            raise UserError(f"{error}{safe}") from None
+
+    def _steps(self) -> list[int]:
+        found = (path.parent.name.removeprefix("step-") for path in self.checkpoints.glob("step-*/progress.json"))
+        return sorted(int(step) for step in found if step.isdigit())
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drop lines of metrics.jsonl after `step`: the run goes on from there and writes them again. Return all lines."""
+        if not self.metrics.exists():
+            return []
+        lines = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:  # the last line of a killed run may be half a line
+                break
+        replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+        return lines
+
+
+def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
+    """Return the checkpoint that ``--resume`` names: a checkpoint's folder, a run's, or "auto".
+
+    "auto" takes the newest in `output_dir`, or in the newest run under runs/ that has one, and None where there is none.
+    """
+    if where == "auto":
+        if output_dir:
+            return RunFolder(Path(output_dir)).latest()
+        found = [c for run in RUNS.glob("*/") if (c := RunFolder(run).latest())]
+        return max(found, key=lambda checkpoint: checkpoint.stat().st_mtime, default=None)
+    path = Path(where)
+    if (path / "progress.json").is_file():
+        path = path.absolute()  # so that a checkpoint named from within the run's folder has a parent
+        latest = RunFolder(path.parent.parent).latest()
+        if latest and latest.name != path.name:
+            raise UserError(f"--resume {where}: the run has gone on to {latest.name}; move the later checkpoints away first")
+        return path
+    if latest := RunFolder(path).latest():
+        return latest
+    raise UserError(f"--resume {where}: no checkpoint there; give a run's folder, one of its checkpoints, or auto")
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Read a checkpoint's progress.json."""
+    try:
+        return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint / 'progress.json'}: cannot be read ({error})") from None
+
+
+def saved_config(checkpoint: Path) -> dict[str, Any]:
+    """Return the resolved options of the run that a checkpoint belongs to."""
+    return read_yaml(checkpoint.parent.parent / "config.yaml")
+
+
+def check_same_run(config: TrainConfig, saved: dict[str, Any], where: str) -> None:
+    """Raise UserError if an option that decides what is learned differs from the run that is resumed."""
+    # How a step is split decides what dropout draws, and nothing else.
+    free = FREE_ON_RESUME if config.lora_dropout else FREE_ON_RESUME | SPLIT
+    problems = [
+        f"{flag(name)} is {value}, but the run has {saved[name]}"
+        for name, value in config.as_dict().items()
+        if name not in free and name in saved and value != saved[name]
+    ]
+    examples, before = (math.prod(options[name] for name in SPLIT) for options in (config.as_dict(), config.as_dict() | saved))
+    if examples != before:
+        names = " x ".join(map(flag, sorted(SPLIT)))
+        problems.append(f"{names} makes steps of {examples} examples, but the run has steps of {before}")
+    if problems:
+        raise UserError(gather(problems, f"--resume {where} goes on with the run's own options; start a new run to change:"))
+
+
+def _unused(path: Path) -> Path:
+    """Return `path`, or the first of path-2, path-3, ... that does not exist (two runs in one second)."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    partial, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
+    with writing(target):
+        try:
+            for left in (partial, old):
+                shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir(parents=True)
+            fill(partial)
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+        finally:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            for left in (partial, old):  # what was not finished takes no room
+                shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Passes, optimiser steps, the reference cache and metrics."""

@@ -1,0 +1,67 @@
+"""The figures of answers and pairs, in numpy, the same for training and evaluation and for every backend."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lite_dil.batching.batch import Batch
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.objectives.losses import log_ratio
+from lite_dil.objectives.table import OBJECTIVES, constants
+
+
+class Means:
+    """Running means by name, each over its own number of things: of pairs, of good answers, of bad answers.
+
+    Args:
+        state: sums and counts by name, which is also what a checkpoint keeps of it; changed in place.
+    """
+
+    def __init__(self, state: dict[str, list[float]] | None = None) -> None:
+        self.state = {} if state is None else state
+
+    def add(self, name: str, values: np.ndarray | float, count: int | None = None) -> None:
+        """Add values, or a mean over `count` things."""
+        array = np.asarray(values, np.float64)
+        number = array.size if count is None else count
+        if number:
+            entry = self.state.setdefault(name, [0.0, 0.0])
+            entry[0] += float(array.sum()) if count is None else float(array) * count
+            entry[1] += number
+
+    def total(self, name: str) -> float:
+        """Return the sum."""
+        return self.state[name][0]
+
+    def means(self) -> dict[str, float]:
+        """Return every mean."""
+        return {name: total / count for name, (total, count) in self.state.items()}
+
+
+def answer_metrics(means: Means, policy: np.ndarray, reference: np.ndarray, batch: Batch, config: TrainConfig) -> None:
+    """Add a batch's figures under TRL's names; `policy` and `reference` are summed log-probs in nats, (responses,).
+
+    A reward is ``beta * f`` and nothing else, an accuracy is the share of pairs with ``f_w > f_l``, and ``logps/*`` are sums
+    over the answer's tokens in nats. Answers without a partner have no accuracy, and no margin of their own: `with_margin`.
+    """
+    f = log_ratio(policy.astype(np.float64), reference.astype(np.float64), batch.lengths, config.logp_reduction or "mean")
+    rewards = (1.0 if config.beta is None else config.beta) * f
+    for name, index in (("chosen", batch.chosen), ("rejected", batch.rejected)):
+        means.add(f"rewards/{name}", rewards[index])
+    first, second = batch.pairs
+    means.add("rewards/accuracies", f[first] > f[second])
+    means.add("rewards/margins", rewards[first] - rewards[second])
+    for name, index in (("chosen", batch.chosen), ("rejected", batch.rejected)):
+        means.add(f"logps/{name}", policy[index])
+    for name, index in (("chosen", batch.chosen), ("rejected", batch.rejected)):
+        means.add(f"log_ratio/{name}", f[index])
+    if (capped := OBJECTIVES[config.loss].capped) and (compared := capped(f, constants(config.loss, config))):
+        value, cap = compared
+        means.add("capped", value > cap)
+
+
+def with_margin(figures: dict[str, float]) -> dict[str, float]:
+    """Add the difference of the mean rewards as the margin where answers have no partners."""
+    if "rewards/margins" in figures or not {"rewards/chosen", "rewards/rejected"} <= figures.keys():
+        return figures
+    return figures | {"rewards/margins": figures["rewards/chosen"] - figures["rewards/rejected"]}

@@ -1,0 +1,142 @@
+"""Going on where memory runs out: the same work in smaller passes, with the same result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from lite_dil.backends import Backend, StepResult, never
+from lite_dil.base.disk import DiskFailed
+from lite_dil.base.errors import OutOfMemory
+from lite_dil.batching.batch import Batch, by_batch
+from lite_dil.batching.schedule import Schedule
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.objectives.criterion import Criterion
+from lite_dil.objectives.losses import log_ratio
+from lite_dil.training.reference import ReferenceCache
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Fitting(Generic[T]):
+    """Halves what memory does not hold in one piece, and from then on whatever is as large.
+
+    Args:
+        name: of a piece of this work, for people.
+        tokens: returns the size of a piece.
+        halves: returns the two halves of a piece, or nothing where it cannot be split.
+        say: tells the user.
+    """
+
+    def __init__(
+        self, name: str, tokens: Callable[[T], int], halves: Callable[[T], Sequence[T]], say: Callable[[str], None]
+    ) -> None:
+        self.name, self.tokens, self.halves, self.say = name, tokens, halves, say
+        self.too_large = math.inf
+
+    def run(self, work: Callable[[T], R], piece: T) -> list[R]:
+        """Return what `work` returns for `piece`, or for its parts in their order.
+
+        Raises OutOfMemory where a part that cannot be split does not fit.
+        """
+        size = self.tokens(piece)
+        parts = self.halves(piece) if size >= self.too_large else ()
+        if not parts:
+            try:
+                return [work(piece)]
+            except OutOfMemory:
+                parts = self.halves(piece)
+                if not parts:
+                    raise
+            self.too_large = size
+            self.say(f"out of memory in {self.name} of {size} tokens: halved from here on; the result is the same")
+        return [result for part in parts for result in self.run(work, part)]
+
+
+class Passes:
+    """Log-probs without gradients, in passes that memory holds; the reference's are remembered."""
+
+    def __init__(self, backend: Backend, config: TrainConfig, cache: ReferenceCache, say: Callable[[str], None]) -> None:
+        self.backend, self.cache, self.say, self.reduction = backend, cache, say, config.logp_reduction or "sum"
+        self._fitting = Fitting("a pass without gradients", lambda batch: batch.tokens, Batch.halves, say)
+
+    def run(self, work: Callable[[Batch], np.ndarray], batch: Batch) -> np.ndarray:
+        """Return what `work` returns for the batch: an array whose first axis follows the responses."""
+        return np.concatenate(self._fitting.run(work, batch))
+
+    def sequence_logps(self, batch: Batch) -> np.ndarray:
+        """Return the policy's summed log-probs, (responses,)."""
+        return self.run(self.backend.sequence_logps, batch)
+
+    def token_logps(self, batch: Batch) -> np.ndarray:
+        """Return the policy's log-probs of all response tokens, (tokens,)."""
+        return self.run(self.backend.token_logps, batch)
+
+    def reference(self, batch: Batch) -> np.ndarray:
+        """Return the reference's summed log-probs, (responses,), from the cache or computed and remembered."""
+        known = self.cache.lookup(batch)
+        if known is None:
+            with self.backend.adapter_off():
+                known = self.sequence_logps(batch)
+            self.remember(batch, known)
+        return known
+
+    def remember(self, batch: Batch, logps: np.ndarray) -> None:
+        """Keep the reference's summed log-probs of a batch: on disk, or in memory alone from where the disk fails."""
+        try:
+            self.cache.add(batch, logps)
+        except DiskFailed as error:
+            self.say(f"{error}. Going on: log-probs of the reference are kept in memory from here on")
+
+    def baseline(self, batches: Sequence[Batch], stop: Callable[[], bool] = never) -> float:
+        """Return kto's z0: the mean log-ratio of answers to other prompts, and 0 where that is negative (its eq. 8).
+
+        Without batches, which is every other objective, it is 0; where `stop`, asked between passes, ends it, of no meaning.
+        """
+        found = []
+        for batch in batches:
+            if stop():
+                break
+            found.append(log_ratio(self.sequence_logps(batch), self.reference(batch), batch.lengths, self.reduction))
+        return max(0.0, float(np.concatenate(found).mean())) if found else 0.0
+
+
+class Taken(NamedTuple):
+    """A step that was taken: on what, what came of it, kto's z0 in it, and how many reference passes it computed."""
+
+    batches: list[Batch]
+    result: StepResult
+    baseline: float
+    reference_passes: int
+
+
+def take_step(passes: Passes, schedule: Schedule, step: int, criterion: Criterion, say: Callable[[str], None]) -> Taken:
+    """Take step 1, 2, ... in passes that memory holds: where it does not, `schedule` plans smaller ones from here on.
+
+    Raises OutOfMemory where a pass that failed cannot be split; backend and schedule are then those before the step.
+    """
+    while True:
+        batches = schedule.batches(step)
+        known = [passes.cache.lookup(batch) for batch in batches]
+        baseline = passes.baseline(schedule.others(step))
+        try:
+            result = passes.backend.step(batches, criterion, schedule.learning_rate(step), known, baseline)
+        except OutOfMemory as error:
+            failed = None if error.micro_batch is None else batches[error.micro_batch]
+            before = schedule.limits
+            if not schedule.halve([failed] if failed else batches):
+                raise
+            say(
+                f"out of memory in step {step}: passes of at most {schedule.limits} from here on (were {before}); the result "
+                f"is the same{', but for what dropout draws' if schedule.config.lora_dropout else ''}"
+            )
+            continue
+        missing = [values is None for values in known]
+        for batch, logps, absent in zip(batches, by_batch(result.reference, batches), missing, strict=True):
+            if absent:
+                passes.remember(batch, logps)
+        return Taken(batches, result, baseline, sum(missing))

@@ -1,0 +1,176 @@
+"""A durable cache of the reference's log-probs: paid once for every answer, whatever the epoch, the run or the loss."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from lite_dil.base.disk import append, writing
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.models.find import cache_dir, model_folder
+from lite_dil.runs.folder import replace_file
+
+# A digest of the token ids, the summed log-prob, the response's tokens, and a checksum of the three: 32 bytes.
+_RECORD = struct.Struct("<16sdII")
+_CHECKED = _RECORD.size - 4
+_VERSION = "1"
+
+
+class ReferenceCache:
+    """Summed log-probs of responses under one reference, in one append-only file.
+
+    A damaged or half-written record is not believed, and computed again. Several runs may share a folder, and add to a file at
+    the same time.
+
+    Args:
+        folder: where the files are, one a reference; made if need be. None keeps everything in memory only.
+        key: what the log-probs depend on beside the tokens; see `reference_key`.
+    """
+
+    def __init__(self, folder: Path | None, key: dict[str, str]) -> None:
+        self.known: dict[bytes, tuple[float, int]] = {}
+        self.damaged = 0
+        self.failed = False
+        self.path: Path | None = None
+        if folder is None:
+            return
+        name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=10).hexdigest()
+        self.path = folder / f"{name}.logps"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.json").write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")  # for people
+            content = self.path.read_bytes() if self.path.exists() else b""
+            if torn := len(content) % _RECORD.size:  # a run was killed while it wrote
+                self._append(bytes(_RECORD.size - torn))
+        except OSError as error:
+            raise UserError(f"--reference-cache {folder}: cannot be used ({error})") from None
+        for start in range(0, len(content) - torn, _RECORD.size):
+            digest, logps, tokens, checksum = _RECORD.unpack_from(content, start)
+            if checksum == zlib.crc32(content[start : start + _CHECKED]) and math.isfinite(logps):
+                self.known.setdefault(digest, (logps, tokens))
+            else:
+                self.damaged += 1
+        self.damaged += bool(torn)
+
+    def lookup(self, batch: Batch) -> np.ndarray | None:
+        """Return the summed log-prob of every response, (responses,) float32, or None unless all are known."""
+        found = []
+        for digest, response in zip(_digests(batch), batch.responses, strict=True):
+            logps, tokens = self.known.get(digest, (0.0, -1))
+            if tokens != len(response):
+                return None
+            found.append(logps)
+        return np.array(found, np.float32)
+
+    def add(self, batch: Batch, logps: np.ndarray) -> None:
+        """Remember the summed log-probs (responses,) of a batch. Records are on disk when this returns.
+
+        Raises:
+            DiskFailed: they are in memory only, and so is, without an error, what comes later.
+        """
+        records = b""
+        for digest, response, value in zip(_digests(batch), batch.responses, logps.tolist(), strict=True):
+            if math.isfinite(value) and digest not in self.known:
+                self.known[digest] = (value, len(response))
+                record = _RECORD.pack(digest, value, len(response), 0)[:_CHECKED]
+                records += record + struct.pack("<I", zlib.crc32(record))
+        if records and self.path is not None and not self.failed:
+            self.failed = True
+            with writing(f"the reference cache {self.path}", "--reference-cache"):
+                self._append(records)
+            self.failed = False
+
+    def _append(self, content: bytes) -> None:
+        assert self.path is not None
+        with self.path.open("ab", buffering=0) as file:  # one write a batch, so that runs side by side do not mix records
+            append(file, content)
+
+
+def open_cache(config: TrainConfig, model: str, identity: str) -> ReferenceCache:
+    """Return the cache that the config asks for; with ``off`` it lasts as long as the run.
+
+    Args:
+        model: the folder or hub id of the base.
+        identity: the backend's own part of the key: library, compute type and quantisation.
+    """
+    if config.reference_cache == "off":
+        return ReferenceCache(None, {})
+    return ReferenceCache(cache_folder(config), reference_key(config, model, identity))
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    """Return where log-probs are kept, and the hashes of weights, also where ``off`` keeps the log-probs out."""
+    given = config.reference_cache
+    return Path(given) if given and given != "off" else cache_dir() / "reference"
+
+
+def reference_key(config: TrainConfig, model: str, identity: str) -> dict[str, str]:
+    """Return what the reference's log-probs depend on beside the tokens, by name."""
+    folder = cache_folder(config)
+    key = {"version": _VERSION, "computed": identity, "weights": _fingerprint(model_folder(model), folder)}
+    if config.reference == "initial-adapter":
+        key["adapter"] = _fingerprint(Path(config.init_adapter or ""), folder)
+    return key
+
+
+def _digests(batch: Batch) -> list[bytes]:
+    """Return a digest of each response's token ids and its prompt's, the two kept apart."""
+    digests = []
+    for prompt, response in zip(batch.prompt_of, batch.responses, strict=True):
+        ids = batch.prompts[prompt]
+        head = struct.pack("<I", len(ids))
+        digests.append(hashlib.blake2b(head + ids.tobytes() + response.tobytes(), digest_size=16).digest())
+    return digests
+
+
+def _fingerprint(folder: Path, memo: Path) -> str:
+    """Return a hash of a model's or an adapter's weights and config.
+
+    Reading 16 GB takes a while, so a file's hash is remembered with its size and time of change, in `memo`; a file of the
+    hub's cache has its hash for a name.
+    """
+    notes = memo / "files.json"
+    try:
+        remembered = json.loads(notes.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        remembered = {}
+    names = sorted({path for end in ("*.safetensors", "*.bin", "*.gguf", "*config.json") for path in folder.glob(end)})
+    if not any(path.suffix != ".json" for path in names):
+        raise UserError(
+            f"{folder}: no weights there to know the reference cache's entries by; --reference-cache off needs none"
+        )
+    total, changed = hashlib.blake2b(digest_size=16), False
+    for path in names:
+        real = path.resolve()
+        stat = real.stat()
+        seen = [stat.st_size, stat.st_mtime_ns]
+        if len(real.name) == 64 and real.parent.name == "blobs":
+            value = real.name
+        elif (note := remembered.get(str(real))) and note[:2] == seen:
+            value = note[2]
+        else:
+            with real.open("rb") as file:
+                value = _hash_of(file)
+            remembered[str(real)], changed = [*seen, value], True
+        total.update(f"{path.name} {value}\n".encode())
+    if changed:
+        with writing(memo, "--reference-cache"):
+            memo.mkdir(parents=True, exist_ok=True)
+        replace_file(notes, json.dumps(remembered))
+    return total.hexdigest()
+
+
+def _hash_of(file: BinaryIO) -> str:
+    value = hashlib.blake2b(digest_size=16)
+    while block := file.read(2**24):
+        value.update(block)
+    return value.hexdigest()
