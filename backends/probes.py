@@ -1,37 +1,11 @@
-"""What models do to their logits after the output head, and the tokens that are tried at start-up; shared by the backends."""
+"""The tokens that are tried at start-up, shared by the backends, and how far two ways to compute may be apart."""
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
-
-
-class LogitTransform(NamedTuple):
-    """Logits become ``cap * tanh(scale * z / cap)``, or ``scale * z`` where cap is 0."""
-
-    scale: float = 1.0
-    cap: float = 0.0
-
-
-def logit_transform(config: dict[str, Any]) -> LogitTransform:
-    """Read the transform from a config.json.
-
-    Known: final_logit_softcapping (Gemma 2 and 3), logits_scaling (Granite, a divisor), logit_scale (Cohere) and
-    lm_head_multiplier (Falcon-H1). Whether it is the whole truth is checked against the model's own logits at start-up.
-    """
-    config = config.get("text_config") or config
-    scale = float(config.get("logit_scale") or 1.0) * float(config.get("lm_head_multiplier") or 1.0)
-    scale /= float(config.get("logits_scaling") or 1.0)
-    return LogitTransform(scale, float(config.get("final_logit_softcapping") or 0.0))
-
-
-def chunk_tokens(vocabulary: int, elements: int) -> int:
-    """Return how many tokens to send through the head at once: at most `elements` logits, and at least 16 tokens."""
-    return max(16, elements // vocabulary)
 
 
 def tolerance(dtype_name: str) -> float:

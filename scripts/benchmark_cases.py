@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.data.encoder import Example
-from lite_dil.data.reader import CHOSEN, REJECTED
 
 Lengths = tuple[int, int, int]  # tokens of the prompt, of the chosen and of the rejected answer, its end token included
 

@@ -239,7 +239,7 @@ def sixteen_bit(device: str) -> str:
 
 def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict[str, Any]:
     """Drive this library as lite_dil.recipes.preference does, less the data and the files."""
-    from lite_dil import backends
+    from lite_dil.backends import registry
     from lite_dil.batching.schedule import plan, row_tokens
     from lite_dil.config.train_config import TrainConfig
     from lite_dil.objectives.criterion import Criterion
@@ -259,7 +259,7 @@ def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict
         head_bits=job.head_bits,
         **_engine(job),
     ).resolved()
-    backend = backends.load(job.device, config, job.model)
+    backend = registry.load(job.device, config, job.model)
     criterion = Criterion(config, [example for step in steps for example in step])
     rate = config.learning_rate or 0.0
 

@@ -22,8 +22,10 @@ from compare_settings import Comparison, read
 
 from lite_dil.base import quiet
 from lite_dil.base.errors import TrainingDiverged, UserError
-from lite_dil.config.train_config import TrainConfig
-from lite_dil.runs.folder import RunFolder, check_same_run, replace_file, saved_config
+from lite_dil.base.files import replace_file
+from lite_dil.config.resume import check_same_run, saved_config
+from lite_dil.config.train_config import ResolvedConfig
+from lite_dil.runs.folder import RunFolder
 
 RESULT = "result.json"  # a run that has it is finished: trained and measured, or diverged
 
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare(comparison: Comparison) -> bool:
     """Train and measure what is not done yet, and report; return False where a signal ended it early."""
-    from lite_dil.backends import prepare
+    from lite_dil.backends.registry import prepare
 
     first = next(iter(comparison.configs.values()))
     prepare(first.backend, first)
@@ -74,7 +76,7 @@ def compare(comparison: Comparison) -> bool:
     return True
 
 
-def run_one(comparison: Comparison, config: TrainConfig, display: Any) -> bool:
+def run_one(comparison: Comparison, config: ResolvedConfig, display: Any) -> bool:
     """Train one loss, from its newest checkpoint where there is one, and measure it; return False where it was stopped."""
     from compare_measure import Probe, measure, measure_reference
 

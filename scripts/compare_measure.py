@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from lite_dil.base.files import replace_file
+from lite_dil.base.signs import CHOSEN
 from lite_dil.batching.batch import Batch
-from lite_dil.config.train_config import TrainConfig
+from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import load
 from lite_dil.data.encoder import Example
-from lite_dil.data.reader import CHOSEN
 from lite_dil.generation.reference_samples import end_ids
 from lite_dil.recipes.preference import Trained
-from lite_dil.runs.folder import replace_file
 
 TOGETHER = 8  # prompts that are answered in one go: what was answered is kept, and a GPU has room for their keys and values
 
@@ -32,7 +32,7 @@ class Probe:
         tokens: of an answer at most; one that has not ended by then is cut.
     """
 
-    def __init__(self, trained: Trained, config: TrainConfig, prompts: int, tokens: int) -> None:
+    def __init__(self, trained: Trained, config: ResolvedConfig, prompts: int, tokens: int) -> None:
         self.backend, self.encoder, self.tokens = trained.backend, trained.encoder, tokens
         self.together = config.batch_size
         assert config.eval_data is not None  # a comparison always has one

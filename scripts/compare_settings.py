@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
+from lite_dil.base.files import replace_file
 from lite_dil.batching.schedule import examples_per_step, steps_of
 from lite_dil.cli.main import _Parser
 from lite_dil.config.options import add_flags, build, coerce, read_yaml
-from lite_dil.config.train_config import FIELDS, FREE_ON_RESUME, TrainConfig, flag
+from lite_dil.config.train_config import FIELDS, FREE_ON_RESUME, ResolvedConfig, flag
 from lite_dil.data.reader import EMBEDDED, Row, parse_columns, read_rows
 from lite_dil.data.sources import split_sources
-from lite_dil.objectives.criterion import check_data
+from lite_dil.objectives.accepts import check_data
 from lite_dil.objectives.table import OBJECTIVES, OPTIONS
-from lite_dil.runs.folder import RUNS, _unused, replace_file
+from lite_dil.runs.folder import RUNS, unused
 
 COMMAND = "python scripts/compare.py"
 POINTS = 8  # evaluations over a run, unless --eval-steps says otherwise
@@ -40,14 +41,14 @@ class Comparison:
     """A checked comparison. `configs` holds each loss's resolved options, still without the run's folder and seed."""
 
     output: Path
-    configs: dict[str, TrainConfig]
+    configs: dict[str, ResolvedConfig]
     seeds: list[int]
     sample_prompts: int
     sample_tokens: int
     steps: int
     again: str  # the command that goes on with it
 
-    def run(self, loss: str, seed: int) -> TrainConfig:
+    def run(self, loss: str, seed: int) -> ResolvedConfig:
         """Return the options of one run."""
         folder = str(self.output / "runs" / f"{loss}-seed{seed}")
         return dataclasses.replace(self.configs[loss], seed=seed, output_dir=folder, report_samples=0)
@@ -73,7 +74,7 @@ def read(argv: list[str], description: str, say: Any) -> Comparison:
     seeds = _seeds(args.seeds or given.pop("seed", base.pop("seed", "0")))
     rates = _rates(args.learning_rates, losses)
 
-    output = Path(args.output) if args.output else _unused(RUNS / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    output = Path(args.output) if args.output else unused(RUNS / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     source = coerce("data", given.get("data", base.get("data", EMBEDDED)), "--data")
     eval_source = given.get("eval_data", base.get("eval_data")) or (EMBEDDED if source == EMBEDDED else None)
     files = [output / "data" / name for name in ("train.jsonl", "held_out.jsonl")]
@@ -108,7 +109,8 @@ def read(argv: list[str], description: str, say: Any) -> Comparison:
     if eval_source is None:
         rows, held_out = _split(rows, source, configs[losses[0]])
     for config in configs.values():
-        check_data(config, rows[0].form, {sign for row in rows for sign in row.signs}, source)
+        signs, drawn = {sign for row in rows for sign in row.signs}, config.sample_rejected is not None
+        check_data(config.loss, rows[0].form, signs, source, drawn)
 
     again = [*argv, *([] if args.output else ["--output", str(output)])]
     _write_folder(output, {"command": again, "settings": settings})
@@ -198,7 +200,7 @@ def _rates(text: str | None, losses: list[str]) -> dict[str, float]:
 
 def _configs(
     given: dict[str, Any], base: dict[str, Any], losses: list[str], rates: dict[str, float]
-) -> dict[str, TrainConfig]:
+) -> dict[str, ResolvedConfig]:
     """Return each loss's checked options, or raise one UserError with the problems of all."""
     configs, problems = {}, []
     for loss in losses:
@@ -227,7 +229,7 @@ def _of_loss(options: dict[str, Any], loss: str, losses: list[str]) -> dict[str,
     return {name: value for name, value in options.items() if name not in foreign}
 
 
-def _decisive(configs: dict[str, TrainConfig], asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _decisive(configs: dict[str, ResolvedConfig], asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return by loss the options that decide its figures; `asked` are those that stand for files of the comparison's own."""
     others = FREE | {"seed", "output_dir", "loss"}
     return {
@@ -236,7 +238,7 @@ def _decisive(configs: dict[str, TrainConfig], asked: dict[str, Any]) -> dict[st
     }
 
 
-def _split(rows: list[Row], source: str, config: TrainConfig) -> tuple[list[Row], list[Row]]:
+def _split(rows: list[Row], source: str, config: ResolvedConfig) -> tuple[list[Row], list[Row]]:
     """Return the rows to train on and the last ones, which are held out."""
     seen = steps_of(config, len(rows))[1] * examples_per_step(config)
     count = max(min(round(len(rows) * HELD_OUT_SHARE), HELD_OUT_MOST, seen // 2), HELD_OUT_LEAST)
@@ -266,8 +268,8 @@ def _digest(rows: list[Row]) -> str:
 
 
 def _planned(
-    configs: dict[str, TrainConfig], steps: int, rows: int, held_out: int, asked: bool, say: Any
-) -> dict[str, TrainConfig]:
+    configs: dict[str, ResolvedConfig], steps: int, rows: int, held_out: int, asked: bool, say: Any
+) -> dict[str, ResolvedConfig]:
     """Return the options with what depends on the length of a run filled in.
 
     Args:

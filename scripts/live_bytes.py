@@ -22,17 +22,18 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lite_dil import backends
+from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.config.options import add_flags, build
-from lite_dil.config.train_config import FIELDS, TrainConfig
+from lite_dil.config.train_config import FIELDS, ResolvedConfig
 from lite_dil.data.encoder import Example
 from lite_dil.models.find import resolve_model
 from lite_dil.models.shape import read_shape
 from lite_dil.objectives.criterion import Criterion
-from lite_dil.planning.estimate import Estimate, Load, estimate
+from lite_dil.planning.estimate import Estimate, Load
 from lite_dil.planning.estimate_mlx import MLXStep
+from lite_dil.planning.peak import estimate
 
 SLACK = 2**16  # bytes of small tensors that the two ways of counting may see differently
 
@@ -96,13 +97,13 @@ def nothing() -> None:
     """Run nothing, so that the peak is what is there."""
 
 
-def measure(config: TrainConfig, load: Load) -> Measured:
+def measure(config: ResolvedConfig, load: Load) -> Measured:
     """Take two steps of random tokens with these lengths."""
-    name = backends.resolve(config.backend)
+    name = registry.resolve(config.backend)
     peak = {"cpu": peak_bytes, "cuda": cuda_peak_bytes, "mlx": mlx_peak_bytes}[name]
     gc.collect()
     before = peak(nothing)
-    backend = backends.load(name, config, resolve_model(config.model))
+    backend = registry.load(name, config, resolve_model(config.model))
     shape, resolved = read_shape(config.model), replace(config, layout=backend.layout)
     if name == "mlx":
         of_step = MLXStep(resolved, shape, backend.dtype_name, load, metal=platform.system() == "Darwin")

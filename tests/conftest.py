@@ -24,9 +24,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lite_dil import backends
+from lite_dil.backends import registry
+from lite_dil.backends.protocol import Backend
 from lite_dil.batching.batch import Batch
-from lite_dil.config.train_config import TrainConfig
+from lite_dil.config.train_config import ResolvedConfig, TrainConfig
 from lite_dil.data.encoder import Example
 from lite_dil.models.find import EMBEDDED_MODEL, cache_dir, resolve_model
 from lite_dil.objectives.criterion import Criterion
@@ -181,16 +182,16 @@ def backend_name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def config(**changes: object) -> TrainConfig:
+def config(**changes: object) -> ResolvedConfig:
     """A resolved float32 config."""
     made = TrainConfig(**{"dtype": "float32", **changes})
     made.check()
     return made.resolved()
 
 
-def load(name: str, model: str, **changes: object) -> backends.Backend:
+def load(name: str, model: str, **changes: object) -> Backend:
     """A backend on a tiny model."""
-    return backends.load(name, config(**changes), model)
+    return registry.load(name, config(**changes), model)
 
 
 def criterion(**changes: object) -> Criterion:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lite_dil.backends import StepResult
+from lite_dil.backends.types import StepResult
 from lite_dil.batching.batch import Batch
 from lite_dil.objectives.criterion import Criterion
 

@@ -23,8 +23,9 @@ from lite_dil.config.train_config import TrainConfig
 from lite_dil.models.shape import read_shape
 from lite_dil.planning import auto
 from lite_dil.planning.auto import choose, largest_example
-from lite_dil.planning.estimate import Load, estimate
+from lite_dil.planning.estimate import Load
 from lite_dil.planning.fit import Heaviest, Model, memory_line, several
+from lite_dil.planning.peak import estimate
 
 ASKED = config(load_in_4bit=True, backend="cuda", data="x.jsonl", batch_size=4, gradient_accumulation_steps=4)
 MODES = ["off", "selective", "full"]

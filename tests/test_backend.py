@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import bare_model, batch, criterion, examples, load, make_checkpoint, oracle_logps
 
-from lite_dil import backends
+from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import plain, prefix
 
@@ -246,7 +246,7 @@ def test_target_modules_are_the_ones_that_get_an_adapter(backend_name: str, tiny
     names = adapter(load(backend_name, tiny, target_modules="q_proj, down_proj"))
     assert {name.split(".")[-2] for name in names} == {"q_proj", "down_proj"}
     assert len(names) == 2 * 2 * 2  # layers, modules, A and B
-    with pytest.raises(backends.UserError, match=r"no linear layer 'qproj'.*q_proj"):
+    with pytest.raises(UserError, match=r"no linear layer 'qproj'.*q_proj"):
         load(backend_name, tiny, target_modules="qproj")
 
 

@@ -17,10 +17,11 @@ from conftest import write_pairs
 from hub_server import Hub, serve
 from huggingface_hub import ModelCard, ModelCardData, constants
 
+from lite_dil.cli import adapter_flags
 from lite_dil.cli.main import main
 from lite_dil.config.options import add_flags, build, read_yaml
 from lite_dil.config.train_config import FIELDS
-from lite_dil.generation import policy as tuned
+from lite_dil.generation.policy import AdapterSource
 from lite_dil.reports.card import write_card
 from lite_dil.reports.card_words import code, public_command, public_name, public_sources, train_command
 
@@ -43,10 +44,12 @@ def runs(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
     return {"place": place, "cpu": place / "cpu", "mlx": place / "mlx"}
 
 
-def source(adapter: Path, **given: str) -> tuned.Source:
+def source(adapter: Path, **given: str) -> AdapterSource:
     parser = argparse.ArgumentParser()
-    tuned.add_arguments(parser)
-    return tuned.find(parser.parse_args(["--adapter", str(adapter), *(w for n, v in given.items() for w in (f"--{n}", v))]))
+    adapter_flags.add_arguments(parser)
+    return adapter_flags.find(
+        parser.parse_args(["--adapter", str(adapter), *(w for n, v in given.items() for w in (f"--{n}", v))])
+    )
 
 
 def card(folder: Path) -> tuple[ModelCardData, str]:
@@ -54,7 +57,7 @@ def card(folder: Path) -> tuple[ModelCardData, str]:
     return ModelCard(text).data, text
 
 
-def changed(run: Path, target: Path, **options: Any) -> tuned.Source:
+def changed(run: Path, target: Path, **options: Any) -> AdapterSource:
     """A copy of a run with other options, and where it is."""
     shutil.copytree(run, target)
     path = target / "config.yaml"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import write_pairs
 
-from lite_dil import backends
+from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
 from lite_dil.cli.main import main
 
@@ -160,15 +160,15 @@ def test_adapters_that_do_not_fit_are_refused(tiny: str, tmp_path: Path, capsys:
 
 
 def test_a_backend_that_is_not_there_is_one_line_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_has_cuda", lambda: False)
+    monkeypatch.setattr(registry, "_has_cuda", lambda: False)
     with pytest.raises(UserError, match="--backend cuda: torch finds no CUDA GPU here; use --backend cpu"):
-        backends.resolve("cuda")
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+        registry.resolve("cuda")
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
     for name in ("cpu", "cuda", "mlx"):
         with pytest.raises(UserError, match=rf'--backend {name}: .*not installed: pip install "lite-dil\[{name}\]"'):
-            backends.resolve(name)
+            registry.resolve(name)
     with pytest.raises(UserError, match="no backend is installed"):
-        backends.resolve("auto")
+        registry.resolve("auto")
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_a_backend_that_is_not_there_is_one_line_with_the_fix(monkeypatch: pytes
 def test_auto_takes_the_best_backend(
     monkeypatch: pytest.MonkeyPatch, system: str, machine: str, cuda: bool, best: str
 ) -> None:
-    monkeypatch.setattr(backends.platform, "system", lambda: system)
-    monkeypatch.setattr(backends.platform, "machine", lambda: machine)
-    monkeypatch.setattr(backends, "_has_cuda", lambda: cuda)
-    assert backends.resolve("auto") == best
+    monkeypatch.setattr(registry.platform, "system", lambda: system)
+    monkeypatch.setattr(registry.platform, "machine", lambda: machine)
+    monkeypatch.setattr(registry, "_has_cuda", lambda: cuda)
+    assert registry.resolve("auto") == best
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:

@@ -21,7 +21,7 @@ from compare import main
 from compare_settings import Comparison
 from conftest import bare_model, config, oracle_logps, write_pairs
 
-from lite_dil.backends import Answer
+from lite_dil.backends.types import Answer
 from lite_dil.batching.batch import Batch
 from lite_dil.config.options import build
 from lite_dil.config.train_config import TrainConfig

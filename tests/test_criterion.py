@@ -9,10 +9,12 @@ import pytest
 from conftest import config, examples
 
 from lite_dil.base.errors import UserError
+from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
 from lite_dil.data.encoder import Example
-from lite_dil.data.reader import CHOSEN, REJECTED
-from lite_dil.objectives.criterion import Criterion, check_data, mismatched
+from lite_dil.data.mismatched import mismatched
+from lite_dil.objectives.accepts import check_data
+from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.table import OBJECTIVES, need
 
 
@@ -88,19 +90,19 @@ def test_kto_by_hand() -> None:
 def test_ktos_rows_pair_each_prompt_with_answers_to_another() -> None:
     data = examples(4)
     data[1] = Example(data[0].prompt, data[1].responses, data[1].signs)  # the same prompt twice
-    found = mismatched(data, config(loss="kto"))
+    found = mismatched(data, "kto", 1024)
     assert [row.prompt for row in found] == [example.prompt for example in data]
     assert [row.responses for row in found] == [data[i].responses for i in (2, 2, 3, 0)]
-    cut = mismatched([Example((1,) * 9, ((2,),), (1,)), Example((3,), ((4,) * 9,), (-1,))], config(loss="kto", max_length=10))
+    cut = mismatched([Example((1,) * 9, ((2,),), (1,)), Example((3,), ((4,) * 9,), (-1,))], "kto", 10)
     assert all(len(row.prompt) + len(row.responses[0]) <= 10 for row in cut)
     with pytest.raises(UserError, match="all of the data has the same one"):
-        mismatched(data[:2], config(loss="kto"))
+        mismatched(data[:2], "kto", 1024)
 
 
 @pytest.mark.parametrize("name", list(OBJECTIVES))
 def test_what_each_objective_may_train_on(name: str) -> None:
     needs, both = OBJECTIVES[name].data, {CHOSEN, REJECTED}
-    check_data(config(loss=name), "pairs", both, "F")
+    check_data(name, "pairs", both, "F", False)
     cases = {
         ("unpaired", True): needs == "pairs",
         ("unpaired", False): needs != "chosen",  # only good answers
@@ -110,14 +112,14 @@ def test_what_each_objective_may_train_on(name: str) -> None:
         signs = both if bad else {CHOSEN}
         if refused:
             with pytest.raises(UserError, match=f"--loss {name} needs .*F has"):
-                check_data(config(loss=name), form, signs, "F")
+                check_data(name, form, signs, "F", False)
         else:
-            check_data(config(loss=name), form, signs, "F")
+            check_data(name, form, signs, "F", False)
     if needs != "chosen":
-        check_data(config(loss=name, sample_rejected=1), "demonstrations", {CHOSEN}, "F")
+        check_data(name, "demonstrations", {CHOSEN}, "F", True)
         for form in ("pairs", "unpaired"):
             with pytest.raises(UserError, match="--sample-rejected is for demonstrations"):
-                check_data(config(loss=name, sample_rejected=1), form, both, "F")
+                check_data(name, form, both, "F", True)
     else:
         with pytest.raises(UserError, match="F has none"):
-            check_data(config(loss=name), "unpaired", {REJECTED}, "F")
+            check_data(name, "unpaired", {REJECTED}, "F", False)

@@ -14,7 +14,7 @@ from conftest import config, examples
 from live_bytes import Measured, live_bytes, measure, peak_bytes, random_examples
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lite_dil import backends
+from lite_dil.backends import registry
 from lite_dil.backends.torch import fused as torch_fused
 from lite_dil.backends.torch import head as torch_head
 from lite_dil.backends.torch import packed_attention as torch_packed
@@ -23,8 +23,9 @@ from lite_dil.batching.batch import Batch
 from lite_dil.batching.schedule import Schedule
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.models.shape import FAMILIES, ModelShape, Quantization
-from lite_dil.planning.estimate import Load, estimate, layout_for
+from lite_dil.planning.estimate import Load, layout_for
 from lite_dil.planning.estimate_torch import CHUNK, HEAD_TILE, MLP_TILE, PRECOMPUTE_ROWS, QUERIES
+from lite_dil.planning.peak import estimate
 from lite_dil.recipes import preference as train
 
 MIB = 2**20
@@ -152,7 +153,7 @@ def test_within_a_few_percent_of_the_embedded_model(embedded: str, all_threads: 
 
 def test_a_reference_adapter_is_a_second_one(models: Any, tmp_path: Path) -> None:
     model = models()
-    backends.load("cpu", config(lora_r=8, target_modules="q_proj,down_proj"), model).save_adapter(tmp_path)
+    registry.load("cpu", config(lora_r=8, target_modules="q_proj,down_proj"), model).save_adapter(tmp_path)
     found = measured(model, init_adapter=str(tmp_path), reference="initial-adapter")
     within(found)
     assert found.estimate.reference == found.estimate.adapter == 6 * 4 * 8 * ((256 + 256) + (704 + 256))

@@ -13,12 +13,13 @@ import pytest
 from conftest import config
 from live_bytes import Measured, measure
 
-from lite_dil import backends
+from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
 from lite_dil.models.shape import ModelShape, Quantization, read_shape
-from lite_dil.planning.estimate import Load, estimate
+from lite_dil.planning.estimate import Load
 from lite_dil.planning.estimate_mlx import MLXStep
 from lite_dil.planning.estimate_tape import Array, Tape
+from lite_dil.planning.peak import estimate
 
 MIB = 2**20
 LOAD = Load((40,), ((120, 100),))  # prefix 39 + 220 tokens, plain 2 rows of 160
@@ -118,7 +119,7 @@ def test_weights_are_counted(models: Any, tied: bool, form: dict[str, Any]) -> N
     mx.clear_cache()  # a freed buffer that serves again counts whole
     before = mx.get_active_memory()
     options = config(model=model, backend="mlx", **form)
-    backend = backends.load("mlx", options, model)
+    backend = registry.load("mlx", options, model)
     found = mx.get_active_memory() - before
     said = MLXStep(options, read_shape(model), backend.dtype_name, LOAD).estimate()
     assert said.weights + said.adapter == pytest.approx(found, rel=0.005)
@@ -215,7 +216,7 @@ def test_nothing_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(_CONFIG))
     code = (
         "import sys; from lite_dil.config.train_config import TrainConfig;"
-        "from lite_dil.planning.estimate import Load, estimate;"
+        "from lite_dil.planning.estimate import Load; from lite_dil.planning.peak import estimate;"
         "from lite_dil.models.shape import read_shape;"
         f"e = estimate(TrainConfig().resolved(), read_shape({str(tmp_path)!r}), 'mlx', 'bfloat16', Load((9,), ((9, 9),)));"
         "assert e.total > 0 and not {'torch', 'mlx'} & sys.modules.keys()"

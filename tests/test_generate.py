@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import bare_model, batch, criterion, load, make_checkpoint
 
-from lite_dil.backends import OWN
+from lite_dil.backends.types import OWN
 from lite_dil.batching.batch import Batch
 
 VOCABULARY, END, DRAWS = 24, 2, 2000

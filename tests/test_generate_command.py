@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import batch, config, criterion, load
 
-from lite_dil import backends
+from lite_dil.backends import registry
 from lite_dil.cli.main import main
 from lite_dil.data.encoder import Encoder
 from lite_dil.data.prompts import read_prompts
@@ -123,7 +123,7 @@ def test_a_file_goes_on_and_is_never_written_over(
     flags = ("--temperature", "1", "--num-answers", "2", "--batch-size", "3")
     assert generate(*flags, output="whole.jsonl")[0] == 0
     content, path = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "answers.jsonl"
-    load_backend = backends.load
+    load_backend = registry.load
 
     def stop_in_the_second_batch(*arguments: Any) -> Any:
         backend = load_backend(*arguments)
@@ -139,7 +139,7 @@ def test_a_file_goes_on_and_is_never_written_over(
         return backend
 
     with monkeypatch.context() as patch:
-        patch.setattr(backends, "load", stop_in_the_second_batch)
+        patch.setattr(registry, "load", stop_in_the_second_batch)
         code, said = generate(*flags)
     assert code == 130 and f"stopped: 6 of 10 answers are done and in {path}; the same command goes on from there" in said
     assert len(rows(path)) == 6 and set(path.read_bytes().splitlines()) < set(content.splitlines())

@@ -16,7 +16,8 @@ from test_backend import adapter
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.encoder import Example
-from lite_dil.objectives.criterion import Criterion, mismatched
+from lite_dil.data.mismatched import mismatched
+from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.table import OBJECTIVES
 from lite_dil.training.passes import Passes
 from lite_dil.training.reference import open_cache
@@ -244,10 +245,11 @@ def test_oracle_loss_and_gradients(
     for backend in both_backends.values():
         z0, baseline = 0.0, 0.0
         if case.loss == "kto":
-            others = Batch.of(mismatched(taken, options))
+            others = Batch.of(mismatched(taken, options.loss, options.max_length))
             f = answers(backend.token_logps(others), reference_logps(others), others, mean=False)["f"]
             z0 = max(0.0, f.mean())
-            baseline = Passes(backend, options, open_cache(options, tiny, backend.identity), print).baseline([others])
+            cache = open_cache(options, options, tiny, backend.identity)
+            baseline = Passes(backend, options.logp_reduction, cache, print).baseline([others])
             assert z0 > 0.05
             assert baseline == pytest.approx(z0, rel=1e-4)
         result, gradients[backend.name] = step_gradients(backend, [batch], Criterion(options, data), baseline)

@@ -15,7 +15,7 @@ from conftest import batch, config, criterion, examples, load, write_pairs
 from test_train import metrics, same_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lite_dil import backends
+from lite_dil.backends import registry
 from lite_dil.backends.torch import backend as torch_backend
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.batching.batch import Batch, by_batch
@@ -243,14 +243,14 @@ def flags(tiny: str, data: Path) -> list[str]:
 
 def broken_at(patch: pytest.MonkeyPatch, point: Point, fault: Fault) -> Fault:
     """Let runs fail; what is checked while loading comes before."""
-    original = backends.load
+    original = registry.load
 
     def load_broken(*args: Any) -> Any:
         backend = original(*args)
         point(backend, fault, patch)
         return backend
 
-    patch.setattr(backends, "load", load_broken)
+    patch.setattr(registry, "load", load_broken)
     return fault
 
 

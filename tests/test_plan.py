@@ -23,7 +23,8 @@ from lite_dil.base.memory import CUDA_CONTEXT, GIB, memory_here, memory_of
 from lite_dil.cli.main import main
 from lite_dil.models.shape import ModelShape
 from lite_dil.planning import fit
-from lite_dil.planning.estimate import Load, estimate
+from lite_dil.planning.estimate import Load
+from lite_dil.planning.peak import estimate
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama",

@@ -16,8 +16,9 @@ from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.cli.progress import Display
 from lite_dil.generation.reference_samples import reference_digest
+from lite_dil.models.fingerprint import reference_key
 from lite_dil.recipes.preference import train
-from lite_dil.training.reference import ReferenceCache, open_cache, reference_key
+from lite_dil.training.reference import ReferenceCache, open_cache
 
 KEY = {"weights": "some"}
 DATA = Batch.of(examples(3))
@@ -88,7 +89,7 @@ def test_the_key_changes_with_all_that_the_reference_depends_on(tmp_path: Path) 
     third = make_checkpoint(tmp_path / "third", rope_theta=60000.0)  # the same weights in another config
 
     def key(model: Path, identity: str = "torch float32", **changes: Any) -> str:
-        return json.dumps(reference_key(config(reference_cache=str(tmp_path / "memo"), **changes), str(model), identity))
+        return json.dumps(reference_key(config(**changes), tmp_path / "memo", str(model), identity))
 
     keys = [key(first), key(second), key(third), key(first, "torch bfloat16")]
     assert len(set(keys)) == 4
@@ -209,7 +210,7 @@ def test_weights_are_hashed_once_for_the_cache_and_for_draws(
         reference_digest(options, tiny, "torch")
         notes = (folder / "files.json").read_text()
         (folder / "files.json").write_text(notes.replace('": [', '" : ['))  # would be written anew with another hash
-        open_cache(options, tiny, "torch")
+        open_cache(options, options, tiny, "torch")
         assert (folder / "files.json").read_text() != notes
     assert {path.name for path in (tmp_path / "default").iterdir()} == {"reference"}
 
@@ -218,6 +219,6 @@ def test_off_writes_nothing(tiny: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("LITE_DIL_CACHE", str(tmp_path / "cache"))
     run("cpu", tiny, tmp_path, "run", reference_cache="off", max_steps=1)
     assert not list((tmp_path / "cache").glob("**/*"))
-    assert open_cache(config(), tiny, "torch").path is not None
+    assert open_cache(config(), config(), tiny, "torch").path is not None
     with pytest.raises(UserError, match="--precompute-reference fills the cache that --reference-cache off switches off"):
         config(precompute_reference=True, reference_cache="off")

@@ -14,10 +14,11 @@ from conftest import byte_level_tokenizer, config, criterion, examples, load, se
 from rich.console import Console
 
 from lite_dil.base.errors import UserError
+from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
 from lite_dil.cli.progress import Display
 from lite_dil.data.encoder import Encoder, Example, truncate
-from lite_dil.data.reader import CHOSEN, REJECTED, Row, read_rows
+from lite_dil.data.reader import Row, read_rows
 from lite_dil.generation.batch_generator import batched
 from lite_dil.generation.reference_samples import SampleFile, add_samples, end_ids
 from lite_dil.generation.reference_samples import draws as wanted_draws

@@ -10,7 +10,8 @@ import torch
 from conftest import bare_model, batch, criterion, load, make_checkpoint
 from test_generate import DRAWS, END, PROMPTS, SEEDS, VOCABULARY, trained
 
-from lite_dil.backends import Backend, Sampling
+from lite_dil.backends.protocol import Backend
+from lite_dil.backends.types import Sampling
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 

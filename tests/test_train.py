@@ -19,7 +19,7 @@ import yaml
 from conftest import batch, load, make_checkpoint, write_pairs
 from safetensors.numpy import load_file
 
-from lite_dil import backends
+from lite_dil.backends import registry
 from lite_dil.batching.batch import Batch
 from lite_dil.cli.main import main
 from lite_dil.recipes.preference import MAX_SKIPPED
@@ -335,14 +335,14 @@ def test_long_rows_are_cut_and_counted(flags: list[str], tmp_path: Path, capsys:
 
 def with_scaler(monkeypatch: pytest.MonkeyPatch, **settings: float) -> None:
     """Give the torch backend the loss scaler that float16 has on a GPU; it runs on a CPU too."""
-    original = backends.load
+    original = registry.load
 
     def load_scaled(*args: Any) -> Any:
         backend: Any = original(*args)
         backend.scaler = torch.amp.GradScaler("cpu", **settings)
         return backend
 
-    monkeypatch.setattr(backends, "load", load_scaled)
+    monkeypatch.setattr(registry, "load", load_scaled)
 
 
 def steep(model: str, data: Path) -> list[str]:

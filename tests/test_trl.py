@@ -28,7 +28,8 @@ from lite_dil.cli.main import main
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.dataset import load as load_data
 from lite_dil.data.encoder import Encoder, Example
-from lite_dil.objectives.criterion import Criterion, mismatched
+from lite_dil.data.mismatched import mismatched
+from lite_dil.objectives.criterion import Criterion
 from lite_dil.training.passes import Passes
 from lite_dil.training.reference import open_cache
 
@@ -301,11 +302,12 @@ def test_kto_equals_trl(
         reference_cache="off",
     )
     examples = encoded(rows, tmp_path)
-    schedule = Schedule(settings, examples, backend.layout, mismatched(examples, settings))
+    schedule = Schedule(settings, examples, backend.layout, mismatched(examples, settings.loss, settings.max_length))
     before = adapter(backend)
     set_adapter(backend, values)
     try:
-        z0 = Passes(backend, settings, open_cache(settings, tiny, backend.identity), print).baseline(schedule.others(1))
+        cache = open_cache(settings, settings, tiny, backend.identity)
+        z0 = Passes(backend, settings.logp_reduction, cache, print).baseline(schedule.others(1))
         result, gradients = step_gradients(backend, schedule.batches(1), Criterion(settings, examples), z0)
     finally:
         set_adapter(backend, before)

@@ -13,20 +13,21 @@ import pytest
 from conftest import BACKENDS, batch, write_pairs
 
 from lite_dil.base.errors import UserError
+from lite_dil.cli import adapter_flags
 from lite_dil.cli.main import main
-from lite_dil.generation import policy as tuned
+from lite_dil.generation import policy
 
 
 def parsed(*argv: str, required: bool = True) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    tuned.add_arguments(parser, required)
+    adapter_flags.add_arguments(parser, required)
     return parser.parse_args(argv)
 
 
 def logps(*argv: str) -> np.ndarray:
     """Load what the flags name; return log-probs under it."""
     said: list[str] = []
-    model = tuned.load(tuned.find(parsed(*argv)), said.append)
+    model = policy.load(adapter_flags.find(parsed(*argv)), said.append)
     assert model.backend.name in said[-1]
     return model.backend.token_logps(batch())
 
@@ -62,8 +63,8 @@ def test_a_run_its_adapter_and_its_last_checkpoint_are_one(runs: Runs, name: str
     assert np.abs(base - own).max() > 1e-4
     other = "mlx" if name == "cpu" else "cpu"
     np.testing.assert_allclose(logps("--adapter", str(run), "--backend", other, "--dtype", "float32"), own, atol=1e-4)
-    source = tuned.find(parsed("--adapter", str(run)))
-    assert (source.config.backend, source.config.dtype, source.config.model) == (name, "float32", runs.model)
+    source = adapter_flags.find(parsed("--adapter", str(run)))
+    assert (source.options.backend, source.options.dtype, source.options.model) == (name, "float32", runs.model)
     assert source.run is not None
     assert source.run.path == run.absolute()
 
@@ -75,7 +76,7 @@ def test_a_folder_of_an_adapter_alone_names_its_model(runs: Runs, name: str, tmp
     shutil.copytree(runs.folders[name] / "adapter", alone)
     own = logps("--adapter", str(runs.folders[name]))
     np.testing.assert_array_equal(logps("--adapter", str(alone), "--backend", name, "--dtype", "float32"), own)
-    assert tuned.find(parsed("--adapter", str(alone))).run is None
+    assert adapter_flags.find(parsed("--adapter", str(alone))).run is None
     moved = tmp_path / "model"
     shutil.copytree(runs.model, moved)
     config = json.loads((alone / "adapter_config.json").read_text())
@@ -89,14 +90,14 @@ def test_a_folder_of_an_adapter_alone_names_its_model(runs: Runs, name: str, tmp
     del config[key]
     (alone / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="names no model; give --model"):
-        tuned.find(parsed(*flags))
+        adapter_flags.find(parsed(*flags))
 
 
 def test_a_config_of_another_program_is_left_alone(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("layers: 3\n")
     for folder in (tmp_path / "mine", tmp_path / "models" / "adapter", tmp_path / "models" / "x" / "adapter"):
         shutil.copytree(runs.folders["cpu"] / "adapter", folder)
-        assert tuned.find(parsed("--adapter", str(folder))).run is None
+        assert adapter_flags.find(parsed("--adapter", str(folder))).run is None
 
 
 def test_of_a_run_that_has_not_ended_the_newest_checkpoint_is_used(runs: Runs, tmp_path: Path) -> None:
@@ -104,18 +105,18 @@ def test_of_a_run_that_has_not_ended_the_newest_checkpoint_is_used(runs: Runs, t
     shutil.copytree(runs.folders["cpu"], run)
     shutil.rmtree(run / "adapter")
     said: list[str] = []
-    model: Any = tuned.load(tuned.find(parsed("--adapter", str(run))), said.append)
+    model: Any = policy.load(adapter_flags.find(parsed("--adapter", str(run))), said.append)
     assert said[0] == f"{run} has not ended: its newest checkpoint, step-3, is used"
     np.testing.assert_array_equal(model.backend.token_logps(batch()), logps("--adapter", str(runs.folders["cpu"])))
     said.clear()
-    tuned.load(tuned.find(parsed("--adapter", str(runs.folders["cpu"]))), said.append)
+    policy.load(adapter_flags.find(parsed("--adapter", str(runs.folders["cpu"]))), said.append)
     assert len(said) == 1
 
 
 def test_the_bare_model(runs: Runs) -> None:
-    source = tuned.find(parsed("--model", runs.model, "--backend", "cpu", "--dtype", "float32", required=False))
+    source = adapter_flags.find(parsed("--model", runs.model, "--backend", "cpu", "--dtype", "float32", required=False))
     assert source.adapter is None
-    bare = tuned.load(source, lambda _: None).backend.token_logps(batch())
+    bare = policy.load(source, lambda _: None).backend.token_logps(batch())
     np.testing.assert_array_equal(bare, logps("--adapter", str(runs.folders["cpu"]), "--strength", "0"))
 
 
@@ -134,5 +135,5 @@ def test_what_cannot_be_found(runs: Runs, tmp_path: Path, argv: tuple[str, ...],
     (tmp_path / "adapter_config.json").write_text("{")
     places = {"run": runs.folders["cpu"], "broken": tmp_path}
     with pytest.raises(UserError) as caught:
-        tuned.find(parsed(*(text.format(**places) for text in argv), required=False))
+        adapter_flags.find(parsed(*(text.format(**places) for text in argv), required=False))
     assert message in str(caught.value)

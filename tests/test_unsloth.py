@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig, MistralConfig
 from unsloth_run import make, measure
 
-from lite_dil import backends
+from lite_dil.backends import registry
 from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.base.errors import UserError
 from lite_dil.config.train_config import TrainConfig
@@ -97,9 +97,9 @@ def test_the_command_imports_unsloth_before_transformers_and_says_why_it_fails(t
 @pytest.mark.parametrize("name", ["cpu", "mlx"])
 def test_other_backends_are_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"^--unsloth is for the cuda backend; this run is on {name}"):
-        backends.prepare(name, TrainConfig(unsloth=True))
+        registry.prepare(name, TrainConfig(unsloth=True))
     with pytest.raises(UserError, match="--unsloth is for the cuda backend"):
-        backends.load(name, TrainConfig(unsloth=True), "nowhere")
+        registry.load(name, TrainConfig(unsloth=True), "nowhere")
 
 
 def test_a_window_long_rows_and_other_architectures_are_refused(tmp_path: Path) -> None:
@@ -130,10 +130,10 @@ def test_lacking_weights_are_refused(tiny: str, tmp_path: Path) -> None:
 
 
 def test_options_that_unsloth_does_not_go_with_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_has_cuda", lambda: True)
+    monkeypatch.setattr(registry, "_has_cuda", lambda: True)
     options = TrainConfig(unsloth=True, gradient_checkpointing="selective", head_bits=8, offload_embeddings=True)
     with pytest.raises(UserError) as error:
-        backends.prepare("cuda", options)
+        registry.prepare("cuda", options)
     for part in ("full or off", "--head-bits", "--offload-embeddings"):
         assert part in str(error.value)
 

@@ -17,7 +17,7 @@ from conftest import byte_level_tokenizer, config, load, write_pairs
 from safetensors.numpy import load_file
 from test_train import metrics
 
-from lite_dil.backends import Answer
+from lite_dil.backends.types import Answer
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.cli.demo import show
 from lite_dil.cli.main import main

@@ -13,18 +13,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from lite_dil.backends import (
-    OWN,
-    Answer,
-    Sampling,
-    StepResult,
-    check_options,
-    check_strength,
-    check_trains,
-    checkpointing,
-    never,
-    switched,
-)
+from lite_dil.backends.limits import check_options, check_strength, check_trains, checkpointing
 from lite_dil.backends.mlx import generate as mlx_generate
 from lite_dil.backends.mlx.head import token_logps
 from lite_dil.backends.mlx.load import (
@@ -40,13 +29,16 @@ from lite_dil.backends.mlx.load import (
 )
 from lite_dil.backends.mlx.lora import add_lora, linear_layers
 from lite_dil.backends.mlx.prefix import NoPrefix, Pass, Rows, arrays, wrap_layers
-from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
+from lite_dil.backends.options import LoadOptions
+from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tolerance
+from lite_dil.backends.switch import switched
+from lite_dil.backends.types import OWN, Answer, Sampling, StepResult, never
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import plain, prefix
-from lite_dil.config.train_config import TrainConfig
 from lite_dil.models import adapters
 from lite_dil.models.find import folder_of
+from lite_dil.models.logits import logit_transform
 from lite_dil.objectives.criterion import Criterion
 
 # What an unknown model's code raises where a cache is not what it expects.
@@ -60,7 +52,7 @@ class MLXBackend:
     name = "mlx"
     pads_attention = mx.metal.is_available()  # a GPU wants few large products, a CPU little work
 
-    def __init__(self, config: TrainConfig, model: str) -> None:
+    def __init__(self, config: LoadOptions, model: str) -> None:
         check_options("mlx", config)
         limit_memory()
         initial = adapters.read(config.init_adapter, load_tensors) if config.init_adapter else None
@@ -72,14 +64,14 @@ class MLXBackend:
         parameters = sum(
             value.size * (32 // BITS if value.dtype == mx.uint32 else 1) for _, value in tree_flatten(self.model.parameters())
         )
-        adapter = adapters.choose(config, linear_layers(self.model), initial)
+        adapter = adapters.choose(config, linear_layers(self.model), initial, model)
         self.switch = add_lora(self.model, adapter, config.lora_dropout or 0.0, config.reference == "initial-adapter")
         self.seed, self.passes = config.seed, 0
         self.transform = logit_transform(self.config)
         self.vocabulary = output_head(self.model)[1].weight.shape[0]
         wrap_layers(self.model, checkpointing(config, parameters))
         self.max_grad_norm = config.max_grad_norm
-        self.optimizer = optimizers.AdamW(config.learning_rate or 0.0, weight_decay=config.weight_decay, bias_correction=True)
+        self.optimizer = optimizers.AdamW(0.0, weight_decay=config.weight_decay, bias_correction=True)
         self.adapter_config = {
             "fine_tune_type": "lora",
             "num_layers": len(self.model.layers),
@@ -318,7 +310,7 @@ class MLXBackend:
             return None
         return probe if len(probe) == layers else None
 
-    def _choose_layout(self, config: TrainConfig, model: str) -> None:
+    def _choose_layout(self, config: LoadOptions, model: str) -> None:
         """Take the prefix layout where it agrees with the plain one on a few tokens, and say why not elsewhere."""
         if config.layout == "plain":
             return

@@ -16,11 +16,10 @@ from mlx_lm.utils import load as load_folder
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from lite_dil.backends.mlx.load import GROUP_SIZE, load, quantise, set_dtype
+from lite_dil.backends.types import DenseWeight, Sequences
 from lite_dil.base.errors import UserError, first_line
-from lite_dil.config.train_config import TrainConfig
-from lite_dil.export.check import Sequences
-from lite_dil.export.merge import DenseWeight
 from lite_dil.models.find import folder_of
+from lite_dil.models.options import ModelOptions
 
 
 def dense(backend: Any) -> dict[str, DenseWeight]:
@@ -82,7 +81,7 @@ def model_logps(folder: Path, sequences: Sequences) -> list[np.ndarray]:
     return _logps(model, sequences)
 
 
-def adapter_logps(model: str, folder: Path, config: TrainConfig, sequences: Sequences) -> list[np.ndarray]:
+def adapter_logps(model: str, folder: Path, config: ModelOptions, sequences: Sequences) -> list[np.ndarray]:
     """Return the log-probs of each response by the base, quantised as `config` says, with an adapter as mlx-lm loads it."""
     base, loaded, bits = load(folder_of(model), model, config)
     set_dtype(base, config.dtype, pre_quantised=bool(bits))

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from lite_dil.backends import Answer, Sampling, never
+from lite_dil.backends.types import Answer, Sampling, never
 
 Processor = Callable[[Any, mx.array], mx.array]
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from lite_dil.backends.probes import LogitTransform, chunk_tokens
+from lite_dil.backends.limits import chunk_tokens
+from lite_dil.models.logits import LogitTransform
 
 # 16 MiB of float32 logits. Work is queued ahead of its execution, so that about ten such arrays are alive at once.
 CHUNK_ELEMENTS = 2**22

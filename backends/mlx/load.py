@@ -15,14 +15,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 
 from lite_dil.base.errors import UserError, first_line
-from lite_dil.config.train_config import TrainConfig
 from lite_dil.models.find import rope_config
+from lite_dil.models.options import ModelOptions
 
 GROUP_SIZE, BITS = 64, 4
 _CACHE_LIMIT = 4 * 2**30
 
 
-def load(folder: Path, name: str, config: TrainConfig) -> tuple[Any, dict[str, Any], int]:
+def load(folder: Path, name: str, config: ModelOptions) -> tuple[Any, dict[str, Any], int]:
     """Return the model, its config and the bits that the checkpoint is quantised to (0 where it is not)."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (method := (raw.get("quantization_config") or {}).get("quant_method")) == "bitsandbytes":
@@ -63,7 +63,7 @@ def load_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
-def quantise(model: Any, config: dict[str, Any], options: TrainConfig, name: str, bits: int) -> tuple[Any, str]:
+def quantise(model: Any, config: dict[str, Any], options: ModelOptions, name: str, bits: int) -> tuple[Any, str]:
     """Quantise as --4bit and --head-bits ask, and return the model and what it came to, in words.
 
     A tied head is the embedding table: quantised once, it serves as both, and no 16-bit copy stays.

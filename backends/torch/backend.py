@@ -11,48 +11,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lite_dil.backends import (
-    OWN,
-    Answer,
-    Sampling,
-    StepResult,
-    check_options,
-    check_strength,
-    check_trains,
-    checkpointing,
-    never,
-    switched,
-)
-from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
+from lite_dil.backends.limits import check_options, check_strength, check_trains, checkpointing
+from lite_dil.backends.options import LoadOptions
+from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tolerance
+from lite_dil.backends.switch import switched
 from lite_dil.backends.torch import fused as torch_fused
 from lite_dil.backends.torch import generate as torch_generate
 from lite_dil.backends.torch import layers as torch_layers
 from lite_dil.backends.torch import out_of_memory as torch_memory
 from lite_dil.backends.torch import packed_attention as torch_packed
 from lite_dil.backends.torch import unsloth as torch_unsloth
+from lite_dil.backends.torch.device import compute_dtype
 from lite_dil.backends.torch.head import QuantizedHead, token_logps, vocabulary
-from lite_dil.backends.torch.load import (
-    compute_dtype,
-    create_states,
-    load_base,
-    load_tensors,
-    make_optimizer,
-    need_bitsandbytes,
-)
+from lite_dil.backends.torch.load import create_states, load_base, load_tensors, make_optimizer, need_bitsandbytes
 from lite_dil.backends.torch.lora import POLICY, Switch, add_lora
+from lite_dil.backends.types import OWN, Answer, Sampling, StepResult, never
 from lite_dil.base.errors import OutOfMemory, UserError, first_line
 from lite_dil.base.memory import keep_freed_memory, peak_rss_mb
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import Layout, packed, plain
-from lite_dil.config.train_config import TrainConfig
 from lite_dil.models import adapters
+from lite_dil.models.logits import logit_transform
 from lite_dil.objectives.criterion import Criterion
 
 
 class TorchBackend:
     """A causal language model of transformers with a PEFT LoRA adapter; see `lite_dil.backends.Backend`."""
 
-    def __init__(self, config: TrainConfig, model: str, device: str) -> None:
+    def __init__(self, config: LoadOptions, model: str, device: str) -> None:
         self.name = device
         self.device = torch.device(device)
         check_options(device, config)
@@ -330,7 +316,7 @@ class TorchBackend:
             )
         torch_layers.offload_embeddings(embedding, self.device)
 
-    def _arrange_layers(self, config: TrainConfig, model: str) -> None:
+    def _arrange_layers(self, config: LoadOptions, model: str) -> None:
         """Put in the fused layers, and computing again for the backward pass."""
         mode = self.checkpointing
         layers = torch_layers.layers_of(self.decoder)
@@ -357,7 +343,7 @@ class TorchBackend:
             for layer in layers:
                 torch_layers.again(layer, text, self.store)
 
-    def _choose_layout(self, config: TrainConfig, model: str) -> None:
+    def _choose_layout(self, config: LoadOptions, model: str) -> None:
         """Take the packed layout where it is right for this model, which is computed and not assumed."""
         if self.unsloth:
             self.layout_reason = "plain layout, each prompt computed for each of its answers: unsloth's kernels know no other"

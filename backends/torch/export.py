@@ -13,12 +13,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lite_dil.backends.torch import out_of_memory as torch_memory
+from lite_dil.backends.torch.device import compute_dtype
 from lite_dil.backends.torch.head import QuantizedHead
-from lite_dil.backends.torch.load import compute_dtype, load_base, target_names
+from lite_dil.backends.torch.load import load_base, target_names
+from lite_dil.backends.types import DenseWeight, Sequences
 from lite_dil.base.errors import UserError, first_line
-from lite_dil.config.train_config import TrainConfig
-from lite_dil.export.check import Sequences
-from lite_dil.export.merge import DenseWeight
+from lite_dil.models.options import ModelOptions
 
 
 def dense(backend: Any) -> dict[str, DenseWeight]:
@@ -73,7 +73,7 @@ def model_logps(folder: Path, sequences: Sequences, max_memory: dict[Any, Any] |
         return _logps(model, sequences)
 
 
-def adapter_logps(model: str, folder: Path, config: TrainConfig, sequences: Sequences) -> list[np.ndarray]:
+def adapter_logps(model: str, folder: Path, config: ModelOptions, sequences: Sequences) -> list[np.ndarray]:
     """Return the log-probs of each response by the base model, quantised as `config` says, and an adapter as PEFT loads it."""
     from peft import PeftModel
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from lite_dil.backends import Answer, Sampling, never
 from lite_dil.backends.torch import out_of_memory as torch_memory
+from lite_dil.backends.types import Answer, Sampling, never
 
 
 def generate(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lite_dil.backends.probes import LogitTransform, chunk_tokens
+from lite_dil.backends.limits import chunk_tokens
+from lite_dil.models.logits import LogitTransform
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}  # 16 or 64 MiB of float32 logits: a GPU wants larger products
 TILE_ROWS = 2**14  # of a quantised head, unpacked at a time

@@ -12,21 +12,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from lite_dil.backends.options import EngineOptions
 from lite_dil.base.errors import UserError, first_line
-from lite_dil.config.train_config import TrainConfig
 from lite_dil.models import adapters
-
-
-def compute_dtype(name: str, device: str) -> torch.dtype:
-    """Return what --dtype stands for on this device."""
-    if name == "auto" and device == "cuda":
-        # By default torch also says True where bf16 is emulated, as on a T4.
-        name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    elif name == "auto":
-        name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-    elif name == "float16" and device == "cpu":
-        raise UserError("--dtype float16 is for GPUs; on a CPU use bfloat16 or float32")
-    return getattr(torch, name)
 
 
 def load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: bool) -> Any:
@@ -121,7 +109,7 @@ def need_bitsandbytes() -> None:
         raise UserError("--4bit, --head-bits and --optim paged_adamw_8bit need bitsandbytes: pip install bitsandbytes")
 
 
-def make_optimizer(parameters: list[Tensor], config: TrainConfig, in_4bit: bool, device: str) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[Tensor], config: EngineOptions, in_4bit: bool, device: str) -> torch.optim.Optimizer:
     """Return AdamW as --optim says."""
     name = config.optim
     if name == "auto":

@@ -8,9 +8,9 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
+from lite_dil.backends.options import LoadOptions
 from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.backends.torch.load import linear_layers, set_weights, target_names
-from lite_dil.config.train_config import TrainConfig
 from lite_dil.models import adapters
 
 POLICY, REFERENCE = "default", "reference"
@@ -49,13 +49,13 @@ class Switch:
         self.set_reference(self.reference)
 
 
-def add_lora(base: Any, config: TrainConfig, model: str, initial: adapters.Adapter | None, checkpointing: str) -> Any:
+def add_lora(base: Any, config: LoadOptions, model: str, initial: adapters.Adapter | None, checkpointing: str) -> Any:
     """Put the policy's adapter, and the frozen initial one where it is the reference, on the base.
 
     Args:
         checkpointing: "off", "selective" or "full", for unsloth, whose layers do it themselves.
     """
-    adapter = adapters.choose(config, linear_layers(base), initial)
+    adapter = adapters.choose(config, linear_layers(base), initial, model)
     settings: dict[str, Any] = {
         "r": adapter.rank,
         "lora_alpha": adapter.scale * adapter.rank,

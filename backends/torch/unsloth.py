@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
+from lite_dil.backends.options import LoadOptions
 from lite_dil.base.errors import UserError, first_line, gather
-from lite_dil.config.train_config import TrainConfig
 from lite_dil.models.find import cache_dir
 
 FIX = 'pip install "lite-dil[unsloth]"'
@@ -30,7 +30,7 @@ FAILURES = (ImportError, NotImplementedError, RuntimeError, OSError, ValueError,
 KERNELS = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 
 
-def check(config: TrainConfig, backend: str) -> None:
+def check(config: LoadOptions, backend: str) -> None:
     """Raise UserError where ``--unsloth`` does not go with the backend or with another option."""
     problems = []
     if backend != "cuda":

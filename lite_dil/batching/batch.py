@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lite_dil.base.signs import CHOSEN
 from lite_dil.data.encoder import Example
-from lite_dil.data.reader import CHOSEN
 
 
 @dataclass(frozen=True)

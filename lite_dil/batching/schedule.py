@@ -10,19 +10,19 @@ from typing import NamedTuple
 import numpy as np
 
 from lite_dil.batching.batch import Batch
-from lite_dil.config.train_config import TrainConfig
+from lite_dil.batching.options import ResolvedSchedule, ScheduleOptions
 from lite_dil.data.encoder import Example
 
 
-def examples_per_step(config: TrainConfig) -> int:
+def examples_per_step(options: ScheduleOptions) -> int:
     """Return how many examples an optimiser step takes, its passes together."""
-    return config.batch_size * config.gradient_accumulation_steps
+    return options.batch_size * options.gradient_accumulation_steps
 
 
-def steps_of(config: TrainConfig, examples: int) -> tuple[int, int]:
+def steps_of(options: ScheduleOptions, examples: int) -> tuple[int, int]:
     """Return the steps of an epoch over so many examples, the short last one counted, and those of the whole run."""
-    per_epoch = math.ceil(examples / examples_per_step(config))
-    return per_epoch, config.max_steps or math.ceil(config.epochs * per_epoch)
+    per_epoch = math.ceil(examples / examples_per_step(options))
+    return per_epoch, options.max_steps or math.ceil(options.epochs * per_epoch)
 
 
 class Limits(NamedTuple):
@@ -43,12 +43,12 @@ class Schedule:
     """
 
     def __init__(
-        self, config: TrainConfig, examples: Sequence[Example], layout: str = "plain", others: Sequence[Example] = ()
+        self, options: ResolvedSchedule, examples: Sequence[Example], layout: str = "plain", others: Sequence[Example] = ()
     ) -> None:
-        self.config, self.examples, self.layout, self._others = config, examples, layout, others
-        self.limits = Limits(config.batch_size, row_tokens(config))
-        self.examples_per_step = examples_per_step(config)
-        self.steps_per_epoch, self.steps = steps_of(config, len(examples))
+        self.options, self.examples, self.layout, self._others = options, examples, layout, others
+        self.limits = Limits(options.batch_size, row_tokens(options))
+        self.examples_per_step = examples_per_step(options)
+        self.steps_per_epoch, self.steps = steps_of(options, len(examples))
         self._shuffled = lru_cache(1)(self._draw)
 
     def batches(self, step: int) -> list[Batch]:
@@ -83,20 +83,19 @@ class Schedule:
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of step 1, 2, ...: a linear rise over the warm-up, then the decay, never 0 in the run."""
-        peak = self.config.learning_rate
-        assert peak is not None  # filled in by TrainConfig.resolved
-        warmup = math.ceil(self.config.warmup_ratio * self.steps)
+        peak = self.options.learning_rate
+        warmup = math.ceil(self.options.warmup_ratio * self.steps)
         if step <= warmup:
             return peak * step / warmup
         left = (self.steps - step + 1) / (self.steps - max(warmup, 1) + 1)
-        if self.config.lr_scheduler_type == "linear":
+        if self.options.lr_scheduler_type == "linear":
             return peak * left
-        if self.config.lr_scheduler_type == "cosine":
+        if self.options.lr_scheduler_type == "cosine":
             return peak * (1 - math.cos(math.pi * left)) / 2
         return peak
 
     def _draw(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.examples))
+        return np.random.default_rng([self.options.seed, epoch]).permutation(len(self.examples))
 
 
 # A pass without gradients keeps next to nothing, so that it can take more tokens than one of training.
@@ -104,9 +103,9 @@ PRECOMPUTE_ROWS = 4
 OPEN_ROWS = 8  # how many unfilled rows first-fit looks at, so that a whole data set is planned in no time
 
 
-def row_tokens(config: TrainConfig) -> int:
+def row_tokens(options: ScheduleOptions) -> int:
     """Return the tokens of a pass at most: as asked, or what the longest pair that --max-length allows needs in any layout."""
-    return config.row_tokens or 2 * config.max_length
+    return options.row_tokens or 2 * options.max_length
 
 
 def plan(examples: Sequence[Example], layout: str, count: int, tokens: int) -> list[Batch]:

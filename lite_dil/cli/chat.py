@@ -13,12 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lite_dil.backends import Sampling
+from lite_dil.backends.types import Sampling
 from lite_dil.base.errors import UserError, did_you_mean
 from lite_dil.base.hashing import digest
 from lite_dil.base.signals import StopSignal
-from lite_dil.generation import policy as tuned
+from lite_dil.cli import adapter_flags
+from lite_dil.generation import policy
 from lite_dil.generation.conversation import Conversation, Prompt, context_limit
+from lite_dil.generation.policy import Policy
 from lite_dil.generation.text_stream import printable
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ SIDES = ("base", "tuned")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of chat."""
-    tuned.add_arguments(parser)
+    adapter_flags.add_arguments(parser)
     group = parser.add_argument_group("chat")
     group.add_argument("--compare", action="store_true", help="answer with and without the adapter, side by side")
     group.add_argument("--system", metavar="TEXT", default="", help="system message")
@@ -67,12 +69,12 @@ def run(args: argparse.Namespace) -> int:
     for name, least in (("seed", 0), ("max_new_tokens", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
-    source = tuned.find(args)
+    source = adapter_flags.find(args)
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):  # bytes of another encoding are an error of that message alone
             stream.reconfigure(errors=errors)
     screen = Screen()
-    model = tuned.load(source, screen.note)
+    model = policy.load(source, screen.note)
     talk = Conversation(model.encoder, context_limit(model.model), args.system)
     Chat(model, talk, screen, sampling, args).run()
     return 0
@@ -146,7 +148,7 @@ class Chat:
     """The loop: a line is a command or a message, and a message gets an answer."""
 
     def __init__(
-        self, model: tuned.Tuned, talk: Conversation, screen: Screen, sampling: Sampling, args: argparse.Namespace
+        self, model: Policy, talk: Conversation, screen: Screen, sampling: Sampling, args: argparse.Namespace
     ) -> None:
         self.model, self.talk, self.screen, self.sampling = model, talk, screen, sampling
         self.compare, self.seed, self.max_new_tokens = args.compare, args.seed, args.max_new_tokens

@@ -11,12 +11,13 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lite_dil.base.disk import failing, writing
 from lite_dil.base.errors import UserError, gather
-from lite_dil.generation import policy as tuned
+from lite_dil.cli import adapter_flags
 from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
 
 HELP = "make a trained adapter into what other programs load, and check it"
@@ -48,7 +49,7 @@ _FLAGS = {"weights_dtype": "--dtype"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     # --dtype is that of the weights that are written; the trained model computes as it did in training.
-    tuned.add_arguments(parser, flags=[name for name in tuned.FLAGS if name != "dtype"])
+    adapter_flags.add_arguments(parser, flags=[name for name in adapter_flags.FLAGS if name != "dtype"])
     group = parser.add_argument_group("export")
     group.add_argument("--format", choices=FORMATS, required=True, help="what to make")
     group.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder for it")
@@ -87,17 +88,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make, check, and perhaps upload. Returns the exit code: 1 where what was made is not the trained model."""
     from lite_dil.cli.progress import Display
-    from lite_dil.export.exporting import Export, describe
+    from lite_dil.export.exporting import Export, ExportOptions, describe
 
     _check_options(args)
     say = Display().say
-    source = tuned.find(args)
+    source = adapter_flags.find(args)
     assert source.adapter is not None  # --adapter is required
     output: Path = args.output
     with _work_folder(output) as work:
         made = work / "made" / output.name
         made.mkdir(parents=True)
-        check = Export(args, source, work, made, say).make()
+        options = ExportOptions(**{field.name: getattr(args, field.name) for field in fields(ExportOptions)})
+        check = Export(options, source, work, made, say).make()
         refused = check is not None and not check.ok
         target = _refused(output) if refused else output
         if not refused:

@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lite_dil.backends import Sampling
+from lite_dil.backends.types import Sampling
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.base.jsonl import JSONLines
 from lite_dil.base.signals import StopSignal
+from lite_dil.cli import adapter_flags
 from lite_dil.config.options import add_flags
 from lite_dil.data import prompts
 from lite_dil.data.prompts import Prompt
-from lite_dil.generation import policy as tuned
+from lite_dil.generation import policy
+from lite_dil.generation.policy import AdapterSource, Policy
 
 if TYPE_CHECKING:
-    from lite_dil.backends import Answer
+    from lite_dil.backends.types import Answer
     from lite_dil.cli.progress import Display
     from lite_dil.data.encoder import Encoder
     from lite_dil.generation.batch_generator import Drawer
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_common(parser: argparse.ArgumentParser, temperature: float) -> None:
     """Add what all commands take that answer files of prompts."""
     parser.add_argument("prompts", metavar="PROMPTS", help=prompts.HELP)
-    tuned.add_arguments(parser, required=False)
+    adapter_flags.add_arguments(parser, required=False)
     add_flags(parser, prompts.FLAGS)
     group = parser.add_argument_group("answers")
     group.add_argument(
@@ -118,11 +120,14 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_p)
     if args.num_answers > 1 and args.temperature == 0:
         raise UserError(f"--num-answers {args.num_answers} at --temperature 0 are equal; give --temperature 1, say")
-    source = tuned.find(args)
+    source = adapter_flags.find(args)
     if args.base and source.adapter is None:
         raise UserError("--base writes the answer without the adapter beside the one with it; give --adapter")
     display = Display(Console(stderr=True, highlight=False, soft_wrap=True))
-    asked, chat = prompts.read_and_encode(args.prompts, source.config, args.chat, args.max_new_tokens, display.say)
+    options = adapter_flags.options_of(args)
+    asked, chat = prompts.read_and_encode(
+        args.prompts, options, source.options.model, args.chat, args.max_new_tokens, display.say
+    )
     if args.chat is None and not asked[0].chat and chat:
         display.say("the prompts are plain text, which the model continues as it stands; --chat asks them as messages")
     wanted = _wanted(asked, args, source)
@@ -130,9 +135,9 @@ def run(args: argparse.Namespace) -> int:
     if answers.path:
         display.say(f"{len(answers)} of {len(wanted)} answers are in {answers.path}, {len(wanted) - len(answers)} to draw")
     if len(answers) < len(wanted):
-        model = tuned.load(source, display.say)
+        model = policy.load(source, display.say)
         drawer = Drawer(model.backend, model.encoder.end_ids(), display.say, sampling)
-        batches = batched(wanted, ROWS * row_tokens(source.config), args.rows)
+        batches = batched(wanted, ROWS * row_tokens(options), args.rows)
         if not _draw(batches, drawer, model, args.base, answers, display):
             display.say(f"stopped: {len(answers)} of {len(wanted)} answers are done" + answers.how_to_go_on)
             return 130
@@ -146,10 +151,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _wanted(asked: Sequence[Prompt], args: argparse.Namespace, source: tuned.Source) -> list[_Wanted]:
+def _wanted(asked: Sequence[Prompt], args: argparse.Namespace, source: AdapterSource) -> list[_Wanted]:
     """Return what is wanted, in the order of the prompts. A row's key names all that decides it."""
     room, out = args.max_new_tokens, []
-    c, model = source.config, tuned.identity(source)
+    c, model = source.options, policy.identity(source)
     settings = (_VERSION, c.model, c.load_in_4bit, c.dtype, c.head_bits, model, room, args.temperature, args.top_p)
     for prompt in asked:
         for number in range(args.num_answers):
@@ -160,9 +165,7 @@ def _wanted(asked: Sequence[Prompt], args: argparse.Namespace, source: tuned.Sou
     return out
 
 
-def _draw(
-    batches: list[list[_Wanted]], drawer: Drawer, model: tuned.Tuned, base: bool, answers: Answers, display: Display
-) -> bool:
+def _draw(batches: list[list[_Wanted]], drawer: Drawer, model: Policy, base: bool, answers: Answers, display: Display) -> bool:
     """Answer all batches that are not known; return False where Ctrl-C ended it early."""
     total = sum(map(len, batches))
     with StopSignal("stopping after these answers") as stop, display.bar(total, len(answers)) as bar:

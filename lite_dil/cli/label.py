@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lite_dil.backends import Sampling
+from lite_dil.backends.types import Sampling
 from lite_dil.base.errors import UserError
-from lite_dil.cli import keyboard
+from lite_dil.cli import adapter_flags, keyboard
 from lite_dil.cli.generate import add_common, check_counts
 from lite_dil.config.train_config import flag
 from lite_dil.data import prompts
 from lite_dil.data.prompts import Prompt
 from lite_dil.data.reader import same_text
-from lite_dil.generation import policy as tuned
+from lite_dil.generation import policy
+from lite_dil.generation.policy import AdapterSource
 from lite_dil.generation.text_stream import printable
 from lite_dil.labelling.labels import Candidate, Labels, Mark, interval
 
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_p)
     if args.temperature == 0 and not args.against_base:
         raise UserError("--temperature 0 gives the same answer twice; give a number above 0")
-    source = tuned.find(args)
+    source = adapter_flags.find(args)
     if args.against_base and source.adapter is None:
         raise UserError("--against-base compares an adapter with the model below it; give --adapter")
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
@@ -75,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
             stream.reconfigure(errors=errors)
     display = Display()
     labels = Labels(Path(args.output))
-    asked, chats = prompts.read_and_encode(args.prompts, source.config, args.chat, args.max_new_tokens, display.say)
+    options, model_name = adapter_flags.options_of(args), source.options.model
+    asked, chats = prompts.read_and_encode(args.prompts, options, model_name, args.chat, args.max_new_tokens, display.say)
     if args.chat is None and chats and not asked[0].chat:
         display.say("the prompts are plain text, which the model continues as it stands; --chat asks them as messages")
     labels.check_kind(asked[0].chat)
@@ -83,9 +85,9 @@ def run(args: argparse.Namespace) -> int:
     if len(left) < len(asked):
         display.say(f"{len(asked) - len(left)} of {len(asked)} prompts are labelled in {args.output}, {len(left)} are left")
     stopped = False
-    name = tuned.identity(source)
+    name = policy.identity(source)
     if left:
-        model = tuned.load(source, display.say)
+        model = policy.load(source, display.say)
         origins = (name, "base" if args.against_base else name)
         offers = Offers(model, sampling, args.draw_seed, args.max_new_tokens, origins, display.say)
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # which leaves the terminal as it was
@@ -261,7 +263,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _summary(labels: Labels, source: tuned.Source, against: str, args: argparse.Namespace, display: Display) -> None:
+def _summary(labels: Labels, source: AdapterSource, against: str, args: argparse.Namespace, display: Display) -> None:
     """Print what there is and how to train on it."""
     path, bad = labels.pairs.path, labels.bad.path
     display.say(f"{_count(len(labels.rows), 'pair')} in {path}")
@@ -279,8 +281,8 @@ def _summary(labels: Labels, source: tuned.Source, against: str, args: argparse.
                 "95 % confidence; 50% is a coin's"
             )
     if labels.rows:
-        words = ["lite-dil", "train", "--data", str(path), "--model", source.config.model]
-        words += ["--4bit"] * source.config.load_in_4bit
+        words = ["lite-dil", "train", "--data", str(path), "--model", source.options.model]
+        words += ["--4bit"] * source.options.load_in_4bit
         words += [flag("backend"), args.backend] if "backend" in args else []
         if source.adapter:
             words += ["--init-adapter", str(source.adapter), "--reference", "initial-adapter"]

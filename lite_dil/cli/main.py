@@ -18,10 +18,11 @@ from lite_dil.base import quiet
 from lite_dil.base.disk import failing, flush, output_fails
 from lite_dil.base.errors import TrainingDiverged, UserError, did_you_mean
 from lite_dil.config.options import add_flags, build, read_yaml
-from lite_dil.config.train_config import FIELDS, TrainConfig, flag
+from lite_dil.config.resume import check_same_run, saved_config
+from lite_dil.config.train_config import FIELDS, ResolvedConfig, flag
 from lite_dil.data.reader import EMBEDDED
 from lite_dil.models.find import EMBEDDED_MODEL
-from lite_dil.runs.folder import RunFolder, check_same_run, find_checkpoint, saved_config
+from lite_dil.runs.folder import RunFolder, find_checkpoint
 
 _TRAIN = """\
 Train a LoRA adapter on preference data. With no flag: the demo's training, SmolLM2-135M-Instruct on the data in this package.
@@ -174,7 +175,7 @@ def _run(argv: list[str]) -> int:
     if name == "demo" and (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED):
         raise UserError("the demo is the embedded model on the embedded data; use lite-dil train for --model and --data")
 
-    from lite_dil.backends import prepare
+    from lite_dil.backends.registry import prepare
 
     quiet.environment()
     prepare(config.backend, config)
@@ -217,7 +218,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
 
 
-def _config(args: argparse.Namespace) -> tuple[TrainConfig, Path | None, set[str]]:
+def _config(args: argparse.Namespace) -> tuple[ResolvedConfig, Path | None, set[str]]:
     """Merge flags, YAML, a resumed run's options and the defaults, in this order; return also what the user chose himself."""
     given, base = _options(args)
     fixed = _chosen(given, base)
@@ -255,7 +256,7 @@ def _chosen(given: dict[str, Any], base: dict[str, Any]) -> set[str]:
 def _show_plan(args: argparse.Namespace) -> int:
     """Print whether the run fits; return 0 where it does, else 1."""
     quiet.environment()
-    from lite_dil.planning import plan
+    from lite_dil.cli import plan
 
     given, base = _options(args)
     return plan.run(args, build(given, base), _chosen(given, base))

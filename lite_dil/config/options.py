@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
-from lite_dil.config.train_config import FIELDS, TrainConfig, flag
+from lite_dil.config.train_config import FIELDS, ResolvedConfig, TrainConfig, flag
 
 _HINTS = typing.get_type_hints(TrainConfig)
 
@@ -107,7 +107,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return checked
 
 
-def build(given: dict[str, Any], base: dict[str, Any]) -> TrainConfig:
+def build(given: dict[str, Any], base: dict[str, Any]) -> ResolvedConfig:
     """Return the checked, resolved config: flags (as text) over `base` (from YAML or a resumed run) over the defaults."""
     problems, values = [], dict(base)
     for name, value in given.items():

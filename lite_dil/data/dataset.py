@@ -16,10 +16,11 @@ import numpy as np
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import tokens_digest
-from lite_dil.config.train_config import TrainConfig
+from lite_dil.base.signs import CHOSEN
 from lite_dil.data.encoder import Encoder, Example, truncate
 from lite_dil.data.formats import FORMATS
-from lite_dil.data.reader import CHOSEN, Problem, Reader, Row, RowError, parse_columns, refuse
+from lite_dil.data.options import DataOptions
+from lite_dil.data.reader import Problem, Reader, Row, RowError, parse_columns, refuse
 from lite_dil.data.sources import split_sources
 from lite_dil.models.find import cache_dir
 
@@ -163,16 +164,16 @@ class DataSet:
         return [problem for source in self.sources for problem in source.problems]
 
 
-def reader_of(name: str, split: str, config: TrainConfig) -> Reader:
-    """Return the reader of one source with the settings of `config`."""
-    return Reader(name, split, format=config.data_format, columns=parse_columns(config.columns), limit=config.max_rows)
+def reader_of(name: str, split: str, options: DataOptions) -> Reader:
+    """Return the reader of one source with the settings of `options`."""
+    return Reader(name, split, format=options.data_format, columns=parse_columns(options.columns), limit=options.max_rows)
 
 
 def load(
     data: str,
     split: str,
     encoder: Encoder,
-    config: TrainConfig,
+    options: DataOptions,
     watch: Callable[[Row, Example, Example], None] | None = None,
     good_only: bool = False,
     strict: bool = True,
@@ -193,9 +194,9 @@ def load(
     sources: list[Source] = []
     form, chat, prompts_cut, responses_cut = "", False, 0, 0
     order: list[np.ndarray] = []
-    random = np.random.default_rng([config.seed, 1])
+    random = np.random.default_rng([options.seed, 1])
     for name, weight in split_sources(data):
-        reader = reader_of(name, split, config)
+        reader = reader_of(name, split, options)
         first, rows = len(store), 0
         for row in reader:
             try:
@@ -204,7 +205,7 @@ def load(
                 reader.problems.append(Problem(error.kind, row.place, str(error)))
                 continue
             rows += 1
-            example, prompt_cut, response_cut = truncate(whole, config.max_length)
+            example, prompt_cut, response_cut = truncate(whole, options.max_length)
             if watch:
                 watch(row, whole, example)
             answers.update(row.signs)
@@ -215,7 +216,7 @@ def load(
             prompts_cut += prompt_cut
             responses_cut += response_cut
         if strict:
-            refuse(name, [] if config.skip_bad_rows and rows else reader.problems, rows)
+            refuse(name, [] if options.skip_bad_rows and rows else reader.problems, rows)
         if rows and form and (reader.form, reader.chat) != (form, chat):
             kinds = [
                 f"{kind} of {'chat messages' if talk else 'plain text'}"

@@ -9,17 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lite_dil.base.errors import nearest
-from lite_dil.data.messages import (
-    CHOSEN,
-    REJECTED,
-    Answer,
-    Message,
-    kind_of,
-    read_answer,
-    read_messages,
-    read_text,
-    read_tools,
-)
+from lite_dil.base.signs import CHOSEN, REJECTED
+from lite_dil.data.messages import Answer, Message, kind_of, read_answer, read_messages, read_text, read_tools
 from lite_dil.data.sources import Cell, RowError
 
 Raw = Mapping[str, Any]

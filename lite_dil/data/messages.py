@@ -9,7 +9,6 @@ from typing import Any
 from lite_dil.base.errors import did_you_mean
 from lite_dil.data.sources import RowError
 
-CHOSEN, REJECTED = 1, -1
 ROLES = ("system", "user", "assistant", "tool")
 # How ShareGPT and its kin call them.
 _SPEAKERS = {

@@ -11,10 +11,10 @@ from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
-from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.encoder import Encoder, continuation_text
 from lite_dil.data.formats import Draft, format_of, read
 from lite_dil.data.messages import kind_of
+from lite_dil.data.options import DataOptions
 from lite_dil.data.reader import Message, Problem, RowError, check_prompt, parse_columns, refuse, renamed
 from lite_dil.data.sources import Record, records, split_sources, text_lines
 from lite_dil.models.find import load_tokenizer, resolve_model
@@ -65,29 +65,29 @@ def key_of(row: dict[str, Any]) -> str:
     return digest(json.dumps([row["prompt"], row.get("tools")], sort_keys=True))
 
 
-def read_prompts(source: str, config: TrainConfig, chat: bool, say: Callable[[str], None]) -> list[Prompt]:
+def read_prompts(source: str, options: DataOptions, chat: bool, say: Callable[[str], None]) -> list[Prompt]:
     """Read all prompts of one or several sources, each once, in their order.
 
     Args:
         source: see `lite_dil.data.sources.records`; a file whose name ends in .txt has a prompt a line.
-        config: whose `FLAGS` say how rows are read.
+        options: whose `FLAGS` say how rows are read.
         chat: whether prompts of plain text become user messages.
 
     Raises:
-        UserError: naming the rows that cannot be used, unless `config.skip_bad_rows` leaves them out, or that there are none.
+        UserError: naming the rows that cannot be used, unless `options.skip_bad_rows` leaves them out, or that there are none.
     """
     found: dict[str, Prompt] = {}
-    columns, notes, repeats, first = parse_columns(config.columns), Counter[str](), 0, None
+    columns, notes, repeats, first = parse_columns(options.columns), Counter[str](), 0, None
     for name, times in split_sources(source):
         if times != 1:
             raise UserError(f"{source}: prompts are taken once; leave ={times:g} out")
         problems: list[Problem] = []
         kept = 0
-        for place, value in _records(name, config.max_rows):
+        for place, value in _records(name, options.max_rows):
             try:
                 if isinstance(value, RowError):
                     raise value
-                draft = _draft(renamed(value, columns), config.data_format)
+                draft = _draft(renamed(value, columns), options.data_format)
                 check_prompt(draft.prompt)
                 prompt = Prompt(draft.prompt, place, draft.tools)
                 if chat and isinstance(prompt.prompt, str):
@@ -106,7 +106,7 @@ def read_prompts(source: str, config: TrainConfig, chat: bool, say: Callable[[st
             notes[draft.note] += bool(draft.note)
             repeats += prompt.key in found
             found.setdefault(prompt.key, prompt)
-        refuse(name, [] if config.skip_bad_rows and kept else problems, kept, _EXPECTED)
+        refuse(name, [] if options.skip_bad_rows and kept else problems, kept, _EXPECTED)
         if problems:
             several = "rows that cannot be used are" if len(problems) > 1 else "row that cannot be used is"
             say(f"{name}: {len(problems)} {several} left out")
@@ -118,17 +118,17 @@ def read_prompts(source: str, config: TrainConfig, chat: bool, say: Callable[[st
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], encoder: Encoder, config: TrainConfig, room: int, say: Callable[[str], None]
+    prompts: Sequence[Prompt], encoder: Encoder, options: DataOptions, room: int, say: Callable[[str], None]
 ) -> list[Prompt]:
     """Return the prompts with their tokens, cut from the left where they leave no `room` in ``--max-length``.
 
     Raises:
-        UserError: naming the prompts that the model's template or tokenizer refuses, unless `config.skip_bad_rows` leaves
+        UserError: naming the prompts that the model's template or tokenizer refuses, unless `options.skip_bad_rows` leaves
             them out.
     """
-    limit = config.max_length - room
+    limit = options.max_length - room
     if limit < 1:
-        raise UserError(f"--max-new-tokens {room} leaves no room for a prompt in --max-length {config.max_length}")
+        raise UserError(f"--max-new-tokens {room} leaves no room for a prompt in --max-length {options.max_length}")
     encoded: list[Prompt] = []
     problems: list[Problem] = []
     cut = 0
@@ -141,18 +141,18 @@ def encode_prompts(
         if len(ids) > limit:
             cut, ids = cut + 1, ids[:1] + ids[len(ids) - limit + 1 :]
         encoded.append(replace(prompt, ids=ids))
-    refuse("prompts", [] if config.skip_bad_rows and encoded else problems, len(encoded), _EXPECTED)
+    refuse("prompts", [] if options.skip_bad_rows and encoded else problems, len(encoded), _EXPECTED)
     if problems:
         say(f"{len(problems)} prompts that the model cannot take are left out; the first: {problems[0].place}")
     if cut:
-        say(f"{cut} prompts are cut from the left to {limit} tokens, by --max-length {config.max_length}")
+        say(f"{cut} prompts are cut from the left to {limit} tokens, by --max-length {options.max_length}")
     return encoded
 
 
 def read_and_encode(
-    source: str, config: TrainConfig, chat: bool | None, room: int, say: Callable[[str], None]
+    source: str, options: DataOptions, model: str, chat: bool | None, room: int, say: Callable[[str], None]
 ) -> tuple[list[Prompt], bool]:
-    """Read the prompts and tokenise them for the model of `config`, of which only the tokenizer is loaded.
+    """Read the prompts and tokenise them for `model`, of which only the tokenizer is loaded.
 
     Args:
         chat: whether prompts of plain text become user messages; None is for the lines of .txt files, where the model chats.
@@ -161,11 +161,11 @@ def read_and_encode(
     Returns:
         The prompts, and whether the model has a chat template.
     """
-    encoder = Encoder(load_tokenizer(resolve_model(config.model, say)))
+    encoder = Encoder(load_tokenizer(resolve_model(model, say)))
     chats = bool(encoder.tokenizer.chat_template)
     lines = all(Path(name).suffix == ".txt" for name, _ in split_sources(source))
-    found = read_prompts(source, config, lines and chats if chat is None else chat, say)
-    return encode_prompts(found, encoder, config, room, say), chats
+    found = read_prompts(source, options, lines and chats if chat is None else chat, say)
+    return encode_prompts(found, encoder, options, room, say), chats
 
 
 def _ids(prompt: Prompt, encoder: Encoder) -> tuple[int, ...]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
+from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.data.formats import FIELDS, FORMATS, Draft, detect, format_of, read
-from lite_dil.data.messages import CHOSEN, REJECTED, Answer, Message
+from lite_dil.data.messages import Answer, Message
 from lite_dil.data.sources import EMBEDDED, RowError, records, split_sources
 
 __all__ = ["CHOSEN", "EMBEDDED", "REJECTED", "Answer", "Message", "Problem", "Reader", "Row", "RowError", "parse_columns"]

@@ -10,18 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil.backends import MAX_STRENGTH, Backend
+from lite_dil.backends.limits import MAX_STRENGTH
+from lite_dil.backends.protocol import Backend
+from lite_dil.backends.types import Sequences
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
+from lite_dil.config.options import read_yaml
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.dataset import reader_of
 from lite_dil.data.encoder import Encoder, Example, truncate
+from lite_dil.data.options import DataOptions
 from lite_dil.data.reader import EMBEDDED, RowError
 from lite_dil.data.sources import split_sources
-from lite_dil.generation.policy import Source
+from lite_dil.generation.policy import AdapterSource
 
-# Prompt and response of each answer, for what reads the exported files.
-Sequences = list[tuple[tuple[int, ...], tuple[int, ...]]]
 # How far from 1 the exported share of the adapter's effect may be, beyond what chance does to the estimate. Rounding loses
 # some: 0.06 in bfloat16 and 8 bits, 0.33 in 4 bits, measured as above.
 SHARE, SHARE_4BIT = 0.25, 0.45
@@ -175,15 +177,15 @@ def measure(backend: Backend, examples: list[Example], data: str) -> Trained:
 
 
 def held_out(
-    source: Source, encoder: Encoder, rows: int, data: str | None, say: Callable[[str], None]
+    source: AdapterSource, encoder: Encoder, rows: int, data: str | None, say: Callable[[str], None]
 ) -> tuple[list[Example], str]:
     """Return the first `rows` usable rows of `data`, or of what the run held out, and what they are called.
 
     Where the run held nothing out they are of its training data, and where that is gone of the pairs in this package.
     """
-    for name, split, config in _sources(source, data):
+    for name, split, options in _sources(source, data):
         try:
-            examples = list(_first(name, split, config, encoder, rows))
+            examples = list(_first(name, split, options, encoder, rows))
         except UserError as error:
             if data:
                 raise
@@ -194,33 +196,31 @@ def held_out(
     raise UserError("the check finds no row that this model's tokenizer can read; give some with --check-data FILE")
 
 
-def _sources(source: Source, data: str | None) -> Iterator[tuple[str, str, TrainConfig]]:
+def _sources(source: AdapterSource, data: str | None) -> Iterator[tuple[str, str, DataOptions]]:
     """Return where rows may come from, the best first, with the split and the settings to read them by."""
-    config = TrainConfig(max_length=source.config.max_length)
+    options = DataOptions()
     if source.run:
-        from lite_dil.config.options import read_yaml
-
-        config = TrainConfig(**read_yaml(source.run.path / "config.yaml"))
+        options = TrainConfig(**read_yaml(source.run.path / "config.yaml"))
     if data:
-        yield data, "test", config
+        yield data, "test", options
         return
     if source.run:
-        if config.eval_data:
-            yield config.eval_data, "test", config
-        if config.data != EMBEDDED:
-            yield config.data, "train", config
-    yield EMBEDDED, "test", TrainConfig(max_length=source.config.max_length)
+        if options.eval_data:
+            yield options.eval_data, "test", options
+        if options.data != EMBEDDED:
+            yield options.data, "train", options
+    yield EMBEDDED, "test", DataOptions()
 
 
-def _first(name: str, split: str, config: TrainConfig, encoder: Encoder, rows: int) -> Iterator[Example]:
+def _first(name: str, split: str, options: DataOptions, encoder: Encoder, rows: int) -> Iterator[Example]:
     """Return the first rows that can be tokenised, cut as training cuts them."""
     left = rows
     for part, _ in split_sources(name):
-        for row in reader_of(part, split, config):
+        for row in reader_of(part, split, options):
             if not left:
                 return
             try:
-                example, *_ = truncate(encoder.encode(row), config.max_length)
+                example, *_ = truncate(encoder.encode(row), options.max_length)
             except RowError:
                 continue
             left -= 1

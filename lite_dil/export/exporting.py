@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -10,19 +9,20 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lite_dil import __version__, backends
+from lite_dil import __version__
+from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.export import merge
 from lite_dil.export.check import Check, Trained, held_out, measure, tolerance
-from lite_dil.generation import policy as tuned
-from lite_dil.generation.policy import Source, Tuned
+from lite_dil.generation import policy
+from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models import adapter_files
 from lite_dil.models.find import folder_of, load_tokenizer, resolve_model
 from lite_dil.models.shape import fetch_config
@@ -33,6 +33,38 @@ OUTTYPE = "q8_0"
 _GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is made, and how it is checked; None stands for the format's own default.
+
+    Attributes:
+        format: "adapter", "merged", "mlx", "gguf" or "ollama".
+        output: the folder that is made.
+        to: of an adapter: "peft" or "mlx-lm"; by default the one it is not in now.
+        weights_dtype: type of the weights that are written, by default the checkpoint's own.
+        merge_into: "trained", the weights as training had them, or "original".
+        bits: of an MLX model, 4 or 8.
+        outtype: of a GGUF file: f32, f16, bf16 or q8_0.
+        llama_cpp: folder of llama.cpp, whose converter is used.
+        check_rows, check_data: how many held-out rows are compared, and where they are from.
+        no_check: compare nothing.
+        push_to_hub: the repository it will be uploaded to.
+    """
+
+    format: str
+    output: Path
+    to: str | None = None
+    weights_dtype: str | None = None
+    merge_into: str | None = None
+    bits: int | None = None
+    outtype: str | None = None
+    llama_cpp: Path | None = None
+    check_rows: int | None = None
+    check_data: str | None = None
+    no_check: bool = False
+    push_to_hub: str | None = None
+
+
 class Export:
     """One export: `make` fills the folder `made`; `work`, around it, is for what is needed on the way.
 
@@ -40,29 +72,31 @@ class Export:
         UserError: what is asked for cannot be made of this adapter, or with what is installed.
     """
 
-    def __init__(self, args: argparse.Namespace, source: Source, work: Path, made: Path, say: Callable[[str], None]) -> None:
-        assert source.adapter is not None  # --adapter is required
-        self.args, self.work, self.made, self.say = args, work, made, say
-        self.format: str = args.format
+    def __init__(
+        self, options: ExportOptions, source: AdapterSource, work: Path, made: Path, say: Callable[[str], None]
+    ) -> None:
+        assert source.adapter is not None  # the bare model is no adapter to export
+        self.options, self.work, self.made, self.say = options, work, made, say
+        self.format: str = options.format
         # Both are called as --output is: llama.cpp's converter takes a folder's name for the model's.
         self.merged = made if self.format == "merged" else work / "merged" / made.name
-        self.backend = backends.resolve(source.config.backend)
+        self.backend = registry.resolve(source.options.backend)
         self.to: str | None = None
         if self.format == "adapter":
-            self.to = args.to or ("mlx-lm" if adapter_files.format_of(source.adapter) == "peft" else "peft")
+            self.to = options.to or ("mlx-lm" if adapter_files.format_of(source.adapter) == "peft" else "peft")
         self.reader = self._reader()
         self.files = adapter_files.read(source.adapter)
-        self.model = resolve_model(source.config.model, say)
+        self.model = resolve_model(source.options.model, say)
         self.checkpoint: merge.Checkpoint | None = None
         if self.format != "adapter":
-            self.checkpoint = merge.Checkpoint.open(folder_of(self.model), source.config.model)
+            self.checkpoint = merge.Checkpoint.open(folder_of(self.model), source.options.model)
         if self.checkpoint is not None and self.reader == "gguf":
             self._check_gguf(self.checkpoint)
         self.source = self._as_exported(source)
         self.facts: dict[str, Any] = {
             "lite_dil": __version__,
             "format": self.format,
-            "model": public_name(source.config.model),
+            "model": public_name(source.options.model),
             "strength": source.strength,
         }
 
@@ -91,11 +125,11 @@ class Export:
         else:
             reader = "mlx" if self.format == "mlx" or self.to == "mlx-lm" else "torch"
         installed = importlib.util.find_spec("mlx_lm") is not None if reader == "mlx" else _has_torch()
-        if not installed and (self.format == "mlx" or not self.args.no_check):
+        if not installed and (self.format == "mlx" or not self.options.no_check):
             what = f"--to {self.to}" if self.to else f"--format {self.format}"
             needed = "mlx-lm" if reader == "mlx" else "torch, peft and accelerate"
             instead = "" if self.format == "mlx" else ", or compare nothing, with --no-check"
-            fix = backends.INSTALL["mlx" if reader == "mlx" else "cpu"]
+            fix = registry.INSTALL["mlx" if reader == "mlx" else "cpu"]
             raise UserError(f"{what} is checked by {needed}: {fix}{instead}" if instead else f"{what} needs {needed}: {fix}")
         return reader
 
@@ -103,23 +137,23 @@ class Export:
         """Raise UserError, before the work, where the model cannot be made into a GGUF file, or its template into Ollama's."""
         from lite_dil.export import gguf as gguf_export
 
-        gguf_export.check(checkpoint.folder, checkpoint.tensors, self.args.llama_cpp, logps=not self.args.no_check)
+        gguf_export.check(checkpoint.folder, checkpoint.tensors, self.options.llama_cpp, logps=not self.options.no_check)
         if self.format == "ollama":
             from lite_dil.export.ollama import probe
 
             probe(load_tokenizer(str(checkpoint.folder)))
 
-    def _as_exported(self, source: Source) -> Source:
+    def _as_exported(self, source: AdapterSource) -> AdapterSource:
         """Return the source with the model that is merged into, and say where that is not the one that was trained."""
-        config, checkpoint = source.config, self.checkpoint
-        if self.args.merge_into == "original":
+        config, checkpoint = source.options, self.checkpoint
+        if self.options.merge_into == "original":
             if checkpoint is not None and checkpoint.packed:
                 raise UserError(
                     f"--merge-into original: {config.model} itself is quantised; give the 16-bit model with --model"
                 )
             if config.load_in_4bit or config.head_bits:
                 self.say("--merge-into original: training had these weights in fewer bits, so what is made is another model")
-            return replace(source, config=replace(config, load_in_4bit=False, head_bits=None))
+            return replace(source, options=replace(config, load_in_4bit=False, head_bits=None))
         if config.head_bits:
             why = ""
             if checkpoint is None and not self.backend == self.reader == "mlx":
@@ -128,32 +162,32 @@ class Export:
                 why = "it is the embedding table too and stays whole"
             if why:
                 self.say(f"the output head had {config.head_bits} bits in training; {why}, also for the check")
-                return replace(source, config=replace(config, head_bits=None))
+                return replace(source, options=replace(config, head_bits=None))
         return source
 
     def _from_trained(self) -> Trained | None:
         """Write what is made of the trained model itself, and return its figures; it is out of memory after that."""
-        config, checkpoint = self.source.config, self.checkpoint
+        config, checkpoint = self.source.options, self.checkpoint
         rows: tuple[list[Example], str] | None = None
-        if not self.args.no_check:  # before the model is loaded, which takes long
+        if not self.options.no_check:  # before the model is loaded, which takes long
             encoder = Encoder(load_tokenizer(self.model))
-            rows = held_out(self.source, encoder, self.args.check_rows or CHECK_ROWS, self.args.check_data, self.say)
-        loaded: Tuned | None = None
+            rows = held_out(self.source, encoder, self.options.check_rows or CHECK_ROWS, self.options.check_data, self.say)
+        loaded: Policy | None = None
         quantised = checkpoint is not None and (config.load_in_4bit or config.head_bits or checkpoint.packed)
         if quantised or rows:
-            loaded = tuned.load(self.source, self.say)
+            loaded = policy.load(self.source, self.say)
         if checkpoint is None:
             self._write_adapter()
         else:
             self._merge(checkpoint, loaded)
         return measure(loaded.backend, *rows) if loaded and rows else None
 
-    def _merge(self, checkpoint: merge.Checkpoint, loaded: Tuned | None) -> None:
+    def _merge(self, checkpoint: merge.Checkpoint, loaded: Policy | None) -> None:
         """Write the merged Hugging Face folder: what is asked for, or the way to it."""
         dense = _library(self.backend).dense(loaded.backend) if loaded else {}
-        dtype = self.args.weights_dtype or (_GGUF_DTYPES.get(self._outtype()) if self.reader == "gguf" else None)
+        dtype = self.options.weights_dtype or (_GGUF_DTYPES.get(self._outtype()) if self.reader == "gguf" else None)
         adapter = adapter_files.float_adapter(self.files, self.source.strength)
-        planned = merge.plan(checkpoint, adapter, dense, dtype, self.source.config.model)
+        planned = merge.plan(checkpoint, adapter, dense, dtype, self.source.options.model)
         self._need_disk(sum(tensor.nbytes for tensor in planned))
         self.say(f"merging the adapter into {len(adapter.weights)} layers" + (f", {len(dense)} dequantised" if dense else ""))
         self.merged.mkdir(parents=True, exist_ok=True)
@@ -162,27 +196,26 @@ class Export:
 
     def _need_disk(self, merged: int) -> None:
         """Raise UserError where the disk has no room for the merged weights, and for what is made of them."""
-        second = {"merged": 0.0, "mlx": (self.args.bits + 0.5) / 16 if self.args.bits else 1.0}.get(self.format, 1.0)
+        second = {"merged": 0.0, "mlx": (self.options.bits + 0.5) / 16 if self.options.bits else 1.0}.get(self.format, 1.0)
         needed, free = merged * (1 + second) * 1.02, shutil.disk_usage(self.work).free
         if free < needed:
             beside = ", as the merged model lies beside what is made of it for a while" if second else ""
             raise UserError(
-                f"--output {self.args.output}: {needed / 1e9:.1f} GB are needed there{beside}, {free / 1e9:.1f} GB are free"
+                f"--output {self.options.output}: {needed / 1e9:.1f} GB are needed there{beside}, {free / 1e9:.1f} GB are free"
             )
 
     def _write_adapter(self) -> None:
         """Write the adapter in the format that is asked for, and read it back."""
-        name, config = self.source.config.model, model_config(self.model)
+        name, config = self.source.options.model, model_config(self.model)
         method = (config.get("quantization_config") or {}).get("quant_method")
         packed_for = "peft" if method else "mlx-lm" if config.get("quantization") else self.to
         if packed_for != self.to:
             raise UserError(f"--to {self.to}: {name} is quantised for {packed_for} alone; give the 16-bit model with --model")
         if Path(name).is_dir():
-            if self.args.push_to_hub:
+            if self.options.push_to_hub:
                 name = public_name(name)
-            self.say(
-                f"adapter_config.json will name the model as {name}" + ("" if self.args.push_to_hub else ", a path of yours")
-            )
+            path = "" if self.options.push_to_hub else ", a path of yours"
+            self.say(f"adapter_config.json will name the model as {name}{path}")
         strength = self.source.strength
         if self.to == "peft":
             layers = set(self.files.adapter.weights)
@@ -203,13 +236,13 @@ class Export:
         """Make of the merged folder what is asked for."""
         if self.format == "mlx":
             self.say("writing the MLX model")
-            _library("mlx").write_model(self.merged, self.made, self.args.bits)
-            self.facts["bits"] = self.args.bits
+            _library("mlx").write_model(self.merged, self.made, self.options.bits)
+            self.facts["bits"] = self.options.bits
             return
         from lite_dil.export import gguf as gguf_export
 
         file, kind = self._gguf(), self._outtype()
-        gguf_export.convert(self.merged, file, kind, self.args.llama_cpp, self.say)
+        gguf_export.convert(self.merged, file, kind, self.options.llama_cpp, self.say)
         self.facts["outtype"] = kind
         if self.format == "ollama":
             from lite_dil.export.ollama import write_modelfile
@@ -227,7 +260,7 @@ class Export:
         library = _library(self.reader)
         if self.format != "adapter":
             return library.model_logps(self.made, trained.sequences)
-        config = self.source.config if self._same_library() else replace(self.source.config, dtype="auto")
+        config = self.source.options if self._same_library() else replace(self.source.options, dtype="auto")
         return library.adapter_logps(self.model, self.made, config, trained.sequences)
 
     def _tolerance(self, trained: Trained) -> float:
@@ -239,21 +272,21 @@ class Export:
         if self.format == "adapter":
             if self._same_library():
                 return tolerance(trained.dtype)
-            return tolerance("4-bit" if self.source.config.load_in_4bit else "bfloat16", trained.dtype)
-        made = f"{self.args.bits}-bit" if self.args.bits else self.facts["dtype"]
+            return tolerance("4-bit" if self.source.options.load_in_4bit else "bfloat16", trained.dtype)
+        made = f"{self.options.bits}-bit" if self.options.bits else self.facts["dtype"]
         return tolerance(made, trained.dtype)
 
     def _same_library(self) -> bool:
         return (self.reader == "mlx") == (self.backend == "mlx")
 
     def _outtype(self) -> str:
-        return self.args.outtype or OUTTYPE
+        return self.options.outtype or OUTTYPE
 
     def _gguf(self) -> Path:
-        return self.made / f"{self.args.output.name}.gguf"
+        return self.made / f"{self.options.output.name}.gguf"
 
 
-def describe(folder: Path, source: Source, format: str, check: Check | None) -> None:
+def describe(folder: Path, source: AdapterSource, format: str, check: Check | None) -> None:
     """Write the model card."""
     from lite_dil.reports.card import write_card
 

@@ -10,13 +10,14 @@ import functools
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lite_dil.backends.types import DenseWeight
 from lite_dil.base.errors import UserError
 from lite_dil.models import tensors
 from lite_dil.models.adapters import Adapter
@@ -30,14 +31,6 @@ _BESIDE = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "LICENSE*", "LICENCE*", "NOTICE*"),
 )
-
-
-@dataclass(frozen=True)
-class DenseWeight:
-    """A weight that training had in fewer bits: its shape, (out, in), and what makes it in float32."""
-
-    shape: tuple[int, ...]
-    make: Callable[[], np.ndarray]
 
 
 Dense = Mapping[str, DenseWeight]  # by the layer's name

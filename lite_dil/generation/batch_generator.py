@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Protocol, TypeVar
 
-from lite_dil.backends import OWN, Answer, Backend, Sampling, never
+from lite_dil.backends.protocol import Backend
+from lite_dil.backends.types import OWN, Answer, Sampling, never
 from lite_dil.training.passes import Fitting
 
 

@@ -12,18 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lite_dil.backends import Backend
+from lite_dil.backends.protocol import Backend
 from lite_dil.base.hashing import digest
 from lite_dil.base.jsonl import JSONLines
 from lite_dil.base.signals import StopSignal
+from lite_dil.base.signs import CHOSEN, REJECTED
+from lite_dil.batching.options import DrawOptions, ResolvedSchedule
 from lite_dil.batching.schedule import Schedule, row_tokens
 from lite_dil.cli.progress import Display
-from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.encoder import Encoder, Example, continuation_text
-from lite_dil.data.reader import CHOSEN, REJECTED
+from lite_dil.data.options import SampleOptions
 from lite_dil.generation.batch_generator import Drawer, batched
 from lite_dil.models.find import cache_dir
-from lite_dil.training.reference import reference_key
 
 # Generation keeps keys and values and no activations, so that it can take more tokens at once than a step of training.
 ROWS = 8
@@ -56,7 +56,7 @@ def add_samples(
     encoder: Encoder,
     path: Path,
     reference: str,
-    config: TrainConfig,
+    options: DrawOptions,
     display: Display,
 ) -> list[Example] | None:
     """Add `count` answers drawn from the reference to each example, as rejected ones behind the answers that it has.
@@ -65,7 +65,7 @@ def add_samples(
     or at `max_length` as a chosen answer would be. It may happen to be one of the example's other answers.
 
     Args:
-        examples: fitted into `config.max_length` tokens.
+        examples: fitted into `options.max_length` tokens.
         path: a JSON Lines file, one line a draw, to which those that are not in it yet are added. The token ids in it are
             what is trained on; a line whose text is not that of its ids is ignored.
         reference: what `reference_digest` returned; draws from another reference are not taken for this one's.
@@ -74,11 +74,11 @@ def add_samples(
         The examples in the same order, or None where Ctrl-C ended it early; what was drawn up to then is in the file.
     """
     ends = end_ids(examples, encoder)
-    wanted = draws(examples, count, ends, reference, config)
+    wanted = draws(examples, count, ends, reference, options)
     file = SampleFile(path, wanted, ends, encoder.tokenizer)
     # Whole batches, also where some of their lines are there: a run that goes on then computes what one in a go would have.
     batches = [
-        batch for batch in batched(wanted, ROWS * row_tokens(config)) if any(draw.key not in file.known for draw in batch)
+        batch for batch in batched(wanted, ROWS * row_tokens(options)) if any(draw.key not in file.known for draw in batch)
     ]
     keys = {draw.key for draw in wanted}
     found = len(keys & file.known.keys())
@@ -107,23 +107,23 @@ def add_samples(
     ]
 
 
-def reference_digest(config: TrainConfig, model: str, identity: str) -> str:
-    """Return what names the reference that is drawn from; arguments as in `lite_dil.training.reference.open_cache`."""
-    return digest(sorted(reference_key(config, model, identity).items()))
+def reference_digest(key: dict[str, str]) -> str:
+    """Return what names the reference that is drawn from; `key` is what `reference_key` returned."""
+    return digest(sorted(key.items()))
 
 
-def sample_path(config: TrainConfig, reference: str) -> Path:
+def sample_path(options: SampleOptions, reference: str) -> Path:
     """Return the file of the draws: as asked for, or one in the cache folder for this data and this reference."""
-    if config.sample_file:
-        return Path(config.sample_file)
-    return cache_dir() / "sampled" / f"{Path(config.data).stem}-{reference[:12]}.jsonl"
+    if options.sample_file:
+        return Path(options.sample_file)
+    return cache_dir() / "sampled" / f"{Path(options.data).stem}-{reference[:12]}.jsonl"
 
 
-def needed(config: TrainConfig, examples: Sequence[Example]) -> list[Example]:
+def needed(options: ResolvedSchedule, examples: Sequence[Example]) -> list[Example]:
     """Return those that a run with `--max-steps` comes to, in the order of the data; drawing takes longer than training."""
-    schedule = Schedule(config, examples)
+    schedule = Schedule(options, examples)
     count = schedule.steps * schedule.examples_per_step
-    if config.max_steps is None or count >= len(examples):
+    if options.max_steps is None or count >= len(examples):
         return list(examples)
     return [examples[i] for i in sorted(schedule.order(0)[:count].tolist())]  # a longer run needs these and more
 
@@ -138,17 +138,17 @@ def end_ids(examples: Sequence[Example], encoder: Encoder) -> list[int]:
     return sorted({encoder.tokenizer.eos_token_id} | (last & control))  # one that was cut ends in some other token
 
 
-def draws(examples: Sequence[Example], count: int, ends: Sequence[int], reference: str, config: TrainConfig) -> list[Draw]:
+def draws(examples: Sequence[Example], count: int, ends: Sequence[int], reference: str, options: DrawOptions) -> list[Draw]:
     """Return what is to be drawn, `count` a example, in their order; a prompt that comes twice has draws of its own twice."""
-    longest = config.sample_max_tokens or config.max_length
+    longest = options.sample_max_tokens or options.max_length
     wanted: list[Draw] = []
     seen: Counter[tuple[int, ...]] = Counter()
     for example in examples:
         for sample in range(seen[example.prompt], seen[example.prompt] + count):
             # The seed is the prompt's and the number's alone: not of its neighbours in a batch, nor of where a run stopped.
-            seed = int(digest(config.seed, example.prompt, sample)[:16], 16)
-            key = digest(_VERSION, reference, config.seed, config.max_length, longest, tuple(ends), example.prompt, sample)
-            wanted.append(Draw(example, sample, min(longest, config.max_length - len(example.prompt)), seed, key))
+            seed = int(digest(options.seed, example.prompt, sample)[:16], 16)
+            key = digest(_VERSION, reference, options.seed, options.max_length, longest, tuple(ends), example.prompt, sample)
+            wanted.append(Draw(example, sample, min(longest, options.max_length - len(example.prompt)), seed, key))
         seen[example.prompt] += count
     return wanted
 

@@ -8,10 +8,11 @@ from contextlib import nullcontext
 
 import numpy as np
 
-from lite_dil.backends import Backend, Sampling
+from lite_dil.backends.protocol import Backend
+from lite_dil.backends.types import Sampling
+from lite_dil.base.signs import CHOSEN
 from lite_dil.batching.batch import Batch
 from lite_dil.data.encoder import Encoder, Example
-from lite_dil.data.reader import CHOSEN
 from lite_dil.generation.conversation import Prompt
 from lite_dil.generation.text_stream import TextStream
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from lite_dil.backends import Sampling
+from lite_dil.backends.types import Sampling
 from lite_dil.base.hashing import digest
+from lite_dil.base.signs import CHOSEN
 from lite_dil.data.messages import read_text
 from lite_dil.data.prompts import Prompt
-from lite_dil.data.reader import CHOSEN, Row, RowError, same_text
+from lite_dil.data.reader import Row, RowError, same_text
 from lite_dil.generation.batch_generator import Drawer
-from lite_dil.generation.policy import Tuned
+from lite_dil.generation.policy import Policy
 from lite_dil.labelling.labels import Candidate
 
 TRIES = 8  # pairs of draws until two usable, different answers are there
@@ -38,7 +39,7 @@ class Offers:
     """
 
     def __init__(
-        self, tuned: Tuned, sampling: Sampling, seed: int, room: int, origins: tuple[str, str], say: Callable[[str], None]
+        self, tuned: Policy, sampling: Sampling, seed: int, room: int, origins: tuple[str, str], say: Callable[[str], None]
     ) -> None:
         self.tuned, self.seed, self.room, self.origins = tuned, seed, room, origins
         self._stopped = threading.Event()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lite_dil.base.errors import UserError
-from lite_dil.config.train_config import TrainConfig
+from lite_dil.models.options import AdapterOptions
 
 
 @dataclass(frozen=True)
@@ -127,20 +127,21 @@ def _mlx_scale(config: dict[str, Any], where: str) -> tuple[int, float]:
     return parameters["rank"], float(parameters["scale"])
 
 
-def choose(config: TrainConfig, linear: dict[str, tuple[int, int]], initial: Adapter | None) -> Adapter:
+def choose(options: AdapterOptions, linear: dict[str, tuple[int, int]], initial: Adapter | None, model: str) -> Adapter:
     """Return the adapter that training starts from: `initial`, if it fits the model, or a new one on the target layers.
 
     Args:
         linear: the (out, in) shapes of the decoder's linear layers, by name.
+        model: the base, for messages.
     """
     if not linear:
-        raise UserError(f"--model {config.model}: its decoder has no linear layers that LoRA could adapt")
+        raise UserError(f"--model {model}: its decoder has no linear layers that LoRA could adapt")
     if initial is not None:
-        match(initial, linear, config.init_adapter or "")
+        match(initial, linear, options.init_adapter or "")
         return initial
-    assert config.lora_r and config.lora_alpha and config.target_modules  # filled in by TrainConfig.resolved
-    targets = select_targets(linear, config.target_modules)
-    return fresh(targets, config.lora_r, config.lora_alpha / config.lora_r, config.seed)
+    assert options.lora_r and options.lora_alpha and options.target_modules  # filled in by ResolvedConfig.resolved
+    targets = select_targets(linear, options.target_modules)
+    return fresh(targets, options.lora_r, options.lora_alpha / options.lora_r, options.seed)
 
 
 def match(adapter: Adapter, shapes: dict[str, tuple[int, int]], folder: str) -> None:

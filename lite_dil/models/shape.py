@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lite_dil.backends.probes import LogitTransform, logit_transform
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
+from lite_dil.models.logits import LogitTransform, logit_transform
 
 # What prepare_embedded writes, as far as it matters here; the folder need not be made for it.
 EMBEDDED_CONFIG: dict[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Any
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import memory_here
 from lite_dil.batching.schedule import computed_tokens, row_tokens
-from lite_dil.config.train_config import FIELDS, SPLIT, TrainConfig, flag
+from lite_dil.config.train_config import FIELDS, SPLIT, ResolvedConfig, flag
 from lite_dil.data.encoder import Example
 from lite_dil.models.shape import ModelShape, read_shape
 from lite_dil.planning.estimate import Load, layout_for
@@ -23,14 +23,14 @@ ROOM = 0.9  # of the memory, for passes that are larger than they need be
 
 
 def choose(
-    config: TrainConfig,
+    config: ResolvedConfig,
     shape: ModelShape,
     backend: str,
     dtype: str,
     memory: int,
     load: Load,
     given: Set[str] = frozenset(),
-) -> TrainConfig:
+) -> ResolvedConfig:
     """Return `config` with the split of a step, checkpointing and offloads that are the fastest of those that fit.
 
     A step keeps its batch_size * gradient_accumulation_steps examples, so that the result stays the same. In order of time:
@@ -60,7 +60,7 @@ def choose(
     raise UserError(f"{text}. {remedy.advice()}")
 
 
-def pick(config: TrainConfig, model: Model, memory: int, load: Load, given: Set[str]) -> TrainConfig | None:
+def pick(config: ResolvedConfig, model: Model, memory: int, load: Load, given: Set[str]) -> ResolvedConfig | None:
     """Return what `choose` does, or None where nothing fits."""
     limit = _limit(config, given)
     tokens = load.tokens(layout_for(config, model.shape, model.backend))
@@ -69,10 +69,10 @@ def pick(config: TrainConfig, model: Model, memory: int, load: Load, given: Set[
     if fixed:
         busy = limit = _between(-(-fixed // tokens), limit)
 
-    def total(base: TrainConfig, count: int) -> int:
+    def total(base: ResolvedConfig, count: int) -> int:
         return model.total(_split(base, count, tokens, given), several(load, count))
 
-    def filled(base: TrainConfig, low: int, high: int, memory: float) -> TrainConfig:
+    def filled(base: ResolvedConfig, low: int, high: int, memory: float) -> ResolvedConfig:
         count = most(lambda number: total(base, number) <= memory, low, high)
         return _split(base, count, tokens, given)
 
@@ -89,14 +89,14 @@ def pick(config: TrainConfig, model: Model, memory: int, load: Load, given: Set[
     return None
 
 
-def frugal(config: TrainConfig, model: Model, load: Load, given: Set[str] = frozenset()) -> TrainConfig:
+def frugal(config: ResolvedConfig, model: Model, load: Load, given: Set[str] = frozenset()) -> ResolvedConfig:
     """Return the setting of `choose` that takes the least memory, one example a pass."""
     tokens = load.tokens(layout_for(config, model.shape, model.backend))
     last = _offloads(config, model, given)[-1]
     return _split(replace(config, **last, gradient_checkpointing=_modes(config, given)[-1]), 1, tokens, given)
 
 
-def fitted(config: TrainConfig, examples: Sequence[Example], given: Set[str] | None) -> tuple[TrainConfig, str]:
+def fitted(config: ResolvedConfig, examples: Sequence[Example], given: Set[str] | None) -> tuple[ResolvedConfig, str]:
     """Return what --auto chooses for these examples on this machine, and a line that says so.
 
     Args:
@@ -111,7 +111,7 @@ def fitted(config: TrainConfig, examples: Sequence[Example], given: Set[str] | N
     return chosen, f"--auto: {words(chosen)} ({memory.text})"
 
 
-def words(config: TrainConfig) -> str:
+def words(config: ResolvedConfig) -> str:
     """Return what was chosen, for people."""
     mode = (
         "nothing computed again"
@@ -123,7 +123,7 @@ def words(config: TrainConfig) -> str:
     return f"{mode}{offloads}, passes of up to {row_tokens(config)} tokens, {examples} examples a step as asked"
 
 
-def largest_example(examples: Sequence[Example], config: TrainConfig, layout: str) -> Load:
+def largest_example(examples: Sequence[Example], config: ResolvedConfig, layout: str) -> Load:
     """Return an example as long as the longest, with answers as long as any: what no pass can be smaller than.
 
     Answers of --sample-rejected that are yet to be drawn count at their longest.
@@ -152,13 +152,13 @@ def _between(count: int, limit: int) -> int:
     return max(1, min(count, limit))
 
 
-def _limit(config: TrainConfig, given: Set[str]) -> int:
+def _limit(config: ResolvedConfig, given: Set[str]) -> int:
     """Return how many examples a pass may hold: all of a step's, unless the user split it."""
     free = given.isdisjoint(SPLIT)
     return config.batch_size * (config.gradient_accumulation_steps if free else 1)
 
 
-def _split(config: TrainConfig, count: int, tokens: int, given: Set[str]) -> TrainConfig:
+def _split(config: ResolvedConfig, count: int, tokens: int, given: Set[str]) -> ResolvedConfig:
     """Return the config of passes of at most `count` examples of `tokens` tokens; shorter ones may be more."""
     changes: dict[str, Any] = {}
     if given.isdisjoint(SPLIT):
@@ -169,13 +169,13 @@ def _split(config: TrainConfig, count: int, tokens: int, given: Set[str]) -> Tra
     return replace(config, **changes)
 
 
-def _modes(config: TrainConfig, given: Set[str]) -> list[str]:
+def _modes(config: ResolvedConfig, given: Set[str]) -> list[str]:
     if "offload_activations" in given and config.offload_activations:
         return ["full"]  # it stores what that keeps
     return [config.gradient_checkpointing] if "gradient_checkpointing" in given else ["off", "selective", "full"]
 
 
-def _offloads(config: TrainConfig, model: Model, given: Set[str]) -> list[dict[str, Any]]:
+def _offloads(config: ResolvedConfig, model: Model, given: Set[str]) -> list[dict[str, Any]]:
     """Return the sets of offloads to try, from none to all."""
     sets: list[dict[str, Any]] = [{name: False for name in OFFLOADS if name not in given}]
     for name in OFFLOADS:

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lite_dil.backends import check_options
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.schedule import Schedule, layout_tokens, row_tokens
-from lite_dil.config.train_config import TrainConfig
+from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.encoder import Example
 from lite_dil.models.adapters import read, select_targets
 from lite_dil.models.shape import ModelShape
@@ -40,7 +39,7 @@ class Load:
         return cls(tuple(map(len, batch.prompts)), tuple(map(tuple, batch.answer_lengths)))
 
     @classmethod
-    def worst(cls, config: TrainConfig, answers: int = 2) -> Load:
+    def worst(cls, config: ResolvedConfig, answers: int = 2) -> Load:
         """Return the largest pass that --max-length, --row-tokens and --batch-size allow, of examples with `answers` each.
 
         Prompts are one token long: answers cost more, and in a packed row each has its own tokens.
@@ -53,7 +52,7 @@ class Load:
         return cls((1,) * count, ((length - 1,) * answers,) * count)
 
     @classmethod
-    def heaviest(cls, config: TrainConfig, examples: Sequence[Example], layout: str) -> Load:
+    def heaviest(cls, config: ResolvedConfig, examples: Sequence[Example], layout: str) -> Load:
         """Return the pass with the most tokens of the whole run over `examples`, whose order the seed decides."""
         schedule = Schedule(config, examples, layout)
         loads = (cls.of(batch) for step in range(1, schedule.steps + 1) for batch in schedule.batches(step))
@@ -134,7 +133,7 @@ class Estimate:
         return sum(self.components.values())
 
 
-def layout_for(config: TrainConfig, shape: ModelShape, backend: str) -> str:
+def layout_for(config: ResolvedConfig, shape: ModelShape, backend: str) -> str:
     """Return the layout that a run takes, as far as the model's config tells."""
     if config.layout != "auto":
         return config.layout
@@ -143,7 +142,7 @@ def layout_for(config: TrainConfig, shape: ModelShape, backend: str) -> str:
     return "plain" if shape.long_rope is not None and config.max_length > shape.long_rope else "packed"
 
 
-def adapter_tensors(config: TrainConfig, shape: ModelShape) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def adapter_tensors(config: ResolvedConfig, shape: ModelShape) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Return the shapes of A and B of every adapted layer by its name, from --init-adapter's files or the options."""
     if config.init_adapter:
         initial = read(config.init_adapter, _shapes_only)
@@ -154,7 +153,7 @@ def adapter_tensors(config: TrainConfig, shape: ModelShape) -> dict[str, tuple[t
         for name, linear in shape.linears().items()
     }
     rank, targets = config.lora_r, config.target_modules
-    assert rank and targets  # filled in by TrainConfig.resolved
+    assert rank and targets  # filled in by ResolvedConfig.resolved
     return {name: ((rank, into), (out, rank)) for name, (out, into) in select_targets(shapes, targets).items()}
 
 
@@ -166,27 +165,3 @@ def _shapes_only(path: Path) -> dict[str, np.ndarray]:
             return {name: np.broadcast_to(np.float32(0), file.get_slice(name).get_shape()) for name in names}
     except SafetensorError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-
-
-def estimate(config: TrainConfig, shape: ModelShape, backend: str, dtype: str, load: Load) -> Estimate:
-    """Return the peak of live bytes in training, once the optimiser has its state.
-
-    Args:
-        config: resolved (`TrainConfig.resolved`).
-        backend: "cuda", "cpu", or "mlx" on Apple silicon.
-        dtype: what the model computes in: "float32", "bfloat16" or "float16".
-        load: the largest pass of the run.
-
-    Raises:
-        UserError: the options ask for something whose memory is not known.
-    """
-    check_options(backend, config)
-    if config.unsloth:
-        raise UserError("plan does not know what the layers of --unsloth keep; leave it out")
-    if backend == "mlx":
-        from lite_dil.planning.estimate_mlx import MLXStep
-
-        return MLXStep(config, shape, dtype, load).estimate()
-    from lite_dil.planning.estimate_torch import TorchStep
-
-    return TorchStep(config, shape, backend, dtype, load).estimate()

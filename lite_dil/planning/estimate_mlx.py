@@ -20,10 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from lite_dil.backends import checkpointing
-from lite_dil.backends.probes import chunk_tokens
+from lite_dil.backends.limits import checkpointing, chunk_tokens
 from lite_dil.base.errors import UserError
-from lite_dil.config.train_config import TrainConfig
+from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.shape import Linear, ModelShape
 from lite_dil.planning.estimate import BYTES, Estimate, Load, adapter_tensors, layout_for
 from lite_dil.planning.estimate_tape import FLOAT32, Array, Gradients, Tape
@@ -39,14 +38,14 @@ Keys = tuple[Array, Array]  # keys and values
 
 
 class MLXStep:
-    """A training step of the MLX backend; see `lite_dil.planning.estimate.estimate` for the arguments.
+    """A training step of the MLX backend; see `lite_dil.planning.peak.estimate` for the arguments.
 
     Args:
         metal: on Apple silicon, and not on a CPU, where attention sees no padding and norms and rope are made of many
             operations.
     """
 
-    def __init__(self, config: TrainConfig, shape: ModelShape, dtype: str, load: Load, metal: bool = True) -> None:
+    def __init__(self, config: ResolvedConfig, shape: ModelShape, dtype: str, load: Load, metal: bool = True) -> None:
         self.config, self.shape, self.load, self.metal = config, shape, load, metal
         self.e, self.pads_attention = BYTES[dtype], metal  # as MLXBackend.pads_attention
         self.layout = layout_for(config, shape, "mlx")

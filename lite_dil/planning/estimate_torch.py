@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lite_dil.backends import checkpointing
-from lite_dil.backends.probes import chunk_tokens
+from lite_dil.backends.limits import checkpointing, chunk_tokens
 from lite_dil.base.errors import UserError
 from lite_dil.batching.schedule import PRECOMPUTE_ROWS, row_tokens
-from lite_dil.config.train_config import TrainConfig
+from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.shape import Linear, ModelShape
 from lite_dil.planning.estimate import BYTES, Estimate, Load, adapter_tensors, layout_for
 
@@ -195,9 +194,9 @@ class Layer:
 
 
 class TorchStep:
-    """A training step of the torch backend; see `lite_dil.planning.estimate.estimate` for the arguments."""
+    """A training step of the torch backend; see `lite_dil.planning.peak.estimate` for the arguments."""
 
-    def __init__(self, config: TrainConfig, shape: ModelShape, backend: str, dtype: str, load: Load) -> None:
+    def __init__(self, config: ResolvedConfig, shape: ModelShape, backend: str, dtype: str, load: Load) -> None:
         self.config, self.shape, self.load = config, shape, load
         self.cuda, self.e = backend == "cuda", BYTES[dtype]
         self.layout = layout_for(config, shape, backend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -10,15 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil.backends import checkpointing
+from lite_dil.backends import registry
+from lite_dil.backends.limits import checkpointing
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import GIB
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.schedule import row_tokens
-from lite_dil.config.train_config import TrainConfig, flag
+from lite_dil.config.train_config import ResolvedConfig, flag
 from lite_dil.models.find import model_folder
 from lite_dil.models.shape import ModelShape, read_shape
-from lite_dil.planning.estimate import Estimate, Load, estimate
+from lite_dil.planning.estimate import Estimate, Load
+from lite_dil.planning.peak import estimate
 
 LENGTHS = 64  # lengths are given in multiples of this
 
@@ -31,22 +32,22 @@ class Model:
     backend: str
     dtype: str
 
-    def estimate(self, config: TrainConfig, load: Load) -> Estimate:
+    def estimate(self, config: ResolvedConfig, load: Load) -> Estimate:
         """Return the memory of a step whose largest pass is `load`."""
         # A step of several passes adds up their gradients, whether --row-tokens splits it or the user did.
         if len(load.prompts) < config.batch_size * config.gradient_accumulation_steps:
             config = replace(config, gradient_accumulation_steps=max(2, config.gradient_accumulation_steps))
         return estimate(config, self.shape, self.backend, self.dtype, load)
 
-    def total(self, config: TrainConfig, load: Load) -> int:
+    def total(self, config: ResolvedConfig, load: Load) -> int:
         """Return its bytes."""
         return self.estimate(config, load).total
 
-    def mode(self, config: TrainConfig) -> str:
+    def mode(self, config: ResolvedConfig) -> str:
         """Return what --gradient-checkpointing comes to: "off", "selective" or "full"."""
         return checkpointing(config, self.shape.parameters)
 
-    def can_offload(self, config: TrainConfig) -> tuple[str, ...]:
+    def can_offload(self, config: ResolvedConfig) -> tuple[str, ...]:
         """Return the options of --offload-... that this backend and this model have."""
         if self.backend != "cuda":
             return ()
@@ -54,22 +55,11 @@ class Model:
         return ("offload_activations", "offload_embeddings") if table else ("offload_activations",)
 
 
-def planned_dtype(config: TrainConfig, backend: str, here: bool = True) -> str:
+def planned_dtype(config: ResolvedConfig, backend: str, here: bool = True) -> str:
     """Return what the model computes in, as far as can be told; a Mac that is not `here` has bfloat16."""
     if config.dtype != "auto":
         return config.dtype
-    if here and backend == "mlx" and importlib.util.find_spec("mlx") is not None:
-        import mlx.core as mx
-
-        return "bfloat16" if mx.metal.is_available() else "float32"
-    if backend != "mlx" and importlib.util.find_spec("torch") is not None:
-        import torch
-
-        if backend == "cpu" or torch.cuda.is_available():
-            from lite_dil.backends.torch.load import compute_dtype
-
-            return str(compute_dtype("auto", backend)).removeprefix("torch.")
-    return "float32" if backend == "cpu" else "bfloat16"
+    return registry.auto_dtype(backend, here)
 
 
 def several(load: Load, count: int) -> Load:
@@ -86,7 +76,7 @@ def most(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def longest(config: TrainConfig, model: Model, memory: int, answers: int) -> int:
+def longest(config: ResolvedConfig, model: Model, memory: int, answers: int) -> int:
     """Return the largest --max-length, a multiple of 64, with which one example of `answers` answers fits; 0 for none."""
     # Beyond what the model was made for nothing is to be had.
     limit = (model.shape.max_positions or 2**20) // LENGTHS
@@ -94,14 +84,14 @@ def longest(config: TrainConfig, model: Model, memory: int, answers: int) -> int
     return most(lambda number: size(number * LENGTHS) <= memory, 1, limit) * LENGTHS
 
 
-def most_examples(config: TrainConfig, model: Model, memory: int, answers: int, limit: int = 1000) -> int:
+def most_examples(config: ResolvedConfig, model: Model, memory: int, answers: int, limit: int = 1000) -> int:
     """Return how many examples of --max-length fit into one pass, `limit` at most."""
     size = _curve(config, model, answers, "examples")
     return most(lambda count: size(count) <= memory, 1, limit)
 
 
 @lru_cache(maxsize=16)
-def _curve(config: TrainConfig, model: Model, answers: int, what: str) -> Callable[[int], float]:
+def _curve(config: ResolvedConfig, model: Model, answers: int, what: str) -> Callable[[int], float]:
     """Return the bytes of a pass as a function of --max-length, for one example, or of the number of "examples".
 
     An estimate of MLX takes half a second, too long for a search: there it is a curve through a few of them. What is kept
@@ -133,7 +123,7 @@ class Remedy:
     """What to change so that a run fits: options in order of harm, and bytes; `fits` is false where nothing here suffices."""
 
     changes: dict[str, Any]
-    config: TrainConfig
+    config: ResolvedConfig
     total: int
     fits: bool
 
@@ -154,14 +144,14 @@ class Remedy:
         )
 
 
-def find_remedy(config: TrainConfig, model: Model, memory: int, load: Callable[[TrainConfig], Load]) -> Remedy:
+def find_remedy(config: ResolvedConfig, model: Model, memory: int, load: Callable[[ResolvedConfig], Load]) -> Remedy:
     """Return the first changes, in order of harm, that make a run fit, without those that turn out needless.
 
     Args:
         load: the largest pass under a config.
     """
 
-    def changed(changes: dict[str, Any]) -> TrainConfig:
+    def changed(changes: dict[str, Any]) -> ResolvedConfig:
         return replace(config, **changes)
 
     def total(changes: dict[str, Any]) -> int:
@@ -185,7 +175,7 @@ def find_remedy(config: TrainConfig, model: Model, memory: int, load: Callable[[
     return Remedy(changes, changed(changes), total(changes), fits)
 
 
-def _harms(config: TrainConfig, model: Model) -> list[dict[str, Any]]:
+def _harms(config: ResolvedConfig, model: Model) -> list[dict[str, Any]]:
     """Return what can be changed to save memory, from what costs a little time to what changes the model."""
     mode = model.mode(config)
     steps: list[dict[str, Any]] = []
@@ -207,7 +197,7 @@ def _harms(config: TrainConfig, model: Model) -> list[dict[str, Any]]:
     return steps
 
 
-def _valid(config: TrainConfig, model: Model) -> bool:
+def _valid(config: ResolvedConfig, model: Model) -> bool:
     """Whether the options go together."""
     if config.offload_embeddings and "offload_embeddings" not in model.can_offload(config):
         return False
@@ -229,7 +219,7 @@ class Heaviest:
                 self.load = load
 
 
-def memory_line(config: TrainConfig, model: str, load: Load, peak: float, before: float) -> str:
+def memory_line(config: ResolvedConfig, model: str, load: Load, peak: float, before: float) -> str:
     """Return the estimate beside the peak.
 
     Args:

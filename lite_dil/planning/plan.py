@@ -1,29 +1,27 @@
-"""``lite-dil plan``: whether a run fits, why, and what would help, from the options and the model's config.json alone."""
+"""Whether a run fits, why, and what would help, from the options and the model's config.json alone."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import statistics
 from collections.abc import Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lite_dil import backends
+from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import Memory, memory_here, memory_of, nvidia_smi
-from lite_dil.config.train_config import TrainConfig
+from lite_dil.base.signs import CHOSEN
+from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import epoch_rows, reader_of
-from lite_dil.data.reader import CHOSEN, EMBEDDED, refuse
+from lite_dil.data.reader import EMBEDDED, refuse
 from lite_dil.data.sources import is_local, looks_like_file, split_sources
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.models.shape import ModelShape, read_shape
 from lite_dil.objectives.table import OBJECTIVES
 from lite_dil.planning import auto, fit
 from lite_dil.planning.estimate import BYTES, Estimate, Load
-from lite_dil.planning.plan_text import lines
 
 WEIGHTS = (".safetensors", ".bin")
 CARDS = (8, 12, 16, 24)
@@ -64,7 +62,7 @@ class Plan:
         choice: what --auto took, in words.
     """
 
-    config: TrainConfig
+    config: ResolvedConfig
     model: fit.Model
     memory: Memory
     load: Load
@@ -106,16 +104,17 @@ class Plan:
         }
 
 
-def run(args: argparse.Namespace, config: TrainConfig, given: Set[str]) -> int:
-    """Print the plan that the flags ask for; return 0 if the run fits, else 1."""
-    plan = make(args, config, given)
-    print(json.dumps(plan.as_json(), indent=2) if args.json else "\n".join(lines(plan)))
-    return 0 if plan.fits else 1
+def make(
+    config: ResolvedConfig, given: Set[str], size: float | None = None, rate: float | None = None, like: Path | None = None
+) -> Plan:
+    """Work out the plan for `config`.
 
-
-def make(args: argparse.Namespace, config: TrainConfig, given: Set[str]) -> Plan:
-    """Work out the plan for `config`, with plan's own flags in `args`; `given` are the options that --auto leaves alone."""
-    size = None if args.memory is None else _number(args.memory, "--memory")
+    Args:
+        given: the options that --auto leaves alone.
+        size: GB of the memory to plan for; None is what is free here.
+        rate: tokens per second, for the time of an epoch.
+        like: the folder of an earlier run whose rate is taken.
+    """
     shape = read_shape(config.model)
     backend, remark = planned_backend(config.backend, size is not None)
     config = replace(config, backend=backend)
@@ -137,13 +136,13 @@ def make(args: argparse.Namespace, config: TrainConfig, given: Set[str]) -> Plan
     least = auto.frugal(config, model, one)
 
     rooms = tuple(_room(name, config, least, model, memory.usable, answers) for name, memory in sizes)
-    epoch = _epoch(args, config, count, answers)
+    epoch = _epoch(config, count, answers, rate, like)
     return Plan(
         config, model, memory, load, answers, found, remedy, rooms, _download(config.model, shape), epoch, remark, choice
     )
 
 
-def _room(name: str, config: TrainConfig, least: TrainConfig, model: fit.Model, usable: int, answers: int) -> Room:
+def _room(name: str, config: ResolvedConfig, least: ResolvedConfig, model: fit.Model, usable: int, answers: int) -> Room:
     """Return what `usable` bytes have room for with `config`, and with `least`, the most frugal that --auto may choose."""
     longest = [fit.longest(c, model, usable, answers) for c in (config, least)]
     examples = [fit.most_examples(c, model, usable, answers) for c in (config, least)]
@@ -155,7 +154,7 @@ def planned_backend(name: str, memory_given: bool) -> tuple[str, str]:
     if name != "auto":
         return name, ""
     try:
-        here = backends.resolve("auto")
+        here = registry.resolve("auto")
     except UserError:  # none is installed, which planning does not need
         here = "cuda" if nvidia_smi() else "cpu"
     if here == "cpu" and memory_given:
@@ -163,7 +162,7 @@ def planned_backend(name: str, memory_given: bool) -> tuple[str, str]:
     return here, ""
 
 
-def _examples(config: TrainConfig) -> tuple[int, int]:
+def _examples(config: ResolvedConfig) -> tuple[int, int]:
     """Return how many examples an epoch takes, 0 where --data names no file here, and how many answers each has.
 
     A hub's data is not fetched.
@@ -203,15 +202,14 @@ def _download(name: str, shape: ModelShape) -> int | None:
     return linear * packed.bits // 8 + scales + (shape.parameters - linear) * 2
 
 
-def _epoch(args: argparse.Namespace, config: TrainConfig, examples: int, answers: int) -> Epoch:
+def _epoch(config: ResolvedConfig, examples: int, answers: int, rate: float | None, like: Path | None) -> Epoch:
     count = examples or None
-    if args.like:
-        figures = _measured(Path(args.like))
+    if like:
+        figures = _measured(like)
         seconds = count / figures["examples_per_second"] if count else None
-        return Epoch(count, seconds, False, f"{figures['tokens_per_second']:,.0f} tokens/s in {args.like}")
-    if args.tokens_per_second is None:
+        return Epoch(count, seconds, False, f"{figures['tokens_per_second']:,.0f} tokens/s in {like}")
+    if rate is None:
         return Epoch(count, None, True, "")
-    rate = _number(args.tokens_per_second, "--tokens-per-second")
     # Every answer counts with its prompt, as in metrics.jsonl.
     return Epoch(count, count and count * answers * config.max_length / rate, True, f"{rate:,.0f} tokens/s")
 
@@ -228,13 +226,3 @@ def _measured(folder: Path) -> dict[str, float]:
     if not all(figures.values()):
         raise UserError(f"--like {folder}: metrics.jsonl holds no {' and '.join(names)}; is it the folder of a training run?")
     return {name: statistics.median(values) for name, values in figures.items()}
-
-
-def _number(text: str, flag: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1e9:
-        raise UserError(f"argument {flag}: {text!r} is not a number above 0")
-    return value

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from textwrap import wrap
-from typing import TYPE_CHECKING
 
 from lite_dil.base.memory import GIB
 from lite_dil.planning.auto import CHOSEN
 from lite_dil.planning.fit import gigabytes
-
-if TYPE_CHECKING:
-    from lite_dil.planning.plan import Plan
+from lite_dil.planning.plan import Plan
 
 WIDTH = 100
 

@@ -14,22 +14,28 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil import backends
+from lite_dil.backends import registry
+from lite_dil.backends.protocol import Backend
+from lite_dil.backends.types import StepResult, never
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.base.memory import peak_rss_mb
 from lite_dil.base.signals import StopSignal
+from lite_dil.base.signs import CHOSEN
 from lite_dil.batching.batch import Batch, by_batch
 from lite_dil.batching.schedule import PRECOMPUTE_ROWS, Schedule, plan, row_tokens
 from lite_dil.cli.progress import Bar, Display
-from lite_dil.config.train_config import TrainConfig
+from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import DataSet, describe, load, remarks
 from lite_dil.data.encoder import Encoder, Example, fingerprint
+from lite_dil.data.mismatched import mismatched
 from lite_dil.data.overlap import overlap
-from lite_dil.data.reader import CHOSEN, Problem
-from lite_dil.generation.policy import Source
+from lite_dil.data.reader import Problem
+from lite_dil.generation.policy import AdapterSource
 from lite_dil.generation.reference_samples import add_samples, needed, reference_digest, sample_path
 from lite_dil.models.find import load_tokenizer, resolve_model
-from lite_dil.objectives.criterion import Criterion, check_data, mismatched
+from lite_dil.models.fingerprint import reference_key
+from lite_dil.objectives.accepts import check_data
+from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.losses import log_ratio
 from lite_dil.objectives.table import OBJECTIVES
 from lite_dil.planning.auto import fitted
@@ -42,7 +48,7 @@ from lite_dil.reports.samples import Intake, Prompt, Samples
 from lite_dil.runs.folder import Progress, RunFolder, read_progress
 from lite_dil.training.metrics import Means, answer_metrics, with_margin
 from lite_dil.training.passes import Passes, Taken, take_step
-from lite_dil.training.reference import open_cache
+from lite_dil.training.reference import cache_folder, open_cache
 
 # What the window counts; everything else in it is a mean.
 _SUMS = ("examples", "tokens", "seconds", "steps", "skipped", "reference_passes")
@@ -58,13 +64,13 @@ MAX_SKIPPED = 25
 class Trained:
     """What a run leaves in memory: `stopped` says that Ctrl-C ended it early, after saving."""
 
-    backend: backends.Backend
+    backend: Backend
     encoder: Encoder
     folder: RunFolder
     stopped: bool
 
 
-def train(config: TrainConfig, display: Display, resume: Path | None = None, fixed: Set[str] | None = None) -> Trained:
+def train(config: ResolvedConfig, display: Display, resume: Path | None = None, fixed: Set[str] | None = None) -> Trained:
     """Train an adapter as `config` says, from the start or from the checkpoint `resume`.
 
     `fixed` are the options that --auto leaves alone; None stands for all that are not at their default.
@@ -76,8 +82,8 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("training runs in one process; start it without torchrun or accelerate launch")
     trackers.check(config)
-    config = replace(config, backend=backends.resolve(config.backend))
-    folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config)
+    config = replace(config, backend=registry.resolve(config.backend))
+    folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, config.loss)
     model = resolve_model(config.model, display.say)
     encoder = Encoder(load_tokenizer(model))
     data = _read(encoder, config, display)
@@ -86,9 +92,9 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
     if config.auto:
         config, chosen = fitted(config, examples, fixed)
         display.say(chosen)
-    backends.import_library(config.backend)
+    registry.import_library(config.backend)
     before = peak_rss_mb()
-    backend = backends.load(config.backend, config, model)
+    backend = registry.load(config.backend, config, model)
     display.say(f"{config.model} on {backend.description}")
     if backend.layout_reason:
         display.say(backend.layout_reason)
@@ -97,12 +103,12 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
         if drawn is None:
             return Trained(backend, encoder, folder, stopped=True)
         examples, held_out = drawn
-    others = mismatched(examples, config) if OBJECTIVES[config.loss].baseline else []
+    others = mismatched(examples, config.loss, config.max_length) if OBJECTIVES[config.loss].baseline else []
     schedule = Schedule(config, examples, backend.layout, others)
-    cache = open_cache(config, model, backend.identity)
+    cache = open_cache(config, config, model, backend.identity)
     if cache.damaged:
         display.say(f"{cache.path}: {cache.damaged} damaged records, which will be computed again")
-    passes = Passes(backend, config, cache, display.say)
+    passes = Passes(backend, config.logp_reduction, cache, display.say)
     logged: list[dict[str, Any]] = []
     if resume:
         backend.load_state(resume)
@@ -117,7 +123,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
         display.say(f"stopped; the reference cache keeps what was computed: {cache.path}")
         return Trained(backend, encoder, folder, stopped=True)
     if not resume:
-        folder.create(replace(config, dtype=backend.dtype_name))
+        folder.create(replace(config, dtype=backend.dtype_name).as_dict())
         for name in (trackers.IDS, SAMPLES):  # of a run that was killed before it saved, perhaps of another model
             (folder.path / name).unlink(missing_ok=True)
         if data.skipped:
@@ -185,7 +191,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
                     look(progress.step, stop, bar)
             while progress.step < schedule.steps and not stop.asked:
                 step, started = progress.step + 1, time.perf_counter()
-                taken = take_step(passes, schedule, step, criterion, display.say)
+                taken = take_step(passes, schedule, step, criterion, display.say, bool(config.lora_dropout))
                 heaviest.add(taken.batches)
                 skipped_in_a_row = skipped_in_a_row + 1 if taken.result.skipped else 0
                 if not _is_finite(taken.result) or skipped_in_a_row == MAX_SKIPPED:
@@ -218,7 +224,8 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
                 again = f"saved; go on with --resume {folder.path}"
                 display.say(f"stopped after step {progress.step} of {schedule.steps}, {again}")
                 return Trained(backend, encoder, folder, stopped=True)
-        write_card(folder.adapter, Source(folder.adapter, folder, config), "adapter", None, "")  # fit to be uploaded as it is
+        source = AdapterSource(folder.adapter, folder, config)
+        write_card(folder.adapter, source, "adapter", None, "")  # fit to be uploaded as it is
         if text := memory():
             display.say(text)
         watcher.finish(stopped=False, memory=text)
@@ -228,7 +235,7 @@ def train(config: TrainConfig, display: Display, resume: Path | None = None, fix
     return Trained(backend, encoder, folder, stopped=left_out)
 
 
-def _progress(examples: Sequence[Example], config: TrainConfig, resume: Path | None) -> Progress:
+def _progress(examples: Sequence[Example], config: ResolvedConfig, resume: Path | None) -> Progress:
     """Return where the run stands: at its start, or where the checkpoint `resume` was saved, if that is of the same data."""
     digest = fingerprint(examples)
     if resume is None:
@@ -243,14 +250,15 @@ def _draw_rejected(
     examples: Sequence[Example],
     held_out: Sequence[Example],
     count: int,
-    backend: backends.Backend,
+    backend: Backend,
     encoder: Encoder,
     model: str,
-    config: TrainConfig,
+    config: ResolvedConfig,
     display: Display,
 ) -> tuple[Sequence[Example], Sequence[Example]] | None:
     """Return the examples that the run comes to, and the held-out ones, with rejected answers; None where Ctrl-C ended it."""
-    reference, used = reference_digest(config, model, backend.identity), needed(config, examples)
+    key = reference_key(config, cache_folder(config), model, backend.identity)
+    reference, used = reference_digest(key), needed(config, examples)
     path = sample_path(config, reference)
     drawn = add_samples([*used, *held_out], count, backend, encoder, path, reference, config, display)
     if drawn is None:
@@ -263,22 +271,22 @@ def _every(steps: int | None, step: int) -> bool:
     return bool(steps) and step % (steps or 1) == 0
 
 
-def _is_finite(result: backends.StepResult) -> bool:
+def _is_finite(result: StepResult) -> bool:
     return math.isfinite(result.loss) and math.isfinite(result.grad_norm)
 
 
 class Evaluator:
     """Evaluates the policy on held-out data; the reference's log-probs come from the cache once they are known."""
 
-    def __init__(self, passes: Passes, examples: Sequence[Example], config: TrainConfig) -> None:
+    def __init__(self, passes: Passes, examples: Sequence[Example], config: ResolvedConfig) -> None:
         self.passes, self.config = passes, config
         self.criterion = Criterion(config, examples)
-        others = mismatched(examples, config) if examples and OBJECTIVES[config.loss].baseline else []
+        others = mismatched(examples, config.loss, config.max_length) if examples and OBJECTIVES[config.loss].baseline else []
         self.batches, self.others = (
             plan(part, passes.backend.layout, config.batch_size, row_tokens(config)) for part in (examples, others)
         )
 
-    def run(self, stop: Callable[[], bool] = backends.never) -> dict[str, float]:
+    def run(self, stop: Callable[[], bool] = never) -> dict[str, float]:
         """Return the metrics with an ``eval_`` before their names; none where `stop`, asked between passes, ended it."""
         means = Means()
         baseline = self.passes.baseline(self.others, stop)
@@ -308,7 +316,7 @@ class Evaluator:
 PRECOMPUTE_EXAMPLES = 8192  # that are in memory at once; the longest of them go together
 
 
-def precompute(passes: Passes, parts: Sequence[Sequence[Example]], config: TrainConfig, display: Display) -> bool:
+def precompute(passes: Passes, parts: Sequence[Sequence[Example]], config: ResolvedConfig, display: Display) -> bool:
     """Fill the cache with the reference's log-probs of all examples; return False where Ctrl-C ended it early."""
 
     def missing() -> Iterator[Example]:
@@ -338,7 +346,7 @@ class _Data:
     facts: list[dict[str, Any]]
 
 
-def _read(encoder: Encoder, config: TrainConfig, display: Display) -> _Data:
+def _read(encoder: Encoder, config: ResolvedConfig, display: Display) -> _Data:
     """Read the training data, and the held-out data where there is any."""
     data, intake = _load(config.data, "train", encoder, config, display)
     facts = [intake.facts("training", config.data, data)]
@@ -352,11 +360,11 @@ def _read(encoder: Encoder, config: TrainConfig, display: Display) -> _Data:
     return _Data(data.examples, held_out.examples, data.problems + held_out.problems, seen.prompts, facts)
 
 
-def _load(source: str, split: str, encoder: Encoder, config: TrainConfig, display: Display) -> tuple[DataSet, Intake]:
+def _load(source: str, split: str, encoder: Encoder, config: ResolvedConfig, display: Display) -> tuple[DataSet, Intake]:
     """Read a data set and say what it is."""
     intake = Intake(config.report_samples, config)
     data = load(source, split, encoder, config, watch=intake.add, good_only=OBJECTIVES[config.loss].data == "chosen")
-    check_data(config, data.form, set(data.answers), source)
+    check_data(config.loss, data.form, set(data.answers), source, config.sample_rejected is not None)
     number, good = len(data.examples), data.answers[CHOSEN]
     kinds = {
         "pairs": "pairs",
@@ -374,7 +382,7 @@ def _load(source: str, split: str, encoder: Encoder, config: TrainConfig, displa
     return data, intake
 
 
-def _check_start(passes: Passes, schedule: Schedule, config: TrainConfig, display: Display) -> None:
+def _check_start(passes: Passes, schedule: Schedule, config: ResolvedConfig, display: Display) -> None:
     """The log-ratio of a policy that is its own reference must be exactly 0, or every figure after it is wrong."""
     if config.init_adapter and config.reference == "base":
         return
@@ -396,7 +404,7 @@ def _check_start(passes: Passes, schedule: Schedule, config: TrainConfig, displa
         )
 
 
-def _count_step(progress: Progress, taken: Taken, seconds: float, config: TrainConfig) -> None:
+def _count_step(progress: Progress, taken: Taken, seconds: float, config: ResolvedConfig) -> None:
     """Add a step to the run's progress and to the window of its next line."""
     batches, result, baseline, computed = taken
     number, tokens = sum(batch.examples for batch in batches), sum(batch.tokens for batch in batches)
@@ -413,7 +421,7 @@ def _count_step(progress: Progress, taken: Taken, seconds: float, config: TrainC
         means.add(name, value)
 
 
-def _line(progress: Progress, schedule: Schedule, backend: backends.Backend) -> dict[str, Any]:
+def _line(progress: Progress, schedule: Schedule, backend: Backend) -> dict[str, Any]:
     window = Means(progress.window)
     figures = {name: value for name, value in window.means().items() if name not in _SUMS}
     examples, tokens, seconds, steps, skipped, passes = map(window.total, _SUMS)
@@ -434,15 +442,15 @@ def _line(progress: Progress, schedule: Schedule, backend: backends.Backend) -> 
 
 def _diverged(
     step: int,
-    result: backends.StepResult,
+    result: StepResult,
     batches: Sequence[Batch],
     examples: Sequence[Example],
-    config: TrainConfig,
+    config: ResolvedConfig,
     kept: Path | None,
 ) -> str:
     """Say where it went wrong: at the example whose log-ratio is not finite, or else the farthest from 0."""
     worst = (-1.0, "", "")
-    reduction = config.logp_reduction or "mean"
+    reduction = config.logp_reduction
     parts = (by_batch(values, batches) for values in (result.policy, result.reference))
     for batch, policy, reference in zip(batches, *parts, strict=True):
         f = log_ratio(policy, reference, batch.lengths, reduction)

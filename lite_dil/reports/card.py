@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 
 from lite_dil import __version__
+from lite_dil.base.files import replace_file
 from lite_dil.config.options import read_yaml
 from lite_dil.data.formats import FORMATS
-from lite_dil.generation.policy import Source
+from lite_dil.generation.policy import AdapterSource
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.objectives.table import DIL_FAMILY, OBJECTIVES
 from lite_dil.reports.card_use import how_to_use
 from lite_dil.reports.card_words import code, is_hub_id, public_command, public_name, public_sources, train_command
 from lite_dil.reports.findings import FACTS, shared, with_error
-from lite_dil.runs.folder import RunFolder, replace_file
+from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.history import read_history
 
 # What the embedded model is on the hub; it was made from a package, which has no card.
@@ -44,7 +45,7 @@ _BIBTEX = """\
 ```"""
 
 
-def write_card(folder: Path, source: Source, format: str, check: Any, command: str) -> None:
+def write_card(folder: Path, source: AdapterSource, format: str, check: Any, command: str) -> None:
     """Write README.md into `folder`, over one that is there.
 
     What the run's files do not say is left out; of paths no more than the last part is published.
@@ -61,7 +62,7 @@ def write_card(folder: Path, source: Source, format: str, check: Any, command: s
     if format == "adapter":
         kind = "peft" if (folder / "adapter_model.safetensors").is_file() else "mlx-lm"
     options = read_yaml(source.run.path / "config.yaml") if source.run else {}
-    model = source.config.model
+    model = source.options.model
     base = _EMBEDDED if model == EMBEDDED_MODEL else ({"base_model": model} if is_hub_id(model) else {}) | _license(model)
     facts = _facts(source.run) if source.run else {}
     parts = [
@@ -206,7 +207,7 @@ def _data(text: str, facts: dict[str, Any] | None) -> str:
     return f"{names}, {facts['examples']:,} {_FORMS[facts['form']]}, read as {formats}"
 
 
-def _step(source: Source) -> float:
+def _step(source: AdapterSource) -> float:
     """Return the step of the adapter: a checkpoint's own, or the run's last."""
     found = re.search(r"/checkpoints/step-(\d+)/adapter$", source.adapter.absolute().as_posix()) if source.adapter else None
     return int(found[1]) if found else math.inf

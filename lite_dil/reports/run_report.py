@@ -13,14 +13,15 @@ from types import TracebackType
 from typing import Any
 
 from lite_dil import __version__
-from lite_dil.backends import Backend
+from lite_dil.backends.protocol import Backend
 from lite_dil.base.disk import DiskFailed, failing
 from lite_dil.base.errors import TrainingDiverged, UserError
-from lite_dil.config.train_config import TrainConfig
+from lite_dil.base.files import replace_file
+from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.reports.findings import FACTS, read_record
 from lite_dil.reports.samples import Samples
 from lite_dil.reports.trackers import Trackers
-from lite_dil.runs.folder import RunFolder, replace_file
+from lite_dil.runs.folder import RunFolder
 
 REPORT = "report.html"
 _LIBRARIES = {"mlx": ("mlx", "mlx-lm"), "torch": ("torch", "transformers", "peft")}
@@ -37,7 +38,7 @@ class Watcher:
     def __init__(
         self,
         folder: RunFolder,
-        config: TrainConfig,
+        config: ResolvedConfig,
         facts: dict[str, Any],
         samples: Samples,
         sent: Sequence[dict[str, Any]],
@@ -99,7 +100,7 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def facts_of(config: TrainConfig, backend: Backend, steps: int, data: list[dict[str, Any]]) -> dict[str, Any]:
+def facts_of(config: ResolvedConfig, backend: Backend, steps: int, data: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what report.json holds: what no other file of a run's folder says."""
     names = _LIBRARIES["mlx" if config.backend == "mlx" else "torch"]
     versions = [f"{name} {metadata.version(name)}" for name in names]

@@ -11,17 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil.backends import Answer, Backend, never
+from lite_dil.backends.protocol import Backend
+from lite_dil.backends.types import Answer, never
 from lite_dil.base.errors import OutOfMemory
+from lite_dil.base.files import replace_file
 from lite_dil.base.hashing import digest
-from lite_dil.config.train_config import TrainConfig
+from lite_dil.base.signs import CHOSEN, REJECTED
+from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import DataSet
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.inspect.findings import source_facts
 from lite_dil.data.inspect.survey import lengths
-from lite_dil.data.reader import CHOSEN, REJECTED, Message, Row
+from lite_dil.data.reader import Message, Row
 from lite_dil.generation.batch_generator import halves
-from lite_dil.runs.folder import replace_file
 from lite_dil.training.passes import Fitting
 
 MAX_NEW_TOKENS = 128
@@ -44,7 +46,7 @@ class Intake:
         count: how many prompts to keep; those that leave no room for `MAX_NEW_TOKENS` only where there are no others.
     """
 
-    def __init__(self, count: int, config: TrainConfig) -> None:
+    def __init__(self, count: int, config: ResolvedConfig) -> None:
         self.count, self.max_length = count, config.max_length
         self.lengths = {"prompt": array("i"), "chosen": array("i"), "rejected": array("i")}
         self._random = np.random.default_rng([config.seed, 3])
@@ -128,7 +130,7 @@ class Samples:
         path: Path,
         backend: Backend,
         encoder: Encoder,
-        config: TrainConfig,
+        config: ResolvedConfig,
         say: Callable[[str], None],
     ) -> None:
         self.prompts, self.held_out, self.path, self.backend, self.encoder = prompts, held_out, path, backend, encoder

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lite_dil.base.errors import UserError, first_line
-from lite_dil.config.train_config import TrainConfig, tracker_names
-from lite_dil.runs.folder import replace_file
+from lite_dil.base.files import replace_file
+from lite_dil.config.train_config import ResolvedConfig, tracker_names
 
 PROJECT = "lite-dil"
 IDS = "trackers.json"  # the names under which a run is known there, so that it goes on as the same one
@@ -31,7 +31,7 @@ class Tracker(Protocol):
         """End the run, as one that went well or not."""
 
 
-def check(config: TrainConfig) -> None:
+def check(config: ResolvedConfig) -> None:
     """Raise UserError where a tracker that is asked for is not installed or not logged in."""
     for name in tracker_names(config.report_to):
         module = _MODULES[name]
@@ -146,7 +146,9 @@ class Trackers:
         UserError: a tracker cannot be opened.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, sent: Sequence[dict[str, Any]], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: ResolvedConfig, folder: Path, sent: Sequence[dict[str, Any]], say: Callable[[str], None]
+    ) -> None:
         self.say, self._open = say, dict[str, Tracker]()
         self._sent = {_which(line) for line in sent}
         names = tracker_names(config.report_to)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.base.disk import DiskFailed, append, failing, writing
-from lite_dil.base.errors import UserError, gather
-from lite_dil.config.options import read_yaml
-from lite_dil.config.train_config import FREE_ON_RESUME, SPLIT, TrainConfig, flag
+from lite_dil.base.errors import UserError
+from lite_dil.base.files import replace_file
 from lite_dil.data.reader import Problem
 
 RUNS = Path("runs")
@@ -45,10 +43,13 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     @classmethod
-    def new(cls, config: TrainConfig) -> RunFolder:
-        """Choose a new run's folder, without making it yet. Raises UserError where it would be written over another run."""
+    def new(cls, output_dir: str | None, name: str) -> RunFolder:
+        """Choose a new run's folder, `output_dir` or one below runs/ that `name` begins, without making it yet.
+
+        Raises UserError where it would be written over another run.
+        """
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        folder = cls(Path(config.output_dir) if config.output_dir else _unused(RUNS / f"{config.loss}-{now}"))
+        folder = cls(Path(output_dir) if output_dir else unused(RUNS / f"{name}-{now}"))
         if folder.metrics.exists() or folder.adapter.exists() or folder.checkpoints.exists():
             raise UserError(
                 f"--output-dir {folder.path} already holds a run; go on with --resume {folder.path}, or give another folder"
@@ -57,14 +58,14 @@ class RunFolder:
             raise UserError(f"--output-dir {folder.path} is a file")
         return folder
 
-    def create(self, config: TrainConfig) -> None:
-        """Make the folder and write config.yaml."""
+    def create(self, options: dict[str, Any]) -> None:
+        """Make the folder and write `options`, by field name, to config.yaml."""
         import yaml
 
         with writing(f"--output-dir {self.path}", "--output-dir"):
             self.path.mkdir(parents=True, exist_ok=True)
-        options = config.as_dict() | {"output_dir": str(self.path)}
-        replace_file(self.path / "config.yaml", yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+        saved = options | {"output_dir": str(self.path)}
+        replace_file(self.path / "config.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
 
     def drop_unsaved(self) -> None:
         """Drop the lines of a run that was killed before its first checkpoint: there is nothing to go on from."""
@@ -170,46 +171,13 @@ def read_progress(checkpoint: Path) -> Progress:
         raise UserError(f"{checkpoint / 'progress.json'}: cannot be read ({error})") from None
 
 
-def saved_config(checkpoint: Path) -> dict[str, Any]:
-    """Return the resolved options of the run that a checkpoint belongs to."""
-    return read_yaml(checkpoint.parent.parent / "config.yaml")
-
-
-def check_same_run(config: TrainConfig, saved: dict[str, Any], where: str) -> None:
-    """Raise UserError if an option that decides what is learned differs from the run that is resumed."""
-    # How a step is split decides what dropout draws, and nothing else.
-    free = FREE_ON_RESUME if config.lora_dropout else FREE_ON_RESUME | SPLIT
-    problems = [
-        f"{flag(name)} is {value}, but the run has {saved[name]}"
-        for name, value in config.as_dict().items()
-        if name not in free and name in saved and value != saved[name]
-    ]
-    examples, before = (math.prod(options[name] for name in SPLIT) for options in (config.as_dict(), config.as_dict() | saved))
-    if examples != before:
-        names = " x ".join(map(flag, sorted(SPLIT)))
-        problems.append(f"{names} makes steps of {examples} examples, but the run has steps of {before}")
-    if problems:
-        raise UserError(gather(problems, f"--resume {where} goes on with the run's own options; start a new run to change:"))
-
-
-def _unused(path: Path) -> Path:
+def unused(path: Path) -> Path:
     """Return `path`, or the first of path-2, path-3, ... that does not exist (two runs in one second)."""
     number, free = 1, path
     while free.exists():
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _replace_folder(target: Path, fill: Callable[[Path], None]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from lite_dil.batching.batch import Batch
-from lite_dil.config.train_config import TrainConfig
 from lite_dil.objectives.losses import log_ratio
+from lite_dil.objectives.options import ResolvedObjective
 from lite_dil.objectives.table import OBJECTIVES, constants
 
 
@@ -38,14 +38,14 @@ class Means:
         return {name: total / count for name, (total, count) in self.state.items()}
 
 
-def answer_metrics(means: Means, policy: np.ndarray, reference: np.ndarray, batch: Batch, config: TrainConfig) -> None:
+def answer_metrics(means: Means, policy: np.ndarray, reference: np.ndarray, batch: Batch, options: ResolvedObjective) -> None:
     """Add a batch's figures under TRL's names; `policy` and `reference` are summed log-probs in nats, (responses,).
 
     A reward is ``beta * f`` and nothing else, an accuracy is the share of pairs with ``f_w > f_l``, and ``logps/*`` are sums
     over the answer's tokens in nats. Answers without a partner have no accuracy, and no margin of their own: `with_margin`.
     """
-    f = log_ratio(policy.astype(np.float64), reference.astype(np.float64), batch.lengths, config.logp_reduction or "mean")
-    rewards = (1.0 if config.beta is None else config.beta) * f
+    f = log_ratio(policy.astype(np.float64), reference.astype(np.float64), batch.lengths, options.logp_reduction)
+    rewards = options.beta * f
     for name, index in (("chosen", batch.chosen), ("rejected", batch.rejected)):
         means.add(f"rewards/{name}", rewards[index])
     first, second = batch.pairs
@@ -55,7 +55,7 @@ def answer_metrics(means: Means, policy: np.ndarray, reference: np.ndarray, batc
         means.add(f"logps/{name}", policy[index])
     for name, index in (("chosen", batch.chosen), ("rejected", batch.rejected)):
         means.add(f"log_ratio/{name}", f[index])
-    if (capped := OBJECTIVES[config.loss].capped) and (compared := capped(f, constants(config.loss, config))):
+    if (capped := OBJECTIVES[options.loss].capped) and (compared := capped(f, constants(options.loss, options))):
         value, cap = compared
         means.add("capped", value > cap)
 

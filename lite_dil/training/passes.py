@@ -8,12 +8,12 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from lite_dil.backends import Backend, StepResult, never
+from lite_dil.backends.protocol import Backend
+from lite_dil.backends.types import StepResult, never
 from lite_dil.base.disk import DiskFailed
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.batching.batch import Batch, by_batch
 from lite_dil.batching.schedule import Schedule
-from lite_dil.config.train_config import TrainConfig
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.losses import log_ratio
 from lite_dil.training.reference import ReferenceCache
@@ -60,8 +60,8 @@ class Fitting(Generic[T]):
 class Passes:
     """Log-probs without gradients, in passes that memory holds; the reference's are remembered."""
 
-    def __init__(self, backend: Backend, config: TrainConfig, cache: ReferenceCache, say: Callable[[str], None]) -> None:
-        self.backend, self.cache, self.say, self.reduction = backend, cache, say, config.logp_reduction or "sum"
+    def __init__(self, backend: Backend, reduction: str, cache: ReferenceCache, say: Callable[[str], None]) -> None:
+        self.backend, self.reduction, self.cache, self.say = backend, reduction, cache, say
         self._fitting = Fitting("a pass without gradients", lambda batch: batch.tokens, Batch.halves, say)
 
     def run(self, work: Callable[[Batch], np.ndarray], batch: Batch) -> np.ndarray:
@@ -114,7 +114,9 @@ class Taken(NamedTuple):
     reference_passes: int
 
 
-def take_step(passes: Passes, schedule: Schedule, step: int, criterion: Criterion, say: Callable[[str], None]) -> Taken:
+def take_step(
+    passes: Passes, schedule: Schedule, step: int, criterion: Criterion, say: Callable[[str], None], dropout: bool
+) -> Taken:
     """Take step 1, 2, ... in passes that memory holds: where it does not, `schedule` plans smaller ones from here on.
 
     Raises OutOfMemory where a pass that failed cannot be split; backend and schedule are then those before the step.
@@ -132,7 +134,7 @@ def take_step(passes: Passes, schedule: Schedule, step: int, criterion: Criterio
                 raise
             say(
                 f"out of memory in step {step}: passes of at most {schedule.limits} from here on (were {before}); the result "
-                f"is the same{', but for what dropout draws' if schedule.config.lora_dropout else ''}"
+                f"is the same{', but for what dropout draws' if dropout else ''}"
             )
             continue
         missing = [values is None for values in known]

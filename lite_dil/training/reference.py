@@ -8,21 +8,20 @@ import math
 import struct
 import zlib
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from lite_dil.base.disk import append, writing
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
-from lite_dil.config.train_config import TrainConfig
-from lite_dil.models.find import cache_dir, model_folder
-from lite_dil.runs.folder import replace_file
+from lite_dil.models.find import cache_dir
+from lite_dil.models.fingerprint import reference_key
+from lite_dil.models.options import AdapterOptions
+from lite_dil.training.options import ReferenceOptions
 
 # A digest of the token ids, the summed log-prob, the response's tokens, and a checksum of the three: 32 bytes.
 _RECORD = struct.Struct("<16sdII")
 _CHECKED = _RECORD.size - 4
-_VERSION = "1"
 
 
 class ReferenceCache:
@@ -95,31 +94,21 @@ class ReferenceCache:
             append(file, content)
 
 
-def open_cache(config: TrainConfig, model: str, identity: str) -> ReferenceCache:
-    """Return the cache that the config asks for; with ``off`` it lasts as long as the run.
+def open_cache(options: ReferenceOptions, adapter: AdapterOptions, model: str, identity: str) -> ReferenceCache:
+    """Return the cache that the options ask for; with ``off`` it lasts as long as the run.
 
-    Args:
-        model: the folder or hub id of the base.
-        identity: the backend's own part of the key: library, compute type and quantisation.
+    The rest is for `lite_dil.models.fingerprint.reference_key`.
     """
-    if config.reference_cache == "off":
+    if options.reference_cache == "off":
         return ReferenceCache(None, {})
-    return ReferenceCache(cache_folder(config), reference_key(config, model, identity))
+    folder = cache_folder(options)
+    return ReferenceCache(folder, reference_key(adapter, folder, model, identity))
 
 
-def cache_folder(config: TrainConfig) -> Path:
+def cache_folder(options: ReferenceOptions) -> Path:
     """Return where log-probs are kept, and the hashes of weights, also where ``off`` keeps the log-probs out."""
-    given = config.reference_cache
+    given = options.reference_cache
     return Path(given) if given and given != "off" else cache_dir() / "reference"
-
-
-def reference_key(config: TrainConfig, model: str, identity: str) -> dict[str, str]:
-    """Return what the reference's log-probs depend on beside the tokens, by name."""
-    folder = cache_folder(config)
-    key = {"version": _VERSION, "computed": identity, "weights": _fingerprint(model_folder(model), folder)}
-    if config.reference == "initial-adapter":
-        key["adapter"] = _fingerprint(Path(config.init_adapter or ""), folder)
-    return key
 
 
 def _digests(batch: Batch) -> list[bytes]:
@@ -130,47 +119,3 @@ def _digests(batch: Batch) -> list[bytes]:
         head = struct.pack("<I", len(ids))
         digests.append(hashlib.blake2b(head + ids.tobytes() + response.tobytes(), digest_size=16).digest())
     return digests
-
-
-def _fingerprint(folder: Path, memo: Path) -> str:
-    """Return a hash of a model's or an adapter's weights and config.
-
-    Reading 16 GB takes a while, so a file's hash is remembered with its size and time of change, in `memo`; a file of the
-    hub's cache has its hash for a name.
-    """
-    notes = memo / "files.json"
-    try:
-        remembered = json.loads(notes.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        remembered = {}
-    names = sorted({path for end in ("*.safetensors", "*.bin", "*.gguf", "*config.json") for path in folder.glob(end)})
-    if not any(path.suffix != ".json" for path in names):
-        raise UserError(
-            f"{folder}: no weights there to know the reference cache's entries by; --reference-cache off needs none"
-        )
-    total, changed = hashlib.blake2b(digest_size=16), False
-    for path in names:
-        real = path.resolve()
-        stat = real.stat()
-        seen = [stat.st_size, stat.st_mtime_ns]
-        if len(real.name) == 64 and real.parent.name == "blobs":
-            value = real.name
-        elif (note := remembered.get(str(real))) and note[:2] == seen:
-            value = note[2]
-        else:
-            with real.open("rb") as file:
-                value = _hash_of(file)
-            remembered[str(real)], changed = [*seen, value], True
-        total.update(f"{path.name} {value}\n".encode())
-    if changed:
-        with writing(memo, "--reference-cache"):
-            memo.mkdir(parents=True, exist_ok=True)
-        replace_file(notes, json.dumps(remembered))
-    return total.hexdigest()
-
-
-def _hash_of(file: BinaryIO) -> str:
-    value = hashlib.blake2b(digest_size=16)
-    while block := file.read(2**24):
-        value.update(block)
-    return value.hexdigest()

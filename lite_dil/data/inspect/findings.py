@@ -41,14 +41,15 @@ from typing import Any
 import numpy as np
 
 from lite_dil.base.errors import UserError
-from lite_dil.config.train_config import TrainConfig
+from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.data.dataset import DataSet, Source, load
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.inspect.pieces import pieces
 from lite_dil.data.inspect.survey import Survey, enough_for, length_bias, lengths
+from lite_dil.data.mismatched import mismatched
+from lite_dil.data.options import InspectOptions
 from lite_dil.data.overlap import overlap
-from lite_dil.data.reader import CHOSEN, REJECTED
-from lite_dil.objectives.criterion import check_data, mismatched
+from lite_dil.objectives.accepts import check_data
 from lite_dil.objectives.table import OBJECTIVES
 
 SAMPLES = 3
@@ -56,30 +57,36 @@ STORIES = 3
 SIDES = {CHOSEN: "chosen", REJECTED: "rejected"}
 
 
-def report(config: TrainConfig, encoder: Encoder) -> dict[str, Any]:
+def report(options: InspectOptions, encoder: Encoder) -> dict[str, Any]:
     """Read all of ``--data`` and return what is described at the top of this file.
 
     Raises:
         UserError: a source cannot be read at all, or the sources do not go together.
     """
     survey = Survey(encoder)
-    data = load(config.data, "train", encoder, config, watch=survey.add, strict=False)
-    found: dict[str, Any] = {"model": config.model, "data": config.data, "loss": config.loss, **_read(data), "held_out": None}
-    stops = _bad_rows(config, data)
+    data = load(options.data, "train", encoder, options, watch=survey.add, strict=False)
+    found: dict[str, Any] = {
+        "model": options.model,
+        "data": options.data,
+        "loss": options.loss,
+        **_read(data),
+        "held_out": None,
+    }
+    stops = _bad_rows(options, data)
     if len(survey):
-        found |= _figures(config, data, survey)
-        found["samples"] = [_sample(data.store[i], i, survey, config) for i in _drawn(len(survey), config.seed)]
-        if refusal := _refusal(config, data, survey):
+        found |= _figures(options, data, survey)
+        found["samples"] = [_sample(data.store[i], i, survey, options) for i in _drawn(len(survey), options.seed)]
+        if refusal := _refusal(options, data, survey):
             stops.append({"why": refusal, "mend": _mend(data, found["losses"])})
-    found["warnings"] = _warnings(config, found, bool(encoder.tokenizer.chat_template)) if len(survey) else []
-    if config.eval_data:
+    found["warnings"] = _warnings(options, found, bool(encoder.tokenizer.chat_template)) if len(survey) else []
+    if options.eval_data:
         survey = Survey(encoder)
-        held_out = load(config.eval_data, "test", encoder, config, watch=survey.add, strict=False)
+        held_out = load(options.eval_data, "test", encoder, options, watch=survey.add, strict=False)
         shared = overlap(data, held_out)
-        found["held_out"] = {"data": config.eval_data, **_read(held_out), "in_training": shared._asdict()}
+        found["held_out"] = {"data": options.eval_data, **_read(held_out), "in_training": shared._asdict()}
         found["warnings"] += [shared.warning] if shared.warning else []
-        stops += _bad_rows(config, held_out)
-        if len(survey) and (refusal := _refusal(replace(config, data=config.eval_data), held_out, survey)):
+        stops += _bad_rows(options, held_out)
+        if len(survey) and (refusal := _refusal(replace(options, data=options.eval_data), held_out, survey)):
             stops.append({"why": f"held-out data: {refusal}", "mend": "give --eval-data of the training data's form"})
     return found | {"stops": stops}
 
@@ -123,7 +130,7 @@ def _read(data: DataSet) -> dict[str, Any]:
     }
 
 
-def _figures(config: TrainConfig, data: DataSet, survey: Survey) -> dict[str, Any]:
+def _figures(options: InspectOptions, data: DataSet, survey: Survey) -> dict[str, Any]:
     sides = {SIDES[sign]: values for sign, values in survey.answers.items() if values}
     found: dict[str, Any] = {
         "tokens": {
@@ -131,7 +138,7 @@ def _figures(config: TrainConfig, data: DataSet, survey: Survey) -> dict[str, An
         },
         "all_rows": {"computed": survey.computed, "trained": survey.trained},
         "max_length": {
-            "given": config.max_length,
+            "given": options.max_length,
             "prompts_cut": survey.prompts_cut,
             "prompts_halved": survey.prompts_halved,
             "answers_cut": survey.answers_cut,
@@ -152,12 +159,12 @@ def _figures(config: TrainConfig, data: DataSet, survey: Survey) -> dict[str, An
         {"mark": mark, "rows": rows, "first": survey.first_with[mark], "as_token": survey.is_token(mark)}
         for mark, rows in survey.marks.most_common()
     ]
-    plain = replace(config, sample_rejected=None)
+    plain = replace(options, sample_rejected=None)
     found["losses"] = [name for name in OBJECTIVES if not _refusal(replace(plain, loss=name), data, survey)]
     return found
 
 
-def _bad_rows(config: TrainConfig, data: DataSet) -> list[dict[str, str]]:
+def _bad_rows(options: InspectOptions, data: DataSet) -> list[dict[str, str]]:
     """Return which rows would stop training before its first step, and how to mend that."""
     stops = []
     for source in data.sources:
@@ -169,7 +176,7 @@ def _bad_rows(config: TrainConfig, data: DataSet) -> list[dict[str, str]]:
                     "mend": "mend the rows, or say what they are with --data-format and --columns",
                 }
             )
-        elif bad and not config.skip_bad_rows:
+        elif bad and not options.skip_bad_rows:
             stops.append(
                 {
                     "why": f"{source.name}: {bad:,} of {count(source.kept + bad, 'row')} cannot be used",
@@ -185,18 +192,18 @@ def _mend(data: DataSet, losses: list[str]) -> str:
     return f"{mend}, or draw rejected answers with --sample-rejected 1" if data.form == "demonstrations" else mend
 
 
-def _refusal(config: TrainConfig, data: DataSet, survey: Survey) -> str:
+def _refusal(options: InspectOptions, data: DataSet, survey: Survey) -> str:
     """Return why the loss cannot be trained on this data, or nothing."""
     try:
-        check_data(config, data.form, set(data.answers), config.data)
-        if OBJECTIVES[config.loss].baseline:
-            mismatched(survey.two_prompts, config)
+        check_data(options.loss, data.form, set(data.answers), options.data, options.sample_rejected is not None)
+        if OBJECTIVES[options.loss].baseline:
+            mismatched(survey.two_prompts, options.loss, options.max_length)
     except UserError as error:
         return str(error)
     return ""
 
 
-def _warnings(config: TrainConfig, found: dict[str, Any], has_template: bool) -> list[str]:
+def _warnings(options: InspectOptions, found: dict[str, Any], has_template: bool) -> list[str]:
     """Return what does not stop training, and may spoil it."""
     warnings = []
     if has_template and not found["chat"] and not any(mark["as_token"] for mark in found["marks"]):
@@ -205,7 +212,7 @@ def _warnings(config: TrainConfig, found: dict[str, Any], has_template: bool) ->
             'asked in chats learns more from messages: "prompt": [{"role": "user", "content": "..."}]'
         )
     if found.get("length_bias", {}).get("beyond_chance"):
-        warnings.append(_length_warning(config, found["length_bias"]))
+        warnings.append(_length_warning(options, found["length_bias"]))
     repeats = found["contradictions"]
     if repeats["rows"]:
         warnings.append(
@@ -220,14 +227,14 @@ def _warnings(config: TrainConfig, found: dict[str, Any], has_template: bool) ->
         )
     if lost := found["max_length"]["prompts_halved"]:
         warnings.append(
-            f"{count(lost, 'prompt')} of which --max-length {config.max_length} leaves less than half, because the answers "
+            f"{count(lost, 'prompt')} of which --max-length {options.max_length} leaves less than half, because the answers "
             f"need the room: they are learned without their questions; --max-length {found['max_length']['cuts_none']} cuts "
             "none"
         )
     if cut := found["max_length"]["answers_cut"]:
         warnings.append(
-            f"{count(cut, 'answer')} without an end, cut by --max-length {config.max_length}, so that nothing in them teaches "
-            f"the model to stop; --max-length {found['max_length']['cuts_none']} cuts none"
+            f"{count(cut, 'answer')} without an end, cut by --max-length {options.max_length}, so that nothing in them "
+            f"teaches the model to stop; --max-length {found['max_length']['cuts_none']} cuts none"
         )
     if marks := [mark for mark in found["marks"] if not mark["as_token"]]:
         listed = ", ".join(f"{mark['mark']!r} in {count(mark['rows'], 'row')} (first {mark['first']})" for mark in marks)
@@ -238,15 +245,15 @@ def _warnings(config: TrainConfig, found: dict[str, Any], has_template: bool) ->
     return warnings
 
 
-def _length_warning(config: TrainConfig, bias: dict[str, Any]) -> str:
-    objective, loss = OBJECTIVES[config.loss], f"--loss {config.loss}"
+def _length_warning(options: InspectOptions, bias: dict[str, Any]) -> str:
+    objective, loss = OBJECTIVES[options.loss], f"--loss {options.loss}"
     text = (
         f"the chosen answer is the longer one in {bias['chosen_longer']:.0%} of the pairs, more than chance would have it: "
         "the model learns that longer is better, too. "
     )
     if objective.data == "chosen":
         return f"{text}{loss} learns the lengths of the chosen answers as they are"
-    if (config.logp_reduction or objective.reduction) == "mean":
+    if options.logp_reduction == "mean":
         text += f"{loss} averages log-probs over an answer's tokens here, so that length by itself gains nothing"
     else:
         averaging = ", ".join(name for name, other in OBJECTIVES.items() if other.reduction == "mean")
@@ -264,9 +271,9 @@ def _drawn(rows: int, seed: int) -> list[int]:
     return sorted(int(i) for i in random.choice(rows, min(SAMPLES, rows), replace=False))
 
 
-def _sample(example: Example, number: int, survey: Survey, config: TrainConfig) -> dict[str, Any]:
+def _sample(example: Example, number: int, survey: Survey, options: InspectOptions) -> dict[str, Any]:
     """Return an example of the store, the survey's row of that number, with its tokens as pieces of text."""
-    used = {CHOSEN} if OBJECTIVES[config.loss].data == "chosen" else {CHOSEN, REJECTED}
+    used = {CHOSEN} if OBJECTIVES[options.loss].data == "chosen" else {CHOSEN, REJECTED}
     parts = []
     for sign, ids, cut in zip(
         (0, *example.signs), (example.prompt, *example.responses), survey.cut(number, example), strict=True

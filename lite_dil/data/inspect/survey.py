@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lite_dil.base.hashing import tokens_digest
+from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.data.encoder import Encoder, Example
-from lite_dil.data.reader import CHOSEN, REJECTED, Row
+from lite_dil.data.reader import Row
 
 PERCENTILES = (50, 90, 95, 99)
 # How chat templates of other models, and transcripts, mark turns and ends. As text of a message they are a mistake, mostly.

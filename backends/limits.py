@@ -1,0 +1,63 @@
+"""Numbers and rules that the backends and planning share; no array library is needed to know them."""
+
+from __future__ import annotations
+
+from lite_dil.backends.options import EngineOptions, LoadOptions
+from lite_dil.base.errors import UserError, gather
+
+CHECKPOINT_FROM = 10**9  # parameters from which gradient checkpointing is on unless said otherwise
+
+MAX_STRENGTH = 1.5  # of an adapter; far beyond what was trained a model falls apart
+
+
+def check_options(name: str, config: LoadOptions) -> None:
+    """Raise UserError for options that backend `name`, "cuda", "mlx" or "cpu", cannot honour; it need not be installed."""
+    shared = "is for the cuda backend; on Apple silicon the GPU uses the computer's own memory already"
+    needs_gpu = "is for the cuda backend: it needs a GPU"
+    where = shared if name == "mlx" else needs_gpu
+    refused = {
+        f"--offload-activations {where}": name != "cuda" and config.offload_activations,
+        f"--offload-embeddings {where}": name != "cuda" and config.offload_embeddings,
+    }
+    if name == "mlx":
+        eight_bit, half, stock = config.optim == "paged_adamw_8bit", config.dtype == "float16", not config.fused_layers
+        refused |= {
+            "--optim paged_adamw_8bit is for the cuda and cpu backends; use adamw with mlx": eight_bit,
+            "--dtype float16 is for the cuda backend, which scales the loss for it; use bfloat16 with mlx": half,
+            "--layout packed is for the cuda and cpu backends; mlx has prefix": config.layout == "packed",
+            "--no-fused-layers is for the cuda and cpu backends; mlx has no such layers, leave it out": stock,
+        }
+    else:
+        refused |= {
+            f"--layout prefix is for the mlx backend; {name} has packed, which shares prompts too": config.layout == "prefix",
+            f"--compile is for the mlx backend; leave it out with {name}": config.compile is not None,
+        }
+    problems = [text for text, given in refused.items() if given]
+    if problems:
+        heading = f"these options cannot be used with {name}:"
+        raise UserError(gather(problems, heading) if len(problems) > 1 else problems[0])
+
+
+def checkpointing(config: EngineOptions, parameters: int) -> str:
+    """Return "off", "selective" or "full": as asked, or by the number of parameters."""
+    if config.gradient_checkpointing == "auto":
+        return "full" if parameters >= CHECKPOINT_FROM else "off"
+    return config.gradient_checkpointing
+
+
+def check_strength(value: float) -> float:
+    """Return a strength of the adapter, or raise UserError."""
+    if not 0 <= value <= MAX_STRENGTH:
+        raise UserError(f"--strength {value:g}: expected 0 (the bare model) to {MAX_STRENGTH:g}; 1 is the adapter as trained")
+    return value
+
+
+def check_trains(strength: float) -> None:
+    """Raise ValueError where a step would train another model than the one that is saved."""
+    if strength != 1:
+        raise ValueError(f"the adapter's strength is {strength:g}; training needs 1")
+
+
+def chunk_tokens(vocabulary: int, elements: int) -> int:
+    """Return how many tokens to send through the head at once: at most `elements` logits, and at least 16 tokens."""
+    return max(16, elements // vocabulary)

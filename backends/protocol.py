@@ -1,0 +1,114 @@
+"""The protocol of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from lite_dil.backends.types import OWN, Answer, Sampling, StepResult, never
+from lite_dil.batching.batch import Batch
+from lite_dil.objectives.criterion import Criterion
+
+
+class Backend(Protocol):
+    """A frozen base model with a trainable LoRA adapter, and the reference that is the same model with the adapter off."""
+
+    name: str
+    description: str  # device, dtype and quantisation, for people
+    dtype_name: str  # what --dtype auto came to
+    layout: str  # "plain", "packed" or "prefix"
+    layout_reason: str  # a sentence for people where auto could not take the sharing layout, else nothing
+    identity: str  # what the reference's log-probs depend on beside the checkpoint: library, dtype, quantisation
+
+    def adapter_off(self) -> AbstractContextManager[None]:
+        """Make the model the reference inside the block, and the policy again after it, also after an exception."""
+
+    def token_logps(self, batch: Batch) -> np.ndarray:
+        """Return log-probs of all response tokens under the policy (or the reference, inside `adapter_off`), without dropout.
+
+        Shape (tokens,), float32, in nats, in the order of the batch's responses. Raises OutOfMemory, as `sequence_logps` and
+        `generate` do, where the device does not hold it all at once and fewer examples may fit.
+        """
+
+    def sequence_logps(self, batch: Batch) -> np.ndarray:
+        """Like `token_logps`, summed over each response: shape (responses,)."""
+
+    def step(
+        self,
+        batches: Sequence[Batch],
+        criterion: Criterion,
+        learning_rate: float,
+        references: Sequence[np.ndarray | None] | None = None,
+        baseline: float = 0.0,
+    ) -> StepResult:
+        """Take one AdamW step on the mean loss over all examples of the micro-batches.
+
+        Args:
+            references: for each micro-batch the reference's summed log-probs, (responses,) float32, where they are known;
+                the others are computed on the way.
+            baseline: kto's z0; see `Criterion.inputs`.
+
+        Raises OutOfMemory where the device does not hold it, with everything as it was before the step and its memory freed.
+        """
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        seeds: Sequence[int] | None = None,
+        sampling: Sampling = OWN,
+        stop: Callable[[], bool] = never,
+    ) -> list[Answer]:
+        """Continue the prompts as the policy (or the reference, inside `adapter_off`), without dropout.
+
+        Args:
+            max_new_tokens: of an answer at most, its end token counted; at least 1.
+            end_ids: the tokens that end an answer, at least one.
+            seeds: None takes the likeliest token each time. Otherwise one number below 2^64 a prompt: each answer is a draw,
+                by default from exactly the model's own distribution, whatever settings the checkpoint comes with. A prompt's
+                draw is decided by its seed and not by the prompts beside it (but for the rounding of a batch of another
+                shape); the training's random state is left alone.
+            sampling: how to draw where there are seeds.
+            stop: asked between tokens; where it returns true the answers end as they are.
+        """
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        end_ids: Sequence[int],
+        seed: int | None = None,
+        sampling: Sampling = OWN,
+    ) -> Iterator[int]:
+        """Continue one prompt as `generate` does, and yield each token when it is made, the end token last.
+
+        Each `next` computes as the policy, or as the reference inside `adapter_off`, whichever it is called in; it must be
+        the same for all of a stream. Other streams and passes may come between. Raises OutOfMemory from `next`.
+        """
+
+    @property
+    def strength(self) -> float:
+        """What the policy's adapter is multiplied by; see `set_strength`."""
+
+    def set_strength(self, value: float) -> None:
+        """Multiply the policy's adapter by `value`, 0 to 1.5: 0 is exactly the base, 1, the default, the adapter as trained.
+
+        For inference: `step` raises ValueError at any strength but 1. The reference and what is saved do not change.
+        """
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the policy's adapter in this library's own format."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write adapter, optimiser and random state, for `load_state`."""
+
+    def load_state(self, folder: Path) -> None:
+        """Go on exactly where `save_state` was called."""
+
+    def peak_memory_mb(self) -> float:
+        """Return the peak so far in MiB: of the device's allocator, or of the process on a CPU."""

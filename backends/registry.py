@@ -1,0 +1,96 @@
+"""Which backends this machine has, and loading one of them; what it is made of is imported only then."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+from typing import TYPE_CHECKING
+
+from lite_dil.base.errors import UserError
+
+if TYPE_CHECKING:
+    from lite_dil.backends.options import LoadOptions
+    from lite_dil.backends.protocol import Backend
+
+INSTALL = {
+    "cuda": 'pip install "lite-dil[cuda]"',
+    "cpu": 'pip install "lite-dil[cpu]"',
+    "mlx": 'pip install "lite-dil[mlx]"',
+}
+
+
+def resolve(name: str) -> str:
+    """Return the backend that `name` stands for on this machine, or raise UserError with the fix."""
+    if name == "auto":
+        return _best()
+    if name == "mlx":
+        if importlib.util.find_spec("mlx") is None or importlib.util.find_spec("mlx_lm") is None:
+            raise UserError(f"--backend mlx: mlx and mlx-lm are not installed: {INSTALL['mlx']}")
+        return name
+    missing = [module for module in ("torch", "peft") if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UserError(f"--backend {name}: {' and '.join(missing)} not installed: {INSTALL[name]}")
+    if name == "cuda" and not _has_cuda():
+        raise UserError("--backend cuda: torch finds no CUDA GPU here; use --backend cpu, or install a CUDA build of torch")
+    return name
+
+
+def _best() -> str:
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    if apple and importlib.util.find_spec("mlx_lm") is not None:
+        return "mlx"
+    if importlib.util.find_spec("torch") is not None and importlib.util.find_spec("peft") is not None:
+        return "cuda" if _has_cuda() else "cpu"
+    if importlib.util.find_spec("mlx_lm") is not None:
+        return "mlx"
+    best = "mlx" if apple else "cpu"
+    raise UserError(f"no backend is installed: {INSTALL[best]}" + ("" if apple else f" (with a GPU: {INSTALL['cuda']})"))
+
+
+def _has_cuda() -> bool:
+    from lite_dil.backends.torch.device import has_cuda
+
+    return has_cuda()
+
+
+def auto_dtype(name: str, here: bool = True) -> str:
+    """Return what ``--dtype auto`` is on backend `name`, as far as can be told; a Mac that is not `here` has bfloat16."""
+    if here and name == "mlx" and importlib.util.find_spec("mlx") is not None:
+        from lite_dil.backends.mlx import device
+
+        return device.auto_dtype()
+    if name != "mlx" and importlib.util.find_spec("torch") is not None and (name == "cpu" or _has_cuda()):
+        from lite_dil.backends.torch.device import compute_dtype
+
+        return str(compute_dtype("auto", name)).removeprefix("torch.")
+    return "float32" if name == "cpu" else "bfloat16"
+
+
+def prepare(name: str, config: LoadOptions) -> None:
+    """Import what must come before transformers, that is unsloth, if the run on backend `name` asks for it.
+
+    Raises UserError where it cannot be used.
+    """
+    if config.unsloth:
+        from lite_dil.backends.torch import unsloth as torch_unsloth
+
+        torch_unsloth.check(config, name if name in ("cpu", "mlx") else resolve(name))
+        torch_unsloth.require()
+
+
+def import_library(name: str) -> None:
+    """Import what backend `name` is made of, as `load` would: what it takes of the memory is not the model's."""
+    importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.backend")
+
+
+def load(name: str, config: LoadOptions, model: str) -> Backend:
+    """Load `model` (a folder or hub id) with a trainable adapter on backend `name`, "cuda", "cpu" or "mlx"."""
+    prepare(name, config)
+    if name == "mlx":
+        from lite_dil.backends.mlx.backend import MLXBackend
+
+        return MLXBackend(config, model)
+    from lite_dil.backends.torch.backend import TorchBackend
+
+    return TorchBackend(config, model, device=name)

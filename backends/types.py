@@ -1,0 +1,85 @@
+"""What goes into a backend and what comes out of it: results of a step, sampling, answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from lite_dil.base.errors import UserError
+
+if TYPE_CHECKING:  # the command line's help comes from here too, and numpy takes longer than the rest of it
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step leaves for the metrics.
+
+    `policy` and `reference` are summed log-probs in nats, float32, shape (responses,), in the order of the batches; `loss` is
+    the mean over the examples; `grad_norm` is taken before clipping; `skipped` is true, and `grad_norm` 0, where float16's
+    loss scaling found an overflow and left the weights alone.
+    """
+
+    loss: float
+    grad_norm: float
+    policy: np.ndarray
+    reference: np.ndarray
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the model's distribution.
+
+    The logits are divided by `temperature`, of which 0 takes the likeliest token; then only the likeliest tokens are kept, the
+    fewest whose probability reaches `top_p`. The defaults draw from exactly the model's own distribution.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"--temperature {self.temperature:g}: expected at least 0, which takes the likeliest token")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p:g}: expected above 0 and at most 1, which cuts nothing off")
+
+
+OWN = Sampling()  # the model's own distribution
+
+
+def never() -> bool:
+    """Return false: nothing stops a generation."""
+    return False
+
+
+class Answer(NamedTuple):
+    """A generated continuation of a prompt.
+
+    `ids` are the new tokens up to and without the end token; `end` is the end token that closed it, or None where it reached
+    the limit first. The end token is one of the new tokens that the limit counts, so `end` is None exactly where there are as
+    many `ids` as the limit allows.
+    """
+
+    ids: list[int]
+    end: int | None
+
+    @classmethod
+    def of(cls, tokens: list[int], end_ids: Sequence[int]) -> Answer:
+        """Cut what was generated at the first of `end_ids`."""
+        at = next((i for i, token in enumerate(tokens) if token in end_ids), None)
+        return cls(tokens, None) if at is None else cls(tokens[:at], tokens[at])
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A weight that training had in fewer bits: its shape, (out, in), and what makes it in float32."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+# Prompt and response of each answer, for what reads exported files.
+Sequences = list[tuple[tuple[int, ...], tuple[int, ...]]]

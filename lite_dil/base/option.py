@@ -1,0 +1,35 @@
+"""Declaring an option: a dataclass field that carries its help, its flags, and what it may change in a run that goes on."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+# What an option is to a run that is resumed.
+READ = "read"  # a path that is read: its content decides what is learned
+WRITTEN = "written"  # a path that is written; free on resume
+LEARNED = "learned"  # changes what is learned: must be the same on resume
+FREE = "free"  # changes how it is computed or shown, not what is learned
+
+
+def option(
+    group: str,
+    default: Any,
+    help: str,
+    *,
+    flags: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    metavar: str = "",
+    kind: str = LEARNED,
+) -> Any:
+    """Return a dataclass field with what the command line, YAML files and resuming need to know of it.
+
+    Args:
+        group: the heading in ``--help``.
+        default: None stands for "decided by another option or by the model", as the help says.
+        flags: further flags; the first is the one that messages name.
+        choices: the values that are allowed; empty for all of the field's type.
+        kind: `READ`, `WRITTEN`, `LEARNED` or `FREE`.
+    """
+    metadata = {"group": group, "help": help, "flags": flags, "choices": choices, "metavar": metavar, "kind": kind}
+    return field(default=default, metadata=metadata)

@@ -1,0 +1,43 @@
+"""The flags of commands that use an adapter: --adapter, --strength, and how the model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+from lite_dil.backends import limits
+from lite_dil.config import adapter_source
+from lite_dil.config.adapter_source import FLAGS
+from lite_dil.config.options import add_flags, build
+from lite_dil.config.train_config import FIELDS, ResolvedConfig
+from lite_dil.generation.policy import AdapterSource
+
+
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True, flags: Iterable[str] = FLAGS) -> None:
+    """Add --adapter and how the model is loaded, by the `flags` of train."""
+    group = parser.add_argument_group("adapter")
+    group.add_argument(
+        "--adapter",
+        metavar="DIR",
+        required=required,
+        help="a run's folder, one of its checkpoints, or the folder of an adapter in PEFT's or mlx-lm's format; model and "
+        "quantisation are the run's unless given" + ("" if required else " (default: none, the bare --model)"),
+    )
+    group.add_argument(
+        "--strength",
+        metavar="X",
+        type=float,
+        default=1.0,
+        help=f"multiply the adapter: 0 is the bare model, {limits.MAX_STRENGTH:g} the most (default: 1, as it was trained)",
+    )
+    add_flags(parser, flags)
+
+
+def find(args: argparse.Namespace) -> AdapterSource:
+    """Return what --adapter and the model's flags name; raises UserError as `lite_dil.config.adapter_source.find` does."""
+    return adapter_source.find(args.adapter, vars(args), args.strength)
+
+
+def options_of(args: argparse.Namespace) -> ResolvedConfig:
+    """Return the options of train that are among the flags, checked; the others at their defaults."""
+    return build({name: value for name, value in vars(args).items() if name in FIELDS}, {})

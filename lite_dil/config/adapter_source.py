@@ -1,0 +1,88 @@
+"""Which adapter a name stands for, and how its model is loaded: as the run did that made it, unless told otherwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lite_dil.backends import limits, registry
+from lite_dil.base.errors import UserError
+from lite_dil.config.options import build, read_yaml
+from lite_dil.generation.policy import AdapterSource
+from lite_dil.runs.folder import RunFolder
+
+# The options that say how the model is loaded; a run's own are taken where they are not given.
+FLAGS = ("model", "backend", "load_in_4bit", "dtype", "head_bits")
+
+
+def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> AdapterSource:
+    """Return what the options name, without loading anything but small files.
+
+    Args:
+        adapter: a run's folder, one of its checkpoints, or an adapter's folder; None for the bare model.
+        given: options by field name, as text or as values; others than `FLAGS` are left alone.
+
+    Raises:
+        UserError: there is no adapter, or nothing says which model it belongs to.
+    """
+    limits.check_strength(strength)
+    given = {name: value for name, value in given.items() if name in FLAGS}
+    if adapter is None:
+        if strength != 1:
+            raise UserError(f"--strength {strength:g} is of an adapter; give --adapter too")
+        return AdapterSource(None, None, build(given, {}))
+    folder, run = _locate(Path(adapter))
+    saved = read_yaml(run.path / "config.yaml") if run else {}
+    base: dict[str, Any] = {}
+    if "backend" not in given and "backend" in saved:
+        base["backend"] = _usable(saved["backend"])
+    same = given.get("backend", base.get("backend")) == saved.get("backend")
+    # Another backend has another 16-bit type, and perhaps no head of fewer bits.
+    names = [name for name in FLAGS if name in saved and (same or name in ("model", "load_in_4bit"))]
+    base |= {name: saved[name] for name in names if name != "backend"}
+    if "model" not in base:
+        base["model"] = given.get("model") or _own_model(folder)
+    return AdapterSource(folder, run, build(given, base), strength)
+
+
+def _locate(path: Path) -> tuple[Path, RunFolder | None]:
+    """Return the adapter's folder, and the run that it lies in."""
+    for folder in (path, path / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return folder, _run_of(folder.absolute())
+    run = RunFolder(path)
+    if latest := run.latest():  # of a run that is still going on, or was stopped
+        return latest / "adapter", run
+    raise UserError(
+        f"--adapter {path}: no adapter there; give a run's folder, one of its checkpoints, or a folder that holds "
+        "adapter_config.json"
+    )
+
+
+def _run_of(adapter: Path) -> RunFolder | None:
+    """Return the run in one of whose places an adapter lies; a config.yaml elsewhere above it is some other program's."""
+    above = adapter.parent
+    if above.parent.name == "checkpoints":
+        above = above.parent.parent
+    return RunFolder(above) if adapter.name == "adapter" and (above / "config.yaml").is_file() else None
+
+
+def _usable(backend: str) -> str:
+    """Return the run's own backend where this machine has it, else auto."""
+    try:
+        return registry.resolve(backend)
+    except UserError:
+        return "auto"
+
+
+def _own_model(adapter: Path) -> str:
+    """Return the model that an adapter's own config names."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--adapter {adapter}: adapter_config.json cannot be read ({error})") from None
+    model = config.get("base_model_name_or_path") or config.get("model") if isinstance(config, dict) else None
+    if not isinstance(model, str):
+        raise UserError(f"--adapter {adapter}: its adapter_config.json names no model; give --model")
+    return model

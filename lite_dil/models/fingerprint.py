@@ -1,0 +1,74 @@
+"""What a reference is known by: hashes of weights and configs, remembered with each file's size and time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import BinaryIO
+
+from lite_dil.base.disk import writing
+from lite_dil.base.errors import UserError
+from lite_dil.base.files import replace_file
+from lite_dil.models.find import model_folder
+from lite_dil.models.options import AdapterOptions
+
+_VERSION = "1"
+
+
+def reference_key(options: AdapterOptions, memo: Path, model: str, identity: str) -> dict[str, str]:
+    """Return what the reference's log-probs depend on beside the tokens, by name.
+
+    Args:
+        memo: the folder that remembers the hashes of large files.
+        model: the folder or hub id of the base.
+        identity: the backend's own part: library, compute type and quantisation.
+    """
+    key = {"version": _VERSION, "computed": identity, "weights": fingerprint(model_folder(model), memo)}
+    if options.reference == "initial-adapter":
+        key["adapter"] = fingerprint(Path(options.init_adapter or ""), memo)
+    return key
+
+
+def fingerprint(folder: Path, memo: Path) -> str:
+    """Return a hash of a model's or an adapter's weights and options.
+
+    Reading 16 GB takes a while, so a file's hash is remembered with its size and time of change, in `memo`; a file of the
+    hub's cache has its hash for a name.
+    """
+    notes = memo / "files.json"
+    try:
+        remembered = json.loads(notes.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        remembered = {}
+    names = sorted({path for end in ("*.safetensors", "*.bin", "*.gguf", "*config.json") for path in folder.glob(end)})
+    if not any(path.suffix != ".json" for path in names):
+        raise UserError(
+            f"{folder}: no weights there to know the reference cache's entries by; --reference-cache off needs none"
+        )
+    total, changed = hashlib.blake2b(digest_size=16), False
+    for path in names:
+        real = path.resolve()
+        stat = real.stat()
+        seen = [stat.st_size, stat.st_mtime_ns]
+        if len(real.name) == 64 and real.parent.name == "blobs":
+            value = real.name
+        elif (note := remembered.get(str(real))) and note[:2] == seen:
+            value = note[2]
+        else:
+            with real.open("rb") as file:
+                value = _hash_of(file)
+            remembered[str(real)], changed = [*seen, value], True
+        total.update(f"{path.name} {value}\n".encode())
+    if changed:
+        with writing(memo, "--reference-cache"):
+            memo.mkdir(parents=True, exist_ok=True)
+        replace_file(notes, json.dumps(remembered))
+    return total.hexdigest()
+
+
+def _hash_of(file: BinaryIO) -> str:
+    value = hashlib.blake2b(digest_size=16)
+    while block := file.read(2**24):
+        value.update(block)
+    return value.hexdigest()

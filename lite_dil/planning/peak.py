@@ -1,0 +1,31 @@
+"""The peak of a training step, by the backend that computes it."""
+
+from __future__ import annotations
+
+from lite_dil.backends.limits import check_options
+from lite_dil.base.errors import UserError
+from lite_dil.config.train_config import ResolvedConfig
+from lite_dil.models.shape import ModelShape
+from lite_dil.planning.estimate import Estimate, Load
+from lite_dil.planning.estimate_mlx import MLXStep
+from lite_dil.planning.estimate_torch import TorchStep
+
+
+def estimate(config: ResolvedConfig, shape: ModelShape, backend: str, dtype: str, load: Load) -> Estimate:
+    """Return the peak of live bytes in training, once the optimiser has its state.
+
+    Args:
+        config: resolved (`ResolvedConfig.resolved`).
+        backend: "cuda", "cpu", or "mlx" on Apple silicon.
+        dtype: what the model computes in: "float32", "bfloat16" or "float16".
+        load: the largest pass of the run.
+
+    Raises:
+        UserError: the options ask for something whose memory is not known.
+    """
+    check_options(backend, config)
+    if config.unsloth:
+        raise UserError("plan does not know what the layers of --unsloth keep; leave it out")
+    if backend == "mlx":
+        return MLXStep(config, shape, dtype, load).estimate()
+    return TorchStep(config, shape, backend, dtype, load).estimate()
