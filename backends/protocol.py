@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
+from lite_dil.backends.types import OWN, Answer, MicroBatch, Sampling, StepResult, never
 
-from lite_dil.backends.types import OWN, Answer, Sampling, StepResult, never
-from lite_dil.batching.batch import Batch
-from lite_dil.objectives.criterion import Criterion
+if TYPE_CHECKING:  # the command line's help comes from here too, and numpy takes longer than the rest of it
+    import numpy as np
+
+    from lite_dil.batching.batch import Batch
+    from lite_dil.objectives.loss import Loss
 
 
 class Backend(Protocol):
@@ -37,20 +39,10 @@ class Backend(Protocol):
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         """Like `token_logps`, summed over each response: shape (responses,)."""
 
-    def step(
-        self,
-        batches: Sequence[Batch],
-        criterion: Criterion,
-        learning_rate: float,
-        references: Sequence[np.ndarray | None] | None = None,
-        baseline: float = 0.0,
-    ) -> StepResult:
-        """Take one AdamW step on the mean loss over all examples of the micro-batches.
+    def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float) -> StepResult:
+        """Take one AdamW step on the mean of `loss` over all examples of `passes`.
 
-        Args:
-            references: for each micro-batch the reference's summed log-probs, (responses,) float32, where they are known;
-                the others are computed on the way.
-            baseline: kto's z0; see `Criterion.inputs`.
+        What the loss reads of the reference is computed where it is not given.
 
         Raises OutOfMemory where the device does not hold it, with everything as it was before the step and its memory freed.
         """

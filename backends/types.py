@@ -12,21 +12,47 @@ from lite_dil.base.errors import UserError
 if TYPE_CHECKING:  # the command line's help comes from here too, and numpy takes longer than the rest of it
     import numpy as np
 
+    from lite_dil.batching.batch import Batch
+
+
+POLICY, REFERENCE = "policy", "reference"  # the adapter that training starts with, and what it is compared with
+
+
+class MicroBatch(NamedTuple):
+    """One forward and backward pass of a step.
+
+    `inputs` are the loss's own, as numpy arrays. `reference` is what the loss reads of the reference, None where the step
+    computes it.
+    """
+
+    batch: Batch
+    inputs: dict[str, np.ndarray]
+    reference: np.ndarray | None = None
+
 
 @dataclass(frozen=True)
 class StepResult:
     """What one optimiser step leaves for the metrics.
 
-    `policy` and `reference` are summed log-probs in nats, float32, shape (responses,), in the order of the batches; `loss` is
-    the mean over the examples; `grad_norm` is taken before clipping; `skipped` is true, and `grad_norm` 0, where float16's
-    loss scaling found an overflow and left the weights alone.
+    `policy` and `reference` are what the loss read, float32, in the order of the batches: log-probs in nats, summed,
+    (responses,), or of each token, (tokens,), or the scores of a head; `reference` is None where the loss reads nothing of it.
+    `loss` is the mean over the examples; `grad_norm` is taken before clipping; `skipped` is true, and `grad_norm` 0, where
+    float16's loss scaling found an overflow and left the weights alone.
     """
 
     loss: float
     grad_norm: float
     policy: np.ndarray
-    reference: np.ndarray
+    reference: np.ndarray | None
     skipped: bool = False
+
+
+def joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Return what was read of all passes, or None where nothing was."""
+    import numpy as np
+
+    found = [part for part in parts if part is not None]
+    return np.concatenate(found) if found else None
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,7 @@ def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict
     from lite_dil.batching.schedule import plan, row_tokens
     from lite_dil.config.train_config import TrainConfig
     from lite_dil.objectives.criterion import Criterion
+    from lite_dil.training.passes import micro_batches
 
     longest = max(prompt + max(answers) for prompt, *answers in job.lengths)
     config = TrainConfig(
@@ -268,7 +269,7 @@ def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict
 
     if job.longest:
         return {
-            "longest": _longest(job, lambda step: backend.step(batches(step), criterion, rate)),
+            "longest": _longest(job, lambda step: backend.step(micro_batches(batches(step), criterion), criterion, rate)),
             "peak_bytes": meter.peak(),
         }
     cached = None
@@ -278,7 +279,7 @@ def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict
     for number, step in enumerate(steps):
         planned = batches(step)
         meter.begin()
-        backend.step(planned, criterion, rate, references=cached[number] if cached else None)
+        backend.step(micro_batches(planned, criterion, cached[number] if cached else None), criterion, rate)
         meter.end()
     return {"description": backend.description, "passes": len(planned)}
 

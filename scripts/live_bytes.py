@@ -34,6 +34,7 @@ from lite_dil.objectives.criterion import Criterion
 from lite_dil.planning.estimate import Estimate, Load
 from lite_dil.planning.estimate_mlx import MLXStep
 from lite_dil.planning.peak import estimate
+from lite_dil.training.passes import micro_batches
 
 SLACK = 2**16  # bytes of small tensors that the two ways of counting may see differently
 
@@ -114,7 +115,7 @@ def measure(config: ResolvedConfig, load: Load) -> Measured:
     criterion, batches = Criterion(config, examples), [Batch.of(examples)] * config.gradient_accumulation_steps
 
     def step() -> None:
-        backend.step(batches, criterion, 1e-5)
+        backend.step(micro_batches(batches, criterion), criterion, 1e-5)
 
     return Measured(peak(step) - before, peak(step) - before, said)
 

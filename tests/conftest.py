@@ -8,7 +8,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny tensors a second thread is a loss
@@ -26,11 +26,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from lite_dil.backends import registry
 from lite_dil.backends.protocol import Backend
+from lite_dil.backends.types import StepResult
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import ResolvedConfig, TrainConfig
 from lite_dil.data.encoder import Example
 from lite_dil.models.find import EMBEDDED_MODEL, cache_dir, resolve_model
 from lite_dil.objectives.criterion import Criterion
+from lite_dil.training.passes import micro_batches
 
 # What a shell starts in the background ignores Ctrl-C, and so would the programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -197,6 +199,18 @@ def load(name: str, model: str, **changes: object) -> Backend:
 def criterion(**changes: object) -> Criterion:
     """The objective of a config, for data of pairs."""
     return Criterion(config(**changes), examples(1))
+
+
+def one_step(
+    backend: Backend,
+    batches: Sequence[Batch],
+    criterion: Criterion,
+    rate: float,
+    references: Sequence[np.ndarray | None] | None = None,
+    baseline: float = 0.0,
+) -> StepResult:
+    """An optimiser step of a criterion."""
+    return backend.step(micro_batches(batches, criterion, references, baseline), criterion, rate)
 
 
 def examples(pairs: int = 3, seed: int = 0, vocabulary: int = 512) -> list[Example]:

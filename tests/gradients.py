@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from conftest import one_step
 
 from lite_dil.backends.types import StepResult
 from lite_dil.batching.batch import Batch
@@ -64,7 +65,7 @@ def step_gradients(
 
         backend.optimizer.update = record
         try:
-            result = backend.step(batches, criterion, 0.0, baseline=baseline)
+            result = one_step(backend, batches, criterion, 0.0, baseline=baseline)
         finally:
             backend.optimizer.update = update
         return result, taken
@@ -74,7 +75,7 @@ def step_gradients(
 
     handle = backend.optimizer.register_step_pre_hook(hook)
     try:
-        result = backend.step(batches, criterion, 0.0, baseline=baseline)
+        result = one_step(backend, batches, criterion, 0.0, baseline=baseline)
     finally:
         handle.remove()
     return result, taken

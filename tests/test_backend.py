@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bare_model, batch, criterion, examples, load, make_checkpoint, oracle_logps
+from conftest import bare_model, batch, criterion, examples, load, make_checkpoint, one_step, oracle_logps
 
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
@@ -18,7 +18,7 @@ from lite_dil.batching.layouts import plain, prefix
 
 
 def step(backend: Any, batches: list[Batch], rate: float = 1e-2, **changes: object) -> Any:
-    return backend.step(batches, criterion(**changes), rate)
+    return one_step(backend, batches, criterion(**changes), rate)
 
 
 def adapter(backend: Any) -> dict[str, np.ndarray]:
@@ -93,7 +93,7 @@ def test_padding_pad_id_and_order_change_nothing(backend_name: str, tiny: str, m
     step(backend, [data])
     logps = backend.sequence_logps(data)
     norm = step(backend, [data], rate=0.0).grad_norm
-    module = __import__(f"lite_dil.backends.{'mlx' if backend_name == 'mlx' else 'torch'}", fromlist=["plain"])
+    module = __import__(f"lite_dil.backends.{'mlx' if backend_name == 'mlx' else 'torch'}.backend", fromlist=["plain"])
     for pad_id, multiple in ((7, 1), (500, 64)):
         with monkeypatch.context() as patch:
             for layout in (plain, prefix):
@@ -115,7 +115,7 @@ def test_padding_pad_id_and_order_change_nothing(backend_name: str, tiny: str, m
 def test_chunks_change_nothing(backend_name: str, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = load(backend_name, tiny)
     results = [step(whole, [batch()]), step(whole, [batch()])]
-    module = __import__(f"lite_dil.backends.{'mlx' if backend_name == 'mlx' else 'torch'}_head", fromlist=["chunk_tokens"])
+    module = __import__(f"lite_dil.backends.{'mlx' if backend_name == 'mlx' else 'torch'}.head", fromlist=["chunk_tokens"])
     monkeypatch.setattr(module, "chunk_tokens", lambda vocabulary, elements: 5)
     chunked = load(backend_name, tiny)
     for result in results:
@@ -253,7 +253,7 @@ def test_target_modules_are_the_ones_that_get_an_adapter(backend_name: str, tiny
 def test_non_finite_gradients_leave_the_weights_alone(backend_name: str, tiny: str) -> None:
     backend = load(backend_name, tiny)
     weights = adapter(backend)
-    result = backend.step([batch()], criterion(), 0.1, references=[np.full(6, -np.inf, np.float32)])
+    result = one_step(backend, [batch()], criterion(), 0.1, references=[np.full(6, -np.inf, np.float32)])
     assert not np.isfinite(result.grad_norm)
     for name, value in adapter(backend).items():
         np.testing.assert_array_equal(value, weights[name])
@@ -270,7 +270,7 @@ def test_loss_scaling_changes_nothing_and_skips_overflows(tiny: str) -> None:
         assert not two.skipped
     weights = adapter(scaled)
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    result = scaled.step([batch()], criterion(chosen_weight=1e3, rejected_weight=1e3), 1e-2)
+    result = one_step(scaled, [batch()], criterion(chosen_weight=1e3, rejected_weight=1e3), 1e-2)
     assert result.skipped
     assert result.grad_norm == 0
     for name, value in adapter(scaled).items():

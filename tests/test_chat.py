@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import batch, criterion, load, make_checkpoint
+from conftest import batch, criterion, load, make_checkpoint, one_step
 from safetensors.torch import load_file, save_file
 
 from lite_dil.cli.main import main
@@ -56,7 +56,7 @@ def tuned(request: pytest.FixtureRequest, tiny: str, tmp_path_factory: pytest.Te
 def make_tuned(name: str, model: str, folder: Path) -> Tuned:
     backend = load(name, model)
     for seed in range(3):
-        backend.step([batch(seed=seed)], criterion(), 0.02)
+        one_step(backend, [batch(seed=seed)], criterion(), 0.02)
     backend.save_adapter(folder / "adapter")
     argv = ["chat", "--adapter", str(folder / "adapter"), "--model", model, "--backend", name, "--dtype", "float32"]
     return Tuned(backend, Encoder(load_tokenizer(model)), folder, model, [*argv, "--max-new-tokens", str(LIMIT)])

@@ -22,6 +22,7 @@ from conftest import (
     examples,
     load,
     make_checkpoint,
+    one_step,
     oracle_logps,
     sentencepiece_tokenizer,
     write_pairs,
@@ -398,7 +399,7 @@ def test_a_right_export_of_a_barely_trained_adapter_is_not_refused() -> None:
 
 def test_the_figures_leave_the_model_as_it_was_and_must_be_finite(tiny: str, backend_name: str) -> None:
     backend = load(backend_name, tiny)
-    backend.step([batch(4)], criterion(), 1e-2)
+    one_step(backend, [batch(4)], criterion(), 1e-2)
     backend.set_strength(0.5)
     rows = examples(2)
     before = np.concatenate([backend.token_logps(Batch.of([row])) for row in rows])
@@ -410,7 +411,7 @@ def test_the_figures_leave_the_model_as_it_was_and_must_be_finite(tiny: str, bac
     with backend.adapter_off():
         np.testing.assert_array_equal(trained.bare, np.concatenate([backend.token_logps(Batch.of([row])) for row in rows]))
     assert np.corrcoef(trained.change, trained.policy - trained.bare)[0, 1] > 0.9
-    backend.step([batch(4)], criterion(), float("nan"))
+    one_step(backend, [batch(4)], criterion(), float("nan"))
     with pytest.raises(UserError, match=r"not finite numbers.* export an earlier checkpoint"):
         export_check.measure(backend, rows, "x")
 
@@ -683,7 +684,7 @@ def test_the_embedded_model(embedded: str, tmp_path: Path) -> None:
 
     backend: Any = load("cpu", embedded)
     for _ in range(2):
-        backend.step([batch(1)], criterion(), 3e-3)
+        one_step(backend, [batch(1)], criterion(), 3e-3)
     backend.save_adapter(tmp_path / "adapter")
     del backend
     report = export(

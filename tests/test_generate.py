@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bare_model, batch, criterion, load, make_checkpoint
+from conftest import bare_model, batch, criterion, load, make_checkpoint, one_step
 
 from lite_dil.backends.types import OWN
 from lite_dil.batching.batch import Batch
@@ -48,7 +48,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> str:
 def trained(name: str, model: str, **changes: Any) -> Any:
     """A backend whose adapter does something."""
     backend = load(name, model, **changes)
-    backend.step([batch(vocabulary=VOCABULARY)], criterion(), 0.05)
+    one_step(backend, [batch(vocabulary=VOCABULARY)], criterion(), 0.05)
     return backend
 
 
@@ -153,7 +153,7 @@ def test_training_goes_on_as_if_nothing_had_been_drawn(backend_name: str, small:
             backend.generate(PROMPTS, 4, [END])
         assert (torch.get_rng_state() == torch_state).all()
         np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)
-        more = [backend.step([batch(vocabulary=VOCABULARY)], criterion(), 0.01) for _ in range(2)]
+        more = [one_step(backend, [batch(vocabulary=VOCABULARY)], criterion(), 0.01) for _ in range(2)]
         results.append(more)
     for one, two in zip(*results, strict=True):
         assert one.grad_norm == two.grad_norm

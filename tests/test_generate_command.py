@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import batch, config, criterion, load
+from conftest import batch, config, criterion, load, one_step
 
 from lite_dil.backends import registry
 from lite_dil.cli.main import main
@@ -51,7 +51,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def adapter(name: str, model: str, folder: Path) -> Any:
     """Save an adapter that does something; return the backend that has it."""
     backend = load(name, model)
-    backend.step([batch()], criterion(), 0.05)
+    one_step(backend, [batch()], criterion(), 0.05)
     folder.mkdir()
     backend.save_adapter(folder)
     return backend

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import criterion, load, make_checkpoint
+from conftest import criterion, load, make_checkpoint, one_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lite_dil.batching.batch import Batch
@@ -37,7 +37,7 @@ def long_batch() -> Batch:
 def test_torch_never_holds_tokens_by_vocabulary(tmp_path: Any) -> None:
     backend = load("cpu", str(make_checkpoint(tmp_path, vocab=VOCABULARY)), lora_r=4)
     with LargestTensor() as seen:
-        backend.step([long_batch()], criterion(), 1e-3)
+        one_step(backend, [long_batch()], criterion(), 1e-3)
         backend.sequence_logps(long_batch())
     # The head's own weight has VOCABULARY x 64 elements.
     assert VOCABULARY * 64 <= seen.largest < WHOLE / 4
@@ -60,6 +60,6 @@ def test_mlx_never_holds_tokens_by_vocabulary(tmp_path: Any) -> None:
         return (mx.get_peak_memory() - before) / 2**20
 
     whole = WHOLE * 4 / 2**20
-    assert peak(lambda: backend.step([long_batch()], criterion(), 1e-3)) < whole
+    assert peak(lambda: one_step(backend, [long_batch()], criterion(), 1e-3)) < whole
     assert peak(lambda: backend.sequence_logps(long_batch())) < whole
     assert peak(lambda: mx.eval(backend.model(mx.zeros((ROWS, LENGTH), mx.int32)))) >= whole

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from conftest import bare_model, criterion, load, oracle_logps
+from conftest import bare_model, criterion, load, one_step, oracle_logps
 from mlx.utils import tree_flatten, tree_unflatten
 from test_backend import adapter, step
 from test_parity import SMALL
@@ -258,20 +258,20 @@ def test_known_references_take_the_same_step(tiny: str) -> None:
     expected = step(one, batches)
     with two.adapter_off():
         known = two.sequence_logps(batches[0])
-    result = two.step(batches, criterion(), 1e-2, references=[known, None])
+    result = one_step(two, batches, criterion(), 1e-2, references=[known, None])
     assert (result.loss, result.grad_norm) == (expected.loss, expected.grad_norm)
     np.testing.assert_array_equal(result.reference, expected.reference)
     for name, value in adapter(one).items():
         np.testing.assert_array_equal(adapter(two)[name], value)
-    assert wrong.step(batches, criterion(), 1e-2, references=[known + 1, None]).loss != expected.loss
+    assert one_step(wrong, batches, criterion(), 1e-2, references=[known + 1, None]).loss != expected.loss
 
 
 def test_known_references_cost_no_pass(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = load("mlx", tiny)
     monkeypatch.setattr(backend, "adapter_off", None)
-    backend.step([ragged()], criterion(), 1e-2, references=[np.zeros(8, np.float32)])
+    one_step(backend, [ragged()], criterion(), 1e-2, references=[np.zeros(8, np.float32)])
     with pytest.raises(TypeError):
-        backend.step([ragged()], criterion(), 1e-2)
+        one_step(backend, [ragged()], criterion(), 1e-2)
 
 
 def watched(kind: type, seen: list[Any]) -> type:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import batch, config, criterion, examples, load, write_pairs
+from conftest import batch, config, criterion, examples, load, one_step, write_pairs
 from test_train import metrics, same_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -143,7 +143,7 @@ def take(backend: Any, steps: int, fault: Fault | None = None) -> list[Any]:
         data = [batch(2, seed=2 * len(results)), batch(3, seed=2 * len(results) + 1)]
         failed = None
         try:
-            results.append(backend.step(data, objective, 1e-2))
+            results.append(one_step(backend, data, objective, 1e-2))
         except OutOfMemory as error:
             failed = error
         if failed:

@@ -125,7 +125,7 @@ def test_an_unknown_transform_behind_the_head_is_refused(name: str, tmp_path: Pa
     from lite_dil.backends import probes as head
 
     AutoModelForCausalLM.from_config(ARCHITECTURES["divided (Granite)"]).save_pretrained(tmp_path)
-    module = __import__(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}", fromlist=["logit_transform"])
+    module = __import__(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.backend", fromlist=["logit_transform"])
     monkeypatch.setattr(module, "logit_transform", lambda config: head.LogitTransform())
     with pytest.raises(head.HeadMismatch, match="does something after its output head"):
         load(name, str(tmp_path))

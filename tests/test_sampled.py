@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import byte_level_tokenizer, config, criterion, examples, load, sentencepiece_tokenizer
+from conftest import byte_level_tokenizer, config, criterion, examples, load, one_step, sentencepiece_tokenizer
 from rich.console import Console
 
 from lite_dil.base.errors import UserError
@@ -67,7 +67,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def moved(name: str, model: str) -> Any:
     """A backend whose adapter does something."""
     backend = load(name, model, **SETTINGS)
-    backend.step([Batch.of(examples())], criterion(), 0.05)
+    one_step(backend, [Batch.of(examples())], criterion(), 0.05)
     return backend
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bare_model, batch, criterion, load, make_checkpoint
+from conftest import bare_model, batch, criterion, load, make_checkpoint, one_step
 from test_generate import DRAWS, END, PROMPTS, SEEDS, VOCABULARY, trained
 
 from lite_dil.backends.protocol import Backend
@@ -259,9 +259,9 @@ def test_nothing_is_trained_at_another_strength(backend_name: str, small: str) -
     backend, other = trained(backend_name, small), trained(backend_name, small)
     backend.set_strength(0.5)
     with pytest.raises(ValueError, match="strength is 0"):
-        backend.step([batch(vocabulary=VOCABULARY)], criterion(), 0.01)
+        one_step(backend, [batch(vocabulary=VOCABULARY)], criterion(), 0.01)
     backend.set_strength(1.0)
-    results = [each.step([batch(vocabulary=VOCABULARY)], criterion(), 0.01) for each in (backend, other)]
+    results = [one_step(each, [batch(vocabulary=VOCABULARY)], criterion(), 0.01) for each in (backend, other)]
     assert results[0].loss == results[1].loss
     np.testing.assert_array_equal(results[0].policy, results[1].policy)
 
@@ -292,7 +292,7 @@ def test_inference_pays_for_no_optimiser(backend_name: str, small: str) -> None:
     backend.token_logps(batch(vocabulary=VOCABULARY))
     backend.generate(PROMPTS, 2, [END])
     assert state(backend) == 0
-    backend.step([batch(vocabulary=VOCABULARY)], criterion(), 0.01)
+    one_step(backend, [batch(vocabulary=VOCABULARY)], criterion(), 0.01)
     assert state(backend) > 0
 
 

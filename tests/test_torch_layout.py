@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_parity
 import torch
-from conftest import bare_model, batch, criterion, load, oracle_logps
+from conftest import bare_model, batch, criterion, load, one_step, oracle_logps
 from test_memory import LargestTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -76,7 +76,7 @@ def gradients(backend: Any, data: Batch) -> tuple[Any, dict[str, torch.Tensor]]:
         taken.update({name: p.grad.clone() for name, p in backend._policy_parameters().items()})
 
     backend.optimizer.step = take
-    return backend.step([data], criterion(), 0.0), taken
+    return one_step(backend, [data], criterion(), 0.0), taken
 
 
 def assert_same(one: Any, other: Any, tolerance: float = 1e-4) -> None:
@@ -210,7 +210,7 @@ def test_no_mask_is_larger_than_a_pair(tiny: str) -> None:
     )
     backend = load("cpu", tiny, layout="packed")
     with LargestTensor() as seen:
-        backend.step([data], criterion(), 1e-3)
+        one_step(backend, [data], criterion(), 1e-3)
     assert seen.largest < 1500 * 1500 / 4
 
 
@@ -257,12 +257,12 @@ def test_known_references_are_taken_and_not_computed(tiny: str) -> None:
     off = known.adapter_off
     known.adapter_off = lambda: passes.append(1) or off()
     for _ in range(2):
-        one = known.step([data], criterion(), 1e-3, [reference])
-        two = computed.step([data], criterion(), 1e-3)
+        one = one_step(known, [data], criterion(), 1e-3, [reference])
+        two = one_step(computed, [data], criterion(), 1e-3)
         assert one.loss == two.loss
         np.testing.assert_array_equal(one.policy, two.policy)
     assert not passes
-    assert (known.step([data], criterion(), 0.0, [reference + 1]).policy == one.policy).sum() < 6
+    assert (one_step(known, [data], criterion(), 0.0, [reference + 1]).policy == one.policy).sum() < 6
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -272,7 +272,7 @@ def test_a_quantised_head_is_the_same_for_policy_and_reference(bits: int, tiny: 
         whole, small = load("cpu", model), load("cpu", model, head_bits=bits)
         assert f"{bits}-bit head" in small.description
         assert small.identity != whole.identity
-        result = small.step([data], criterion(), 0.0)
+        result = one_step(small, [data], criterion(), 0.0)
         assert (result.policy == result.reference).all()
         error = np.abs(small.token_logps(data) - whole.token_logps(data))
         assert 0 < error.mean() < (0.1 if bits == 8 else 0.6)

@@ -66,7 +66,7 @@ def pretend_cuda() -> None:
 
 def measure(backend: Any) -> dict[str, np.ndarray]:
     """What the plain path and unsloth's must agree on: log-probs, a step's loss and gradients, the reference, answers."""
-    from conftest import batch, criterion
+    from conftest import batch, criterion, one_step
 
     data, out = batch(), {}
     out["start"] = backend.token_logps(data)
@@ -81,7 +81,7 @@ def measure(backend: Any) -> dict[str, np.ndarray]:
     backend.optimizer.register_step_pre_hook(keep)
     losses = criterion(loss="dpo", beta=0.5)
     for step in range(2):  # in the first one B is 0, and so is the gradient of A
-        result = backend.step([data], losses, 1e-2)
+        result = one_step(backend, [data], losses, 1e-2)
         out[f"policy{step}"], out[f"reference{step}"] = result.policy, result.reference
         out[f"norm{step}"] = np.array(result.grad_norm)
         out |= {f"gradient{step} {name}": value for name, value in gradients.items()}
@@ -91,7 +91,7 @@ def measure(backend: Any) -> dict[str, np.ndarray]:
         out["answers_off"] = np.array([answer.ids for answer in backend.generate([[5, 6, 7, 8], [9, 10]], 4, [511])])
         out["drawn"] = np.array([answer.ids for answer in backend.generate([[5, 6, 7, 8], [9, 10]], 4, [511], [1, 2])])
     out["answers_on"] = np.array([answer.ids for answer in backend.generate([[5, 6, 7, 8], [9, 10]], 4, [511])])
-    out["norm_after_generation"] = np.array(backend.step([data], losses, 0.0).grad_norm)
+    out["norm_after_generation"] = np.array(one_step(backend, [data], losses, 0.0).grad_norm)
     return out
 
 

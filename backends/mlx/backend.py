@@ -32,14 +32,14 @@ from lite_dil.backends.mlx.prefix import NoPrefix, Pass, Rows, arrays, wrap_laye
 from lite_dil.backends.options import LoadOptions
 from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tolerance
 from lite_dil.backends.switch import switched
-from lite_dil.backends.types import OWN, Answer, Sampling, StepResult, never
+from lite_dil.backends.types import OWN, Answer, MicroBatch, Sampling, StepResult, joined, never
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import plain, prefix
 from lite_dil.models import adapters
 from lite_dil.models.find import folder_of
 from lite_dil.models.logits import logit_transform
-from lite_dil.objectives.criterion import Criterion
+from lite_dil.objectives.loss import NOTHING, SUMS, Loss
 
 # What an unknown model's code raises where a cache is not what it expects.
 MODEL_ERRORS = (NoPrefix, TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError)
@@ -110,43 +110,36 @@ class MLXBackend:
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         """Return the summed log-prob of every response, without dropout; shape (responses,), float32."""
         self.model.eval()
-        return np.array(self._sequence_logps(self._arrays(batch)))
+        return np.array(self._read(self._arrays(batch), SUMS))
 
-    def step(
-        self,
-        batches: Sequence[Batch],
-        criterion: Criterion,
-        learning_rate: float,
-        references: Sequence[np.ndarray | None] | None = None,
-        baseline: float = 0.0,
-    ) -> StepResult:
-        """Take one AdamW step on the mean loss over all examples of `batches`."""
+    def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float) -> StepResult:
+        """Take one AdamW step on the mean loss over all examples of `passes`."""
         check_trains(self.strength)
         self.optimizer.init(self.model.trainable_parameters())  # what is not there yet: inference never needs it
         self.model.train()
-        examples = sum(batch.examples for batch in batches)
-        total, grads, policies, used = 0.0, None, [], []
-        for batch, known in zip(batches, references or [None] * len(batches), strict=True):
-            inputs = self._arrays(batch)
-            if known is None:
+        examples = sum(one.batch.examples for one in passes)
+        total, grads, policies, references = 0.0, None, [], []
+        for one in passes:
+            arrays, tokens, reference = self._arrays(one.batch), int(one.batch.lengths.sum()), None
+            if one.reference is not None:
+                reference = mx.array(np.asarray(one.reference, np.float32))
+            elif loss.reference != NOTHING:
                 with self.adapter_off():
-                    reference = mx.stop_gradient(self._sequence_logps(inputs))
+                    reference = mx.stop_gradient(self._read(arrays, loss.reference))
                     mx.eval(reference)
-            else:
-                reference = mx.array(np.asarray(known, np.float32))
-            loss, policy, grad = self._loss_and_grad(criterion, criterion.inputs(batch, baseline), inputs, reference, examples)
+            value, policy, grad = self._loss_and_grad(loss, one.inputs, arrays, reference, examples)
             grads = grad if grads is None else tree_map(mx.add, grads, grad)
-            mx.eval(loss, policy, grads)  # frees this micro-batch's activations before the next
-            total += loss.item()
-            policies.append(np.array(policy))
-            used.append(np.array(reference))
+            mx.eval(value, policy, grads)  # frees this micro-batch's activations before the next
+            total += value.item()
+            policies.append(_read_out(policy, loss.reads, tokens))
+            references.append(None if reference is None else _read_out(reference, loss.reference, tokens))
 
         grads, norm = optimizers.clip_grad_norm(grads, self.max_grad_norm)
         if np.isfinite([norm.item(), total]).all():
             self.optimizer.learning_rate = learning_rate
             self.optimizer.update(self.model, grads)
             mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        return StepResult(total, norm.item(), np.concatenate(policies), np.concatenate(used))
+        return StepResult(total, norm.item(), np.concatenate(policies), joined(references))
 
     def generate(
         self,
@@ -228,45 +221,45 @@ class MLXBackend:
 
     def _loss_and_grad(
         self,
-        criterion: Criterion,
-        sides: dict[str, np.ndarray],
+        loss: Loss,
+        inputs: dict[str, np.ndarray],
         arrays: dict[str, mx.array],
-        reference: mx.array,
+        reference: mx.array | None,
         examples: int,
     ) -> tuple[mx.array, mx.array, Any]:
-        """Return loss, the policy's summed log-probs and the adapter's gradients; `sides` is what the criterion made."""
+        """Return the loss, what it read of the policy, and the adapter's gradients."""
         self.passes += 1
         draw = int(np.random.SeedSequence((self.seed, self.passes)).generate_state(1)[0])
 
-        def run(weights: Any, inputs: Any, reference: mx.array, sides: Any, share: mx.array, key: mx.array) -> Any:
-            def loss(weights: Any) -> tuple[mx.array, mx.array]:
+        def run(weights: Any, arrays: Any, reference: mx.array | None, inputs: Any, share: mx.array, key: mx.array) -> Any:
+            def value(weights: Any) -> tuple[mx.array, mx.array]:
                 self.model.update(weights)
-                logps = self._token_logps(inputs, with_grad=True)
-                policy, given = _sums(logps, inputs), sides
-                if "token_weights" in sides:
-                    given = sides | {"weighted_logps": _sums(logps * sides["token_weights"], inputs)}
-                return criterion(policy, reference, given) * share, policy
+                logps = self._token_logps(arrays, with_grad=True)
+                policy = _sums(logps, arrays) if loss.reads == SUMS else logps
+                return loss(policy, reference, inputs) * share, policy
 
-            with self._borrowed(key):  # also while checkpointed layers are traced again, after `loss`
-                return mx.value_and_grad(loss)(weights)
+            with self._borrowed(key):  # also while checkpointed layers are traced again, after `value`
+                return mx.value_and_grad(value)(weights)
 
-        if "token_weights" in sides:  # tokens that fill up are behind the others
-            fill = arrays["targets"].size - len(sides["token_weights"])
-            sides = sides | {"token_weights": np.pad(sides["token_weights"], (0, fill))}
-        given = {name: mx.array(value.astype(np.int32) if value.dtype == np.int64 else value) for name, value in sides.items()}
-        inputs = (arrays, reference, given, mx.array(1 / examples), mx.random.key(draw))
-        (value, policy), grads = self._pure(("step", criterion), run)(self.model.trainable_parameters(), *inputs)
+        given = {}
+        for name, array in inputs.items():
+            if name in loss.token_inputs:  # tokens that fill up are behind the others
+                array = np.pad(array, (0, arrays["targets"].size - len(array)))
+            given[name] = mx.array(array.astype(np.int32) if array.dtype == np.int64 else array)
+        rest = (arrays, reference, given, mx.array(1 / examples), mx.random.key(draw))
+        (value, policy), grads = self._pure(("step", loss), run)(self.model.trainable_parameters(), *rest)
         return value, policy, grads
 
-    def _sequence_logps(self, inputs: dict[str, mx.array]) -> mx.array:
-        """Return summed log-probs without a gradient."""
+    def _read(self, arrays: dict[str, mx.array], what: str) -> mx.array:
+        """Return summed log-probs, (responses,), or those of the tokens and of what fills them up, without a gradient."""
 
-        def run(weights: Any, inputs: Any) -> mx.array:
+        def run(weights: Any, arrays: Any) -> mx.array:
             with self._borrowed(None):
                 self.model.update(weights)
-                return _sums(self._token_logps(inputs, with_grad=False), inputs)
+                logps = self._token_logps(arrays, with_grad=False)
+                return _sums(logps, arrays) if what == SUMS else logps
 
-        return self._pure("sums", run)(self.model.trainable_parameters(), inputs)
+        return self._pure(what, run)(self.model.trainable_parameters(), arrays)
 
     def _pure(self, name: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of arrays alone, compiled if asked; a trace bakes the switch into itself, so there is one each."""
@@ -357,6 +350,11 @@ def _keys(model: Any, adapter: adapters.Adapter) -> list[str]:
     """Return the adapted layers' names within a block, as mlx-lm's adapter_config.json wants them."""
     prefix = next(name for name, module in model.named_modules() if module is model.layers[0]).rpartition("0")[0]
     return sorted({name.removeprefix(prefix).partition(".")[2] for name in adapter.weights})
+
+
+def _read_out(values: mx.array, what: str, tokens: int) -> np.ndarray:
+    """Return what was read as numpy has it, without what fills the tokens up."""
+    return np.array(values) if what == SUMS else np.array(values)[:tokens]
 
 
 def _save(path: Path, tree: Any) -> None:

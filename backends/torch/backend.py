@@ -25,14 +25,14 @@ from lite_dil.backends.torch.device import compute_dtype
 from lite_dil.backends.torch.head import QuantizedHead, token_logps, vocabulary
 from lite_dil.backends.torch.load import create_states, load_base, load_tensors, make_optimizer, need_bitsandbytes
 from lite_dil.backends.torch.lora import POLICY, Switch, add_lora
-from lite_dil.backends.types import OWN, Answer, Sampling, StepResult, never
+from lite_dil.backends.types import OWN, Answer, MicroBatch, Sampling, StepResult, joined, never
 from lite_dil.base.errors import OutOfMemory, UserError, first_line
 from lite_dil.base.memory import keep_freed_memory, peak_rss_mb
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import Layout, packed, plain
 from lite_dil.models import adapters
 from lite_dil.models.logits import logit_transform
-from lite_dil.objectives.criterion import Criterion
+from lite_dil.objectives.loss import NOTHING, SUMS, TOKENS, Loss
 
 
 class TorchBackend:
@@ -95,11 +95,11 @@ class TorchBackend:
 
     def token_logps(self, batch: Batch) -> np.ndarray:
         """Return the log-prob of every response token, without dropout; shape (tokens,), float32."""
-        return self._without_grad(lambda: self._token_logps(batch)[0])
+        return self._without_grad(lambda: self._read(batch, TOKENS))
 
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         """Return the summed log-prob of every response, without dropout; shape (responses,), float32."""
-        return self._without_grad(lambda: self._sequence_logps(batch))
+        return self._without_grad(lambda: self._read(batch, SUMS))
 
     def _without_grad(self, logps: Callable[[], Tensor]) -> np.ndarray:
         def run() -> np.ndarray:
@@ -109,23 +109,16 @@ class TorchBackend:
 
         return torch_memory.whole("a pass without gradients", self.device, run)
 
-    def step(
-        self,
-        batches: Sequence[Batch],
-        criterion: Criterion,
-        learning_rate: float,
-        references: Sequence[np.ndarray | None] | None = None,
-        baseline: float = 0.0,
-    ) -> StepResult:
-        """Take one AdamW step on the mean loss over all examples of `batches`."""
+    def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float) -> StepResult:
+        """Take one AdamW step on the mean loss over all examples of `passes`."""
         check_trains(self.strength)
         self.model.train()
-        examples = sum(batch.examples for batch in batches)
-        random, passes = torch_memory.random_state(self.device), []
+        examples = sum(one.batch.examples for one in passes)
+        random, done = torch_memory.random_state(self.device), []
         try:
-            for batch, known in zip(batches, references or [None] * len(batches), strict=True):
-                passes.append(self._gradients(batch, criterion, criterion.inputs(batch, baseline), known, examples))
-            result = self._update(passes, learning_rate)
+            for one in passes:
+                done.append(self._gradients(one, loss, examples))
+            result = self._update(done, learning_rate)
         except torch.OutOfMemoryError as error:
             detail = first_line(error)
         else:
@@ -133,34 +126,34 @@ class TorchBackend:
             return result
         # Not in the except block: as this error's context, that one would keep its frames, and with them all activations.
         self._undo(random)
-        failed = len(passes) if len(passes) < len(batches) else None
+        failed = len(done) if len(done) < len(passes) else None
         raise OutOfMemory("a training step", detail, training=True, micro_batch=failed)
 
-    def _gradients(
-        self, batch: Batch, criterion: Criterion, sides: dict[str, np.ndarray], known: np.ndarray | None, examples: int
-    ) -> tuple[float, np.ndarray, np.ndarray]:
-        """Add a micro-batch's gradients; return its share of the loss, and summed log-probs of policy and reference."""
-        if known is None:
+    def _gradients(self, one: MicroBatch, loss: Loss, examples: int) -> tuple[float, np.ndarray, np.ndarray | None]:
+        """Add a micro-batch's gradients; return its share of the loss, and what was read of policy and reference."""
+        reference = None
+        if one.reference is not None:
+            reference = self._tensor(one.reference)
+        elif loss.reference != NOTHING:
             with self.adapter_off(), torch.no_grad():
-                reference = self._sequence_logps(batch)
-        else:
-            reference = self._tensor(known)
-        inputs = {name: self._tensor(array) for name, array in sides.items()}
-        logps, layout = self._token_logps(batch)
-        policy = self._sums(logps, layout)
-        if "token_weights" in inputs:
-            inputs["weighted_logps"] = self._sums(logps * inputs["token_weights"], layout)
-        loss = criterion(policy, reference, inputs) / examples
-        self.scaler.scale(loss).backward()
-        return loss.item(), policy.detach().cpu().numpy(), reference.cpu().numpy()
+                reference = self._read(one.batch, loss.reference)
+        policy = self._read(one.batch, loss.reads)
+        value = loss(policy, reference, {name: self._tensor(array) for name, array in one.inputs.items()}) / examples
+        self.scaler.scale(value).backward()
+        return value.item(), policy.detach().cpu().numpy(), None if reference is None else reference.cpu().numpy()
 
-    def _update(self, passes: list[tuple[float, np.ndarray, np.ndarray]], learning_rate: float) -> StepResult:
+    def _read(self, batch: Batch, what: str) -> Tensor:
+        """Return summed log-probs, (responses,), or those of each response token, (tokens,)."""
+        logps, layout = self._token_logps(batch)
+        return self._sums(logps, layout) if what == SUMS else logps
+
+    def _update(self, passes: list[tuple[float, np.ndarray, np.ndarray | None]], learning_rate: float) -> StepResult:
         """Change the weights by the gradients of all passes, unless something is not finite."""
         losses, policies, references = zip(*passes, strict=True)
         total = sum(losses)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.max_grad_norm).item()
-        result = StepResult(total, norm, np.concatenate(policies), np.concatenate(references))
+        result = StepResult(total, norm, np.concatenate(policies), joined(references))
         if np.isfinite([norm, total]).all() or self.scaler.is_enabled():
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
@@ -278,9 +271,6 @@ class TorchBackend:
             output = self.decoder(input_ids=self._tensor(repeated.input_ids), use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)[self._tensor(layout.hidden_index)]
         return token_logps(hidden, self.head, self._tensor(layout.targets), self.transform), layout
-
-    def _sequence_logps(self, batch: Batch) -> Tensor:
-        return self._sums(*self._token_logps(batch))
 
     def _sums(self, logps: Tensor, layout: Layout) -> Tensor:
         """Sum values of the response tokens over each response: (tokens,) to (responses,)."""

@@ -36,6 +36,10 @@ class Batch:
             places=tuple(example.place for example in examples),
         )
 
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum values of the response tokens, (tokens,), over each response: (responses,)."""
+        return np.add.reduceat(values, np.cumsum([0, *self.lengths[:-1]]).astype(np.int64))
+
     def halves(self) -> tuple[Batch, ...]:
         """Split it between its examples into two, or into nothing where it has but one; for batches made by `of`."""
         middle = (self.examples + 1) // 2

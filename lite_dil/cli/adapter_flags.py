@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from lite_dil.backends import limits
-from lite_dil.config import adapter_source
-from lite_dil.config.adapter_source import FLAGS
 from lite_dil.config.options import add_flags, build
 from lite_dil.config.train_config import FIELDS, ResolvedConfig
-from lite_dil.generation.policy import AdapterSource
+from lite_dil.models.options import ModelOptions
+
+if TYPE_CHECKING:
+    from lite_dil.generation.policy import AdapterSource
+
+FLAGS = tuple(field.name for field in fields(ModelOptions))
 
 
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True, flags: Iterable[str] = FLAGS) -> None:
@@ -35,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True, flags:
 
 def find(args: argparse.Namespace) -> AdapterSource:
     """Return what --adapter and the model's flags name; raises UserError as `lite_dil.config.adapter_source.find` does."""
+    from lite_dil.config import adapter_source
+
     return adapter_source.find(args.adapter, vars(args), args.strength)
 
 

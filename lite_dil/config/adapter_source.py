@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from lite_dil.backends import limits, registry
 from lite_dil.base.errors import UserError
 from lite_dil.config.options import build, read_yaml
 from lite_dil.generation.policy import AdapterSource
+from lite_dil.models.options import ModelOptions
 from lite_dil.runs.folder import RunFolder
 
 # The options that say how the model is loaded; a run's own are taken where they are not given.
-FLAGS = ("model", "backend", "load_in_4bit", "dtype", "head_bits")
+FLAGS = tuple(field.name for field in fields(ModelOptions))
 
 
 def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> AdapterSource:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lite_dil.base.signs import CHOSEN
+from lite_dil.objectives.loss import SUMS, TOKENS
 from lite_dil.objectives.losses import Array, log_ratio
 from lite_dil.objectives.options import ResolvedObjective
 from lite_dil.objectives.table import OBJECTIVES, Answers, Pairs, constants
@@ -50,14 +51,19 @@ class Criterion:
 
     A loss of the DIL family is ``E_chosen[l_1] + E_ref[l_-1]``. Each expectation is estimated with the share that its side has
     in the whole data, never in a batch, so that a batch may hold any mixture of good and bad answers (and splitting a step
-    changes nothing). The loss is a mean over examples: pairs, or answers without a partner.
+    changes nothing). The loss is a mean over examples: pairs, or answers without a partner. It is a
+    `lite_dil.objectives.loss.Loss`.
     """
+
+    reference = SUMS
 
     def __init__(self, options: ResolvedObjective, examples: Sequence[Signed]) -> None:
         self.objective = OBJECTIVES[options.loss]
         self.constants = constants(options.loss, options)
         self.form = self.objective.form(self.constants)
         self.reduction = options.logp_reduction
+        self.reads = TOKENS if self.objective.token_weights else SUMS
+        self.token_inputs = ("token_weights",) if self.objective.token_weights else ()
         signs = [example.signs for example in examples]
         chosen = sum(side.count(CHOSEN) for side in signs)
         rejected = sum(map(len, signs)) - chosen
@@ -72,8 +78,8 @@ class Criterion:
         """Return what the loss needs beside log-probs, as arrays for a backend to convert.
 
         Among them ``chosen`` and ``rejected``, indices into the batch's responses, of the same shape (pairs,) for an objective
-        of pairs; and ``token_weights`` (tokens,) float32 only where the objective has them: a backend that finds it adds
-        ``weighted_logps`` (responses,), the log-probs summed with these weights, before it calls the loss.
+        of pairs; and where the objective weighs tokens, ``token_weights`` (tokens,) float32 with ``token_index`` and
+        ``token_mask``, (responses, longest), the tokens of each response.
 
         Args:
             baseline: kto's z0, from the whole optimiser step.
@@ -90,22 +96,29 @@ class Criterion:
         if self.objective.token_weights:
             weights = [self.objective.token_weights(len(response)) for response in batch.responses]
             arrays["token_weights"] = np.concatenate(weights).astype(np.float32)
+            arrays["token_index"], arrays["token_mask"] = rows_of_tokens(batch.lengths)
         return arrays
 
     def __call__(self, policy: Array, reference: Array, inputs: dict[str, Any]) -> Array:
         """Return the loss summed over the batch's examples, a scalar; to be divided by the step's number of examples.
 
         Args:
-            policy: (responses,) summed log-probs of the answers in nats, with a gradient.
-            reference: (responses,) the reference's.
+            policy: (responses,) summed log-probs of the answers in nats, with a gradient; (tokens,) where the objective
+                weighs tokens.
+            reference: (responses,) the reference's sums.
             inputs: what `inputs` returned, as arrays of the same library as the other two.
         """
+        weighted = None
+        if self.reads == TOKENS:
+            index, mask = inputs["token_index"], inputs["token_mask"]
+            weighted = ((policy * inputs["token_weights"])[index] * mask).sum(-1)
+            policy = (policy[index] * mask).sum(-1)
         mean = policy / inputs["lengths"]
         figures = {
             "log_ratio": log_ratio(policy, reference, inputs["lengths"], self.reduction),
             "logps": mean if self.reduction == "mean" else policy,
             "mean_logps": mean,
-            "weighted_logps": inputs.get("weighted_logps"),
+            "weighted_logps": weighted,
         }
 
         def answers(index: Array) -> Answers:
@@ -119,3 +132,15 @@ class Criterion:
         if self.form.rejected is not None:
             total = total + self.rejected_weight * self.form.rejected(rejected).sum()
         return total
+
+
+def rows_of_tokens(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the tokens of each response are, (responses, longest) indices, and a float32 mask of those that are there.
+
+    lengths=[2, 1] gives [[0, 1], [2, 2]] and [[1, 1], [1, 0]].
+    """
+    lengths = lengths.astype(np.int64)  # a batch has them as numbers to divide by
+    column = np.arange(lengths.max())
+    starts = np.cumsum(lengths) - lengths
+    index = np.minimum(starts[:, None] + column, lengths.sum() - 1)
+    return index, (column < lengths[:, None]).astype(np.float32)

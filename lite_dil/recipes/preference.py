@@ -36,6 +36,7 @@ from lite_dil.models.find import load_tokenizer, resolve_model
 from lite_dil.models.fingerprint import reference_key
 from lite_dil.objectives.accepts import check_data
 from lite_dil.objectives.criterion import Criterion
+from lite_dil.objectives.loss import TOKENS
 from lite_dil.objectives.losses import log_ratio
 from lite_dil.objectives.table import OBJECTIVES
 from lite_dil.planning.auto import fitted
@@ -197,7 +198,7 @@ def train(config: ResolvedConfig, display: Display, resume: Path | None = None, 
                 if not _is_finite(taken.result) or skipped_in_a_row == MAX_SKIPPED:
                     # The weights are still those of the step before, which had a finite loss.
                     kept = save() if progress.step else folder.latest()
-                    raise TrainingDiverged(_diverged(step, taken.result, taken.batches, examples, config, kept))
+                    raise TrainingDiverged(_diverged(step, taken, examples, config, kept))
                 _count_step(progress, taken, time.perf_counter() - started, config)
                 last = step == schedule.steps
                 line = None
@@ -294,23 +295,15 @@ class Evaluator:
             if stop():
                 return {}
             reference = self.passes.reference(batch)
-            inputs = self.criterion.inputs(batch, baseline)
-            policy, weighted = self._policy(batch, inputs.get("token_weights"))
+            tokens = self.criterion.reads == TOKENS
+            policy = self.passes.token_logps(batch) if tokens else self.passes.sequence_logps(batch)
             with np.errstate(over="ignore"):  # an overflow shows as a loss that is not finite
-                loss = float(self.criterion(policy, reference, inputs | weighted))
+                loss = float(self.criterion(policy, reference, self.criterion.inputs(batch, baseline)))
             means.add("loss", loss / batch.examples, batch.examples)
-            answer_metrics(means, policy, reference, batch, self.config)
+            answer_metrics(means, batch.sums(policy) if tokens else policy, reference, batch, self.config)
         if self.others:
             means.add("kl", baseline)
         return {f"eval_{name}": value for name, value in with_margin(means.means()).items()}
-
-    def _policy(self, batch: Batch, token_weights: np.ndarray | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Return the policy's summed log-probs, and those with the objective's token weights where it has them."""
-        if token_weights is None:
-            return self.passes.sequence_logps(batch), {}
-        tokens = self.passes.token_logps(batch)
-        starts = np.cumsum([0, *batch.lengths[:-1]]).astype(np.int64)
-        return np.add.reduceat(tokens, starts), {"weighted_logps": np.add.reduceat(tokens * token_weights, starts)}
 
 
 PRECOMPUTE_EXAMPLES = 8192  # that are in memory at once; the longest of them go together
@@ -406,18 +399,18 @@ def _check_start(passes: Passes, schedule: Schedule, config: ResolvedConfig, dis
 
 def _count_step(progress: Progress, taken: Taken, seconds: float, config: ResolvedConfig) -> None:
     """Add a step to the run's progress and to the window of its next line."""
-    batches, result, baseline, computed = taken
+    batches, result = taken.batches, taken.result
     number, tokens = sum(batch.examples for batch in batches), sum(batch.tokens for batch in batches)
     progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + tokens
     means = Means(progress.window)
     means.add("loss", result.loss, number)
     means.add("grad_norm", result.grad_norm, number)
-    parts = (by_batch(values, batches) for values in (result.policy, result.reference))
+    parts = (by_batch(values, batches) for values in (taken.policy, taken.reference))
     for batch, policy, reference in zip(batches, *parts, strict=True):
         answer_metrics(means, policy, reference, batch, config)
     if OBJECTIVES[config.loss].baseline:
-        means.add("kl", baseline, number)
-    for name, value in zip(_SUMS, (number, tokens, seconds, 1, int(result.skipped), computed), strict=True):
+        means.add("kl", taken.baseline, number)
+    for name, value in zip(_SUMS, (number, tokens, seconds, 1, int(result.skipped), taken.reference_passes), strict=True):
         means.add(name, value)
 
 
@@ -440,18 +433,11 @@ def _line(progress: Progress, schedule: Schedule, backend: Backend) -> dict[str,
     }
 
 
-def _diverged(
-    step: int,
-    result: StepResult,
-    batches: Sequence[Batch],
-    examples: Sequence[Example],
-    config: ResolvedConfig,
-    kept: Path | None,
-) -> str:
+def _diverged(step: int, taken: Taken, examples: Sequence[Example], config: ResolvedConfig, kept: Path | None) -> str:
     """Say where it went wrong: at the example whose log-ratio is not finite, or else the farthest from 0."""
-    worst = (-1.0, "", "")
+    worst, batches, result = (-1.0, "", ""), taken.batches, taken.result
     reduction = config.logp_reduction
-    parts = (by_batch(values, batches) for values in (result.policy, result.reference))
+    parts = (by_batch(values, batches) for values in (taken.policy, taken.reference))
     for batch, policy, reference in zip(batches, *parts, strict=True):
         f = log_ratio(policy, reference, batch.lengths, reduction)
         for number, place in enumerate(batch.places):

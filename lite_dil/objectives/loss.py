@@ -1,0 +1,40 @@
+"""What a backend's step minimises: a pure function, and what it reads of the model."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from lite_dil.objectives.losses import Array
+
+# What a loss reads: log-probs summed over each response, (responses,); of each response token, (tokens,); or the outputs of a
+# head, (responses, outputs) or (tokens, outputs). NOTHING is of the reference alone, which is then not computed.
+SUMS, TOKENS, SCORES, NOTHING = "sums", "tokens", "scores", "nothing"
+
+
+class Loss(Protocol):
+    """A loss over a batch of responses.
+
+    Attributes:
+        reads: what `policy` holds: `SUMS`, `TOKENS` or `SCORES` of the adapter that is trained, with a gradient.
+        reference: what `reference` holds: `SUMS`, `TOKENS` or `NOTHING`, without a gradient.
+        token_inputs: names of the inputs that have one value a response token.
+    """
+
+    @property
+    def reads(self) -> str:
+        """See above."""
+
+    @property
+    def reference(self) -> str:
+        """See above."""
+
+    @property
+    def token_inputs(self) -> tuple[str, ...]:
+        """See above."""
+
+    def __call__(self, policy: Array, reference: Array | None, inputs: dict[str, Any]) -> Array:
+        """Return the loss summed over the batch's examples, a scalar; it is divided by the step's number of examples.
+
+        All arrays are float32 or integers of the backend's own library. Arrays of tokens are in the order of the batch's
+        responses; a backend may fill them up at the end, and fills `token_inputs` up with zeros there.
+        """
