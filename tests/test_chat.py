@@ -42,7 +42,7 @@ class Tuned(NamedTuple):
         """The likeliest answer to a chat, user first, without streaming."""
         chat = [{"role": "system", "content": system}] if system else []
         chat += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(messages)]
-        prompt = self.encoder.prompt_ids(self.encoder.chat_prompt(chat), chat=True)
+        prompt = self.encoder.prompt(chat)
         with self.backend.adapter_off() if base else contextlib.nullcontext():
             (answer,) = self.backend.generate([prompt], LIMIT, self.encoder.end_ids())
         return self.encoder.tokenizer.decode(answer.ids, skip_special_tokens=True).lstrip().rstrip("\ufffd")
@@ -109,7 +109,7 @@ def test_base_and_tuned_one_after_the_other(tuned: Tuned, chat: Callable[..., Sa
     from lite_dil.data.encoder import Example
     from lite_dil.generation.stream import log_ratio
 
-    prompt = tuned.encoder.prompt_ids(tuned.encoder.chat_prompt([{"role": "user", "content": "the red house"}]), chat=True)
+    prompt = tuned.encoder.prompt([{"role": "user", "content": "the red house"}])
     (answer,) = tuned.backend.generate([prompt], LIMIT, tuned.encoder.end_ids())
     data = Batch.of([Example(prompt, (tuple(answer.ids),), (1,))])
     with tuned.backend.adapter_off():
@@ -216,7 +216,7 @@ def test_the_oldest_turns_make_room(chat: Callable[..., Said], tmp_path: Path) -
         while True:
             messages = [*spoken[2 * left_out :], text]
             chat_messages = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(messages)]
-            if len(tuned.encoder.prompt_ids(tuned.encoder.chat_prompt(chat_messages), chat=True)) + LIMIT <= 120:
+            if len(tuned.encoder.prompt(chat_messages)) + LIMIT <= 120:
                 break
             left_out += 1
         answers.append(tuned.answer(*messages))

@@ -41,7 +41,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 def test_it_answers(embedded: str, encoder: Encoder) -> None:
     backend = load("cpu", embedded)
-    prompt = encoder.prompt_ids(encoder.chat_prompt(QUESTION), chat=True)
+    prompt = encoder.prompt(QUESTION)
     ((answer, _),) = backend.generate([prompt], 16, [encoder.tokenizer.eos_token_id])
     assert encoder.tokenizer.decode(answer).strip() == "The capital of France is Paris."
 
@@ -67,7 +67,7 @@ def test_mlx_lm_by_itself_reads_the_rope_that_transformers_does(embedded: str) -
 
 
 def test_it_answers_on_mlx(embedded: str, encoder: Encoder) -> None:
-    prompt = encoder.prompt_ids(encoder.chat_prompt(QUESTION), chat=True)
+    prompt = encoder.prompt(QUESTION)
     ((answer, _),) = load("mlx", embedded).generate([prompt], 7, [encoder.tokenizer.eos_token_id])
     assert encoder.tokenizer.decode(answer).startswith("The capital of France is Paris")
 

@@ -181,7 +181,7 @@ def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day() -> No
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
     encoder = Encoder(tokenizer)
-    assert encoder.chat_prompt([{"role": "user", "content": "tea"}]).startswith("26 Jul 2024\n<|im_start|>user\ntea")
+    assert encoder.rendering.prompt([{"role": "user", "content": "tea"}]).startswith("26 Jul 2024\n<|im_start|>user\ntea")
 
 
 def test_a_tokenizer_without_eos_is_refused() -> None:

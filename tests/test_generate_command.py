@@ -65,7 +65,7 @@ def test_answers_in_the_order_of_the_prompts(generate: Run, backend_name: str, t
     # The greedy answer of the bare model, asked one by one.
     backend, encoder = load(backend_name, tiny), Encoder(load_tokenizer(tiny))
     for row in found:
-        ids = encoder.prompt_ids(encoder.chat_prompt(row["prompt"]), chat=True)
+        ids = encoder.prompt(row["prompt"])
         with backend.adapter_off():
             (answer,) = backend.generate([ids], 7, encoder.end_ids())
         text = encoder.tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
@@ -82,7 +82,7 @@ def test_every_row_tells_how_its_answers_ended(
     assert code == 0
     encoder, found, cut = Encoder(load_tokenizer(tiny)), rows(tmp_path / "answers.jsonl"), {"": 0, "base_": 0}
     for row in found:
-        ids = encoder.prompt_ids(encoder.chat_prompt(row["prompt"]), chat=True)
+        ids = encoder.prompt(row["prompt"])
         (answer,) = made.generate([ids], 7, encoder.end_ids())
         with made.adapter_off():
             (base,) = made.generate([ids], 7, encoder.end_ids())

@@ -14,7 +14,7 @@ import pytest
 from conftest import CHATML, LLAMA2, byte_level_tokenizer, sentencepiece_tokenizer
 
 from lite_dil.base.errors import UserError
-from lite_dil.export.ollama import _conversations, _renderer, probe, write_modelfile
+from lite_dil.export.ollama import _conversations, probe, renderer, write_modelfile
 
 LLAMA3 = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set messages = messages[1:] %}"
@@ -86,7 +86,7 @@ def template_of(text: str) -> str:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_layout_is_that_of_the_template(name: str, bos: bool) -> None:
     tokenizer = tokenizer_of(TEMPLATES[name], bos)
-    layout, render = probe(tokenizer), _renderer(tokenizer)
+    layout, render = probe(tokenizer), renderer(tokenizer)
     for talk in _conversations(name not in NO_SYSTEM):
         text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True) if name != "llama 3" else None
         assert layout.render(talk) == render(talk, True)
@@ -138,7 +138,7 @@ def test_go_makes_the_same_text(tmp_path: Path) -> None:
     cases, expected = [], []
     for name, template in TEMPLATES.items():
         tokenizer = tokenizer_of(template)
-        render = _renderer(tokenizer)
+        render = renderer(tokenizer)
         talks = _conversations(name not in NO_SYSTEM)
         # The assistant's answer begun, which it is to go on with.
         begun = [*talks[0], {"role": "assistant", "content": "I am"}]

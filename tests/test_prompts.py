@@ -96,7 +96,7 @@ def test_tokens_are_those_of_training_and_the_cut_is_said(tmp_path: Path) -> Non
     path = write(tmp_path / "a.jsonl", {"prompt": [USER]}, {"prompt": [{"role": "user", "content": "a red house " * 20}]})
     found = read_prompts(str(path), config(), False, said.append)
     whole = encode_prompts(found, encoder, config(), 8, said.append)
-    assert whole[0].ids == encoder.prompt_ids(encoder.chat_prompt([USER]), chat=True) and not said
+    assert whole[0].ids == encoder.prompt([USER]) and not said
     short = encode_prompts(found, encoder, config(max_length=40), 8, said.append)
     assert short[0].ids == whole[0].ids
     assert short[1].ids == whole[1].ids[:1] + whole[1].ids[-31:] and len(said) == 1

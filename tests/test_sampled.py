@@ -20,7 +20,7 @@ from lite_dil.cli.progress import Display
 from lite_dil.data.encoder import Encoder, Example, truncate
 from lite_dil.data.reader import Row, read_rows
 from lite_dil.generation.batch_generator import batched
-from lite_dil.generation.reference_samples import SampleFile, add_samples, end_ids
+from lite_dil.generation.reference_samples import SampleFile, add_samples
 from lite_dil.generation.reference_samples import draws as wanted_draws
 
 QUESTIONS = ["what is tea", "how do you make good bread and tea", "a red house", "the capital of France is", "is it"]
@@ -49,7 +49,7 @@ def chosen(encoder: Encoder) -> list[Example]:
     """Demonstrations: a prompt and one good answer each; the last prompt comes twice."""
     out = []
     for i, question in enumerate([*QUESTIONS, QUESTIONS[-1]]):
-        prompt = encoder.prompt_ids(encoder.chat_prompt([{"role": "user", "content": question}]), chat=True)
+        prompt = encoder.prompt([{"role": "user", "content": question}])
         out.append(Example(prompt, ((*encoder.ids(f"it is {'very ' * i}good"), EOS),), (CHOSEN,)))
     return [truncate(example, SETTINGS["max_length"])[0] for example in out]
 
@@ -253,16 +253,17 @@ def test_batches_keep_to_their_tokens(chosen: list[Example]) -> None:
         assert tokens <= 8 * SETTINGS["row_tokens"]
 
 
-def test_the_templates_end_of_turn_ends_an_answer_too() -> None:
-    """Where EOS is another token, as with Gemma."""
+def test_drawn_answers_end_where_a_chat_stops(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the template's end of turn too, where EOS is another token, as with Gemma; whatever form the rows have."""
     tokenizer = byte_level_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
-    encoder = Encoder(tokenizer)
-    row = Row.pair([{"role": "user", "content": "what is tea"}], "good tea", "bread", "")
-    example = encoder.encode(row)
-    assert end_ids([example], encoder) == [0, 2]
-    cut = Example(example.prompt, (example.responses[0][:-1],), (CHOSEN,))
-    assert end_ids([cut], encoder) == [0]
+    encoder, backend = Encoder(tokenizer), load("cpu", tiny, **SETTINGS)
+    generate, ends = backend.generate, list[list[int]]()
+    monkeypatch.setattr(backend, "generate", lambda *args, **more: ends.append(args[2]) or generate(*args, **more))
+    for number, prompt in enumerate(("what is tea", [{"role": "user", "content": "what is tea"}])):
+        example = encoder.encode(Row.pair(prompt, "good tea", "bread", ""))
+        add(backend, [example], encoder, tmp_path / f"{number}.jsonl", count=1)
+    assert ends == [encoder.end_ids()] * 2 == [[0, 2]] * 2
 
 
 def test_the_text_of_a_sentencepiece_tokenizer_keeps_its_spaces(tiny: str, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_samples_are_greedy_answers_and_change_nothing(flags: list[str], tiny: s
     # The oracle: the adapter that was saved, on and off, a prompt at a time.
     backend = load(flags[3], tiny, init_adapter=str(with_samples / "adapter"), reference="base")
     encoder = Encoder(byte_level_tokenizer())
-    prompts = [encoder.prompt_ids(encoder.chat_prompt(sample.prompt), chat=True) for sample in samples]  # type: ignore[arg-type]
+    prompts = [encoder.prompt(sample.prompt) for sample in samples]  # type: ignore[arg-type]
     room = 60 - max(map(len, prompts))
     for sample, prompt in zip(samples, prompts, strict=True):
         after = backend.generate([prompt], room, encoder.end_ids())[0]
@@ -93,7 +93,7 @@ def test_a_sample_prompt_is_shown_whole_with_what_the_model_saw_of_it(flags: lis
     encoder = Encoder(byte_level_tokenizer())
     samples = read_samples(folder / "report_samples.jsonl")
     for sample in samples:
-        prompt = encoder.prompt_ids(encoder.chat_prompt(sample.prompt), chat=True)  # type: ignore[arg-type]
+        prompt = encoder.prompt(sample.prompt)  # type: ignore[arg-type]
         assert sample.prompt_tokens == len(prompt) and sample.prompt_seen <= len(prompt)
     page = (folder / "report.html").read_text()
     cut = [sample for sample in samples if sample.prompt_seen < sample.prompt_tokens]

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from lite_dil.base.errors import UserError, first_line
-from lite_dil.data.reader import Answer, Message, Row, RowError
-
-# Templates that print today's date would give other tokens tomorrow, to a run that is resumed. This is Llama 3's own fallback.
-FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+from lite_dil.base.errors import UserError
+from lite_dil.data.reader import Message, Row, RowError
+from lite_dil.data.rendering import Rendering
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,7 @@ class Encoder:
         # What the tokenizer itself puts in front of a text: its BOS token, where the model wants one.
         at = next((i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain), 0)
         self.bos = with_special[:at]
-        added = tokenizer.added_tokens_decoder.values()
-        self.control = {token.content for token in added if token.special} | {tokenizer.eos_token}
+        self.rendering = Rendering(tokenizer)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         """Tokenise `text`, adding nothing."""
@@ -57,12 +53,8 @@ class Encoder:
 
     def encode(self, row: Row) -> Example:
         """Tokenise one row. Raises RowError with the reason where the row or the template does not allow it."""
-        if isinstance(row.prompt, str):
-            prompt = row.prompt
-            texts = [self._text_response(text) for text in row.answers if isinstance(text, str)]
-        else:
-            prompt = self.chat_prompt(row.prompt, row.tools)
-            texts = [self._chat_response(row.prompt, prompt, answer, row.tools) for answer in row.answers]
+        prompt = self.rendering.prompt(row.prompt, row.tools)
+        texts = [self.rendering.answer(row.prompt, answer, row.tools) for answer in row.answers]
         prompt_ids = self.prompt_ids(prompt, chat=row.chat)
         if not prompt_ids:
             raise RowError("empty prompt", "the prompt has no token, so nothing predicts the first token of the answers")
@@ -78,29 +70,16 @@ class Encoder:
             return self.bos + ids
         return ids
 
-    def chat_prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> str:
-        """Lay out messages as the model's chat template does, up to where the assistant is to speak."""
-        for message in messages:
-            self._refuse_control(message)
-        return self._render(messages, tools, add_generation_prompt=True)
+    def prompt(self, prompt: str | list[Message], tools: list[dict[str, Any]] | None = None) -> tuple[int, ...]:
+        """Tokenise what an answer to text, or to chat messages, continues."""
+        return self.prompt_ids(self.rendering.prompt(prompt, tools), chat=not isinstance(prompt, str))
 
     def end_ids(self) -> list[int]:
-        """Return the tokens that end an answer: EOS, and what the chat template ends one with, where it differs.
-
-        A model may have learned both. Raises UserError where the template lays out no question and answer.
-        """
-        ends = {int(self.tokenizer.eos_token_id)}
-        if self.tokenizer.chat_template:
-            answer = "Yes."
-            turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}]
-            try:
-                # Not by `_chat_response`: a model whose template begins its answers, with <think> say, can talk.
-                text = self._render(turns, None, add_generation_prompt=False)
-            except RowError as error:
-                raise UserError(str(error)) from None
-            if (at := text.rfind(answer)) >= 0:
-                ends.add(self.ids(self._ended(text, at + len(answer)))[-1])
-        return sorted(ends)
+        """Return the tokens that end an answer; see `Rendering.ends`. Raises UserError where the template tells none."""
+        try:
+            return sorted({self.ids(end)[-1] for end in self.rendering.ends()})
+        except RowError as error:
+            raise UserError(str(error)) from None
 
     def continuation(self, prompt: str, text: str) -> tuple[int, ...]:
         """Tokenise `text` as what follows `prompt`, no token holding characters of both."""
@@ -112,73 +91,6 @@ class Encoder:
         raise RowError(
             "merged tokens", f"the tokenizer merges the start of the answer {text[:20]!r} with whatever precedes it"
         )
-
-    def _text_response(self, text: str) -> str:
-        """End a plain-text answer with exactly one EOS, which it may bring along."""
-        eos = self.tokenizer.eos_token
-        content = text.rstrip().removesuffix(eos) if text.rstrip().endswith(eos) else text
-        if eos in content:
-            raise RowError("control token", f"an answer holds {eos!r} before its end; remove it")
-        return content + eos
-
-    def _chat_response(
-        self, messages: list[Message], prompt: str, answer: Answer, tools: list[dict[str, Any]] | None = None
-    ) -> str:
-        message = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
-        self._refuse_control(message)
-        whole = self._render([*messages, message], tools, add_generation_prompt=False)
-        if not whole.startswith(prompt):
-            raise RowError("chat template", "the chat template lays the prompt out differently once an answer follows it")
-        text = whole[len(prompt) :]
-        if message.get("tool_calls"):
-            # How a template writes calls is its own affair; what ends a turn is seen in a plain one.
-            end = self._chat_response(messages, prompt, "x", tools).removeprefix("x")
-            if end not in text:
-                raise RowError("chat template", "the chat template does not end an answer of tool calls as it ends others")
-            return text[: text.rfind(end) + len(end)]
-        stripped = message["content"].strip()
-        found = text.find(stripped)
-        if found < 0:
-            raise RowError("chat template", "the chat template changes the text of the answer")
-        return self._ended(text, found + len(stripped))
-
-    def _ended(self, text: str, content_end: int) -> str:
-        """Cut `text` after its end-of-turn token, the first control token behind the content; add EOS where there is none."""
-        marks = [(text.find(token, content_end), token) for token in self.control]
-        found = [(at, -len(token), token) for at, token in marks if at >= 0]
-        if found:
-            at, _, token = min(found)
-            return text[: at + len(token)]
-        return text[:content_end] + self.tokenizer.eos_token
-
-    def _render(self, messages: list[Message], tools: list[dict[str, Any]] | None, add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
-        if not self.tokenizer.chat_template:
-            raise RowError(
-                "no chat template",
-                "the data is chat messages but this model has no chat template; use an instruct model, or give prompts and "
-                "answers as plain text",
-            )
-        try:
-            template = self.tokenizer.get_chat_template()  # of several named ones, the default
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                chat_template=FIXED_DATE + template,
-            )
-        except (TemplateError, TypeError) as error:  # TypeError: tools of a kind that the template does not expect
-            raise RowError("chat template", f"the model's chat template refuses these messages: {first_line(error)}") from None
-
-    def _refuse_control(self, message: Message) -> None:
-        texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in message.values()]
-        for token in self.control:
-            if any(token in text for text in texts):
-                raise RowError(
-                    "control token", f"a message holds the control token {token!r}, which would end or open a turn; remove it"
-                )
 
 
 def continuation_text(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int], plain: bool = False) -> str:

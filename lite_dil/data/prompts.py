@@ -169,8 +169,7 @@ def read_and_encode(
 
 
 def _ids(prompt: Prompt, encoder: Encoder) -> tuple[int, ...]:
-    text = prompt.prompt if isinstance(prompt.prompt, str) else encoder.chat_prompt(prompt.prompt, prompt.tools)
-    ids = encoder.prompt_ids(text, chat=prompt.chat)
+    ids = encoder.prompt(prompt.prompt, prompt.tools)
     if not ids:
         raise RowError("empty prompt", "the prompt has no token, so nothing predicts the first token of an answer")
     return ids

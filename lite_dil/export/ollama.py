@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lite_dil.base.errors import UserError, first_line
-from lite_dil.data.encoder import FIXED_DATE
+from lite_dil.base.errors import UserError
+from lite_dil.data.rendering import Rendering
+from lite_dil.data.sources import RowError
 from lite_dil.export.gguf_vocabulary import around
 
 Conversation = Sequence[Mapping[str, str]]
@@ -139,7 +140,7 @@ def probe(tokenizer: Any) -> Layout:
     Raises:
         UserError: what it does is more than to put fixed text around messages.
     """
-    render = _renderer(tokenizer)
+    render = renderer(tokenizer)
     user, answer, more, rules = ("Xquestionx", "Xanswerx", "Xmorex", "Xrulesx")
     asked = [{"role": "user", "content": user}]
     answered = [*asked, {"role": "assistant", "content": answer}]
@@ -175,20 +176,15 @@ def _conversations(system: bool) -> list[Conversation]:
     return [*plain, *([{"role": "system", "content": "Be brief.\nBe kind."}, *each] for each in plain if system)]
 
 
-def _renderer(tokenizer: Any) -> Callable[[Conversation, bool], str]:
+def renderer(tokenizer: Any) -> Callable[[Conversation, bool], str]:
     """Return what lays out a conversation as the chat template does, without the BOS token that the runtime adds itself."""
-    from jinja2 import TemplateError
-
-    template = FIXED_DATE + tokenizer.get_chat_template()
-    bos = tokenizer.bos_token if around(tokenizer)[0] else ""
+    rendering, bos = Rendering(tokenizer), tokenizer.bos_token if around(tokenizer)[0] else ""
 
     def render(messages: Conversation, generation: bool) -> str:
         try:
-            text = tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation, chat_template=template
-            )
-        except (TemplateError, TypeError) as error:
-            raise UserError(_REFUSED.format(f"it refuses a conversation ({first_line(error)})")) from None
+            text = rendering.lay_out(list(messages), None, generation)
+        except RowError as error:
+            raise UserError(_REFUSED.format(f"it refuses a conversation ({error})")) from None
         return text.removeprefix(bos)
 
     return render

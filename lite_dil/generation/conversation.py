@@ -50,7 +50,7 @@ class Conversation:
 
     def __init__(self, encoder: Encoder, limit: int | None, system: str = "") -> None:
         self.encoder, self.limit, self.turns = encoder, limit, list[Turn]()
-        self.is_chat = bool(encoder.tokenizer.chat_template)
+        self.is_chat = encoder.rendering.chats
         self.set_system(system)
 
     def set_system(self, text: str) -> None:
@@ -118,9 +118,7 @@ class Conversation:
         """Tokenise what leads up to an answer."""
         try:
             read_text(messages[-1]["content"], "message")
-            if not self.is_chat:
-                return self.encoder.prompt_ids(messages[-1]["content"], chat=False)
-            return self.encoder.prompt_ids(self.encoder.chat_prompt(messages), chat=True)
+            return self.encoder.prompt(messages if self.is_chat else messages[-1]["content"])
         except RowError as error:
             raise UserError(str(error)) from None
 

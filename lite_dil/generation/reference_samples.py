@@ -73,7 +73,7 @@ def add_samples(
     Returns:
         The examples in the same order, or None where Ctrl-C ended it early; what was drawn up to then is in the file.
     """
-    ends = end_ids(examples, encoder)
+    ends = encoder.end_ids()
     wanted = draws(examples, count, ends, reference, options)
     file = SampleFile(path, wanted, ends, encoder.tokenizer)
     # Whole batches, also where some of their lines are there: a run that goes on then computes what one in a go would have.
@@ -126,16 +126,6 @@ def needed(options: ResolvedSchedule, examples: Sequence[Example]) -> list[Examp
     if options.max_steps is None or count >= len(examples):
         return list(examples)
     return [examples[i] for i in sorted(schedule.order(0)[:count].tolist())]  # a longer run needs these and more
-
-
-def end_ids(examples: Sequence[Example], encoder: Encoder) -> list[int]:
-    """Return the tokens that end an answer: EOS, and the end-of-turn tokens that the examples' own answers end in.
-
-    A chat template's end-of-turn token need not be the tokenizer's EOS, and a model may have learned both.
-    """
-    control = set(encoder.tokenizer.convert_tokens_to_ids(sorted(encoder.control)))
-    last = {response[-1] for example in examples for response in example.responses}
-    return sorted({encoder.tokenizer.eos_token_id} | (last & control))  # one that was cut ends in some other token
 
 
 def draws(examples: Sequence[Example], count: int, ends: Sequence[int], reference: str, options: DrawOptions) -> list[Draw]:
