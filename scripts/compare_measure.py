@@ -16,7 +16,6 @@ from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import load
 from lite_dil.data.encoder import Example
-from lite_dil.generation.reference_samples import end_ids
 from lite_dil.recipes.preference import Trained
 
 TOGETHER = 8  # prompts that are answered in one go: what was answered is kept, and a GPU has room for their keys and values
@@ -38,7 +37,7 @@ class Probe:
         assert config.eval_data is not None  # a comparison always has one
         self.examples = load(config.eval_data, "test", self.encoder, config).examples
         self.prompts = list(dict.fromkeys(example.prompt for example in self.examples))[:prompts]
-        self.ends = end_ids(self.examples, self.encoder)
+        self.ends = self.encoder.end_ids()
 
     def logps(self, examples: Sequence[Example], reference: bool = False) -> list[list[float]]:
         """Return the summed log-probs of each example's responses, in nats."""

@@ -182,7 +182,7 @@ def renderer(tokenizer: Any) -> Callable[[Conversation, bool], str]:
 
     def render(messages: Conversation, generation: bool) -> str:
         try:
-            text = rendering.lay_out(list(messages), None, generation)
+            text = rendering.lay_out([dict(message) for message in messages], None, generation)
         except RowError as error:
             raise UserError(_REFUSED.format(f"it refuses a conversation ({error})")) from None
         return text.removeprefix(bos)
