@@ -57,9 +57,9 @@ def compare(comparison: Comparison) -> bool:
     quiet.bars()
     from compare_report import report
 
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
 
-    display = Display()
+    display = Terminal()
     runs = [comparison.run(loss, seed) for seed in comparison.seeds for loss in comparison.configs]
     for number, config in enumerate(runs, 1):
         name = f"{config.loss}, seed {config.seed} ({number} of {len(runs)})"

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import config, examples, make_checkpoint, write_pairs
 
+from lite_dil.base.display import Silent
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
-from lite_dil.cli.progress import Display
 from lite_dil.generation.reference_samples import reference_digest
 from lite_dil.recipes.preference import train
 from lite_dil.training.reference import ReferenceCache, open_cache, reference_key
@@ -127,7 +127,7 @@ def run(backend: str, model: str, tmp_path: Path, name: str, **changes: Any) -> 
         "reference_cache": str(tmp_path / "cache"),
         **changes,
     }
-    train(config(**settings), Display())
+    train(config(**settings), Silent())
     return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -86,11 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make, check, and perhaps upload. Returns the exit code: 1 where what was made is not the trained model."""
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
     from lite_dil.export.exporting import Export, describe
 
     _check_options(args)
-    say = Display().say
+    say = Terminal().say
     source = tuned.find(args)
     assert source.adapter is not None  # --adapter is required
     output: Path = args.output

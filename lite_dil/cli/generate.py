@@ -22,7 +22,7 @@ from lite_dil.generation import policy as tuned
 
 if TYPE_CHECKING:
     from lite_dil.backends import Answer
-    from lite_dil.cli.progress import Display
+    from lite_dil.base.display import Display
     from lite_dil.data.encoder import Encoder
     from lite_dil.generation.batch_generator import Drawer
 
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from lite_dil.batching.schedule import row_tokens
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
     from lite_dil.generation.batch_generator import Drawer, batched
     from lite_dil.generation.reference_samples import ROWS
 
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     source = tuned.find(args)
     if args.base and source.adapter is None:
         raise UserError("--base writes the answer without the adapter beside the one with it; give --adapter")
-    display = Display(Console(stderr=True, highlight=False, soft_wrap=True))
+    display = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     asked, chat = prompts.read_and_encode(args.prompts, source.config, args.chat, args.max_new_tokens, display.say)
     if args.chat is None and not asked[0].chat and chat:
         display.say("the prompts are plain text, which the model continues as it stands; --chat asks them as messages")

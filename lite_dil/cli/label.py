@@ -24,7 +24,7 @@ from lite_dil.generation.text_stream import printable
 from lite_dil.labelling.labels import Candidate, Labels, Mark, interval
 
 if TYPE_CHECKING:
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
     from lite_dil.labelling.offers import Offers
 
 HELP = "make preference data: the model offers two answers, you press 1 or 2"
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
     from lite_dil.labelling.offers import Offers
 
     check_counts(args, "max_new_tokens")
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):  # of another encoding than UTF-8: what cannot be read is refused as an answer
             stream.reconfigure(errors=errors)
-    display = Display()
+    display = Terminal()
     labels = Labels(Path(args.output))
     asked, chats = prompts.read_and_encode(args.prompts, source.config, args.chat, args.max_new_tokens, display.say)
     if args.chat is None and chats and not asked[0].chat:
@@ -111,7 +111,7 @@ class _Decision(NamedTuple):
 class Session:
     """Asks about one prompt after the other, until the last one or q."""
 
-    def __init__(self, left: Sequence[Prompt], labels: Labels, offers: Offers, display: Display) -> None:
+    def __init__(self, left: Sequence[Prompt], labels: Labels, offers: Offers, display: Terminal) -> None:
         self.left, self.labels, self.offers, self.display = left, labels, offers, display
         self.number = 0
         self.history: list[_Decision] = []
@@ -224,7 +224,7 @@ class Session:
         return Candidate(text, "typed")
 
 
-def show(display: Display, prompt: Prompt, shown: Sequence[Candidate], where: str) -> None:
+def show(display: Terminal, prompt: Prompt, shown: Sequence[Candidate], where: str) -> None:
     """Print a prompt and the two answers to it, beside each other where there is room."""
     from rich.columns import Columns
     from rich.console import Group
@@ -261,7 +261,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _summary(labels: Labels, source: tuned.Source, against: str, args: argparse.Namespace, display: Display) -> None:
+def _summary(labels: Labels, source: tuned.Source, against: str, args: argparse.Namespace, display: Terminal) -> None:
     """Print what there is and how to train on it."""
     path, bad = labels.pairs.path, labels.bad.path
     display.say(f"{_count(len(labels.rows), 'pair')} in {path}")

@@ -180,12 +180,12 @@ def _run(argv: list[str]) -> int:
     prepare(config.backend, config)
     quiet.bars()
     from lite_dil.cli.demo import MEASURED, show
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
     from lite_dil.recipes.preference import train
 
     if name == "demo" and "report_samples" not in fixed:
         config = replace(config, report_samples=MEASURED)
-    display = Display()
+    display = Terminal()
     trained = train(config, display, resume, fixed)
     if name == "demo" and not trained.stopped:
         show(trained, display)
@@ -269,7 +269,7 @@ def _show_data(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
     from lite_dil.cli.show_data import Show
     from lite_dil.data.encoder import Encoder
     from lite_dil.data.inspect.findings import report
@@ -277,7 +277,7 @@ def _show_data(args: argparse.Namespace) -> int:
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe of another encoding than UTF-8 shows codes instead
         sys.stdout.reconfigure(errors="backslashreplace")
-    aside = Display(Console(stderr=True, highlight=False, soft_wrap=True))
+    aside = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     quiet.bars()
     with aside.console.status("reading the data"):
         found = report(config, Encoder(load_tokenizer(resolve_model(config.model, aside.say))))

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.backends import Backend
+from lite_dil.base.display import Display
 from lite_dil.base.hashing import digest
 from lite_dil.base.jsonl import JSONLines
 from lite_dil.base.signals import StopSignal
 from lite_dil.batching.schedule import Schedule, row_tokens
-from lite_dil.cli.progress import Display
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.encoder import Encoder, Example, continuation_text
 from lite_dil.data.reader import CHOSEN, REJECTED
