@@ -13,6 +13,7 @@ import numpy as np
 
 from lite_dil.backends import Answer, Backend, never
 from lite_dil.base.errors import OutOfMemory
+from lite_dil.base.halving import Halving, halves
 from lite_dil.base.hashing import digest
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.dataset import DataSet
@@ -20,9 +21,7 @@ from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.inspect.findings import source_facts
 from lite_dil.data.inspect.survey import lengths
 from lite_dil.data.reader import CHOSEN, REJECTED, Message, Row
-from lite_dil.generation.batch_generator import halves
 from lite_dil.runs.folder import replace_file
-from lite_dil.training.passes import Fitting
 
 MAX_NEW_TOKENS = 128
 
@@ -136,7 +135,7 @@ class Samples:
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
         self.room = max(1, min(MAX_NEW_TOKENS, config.max_length - longest))
         self.say = say
-        self.fitting: Fitting[Sequence[Prompt]] = Fitting("a batch of sample answers", self._tokens, halves, say)
+        self._halving: Halving[Sequence[Prompt]] = Halving("a batch of sample answers", self._tokens, halves, say)
 
     def refresh(self, step: int, stop: Callable[[], bool] = never) -> None:
         """Answer as the policy after `step` steps, and write the file, unless `stop`, asked between tokens, ends it.
@@ -171,7 +170,7 @@ class Samples:
         def generate(part: Sequence[Prompt]) -> list[Answer]:
             return self.backend.generate([p.ids for p in part], self.room, ends, stop=stop)
 
-        return [answer for part in self.fitting.run(generate, prompts) for answer in part]
+        return [answer for part in self._halving.run(generate, prompts) for answer in part]
 
     def _first(self, prompt: Prompt, answer: Answer) -> Sample:
         return Sample(self._key(prompt), prompt.shown, prompt.place, self.held_out, *self._shown(prompt, answer))
