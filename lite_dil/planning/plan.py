@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil import backends
+from lite_dil.backends.memory import memory_here, memory_of, nvidia_smi
 from lite_dil.base.errors import UserError
-from lite_dil.base.memory import Memory, memory_here, memory_of, nvidia_smi
+from lite_dil.base.memory import Memory
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.dataset import epoch_rows, reader_of
 from lite_dil.data.reader import CHOSEN, EMBEDDED, refuse
