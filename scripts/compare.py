@@ -22,8 +22,9 @@ from compare_settings import Comparison, read
 
 from lite_dil.base import quiet
 from lite_dil.base.errors import TrainingDiverged, UserError
+from lite_dil.base.files import replace_file
 from lite_dil.config.train_config import TrainConfig
-from lite_dil.runs.folder import RunFolder, check_same_run, replace_file, saved_config
+from lite_dil.runs.folder import RunFolder, check_same_run, saved_config
 
 RESULT = "result.json"  # a run that has it is finished: trained and measured, or diverged
 

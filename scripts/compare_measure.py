@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lite_dil.base.files import replace_file
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.dataset import load
@@ -17,7 +18,6 @@ from lite_dil.data.encoder import Example
 from lite_dil.data.reader import CHOSEN
 from lite_dil.generation.reference_samples import end_ids
 from lite_dil.recipes.preference import Trained
-from lite_dil.runs.folder import replace_file
 
 TOGETHER = 8  # prompts that are answered in one go: what was answered is kept, and a GPU has room for their keys and values
 

@@ -10,7 +10,7 @@ import compare_table as tables
 from compare import RESULT
 from compare_settings import Comparison
 
-from lite_dil.runs.folder import replace_file
+from lite_dil.base.files import replace_file
 
 
 def report(comparison: Comparison, display: Any) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
+from lite_dil.base.files import replace_file
 from lite_dil.batching.schedule import examples_per_step, steps_of
 from lite_dil.cli.main import _Parser
 from lite_dil.config.options import add_flags, build, coerce, read_yaml
@@ -22,7 +23,7 @@ from lite_dil.data.reader import EMBEDDED, Row, parse_columns, read_rows
 from lite_dil.data.sources import split_sources
 from lite_dil.objectives.criterion import check_data
 from lite_dil.objectives.table import OBJECTIVES, OPTIONS
-from lite_dil.runs.folder import RUNS, _unused, replace_file
+from lite_dil.runs.folder import RUNS, _unused
 
 COMMAND = "python scripts/compare.py"
 POINTS = 8  # evaluations over a run, unless --eval-steps says otherwise

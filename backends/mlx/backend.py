@@ -42,6 +42,7 @@ from lite_dil.backends.mlx.lora import add_lora, linear_layers
 from lite_dil.backends.mlx.prefix import NoPrefix, Pass, Rows, arrays, wrap_layers
 from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
 from lite_dil.base.errors import UserError
+from lite_dil.base.files import create, make_folder, write
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import plain, prefix
 from lite_dil.config.train_config import TrainConfig
@@ -194,9 +195,9 @@ class MLXBackend:
 
     def save_adapter(self, folder: Path) -> None:
         """Write the policy's adapter in mlx-lm's format."""
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         _save(folder / "adapters.safetensors", self.model.trainable_parameters())
-        (folder / "adapter_config.json").write_text(json.dumps(self.adapter_config, indent=2) + "\n", encoding="utf-8")
+        write(folder / "adapter_config.json", json.dumps(self.adapter_config, indent=2) + "\n")
 
     def save_state(self, folder: Path) -> None:
         """Write adapter, optimiser and how many passes have drawn dropout masks."""
@@ -368,5 +369,5 @@ def _keys(model: Any, adapter: adapters.Adapter) -> list[str]:
 
 
 def _save(path: Path, tree: Any) -> None:
-    with path.open("wb") as file:  # Python's own file says why where it cannot be written
+    with create(path) as file:
         mx.save_safetensors(file, dict(tree_flatten(tree)))

@@ -6,16 +6,15 @@ import argparse
 import contextlib
 import json
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lite_dil.base.disk import failing, writing
+from lite_dil.base.disk import failing
 from lite_dil.base.errors import UserError, gather
+from lite_dil.base.files import make_folder, move, remove, work_folder
 from lite_dil.generation import policy as tuned
 from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
 
@@ -96,15 +95,15 @@ def run(args: argparse.Namespace) -> int:
     output: Path = args.output
     with _work_folder(output) as work:
         made = work / "made" / output.name
-        made.mkdir(parents=True)
+        make_folder(made)
         check = Export(args, source, work, made, say).make()
         refused = check is not None and not check.ok
         target = _refused(output) if refused else output
         if not refused:
             describe(made, source, args.format, check)
         if target.exists():  # an empty folder, or what was refused before
-            shutil.rmtree(target)
-        made.rename(target)
+            remove(target)
+        move(made, target)
     size = sum(path.stat().st_size for path in target.rglob("*")) / 1e9
     say(f"check: {check}" if check else "check: none was made (--no-check); nobody knows whether this is the trained model")
     if check and not check.ok:
@@ -129,18 +128,17 @@ def _work_folder(output: Path) -> Iterator[Path]:
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    parent = output.absolute().parent
-    with writing(f"--output {output}: {parent}", "--output"):
-        parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=parent))
+    target = output.absolute()
     before: Any = None
     with contextlib.suppress(ValueError):  # not in the main thread, where Python allows no handlers
         before = signal.signal(signal.SIGTERM, stop)
     try:
-        with failing(f"--output {output}", "--output", "Nothing of it is left there"):
+        with (
+            work_folder(target, f"--output {output}: {target.parent}", "--output") as work,
+            failing(f"--output {output}", "--output", "Nothing of it is left there"),
+        ):
             yield work
     finally:
-        shutil.rmtree(work, ignore_errors=True)
         if before is not None:
             signal.signal(signal.SIGTERM, before)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import weakref
 from array import array
 from collections import Counter
@@ -15,6 +14,7 @@ import numpy as np
 
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
+from lite_dil.base.files import scratch_file
 from lite_dil.base.hashing import tokens_digest
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.encoder import Encoder, Example, truncate
@@ -33,8 +33,7 @@ class ExampleStore(Sequence[Example]):
     def __init__(self) -> None:
         self._what = f"the data's tokens in {cache_dir()}"
         with writing(self._what, "LITE_DIL_CACHE"):
-            cache_dir().mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115  (it lives as long as the store)
+            self._file = scratch_file(cache_dir())
         weakref.finalize(self, _close, self._file)
         self._tokens: np.ndarray | None = None
         self._starts = array("q", [0])

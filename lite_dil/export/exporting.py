@@ -18,6 +18,7 @@ import numpy as np
 
 from lite_dil import __version__, backends
 from lite_dil.base.errors import UserError
+from lite_dil.base.files import make_folder, write
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.export import merge
 from lite_dil.export.check import Check, Trained, held_out, measure, tolerance
@@ -79,7 +80,7 @@ class Export:
             check = trained.compare(self._logps(trained), self._tolerance(trained))
         self.facts["check"] = check.as_dict() if check else None
         text = json.dumps(self.facts, indent=2, ensure_ascii=False, allow_nan=False)
-        (self.made / "export.json").write_text(text + "\n", encoding="utf-8")
+        write(self.made / "export.json", text + "\n")
         return check
 
     def _reader(self) -> str:
@@ -156,7 +157,7 @@ class Export:
         planned = merge.plan(checkpoint, adapter, dense, dtype, self.source.config.model)
         self._need_disk(sum(tensor.nbytes for tensor in planned))
         self.say(f"merging the adapter into {len(adapter.weights)} layers" + (f", {len(dense)} dequantised" if dense else ""))
-        self.merged.mkdir(parents=True, exist_ok=True)
+        make_folder(self.merged)
         merge.write(self.merged, planned, checkpoint, dtype)
         self.facts |= {"dtype": dtype or checkpoint.dtype, "dequantised_weights": len(dense)}
 

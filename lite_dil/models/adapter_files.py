@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lite_dil.base import files
 from lite_dil.base.errors import UserError
 from lite_dil.models import adapters, tensors
 from lite_dil.models.adapters import Adapter
@@ -131,7 +132,7 @@ def _write(folder: Path, file: str, sides: dict[str, np.ndarray], code: str, con
 
     planned = [Planned(name, code, array.shape, pieces(array)) for name, array in sorted(sides.items())]
     tensors.write(folder / file, planned, format)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _alpha(scale: float, rank: int) -> tuple[float, bool]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.files import create
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CODES = {name: code for code, name in FLOATS.items()}
@@ -111,7 +112,7 @@ def write(path: Path, tensors: Iterable[Planned], format: str) -> None:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with create(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             start = file.tell()

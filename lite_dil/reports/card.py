@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lite_dil import __version__
+from lite_dil.base.files import replace_file
 from lite_dil.config.options import read_yaml
 from lite_dil.data.formats import FORMATS
 from lite_dil.generation.policy import Source
@@ -21,7 +22,7 @@ from lite_dil.objectives.table import DIL_FAMILY, OBJECTIVES
 from lite_dil.reports.card_use import how_to_use
 from lite_dil.reports.card_words import code, is_hub_id, public_command, public_name, public_sources, train_command
 from lite_dil.reports.findings import FACTS, shared, with_error
-from lite_dil.runs.folder import RunFolder, replace_file
+from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.history import read_history
 
 # What the embedded model is on the hub; it was made from a package, which has no card.

@@ -16,11 +16,12 @@ from lite_dil import __version__
 from lite_dil.backends import Backend
 from lite_dil.base.disk import DiskFailed, failing
 from lite_dil.base.errors import TrainingDiverged, UserError
+from lite_dil.base.files import replace_file
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.reports.findings import FACTS, read_record
 from lite_dil.reports.samples import Samples
 from lite_dil.reports.trackers import Trackers
-from lite_dil.runs.folder import RunFolder, replace_file
+from lite_dil.runs.folder import RunFolder
 
 REPORT = "report.html"
 _LIBRARIES = {"mlx": ("mlx", "mlx-lm"), "torch": ("torch", "transformers", "peft")}

@@ -13,6 +13,7 @@ import numpy as np
 
 from lite_dil.backends import Answer, Backend, never
 from lite_dil.base.errors import OutOfMemory
+from lite_dil.base.files import replace_file
 from lite_dil.base.halving import Halving, halves
 from lite_dil.base.hashing import digest
 from lite_dil.config.train_config import TrainConfig
@@ -21,7 +22,6 @@ from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.inspect.findings import source_facts
 from lite_dil.data.inspect.survey import lengths
 from lite_dil.data.reader import CHOSEN, REJECTED, Message, Row
-from lite_dil.runs.folder import replace_file
 
 MAX_NEW_TOKENS = 128
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.files import replace_file
 from lite_dil.config.train_config import TrainConfig, tracker_names
-from lite_dil.runs.folder import replace_file
 
 PROJECT = "lite-dil"
 IDS = "trackers.json"  # the names under which a run is known there, so that it goes on as the same one

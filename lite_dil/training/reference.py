@@ -12,12 +12,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from lite_dil.base.disk import append, writing
+from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
+from lite_dil.base.files import append, appending, make_folder, replace_file, write
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.models.find import cache_dir, model_folder
-from lite_dil.runs.folder import replace_file
 
 # A digest of the token ids, the summed log-prob, the response's tokens, and a checksum of the three: 32 bytes.
 _RECORD = struct.Struct("<16sdII")
@@ -46,8 +46,8 @@ class ReferenceCache:
         name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=10).hexdigest()
         self.path = folder / f"{name}.logps"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.json").write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")  # for people
+            make_folder(folder)
+            write(folder / f"{name}.json", json.dumps(key, indent=2) + "\n")  # for people
             content = self.path.read_bytes() if self.path.exists() else b""
             if torn := len(content) % _RECORD.size:  # a run was killed while it wrote
                 self._append(bytes(_RECORD.size - torn))
@@ -91,7 +91,7 @@ class ReferenceCache:
 
     def _append(self, content: bytes) -> None:
         assert self.path is not None
-        with self.path.open("ab", buffering=0) as file:  # one write a batch, so that runs side by side do not mix records
+        with appending(self.path) as file:  # one write a batch, so that runs side by side do not mix records
             append(file, content)
 
 
@@ -164,7 +164,7 @@ def _fingerprint(folder: Path, memo: Path) -> str:
         total.update(f"{path.name} {value}\n".encode())
     if changed:
         with writing(memo, "--reference-cache"):
-            memo.mkdir(parents=True, exist_ok=True)
+            make_folder(memo)
         replace_file(notes, json.dumps(remembered))
     return total.hexdigest()
 
