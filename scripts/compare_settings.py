@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import hashlib
 import json
 import math
 import shlex
@@ -15,6 +14,7 @@ from typing import Any
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.files import replace_file
+from lite_dil.base.hashing import blake2
 from lite_dil.batching.schedule import examples_per_step, steps_of
 from lite_dil.cli.main import _Parser
 from lite_dil.config.options import add_flags, build, coerce, read_yaml
@@ -260,10 +260,7 @@ def as_json(row: Row) -> str:
 
 
 def _digest(rows: list[Row]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        digest.update(as_json(row).encode())
-    return digest.hexdigest()
+    return blake2(as_json(row).encode() for row in rows).hex()
 
 
 def _planned(

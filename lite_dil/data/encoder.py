@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.hashing import sha256
 from lite_dil.data.reader import Answer, Message, Row, RowError
 
 # Templates that print today's date would give other tokens tomorrow, to a run that is resumed. This is Llama 3's own fallback.
@@ -212,7 +212,5 @@ def truncate(example: Example, max_length: int) -> tuple[Example, bool, bool]:
 
 def fingerprint(examples: Iterable[Example]) -> str:
     """Return a digest of the token ids and their split, so that a resumed run can tell that its data is the same."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.prompt, example.responses, example.signs)).encode())
-    return digest.hexdigest()[:16]
+    parts = ((example.prompt, example.responses, example.signs) for example in examples)
+    return sha256(repr(part).encode() for part in parts)[:16]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lite_dil import backends
 from lite_dil.base import quiet
 from lite_dil.base.errors import UserError
+from lite_dil.base.hashing import file_pieces, sha256
 from lite_dil.config.options import add_flags, build, read_yaml
 from lite_dil.config.train_config import FIELDS, TrainConfig
 from lite_dil.data.encoder import Encoder
@@ -115,10 +116,8 @@ def identity(source: Source) -> str:
     """Return a name for what answers: "base", or "tuned-" and 8 digits that name the adapter's weights and its strength."""
     if source.adapter is None:
         return "base"
-    weights = hashlib.sha256(str(source.strength).encode())
-    for path in sorted(source.adapter.glob("*.safetensors")):
-        weights.update(path.read_bytes())
-    return f"tuned-{weights.hexdigest()[:8]}"
+    weights = (file_pieces(path) for path in sorted(source.adapter.glob("*.safetensors")))
+    return f"tuned-{sha256(chain([str(source.strength).encode()], *weights))[:8]}"
 
 
 def _locate(path: Path) -> tuple[Path, RunFolder | None]:

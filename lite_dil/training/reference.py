@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
 import zlib
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import append, appending, make_folder, replace_file, write
+from lite_dil.base.hashing import blake2, file_pieces
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.models.find import cache_dir, model_folder
@@ -43,7 +42,7 @@ class ReferenceCache:
         self.path: Path | None = None
         if folder is None:
             return
-        name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=10).hexdigest()
+        name = blake2([json.dumps(key, sort_keys=True).encode()], size=10).hex()
         self.path = folder / f"{name}.logps"
         try:
             make_folder(folder)
@@ -128,7 +127,7 @@ def _digests(batch: Batch) -> list[bytes]:
     for prompt, response in zip(batch.prompt_of, batch.responses, strict=True):
         ids = batch.prompts[prompt]
         head = struct.pack("<I", len(ids))
-        digests.append(hashlib.blake2b(head + ids.tobytes() + response.tobytes(), digest_size=16).digest())
+        digests.append(blake2([head, ids.tobytes(), response.tobytes()]))
     return digests
 
 
@@ -148,7 +147,7 @@ def _fingerprint(folder: Path, memo: Path) -> str:
         raise UserError(
             f"{folder}: no weights there to know the reference cache's entries by; --reference-cache off needs none"
         )
-    total, changed = hashlib.blake2b(digest_size=16), False
+    values, changed = list[str](), False
     for path in names:
         real = path.resolve()
         stat = real.stat()
@@ -158,19 +157,11 @@ def _fingerprint(folder: Path, memo: Path) -> str:
         elif (note := remembered.get(str(real))) and note[:2] == seen:
             value = note[2]
         else:
-            with real.open("rb") as file:
-                value = _hash_of(file)
+            value = blake2(file_pieces(real)).hex()
             remembered[str(real)], changed = [*seen, value], True
-        total.update(f"{path.name} {value}\n".encode())
+        values.append(f"{path.name} {value}\n")
     if changed:
         with writing(memo, "--reference-cache"):
             make_folder(memo)
         replace_file(notes, json.dumps(remembered))
-    return total.hexdigest()
-
-
-def _hash_of(file: BinaryIO) -> str:
-    value = hashlib.blake2b(digest_size=16)
-    while block := file.read(2**24):
-        value.update(block)
-    return value.hexdigest()
+    return blake2(map(str.encode, values)).hex()
