@@ -43,6 +43,7 @@ from lite_dil.backends.mlx.prefix import NoPrefix, Pass, Rows, arrays, wrap_laye
 from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, logit_transform, tolerance
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import create, make_folder, write
+from lite_dil.base.streams import dropout_key
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import plain, prefix
 from lite_dil.config.train_config import TrainConfig
@@ -245,7 +246,7 @@ class MLXBackend:
     ) -> tuple[mx.array, mx.array, Any]:
         """Return loss, the policy's summed log-probs and the adapter's gradients; `sides` is what the criterion made."""
         self.passes += 1
-        draw = int(np.random.SeedSequence((self.seed, self.passes)).generate_state(1)[0])
+        draw = dropout_key(self.seed, self.passes)
 
         def run(weights: Any, inputs: Any, reference: mx.array, sides: Any, share: mx.array, key: mx.array) -> Any:
             def loss(weights: Any) -> tuple[mx.array, mx.array]:

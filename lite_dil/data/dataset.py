@@ -16,6 +16,7 @@ from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import scratch_file
 from lite_dil.base.hashing import tokens_digest
+from lite_dil.base.streams import row_draws
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.encoder import Encoder, Example, truncate
 from lite_dil.data.formats import FORMATS
@@ -192,7 +193,7 @@ def load(
     sources: list[Source] = []
     form, chat, prompts_cut, responses_cut = "", False, 0, 0
     order: list[np.ndarray] = []
-    random = np.random.default_rng([config.seed, 1])
+    random = row_draws(config.seed)
     for name, weight in split_sources(data):
         reader = reader_of(name, split, config)
         first, rows = len(store), 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lite_dil.base.errors import UserError
+from lite_dil.base.streams import adapter_stream
 from lite_dil.config.train_config import TrainConfig
 
 
@@ -28,16 +28,15 @@ class Adapter:
     weights: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def fresh(shapes: dict[str, tuple[int, int]], rank: int, scale: float, seed: int) -> Adapter:
+def fresh(shapes: dict[str, tuple[int, int]], rank: int, scale: float, seed: int, adapter: str = "policy") -> Adapter:
     """Return a new adapter for layers of the given (out, in) shapes: A uniform in +-1/sqrt(in), B zero, as PEFT and mlx-lm do.
 
-    Drawn by numpy from the seed and the layer's name, so that every backend starts from the same numbers.
+    Drawn by numpy from the seed, the layer's name and the adapter's, so that every backend starts from the same numbers.
     """
     weights = {}
     for name, (outputs, inputs) in shapes.items():
         bound = 1 / np.sqrt(inputs)
-        draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        a = draw.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
+        a = adapter_stream(seed, name, adapter).uniform(-bound, bound, (rank, inputs)).astype(np.float32)
         weights[name] = (a, np.zeros((outputs, rank), np.float32))
     return Adapter(rank, scale, weights)
 

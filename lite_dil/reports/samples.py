@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lite_dil.backends import Answer, Backend, never
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.base.files import replace_file
 from lite_dil.base.halving import Halving, halves
 from lite_dil.base.hashing import digest
+from lite_dil.base.streams import named
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.dataset import DataSet
 from lite_dil.data.encoder import Encoder, Example
@@ -46,7 +45,7 @@ class Intake:
     def __init__(self, count: int, config: TrainConfig) -> None:
         self.count, self.max_length = count, config.max_length
         self.lengths = {"prompt": array("i"), "chosen": array("i"), "rejected": array("i")}
-        self._random = np.random.default_rng([config.seed, 3])
+        self._random = named("reports/prompts", config.seed)
         self._kept: dict[tuple[int, ...], tuple[float, Prompt]] = {}
 
     def add(self, row: Row, whole: Example, cut: Example) -> None:

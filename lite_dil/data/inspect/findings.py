@@ -38,9 +38,8 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from lite_dil.base.errors import UserError
+from lite_dil.base.streams import named
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.dataset import DataSet, Source, load
 from lite_dil.data.encoder import Encoder, Example
@@ -260,7 +259,7 @@ def _length_warning(config: TrainConfig, bias: dict[str, Any]) -> str:
 
 
 def _drawn(rows: int, seed: int) -> list[int]:
-    random = np.random.default_rng([seed, 2])
+    random = named("data/samples", seed)
     return sorted(int(i) for i in random.choice(rows, min(SAMPLES, rows), replace=False))
 
 
