@@ -20,9 +20,9 @@ from typing import Any
 
 from compare_settings import Comparison, read
 
-from lite_dil.base import quiet
 from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.files import replace_file
+from lite_dil.base.start import quiet_bars, start
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.runs.folder import RunFolder, check_same_run, saved_config
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a comparison; return 0, 2 for the user's errors, 130 when stopped."""
     again = ""
     try:
-        quiet.environment()
+        start(training=True)
         comparison = read(sys.argv[1:] if argv is None else argv, __doc__ or "", lambda text: print(text, flush=True))
         again = comparison.again
         if compare(comparison):
@@ -55,7 +55,7 @@ def compare(comparison: Comparison) -> bool:
 
     first = next(iter(comparison.configs.values()))
     prepare(first.backend, first)
-    quiet.bars()
+    quiet_bars()
     from compare_report import report
 
     from lite_dil.cli.progress import Terminal

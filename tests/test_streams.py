@@ -36,7 +36,7 @@ def test_named_streams_keep_their_numbers_too() -> None:
 
 def test_no_two_streams_are_the_same() -> None:
     """Seeds and epochs around those that share numpy's padded entropy: [7], [7, 0] and 7 are one to it."""
-    found = {("dropout",): streams.named("dropout", 7)}
+    found: dict[tuple[str, int], np.random.Generator] = {}
     for seed in (0, 7, 2**32 + 7, 2**64 - 1):
         found |= {
             ("samples", seed): streams.named("data/samples", seed),

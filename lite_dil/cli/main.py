@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lite_dil import __version__
-from lite_dil.base import quiet
 from lite_dil.base.disk import failing, flush, output_fails
 from lite_dil.base.errors import TrainingDiverged, UserError, did_you_mean
+from lite_dil.base.start import quiet_bars, start
 from lite_dil.config.options import add_flags, build, read_yaml
 from lite_dil.config.train_config import FIELDS, TrainConfig, flag
 from lite_dil.data.reader import EMBEDDED
@@ -163,8 +163,8 @@ def _run(argv: list[str]) -> int:
     # Given to the sub-parser itself, so that an unknown flag is compared with that command's flags.
     chosen = commands.get(name)
     args = chosen.parse_args(argv[1:]) if chosen else parser.parse_args(argv)
+    start(training=name in ("train", "demo"))
     if name in _MODULES:
-        quiet.environment()
         return int(_module(name).run(args))
     if name == "data":
         return _show_data(args)
@@ -176,9 +176,8 @@ def _run(argv: list[str]) -> int:
 
     from lite_dil.backends import prepare
 
-    quiet.environment()
     prepare(config.backend, config)
-    quiet.bars()
+    quiet_bars()
     from lite_dil.cli.demo import MEASURED, show
     from lite_dil.cli.progress import Terminal
     from lite_dil.recipes.preference import train
@@ -254,7 +253,6 @@ def _chosen(given: dict[str, Any], base: dict[str, Any]) -> set[str]:
 
 def _show_plan(args: argparse.Namespace) -> int:
     """Print whether the run fits; return 0 where it does, else 1."""
-    quiet.environment()
     from lite_dil.planning import plan
 
     given, base = _options(args)
@@ -264,7 +262,6 @@ def _show_plan(args: argparse.Namespace) -> int:
 def _show_data(args: argparse.Namespace) -> int:
     """Print the report on the data; return 0 where training would go on with it, else 2."""
     config = build(*_options(args))
-    quiet.environment()
     import json
 
     from rich.console import Console
@@ -278,7 +275,7 @@ def _show_data(args: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe of another encoding than UTF-8 shows codes instead
         sys.stdout.reconfigure(errors="backslashreplace")
     aside = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
-    quiet.bars()
+    quiet_bars()
     with aside.console.status("reading the data"):
         found = report(config, Encoder(load_tokenizer(resolve_model(config.model, aside.say))))
     if args.json:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil import backends
-from lite_dil.base import quiet
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import file_pieces, sha256
+from lite_dil.base.start import quiet_bars
 from lite_dil.config.options import add_flags, build, read_yaml
 from lite_dil.config.train_config import FIELDS, TrainConfig
 from lite_dil.data.encoder import Encoder
@@ -101,7 +101,7 @@ def load(source: Source, say: Callable[[str], None]) -> Tuned:
         say(f"{source.run.path} has not ended: its newest checkpoint, {source.adapter.parent.name}, is used")
     name = backends.resolve(source.config.backend)
     backends.import_library(name)
-    quiet.bars()
+    quiet_bars()
     model = resolve_model(source.config.model, say)
     encoder = Encoder(load_tokenizer(model))
     # The fused layers are for the backward pass, and unpack 4-bit weights for every token; on a GPU bitsandbytes' own do not.
