@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lite_dil.backends import Sampling
 from lite_dil.base.errors import UserError
+from lite_dil.base.text import count, printable
 from lite_dil.cli import keyboard
 from lite_dil.cli.generate import add_common, check_counts
 from lite_dil.config.train_config import flag
@@ -20,7 +21,6 @@ from lite_dil.data import prompts
 from lite_dil.data.prompts import Prompt
 from lite_dil.data.reader import same_text
 from lite_dil.generation import policy as tuned
-from lite_dil.generation.text_stream import printable
 from lite_dil.labelling.labels import Candidate, Labels, Mark, interval
 
 if TYPE_CHECKING:
@@ -191,8 +191,8 @@ class Session:
             return key
 
     def _take(self, prompt: Prompt, winner: Candidate, shown: list[Candidate]) -> None:
-        count = self.labels.take(prompt, winner, shown)
-        self.display.say(f"{_count(count, 'pair')} added")
+        added = self.labels.take(prompt, winner, shown)
+        self.display.say(f"{count(added, 'pair')} added")
         if winner.cut:
             self.display.say(
                 "beware: --max-new-tokens cut this answer, and training would teach the model to end there; u takes it "
@@ -257,17 +257,13 @@ def _asked(prompt: Prompt) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt.prompt)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
 def _summary(labels: Labels, source: tuned.Source, against: str, args: argparse.Namespace, display: Terminal) -> None:
     """Print what there is and how to train on it."""
     path, bad = labels.pairs.path, labels.bad.path
-    display.say(f"{_count(len(labels.rows), 'pair')} in {path}")
+    display.say(f"{count(len(labels.rows), 'pair')} in {path}")
     if labels.bad_rows:
         display.say(
-            f"{_count(len(labels.bad_rows), 'bad answer')} in {bad}, which do not train by themselves: each is in a pair once "
+            f"{count(len(labels.bad_rows), 'bad answer')} in {bad}, which do not train by themselves: each is in a pair once "
             "an answer to its prompt is taken"
         )
     if against:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lite_dil.backends import MAX_STRENGTH, Backend
-from lite_dil.base.errors import UserError
+from lite_dil.base.errors import UserError, first_line
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.dataset import reader_of
@@ -187,7 +187,7 @@ def held_out(
         except UserError as error:
             if data:
                 raise
-            say(f"{_short(name)} cannot be read for the check ({str(error).splitlines()[0]})")
+            say(f"{_short(name)} cannot be read for the check ({first_line(error)})")
             continue
         if examples:
             return examples, _short(name)

@@ -6,6 +6,7 @@ import re
 import shlex
 from typing import Any
 
+from lite_dil.base.text import one_line
 from lite_dil.config.train_config import FIELDS, TrainConfig, flag
 from lite_dil.data.sources import EMBEDDED, is_local, looks_like_file, split_sources
 from lite_dil.models.find import EMBEDDED_MODEL
@@ -20,14 +21,9 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(_HUB_ID, name, re.ASCII) is not None and not is_local(name) and ".." not in name
 
 
-def plain(text: str) -> str:
-    """Return text on one line, without control characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
 def code(text: object) -> str:
     """Return text as Markdown code, whatever it holds."""
-    words = plain(str(text))
+    words = one_line(str(text))
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", words)), default=0))
     space = " " if words.startswith("`") or words.endswith("`") else ""
     return f"{fence}{space}{words}{space}{fence}"
@@ -41,7 +37,7 @@ def public_name(name: str) -> str:
 
 
 def _last_part(path: str) -> str:
-    return plain(re.split(r"[/\\]", path.rstrip("/\\"))[-1])
+    return one_line(re.split(r"[/\\]", path.rstrip("/\\"))[-1])
 
 
 def public_sources(text: str) -> tuple[list[str], list[str]]:
@@ -60,7 +56,7 @@ def public_sources(text: str) -> tuple[list[str], list[str]]:
 
 def public_command(command: str) -> str:
     """Return a shell command on one line in which places on this machine are their last parts."""
-    return shlex.join(_without_places(plain(word)) for word in shlex.split(command))
+    return shlex.join(_without_places(one_line(word)) for word in shlex.split(command))
 
 
 def _without_places(word: str) -> str:
@@ -100,4 +96,4 @@ def _public_value(name: str, value: Any) -> str:
         return ",".join(public_sources(value)[0])
     if name in ("model", "init_adapter"):
         return public_name(value)
-    return f"{value:g}" if isinstance(value, float) else plain(str(value))
+    return f"{value:g}" if isinstance(value, float) else one_line(str(value))

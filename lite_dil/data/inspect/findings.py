@@ -40,6 +40,7 @@ from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.streams import named
+from lite_dil.base.text import count
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.dataset import DataSet, Source, load
 from lite_dil.data.encoder import Encoder, Example
@@ -81,11 +82,6 @@ def report(config: TrainConfig, encoder: Encoder) -> dict[str, Any]:
         if len(survey) and (refusal := _refusal(replace(config, data=config.eval_data), held_out, survey)):
             stops.append({"why": f"held-out data: {refusal}", "mend": "give --eval-data of the training data's form"})
     return found | {"stops": stops}
-
-
-def count(number: int, word: str) -> str:
-    """Return a number with its noun, in the plural where it is one."""
-    return f"{number:,} {word}" + ("" if number == 1 else "s")
 
 
 def source_facts(source: Source) -> dict[str, Any]:
