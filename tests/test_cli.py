@@ -113,8 +113,8 @@ def test_broken_adapters_are_refused(tiny: str, tmp_path: Path, backend: str, ca
         ("{", b"", "adapter_config.json cannot be read"),
         ('{"peft_type": "LORA"}', b"", "is not a LoRA adapter's (KeyError('r'))"),
         (peft, None, "no adapter_model.safetensors there"),
-        (peft, b"not tensors at all", "adapter_model.safetensors: cannot be read"),
-        (mlx, b"not tensors at all", "adapters.safetensors: cannot be read"),
+        (peft, b"not tensors at all", "adapter_model.safetensors: not a safetensors file"),
+        (mlx, b"not tensors at all", "adapters.safetensors: not a safetensors file"),
     ):
         folder = tmp_path / "adapter"
         shutil.rmtree(folder, ignore_errors=True)

@@ -193,8 +193,10 @@ def _next(format: str, made: Path) -> str:
     """Return how to load what was made, in three lines."""
     path, folder = shlex.quote(str(made)), json.dumps(str(made), ensure_ascii=False)  # for a shell, and for Python
     if format == "adapter":
-        config = json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))
-        if "peft_type" not in config:
+        from lite_dil.models.adapters import is_peft, read_config
+
+        config = read_config(made)
+        if not is_peft(config):
             # The embedded model has no name that mlx-lm would know.
             model = resolve_model(EMBEDDED_MODEL) if config["model"] == EMBEDDED_MODEL else config["model"]
             return f'  mlx_lm.generate --model {shlex.quote(model)} --adapter-path {path} --prompt "Hello"'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -152,11 +151,10 @@ def _usable(backend: str) -> str:
 
 def _own_model(adapter: Path) -> str:
     """Return the model that an adapter's own config names."""
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--adapter {adapter}: adapter_config.json cannot be read ({error})") from None
-    model = config.get("base_model_name_or_path") or config.get("model") if isinstance(config, dict) else None
+    from lite_dil.models.adapters import read_config
+
+    config = read_config(adapter)
+    model = config.get("base_model_name_or_path") or config.get("model")
     if not isinstance(model, str):
         raise UserError(f"--adapter {adapter}: its adapter_config.json names no model; give --model")
     return model
