@@ -26,6 +26,7 @@ from lite_dil.generation import policy as tuned
 from lite_dil.generation.policy import Source, Tuned
 from lite_dil.models import adapter_files
 from lite_dil.models.find import folder_of, load_tokenizer, resolve_model
+from lite_dil.models.names import public_name
 from lite_dil.models.shape import fetch_config
 
 CHECK_ROWS = 8
@@ -259,11 +260,6 @@ def describe(folder: Path, source: Source, format: str, check: Check | None) -> 
     from lite_dil.reports.card import write_card
 
     write_card(folder, source, format, check, shlex.join(["lite-dil", *sys.argv[1:]]))
-
-
-def public_name(model: str) -> str:
-    """Return a model's name without the folders of this machine."""
-    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def model_config(model: str) -> dict[str, Any]:
