@@ -170,14 +170,14 @@ def test_precomputing_goes_on_where_it_was_stopped(tiny: str, tmp_path: Path) ->
     write_pairs(tmp_path / "pairs.jsonl", 40)
     code = """
 import os, signal, sys
-from lite_dil.fitting import Passes
+from lite_dil.training.passes import Passes
 done = Passes.reference
 def stop_after_one(*args):
     result = done(*args)
     os.kill(os.getpid(), signal.SIGINT)
     return result
 Passes.reference = stop_after_one
-from lite_dil.cli import main
+from lite_dil.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
     arguments = ["train", "--backend", "cpu", "--model", tiny, "--data", str(tmp_path / "pairs.jsonl"), "--row-tokens", "40"]
