@@ -20,9 +20,9 @@ from typing import Any
 
 from compare_settings import Comparison, read
 
-from lite_dil.base import quiet
 from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.files import replace_file
+from lite_dil.base.start import quiet_bars, start
 from lite_dil.config.resume import check_same_run, saved_config
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.runs.folder import RunFolder
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a comparison; return 0, 2 for the user's errors, 130 when stopped."""
     again = ""
     try:
-        quiet.environment()
+        start(training=True)
         comparison = read(sys.argv[1:] if argv is None else argv, __doc__ or "", lambda text: print(text, flush=True))
         again = comparison.again
         if compare(comparison):
@@ -56,12 +56,12 @@ def compare(comparison: Comparison) -> bool:
 
     first = next(iter(comparison.configs.values()))
     prepare(first.backend, first)
-    quiet.bars()
+    quiet_bars()
     from compare_report import report
 
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
 
-    display = Display()
+    display = Terminal()
     runs = [comparison.run(loss, seed) for seed in comparison.seeds for loss in comparison.configs]
     for number, config in enumerate(runs, 1):
         name = f"{config.loss}, seed {config.seed} ({number} of {len(runs)})"

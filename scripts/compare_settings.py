@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import hashlib
 import json
 import math
 import shlex
@@ -15,12 +14,13 @@ from typing import Any
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.files import replace_file
+from lite_dil.base.hashing import blake2
 from lite_dil.batching.schedule import examples_per_step, steps_of
 from lite_dil.cli.main import _Parser
 from lite_dil.config.options import add_flags, build, coerce, read_yaml
 from lite_dil.config.train_config import FIELDS, FREE_ON_RESUME, ResolvedConfig, flag
-from lite_dil.data.reader import EMBEDDED, Row, parse_columns, read_rows
-from lite_dil.data.sources import split_sources
+from lite_dil.data.reader import Row, parse_columns, read_rows
+from lite_dil.data.sources import EMBEDDED, split_sources
 from lite_dil.objectives.accepts import check_data
 from lite_dil.objectives.table import OBJECTIVES, OPTIONS
 from lite_dil.runs.folder import RUNS, unused
@@ -261,10 +261,7 @@ def as_json(row: Row) -> str:
 
 
 def _digest(rows: list[Row]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        digest.update(as_json(row).encode())
-    return digest.hexdigest()
+    return blake2(as_json(row).encode() for row in rows).hex()
 
 
 def _planned(

@@ -10,6 +10,7 @@ from typing import Any
 
 from compare_settings import Comparison
 
+from lite_dil.base.text import count
 from lite_dil.objectives.table import DIL_FAMILY
 
 Run = dict[str, Any]  # result.json and what metrics.jsonl adds to it
@@ -201,7 +202,7 @@ def verdict(rows: Sequence[Row], steps: int, answers: int) -> list[str]:
         if names[name]
     )
     seeds = max(len(row["seeds"]) for row in rows)
-    scope = f"{seeds} seed{'s' if seeds > 1 else ''}, {steps} steps and {answers} held-out rows at these learning rates"
+    scope = f"{count(seeds, 'seed')}, {steps} steps and {answers} held-out rows at these learning rates"
     compared = f" (of {' and '.join(OTHERS)} only {theirs[0]} was compared)" if len(theirs) < len(OTHERS) else ""
     return [*sentences, f'The claim "{CLAIM}" {judged}{compared}: {found}. That is {scope}, and says no more.']
 

@@ -22,8 +22,9 @@ from lite_dil.cli.main import main
 from lite_dil.config.options import add_flags, build, read_yaml
 from lite_dil.config.train_config import FIELDS
 from lite_dil.generation.policy import AdapterSource
+from lite_dil.models.names import public_name
 from lite_dil.reports.card import write_card
-from lite_dil.reports.card_words import code, public_command, public_name, public_sources, train_command
+from lite_dil.reports.card_words import code, public_command, public_sources, train_command
 
 CHECK = SimpleNamespace(rows=8, tokens=1234, data="/home/me/held.jsonl", mean=0.00123, max=0.045, tolerance=0.02)
 DATA = "pre`fs` |<b>#*_.jsonl"
@@ -234,6 +235,9 @@ def test_words_that_may_be_published(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("./model", "model"),
         ("data/prefs", "prefs"),
         ("smollm2-135m", "smollm2-135m"),
+        (".", tmp_path.name),
+        ("data/..", tmp_path.name),
+        ("x" * 5000, "x" * 5000),
     ):
         assert public_name(name) == shown
     assert public_sources("data/prefs,data/prefs:test,a/b,a/b/c:d=2,a/b.jsonl") == (

@@ -21,9 +21,9 @@ import pytest
 from conftest import batch, criterion, load, make_checkpoint, one_step
 from safetensors.torch import load_file, save_file
 
+from lite_dil.base.text import printable
 from lite_dil.cli.main import main
 from lite_dil.data.encoder import Encoder
-from lite_dil.generation.text_stream import printable
 from lite_dil.models.find import load_tokenizer
 
 LIMIT = 24  # tokens of an answer

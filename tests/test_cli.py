@@ -13,6 +13,7 @@ from conftest import write_pairs
 
 from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
+from lite_dil.base.start import check_alone
 from lite_dil.cli.main import main
 
 
@@ -112,8 +113,8 @@ def test_broken_adapters_are_refused(tiny: str, tmp_path: Path, backend: str, ca
         ("{", b"", "adapter_config.json cannot be read"),
         ('{"peft_type": "LORA"}', b"", "is not a LoRA adapter's (KeyError('r'))"),
         (peft, None, "no adapter_model.safetensors there"),
-        (peft, b"not tensors at all", "adapter_model.safetensors: cannot be read"),
-        (mlx, b"not tensors at all", "adapters.safetensors: cannot be read"),
+        (peft, b"not tensors at all", "adapter_model.safetensors: not a safetensors file"),
+        (mlx, b"not tensors at all", "adapters.safetensors: not a safetensors file"),
     ):
         folder = tmp_path / "adapter"
         shutil.rmtree(folder, ignore_errors=True)
@@ -126,12 +127,37 @@ def test_broken_adapters_are_refused(tiny: str, tmp_path: Path, backend: str, ca
         assert message in capsys.readouterr().err
 
 
-def test_several_processes_are_refused(
-    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["train", "--model", tiny, "--data", str(write_pairs(tmp_path / "good.jsonl"))]) == 2
-    assert "training runs in one process" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "MLX_RANK"])
+def test_several_processes_are_refused(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(name, "2")
+    assert main(["train"]) == 2
+    assert f"training runs in one process, and {name}=2 says that there are several" in capsys.readouterr().err
+
+
+def test_what_launchers_say_of_their_processes(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text('[["127.0.0.1:5000"], ["127.0.0.1:5001"]]')
+    for several in (
+        {"WORLD_SIZE": "4", "RANK": "0"},
+        {"PMI_SIZE": "2", "PMI_RANK": "0"},
+        {"MLX_RANK": "1"},
+        {"MLX_RANK": "0", "MLX_WORLD_SIZE": "2"},
+        {"MLX_RANK": "0", "MLX_HOSTFILE": str(hosts)},
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+    ):
+        with pytest.raises(UserError, match="training runs in one process"):
+            check_alone(several)
+    hosts.write_text('[["127.0.0.1:5000"]]')
+    for alone in (
+        {},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+        {"WORLD_SIZE": ""},
+        {"MLX_RANK": "0", "MLX_HOSTFILE": str(hosts)},
+        {"MLX_RANK": "0", "MLX_HOSTFILE": str(tmp_path / "none")},
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"},  # a batch script
+    ):
+        check_alone(alone)
 
 
 def test_adapters_that_do_not_fit_are_refused(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

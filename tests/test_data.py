@@ -12,7 +12,8 @@ import pytest
 import zstandard
 
 from lite_dil.base.errors import UserError
-from lite_dil.data.reader import EMBEDDED, read_rows
+from lite_dil.data.reader import read_rows
+from lite_dil.data.sources import EMBEDDED
 
 TEXT = {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}
 CHAT = {

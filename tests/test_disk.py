@@ -15,7 +15,8 @@ from conftest import WORDS, write_pairs
 from safetensors import SafetensorError
 
 from lite_dil.base import disk
-from lite_dil.base.disk import DiskFailed, append, failing, writing
+from lite_dil.base.disk import DiskFailed, failing, writing
+from lite_dil.base.files import append, partial
 from lite_dil.cli.main import main
 from lite_dil.runs.folder import RunFolder
 
@@ -196,14 +197,15 @@ def test_what_does_not_fit_beside_the_merged_folder(adapter: str, tmp_path: Path
     merged, out = tmp_path / "merged", tmp_path / "out"
     assert main(["export", "--adapter", adapter, "--format", "merged", "--output", str(merged), "--no-check"]) == 0
     out.mkdir()
-    for name in ("model.safetensors", ".x.gguf.part"):
+    made = partial(out / "x.gguf")
+    for name in ("model.safetensors", made.name):
         (out / name).symlink_to("/dev/full")
     told = r"out: cannot be written \(Unable to write .* bytes to file\); check whether its disk"
     with pytest.raises(DiskFailed, match=told), failing(out):
         write_model(merged, out, None)
     with pytest.raises(DiskFailed, match=rf"out: cannot be written \({FULL}\); free space there"), failing(out):
         convert(merged, out / "x.gguf", "f16", None, print)
-    assert not list(out.glob("*.gguf")) and ".x.gguf.part" not in left(out)
+    assert not list(out.glob("*.gguf")) and made.name not in left(out)
 
 
 def test_answers_that_do_not_fit(adapter: str, tmp_path: Path, tiny: str) -> None:
@@ -345,7 +347,7 @@ def test_a_folder_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_file_that_is_nearly_full_takes_all_or_nothing(tmp_path: Path) -> None:
     code = _LIMITED.format(10) + (
-        "from lite_dil.base.disk import append\n"
+        "from lite_dil.base.files import append\n"
         "with open(sys.argv[1], 'ab', buffering=0) as file:\n"
         "    append(file, b'1234567\\n')\n"
         "    try: append(file, b'abcdefg\\n')\n"

@@ -17,7 +17,8 @@ from test_parity import assert_same_gradients
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.data.encoder import Encoder, Example
-from lite_dil.data.reader import EMBEDDED, Row, read_rows
+from lite_dil.data.reader import Row, read_rows
+from lite_dil.data.sources import EMBEDDED
 from lite_dil.models import find as models
 from lite_dil.models.find import load_tokenizer
 

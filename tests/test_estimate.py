@@ -20,11 +20,11 @@ from lite_dil.backends.torch import head as torch_head
 from lite_dil.backends.torch import packed_attention as torch_packed
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
-from lite_dil.batching.schedule import Schedule
+from lite_dil.batching.schedule import PRECOMPUTE_ROWS, Schedule
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.models.shape import FAMILIES, ModelShape, Quantization
 from lite_dil.planning.estimate import Load, layout_for
-from lite_dil.planning.estimate_torch import CHUNK, HEAD_TILE, MLP_TILE, PRECOMPUTE_ROWS, QUERIES
+from lite_dil.planning.estimate_torch import CHUNK, HEAD_TILE, MLP_TILE, QUERIES
 from lite_dil.planning.peak import estimate
 from lite_dil.recipes import preference as train
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lite_dil.base.errors import UserError
 from lite_dil.data.encoder import Encoder, Example, fingerprint, truncate
-from lite_dil.data.reader import Row, RowError
+from lite_dil.data.reader import Row
+from lite_dil.data.sources import RowError
 
 TOKENIZERS = {"byte-level": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer}
 

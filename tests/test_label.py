@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 from test_generate_command import adapter
 
+from lite_dil.base.text import printable
 from lite_dil.cli.main import main
 from lite_dil.data.prompts import Prompt
 from lite_dil.data.reader import read_rows
-from lite_dil.generation.text_stream import printable
 from lite_dil.labelling.labels import Candidate, Labels, interval
 
 QUESTIONS = ["what is tea", "how do you make good bread and tea", "a red house"]

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lite_dil.backends import registry
 from lite_dil.backends.torch import backend as torch_backend
 from lite_dil.base.errors import OutOfMemory
+from lite_dil.base.halving import Halving
 from lite_dil.batching.batch import Batch, by_batch
 from lite_dil.batching.schedule import Limits, Schedule, computed_tokens
 from lite_dil.cli.main import main
-from lite_dil.training.passes import Fitting
 
 
 class Canary:
@@ -438,9 +438,9 @@ def test_what_was_too_large_once_is_halved_at_once() -> None:
             raise OutOfMemory("a test", "full")
         return piece
 
-    fitting: Fitting[range] = Fitting("a range", len, lambda r: [r[: len(r) // 2], r[len(r) // 2 :]], said.append)
+    halving: Halving[range] = Halving("a range", len, lambda r: [r[: len(r) // 2], r[len(r) // 2 :]], said.append)
     for _ in range(2):
-        assert [i for part in fitting.run(work, range(8)) for i in part] == list(range(8))
+        assert [i for part in halving.run(work, range(8)) for i in part] == list(range(8))
     assert tried == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
     assert said[0] == "out of memory in a range of 8 tokens: halved from here on; the result is the same"
     assert len(said) == 2

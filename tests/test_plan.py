@@ -18,8 +18,9 @@ import pytest
 from conftest import config, write_pairs
 from test_hub import Hub
 
+from lite_dil.backends.memory import CUDA_CONTEXT, memory_here, memory_of
 from lite_dil.base.errors import UserError
-from lite_dil.base.memory import CUDA_CONTEXT, GIB, memory_here, memory_of
+from lite_dil.base.memory import GIB
 from lite_dil.cli.main import main
 from lite_dil.models.shape import ModelShape
 from lite_dil.planning import fit
@@ -198,7 +199,7 @@ import os, sys
 sys.modules.update(dict.fromkeys(("torch", "mlx", "mlx_lm", "transformers", "peft")))
 opened = set()
 sys.addaudithook(lambda event, args: event == "open" and opened.add(str(args[0])))
-from lite_dil.cli import main
+from lite_dil.cli.main import main
 assert main(["plan", "--model", {llama!r}, "--4bit", "--memory", "12"]) == 0
 print(sorted(os.path.basename(name) for name in opened if name.startswith({llama!r})))
 """

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import config, examples, make_checkpoint, write_pairs
 
+from lite_dil.base.display import Silent
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
-from lite_dil.cli.progress import Display
 from lite_dil.generation.reference_samples import reference_digest
 from lite_dil.models.fingerprint import reference_key
 from lite_dil.recipes.preference import train
@@ -128,7 +128,7 @@ def run(backend: str, model: str, tmp_path: Path, name: str, **changes: Any) -> 
         "reference_cache": str(tmp_path / "cache"),
         **changes,
     }
-    train(config(**settings), Display())
+    train(config(**settings), Silent())
     return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -171,14 +171,14 @@ def test_precomputing_goes_on_where_it_was_stopped(tiny: str, tmp_path: Path) ->
     write_pairs(tmp_path / "pairs.jsonl", 40)
     code = """
 import os, signal, sys
-from lite_dil.fitting import Passes
+from lite_dil.training.passes import Passes
 done = Passes.reference
 def stop_after_one(*args):
     result = done(*args)
     os.kill(os.getpid(), signal.SIGINT)
     return result
 Passes.reference = stop_after_one
-from lite_dil.cli import main
+from lite_dil.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
     arguments = ["train", "--backend", "cpu", "--model", tiny, "--data", str(tmp_path / "pairs.jsonl"), "--row-tokens", "40"]

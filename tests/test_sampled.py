@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, config, criterion, examples, load, one_step, sentencepiece_tokenizer
-from rich.console import Console
 
+from lite_dil.base.display import Silent
 from lite_dil.base.errors import UserError
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
-from lite_dil.cli.progress import Display
 from lite_dil.data.encoder import Encoder, Example, truncate
 from lite_dil.data.reader import Row, read_rows
 from lite_dil.generation.batch_generator import batched
@@ -28,11 +27,10 @@ SETTINGS: dict[str, Any] = {"max_length": 40, "row_tokens": 15, "seed": 7}  # ba
 EOS = 2
 
 
-class Heard(Display):
+class Heard(Silent):
     """A display whose lines can be read."""
 
     def __init__(self) -> None:
-        super().__init__(Console(quiet=True))
         self.lines: list[str] = []
 
     def say(self, text: str) -> None:

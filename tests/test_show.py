@@ -12,8 +12,9 @@ from conftest import byte_level_tokenizer, sentencepiece_tokenizer
 from rich.console import Console
 from test_data_command import data, pair, words, write
 
+from lite_dil.base.text import visible
 from lite_dil.cli.main import main
-from lite_dil.cli.show_data import Show, visible
+from lite_dil.cli.show_data import Show
 from lite_dil.data.inspect.pieces import pieces
 
 __all__ = ["data"]  # a fixture

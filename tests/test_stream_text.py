@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from conftest import byte_level_tokenizer, sentencepiece_tokenizer
 
-from lite_dil.generation.text_stream import TextStream, printable
+from lite_dil.base.text import count, one_line, printable
+from lite_dil.generation.text_stream import TextStream
 
 PARTS = ["the house", " is", "\n", "  ", "é", "日本語", "🙂", "👩‍👩‍👧", "Paris.", "\t", " a", "ß", " tea"]
 TOKENIZERS = {"byte-level": byte_level_tokenizer(), "sentencepiece": sentencepiece_tokenizer()}
@@ -67,3 +68,8 @@ def test_bytes_that_make_no_character_are_no_error(name: str) -> None:
 def test_nothing_that_a_terminal_would_obey() -> None:
     assert printable("a\x1b[31mb\x07\r\x9b\u202ec\td\ne\x7f€") == "a\\x1b[31mb\\x07\\x0d\\x9b\\u202ec\td\ne\\x7f€"
     assert printable("größer 👩‍🚀 日本") == "größer 👩‍🚀 日本"
+
+
+def test_text_of_one_line_and_numbers_with_their_nouns() -> None:
+    assert one_line(" a\tb\n\x1b[31mc\u202e ") == "a b [31mc"
+    assert [count(number, "row") for number in (0, 1, 2, 1234)] == ["0 rows", "1 row", "2 rows", "1,234 rows"]

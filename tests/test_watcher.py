@@ -21,7 +21,7 @@ from lite_dil.backends.types import Answer
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.cli.demo import show
 from lite_dil.cli.main import main
-from lite_dil.cli.progress import Display
+from lite_dil.cli.progress import Terminal
 from lite_dil.data.encoder import Encoder
 from lite_dil.data.reader import Row
 from lite_dil.recipes.preference import Trained
@@ -290,7 +290,7 @@ def test_the_demo_shows_what_any_loss_has(loss: str, tmp_path: Path, capsys: pyt
     from reported import make_run
 
     make_run(tmp_path, loss=loss, form="demonstrations" if loss == "sft" else "pairs", text="[bold]tea[/] :tea:")
-    show(Trained(None, None, RunFolder(tmp_path), stopped=False), Display())  # type: ignore[arg-type]
+    show(Trained(None, None, RunFolder(tmp_path), stopped=False), Terminal())  # type: ignore[arg-type]
     out = capsys.readouterr().out
     assert "[bold]tea[/] :tea:" in out
     assert "answer length: 20 tokens before, 30 after" in out
@@ -299,5 +299,5 @@ def test_the_demo_shows_what_any_loss_has(loss: str, tmp_path: Path, capsys: pyt
 
 
 def test_what_is_said_stands_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    Display().say("prefs.jsonl:100: field 'chosen' [red]is[/] :cat:")
+    Terminal().say("prefs.jsonl:100: field 'chosen' [red]is[/] :cat:")
     assert capsys.readouterr().out == "prefs.jsonl:100: field 'chosen' [red]is[/] :cat:\n"

@@ -34,6 +34,8 @@ from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tol
 from lite_dil.backends.switch import switched
 from lite_dil.backends.types import OWN, Answer, MicroBatch, Sampling, StepResult, joined, never
 from lite_dil.base.errors import UserError
+from lite_dil.base.files import create, make_folder, write
+from lite_dil.base.streams import dropout_key
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import plain, prefix
 from lite_dil.models import adapters
@@ -179,9 +181,9 @@ class MLXBackend:
 
     def save_adapter(self, folder: Path) -> None:
         """Write the policy's adapter in mlx-lm's format."""
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         _save(folder / "adapters.safetensors", self.model.trainable_parameters())
-        (folder / "adapter_config.json").write_text(json.dumps(self.adapter_config, indent=2) + "\n", encoding="utf-8")
+        write(folder / "adapter_config.json", json.dumps(self.adapter_config, indent=2) + "\n")
 
     def save_state(self, folder: Path) -> None:
         """Write adapter, optimiser and how many passes have drawn dropout masks."""
@@ -229,7 +231,7 @@ class MLXBackend:
     ) -> tuple[mx.array, mx.array, Any]:
         """Return the loss, what it read of the policy, and the adapter's gradients."""
         self.passes += 1
-        draw = int(np.random.SeedSequence((self.seed, self.passes)).generate_state(1)[0])
+        draw = dropout_key(self.seed, self.passes)
 
         def run(weights: Any, arrays: Any, reference: mx.array | None, inputs: Any, share: mx.array, key: mx.array) -> Any:
             def value(weights: Any) -> tuple[mx.array, mx.array]:
@@ -358,5 +360,5 @@ def _read_out(values: mx.array, what: str, tokens: int) -> np.ndarray:
 
 
 def _save(path: Path, tree: Any) -> None:
-    with path.open("wb") as file:  # Python's own file says why where it cannot be written
+    with create(path) as file:
         mx.save_safetensors(file, dict(tree_flatten(tree)))

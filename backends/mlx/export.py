@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from lite_dil.backends.mlx.load import GROUP_SIZE, load, quantise, set_dtype
 from lite_dil.backends.types import DenseWeight, Sequences
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.files import copy
 from lite_dil.models.find import folder_of
 from lite_dil.models.options import ModelOptions
 
@@ -62,10 +62,8 @@ def write_model(merged: Path, target: Path, bits: int | None) -> None:
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"--format mlx: mlx-lm cannot load this model ({first_line(error)})") from None
     for path in merged.iterdir():  # the tokenizer and what else belongs to it
-        if path.is_dir():
-            shutil.copytree(path, target / path.name)
-        elif not path.name.startswith("model") and path.name != "config.json":
-            shutil.copyfile(path, target / path.name)
+        if path.is_dir() or not (path.name.startswith("model") or path.name == "config.json"):
+            copy(path, target / path.name)
     save_model(target, model, donate_model=True)
     save_config(config, target / "config.json")
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.models import tensors
 from lite_dil.models.find import rope_config
 from lite_dil.models.options import ModelOptions
 
@@ -55,12 +55,7 @@ def set_dtype(model: Any, name: str, pre_quantised: bool) -> mx.Dtype:
     return dtype
 
 
-def load_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Read a safetensors file."""
-    try:
-        return {name: np.array(value.astype(mx.float32)) for name, value in mx.load(str(path)).items()}
-    except RuntimeError as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+load_tensors = tensors.load_float32  # of an adapter, for `lite_dil.models.adapters.read`
 
 
 def quantise(model: Any, config: dict[str, Any], options: ModelOptions, name: str, bits: int) -> tuple[Any, str]:

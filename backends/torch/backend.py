@@ -27,6 +27,7 @@ from lite_dil.backends.torch.load import create_states, load_base, load_tensors,
 from lite_dil.backends.torch.lora import POLICY, Switch, add_lora
 from lite_dil.backends.types import OWN, Answer, MicroBatch, Sampling, StepResult, joined, never
 from lite_dil.base.errors import OutOfMemory, UserError, first_line
+from lite_dil.base.files import create
 from lite_dil.base.memory import keep_freed_memory, peak_rss_mb
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import Layout, packed, plain
@@ -233,7 +234,7 @@ class TorchBackend:
             "rng": host,
             "cuda_rng": device,
         }
-        with (folder / "state.pt").open("wb") as file:  # Python's own file says why where it cannot be written
+        with create(folder / "state.pt") as file:
             torch.save(state, file)
 
     def load_state(self, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from lite_dil.backends.torch.head import QuantizedHead
 from lite_dil.backends.torch.load import load_base, target_names
 from lite_dil.backends.types import DenseWeight, Sequences
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.files import work_folder
 from lite_dil.models.options import ModelOptions
 
 
@@ -63,7 +63,7 @@ def model_logps(folder: Path, sequences: Sequences, max_memory: dict[Any, Any] |
     Args:
         max_memory: what may be used, as accelerate takes it; None for what is free.
     """
-    with tempfile.TemporaryDirectory(dir=folder.parent) as offload:
+    with work_folder(folder) as offload:
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", device_map="auto", max_memory=max_memory, offload_folder=offload

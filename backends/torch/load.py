@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -14,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lite_dil.backends.options import EngineOptions
 from lite_dil.base.errors import UserError, first_line
-from lite_dil.models import adapters
+from lite_dil.models import adapters, tensors
 
 
 def load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: bool) -> Any:
@@ -93,14 +91,7 @@ def set_weights(model: Any, name: str, adapter: adapters.Adapter) -> None:
             modules[layer].lora_B[name].weight.copy_(torch.from_numpy(b))
 
 
-def load_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Read a safetensors file, to float32."""
-    from safetensors.torch import load_file
-
-    try:
-        return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+load_tensors = tensors.load_float32  # of an adapter, for `lite_dil.models.adapters.read`
 
 
 def need_bitsandbytes() -> None:

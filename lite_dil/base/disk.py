@@ -1,14 +1,16 @@
-"""Disks that fail, full, read-only, broken or gone: what was written, why it failed and the fix, in one message."""
+"""Disks that fail, full, read-only, broken or gone: what was written, why it failed and the fix, in one message.
+
+Files are written by `lite_dil.base.files`.
+"""
 
 from __future__ import annotations
 
 import errno
-import io
 import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from lite_dil.base.errors import UserError, first_line
@@ -75,21 +77,6 @@ def failing(what: str | Path = "", place: str = "", safe: str = "") -> Iterator[
                 raise
         what = what or cause.filename or ("standard output" if output_fails() else "standard output or a temporary file")
         raise DiskFailed(what, cause, place, safe, verb) from None
-
-
-def append(file: io.FileIO, data: bytes, sync: bool = False) -> None:
-    """Append all of `data`, or nothing, to a file opened with "ab" and no buffer; with `sync` it is on the disk on return."""
-    written = 0
-    try:
-        while written < len(data):  # a disk that is nearly full takes a part, and says why only the next time
-            written += file.write(data[written:])
-        if sync:
-            os.fsync(file.fileno())
-    except OSError:
-        with suppress(OSError):
-            if file.tell() == os.fstat(file.fileno()).st_size:  # nobody has added to it meanwhile
-                file.truncate(file.tell() - written)
-        raise
 
 
 def _raised() -> tuple[type[Exception], ...]:

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lite_dil.base.disk import append, writing
+from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
+from lite_dil.base.files import append, appending, cut, make_folder, replacing, write
 
 _SAFE = "What was there before is whole, and the same command goes on from it"
 
@@ -34,7 +35,7 @@ class JSONLines:
     def __init__(self, path: Path, use: str, alone: bool = False) -> None:
         self.path, self.alone = path, alone
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             if not os.access(
                 path if path.exists() else path.parent, os.W_OK
             ):  # found now, and not after the first work is done
@@ -45,11 +46,11 @@ class JSONLines:
                 if not tail.lstrip().startswith(b"{"):
                     raise UserError(f"{path}: holds something else than JSON Lines; give another file for {use}")
                 if _is_json(tail):
-                    with path.open("ab") as file:
-                        file.write(b"\n")
+                    with appending(path) as file:
+                        append(file, b"\n")
                     whole = content + b"\n"
                 else:
-                    os.truncate(path, len(whole))
+                    cut(path, len(whole))
         except OSError as error:
             raise UserError(f"{path}: cannot be used for {use} ({error})") from None
         self.lines, self.size = whole.split(b"\n")[:-1], len(whole)
@@ -57,7 +58,7 @@ class JSONLines:
     def add(self, *rows: Any) -> None:
         """Append rows, all or none of them."""
         data = _encoded(rows)
-        with writing(self.path, safe=_SAFE), self.path.open("ab", buffering=0) as file:
+        with writing(self.path, safe=_SAFE), appending(self.path) as file:
             before = file.seek(0, os.SEEK_END)
             self._same(before)
             append(file, data, sync=True)
@@ -69,7 +70,7 @@ class JSONLines:
             return
         with writing(self.path):
             self._same(self.path.stat().st_size)
-            os.truncate(self.path, size)
+            cut(self.path, size)
         self.size = size
 
     def _same(self, size: int) -> None:
@@ -78,17 +79,10 @@ class JSONLines:
 
     def rewrite(self, rows: list[Any]) -> None:
         """Put `rows` in the place of everything that is there, in one go."""
-        data, path = _encoded(rows), self.path.resolve()  # where it is a link, of what that leads to
-        made = path.with_name(f".{path.name}.{os.getpid()}")
-        with writing(self.path, safe=_SAFE):
-            try:
-                with made.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(made, path)
-            finally:
-                made.unlink(missing_ok=True)
+        data = _encoded(rows)
+        # Where it is a link, of what that leads to.
+        with writing(self.path, safe=_SAFE), replacing(self.path.resolve()) as part:
+            write(part, data, sync=True)
         self.size = len(data)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lite_dil.base.streams import epoch_order
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.options import ResolvedSchedule, ScheduleOptions
 from lite_dil.data.encoder import Example
@@ -95,7 +96,7 @@ class Schedule:
         return peak
 
     def _draw(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.options.seed, epoch]).permutation(len(self.examples))
+        return epoch_order(self.options.seed, epoch).permutation(len(self.examples))
 
 
 # A pass without gradients keeps next to nothing, so that it can take more tokens than one of training.

@@ -17,11 +17,11 @@ from lite_dil.backends.types import Sampling
 from lite_dil.base.errors import UserError, did_you_mean
 from lite_dil.base.hashing import digest
 from lite_dil.base.signals import StopSignal
+from lite_dil.base.text import printable
 from lite_dil.cli import adapter_flags
 from lite_dil.generation import policy
 from lite_dil.generation.conversation import Conversation, Prompt, context_limit
 from lite_dil.generation.policy import Policy
-from lite_dil.generation.text_stream import printable
 
 if TYPE_CHECKING:
     from lite_dil.generation.stream import Answering

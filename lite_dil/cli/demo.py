@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from lite_dil.cli.progress import Display
+from lite_dil.cli.progress import Terminal
 from lite_dil.recipes.preference import Trained
 from lite_dil.reports import findings as story
 from lite_dil.reports.findings import SAMPLES
@@ -15,7 +15,7 @@ from lite_dil.reports.samples import read_samples
 SHOWN, MEASURED = 6, 20
 
 
-def show(trained: Trained, display: Display) -> None:
+def show(trained: Trained, display: Terminal) -> None:
     """Print the answers that the run itself made for its report, adapter off and on, and the held-out figures."""
     if samples := read_samples(trained.folder.path / SAMPLES):
         table = Table(show_lines=True, title="held-out questions")

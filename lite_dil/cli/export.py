@@ -6,17 +6,16 @@ import argparse
 import contextlib
 import json
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lite_dil.base.disk import failing, writing
+from lite_dil.base.disk import failing
 from lite_dil.base.errors import UserError, gather
+from lite_dil.base.files import make_folder, move, remove, work_folder
 from lite_dil.cli import adapter_flags
 from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
 
@@ -87,17 +86,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make, check, and perhaps upload. Returns the exit code: 1 where what was made is not the trained model."""
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
     from lite_dil.export.exporting import Export, ExportOptions, describe
 
     _check_options(args)
-    say = Display().say
+    say = Terminal().say
     source = adapter_flags.find(args)
     assert source.adapter is not None  # --adapter is required
     output: Path = args.output
     with _work_folder(output) as work:
         made = work / "made" / output.name
-        made.mkdir(parents=True)
+        make_folder(made)
         options = ExportOptions(**{field.name: getattr(args, field.name) for field in fields(ExportOptions)})
         check = Export(options, source, work, made, say).make()
         refused = check is not None and not check.ok
@@ -105,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
         if not refused:
             describe(made, source, args.format, check)
         if target.exists():  # an empty folder, or what was refused before
-            shutil.rmtree(target)
-        made.rename(target)
+            remove(target)
+        move(made, target)
     size = sum(path.stat().st_size for path in target.rglob("*")) / 1e9
     say(f"check: {check}" if check else "check: none was made (--no-check); nobody knows whether this is the trained model")
     if check and not check.ok:
@@ -131,18 +130,17 @@ def _work_folder(output: Path) -> Iterator[Path]:
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    parent = output.absolute().parent
-    with writing(f"--output {output}: {parent}", "--output"):
-        parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=parent))
+    target = output.absolute()
     before: Any = None
     with contextlib.suppress(ValueError):  # not in the main thread, where Python allows no handlers
         before = signal.signal(signal.SIGTERM, stop)
     try:
-        with failing(f"--output {output}", "--output", "Nothing of it is left there"):
+        with (
+            work_folder(target, f"--output {output}: {target.parent}", "--output") as work,
+            failing(f"--output {output}", "--output", "Nothing of it is left there"),
+        ):
             yield work
     finally:
-        shutil.rmtree(work, ignore_errors=True)
         if before is not None:
             signal.signal(signal.SIGTERM, before)
 
@@ -197,8 +195,10 @@ def _next(format: str, made: Path) -> str:
     """Return how to load what was made, in three lines."""
     path, folder = shlex.quote(str(made)), json.dumps(str(made), ensure_ascii=False)  # for a shell, and for Python
     if format == "adapter":
-        config = json.loads((made / "adapter_config.json").read_text(encoding="utf-8"))
-        if "peft_type" not in config:
+        from lite_dil.models.adapters import is_peft, read_config
+
+        config = read_config(made)
+        if not is_peft(config):
             # The embedded model has no name that mlx-lm would know.
             model = resolve_model(EMBEDDED_MODEL) if config["model"] == EMBEDDED_MODEL else config["model"]
             return f'  mlx_lm.generate --model {shlex.quote(model)} --adapter-path {path} --prompt "Hello"'

@@ -24,7 +24,7 @@ from lite_dil.generation.policy import AdapterSource, Policy
 
 if TYPE_CHECKING:
     from lite_dil.backends.types import Answer
-    from lite_dil.cli.progress import Display
+    from lite_dil.base.display import Display
     from lite_dil.data.encoder import Encoder
     from lite_dil.generation.batch_generator import Drawer
 
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from lite_dil.batching.schedule import row_tokens
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
     from lite_dil.generation.batch_generator import Drawer, batched
     from lite_dil.generation.reference_samples import ROWS
 
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     source = adapter_flags.find(args)
     if args.base and source.adapter is None:
         raise UserError("--base writes the answer without the adapter beside the one with it; give --adapter")
-    display = Display(Console(stderr=True, highlight=False, soft_wrap=True))
+    display = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     options = adapter_flags.options_of(args)
     asked, chat = prompts.read_and_encode(
         args.prompts, options, source.options.model, args.chat, args.max_new_tokens, display.say

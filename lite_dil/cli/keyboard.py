@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lite_dil.base.errors import UserError
+from lite_dil.base.files import work_folder, write
 
 
 def read_key() -> str | None:
@@ -44,9 +45,9 @@ def edit_text(text: str) -> str:
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or next(filter(shutil.which, ("nano", "vi", "notepad")), "")
     if not editor:
         raise UserError("no editor: set EDITOR to one")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "answer.md"
-        path.write_text(text, encoding="utf-8")
+    with work_folder(Path(tempfile.gettempdir()) / "lite-dil") as folder:
+        path = folder / "answer.md"
+        write(path, text)
         try:
             code = subprocess.call([*shlex.split(editor), str(path)])
             edited = path.read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lite_dil.backends.types import Sampling
 from lite_dil.base.errors import UserError
+from lite_dil.base.text import count, printable
 from lite_dil.cli import adapter_flags, keyboard
 from lite_dil.cli.generate import add_common, check_counts
 from lite_dil.config.train_config import flag
@@ -21,11 +22,10 @@ from lite_dil.data.prompts import Prompt
 from lite_dil.data.reader import same_text
 from lite_dil.generation import policy
 from lite_dil.generation.policy import AdapterSource
-from lite_dil.generation.text_stream import printable
 from lite_dil.labelling.labels import Candidate, Labels, Mark, interval
 
 if TYPE_CHECKING:
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
     from lite_dil.labelling.offers import Offers
 
 HELP = "make preference data: the model offers two answers, you press 1 or 2"
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return its exit code."""
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
     from lite_dil.labelling.offers import Offers
 
     check_counts(args, "max_new_tokens")
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):  # of another encoding than UTF-8: what cannot be read is refused as an answer
             stream.reconfigure(errors=errors)
-    display = Display()
+    display = Terminal()
     labels = Labels(Path(args.output))
     options, model_name = adapter_flags.options_of(args), source.options.model
     asked, chats = prompts.read_and_encode(args.prompts, options, model_name, args.chat, args.max_new_tokens, display.say)
@@ -113,7 +113,7 @@ class _Decision(NamedTuple):
 class Session:
     """Asks about one prompt after the other, until the last one or q."""
 
-    def __init__(self, left: Sequence[Prompt], labels: Labels, offers: Offers, display: Display) -> None:
+    def __init__(self, left: Sequence[Prompt], labels: Labels, offers: Offers, display: Terminal) -> None:
         self.left, self.labels, self.offers, self.display = left, labels, offers, display
         self.number = 0
         self.history: list[_Decision] = []
@@ -193,8 +193,8 @@ class Session:
             return key
 
     def _take(self, prompt: Prompt, winner: Candidate, shown: list[Candidate]) -> None:
-        count = self.labels.take(prompt, winner, shown)
-        self.display.say(f"{_count(count, 'pair')} added")
+        added = self.labels.take(prompt, winner, shown)
+        self.display.say(f"{count(added, 'pair')} added")
         if winner.cut:
             self.display.say(
                 "beware: --max-new-tokens cut this answer, and training would teach the model to end there; u takes it "
@@ -226,7 +226,7 @@ class Session:
         return Candidate(text, "typed")
 
 
-def show(display: Display, prompt: Prompt, shown: Sequence[Candidate], where: str) -> None:
+def show(display: Terminal, prompt: Prompt, shown: Sequence[Candidate], where: str) -> None:
     """Print a prompt and the two answers to it, beside each other where there is room."""
     from rich.columns import Columns
     from rich.console import Group
@@ -259,17 +259,13 @@ def _asked(prompt: Prompt) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt.prompt)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _summary(labels: Labels, source: AdapterSource, against: str, args: argparse.Namespace, display: Display) -> None:
+def _summary(labels: Labels, source: AdapterSource, against: str, args: argparse.Namespace, display: Terminal) -> None:
     """Print what there is and how to train on it."""
     path, bad = labels.pairs.path, labels.bad.path
-    display.say(f"{_count(len(labels.rows), 'pair')} in {path}")
+    display.say(f"{count(len(labels.rows), 'pair')} in {path}")
     if labels.bad_rows:
         display.say(
-            f"{_count(len(labels.bad_rows), 'bad answer')} in {bad}, which do not train by themselves: each is in a pair once "
+            f"{count(len(labels.bad_rows), 'bad answer')} in {bad}, which do not train by themselves: each is in a pair once "
             "an answer to its prompt is taken"
         )
     if against:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lite_dil import __version__
-from lite_dil.base import quiet
 from lite_dil.base.disk import failing, flush, output_fails
 from lite_dil.base.errors import TrainingDiverged, UserError, did_you_mean
+from lite_dil.base.start import quiet_bars, start
 from lite_dil.config.options import add_flags, build, read_yaml
 from lite_dil.config.resume import check_same_run, saved_config
 from lite_dil.config.train_config import FIELDS, ResolvedConfig, flag
-from lite_dil.data.reader import EMBEDDED
+from lite_dil.data.sources import EMBEDDED
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.runs.folder import RunFolder, find_checkpoint
 
@@ -164,8 +164,8 @@ def _run(argv: list[str]) -> int:
     # Given to the sub-parser itself, so that an unknown flag is compared with that command's flags.
     chosen = commands.get(name)
     args = chosen.parse_args(argv[1:]) if chosen else parser.parse_args(argv)
+    start(training=name in ("train", "demo"))
     if name in _MODULES:
-        quiet.environment()
         return int(_module(name).run(args))
     if name == "data":
         return _show_data(args)
@@ -177,16 +177,15 @@ def _run(argv: list[str]) -> int:
 
     from lite_dil.backends.registry import prepare
 
-    quiet.environment()
     prepare(config.backend, config)
-    quiet.bars()
+    quiet_bars()
     from lite_dil.cli.demo import MEASURED, show
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
     from lite_dil.recipes.preference import train
 
     if name == "demo" and "report_samples" not in fixed:
         config = replace(config, report_samples=MEASURED)
-    display = Display()
+    display = Terminal()
     trained = train(config, display, resume, fixed)
     if name == "demo" and not trained.stopped:
         show(trained, display)
@@ -255,7 +254,6 @@ def _chosen(given: dict[str, Any], base: dict[str, Any]) -> set[str]:
 
 def _show_plan(args: argparse.Namespace) -> int:
     """Print whether the run fits; return 0 where it does, else 1."""
-    quiet.environment()
     from lite_dil.cli import plan
 
     given, base = _options(args)
@@ -265,12 +263,11 @@ def _show_plan(args: argparse.Namespace) -> int:
 def _show_data(args: argparse.Namespace) -> int:
     """Print the report on the data; return 0 where training would go on with it, else 2."""
     config = build(*_options(args))
-    quiet.environment()
     import json
 
     from rich.console import Console
 
-    from lite_dil.cli.progress import Display
+    from lite_dil.cli.progress import Terminal
     from lite_dil.cli.show_data import Show
     from lite_dil.data.encoder import Encoder
     from lite_dil.data.inspect.findings import report
@@ -278,8 +275,8 @@ def _show_data(args: argparse.Namespace) -> int:
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe of another encoding than UTF-8 shows codes instead
         sys.stdout.reconfigure(errors="backslashreplace")
-    aside = Display(Console(stderr=True, highlight=False, soft_wrap=True))
-    quiet.bars()
+    aside = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
+    quiet_bars()
     with aside.console.status("reading the data"):
         found = report(config, Encoder(load_tokenizer(resolve_model(config.model, aside.say))))
     if args.json:

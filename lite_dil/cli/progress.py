@@ -1,4 +1,4 @@
-"""What a run says while it goes: a live bar on a terminal, plain lines elsewhere."""
+"""The display on standard output: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 
-class Display:
-    """Speaks to the user on standard output."""
+class Terminal:
+    """The `lite_dil.base.display.Display` of the command line, on standard output unless `console` says otherwise."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
@@ -33,10 +33,10 @@ class Display:
             yield
 
     @contextmanager
-    def bar(self, steps: int, done: int, first: str = "") -> Iterator[Bar]:
+    def bar(self, steps: int, done: int, first: str = "") -> Iterator[TerminalBar]:
         """Show the progress of `steps` steps, `done` of them already behind, with the text `first` until the next is done."""
         if not self.console.is_terminal:
-            yield Bar(self, steps, None)
+            yield TerminalBar(self, steps, None)
             return
         columns = (
             BarColumn(16),
@@ -48,13 +48,13 @@ class Display:
         )
         with RichProgress(*columns, console=self.console) as live:
             live.add_task("", total=steps, completed=done, status=first)
-            yield Bar(self, steps, live)
+            yield TerminalBar(self, steps, live)
 
 
-class Bar:
-    """The progress of one run."""
+class TerminalBar:
+    """The progress of one run: `lite_dil.base.display.Bar`."""
 
-    def __init__(self, display: Display, steps: int, live: RichProgress | None) -> None:
+    def __init__(self, display: Terminal, steps: int, live: RichProgress | None) -> None:
         self.display, self.steps, self.live, self.status = display, steps, live, ""
 
     def update(self, step: int, line: dict[str, Any] | None) -> None:

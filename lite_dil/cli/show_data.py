@@ -10,24 +10,13 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from lite_dil.base.text import count, visible
 from lite_dil.data.formats import FORMATS
-from lite_dil.data.inspect.findings import count
 
 # Tokens shown from the start and from the end of what is too long to be shown whole.
 _PROMPT, _ANSWER = (40, 60), (160, 80)
 _STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
 _FORMS = {"pairs": "pairs", "unpaired": "single answers with labels", "demonstrations": "demonstrations (good answers alone)"}
-
-
-def visible(text: str, lines: bool = False) -> str:
-    """Return `text` with all that is no printable character written out, so that none of it commands the terminal.
-
-    Those are control characters, escape sequences among them, and characters that take no room or turn the direction of
-    writing. With `lines`, a line feed ends a line, after a mark; otherwise it is written out as well.
-    """
-    if text.isprintable():
-        return text
-    return "".join("↵\n" if lines and c == "\n" else c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class Show:

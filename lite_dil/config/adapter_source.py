@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from lite_dil.backends import limits, registry
 from lite_dil.base.errors import UserError
 from lite_dil.config.options import build, read_yaml
 from lite_dil.generation.policy import AdapterSource
+from lite_dil.models.adapters import read_config
 from lite_dil.models.options import ModelOptions
 from lite_dil.runs.folder import RunFolder
 
@@ -80,11 +80,8 @@ def _usable(backend: str) -> str:
 
 def _own_model(adapter: Path) -> str:
     """Return the model that an adapter's own config names."""
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--adapter {adapter}: adapter_config.json cannot be read ({error})") from None
-    model = config.get("base_model_name_or_path") or config.get("model") if isinstance(config, dict) else None
+    config = read_config(adapter)
+    model = config.get("base_model_name_or_path") or config.get("model")
     if not isinstance(model, str):
         raise UserError(f"--adapter {adapter}: its adapter_config.json names no model; give --model")
     return model

@@ -11,7 +11,8 @@ from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.option import FREE, WRITTEN, option
 from lite_dil.batching.options import EMBEDDED_RATE, DrawOptions, ScheduleOptions
 from lite_dil.data.options import InspectOptions, Lengths, SampleOptions
-from lite_dil.data.reader import EMBEDDED, parse_columns
+from lite_dil.data.reader import parse_columns
+from lite_dil.data.sources import EMBEDDED
 from lite_dil.models.options import ALL_LINEAR, AdapterOptions, ModelOptions, Seeded
 from lite_dil.objectives.options import ObjectiveOptions
 from lite_dil.objectives.table import OBJECTIVES, OPTIONS

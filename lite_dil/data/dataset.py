@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import weakref
 from array import array
 from collections import Counter
@@ -15,13 +14,15 @@ import numpy as np
 
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
+from lite_dil.base.files import scratch_file
 from lite_dil.base.hashing import tokens_digest
 from lite_dil.base.signs import CHOSEN
+from lite_dil.base.streams import row_draws
 from lite_dil.data.encoder import Encoder, Example, truncate
 from lite_dil.data.formats import FORMATS
 from lite_dil.data.options import DataOptions
-from lite_dil.data.reader import Problem, Reader, Row, RowError, parse_columns, refuse
-from lite_dil.data.sources import split_sources
+from lite_dil.data.reader import Problem, Reader, Row, parse_columns, refuse
+from lite_dil.data.sources import RowError, split_sources
 from lite_dil.models.find import cache_dir
 
 
@@ -34,8 +35,7 @@ class ExampleStore(Sequence[Example]):
     def __init__(self) -> None:
         self._what = f"the data's tokens in {cache_dir()}"
         with writing(self._what, "LITE_DIL_CACHE"):
-            cache_dir().mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115  (it lives as long as the store)
+            self._file = scratch_file(cache_dir())
         weakref.finalize(self, _close, self._file)
         self._tokens: np.ndarray | None = None
         self._starts = array("q", [0])
@@ -194,7 +194,7 @@ def load(
     sources: list[Source] = []
     form, chat, prompts_cut, responses_cut = "", False, 0, 0
     order: list[np.ndarray] = []
-    random = np.random.default_rng([options.seed, 1])
+    random = row_draws(options.seed)
     for name, weight in split_sources(data):
         reader = reader_of(name, split, options)
         first, rows = len(store), 0

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from lite_dil.base.errors import UserError
-from lite_dil.data.reader import Message, Row, RowError
+from lite_dil.base.hashing import sha256
+from lite_dil.data.messages import Message
+from lite_dil.data.reader import Row
 from lite_dil.data.rendering import Rendering
+from lite_dil.data.sources import RowError
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,5 @@ def truncate(example: Example, max_length: int) -> tuple[Example, bool, bool]:
 
 def fingerprint(examples: Iterable[Example]) -> str:
     """Return a digest of the token ids and their split, so that a resumed run can tell that its data is the same."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.prompt, example.responses, example.signs)).encode())
-    return digest.hexdigest()[:16]
+    parts = ((example.prompt, example.responses, example.signs) for example in examples)
+    return sha256(repr(part).encode() for part in parts)[:16]

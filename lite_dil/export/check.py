@@ -13,15 +13,14 @@ import numpy as np
 from lite_dil.backends.limits import MAX_STRENGTH
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Sequences
-from lite_dil.base.errors import UserError
+from lite_dil.base.errors import UserError, first_line
 from lite_dil.batching.batch import Batch
 from lite_dil.config.options import read_yaml
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.dataset import reader_of
 from lite_dil.data.encoder import Encoder, Example, truncate
 from lite_dil.data.options import DataOptions
-from lite_dil.data.reader import EMBEDDED, RowError
-from lite_dil.data.sources import split_sources
+from lite_dil.data.sources import EMBEDDED, RowError, split_sources
 from lite_dil.generation.policy import AdapterSource
 
 # How far from 1 the exported share of the adapter's effect may be, beyond what chance does to the estimate. Rounding loses
@@ -189,7 +188,7 @@ def held_out(
         except UserError as error:
             if data:
                 raise
-            say(f"{_short(name)} cannot be read for the check ({str(error).splitlines()[0]})")
+            say(f"{_short(name)} cannot be read for the check ({first_line(error)})")
             continue
         if examples:
             return examples, _short(name)

@@ -18,6 +18,7 @@ import numpy as np
 from lite_dil import __version__
 from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
+from lite_dil.base.files import make_folder, write
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.export import merge
 from lite_dil.export.check import Check, Trained, held_out, measure, tolerance
@@ -25,6 +26,7 @@ from lite_dil.generation import policy
 from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models import adapter_files
 from lite_dil.models.find import folder_of, load_tokenizer, resolve_model
+from lite_dil.models.names import public_name
 from lite_dil.models.shape import fetch_config
 
 CHECK_ROWS = 8
@@ -113,7 +115,7 @@ class Export:
             check = trained.compare(self._logps(trained), self._tolerance(trained))
         self.facts["check"] = check.as_dict() if check else None
         text = json.dumps(self.facts, indent=2, ensure_ascii=False, allow_nan=False)
-        (self.made / "export.json").write_text(text + "\n", encoding="utf-8")
+        write(self.made / "export.json", text + "\n")
         return check
 
     def _reader(self) -> str:
@@ -190,7 +192,7 @@ class Export:
         planned = merge.plan(checkpoint, adapter, dense, dtype, self.source.options.model)
         self._need_disk(sum(tensor.nbytes for tensor in planned))
         self.say(f"merging the adapter into {len(adapter.weights)} layers" + (f", {len(dense)} dequantised" if dense else ""))
-        self.merged.mkdir(parents=True, exist_ok=True)
+        make_folder(self.merged)
         merge.write(self.merged, planned, checkpoint, dtype)
         self.facts |= {"dtype": dtype or checkpoint.dtype, "dequantised_weights": len(dense)}
 
@@ -291,11 +293,6 @@ def describe(folder: Path, source: AdapterSource, format: str, check: Check | No
     from lite_dil.reports.card import write_card
 
     write_card(folder, source, format, check, shlex.join(["lite-dil", *sys.argv[1:]]))
-
-
-def public_name(model: str) -> str:
-    """Return a model's name without the folders of this machine."""
-    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def model_config(model: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.files import make_folder, replacing
 from lite_dil.export import gguf_vocabulary, gguf_weights
 from lite_dil.models.find import load_tokenizer
 from lite_dil.models.tensors import Stored
@@ -55,18 +56,14 @@ def convert(merged: Path, target: Path, kind: str, llama_cpp: Path | None, say: 
         UserError: the model or its tokenizer cannot be written so, a package is missing, or the converter failed.
     """
     converter = find_converter(llama_cpp)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = target.with_name(f".{target.name}.part")
-    try:
+    make_folder(target.parent)
+    with replacing(target) as made:
         if converter:
             say(f"converting with {converter}")
             _run(converter, merged, made, kind)
         else:
             _write(merged, made, kind, target.stem, say)
         _check_tokens(made, merged)
-        made.replace(target)
-    finally:
-        made.unlink(missing_ok=True)
 
 
 def check(model: Path, found: Mapping[str, Stored], llama_cpp: Path | None, logps: bool) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lite_dil.backends.types import DenseWeight
+from lite_dil.base import files
 from lite_dil.base.errors import UserError
 from lite_dil.models import tensors
 from lite_dil.models.adapters import Adapter
@@ -178,10 +178,10 @@ def write(folder: Path, planned: list[Planned], checkpoint: Checkpoint, dtype: s
         for path in checkpoint.folder.glob(pattern):
             if path.is_file():
                 to = folder / path.relative_to(checkpoint.folder)
-                to.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, to)
+                files.make_folder(to.parent)
+                files.copy(path, to)
     text = json.dumps(_config(checkpoint, dtype), indent=2, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    files.write(folder / "config.json", text + "\n")
     shards = _shards(planned)
     if len(shards) == 1:
         tensors.write(folder / "model.safetensors", shards[0], "pt")
@@ -192,7 +192,7 @@ def write(folder: Path, planned: list[Planned], checkpoint: Checkpoint, dtype: s
         tensors.write(folder / file, shard, "pt")
         where |= {tensor.name: file for tensor in shard}
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in planned)}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    files.write(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _shards(planned: list[Planned]) -> list[list[Planned]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError
+from lite_dil.base.files import write
 from lite_dil.data.rendering import Rendering
 from lite_dil.data.sources import RowError
 from lite_dil.export.gguf_vocabulary import around
@@ -119,7 +120,7 @@ def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, defaults: Mapp
     lines += [f"FROM ./{gguf_name}", "", f'TEMPLATE """{layout.go_template()}"""', ""]
     lines += [f'PARAMETER stop "{end}"' for end in ends if '"' not in end and end.isprintable()]
     lines += [f"PARAMETER {key} {value}" for key, value in _sampling(defaults or {}).items()]
-    (folder / "Modelfile").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write(folder / "Modelfile", "\n".join(lines) + "\n")
 
 
 def model_name(gguf_name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import OWN, Answer, Sampling, never
-from lite_dil.training.passes import Fitting
+from lite_dil.base.halving import Halving, halves
 
 
 class Wanted(Protocol):
@@ -27,7 +27,6 @@ class Wanted(Protocol):
         """A number below 2^64."""
 
 
-T = TypeVar("T")
 W = TypeVar("W", bound=Wanted)
 
 
@@ -68,11 +67,11 @@ class Drawer:
         stop: Callable[[], bool] = never,
     ) -> None:
         self.backend, self.ends, self.sampling, self.stop = backend, ends, sampling, stop
-        self._fitting: Fitting[Sequence[Wanted]] = Fitting("a batch of answers", _tokens, halves, say)
+        self._halving: Halving[Sequence[Wanted]] = Halving("a batch of answers", _tokens, halves, say)
 
     def draw(self, batch: Sequence[Wanted]) -> list[Answer]:
         """Return an answer to each; one that reached its own room has no end token, though the batch may go on."""
-        found = list(chain.from_iterable(self._fitting.run(self._generate, batch)))
+        found = list(chain.from_iterable(self._halving.run(self._generate, batch)))
         return [_within(answer, wanted.room) for answer, wanted in zip(found, batch, strict=True)]
 
     def _generate(self, part: Sequence[Wanted]) -> list[Answer]:
@@ -88,9 +87,3 @@ def _within(answer: Answer, room: int) -> Answer:
 
 def _tokens(batch: Sequence[Wanted]) -> int:
     return len(batch) * (max(len(each.prompt) for each in batch) + max(each.room for each in batch))
-
-
-def halves(batch: Sequence[T]) -> list[Sequence[T]]:
-    """Return a batch in two parts, or nothing where it is one answer."""
-    middle = (len(batch) + 1) // 2
-    return [batch[:middle], batch[middle:]] if middle < len(batch) else []

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lite_dil.base.disk import append, writing
+from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
+from lite_dil.base.files import append, appending
 from lite_dil.data.encoder import Encoder
-from lite_dil.data.messages import read_text
-from lite_dil.data.reader import Message, RowError
+from lite_dil.data.messages import Message, read_text
+from lite_dil.data.sources import RowError
 from lite_dil.models.find import model_folder
 
 # How configs name the longest sequence that a model was made for.
@@ -99,7 +100,7 @@ class Conversation:
         path = path.absolute()
         new = [i for i, turn in enumerate(self.turns) if turn.whole and path not in turn.saved]
         lines = "".join(json.dumps(self._row(i), ensure_ascii=False) + "\n" for i in new)
-        with writing(path), path.open("a+b", buffering=0) as file:
+        with writing(path), appending(path, read=True) as file:
             if file.tell():  # a last line that somebody left without its end
                 file.seek(-1, 2)
                 lines = lines if file.read(1) == b"\n" else "\n" + lines

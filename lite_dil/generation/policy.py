@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from lite_dil.backends import registry
 from lite_dil.backends.options import LoadOptions
 from lite_dil.backends.protocol import Backend
-from lite_dil.base import quiet
+from lite_dil.base.hashing import file_pieces, sha256
+from lite_dil.base.start import quiet_bars
 from lite_dil.data.encoder import Encoder
 from lite_dil.models.find import load_tokenizer, resolve_model
 from lite_dil.models.options import ALL_LINEAR, ModelOptions
@@ -51,7 +52,7 @@ def load(source: AdapterSource, say: Callable[[str], None]) -> Policy:
     options = source.options
     name = registry.resolve(options.backend)
     registry.import_library(name)
-    quiet.bars()
+    quiet_bars()
     model = resolve_model(options.model, say)
     encoder = Encoder(load_tokenizer(model))
     backend = registry.load(name, _for_inference(source, name), model)
@@ -86,7 +87,5 @@ def identity(source: AdapterSource) -> str:
     """Return a name for what answers: "base", or "tuned-" and 8 digits that name the adapter's weights and its strength."""
     if source.adapter is None:
         return "base"
-    weights = hashlib.sha256(str(source.strength).encode())
-    for path in sorted(source.adapter.glob("*.safetensors")):
-        weights.update(path.read_bytes())
-    return f"tuned-{weights.hexdigest()[:8]}"
+    weights = (file_pieces(path) for path in sorted(source.adapter.glob("*.safetensors")))
+    return f"tuned-{sha256(chain([str(source.strength).encode()], *weights))[:8]}"

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.backends.protocol import Backend
+from lite_dil.base.display import Display
 from lite_dil.base.hashing import digest
 from lite_dil.base.jsonl import JSONLines
 from lite_dil.base.signals import StopSignal
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.options import DrawOptions, ResolvedSchedule
 from lite_dil.batching.schedule import Schedule, row_tokens
-from lite_dil.cli.progress import Display
 from lite_dil.data.encoder import Encoder, Example, continuation_text
 from lite_dil.data.options import SampleOptions
 from lite_dil.generation.batch_generator import Drawer, batched

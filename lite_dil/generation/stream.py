@@ -11,6 +11,7 @@ import numpy as np
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Sampling
 from lite_dil.base.signs import CHOSEN
+from lite_dil.base.text import count
 from lite_dil.batching.batch import Batch
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.generation.conversation import Prompt
@@ -64,7 +65,7 @@ class Answering:
     def figures(self) -> str:
         """Return length and speed, for people."""
         speed = f", {(len(self.ids) - 1) / self.seconds:.1f} tokens/s" if len(self.ids) > 1 else ""
-        return f"{len(self.ids)} token{'s' if len(self.ids) != 1 else ''}{speed}"
+        return f"{count(len(self.ids), 'token')}{speed}"
 
 
 def log_ratio(backend: Backend, prompt: Sequence[int], answer: Sequence[int]) -> float:

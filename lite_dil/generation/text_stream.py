@@ -1,4 +1,4 @@
-"""Text from a model: no half characters, no wrong spaces, nothing that a terminal would obey."""
+"""Text from a model, token by token: no half characters, no wrong spaces."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 CONTEXT = 8  # tokens before the first one, by which a tokenizer decides on the space between
-# What a terminal would obey or the eye would not see: control characters but tab and line feed, and changes of direction.
-_CONTROL = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_ESCAPED = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROL if chr(code) not in "\t\n"}
 
 
 class TextStream:
@@ -35,8 +32,3 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def printable(text: str) -> str:
-    """Return a text of anybody's as it can be shown on a terminal, with its control characters as codes."""
-    return text.translate(_ESCAPED)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lite_dil.base import files
 from lite_dil.base.errors import UserError
 from lite_dil.models import adapters, tensors
 from lite_dil.models.adapters import Adapter
@@ -32,7 +33,7 @@ class Files:
 
 def format_of(folder: Path) -> str:
     """Return the format of an adapter's folder."""
-    return "peft" if "peft_type" in _config(folder) else "mlx-lm"
+    return "peft" if adapters.is_peft(adapters.read_config(folder)) else "mlx-lm"
 
 
 def read(folder: Path) -> Files:
@@ -40,14 +41,12 @@ def read(folder: Path) -> Files:
     codes: set[str] = set()
 
     def load(path: Path) -> dict[str, np.ndarray]:
-        stored = tensors.read(path)
+        stored = tensors.read_floats(path)
         codes.update(tensor.code for tensor in stored.values())
-        if odd := codes - tensors.FLOATS.keys():
-            raise UserError(f"{path}: its weights are {', '.join(sorted(odd))}; expected {', '.join(tensors.FLOATS.values())}")
         # Of several types the widest holds all numbers exactly.
         return {name: t.raw() if len(codes) == 1 else t.float32() for name, t in stored.items()}
 
-    adapter, config = adapters.read(str(folder), load), _config(folder)
+    adapter, config = adapters.read(str(folder), load), adapters.read_config(folder)
     dropout = config.get("lora_dropout") or config.get("lora_parameters", {}).get("dropout") or 0.0
     return Files(adapter, codes.pop() if len(codes) == 1 else "F32", float(dropout))
 
@@ -131,7 +130,7 @@ def _write(folder: Path, file: str, sides: dict[str, np.ndarray], code: str, con
 
     planned = [Planned(name, code, array.shape, pieces(array)) for name, array in sorted(sides.items())]
     tensors.write(folder / file, planned, format)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write(folder / "adapter_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _alpha(scale: float, rank: int) -> tuple[float, bool]:
@@ -146,7 +145,3 @@ def _alpha(scale: float, rank: int) -> tuple[float, bool]:
             if value / divisor == scale:
                 return value, root
     return scale * rank, False
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from lite_dil.base.errors import UserError
+from lite_dil.base.streams import adapter_stream
+from lite_dil.models import tensors
 from lite_dil.models.options import AdapterOptions
 
 
@@ -28,16 +29,15 @@ class Adapter:
     weights: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def fresh(shapes: dict[str, tuple[int, int]], rank: int, scale: float, seed: int) -> Adapter:
+def fresh(shapes: dict[str, tuple[int, int]], rank: int, scale: float, seed: int, adapter: str = "policy") -> Adapter:
     """Return a new adapter for layers of the given (out, in) shapes: A uniform in +-1/sqrt(in), B zero, as PEFT and mlx-lm do.
 
-    Drawn by numpy from the seed and the layer's name, so that every backend starts from the same numbers.
+    Drawn by numpy from the seed, the layer's name and the adapter's, so that every backend starts from the same numbers.
     """
     weights = {}
     for name, (outputs, inputs) in shapes.items():
         bound = 1 / np.sqrt(inputs)
-        draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        a = draw.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
+        a = adapter_stream(seed, name, adapter).uniform(-bound, bound, (rank, inputs)).astype(np.float32)
         weights[name] = (a, np.zeros((outputs, rank), np.float32))
     return Adapter(rank, scale, weights)
 
@@ -45,36 +45,47 @@ def fresh(shapes: dict[str, tuple[int, int]], rank: int, scale: float, seed: int
 TensorLoader = Callable[[Path], dict[str, np.ndarray]]
 
 
-def read(folder: str, load: TensorLoader) -> Adapter:
-    """Read a LoRA adapter in PEFT's or mlx-lm's format.
-
-    Args:
-        load: the backend's reader of a safetensors file, to float32 (numpy alone knows no bfloat16).
-
-    Raises:
-        UserError: the folder holds no adapter, or one that is more than plain LoRA on linear layers.
-    """
-    path, where = Path(folder), f"adapter {folder}"
-    config_file = path / "adapter_config.json"
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read an adapter's adapter_config.json. Raises UserError where there is none, or something else."""
+    where = f"adapter {folder}"
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{where}: no adapter_config.json there; give a folder that holds an adapter") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: adapter_config.json cannot be read ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{where}: adapter_config.json is not a LoRA adapter's")
+    return config
+
+
+def is_peft(config: dict[str, Any]) -> bool:
+    """Whether an adapter_config.json is of PEFT's format, and not of mlx-lm's."""
+    return "peft_type" in config
+
+
+def read(folder: str, load: TensorLoader = tensors.load_float32) -> Adapter:
+    """Read a LoRA adapter in PEFT's or mlx-lm's format.
+
+    Args:
+        load: reads a safetensors file; numbers of another type than float32 are those of the adapter then.
+
+    Raises:
+        UserError: the folder holds no adapter, or one that is more than plain LoRA on linear layers.
+    """
+    path, where = Path(folder), f"adapter {folder}"
+    config = read_config(path)
+    peft = is_peft(config)
     try:
-        peft = "peft_type" in config
         rank, scale = _peft_scale(config, where) if peft else _mlx_scale(config, where)
     except (KeyError, TypeError) as error:
         raise UserError(f"{where}: adapter_config.json is not a LoRA adapter's ({error!r})") from None
-    tensors = path / ("adapter_model.safetensors" if peft else "adapters.safetensors")
-    if not tensors.is_file():
-        raise UserError(f"{where}: no {tensors.name} there")
+    file = path / ("adapter_model.safetensors" if peft else "adapters.safetensors")
+    if not file.is_file():
+        raise UserError(f"{where}: no {file.name} there")
 
     layers: dict[str, dict[str, np.ndarray]] = {}
-    for key, value in load(tensors).items():
+    for key, value in load(file).items():
         name = key.removeprefix("base_model.model.").removesuffix(".weight") if peft else key
         layer, _, side = name.rpartition(".")
         if side.lower() not in ("lora_a", "lora_b") or value.ndim != 2:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.files import move, replacing, work_folder, write
 from lite_dil.models.hub import offline
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -156,10 +155,7 @@ def prepare_embedded(say: Any = None) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with writing(folder, "LITE_DIL_CACHE"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED_MODEL}-", dir=folder.parent))
-    try:
+    with work_folder(folder, place="LITE_DIL_CACHE") as made:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -172,12 +168,10 @@ def prepare_embedded(say: Any = None) -> Path:
             tokenizer.save_pretrained(made)
             _spell_rope(made)
         try:
-            made.rename(folder)
+            move(made, folder)
         except OSError:
             if not (folder / "config.json").is_file():  # not another process that was faster
                 raise UserError(f"{folder} is in the way and is not the model: remove it") from None
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return folder
 
 
@@ -187,9 +181,8 @@ def _spell_rope(folder: Path) -> None:
     raw = json.loads(config.read_text(encoding="utf-8"))
     if "rope_theta" not in raw:
         raw |= {name: value for name, value in rope_config(raw).items() if value is not None}
-        partial = folder / ".config.json.partial"
-        partial.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, config)
+        with replacing(config) as part:
+            write(part, json.dumps(raw, indent=2) + "\n")
 
 
 def load_tokenizer(path: str) -> Any:

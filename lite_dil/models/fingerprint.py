@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
-from typing import BinaryIO
 
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import replace_file
+from lite_dil.base.files import make_folder, replace_file
+from lite_dil.base.hashing import blake2, file_pieces
 from lite_dil.models.find import model_folder
 from lite_dil.models.options import AdapterOptions
 
@@ -46,7 +45,7 @@ def fingerprint(folder: Path, memo: Path) -> str:
         raise UserError(
             f"{folder}: no weights there to know the reference cache's entries by; --reference-cache off needs none"
         )
-    total, changed = hashlib.blake2b(digest_size=16), False
+    values, changed = list[str](), False
     for path in names:
         real = path.resolve()
         stat = real.stat()
@@ -56,19 +55,11 @@ def fingerprint(folder: Path, memo: Path) -> str:
         elif (note := remembered.get(str(real))) and note[:2] == seen:
             value = note[2]
         else:
-            with real.open("rb") as file:
-                value = _hash_of(file)
+            value = blake2(file_pieces(real)).hex()
             remembered[str(real)], changed = [*seen, value], True
-        total.update(f"{path.name} {value}\n".encode())
+        values.append(f"{path.name} {value}\n")
     if changed:
         with writing(memo, "--reference-cache"):
-            memo.mkdir(parents=True, exist_ok=True)
+            make_folder(memo)
         replace_file(notes, json.dumps(remembered))
-    return total.hexdigest()
-
-
-def _hash_of(file: BinaryIO) -> str:
-    value = hashlib.blake2b(digest_size=16)
-    while block := file.read(2**24):
-        value.update(block)
-    return value.hexdigest()
+    return blake2(map(str.encode, values)).hex()

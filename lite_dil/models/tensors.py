@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.files import create
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CODES = {name: code for code, name in FLOATS.items()}
@@ -100,6 +101,19 @@ def read(path: Path) -> dict[str, Stored]:
     return found
 
 
+def read_floats(path: Path) -> dict[str, Stored]:
+    """Return the tensors of a file by name. Raises UserError as `read` does, and where one is of no type in FLOATS."""
+    stored = read(path)
+    if odd := {tensor.code for tensor in stored.values()} - FLOATS.keys():
+        raise UserError(f"{path}: its weights are {', '.join(sorted(odd))}; expected {', '.join(FLOATS.values())}")
+    return stored
+
+
+def load_float32(path: Path) -> dict[str, np.ndarray]:
+    """Return copies in float32 of the tensors of a file by name. Raises UserError as `read_floats` does."""
+    return {name: tensor.float32() for name, tensor in read_floats(path).items()}
+
+
 def write(path: Path, tensors: Iterable[Planned], format: str) -> None:
     """Write a safetensors file tensor by tensor; `format` is what made it, "pt" or "mlx", for those who ask."""
     tensors = list(tensors)
@@ -111,7 +125,7 @@ def write(path: Path, tensors: Iterable[Planned], format: str) -> None:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with create(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             start = file.tell()

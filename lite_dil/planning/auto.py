@@ -6,8 +6,8 @@ from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
+from lite_dil.backends.memory import memory_here
 from lite_dil.base.errors import UserError
-from lite_dil.base.memory import memory_here
 from lite_dil.batching.schedule import computed_tokens, row_tokens
 from lite_dil.config.train_config import FIELDS, SPLIT, ResolvedConfig, flag
 from lite_dil.data.encoder import Example

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.backends import registry
+from lite_dil.backends.memory import memory_here, memory_of, nvidia_smi
 from lite_dil.base.errors import UserError
-from lite_dil.base.memory import Memory, memory_here, memory_of, nvidia_smi
+from lite_dil.base.memory import Memory
 from lite_dil.base.signs import CHOSEN
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import epoch_rows, reader_of
-from lite_dil.data.reader import EMBEDDED, refuse
-from lite_dil.data.sources import is_local, looks_like_file, split_sources
+from lite_dil.data.reader import refuse
+from lite_dil.data.sources import EMBEDDED, is_local, looks_like_file, split_sources
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.models.shape import ModelShape, read_shape
 from lite_dil.objectives.table import OBJECTIVES

@@ -17,13 +17,13 @@ import numpy as np
 from lite_dil.backends import registry
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import StepResult, never
+from lite_dil.base.display import Bar, Display
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.base.memory import peak_rss_mb
 from lite_dil.base.signals import StopSignal
 from lite_dil.base.signs import CHOSEN
 from lite_dil.batching.batch import Batch, by_batch
 from lite_dil.batching.schedule import PRECOMPUTE_ROWS, Schedule, plan, row_tokens
-from lite_dil.cli.progress import Bar, Display
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import DataSet, describe, load, remarks
 from lite_dil.data.encoder import Encoder, Example, fingerprint

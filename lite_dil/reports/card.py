@@ -18,9 +18,10 @@ from lite_dil.config.options import read_yaml
 from lite_dil.data.formats import FORMATS
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.models.find import EMBEDDED_MODEL
+from lite_dil.models.names import is_hub_id, public_name
 from lite_dil.objectives.table import DIL_FAMILY, OBJECTIVES
 from lite_dil.reports.card_use import how_to_use
-from lite_dil.reports.card_words import code, is_hub_id, public_command, public_name, public_sources, train_command
+from lite_dil.reports.card_words import code, public_command, public_sources, train_command
 from lite_dil.reports.findings import FACTS, shared, with_error
 from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.history import read_history

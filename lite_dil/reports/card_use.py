@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from lite_dil.reports.card_words import plain
+from lite_dil.base.text import one_line
 
 _HERE = 'here = "."  # this folder, or OWNER/NAME of its page on the hub'
 _HERE_LOCAL = 'here = "."  # this folder; one of the hub is fetched by huggingface_hub.snapshot_download("OWNER/NAME")'
@@ -36,7 +36,7 @@ def how_to_use(kind: str, folder: Path, base: str, options: dict[str, Any], data
     """
     chat = data.get("chat", True)
     torch, mlx = (_TORCH_CHAT if chat else _TORCH_TEXT), (_MLX_CHAT if chat else _MLX_TEXT)
-    model = json.dumps(plain(base))
+    model = json.dumps(one_line(base))
     if kind == "peft":
         text = f"""\
 ```python

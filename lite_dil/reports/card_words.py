@@ -6,42 +6,21 @@ import re
 import shlex
 from typing import Any
 
+from lite_dil.base.text import one_line
 from lite_dil.config.train_config import FIELDS, TrainConfig, flag
-from lite_dil.data.sources import EMBEDDED, is_local, looks_like_file, split_sources
-from lite_dil.models.find import EMBEDDED_MODEL
+from lite_dil.data.sources import is_local, looks_like_file, split_sources
+from lite_dil.models.names import HUB_ID, last_part, public_name
 
-_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 # What names a place on this machine: from the root, a home folder, a drive, or above the current folder.
 _PLACE = re.compile(r"(?:~|\.\.|[A-Za-z]:)?[/\\][^,=]*")
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form owner/name and is no folder here."""
-    return re.fullmatch(_HUB_ID, name, re.ASCII) is not None and not is_local(name) and ".." not in name
-
-
-def plain(text: str) -> str:
-    """Return text on one line, without control characters."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
 def code(text: object) -> str:
     """Return text as Markdown code, whatever it holds."""
-    words = plain(str(text))
+    words = one_line(str(text))
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", words)), default=0))
     space = " " if words.startswith("`") or words.endswith("`") else ""
     return f"{fence}{space}{words}{space}{fence}"
-
-
-def public_name(name: str) -> str:
-    """Return a hub id or the embedded names as they are, and of a path its last part."""
-    if name in (EMBEDDED, EMBEDDED_MODEL) or is_hub_id(name):
-        return name
-    return _last_part(name)
-
-
-def _last_part(path: str) -> str:
-    return plain(re.split(r"[/\\]", path.rstrip("/\\"))[-1])
 
 
 def public_sources(text: str) -> tuple[list[str], list[str]]:
@@ -49,25 +28,25 @@ def public_sources(text: str) -> tuple[list[str], list[str]]:
     names, hub = [], []
     for source, weight in split_sources(text) if text else []:
         times = "" if weight == 1 else f"={weight:g}"
-        found = re.match(rf"({_HUB_ID})(/[\w.-]+)?(:[\w.-]+)?$", source, re.ASCII)
+        found = re.match(rf"({HUB_ID})(/[\w.-]+)?(:[\w.-]+)?$", source, re.ASCII)
         if found and not is_local(source) and not is_local(source.rpartition(":")[0]) and not looks_like_file(source):
             names.append(source + times)
             hub.append(found[1])
         else:
-            names.append(_last_part(source) + times)
+            names.append(last_part(source) + times)
     return names, list(dict.fromkeys(hub))
 
 
 def public_command(command: str) -> str:
     """Return a shell command on one line in which places on this machine are their last parts."""
-    return shlex.join(_without_places(plain(word)) for word in shlex.split(command))
+    return shlex.join(_without_places(one_line(word)) for word in shlex.split(command))
 
 
 def _without_places(word: str) -> str:
     """Shorten each place in a word as ``--data=/home/me/a.jsonl,b.jsonl=0.5``."""
 
     def shorten(found: re.Match[str]) -> str:
-        return _last_part(found[0]) or "."
+        return last_part(found[0]) or "."
 
     # Not within a word: owner/name and runs/one have a slash as well.
     return re.sub(rf"(?<![^,=]){_PLACE.pattern}", shorten, word)
@@ -100,4 +79,4 @@ def _public_value(name: str, value: Any) -> str:
         return ",".join(public_sources(value)[0])
     if name in ("model", "init_adapter"):
         return public_name(value)
-    return f"{value:g}" if isinstance(value, float) else plain(str(value))
+    return f"{value:g}" if isinstance(value, float) else one_line(str(value))

@@ -9,22 +9,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Answer, never
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.base.files import replace_file
+from lite_dil.base.halving import Halving, halves
 from lite_dil.base.hashing import digest
 from lite_dil.base.signs import CHOSEN, REJECTED
+from lite_dil.base.streams import named
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import DataSet
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.inspect.findings import source_facts
 from lite_dil.data.inspect.survey import lengths
-from lite_dil.data.reader import Message, Row
-from lite_dil.generation.batch_generator import halves
-from lite_dil.training.passes import Fitting
+from lite_dil.data.messages import Message
+from lite_dil.data.reader import Row
 
 MAX_NEW_TOKENS = 128
 
@@ -49,7 +48,7 @@ class Intake:
     def __init__(self, count: int, config: ResolvedConfig) -> None:
         self.count, self.max_length = count, config.max_length
         self.lengths = {"prompt": array("i"), "chosen": array("i"), "rejected": array("i")}
-        self._random = np.random.default_rng([config.seed, 3])
+        self._random = named("reports/prompts", config.seed)
         self._kept: dict[tuple[int, ...], tuple[float, Prompt]] = {}
 
     def add(self, row: Row, whole: Example, cut: Example) -> None:
@@ -138,7 +137,7 @@ class Samples:
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
         self.room = max(1, min(MAX_NEW_TOKENS, config.max_length - longest))
         self.say = say
-        self.fitting: Fitting[Sequence[Prompt]] = Fitting("a batch of sample answers", self._tokens, halves, say)
+        self._halving: Halving[Sequence[Prompt]] = Halving("a batch of sample answers", self._tokens, halves, say)
 
     def refresh(self, step: int, stop: Callable[[], bool] = never) -> None:
         """Answer as the policy after `step` steps, and write the file, unless `stop`, asked between tokens, ends it.
@@ -173,7 +172,7 @@ class Samples:
         def generate(part: Sequence[Prompt]) -> list[Answer]:
             return self.backend.generate([p.ids for p in part], self.room, ends, stop=stop)
 
-        return [answer for part in self.fitting.run(generate, prompts) for answer in part]
+        return [answer for part in self._halving.run(generate, prompts) for answer in part]
 
     def _first(self, prompt: Prompt, answer: Answer) -> Sample:
         return Sample(self._key(prompt), prompt.shown, prompt.place, self.held_out, *self._shown(prompt, answer))

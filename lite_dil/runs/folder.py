@@ -5,16 +5,15 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lite_dil.base.disk import DiskFailed, append, failing, writing
+from lite_dil.base.disk import DiskFailed, failing, writing
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import replace_file
+from lite_dil.base.files import append, appending, make_folder, remove, replace_file, replace_folder, write
 from lite_dil.data.reader import Problem
 
 RUNS = Path("runs")
@@ -63,7 +62,7 @@ class RunFolder:
         import yaml
 
         with writing(f"--output-dir {self.path}", "--output-dir"):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         saved = options | {"output_dir": str(self.path)}
         replace_file(self.path / "config.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
 
@@ -72,8 +71,9 @@ class RunFolder:
         ours = (self.path / "config.yaml").is_file() and not self.adapter.exists() and self.latest() is None
         left = [*self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
         if ours and all(path.name.startswith(".step-") and path.suffix == ".partial" for path in left):
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-            self.metrics.unlink(missing_ok=True)
+            with suppress(OSError):
+                remove(self.checkpoints)
+            remove(self.metrics)
 
     def list_skipped(self, problems: Sequence[Problem]) -> None:
         """Write skipped_rows.jsonl: the place of every row that was left out, and why."""
@@ -83,7 +83,7 @@ class RunFolder:
     def log(self, line: dict[str, float]) -> None:
         """Append one object to metrics.jsonl; what is not finite becomes null, which JSON has."""
         finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
-        with writing(self.metrics), self.metrics.open("ab", buffering=0) as file:
+        with writing(self.metrics), appending(self.metrics) as file:
             append(file, (json.dumps(finite) + "\n").encode())
 
     def latest(self) -> Path | None:
@@ -91,23 +91,23 @@ class RunFolder:
         steps = self._steps()
         return self.checkpoints / f"step-{steps[-1]}" if steps else None
 
-    def save_checkpoint(self, progress: Progress, write: Callable[[Path], None], keep: int | None) -> Path:
+    def save_checkpoint(self, progress: Progress, save: Callable[[Path], None], keep: int | None) -> Path:
         """Write checkpoints/step-N whole or not at all, then drop all but the `keep` newest."""
         target = self.checkpoints / f"step-{progress.step}"
 
         def fill(folder: Path) -> None:
-            write(folder)
-            (folder / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+            save(folder)
+            write(folder / "progress.json", json.dumps(asdict(progress)))
 
-        _replace_folder(target, fill)
+        replace_folder(target, fill)
         for step in self._steps()[: -keep if keep else 0]:
             with writing(old := self.checkpoints / f"step-{step}"):
-                shutil.rmtree(old)
+                remove(old)
         return target
 
-    def save_adapter(self, write: Callable[[Path], None]) -> None:
+    def save_adapter(self, save: Callable[[Path], None]) -> None:
         """Write adapter/, the result of the run."""
-        _replace_folder(self.adapter, write)
+        replace_folder(self.adapter, save)
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
@@ -178,21 +178,3 @@ def unused(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
-
-
-def _replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    partial, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
-    with writing(target):
-        try:
-            for left in (partial, old):
-                shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir(parents=True)
-            fill(partial)
-            if target.exists():
-                target.rename(old)
-            partial.rename(target)
-        finally:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            for left in (partial, old):  # what was not finished takes no room
-                shutil.rmtree(left, ignore_errors=True)

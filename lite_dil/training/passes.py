@@ -1,10 +1,9 @@
-"""Going on where memory runs out: the same work in smaller passes, with the same result."""
+"""Passes and steps that memory holds: what does not fit is done in smaller ones, with the same result."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import MicroBatch, StepResult, never
 from lite_dil.base.disk import DiskFailed
 from lite_dil.base.errors import OutOfMemory
+from lite_dil.base.halving import Halving
 from lite_dil.batching.batch import Batch, by_batch
 from lite_dil.batching.schedule import Schedule
 from lite_dil.objectives.criterion import Criterion
@@ -19,55 +19,17 @@ from lite_dil.objectives.loss import SUMS
 from lite_dil.objectives.losses import log_ratio
 from lite_dil.training.reference import ReferenceCache
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-class Fitting(Generic[T]):
-    """Halves what memory does not hold in one piece, and from then on whatever is as large.
-
-    Args:
-        name: of a piece of this work, for people.
-        tokens: returns the size of a piece.
-        halves: returns the two halves of a piece, or nothing where it cannot be split.
-        say: tells the user.
-    """
-
-    def __init__(
-        self, name: str, tokens: Callable[[T], int], halves: Callable[[T], Sequence[T]], say: Callable[[str], None]
-    ) -> None:
-        self.name, self.tokens, self.halves, self.say = name, tokens, halves, say
-        self.too_large = math.inf
-
-    def run(self, work: Callable[[T], R], piece: T) -> list[R]:
-        """Return what `work` returns for `piece`, or for its parts in their order.
-
-        Raises OutOfMemory where a part that cannot be split does not fit.
-        """
-        size = self.tokens(piece)
-        parts = self.halves(piece) if size >= self.too_large else ()
-        if not parts:
-            try:
-                return [work(piece)]
-            except OutOfMemory:
-                parts = self.halves(piece)
-                if not parts:
-                    raise
-            self.too_large = size
-            self.say(f"out of memory in {self.name} of {size} tokens: halved from here on; the result is the same")
-        return [result for part in parts for result in self.run(work, part)]
-
 
 class Passes:
     """Log-probs without gradients, in passes that memory holds; the reference's are remembered."""
 
     def __init__(self, backend: Backend, reduction: str, cache: ReferenceCache, say: Callable[[str], None]) -> None:
         self.backend, self.reduction, self.cache, self.say = backend, reduction, cache, say
-        self._fitting = Fitting("a pass without gradients", lambda batch: batch.tokens, Batch.halves, say)
+        self._halving = Halving("a pass without gradients", lambda batch: batch.tokens, Batch.halves, say)
 
     def run(self, work: Callable[[Batch], np.ndarray], batch: Batch) -> np.ndarray:
         """Return what `work` returns for the batch: an array whose first axis follows the responses."""
-        return np.concatenate(self._fitting.run(work, batch))
+        return np.concatenate(self._halving.run(work, batch))
 
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         """Return the policy's summed log-probs, (responses,)."""

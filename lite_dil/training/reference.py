@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
@@ -11,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lite_dil.base.disk import append, writing
+from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
+from lite_dil.base.files import append, appending, make_folder, write
+from lite_dil.base.hashing import blake2
 from lite_dil.batching.batch import Batch
 from lite_dil.models.find import cache_dir
 from lite_dil.models.fingerprint import reference_key
@@ -42,11 +43,11 @@ class ReferenceCache:
         self.path: Path | None = None
         if folder is None:
             return
-        name = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=10).hexdigest()
+        name = blake2([json.dumps(key, sort_keys=True).encode()], size=10).hex()
         self.path = folder / f"{name}.logps"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.json").write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")  # for people
+            make_folder(folder)
+            write(folder / f"{name}.json", json.dumps(key, indent=2) + "\n")  # for people
             content = self.path.read_bytes() if self.path.exists() else b""
             if torn := len(content) % _RECORD.size:  # a run was killed while it wrote
                 self._append(bytes(_RECORD.size - torn))
@@ -90,7 +91,7 @@ class ReferenceCache:
 
     def _append(self, content: bytes) -> None:
         assert self.path is not None
-        with self.path.open("ab", buffering=0) as file:  # one write a batch, so that runs side by side do not mix records
+        with appending(self.path) as file:  # one write a batch, so that runs side by side do not mix records
             append(file, content)
 
 
@@ -117,5 +118,5 @@ def _digests(batch: Batch) -> list[bytes]:
     for prompt, response in zip(batch.prompt_of, batch.responses, strict=True):
         ids = batch.prompts[prompt]
         head = struct.pack("<I", len(ids))
-        digests.append(hashlib.blake2b(head + ids.tobytes() + response.tobytes(), digest_size=16).digest())
+        digests.append(blake2([head, ids.tobytes(), response.tobytes()]))
     return digests

@@ -38,10 +38,10 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from lite_dil.base.errors import UserError
 from lite_dil.base.signs import CHOSEN, REJECTED
+from lite_dil.base.streams import named
+from lite_dil.base.text import count
 from lite_dil.data.dataset import DataSet, Source, load
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.inspect.pieces import pieces
@@ -89,11 +89,6 @@ def report(options: InspectOptions, encoder: Encoder) -> dict[str, Any]:
         if len(survey) and (refusal := _refusal(replace(options, data=options.eval_data), held_out, survey)):
             stops.append({"why": f"held-out data: {refusal}", "mend": "give --eval-data of the training data's form"})
     return found | {"stops": stops}
-
-
-def count(number: int, word: str) -> str:
-    """Return a number with its noun, in the plural where it is one."""
-    return f"{number:,} {word}" + ("" if number == 1 else "s")
 
 
 def source_facts(source: Source) -> dict[str, Any]:
@@ -267,7 +262,7 @@ def _length_warning(options: InspectOptions, bias: dict[str, Any]) -> str:
 
 
 def _drawn(rows: int, seed: int) -> list[int]:
-    random = np.random.default_rng([seed, 2])
+    random = named("data/samples", seed)
     return sorted(int(i) for i in random.choice(rows, min(SAMPLES, rows), replace=False))
 
 

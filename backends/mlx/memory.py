@@ -1,0 +1,16 @@
+"""The memory of the GPU that MLX sees."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from lite_dil.base.memory import GIB, Memory
+
+
+def metal_memory() -> Memory | None:
+    """Return what macOS recommends to take for the GPU, or None where there is no Metal."""
+    if not mx.metal.is_available():
+        return None
+    info = mx.device_info()
+    usable, whole = int(info["max_recommended_working_set_size"]), int(info["memory_size"])
+    return Memory(usable, f"{info['device_name']}, {usable / GIB:.1f} of {whole / GIB:.1f} GB for the GPU")

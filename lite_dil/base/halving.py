@@ -1,0 +1,53 @@
+"""Retry in smaller pieces where memory runs out: the same work, with the same result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+from lite_dil.base.errors import OutOfMemory
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Halving(Generic[T]):
+    """Halves what memory does not hold in one piece, and from then on whatever is as large.
+
+    Args:
+        name: of a piece of this work, for people.
+        tokens: returns the size of a piece.
+        halves: returns the two halves of a piece, or nothing where it cannot be split.
+        say: tells the user.
+    """
+
+    def __init__(
+        self, name: str, tokens: Callable[[T], int], halves: Callable[[T], Sequence[T]], say: Callable[[str], None]
+    ) -> None:
+        self.name, self.tokens, self.halves, self.say = name, tokens, halves, say
+        self.too_large = math.inf
+
+    def run(self, work: Callable[[T], R], piece: T) -> list[R]:
+        """Return what `work` returns for `piece`, or for its parts in their order.
+
+        Raises OutOfMemory where a part that cannot be split does not fit.
+        """
+        size = self.tokens(piece)
+        parts = self.halves(piece) if size >= self.too_large else ()
+        if not parts:
+            try:
+                return [work(piece)]
+            except OutOfMemory:
+                parts = self.halves(piece)
+                if not parts:
+                    raise
+            self.too_large = size
+            self.say(f"out of memory in {self.name} of {size} tokens: halved from here on; the result is the same")
+        return [result for part in parts for result in self.run(work, part)]
+
+
+def halves(pieces: Sequence[T]) -> list[Sequence[T]]:
+    """Return a sequence in two parts, or nothing where it is one piece."""
+    middle = (len(pieces) + 1) // 2
+    return [pieces[:middle], pieces[middle:]] if middle < len(pieces) else []

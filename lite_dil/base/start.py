@@ -1,0 +1,77 @@
+"""What a process sets up before torch, MLX or transformers are imported; every door calls `start` first."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+
+from lite_dil.base.errors import UserError
+
+# The number of processes by each launcher: torchrun and accelerate, Open MPI, MPICH and Intel's, MVAPICH, mlx.launch on CUDA,
+# and srun. A batch script of Slurm's that starts one program has SLURM_NTASKS too, but no step.
+_COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "MLX_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+_RANKS = ("MLX_RANK", "SLURM_PROCID")  # above 0 there is another process, whatever the count says
+_HOSTS = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # of mlx.launch, which sets no count: JSON files with a list, an entry a process
+
+
+def start(training: bool = False) -> None:
+    """Set up the process. Called again, it changes nothing.
+
+    Raises UserError where `training` is one of several processes.
+    """
+    if training:
+        check_alone()
+    _environment()
+    _allocator()
+
+
+def check_alone(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UserError where a launcher started this process as one of several, of which each would train the same."""
+    several = [name for name in _COUNTS if _number(environment, name) > 1]
+    several += [name for name in _RANKS if _number(environment, name) > 0]
+    several += [name for name in _HOSTS if name in environment and _entries(environment[name]) > 1]
+    if several:
+        name = several[0]
+        raise UserError(
+            f"training runs in one process, and {name}={environment[name]} says that there are several; start it without "
+            "torchrun, accelerate launch, mlx.launch, mpirun or srun"
+        )
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    return int(text) if text.isdecimal() else 0
+
+
+def _entries(path: str) -> int:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return len(json.load(file))
+    except (OSError, ValueError, TypeError):
+        return 0
+
+
+def _environment() -> None:
+    """Switch off what libraries read from the environment when they are imported, and their notices."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are warnings; what came of them is an error here
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would be left behind by a fork
+    # PEFT imports bitsandbytes, which warns on a CPU of a kernel that only inference would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _allocator() -> None:
+    """Set what CUDA's allocator reads once, before CUDA starts: nothing yet; PYTORCH_CUDA_ALLOC_CONF belongs here."""
+
+
+def quiet_bars() -> None:
+    """Leave out the bars of transformers. It is imported here, so what must come before it has been."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading weights, and, without being asked, of downloads
+    from huggingface_hub.utils import enable_progress_bars
+
+    enable_progress_bars()
