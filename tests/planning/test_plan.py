@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import config, write_pairs
-from test_hub import Hub
+from hub_server import Hub
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import CUDA_CONTEXT, GIB, memory_here, memory_of
