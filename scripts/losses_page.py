@@ -53,7 +53,7 @@ default of its own paper.
 ## What the theory promises, and what not
 
 For the DIL family the minimiser is `f = log(pi_chosen / pi_ref)`, that is `pi_theta = pi_chosen`, when the rejected answers
-are drawn from pi_ref, f is the sum over the answer and beta is 1 (tests/test_recovery.py). `--sample-rejected` on
+are drawn from pi_ref, f is the sum over the answer and beta is 1 (tests/objectives/test_recovery.py). `--sample-rejected` on
 demonstrations with `--logp-reduction sum` is this setting. With rejected answers from elsewhere each member goes to a place
 of its own; with averaged log-ratios there is no such theorem. dpo's own theory: `pi_ref (p / q)^(1 / beta)`, normalised, for
 answers p chosen and q rejected drawn apart.

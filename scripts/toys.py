@@ -18,7 +18,7 @@ constant beyond the cap: no overflow, but nothing holds it either, and it ends w
 ukl pulls evenly and ends with both good answers. rulsif and bce let go as f grows: no jump and no overflow, and after
 thousands of steps they have hardly moved the answer: stable, and slow exactly where there is no overlap.
 
-tests/test_toys.py asserts each of these on torch and on MLX.
+tests/scripts/test_toys.py asserts each of these on torch and on MLX.
 """
 
 from __future__ import annotations

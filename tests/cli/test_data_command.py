@@ -386,7 +386,7 @@ def test_neither_torch_nor_mlx_is_needed(tiny: str, tmp_path: Path) -> None:
         f"sys.argv = ['data.py', {file!r}, '--model', {tiny!r}]\n"
         "runpy.run_path('scripts/data.py', run_name='__main__')\n"
     )
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parent.parent.parent
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(root)}
     out = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
     assert (out.returncode, out.stderr) == (0, "")

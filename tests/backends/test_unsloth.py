@@ -22,7 +22,7 @@ from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.base.errors import UserError
 from lite_dil.config.train_config import TrainConfig
 
-RUN = Path(__file__).with_name("unsloth_run.py")
+RUN = Path(__file__).parent.parent / "unsloth_run.py"
 needs_unsloth = pytest.mark.skipif(
     importlib.util.find_spec("unsloth") is None,
     reason="unsloth is not installed (it allows transformers up to 5.17; these tests' requirements have a later one)",

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import config, write_pairs
-from test_hub import Hub
+from hub_server import Hub
 
 from lite_dil.backends.memory import CUDA_CONTEXT, memory_here, memory_of
 from lite_dil.base.errors import UserError

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 import lite_dil
 from lite_dil.models.find import EMBEDDED_MODEL
 
-PATH = Path(__file__).parent.parent / "scripts" / "colab.ipynb"
+PATH = Path(__file__).parent.parent.parent / "scripts" / "colab.ipynb"
 
 
 def notebook() -> Any:

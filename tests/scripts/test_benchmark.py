@@ -12,7 +12,7 @@ import pytest
 from benchmark_cases import EOS, HH, Job, lengths_of, operations, steps_of
 from benchmark_models import text_of, word_tokenizer
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 JOB = Job("short", "lite-dil", "cpu", "nowhere", lengths_of("short", 2), 2)
 ONE_LAYER = {
     "hidden_size": 2,
