@@ -19,6 +19,7 @@ from test_train import metrics
 
 from lite_dil.backends.types import Answer
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
+from lite_dil.base.files import partial
 from lite_dil.cli.demo import show
 from lite_dil.cli.main import main
 from lite_dil.cli.progress import Terminal
@@ -179,7 +180,7 @@ def test_a_diverged_run_has_its_report(flags: list[str], tmp_path: Path) -> None
 def test_a_report_that_cannot_be_written_does_not_end_training(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "run" / ".report.html.partial").mkdir(parents=True)
+    partial(tmp_path / "run" / "report.html").mkdir(parents=True)
     folder = run(flags, tmp_path / "run")
     out = capsys.readouterr().out
     assert out.count("report.html: cannot be written (Is a directory). The run goes on without its report") == 3
