@@ -74,6 +74,11 @@ def test_what_is_computed_again(models: Any, layout: str, form: dict[str, Any], 
     within(measured(models(), layout=layout, gradient_checkpointing=kept, **form))
 
 
+def test_many_layers_computed_again(models: Any) -> None:
+    """MLX is at the next layer before the gradients of this one are done."""
+    within(measured(models(6), layout="plain", gradient_checkpointing="full", **BFLOAT16))
+
+
 @pytest.mark.parametrize("form", [{"gradient_checkpointing": "full"}, BFLOAT16], ids=("full float32", "off bfloat16"))
 def test_a_large_vocabulary(models: Any, form: dict[str, Any]) -> None:
     """Two chunks of the head, 40 times the hidden states of a layer."""
@@ -89,8 +94,9 @@ def test_a_large_vocabulary(models: Any, form: dict[str, Any]) -> None:
         (LOAD, {"lora_dropout": 0.1}),
         (LOAD, {"gradient_accumulation_steps": 2}),
         (Load((193,), ((192, 192),)), {"compile": True} | BFLOAT16),  # lengths that compiling does not pad
+        (Load((60, 20), ((60, 50), (30, 60))), {"compile": True}),  # compiled attention sees padded blocks on a CPU too
     ],
-    ids=("long prompt", "three padded pairs", "two adapters", "dropout", "two passes", "compiled"),
+    ids=("long prompt", "three padded pairs", "two adapters", "dropout", "two passes", "compiled", "compiled blocks"),
 )
 def test_other_settings(models: Any, load: Load, options: dict[str, Any]) -> None:
     within(measured(models(), load, **options))
@@ -157,6 +163,16 @@ _CONFIG = {
     "num_key_value_heads": 2,
     "vocab_size": 512,
 }
+
+
+def test_what_a_layer_keeps_by_hand() -> None:
+    """Two rows of 16 tokens on Metal, 4 heads of 64 and 2 for keys, rank 16."""
+    options = config(layout="plain", gradient_checkpointing="off", compile=False, lora_r=16)
+    step = MLXStep(options, ModelShape.of(_CONFIG), "float32", Load((8,), ((8, 8),)))
+    norms, attention, mlp = 2 * 256, 256 + 2 * 128, 4 * 512  # inputs; queries, keys and values; gate, sigmoid, silu and up
+    scores, inputs, low = 4 * 16, 3 * 256 + 512, 7 * 16  # inputs of q, k and v, of o, of gate and up, of down
+    (block,) = step._blocks()
+    assert sum(stage.keeps for stage in step._stages(block)) == 32 * 4 * (norms + attention + mlp + scores + inputs + low)
 
 
 def test_nothing_is_loaded(tmp_path: Path) -> None:
