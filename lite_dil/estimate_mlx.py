@@ -7,11 +7,10 @@ last operation that reads it has been executed. So at any moment there are, besi
 * what was made by the stages that are in the queue, be it needed or not: `Work.made`;
 * what gradients of adapters wait for: `Stage.waits`.
 
-The figure is an upper one: a stage that is partly in the queue counts whole, and of two ways that MLX may order its work the
-heavier is taken. Against `mx.get_peak_memory` on MLX 0.32.4 for Linux, without a GPU, over random models of 2 to 8 layers,
-width 256 and 512, rows of 190 to 1000 tokens, compiled or not: 0.99 to 1.10 of the peak with --gradient-checkpointing off and
-selective, 0.99 to 1.20 with full; above that, up to 1.32, were two forms with full where a vocabulary of 8192 outweighs few
-layers, since execution had caught up with the queue.
+The figure is an upper one: a stage that is partly in the queue counts whole. Against `mx.get_peak_memory` on MLX 0.32.4 for
+Linux, without a GPU, over random models of 2 to 8 layers, width 256 and 512, rows of 190 to 2100 tokens, compiled or not: 1.00
+to 1.11 of the peak with --gradient-checkpointing off, 1.01 to 1.17 with selective, 0.99 to 1.20 with full, but for two forms
+with full and a vocabulary of 8192 over few layers, 1.23 and 1.32, where execution had caught up with the queue.
 
 On Metal nothing was measured. There norms and rope are taken as one operation each, attention as its scores written out
 (which MLX does wherever a gradient is wanted), the queue as ten command buffers, all by MLX's source. The estimate is of live
