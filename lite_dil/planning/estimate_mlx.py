@@ -1,13 +1,16 @@
-"""The memory of a step on MLX: the step's operations on arrays without numbers, evaluated as MLX does.
+"""The memory of a step on MLX, in formulas: what each stage of a layer keeps, what it makes, and how much of that is queued.
 
-MLX is lazy: which arrays are live together depends on the order of evaluation and on how far its queue is ahead of it, which
-for short rows is a whole layer. So `_Pass` writes the model's forward pass down once more, as mlx-lm, mlx_prefix, mlx_lora and
-mlx_head compute it, and `lite_dil.planning.estimate_tape` differentiates and evaluates that.
+MLX is lazy. It walks the graph in an order of its own and queues work ahead of its execution, and an array lives until the
+last operation that reads it has been executed. So at any moment there are, beside the weights:
 
-Measured against `mx.get_peak_memory` on MLX 0.32.4 for Linux, without a GPU, over random Llamas of 2 to 8 layers, width 256
-and 512, rows of 190 to 1000 tokens, compiled or not: the estimate is 0.96 to 1.04 of the peak with --gradient-checkpointing
-off and selective, 1.00 to 1.02 where the head's chunks decide, and 0.92 to 1.15 with full, where MLX mixes what is computed
-again with other work in an order that follows details of its graph.
+* what was kept for the backward pass and is not yet used up: `Stage.keeps`;
+* what was made by the stages that are in the queue, be it needed or not: `Work.made`;
+* what gradients of adapters wait for: `Stage.waits`.
+
+The figure is an upper one: a stage that is partly in the queue counts whole. Against `mx.get_peak_memory` on MLX 0.32.4 for
+Linux, without a GPU, over random models of 2 to 8 layers, width 256 and 512, rows of 190 to 2100 tokens, compiled or not: 1.00
+to 1.11 of the peak with --gradient-checkpointing off, 1.01 to 1.17 with selective, 0.99 to 1.20 with full, but for two forms
+with full and a vocabulary of 8192 over few layers, 1.23 and 1.32, where execution had caught up with the queue.
 
 On Metal nothing was measured. There norms and rope are taken as one operation each, attention as its scores written out
 (which MLX does wherever a gradient is wanted), the queue as ten command buffers, all by MLX's source. The estimate is of live
@@ -17,24 +20,86 @@ to queue ahead, so that somewhat less may do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, NamedTuple
 
 from lite_dil.backends.limits import checkpointing, chunk_tokens
 from lite_dil.base.errors import UserError
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.shape import Linear, ModelShape
 from lite_dil.planning.estimate import BYTES, Estimate, Load, adapter_tensors, layout_for
-from lite_dil.planning.estimate_tape import FLOAT32, Array, Gradients, Tape
 
+FLOAT32 = 4
 GROUP, BITS = 64, 4  # mlx_load.GROUP_SIZE, mlx_load.BITS
 QUERIES = 256  # mlx_prefix.QUERIES
 CHUNK_ELEMENTS = 2**22  # mlx_head.CHUNK_ELEMENTS
-CRITERION = 120  # dispatches of the small operations between log-probs and their gradient
 MULTIPLE = 64  # mlx.COMPILED_MULTIPLE
+WIDTH = 20  # mlx/utils.h: MLX_BFS_MAX_WIDTH
+TASKS = 10  # mlx/transforms.cpp: queued before the next one waits
+CPU_DISPATCHES = 10  # mlx/backend/cpu/encoder.h: dispatches in a task; an operation is one, what it holds another, a view one
+METAL_OPS, METAL_BYTES = 40, 40 * 2**20  # mlx/backend/metal/device.cpp: operations and bytes in a command buffer, a task
+CRITERION = 120  # dispatches of the small operations between log-probs and their gradient
 
 
-Keys = tuple[Array, Array]  # keys and values
+class Work(NamedTuple):
+    """Operations: bytes of the arrays that they make and do not keep, dispatches, and bytes of weights that they read."""
+
+    made: int
+    dispatches: int
+    weights: int = 0
+
+
+class Stage(NamedTuple):
+    """A part of a layer.
+
+    Attributes:
+        keeps: bytes that the forward pass leaves for the backward pass.
+        waits: bytes that the backward pass leaves. MLX goes breadth first, so that the gradients of A and B come late: each
+            reads a float32 copy of its layer's input or of its output's slope. mx.checkpoint computes a layer again when its
+            result is there, and does not wait for the gradients of the one after it either.
+        mlp: it is in the module that "selective" computes again.
+    """
+
+    keeps: int
+    forward: Work
+    backward: Work
+    waits: int = 0
+    mlp: bool = False
+
+
+def joined(*stages: Stage, calls: int = 1) -> Stage:
+    """Return stages as one, each of whose operations is made of so many smaller ones."""
+
+    def work(parts: Sequence[Work]) -> Work:
+        dispatches = sum(part.dispatches for part in parts) * calls
+        return Work(sum(part.made for part in parts), dispatches, sum(part.weights for part in parts))
+
+    keeps, waits = sum(stage.keeps for stage in stages), sum(stage.waits for stage in stages)
+    return Stage(keeps, work([stage.forward for stage in stages]), work([stage.backward for stage in stages]), waits)
+
+
+class Moment(NamedTuple):
+    """A stage's turn: bytes that stay after it, bytes that go once it has been executed, and its work."""
+
+    phase: str
+    stays: int
+    goes: int
+    work: Work
+    gradients: int = 0
+
+
+class Block(NamedTuple):
+    """Tokens that a layer runs on at once: how many, and the queries and keys of each call of its attention."""
+
+    tokens: int
+    scores: list[tuple[int, int]]
+    calls: int  # how many, those of a batch counted once
+
+
+NOTHING = Work(0, 0)
 
 
 class MLXStep:
@@ -47,19 +112,19 @@ class MLXStep:
 
     def __init__(self, config: ResolvedConfig, shape: ModelShape, dtype: str, load: Load, metal: bool = True) -> None:
         self.config, self.shape, self.load, self.metal = config, shape, load, metal
-        self.e, self.pads_attention = BYTES[dtype], metal  # as MLXBackend.pads_attention
+        self.e = BYTES[dtype]
         self.layout = layout_for(config, shape, "mlx")
         self.linears = shape.linears()
         self.mode = checkpointing(config, shape.parameters)
         compiled = metal if config.compile is None else config.compile
+        self.pads_attention = metal or compiled  # as in MLXBackend._arrays
         if (own := shape.quantization) and own.library != "mlx":
             raise UserError(f"weights packed by {own.library} are for CUDA; give the 16-bit model, with --4bit")
         self.bits, self.group = (own.bits, own.group) if own else (BITS if config.load_in_4bit else 0, GROUP)
         self.multiple = MULTIPLE if compiled else 1
         tensors = adapter_tensors(config, shape)
         self.rank = next(iter(tensors.values()))[0][0]
-        names = {".".join(name.split(".")[-2:]) for name in tensors}
-        self.targets = {name: (linear.outputs, linear.inputs) for name, linear in self.linears.items() if name in names}
+        self.targets = {".".join(name.split(".")[-2:]) for name in tensors}
         self.adapter = sum(rows * columns for pair in tensors.values() for rows, columns in pair) * FLOAT32
 
     def frozen(self, linear: Linear, bits: int | None = None) -> int:
@@ -81,336 +146,188 @@ class MLXStep:
         return {"linears": linears, "embeddings": embeddings, "head": head, "norms": s.norm_parameters * e}
 
     def estimate(self) -> Estimate:
-        """Return the peak."""
-        tape = self.record()
-        peak = tape.peak(self.metal)
+        """Return the peak: the moment when most is live of what was kept, and of what the work in the queue has made."""
         several = self.adapter if self.config.gradient_accumulation_steps > 1 else 0
-        fixed = {**self.weights(), "adapter": self.adapter, "optimizer": 2 * self.adapter}
+        fixed: dict[str, Any] = {**self.weights(), "adapter": self.adapter, "optimizer": 2 * self.adapter}
         if self.config.reference == "initial-adapter":
             fixed["reference"] = self.adapter
-        found = dict(peak.kinds)
-        found["gradients"] = found.get("gradients", 0) + several
-        known = sum(fixed.values()) + several
-        phases = tuple((phase, known + size) for phase, size in peak.phases.items())
-        return Estimate(peak.phase, **fixed, **found, phases=phases)
+        worst: dict[str, dict[str, Any]] = {}  # what comes to it, at the worst moment of each phase
+        queue: deque[tuple[float, Moment]] = deque()
+        kept, gradients = 0, several
+        for moment in self._moments():
+            kept, gradients = kept + moment.stays, gradients + moment.gradients
+            queue.append((self._share(moment.work), moment))
+            while sum(share for share, _ in queue) - queue[0][0] >= 1:  # without the oldest it is full
+                kept -= queue.popleft()[1].goes
+            made = sum(queued.work.made for _, queued in queue)
+            here = {"activations": kept, "gradients": gradients, "logits" if moment.phase == "head" else "temporaries": made}
+            if sum(here.values()) > sum(worst.get(moment.phase, {}).values()):
+                worst[moment.phase] = here
+        found = [Estimate(phase, **fixed, **parts) for phase, parts in worst.items()]
+        return replace(max(found, key=lambda e: e.total), phases=tuple((e.phase, e.total) for e in found))
 
-    def record(self) -> Tape:
-        """Return the operations of a pass, forward and backward."""
-        return _Pass(self).tape
+    def _share(self, work: Work) -> float:
+        """Return which part of the queue some work fills; on Metal a large operation is a command buffer by itself."""
+        if not self.metal:
+            return work.dispatches / CPU_DISPATCHES / TASKS
+        operations = work.dispatches / 3  # views, and what an operation holds, are none
+        return min(operations, max(operations / METAL_OPS, (work.made + work.weights) / METAL_BYTES)) / TASKS
 
+    def _moments(self) -> Iterator[Moment]:
+        """Yield a forward and a backward pass."""
+        blocks, full = self._blocks(), self.mode == "full"
+        stream = sum(block.tokens for block in blocks) * self.shape.hidden * self.e
+        layer = [stage for block in blocks for stage in self._stages(block)]
+        # Of prompts the last layer computes keys and values, since nothing reads more.
+        last = [stage for block in blocks[:-1] for stage in self._stages(block)[:1]] + self._stages(blocks[-1])
+        layers = [layer] * (self.shape.layers - 1) + [last]
+        yield Moment("forward", stream + self._masks(blocks), 0, NOTHING)
+        for stages in layers:
+            for again, group in self._groups(stages):
+                for stage in group:
+                    made, dispatches, weights = stage.forward
+                    work = Work(made + stage.keeps * again, dispatches, weights)
+                    yield Moment("forward", stage.keeps * (not again), 0, work)
+            yield Moment("forward", stream * full, 0, NOTHING)  # kept is its result, the next one's input
+        # An MLP, which is few operations, is computed again as soon as its result is there: the last one beside the head.
+        early = 0 if full else sum(stage.keeps for again, group in self._groups(last) for stage in group if again)
+        yield Moment("head", early, 0, NOTHING)
+        yield from self._head()
+        late = 0  # what the layer after this one left to wait
+        for stages in reversed(layers):
+            for again, group in reversed(self._groups(stages)):
+                if again:
+                    yield from (Moment("backward", stage.keeps * (not early), 0, stage.forward) for stage in group)
+                    early = 0
+                yield Moment("backward", 0, late, NOTHING)
+                yield from (Moment("backward", stage.waits, stage.keeps, stage.backward) for stage in reversed(group))
+                late = 0
+            late = sum(stage.waits for stage in stages)
+            yield Moment("backward", 0, stream * full, NOTHING, self.adapter // len(layers))
 
-class _Pass:
-    """The forward and the backward pass of one batch."""
+    def _groups(self, stages: Sequence[Stage]) -> list[tuple[bool, list[Stage]]]:
+        """Return stages in order, in groups that are computed again for the backward pass, or are not."""
+        if self.mode != "selective":
+            return [(self.mode == "full", list(stages))]
+        return [(again, list(group)) for again, group in groupby(stages, key=lambda stage: stage.mlp)]
 
-    def __init__(self, step: MLXStep) -> None:
-        self.step, self.s, self.e, self.tape = step, step.shape, step.e, Tape()
-        self.metal = step.metal
-        load, tape, up = step.load, self.tape, partial(_rounded, multiple=step.multiple)
-        self.per_prompt = [len(answers) for answers in load.responses]
-        self.rows = sum(self.per_prompt)
-        if step.layout == "plain":
-            self.prompts, self.responses = 0, self.rows * up(load.longest)
-        else:
-            self.prompts = up(max(1, sum(load.prompts) - len(load.prompts)))
-            self.responses = up(load.answer_tokens)
-        tokens = self.prompts + self.responses
-        self.columns, self.width = up(max(load.prompts)) - 1, up(max(max(a) for a in load.responses))
-        self._masks: dict[tuple[int, int], Array] = {}
+    def _blocks(self) -> list[Block]:
+        """Return the prompts and the responses, or the rows."""
+        load, rows = self.load, sum(map(len, self.load.responses))
+        if self.layout == "plain":
+            length = self._up(load.longest)
+            return [Block(rows * length, [(length, length)] * rows, 1)]
+        prompts, responses = self._up(max(1, sum(load.prompts) - len(load.prompts))), self._up(load.answer_tokens)
+        if self.pads_attention:
+            columns, width = max(1, self._up(max(load.prompts)) - 1), self._up(max(map(max, load.responses)))
+            alone, after = [(columns, columns)] * len(load.prompts), [(width, columns + width)] * rows
+            return [Block(prompts, alone, 1), Block(responses, after, 1)]
 
-        x = tape.make([], tokens * self.s.hidden, self.e)
-        for layer in range(self.s.layers):
-            x = self.layer(x, last=layer == self.s.layers - 1)
-        hidden = self.norm(x)
-        if step.layout == "plain":
-            hidden = tape.gather(hidden, up(load.answer_tokens) * self.s.hidden)
-        loss = self.head(hidden)
-        tape.kind, tape.phase = "temporaries", "backward"
-        tape.backward(loss, tape.make([loss], loss.numbers, FLOAT32, dispatches=CRITERION))
+        def cut(length: int, past: int) -> list[tuple[int, int]]:
+            """Some queries at a time, which see all keys up to theirs."""
+            stops = [min(start + QUERIES, length) for start in range(0, length, QUERIES)]
+            return [((stop - 1) % QUERIES + 1, past + stop) for stop in stops]
 
-    def layer(self, x: Array, last: bool) -> Array:
-        """Run a decoder layer over all tokens; the last one returns those of the responses."""
-        self.adapters = {
-            name: (self.tape.weight(self.step.rank * into, wanted=True), self.tape.weight(self.step.rank * out, wanted=True))
-            for name, (out, into) in self.step.targets.items()
-        }
-        run = partial(self._layer, adapters=self.adapters, last=last)
-        return self.tape.checkpoint(run, x) if self.step.mode == "full" else run(x)
+        answers = [(n, prompt - 1) for prompt, several in zip(load.prompts, load.responses, strict=True) for n in several]
+        alone = [call for prompt in load.prompts for call in cut(prompt - 1, 0)]
+        after = [call for answer in answers for call in cut(*answer)]
+        return [Block(prompts, alone, max(1, len(alone))), Block(responses, after, len(after))]
 
-    def _layer(self, x: Array, adapters: dict[str, tuple[Array, Array]], last: bool) -> Array:
-        self.adapters = adapters
-        if self.step.layout == "plain":
-            return self.block(x, self.plain_attention)
-        parts: list[Array] = []
-        self.kept: list[Keys | None] = []
-        for tokens, attention in ((self.prompts, self.prompt_attention), (self.responses, self.response_attention)):
-            parts.append(self.block(self.tape.slice(x, tokens * self.s.hidden), attention))
-        return parts[1] if last else self.tape.concatenate(parts)
+    def _up(self, length: int) -> int:
+        return -(-length // self.multiple) * self.multiple
 
-    def block(self, x: Array, attention: Callable[[Array], Array]) -> Array:
-        """Run norms, attention and MLP over some tokens."""
-        s, tape = self.s, self.tape
-        pre, post = not s.post_norms or s.norms == 4, s.post_norms
-        normed = self.norm(x) if pre else x
-        r = attention(normed)
-        if s.parallel:
-            return tape.add(tape.add(x, r), self.mlp(normed))
-        h = tape.add(x, self.norm(r) if post else r)
-        r = self.mlp(self.norm(h) if pre else h)
-        return tape.add(h, self.norm(r) if post else r)
+    def _masks(self, blocks: Sequence[Block]) -> int:
+        """Return the bytes of what is added to scores, which all layers share."""
+        if self.layout == "plain":
+            return 0
+        calls = [call for block in blocks for call in block.scores]
+        return sum(queries * keys for queries, keys in (calls if self.pads_attention else set(calls))) * self.e
 
-    def norm(self, x: Array) -> Array:
-        """Norm over the width: one operation on Metal; on a CPU its parts, in float32."""
-        tape = self.tape
-        if self.metal:
-
-            def pull(g: Array) -> Gradients:
-                tape.make([x, g], x.numbers, x.each)  # of the weight, which is frozen
-                yield x, tape.make([x, g], x.numbers, x.each, inplace=True)
-
-            return tape.make([x], x.numbers, x.each, pull)
-        wide = tape.cast(x, FLOAT32)
-        square = tape.make([wide], x.numbers, FLOAT32)
-        root = tape.make([square], 1, FLOAT32, dispatches=10)
-
-        def pull_cpu(g: Array) -> Gradients:
-            by_x = tape.make([wide, g], x.numbers, FLOAT32)
-            mean = tape.make([by_x, root], 1, FLOAT32, dispatches=12)
-            scaled = tape.make([g, root], x.numbers, FLOAT32, inplace=True)
-            yield wide, tape.make([tape.make([wide, mean], x.numbers, FLOAT32), scaled], x.numbers, FLOAT32, inplace=True)
-
-        normed = tape.make([wide, root], x.numbers, FLOAT32, pull_cpu)
-        return tape.elementwise(tape.cast(normed, x.each))
-
-    def linear(self, x: Array, name: str) -> Array:
-        """W x + scale x A B."""
-        tape, linear = self.tape, self.step.linears[name]
-        tokens = x.numbers // linear.inputs
-        y = tape.matmul(x, tape.weight(self.step.frozen(linear), 1), tokens * linear.outputs)
-        if linear.bias:
-            y = tape.elementwise(y)
-        if name not in self.adapters:
-            return y
-        a, b = self.adapters[name]
-        low = self.product(self.dropped(x), a, tokens * self.step.rank)
-        z = tape.elementwise(tape.matmul(low, b, y.numbers))
-        return tape.add(y, tape.cast(z, self.e))
-
-    def product(self, x: Array, a: Array, numbers: int) -> Array:
-        """Multiply with A, which is float32; the copy of x that this takes is made again for the backward pass, not kept."""
-        tape = self.tape
-        if x.each == FLOAT32:
-            return tape.matmul(x, a, numbers)
-
-        def pull(g: Array) -> Gradients:
-            late = tape.make([x, g], x.numbers, FLOAT32)
-            if x.wanted:
-                yield x, tape.cast(tape.make([g, a], x.numbers, FLOAT32, dispatches=5), x.each)
-            yield a, tape.make([late, g], a.numbers, FLOAT32, dispatches=5)
-
-        wide = tape.make([x], x.numbers, FLOAT32)
-        return tape.make([wide, a], numbers, FLOAT32, pull, dispatches=5)
-
-    def dropped(self, x: Array) -> Array:
-        """Dropout keeps its mask, in the type of what it drops."""
-        if not self.step.config.lora_dropout:
-            return x
-        tape = self.tape
-        drawn = tape.elementwise(tape.make([], x.numbers, FLOAT32, dispatches=10))
-        mask = tape.make([tape.make([drawn], x.numbers, 1)], x.numbers, x.each)
-
-        def pull(g: Array) -> Gradients:
-            yield x, tape.make([g, mask], x.numbers, x.each, inplace=True)
-
-        return tape.elementwise(tape.make([x, mask], x.numbers, x.each, pull))
-
-    def rope(self, x: Array) -> Array:
-        """Rotate: one operation on Metal; on a CPU the products of halves with tables."""
-        tape = self.tape
-        if self.metal:
-            return tape.elementwise(x)
-        half = x.numbers // 2
-
-        def pull(g: Array) -> Gradients:
-            parts = [tape.make([g], half, x.each) for _ in range(4)]
-            sums = [tape.make(parts[i : i + 2], half, x.each, inplace=True) for i in (0, 2)]
-            wholes = [tape.make([part], x.numbers, x.each, dispatches=5) for part in sums]
-            yield x, tape.make(wholes, x.numbers, x.each, inplace=True)
-
-        products = [tape.make([x], half, x.each) for _ in range(4)]
-        sums = [tape.make(products[i : i + 2], half, x.each, inplace=True) for i in (0, 2)]
-        return tape.make([*sums, x], x.numbers, x.each, pull)
-
-    def qkv(self, x: Array) -> list[Array]:
-        """Return queries, keys and values, rotated."""
-        s, tape = self.s, self.tape
-        tokens = x.numbers // s.hidden
-        if s.joined:
-            whole = self.linear(x, "self_attn.qkv_proj")
-            three = [tape.slice(whole, tokens * width) for width in (s.queries, s.keys, s.keys)]
-        else:
-            three = [self.linear(x, f"self_attn.{name}_proj") for name in "qkv"]
+    def _stages(self, block: Block) -> list[Stage]:
+        """Return a layer's stages over the tokens of a block, in order."""
+        s, e, tokens = self.shape, self.e, block.tokens
+        attended = sum(queries for queries, _ in block.scores)  # in padded blocks more than there are tokens
+        names = list(self.linears)
+        qkv, gate_up = names[: names.index("self_attn.o_proj")], [name for name in names if "gate" in name or "up_" in name]
+        norm = self._norm(tokens * s.hidden)
+        pre, post = [norm] * (not s.post_norms or s.norms == 4), [norm] * s.post_norms
+        read = [self._input(qkv, attended), *(self._linear(name, attended) for name in qkv), self._rope(attended)]
+        if s.joined:  # values are a view of the whole, which they keep; each part's gradient is written into zeros of it
+            whole = attended * (s.queries + 2 * s.keys) * e
+            read.append(Stage(whole, NOTHING, Work(3 * whole, 12)))
         if s.qk_norm:
-            three[:2] = [self.norm(part) for part in three[:2]]
-        return [self.rope(three[0]), self.rope(three[1]), three[2]]
+            read.append(self._norm(attended * (s.queries + s.keys)))
+        if self.layout != "plain":  # calls read slices, or padded blocks: gradients are written into zeros of the whole
+            read.append(Stage(0, NOTHING, Work(block.calls * max(tokens, attended) * s.hidden * e, 0)))
+        # Kept are gate, its sigmoid, silu and up. Each has a gradient, and the sigmoid's slope takes one more.
+        numbers = tokens * s.intermediate * e
+        active = Stage(4 * numbers, Work(0, 6), Work((5 + 4 * s.joined) * numbers, 16))
+        wide = joined(*(self._linear(name, tokens) for name in gate_up))
+        mlp = [wide, active, self._linear("mlp.down_proj", tokens, own=True)]
+        return [
+            joined(*pre, joined(*read, calls=block.calls)),
+            self._attention(block),
+            joined(self._linear("self_attn.o_proj", attended, own=True), *post, calls=block.calls),
+            joined(*pre * (not s.parallel), self._input(gate_up, tokens, again=self.mode == "selective")),
+            *(stage._replace(mlp=True) for stage in mlp),
+            joined(*post),
+        ]
 
-    def attend(self, q: Array, k: Array, v: Array, scores: int, mask: Array) -> Array:
+    def _norm(self, numbers: int) -> Stage:
+        """Norm: one operation on Metal; on a CPU its parts, in float32, of which the input is kept."""
+        own, wide = numbers * self.e, numbers * FLOAT32
+        if self.metal:
+            return Stage(own, Work(own, 2), Work(2 * own, 4))
+        cast = own * (self.e != FLOAT32)
+        return Stage(wide, Work(2 * wide + cast, 20), Work(4 * wide + 2 * cast, 26))
+
+    def _input(self, names: Sequence[str], tokens: int, again: bool = False) -> Stage:
+        """Return what linear layers read: their adapters keep it, once, and so does an MLP that is computed again."""
+        kept = again or any(name in self.targets for name in names)
+        return Stage(kept * tokens * self.linears[names[0]].inputs * self.e, NOTHING, NOTHING)
+
+    def _linear(self, name: str, tokens: int, own: bool = False) -> Stage:
+        """W x + scale x A B; with an input of its `own` it keeps that."""
+        linear, e = self.linears[name], self.e
+        inputs, outputs, weight = tokens * linear.inputs, tokens * linear.outputs, self.frozen(linear)
+        bare = Stage(0, Work(outputs * e, 5, weight), Work(inputs * e, 5, weight))
+        if name not in self.targets:
+            return bare
+        # A, B and all that is made of them are float32: other types are cast, on the way forward and back.
+        cast = e * (e != FLOAT32)
+        wide = FLOAT32 * (e != FLOAT32)
+        forward, backward = Work(outputs * (FLOAT32 + cast) + inputs * wide, 14), Work(inputs * (FLOAT32 + cast), 26)
+        adapter = Stage(tokens * self.rank * FLOAT32, forward, backward, (inputs + outputs) * FLOAT32)
+        dropout = Stage(2 * inputs * e, Work(inputs * (FLOAT32 + 1), 20), Work(inputs * e, 4))  # the mask, and what it leaves
+        return joined(bare, adapter, *[dropout] * bool(self.config.lora_dropout), *[self._input([name], tokens)] * own)
+
+    def _rope(self, tokens: int) -> Stage:
+        """Rotate queries and keys: one operation on Metal; on a CPU the products of halves with tables, twice, and sums."""
+        made = tokens * (self.shape.queries + self.shape.keys) * self.e
+        return Stage(0, Work(made, 2), Work(made, 2)) if self.metal else Stage(0, Work(4 * made, 36), Work(4 * made, 48))
+
+    def _attention(self, block: Block) -> Stage:
         """Attend with all scores written out, as MLX does wherever a gradient is wanted."""
-        s, tape = self.s, self.tape
-        repeats = s.heads // s.kv_heads
-        q = tape.elementwise(q)
+        s, e = self.shape, self.e
+        queries, keys = (sum(call[i] for call in block.scores) for i in (0, 1))
+        scores = sum(queries * keys for queries, keys in block.scores) * s.heads * e
+        result, both = queries * s.queries * e, 2 * keys * s.keys * e
+        cap = 2 * s.attention_cap  # a result and a slope
+        # The gradients of keys and values come for every query's head, and are summed.
+        every = 2 * keys * s.queries * e * (s.heads > s.kv_heads)
+        # The softmax keeps its result and makes two gradients; a mask of bools, as plain rows have, is kept as numbers then.
+        backward = scores * (2 + cap + (self.layout == "plain")) + 2 * result + every + both
+        # Calls do not wait for each other, so that MLX, breadth first, takes up to WIDTH of them side by side.
+        work = Work(backward, 34 * -(-block.calls // WIDTH))
+        return Stage(result + both + scores * (1 + cap), Work(result + both, 24 * block.calls), work)
 
-        def product(a: Array, b: Array, numbers: int) -> Array:
-            """Multiply; the gradient of keys or values comes for every query's head, and is summed."""
-
-            def pull(g: Array) -> Gradients:
-                yield a, tape.make([g, b], a.numbers, a.each, dispatches=4)
-                every = tape.make([g, a], b.numbers * repeats, b.each, dispatches=4)
-                yield b, tape.make([every], b.numbers, b.each) if repeats > 1 else every
-
-            return tape.make([a, b], numbers, a.each, pull, dispatches=5)
-
-        raw = product(q, k, scores)
-        if s.attention_cap:
-            raw = self.saved(tape.elementwise(raw), 2)
-
-        def masked(g: Array) -> Gradients:
-            if mask.each != 1:
-                yield raw, g
-                return
-            kept = tape.make([mask], scores, self.e)
-            yield raw, tape.make([kept, g], scores, self.e, inplace=True)
-
-        raw_masked = tape.make([raw, mask], scores, self.e, masked, inplace=True, dispatches=3)
-
-        def softmax(g: Array) -> Gradients:
-            by_p = tape.make([g, probs], scores, self.e, inplace=True)
-            total = tape.make([by_p], 1, self.e, dispatches=3)
-            other = tape.make([probs, total], scores, self.e)
-            yield raw_masked, tape.make([by_p, other], scores, self.e, inplace=True)
-
-        probs = tape.make([raw_masked], scores, self.e, softmax, inplace=True)
-        return product(probs, v, q.numbers)
-
-    def saved(self, x: Array, steps: int) -> Array:
-        """Apply a function whose slope is computed from its result in some steps."""
-        tape = self.tape
-
-        def pull(g: Array) -> Gradients:
-            slope = tape.make([out], out.numbers, out.each)
-            for _ in range(steps - 1):
-                slope = tape.make([slope, out], out.numbers, out.each, inplace=True)
-            yield x, tape.make([slope, g], out.numbers, out.each, inplace=True)
-
-        out = tape.make([x], x.numbers, x.each, pull)
-        return out
-
-    def plain_attention(self, x: Array) -> Array:
-        """Attend within rows of one length."""
-        tokens, s = x.numbers // self.s.hidden, self.s
-        length = tokens // self.rows
-        q, k, v = self.qkv(x)
-        mask = self.tape.make([], length * length, 1, dispatches=8)
-        return self.linear(self.attend(q, k, v, s.heads * tokens * length, mask), "self_attn.o_proj")
-
-    def prompt_attention(self, x: Array) -> Array:
-        """Attend within prompts, and keep their keys and values."""
-        if not self.step.pads_attention:
-            lengths = [length - 1 for length in self.step.load.prompts]
-            return self.unpadded(x, lengths, [None] * len(lengths))
-        s, count = self.s, len(self.step.load.prompts)
-        columns = max(1, self.columns)
-        q, k, v = self.qkv(self.tape.gather(x, count * columns * s.hidden))
-        self.kept = [(k, v)]
-        mask = self.mask(count * columns, columns)
-        out = self.attend(q, k, v, s.heads * count * columns * columns, mask)
-        return self.tape.gather(self.linear(out, "self_attn.o_proj"), x.numbers)
-
-    def response_attention(self, x: Array) -> Array:
-        """Attend within responses and to their prompts."""
-        s, tape = self.s, self.tape
-        if not self.step.pads_attention:
-            before = [self.kept[i] for i, count in enumerate(self.per_prompt) for _ in range(count)]
-            return self.unpadded(x, [n for answers in self.step.load.responses for n in answers], before)
-        q, k, v = self.qkv(tape.gather(x, self.rows * self.width * s.hidden))
-        past = self.rows * max(1, self.columns) * s.keys
-        assert self.kept[0] is not None
-        both = [tape.concatenate([tape.gather(of, past), own]) for of, own in zip(self.kept[0], (k, v), strict=True)]
-        seen = max(1, self.columns) + self.width
-        mask = self.mask(self.rows * self.width, seen)
-        out = self.attend(q, both[0], both[1], s.heads * self.rows * self.width * seen, mask)
-        return tape.gather(self.linear(out, "self_attn.o_proj"), x.numbers)
-
-    def unpadded(self, x: Array, lengths: Sequence[int], before: Sequence[Keys | None]) -> Array:
-        """Attend to each sequence by itself, some queries at a time."""
-        s, tape = self.s, self.tape
-        parts: list[Array] = []
-        for length, past in zip(lengths, before, strict=True):
-            seen = past
-            for start in range(0, length, QUERIES):
-                n = min(QUERIES, length - start)
-                q, k, v = self.qkv(tape.slice(x, n * s.hidden))
-                k, v = seen = (k, v) if seen is None else (tape.concatenate([seen[0], k]), tape.concatenate([seen[1], v]))
-                keys = k.numbers // s.keys
-                out = self.attend(q, k, v, s.heads * n * keys, self.mask(n, keys))
-                parts.append(self.linear(out, "self_attn.o_proj"))
-            self.kept.append(seen)
-        return tape.concatenate(parts) if parts else x
-
-    def mask(self, queries: int, keys: int) -> Array:
-        """Return what is added to scores, which all layers share."""
-        if (queries, keys) not in self._masks:
-            made = self._masks[queries, keys] = self.tape.make([], queries * keys, self.e, dispatches=10)
-            assert made.buffer is not None
-            self.tape.held.add(made.buffer)
-        return self._masks[queries, keys]
-
-    def mlp(self, x: Array) -> Array:
-        """Run the gated MLP."""
-        run = partial(self._mlp, adapters=self.adapters)
-        return self.tape.checkpoint(run, x) if self.step.mode == "selective" else run(x)
-
-    def _mlp(self, x: Array, adapters: dict[str, tuple[Array, Array]]) -> Array:
-        self.adapters, tape = adapters, self.tape
-        if self.s.joined:
-            both = self.linear(x, "mlp.gate_up_proj")
-            gate, up = (tape.slice(both, both.numbers // 2) for _ in range(2))
-        else:
-            gate, up = self.linear(x, "mlp.gate_proj"), self.linear(x, "mlp.up_proj")
-        active = tape.multiply(gate, self.saved(gate, 2))  # silu; the slope of gelu takes as many
-        return self.linear(tape.multiply(active, up), "mlp.down_proj")
-
-    def head(self, hidden: Array) -> Array:
-        """Return the log-probs of the response tokens, a chunk of tokens at a time, with their slopes."""
-        s, tape = self.s, self.tape
-        tape.kind, tape.phase = "logits", "head"
-        tokens, size = hidden.numbers // s.hidden, chunk_tokens(s.vocabulary, CHUNK_ELEMENTS)
-        parts: list[Array] = []
+    def _head(self) -> Iterator[Moment]:
+        """Yield the chunks of tokens of which logits are made: shifted, powers and slope in float32, and casts."""
+        s, tokens, weights = self.shape, self._up(self.load.answer_tokens), self.weights()
+        size = chunk_tokens(s.vocabulary, CHUNK_ELEMENTS)
+        each = 4 * FLOAT32 + 2 * self.e * (self.e != FLOAT32) + 3 * FLOAT32 * bool(s.transform.cap)
         for start in range(0, tokens, size):
-            n = min(size, tokens - start)
-            parts.append(self._chunk(tape.slice(hidden, n * s.hidden), n, parts[-1:]))
-        tape.kind = "activations"
-        return tape.concatenate(parts)
-
-    def _chunk(self, hidden: Array, n: int, before: list[Array]) -> Array:
-        s, tape, e = self.s, self.tape, self.e
-        numbers = n * s.vocabulary
-        logits = tape.cast(tape.make([hidden, *before], numbers, e, dispatches=4), FLOAT32)
-        for _ in range((s.transform.scale != 1) + 3 * bool(s.transform.cap)):
-            logits = tape.elementwise(logits)
-        top = tape.make([logits], n, FLOAT32)
-        shifted = tape.make([logits, top], numbers, FLOAT32, inplace=True, dispatches=3)
-        powers = tape.make([shifted], numbers, FLOAT32)
-        total = tape.make([powers], n, FLOAT32)
-        values = tape.make([shifted, total], n, FLOAT32, dispatches=8)
-        slope = tape.make([powers, total], numbers, FLOAT32, inplace=True, dispatches=5)
-        slope = tape.make([slope, values], numbers, FLOAT32, inplace=True, dispatches=6)
-        slope = tape.make([tape.cast(slope, e)], n * s.hidden, e, dispatches=4)
-
-        def pull(g: Array) -> Gradients:
-            yield hidden, tape.cast(tape.make([g, slope], n * s.hidden, FLOAT32), e)
-
-        return tape.make([values, slope, hidden], n, FLOAT32, pull, dispatches=1)
-
-
-def _rounded(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
+            count = min(size, tokens - start)
+            work = Work(count * s.vocabulary * each, 48, 2 * (weights["head"] or weights["embeddings"]))
+            yield Moment("head", 2 * count * s.hidden * self.e, 0, work)  # hidden states and slope
+        yield Moment("head", 0, 0, Work(0, CRITERION))

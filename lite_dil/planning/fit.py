@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
-
-import numpy as np
 
 from lite_dil.backends import registry
 from lite_dil.backends.limits import checkpointing
@@ -80,42 +77,18 @@ def longest(config: ResolvedConfig, model: Model, memory: int, answers: int) -> 
     """Return the largest --max-length, a multiple of 64, with which one example of `answers` answers fits; 0 for none."""
     # Beyond what the model was made for nothing is to be had.
     limit = (model.shape.max_positions or 2**20) // LENGTHS
-    size = _curve(config, model, answers, "max_length")
-    return most(lambda number: size(number * LENGTHS) <= memory, 1, limit) * LENGTHS
+
+    def fits(number: int) -> bool:
+        tried = replace(config, max_length=number * LENGTHS)
+        return model.total(tried, Load.worst(replace(tried, batch_size=1), answers)) <= memory
+
+    return most(fits, 1, limit) * LENGTHS
 
 
 def most_examples(config: ResolvedConfig, model: Model, memory: int, answers: int, limit: int = 1000) -> int:
     """Return how many examples of --max-length fit into one pass, `limit` at most."""
-    size = _curve(config, model, answers, "examples")
-    return most(lambda count: size(count) <= memory, 1, limit)
-
-
-@lru_cache(maxsize=16)
-def _curve(config: ResolvedConfig, model: Model, answers: int, what: str) -> Callable[[int], float]:
-    """Return the bytes of a pass as a function of --max-length, for one example, or of the number of "examples".
-
-    An estimate of MLX takes half a second, too long for a search: there it is a curve through a few of them. What is kept
-    grows in proportion to the tokens, and the scores of a row with their square; what takes most at first, the head or the
-    layers, is not what takes most later, hence a curve each for short rows and long ones.
-    """
-
-    def exact(size: int) -> int:
-        tried = config if what == "examples" else replace(config, max_length=size)
-        one = Load.worst(replace(tried, batch_size=1), answers)
-        return model.total(tried, several(one, size if what == "examples" else 1))
-
-    exact = lru_cache(maxsize=None)(exact)
-    if model.backend != "mlx":
-        return exact
-    if what == "examples":
-        return _through(exact, (1, 2))
-    short, long = _through(exact, (128, 512, 2048)), _through(exact, (512, 2048, 8192))
-    return lambda size: (short if size < 2048 else long)(size)
-
-
-def _through(exact: Callable[[int], int], sizes: Sequence[int]) -> Callable[[int], float]:
-    curve = np.polynomial.Polynomial.fit(sizes, [exact(size) for size in sizes], len(sizes) - 1)
-    return lambda size: float(curve(size))
+    one = Load.worst(replace(config, batch_size=1), answers)
+    return most(lambda count: model.total(config, several(one, count)) <= memory, 1, limit)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
-"""The memory estimate of the MLX backend against MLX's own peak, and the tape that it is made of against a pencil."""
+"""The memory estimate of the MLX backend against MLX's own peak."""
 
 from __future__ import annotations
 
 import gc
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from lite_dil.base.errors import UserError
 from lite_dil.models.shape import ModelShape, Quantization, read_shape
 from lite_dil.planning.estimate import Load
 from lite_dil.planning.estimate_mlx import MLXStep
-from lite_dil.planning.estimate_tape import Array, Tape
 from lite_dil.planning.peak import estimate
 
 MIB = 2**20
@@ -52,11 +50,14 @@ def measured(model: str, load: Load = LOAD, **options: Any) -> Measured:
     return measure(config(**{**base, "reference_cache": "off", **options}), load)
 
 
-def within(found: Measured, tolerance: float) -> None:
-    """The estimate is of a later step: at the first one the optimiser's state is not there before the update."""
+def within(found: Measured) -> None:
+    """The estimate is of a later step: at the first one the optimiser's state is not there before the update.
+
+    It is to be an upper one: what fits by it has to fit. Two runs of a step differ by a hundredth.
+    """
     ratio = found.estimate.total / found.later
     print(f"{found.estimate.phase}: {ratio:.3f} of {found.later / MIB:.1f} MiB, first {found.first / MIB:.1f}")
-    assert ratio == pytest.approx(1, abs=tolerance)
+    assert 0.98 <= ratio <= 1.20
 
 
 BFLOAT16, FOUR_BIT = {"dtype": "bfloat16"}, {"load_in_4bit": True}
@@ -65,19 +66,24 @@ BFLOAT16, FOUR_BIT = {"dtype": "bfloat16"}, {"load_in_4bit": True}
 @pytest.mark.parametrize("form", [{}, BFLOAT16, FOUR_BIT], ids=("float32", "bfloat16", "4bit"))
 @pytest.mark.parametrize("layout", ["plain", "prefix"])
 def test_what_is_kept(models: Any, layout: str, form: dict[str, Any]) -> None:
-    within(measured(models(), layout=layout, **form), 0.05)
+    within(measured(models(), layout=layout, **form))
 
 
 @pytest.mark.parametrize(("layout", "form"), [("plain", BFLOAT16), ("prefix", {})], ids=("plain bfloat16", "prefix float32"))
-@pytest.mark.parametrize(("kept", "tolerance"), [("selective", 0.05), ("full", 0.1)])
-def test_what_is_computed_again(models: Any, layout: str, form: dict[str, Any], kept: str, tolerance: float) -> None:
-    within(measured(models(), layout=layout, gradient_checkpointing=kept, **form), tolerance)
+@pytest.mark.parametrize("kept", ["selective", "full"])
+def test_what_is_computed_again(models: Any, layout: str, form: dict[str, Any], kept: str) -> None:
+    within(measured(models(), layout=layout, gradient_checkpointing=kept, **form))
+
+
+def test_many_layers_computed_again(models: Any) -> None:
+    """MLX is at the next layer before the gradients of this one are done."""
+    within(measured(models(6), layout="plain", gradient_checkpointing="full", **BFLOAT16))
 
 
 @pytest.mark.parametrize("form", [{"gradient_checkpointing": "full"}, BFLOAT16], ids=("full float32", "off bfloat16"))
 def test_a_large_vocabulary(models: Any, form: dict[str, Any]) -> None:
     """Two chunks of the head, 40 times the hidden states of a layer."""
-    within(measured(models(2, 16384), layout="prefix", **form), 0.05)
+    within(measured(models(2, 16384), layout="prefix", **form))
 
 
 @pytest.mark.parametrize(
@@ -89,11 +95,12 @@ def test_a_large_vocabulary(models: Any, form: dict[str, Any]) -> None:
         (LOAD, {"lora_dropout": 0.1}),
         (LOAD, {"gradient_accumulation_steps": 2}),
         (Load((193,), ((192, 192),)), {"compile": True} | BFLOAT16),  # lengths that compiling does not pad
+        (Load((60, 20), ((60, 50), (30, 60))), {"compile": True}),  # compiled attention sees padded blocks on a CPU too
     ],
-    ids=("long prompt", "three padded pairs", "two adapters", "dropout", "two passes", "compiled"),
+    ids=("long prompt", "three padded pairs", "two adapters", "dropout", "two passes", "compiled", "compiled blocks"),
 )
 def test_other_settings(models: Any, load: Load, options: dict[str, Any]) -> None:
-    within(measured(models(), load, **options), 0.05)
+    within(measured(models(), load, **options))
 
 
 def test_blocks_with_padding_as_on_metal(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +113,7 @@ def test_blocks_with_padding_as_on_metal(models: Any, monkeypatch: pytest.Monkey
     step = MLXStep(replace(options, gradient_accumulation_steps=1), shape, "float32", load, metal=False)
     unpadded = step.estimate().total
     step.pads_attention = True
-    within(found._replace(estimate=step.estimate()), 0.05)
+    within(found._replace(estimate=step.estimate()))
     assert step.estimate().total > 1.05 * unpadded
 
 
@@ -159,53 +166,14 @@ _CONFIG = {
 }
 
 
-def _chain(tape: Tape, length: int) -> Array:
-    x = tape.make([], 100, 4)
-    for _ in range(length):
-        x = tape.make([x], 100, 4)
-    assert x.buffer is not None
-    tape.outputs, tape.held = [x.buffer], {x.buffer}
-    return x
-
-
-def test_the_tape_by_hand() -> None:
-    """An array of 400 bytes goes 100 dispatches, 50 operations, after its reader: 51 of them and the newest are live."""
-    for length, expected in ((10, 11), (49, 50), (200, 52)):
-        tape = Tape()
-        _chain(tape, length)
-        assert tape.peak(metal=False).total() == expected * 400
-
-
-def test_the_tape_keeps_what_the_backward_pass_needs() -> None:
-    """W x with x of 100 and W of 50 numbers: x, the result of 20, its gradient and that of W are there at the end."""
-    tape = Tape()
-    x, weight = tape.make([], 100, 4), tape.weight(50, wanted=True)
-    unused = tape.make([x], 1000, 4)
-    y = tape.matmul(x, weight, 20)
-    tape.backward(y, tape.make([], 20, 4))
-    peak = tape.peak(metal=False)
-    assert unused.buffer not in {op.makes for op in tape._breadth_first()}
-    assert peak.total() == 4 * (100 + 20 + 20 + 50) and peak.kinds["gradients"] == 200
-
-
-def test_checkpointing_on_the_tape() -> None:
-    """Ten functions that keep 60 arrays each: 600 of them, or ten inputs, 60 arrays and what is queued."""
-
-    def peak(again: bool) -> int:
-        tape = Tape()
-        x = tape.make([], 10000, 4)
-        for _ in range(10):
-            run = partial(function, tape=tape, weights=[tape.weight(1, wanted=True) for _ in range(30)])
-            x = tape.checkpoint(run, x) if again else run(x)
-        tape.backward(x, tape.make([x], 10000, 4))
-        return tape.peak(metal=False).total() // 40000
-
-    def function(x: Array, tape: Tape, weights: list[Array]) -> Array:
-        for weight in weights:
-            x = tape.multiply(tape.matmul(x, weight, 10000), x)
-        return x
-
-    assert 600 <= peak(again=False) < 650 and 70 <= peak(again=True) < 150
+def test_what_a_layer_keeps_by_hand() -> None:
+    """Two rows of 16 tokens on Metal, 4 heads of 64 and 2 for keys, rank 16."""
+    options = config(layout="plain", gradient_checkpointing="off", compile=False, lora_r=16)
+    step = MLXStep(options, ModelShape.of(_CONFIG), "float32", Load((8,), ((8, 8),)))
+    norms, attention, mlp = 2 * 256, 256 + 2 * 128, 4 * 512  # inputs; queries, keys and values; gate, sigmoid, silu and up
+    scores, inputs, low = 4 * 16, 3 * 256 + 512, 7 * 16  # inputs of q, k and v, of o, of gate and up, of down
+    (block,) = step._blocks()
+    assert sum(stage.keeps for stage in step._stages(block)) == 32 * 4 * (norms + attention + mlp + scores + inputs + low)
 
 
 def test_nothing_is_loaded(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -266,17 +265,6 @@ def test_wrong_input(llama: str, flags: tuple[str, ...], message: str, capsys: p
     given = flags if "--model" in flags else ("--model", llama, *flags)
     assert main(["plan", "--backend", "cuda", *given]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_curves_of_mlx_are_near_its_estimates() -> None:
-    model = fit.Model(ModelShape.of({**LLAMA_8B, "num_hidden_layers": 4}), "mlx", "bfloat16")
-    options = config(load_in_4bit=True, backend="mlx", gradient_checkpointing="full", max_length=1024)
-    one = Load.worst(replace(options, batch_size=1))
-    for length in (256, 1024, 3072):
-        longer = replace(options, max_length=length, batch_size=1)
-        exact = model.total(longer, Load.worst(longer))
-        assert fit._curve(options, model, 2, "max_length")(length) == pytest.approx(exact, rel=0.03)
-    assert fit._curve(options, model, 2, "examples")(4) == pytest.approx(model.total(options, fit.several(one, 4)), rel=0.1)
 
 
 @pytest.mark.parametrize(
