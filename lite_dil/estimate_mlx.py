@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lite_dil.backends import checkpointing
 from lite_dil.backends.head import chunk_tokens
@@ -149,7 +149,7 @@ class MLXStep:
     def estimate(self) -> Estimate:
         """Return the peak: the moment when most is live of what was kept, and of what the work in the queue has made."""
         several = self.adapter if self.config.gradient_accumulation_steps > 1 else 0
-        fixed = {**self.weights(), "adapter": self.adapter, "optimizer": 2 * self.adapter}
+        fixed: dict[str, Any] = {**self.weights(), "adapter": self.adapter, "optimizer": 2 * self.adapter}
         if self.config.reference == "initial-adapter":
             fixed["reference"] = self.adapter
         worst: dict[str, dict[str, int]] = {}  # what comes to it, at the worst moment of each phase
@@ -164,7 +164,7 @@ class MLXStep:
             here = {"activations": kept, "gradients": gradients, "logits" if moment.phase == "head" else "temporaries": made}
             if sum(here.values()) > sum(worst.get(moment.phase, {}).values()):
                 worst[moment.phase] = here
-        found = [Estimate(phase, **fixed, **parts) for phase, parts in worst.items()]
+        found = [Estimate(phase, **{**fixed, **parts}) for phase, parts in worst.items()]
         return replace(max(found, key=lambda e: e.total), phases=tuple((e.phase, e.total) for e in found))
 
     def _share(self, work: Work) -> float:
