@@ -163,7 +163,7 @@ class MLXStep:
             here = {"activations": kept, "gradients": gradients, "logits" if moment.phase == "head" else "temporaries": made}
             if sum(here.values()) > sum(worst.get(moment.phase, {}).values()):
                 worst[moment.phase] = here
-        found = [Estimate(phase, **fixed, **parts) for phase, parts in worst.items()]
+        found = [Estimate(phase, **{**fixed, **parts}) for phase, parts in worst.items()]
         return replace(max(found, key=lambda e: e.total), phases=tuple((e.phase, e.total) for e in found))
 
     def _share(self, work: Work) -> float:
