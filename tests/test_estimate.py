@@ -238,13 +238,12 @@ def test_load_of_a_batch() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"row_tokens": 40}, {"row_tokens": 30}, {"row_tokens": 7}, {"row_tokens": 999}])
 @pytest.mark.parametrize("layout", ["packed", "plain"])
-def test_the_heaviest_pass_of_a_run_is_one_that_it_takes(options: dict[str, Any], layout: str) -> None:
+def test_no_pass_of_a_run_is_larger_than_the_worst(options: dict[str, Any], layout: str) -> None:
     made = config(max_length=20, batch_size=3, epochs=2.0, **options)
     data = examples(pairs=11, seed=3)
     schedule = Schedule(made, data, layout)
     taken = [Load.of(batch).tokens(layout) for step in range(1, schedule.steps + 1) for batch in schedule.batches(step)]
-    heaviest, worst = Load.heaviest(made, data, layout), Load.worst(made)
-    assert heaviest.tokens(layout) == max(taken)
+    worst = Load.worst(made)
     assert max(taken) <= worst.tokens("plain") <= max(40, options.get("row_tokens", 0))
     assert worst.longest <= 20 and len(worst.prompts) <= 3
 
