@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.objectives.table import DIL_FAMILY, OBJECTIVES
 from lite_dil.reports.card_use import how_to_use
 from lite_dil.reports.card_words import code, is_hub_id, public_command, public_name, public_sources, train_command
-from lite_dil.reports.findings import FACTS, shared, with_error
+from lite_dil.reports.findings import FACTS, read_facts, shared, with_error
 from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.history import read_history
 
@@ -165,8 +164,7 @@ def _introduction(kind: str, model: str, base: dict[str, str], options: dict[str
 
 def _facts(run: RunFolder) -> dict[str, dict[str, Any]]:
     """Return what the run noted of its data: by use, "training" and "held out"."""
-    path = run.path / FACTS
-    return {data["use"]: data for data in json.loads(path.read_text(encoding="utf-8"))["data"]} if path.is_file() else {}
+    return {data["use"]: data for data in read_facts(run.path)["data"]} if (run.path / FACTS).is_file() else {}
 
 
 def _training(options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from lite_dil.backends.protocol import Backend
 from lite_dil.base.disk import DiskFailed, failing
 from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.files import replace_file
+from lite_dil.base.formats import KEY, RUN
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.reports.findings import FACTS, read_record
 from lite_dil.reports.samples import Samples
@@ -105,6 +106,7 @@ def facts_of(config: ResolvedConfig, backend: Backend, steps: int, data: list[di
     names = _LIBRARIES["mlx" if config.backend == "mlx" else "torch"]
     versions = [f"{name} {metadata.version(name)}" for name in names]
     return {
+        KEY: RUN,
         "version": __version__,
         "state": "running",
         "why": "",

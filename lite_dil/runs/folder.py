@@ -15,6 +15,7 @@ from typing import Any
 from lite_dil.base.disk import DiskFailed, append, failing, writing
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import replace_file
+from lite_dil.base.formats import KEY, RUN, check_format
 from lite_dil.data.reader import Problem
 
 RUNS = Path("runs")
@@ -64,7 +65,7 @@ class RunFolder:
 
         with writing(f"--output-dir {self.path}", "--output-dir"):
             self.path.mkdir(parents=True, exist_ok=True)
-        saved = options | {"output_dir": str(self.path)}
+        saved = {KEY: RUN, **options, "output_dir": str(self.path)}
         replace_file(self.path / "config.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
 
     def drop_unsaved(self) -> None:
@@ -97,7 +98,7 @@ class RunFolder:
 
         def fill(folder: Path) -> None:
             write(folder)
-            (folder / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+            (folder / "progress.json").write_text(json.dumps({KEY: RUN, **asdict(progress)}), encoding="utf-8")
 
         _replace_folder(target, fill)
         for step in self._steps()[: -keep if keep else 0]:
@@ -166,7 +167,10 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
 def read_progress(checkpoint: Path) -> Progress:
     """Read a checkpoint's progress.json."""
     try:
-        return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+        content = dict(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+        check_format(content, RUN, checkpoint)
+        content.pop(KEY, None)
+        return Progress(**content)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{checkpoint / 'progress.json'}: cannot be read ({error})") from None
 

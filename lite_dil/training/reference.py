@@ -13,6 +13,7 @@ import numpy as np
 
 from lite_dil.base.disk import append, writing
 from lite_dil.base.errors import UserError
+from lite_dil.base.formats import CACHE, KEY, check_format
 from lite_dil.batching.batch import Batch
 from lite_dil.models.find import cache_dir
 from lite_dil.models.fingerprint import reference_key
@@ -46,7 +47,7 @@ class ReferenceCache:
         self.path = folder / f"{name}.logps"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.json").write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")  # for people
+            _describe(folder / f"{name}.json", key)
             content = self.path.read_bytes() if self.path.exists() else b""
             if torn := len(content) % _RECORD.size:  # a run was killed while it wrote
                 self._append(bytes(_RECORD.size - torn))
@@ -109,6 +110,16 @@ def cache_folder(options: ReferenceOptions) -> Path:
     """Return where log-probs are kept, and the hashes of weights, also where ``off`` keeps the log-probs out."""
     given = options.reference_cache
     return Path(given) if given and given != "off" else cache_dir() / "reference"
+
+
+def _describe(path: Path, key: dict[str, str]) -> None:
+    """Write what a cache is of, for people, and its format beside it; raise UserError where a newer version wrote it."""
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):  # or damaged, and of use to nobody
+        path.write_text(json.dumps({KEY: CACHE, **key}, indent=2) + "\n", encoding="utf-8")
+    else:
+        check_format(content, CACHE, f"the reference cache {path.with_suffix('.logps')}")
 
 
 def _digests(batch: Batch) -> list[bytes]:
