@@ -83,9 +83,9 @@ def left(folder: Path) -> list[str]:
     ("backend", "file"),
     [
         ("cpu", "state.pt"),
-        ("cpu", "adapter/adapter_model.safetensors"),
+        ("cpu", "adapters/policy/adapter_model.safetensors"),
         ("mlx", "state.safetensors"),
-        ("mlx", "adapter/adapters.safetensors"),
+        ("mlx", "adapters/policy/adapters.safetensors"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit(flags: list[str], tmp_path: Path, backend: str, file: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from lite_dil.backends import registry
 from lite_dil.backends.protocol import Backend
-from lite_dil.backends.types import StepResult, never
+from lite_dil.backends.types import POLICY, StepResult, never
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.base.memory import peak_rss_mb
 from lite_dil.base.signals import StopSignal
@@ -139,11 +139,7 @@ def train(config: ResolvedConfig, display: Display, resume: Path | None = None, 
     watcher = Watcher(folder, config, facts_of(config, backend, schedule.steps, data.facts), samples, logged, display.say)
 
     def save() -> Path:
-        def write(path: Path) -> None:
-            backend.save_adapter(path / "adapter")
-            backend.save_state(path)
-
-        return folder.save_checkpoint(progress, write, config.save_total_limit)
+        return folder.save_checkpoint(progress, lambda path: _save_state(backend, path), config.save_total_limit)
 
     @contextmanager  # so that the loop needs no try around it
     def kept_where_memory_ends() -> Iterator[None]:
@@ -234,6 +230,13 @@ def train(config: ResolvedConfig, display: Display, resume: Path | None = None, 
     if left_out:
         display.say(f"the training is finished; what was left out of its evaluation and report: --resume {folder.path}")
     return Trained(backend, encoder, folder, stopped=left_out)
+
+
+def _save_state(backend: Backend, folder: Path) -> None:
+    """Write what `load_state` goes on from, and the adapter for people and other programs."""
+    (folder / "adapters").mkdir()
+    backend.save_adapter(folder / "adapters" / POLICY)
+    backend.save_state(folder)
 
 
 def _progress(examples: Sequence[Example], config: ResolvedConfig, resume: Path | None) -> Progress:

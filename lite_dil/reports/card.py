@@ -21,7 +21,7 @@ from lite_dil.objectives.table import DIL_FAMILY, OBJECTIVES
 from lite_dil.reports.card_use import how_to_use
 from lite_dil.reports.card_words import code, is_hub_id, public_command, public_name, public_sources, train_command
 from lite_dil.reports.findings import FACTS, read_facts, shared, with_error
-from lite_dil.runs.folder import RunFolder
+from lite_dil.runs.folder import RunFolder, checkpoint_of
 from lite_dil.runs.history import read_history
 
 # What the embedded model is on the hub; it was made from a package, which has no card.
@@ -207,8 +207,8 @@ def _data(text: str, facts: dict[str, Any] | None) -> str:
 
 def _step(source: AdapterSource) -> float:
     """Return the step of the adapter: a checkpoint's own, or the run's last."""
-    found = re.search(r"/checkpoints/step-(\d+)/adapter$", source.adapter.absolute().as_posix()) if source.adapter else None
-    return int(found[1]) if found else math.inf
+    checkpoint = checkpoint_of(source.adapter.absolute()) if source.adapter else None
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint else math.inf
 
 
 def _figures(run: RunFolder, last: float, options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iterator[str]:

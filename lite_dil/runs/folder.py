@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from lite_dil.base.formats import KEY, RUN, check_format
 from lite_dil.data.reader import Problem
 
 RUNS = Path("runs")
+_POLICY = ("adapters", "policy")  # below a checkpoint
+_STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass
@@ -162,6 +165,19 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
     if latest := RunFolder(path).latest():
         return latest
     raise UserError(f"--resume {where}: no checkpoint there; give a run's folder, one of its checkpoints, or auto")
+
+
+def adapter_of(checkpoint: Path) -> Path:
+    """Return the folder of the trained adapter in a checkpoint: adapters/policy, or adapter as runs of format 1 have it."""
+    found = checkpoint.joinpath(*_POLICY)
+    return found if found.is_dir() or not (checkpoint / "adapter").is_dir() else checkpoint / "adapter"
+
+
+def checkpoint_of(adapter: Path) -> Path | None:
+    """Return the checkpoint whose trained adapter is in this folder, or None where it lies elsewhere."""
+    names = (_POLICY, ("adapter",))
+    found = next((adapter.parents[len(name) - 1] for name in names if adapter.parts[-len(name) :] == name), None)
+    return found if found and found.parent.name == "checkpoints" and _STEP.fullmatch(found.name) else None
 
 
 def read_progress(checkpoint: Path) -> Progress:
