@@ -26,7 +26,7 @@ from lite_dil.models.shape import FAMILIES, ModelShape, Quantization
 from lite_dil.planning.estimate import Load, layout_for
 from lite_dil.planning.estimate_torch import CHUNK, HEAD_TILE, MLP_TILE, PRECOMPUTE_ROWS, QUERIES
 from lite_dil.planning.peak import estimate
-from lite_dil.recipes import preference as train
+from lite_dil.training import precompute
 
 MIB = 2**20
 LOAD = Load((160, 60), ((120, 80), (40, 100)))  # packed a row of 560 tokens, plain 4 of 280
@@ -216,7 +216,7 @@ def test_components_are_of_one_phase_and_sum_up() -> None:
 def test_numbers_are_those_of_the_code() -> None:
     assert torch_head.CHUNK_ELEMENTS == CHUNK
     assert (torch_head.TILE_ROWS, torch_fused.TILE_ELEMENTS) == (HEAD_TILE, MLP_TILE)
-    assert (torch_packed.QUERIES, train.PRECOMPUTE_ROWS) == (QUERIES, PRECOMPUTE_ROWS)
+    assert (torch_packed.QUERIES, precompute.PRECOMPUTE_ROWS) == (QUERIES, PRECOMPUTE_ROWS)
 
 
 def test_long_rows_of_the_selective_mode_go_through_the_mlp_in_tiles() -> None:

@@ -22,8 +22,8 @@ from safetensors.numpy import load_file
 from lite_dil.backends import registry
 from lite_dil.batching.batch import Batch
 from lite_dil.cli.main import main
-from lite_dil.recipes.preference import MAX_SKIPPED
 from lite_dil.runs.folder import adapter_of
+from lite_dil.training.divergence import MAX_SKIPPED
 
 TRL_NAMES = {
     "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen", "rewards/rejected", "rewards/accuracies",

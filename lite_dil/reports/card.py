@@ -13,6 +13,7 @@ import numpy as np
 
 from lite_dil import __version__
 from lite_dil.base.files import replace_file
+from lite_dil.base.observer import Event, Observer
 from lite_dil.config.options import read_yaml
 from lite_dil.data.formats import FORMATS
 from lite_dil.generation.policy import AdapterSource
@@ -42,6 +43,20 @@ _BIBTEX = """\
   year = {2025}
 }
 ```"""
+
+
+class ModelCard(Observer):
+    """Writes the card of the adapter that a run ends with, so that it can be uploaded as it is."""
+
+    writes = True
+
+    def __init__(self, source: AdapterSource) -> None:
+        self.source = source
+
+    def finished(self, event: Event) -> None:
+        """Write the card beside the adapter's files."""
+        assert self.source.adapter is not None
+        write_card(self.source.adapter, self.source, "adapter", None, "")
 
 
 def write_card(folder: Path, source: AdapterSource, format: str, check: Any, command: str) -> None:
