@@ -243,7 +243,7 @@ def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict
     from lite_dil.batching.schedule import plan, row_tokens
     from lite_dil.config.train_config import TrainConfig
     from lite_dil.objectives.criterion import Criterion
-    from lite_dil.training.passes import micro_batches
+    from lite_dil.training.step import micro_batches
 
     longest = max(prompt + max(answers) for prompt, *answers in job.lengths)
     config = TrainConfig(

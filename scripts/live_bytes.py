@@ -34,7 +34,7 @@ from lite_dil.objectives.criterion import Criterion
 from lite_dil.planning.estimate import Estimate, Load
 from lite_dil.planning.estimate_mlx import MLXStep
 from lite_dil.planning.peak import estimate
-from lite_dil.training.passes import micro_batches
+from lite_dil.training.step import micro_batches
 
 SLACK = 2**16  # bytes of small tensors that the two ways of counting may see differently
 

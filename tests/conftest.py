@@ -32,7 +32,7 @@ from lite_dil.config.train_config import ResolvedConfig, TrainConfig
 from lite_dil.data.encoder import Example
 from lite_dil.models.find import EMBEDDED_MODEL, cache_dir, resolve_model
 from lite_dil.objectives.criterion import Criterion
-from lite_dil.training.passes import micro_batches
+from lite_dil.training.step import micro_batches
 
 # What a shell starts in the background ignores Ctrl-C, and so would the programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)

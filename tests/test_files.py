@@ -19,7 +19,6 @@ ROOTS = {"lite_dil": Path(lite_dil.__file__).parent, "backends": Path(lite_dil.b
 EXCEPTIONS = {
     ("lite_dil/base/files.py", "*"): "it is that module",
     ("lite_dil/cli/main.py", "os.open"): "/dev/null takes the place of an output that nobody reads",
-    ("lite_dil/recipes/preference.py", "unlink"): "of the loop, which is rewritten as observers",
     # Libraries that write several files of their own format into a folder, which is put in its place by `base.files`.
     ("lite_dil/models/find.py", "save_pretrained"): "transformers writes the embedded model",
     ("backends/torch/backend.py", "save_pretrained"): "PEFT writes its adapter",

@@ -96,11 +96,6 @@ class Batch:
         return len(self.prompts)
 
     @property
-    def shared_tokens(self) -> int:
-        """Tokens that must be computed where a prompt is computed once: prompts and responses, without padding."""
-        return sum(map(len, self.prompts)) + sum(map(len, self.responses))
-
-    @property
     def tokens(self) -> int:
         """Tokens of all the sequences, each response counted with its prompt, without padding."""
         return sum(len(response) + len(self.prompts[p]) for response, p in zip(self.responses, self.prompt_of, strict=True))

@@ -99,6 +99,26 @@ class Schedule:
         return epoch_order(self.options.seed, epoch).permutation(len(self.examples))
 
 
+class LargestPass:
+    """Remembers the largest pass of a training: that with the most tokens, and of those with the longest answers.
+
+    Attributes:
+        batch: that pass; None before the first step.
+    """
+
+    def __init__(self, layout: str) -> None:
+        self.layout = layout
+        self.batch: Batch | None = None
+        self._size = (0, 0)
+
+    def add(self, batches: Sequence[Batch]) -> None:
+        """Look at the passes of a step."""
+        for batch in batches:
+            size = (batch_tokens(batch, self.layout), sum(map(len, batch.responses)))
+            if size > self._size:
+                self.batch, self._size = batch, size
+
+
 # A pass without gradients keeps next to nothing, so that it can take more tokens than one of training.
 PRECOMPUTE_ROWS = 4
 OPEN_ROWS = 8  # how many unfilled rows first-fit looks at, so that a whole data set is planned in no time

@@ -12,7 +12,7 @@ from lite_dil.config.options import build, read_yaml
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.models.adapters import read_config
 from lite_dil.models.options import ModelOptions
-from lite_dil.runs.folder import RunFolder
+from lite_dil.runs.folder import RunFolder, adapter_of, checkpoint_of
 
 # The options that say how the model is loaded; a run's own are taken where they are not given.
 FLAGS = tuple(field.name for field in fields(ModelOptions))
@@ -50,12 +50,12 @@ def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> A
 
 def _locate(path: Path) -> tuple[Path, RunFolder | None]:
     """Return the adapter's folder, and the run that it lies in."""
-    for folder in (path, path / "adapter"):
+    for folder in (path, path / "adapter", adapter_of(path)):
         if (folder / "adapter_config.json").is_file():
             return folder, _run_of(folder.absolute())
     run = RunFolder(path)
     if latest := run.latest():  # of a run that is still going on, or was stopped
-        return latest / "adapter", run
+        return adapter_of(latest), run
     raise UserError(
         f"--adapter {path}: no adapter there; give a run's folder, one of its checkpoints, or a folder that holds "
         "adapter_config.json"
@@ -64,10 +64,9 @@ def _locate(path: Path) -> tuple[Path, RunFolder | None]:
 
 def _run_of(adapter: Path) -> RunFolder | None:
     """Return the run in one of whose places an adapter lies; a config.yaml elsewhere above it is some other program's."""
-    above = adapter.parent
-    if above.parent.name == "checkpoints":
-        above = above.parent.parent
-    return RunFolder(above) if adapter.name == "adapter" and (above / "config.yaml").is_file() else None
+    checkpoint = checkpoint_of(adapter)
+    above = checkpoint.parent.parent if checkpoint else adapter.parent
+    return RunFolder(above) if (checkpoint or adapter.name == "adapter") and (above / "config.yaml").is_file() else None
 
 
 def _usable(backend: str) -> str:

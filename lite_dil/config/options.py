@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
+from lite_dil.base.formats import KEY, RUN, check_format
 from lite_dil.config.train_config import FIELDS, ResolvedConfig, TrainConfig, flag
 
 _HINTS = typing.get_type_hints(TrainConfig)
@@ -75,7 +76,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = FIELDS) ->
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a config file whose keys are the flags' names with underscores."""
+    """Read a config file whose keys are the flags' names with underscores; a run's own has a number of its format too."""
     import yaml
 
     try:
@@ -86,8 +87,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of the form 'key: value'")
+    check_format(values, RUN, path.parent if path.name == "config.yaml" else path)
     problems, checked = [], {}
     for key, value in values.items():
+        if key == KEY:
+            continue
         name = str(key).replace("-", "_")
         name = "load_in_4bit" if name == "4bit" else name
         if name not in FIELDS:

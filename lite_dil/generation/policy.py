@@ -15,7 +15,7 @@ from lite_dil.base.start import quiet_bars
 from lite_dil.data.encoder import Encoder
 from lite_dil.models.find import load_tokenizer, resolve_model
 from lite_dil.models.options import ALL_LINEAR, ModelOptions
-from lite_dil.runs.folder import RunFolder
+from lite_dil.runs.folder import RunFolder, checkpoint_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Policy:
 
 def load(source: AdapterSource, say: Callable[[str], None]) -> Policy:
     """Load the model and put the adapter on it; `say` takes a line for people."""
-    if source.adapter and source.run and not source.run.adapter.exists() and source.adapter.parent == source.run.latest():
-        say(f"{source.run.path} has not ended: its newest checkpoint, {source.adapter.parent.name}, is used")
+    checkpoint = checkpoint_of(source.adapter) if source.adapter else None
+    if checkpoint and source.run and not source.run.adapter.exists() and checkpoint == source.run.latest():
+        say(f"{source.run.path} has not ended: its newest checkpoint, {checkpoint.name}, is used")
     options = source.options
     name = registry.resolve(options.backend)
     registry.import_library(name)

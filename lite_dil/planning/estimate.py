@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
-from lite_dil.batching.schedule import Schedule, layout_tokens, row_tokens
+from lite_dil.batching.schedule import layout_tokens, row_tokens
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.data.encoder import Example
 from lite_dil.models.adapters import read, select_targets
 from lite_dil.models.shape import ModelShape
 
@@ -50,13 +48,6 @@ class Load:
         length = config.max_length if count == 1 else min(config.max_length, tokens // (answers * count))
         length = max(2, length)
         return cls((1,) * count, ((length - 1,) * answers,) * count)
-
-    @classmethod
-    def heaviest(cls, config: ResolvedConfig, examples: Sequence[Example], layout: str) -> Load:
-        """Return the pass with the most tokens of the whole run over `examples`, whose order the seed decides."""
-        schedule = Schedule(config, examples, layout)
-        loads = (cls.of(batch) for step in range(1, schedule.steps + 1) for batch in schedule.batches(step))
-        return max(loads, key=lambda load: (load.tokens(layout), load.answer_tokens))
 
     def tokens(self, layout: str, multiple: int = 1) -> int:
         """Return how many tokens a layer computes, padding included; a packed row is padded to a multiple."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,6 @@ from lite_dil.backends import registry
 from lite_dil.backends.limits import checkpointing
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import GIB
-from lite_dil.batching.batch import Batch
 from lite_dil.batching.schedule import row_tokens
 from lite_dil.config.train_config import ResolvedConfig, flag
 from lite_dil.models.find import model_folder
@@ -175,21 +174,6 @@ def _valid(config: ResolvedConfig, model: Model) -> bool:
     if config.offload_embeddings and "offload_embeddings" not in model.can_offload(config):
         return False
     return not config.offload_activations or model.mode(config) == "full"
-
-
-class Heaviest:
-    """Remembers the largest pass of a run, so that its estimate can stand beside the peak that was measured."""
-
-    def __init__(self, layout: str) -> None:
-        self.layout = layout
-        self.load: Load | None = None
-
-    def add(self, batches: Sequence[Batch]) -> None:
-        """Look at the passes of a step."""
-        for load in map(Load.of, batches):
-            size = (load.tokens(self.layout), load.answer_tokens)
-            if self.load is None or size > (self.load.tokens(self.layout), self.load.answer_tokens):
-                self.load = load
 
 
 def memory_line(config: ResolvedConfig, model: str, load: Load, peak: float, before: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import numpy as np
 
 from lite_dil import __version__
 from lite_dil.base.files import replace_file
+from lite_dil.base.observer import Event, Observer
 from lite_dil.config.options import read_yaml
 from lite_dil.data.formats import FORMATS
 from lite_dil.generation.policy import AdapterSource
@@ -22,8 +22,8 @@ from lite_dil.models.names import is_hub_id, public_name
 from lite_dil.objectives.table import DIL_FAMILY, OBJECTIVES
 from lite_dil.reports.card_use import how_to_use
 from lite_dil.reports.card_words import code, public_command, public_sources, train_command
-from lite_dil.reports.findings import FACTS, shared, with_error
-from lite_dil.runs.folder import RunFolder
+from lite_dil.reports.findings import FACTS, read_facts, shared, with_error
+from lite_dil.runs.folder import RunFolder, checkpoint_of
 from lite_dil.runs.history import read_history
 
 # What the embedded model is on the hub; it was made from a package, which has no card.
@@ -44,6 +44,20 @@ _BIBTEX = """\
   year = {2025}
 }
 ```"""
+
+
+class ModelCard(Observer):
+    """Writes the card of the adapter that a run ends with, so that it can be uploaded as it is."""
+
+    writes = True
+
+    def __init__(self, source: AdapterSource) -> None:
+        self.source = source
+
+    def finished(self, event: Event) -> None:
+        """Write the card beside the adapter's files."""
+        assert self.source.adapter is not None
+        write_card(self.source.adapter, self.source, "adapter", None, "")
 
 
 def write_card(folder: Path, source: AdapterSource, format: str, check: Any, command: str) -> None:
@@ -166,8 +180,7 @@ def _introduction(kind: str, model: str, base: dict[str, str], options: dict[str
 
 def _facts(run: RunFolder) -> dict[str, dict[str, Any]]:
     """Return what the run noted of its data: by use, "training" and "held out"."""
-    path = run.path / FACTS
-    return {data["use"]: data for data in json.loads(path.read_text(encoding="utf-8"))["data"]} if path.is_file() else {}
+    return {data["use"]: data for data in read_facts(run.path)["data"]} if (run.path / FACTS).is_file() else {}
 
 
 def _training(options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -210,8 +223,8 @@ def _data(text: str, facts: dict[str, Any] | None) -> str:
 
 def _step(source: AdapterSource) -> float:
     """Return the step of the adapter: a checkpoint's own, or the run's last."""
-    found = re.search(r"/checkpoints/step-(\d+)/adapter$", source.adapter.absolute().as_posix()) if source.adapter else None
-    return int(found[1]) if found else math.inf
+    checkpoint = checkpoint_of(source.adapter.absolute()) if source.adapter else None
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint else math.inf
 
 
 def _figures(run: RunFolder, last: float, options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lite_dil.base.formats import RUN, check_format
 from lite_dil.config.train_config import flag
 from lite_dil.data.overlap import Overlap
 from lite_dil.objectives.table import OBJECTIVES
@@ -76,13 +77,20 @@ def with_error(accuracy: float, data: dict[str, Any], config: dict[str, Any]) ->
     return accuracy, math.sqrt(max(accuracy * (1 - accuracy), 0.0) / examples), examples * (config.get("sample_rejected") or 1)
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Read a run's report.json."""
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    check_format(facts, RUN, folder)
+    return facts
+
+
 def read_record(folder: Path) -> Record:
     """Read a run's folder: config.yaml, report.json, metrics.jsonl and report_samples.jsonl."""
     import yaml
 
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    return Record(folder, config, facts, read_history(folder / "metrics.jsonl"), read_samples(folder / SAMPLES))
+    check_format(config, RUN, folder)
+    return Record(folder, config, read_facts(folder), read_history(folder / "metrics.jsonl"), read_samples(folder / SAMPLES))
 
 
 def what(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""Everything that a run leaves for people while it goes: metrics.jsonl, trackers, sample answers and report.html."""
+"""report.html and report.json of a run, while it goes on and where it ends."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lite_dil import __version__
@@ -17,73 +16,77 @@ from lite_dil.backends.protocol import Backend
 from lite_dil.base.disk import DiskFailed, failing
 from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.files import replace_file
+from lite_dil.base.formats import KEY, RUN
+from lite_dil.base.observer import Event, Observer
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.reports.findings import FACTS, read_record
-from lite_dil.reports.samples import Samples
-from lite_dil.reports.trackers import Trackers
 from lite_dil.runs.folder import RunFolder
 
 REPORT = "report.html"
 _LIBRARIES = {"mlx": ("mlx", "mlx-lm"), "torch": ("torch", "transformers", "peft")}
 
 
-class Watcher:
-    """Takes down one run, in a ``with`` block: where that ends by an error, trackers and report end with it.
+class RunReport(Observer):
+    """Writes report.html while a run goes on and where it ends, by an error too.
 
     Args:
         facts: what `facts_of` returned.
-        sent: lines of metrics that a run that is resumed had logged before, those that it will log again with them.
+        every: steps between reports; None writes one at the end only.
+        memory: returns what the run took, for people.
+        say: tells the user.
     """
+
+    writes = True
 
     def __init__(
         self,
         folder: RunFolder,
-        config: ResolvedConfig,
         facts: dict[str, Any],
-        samples: Samples,
-        sent: Sequence[dict[str, Any]],
+        every: int | None,
+        memory: Callable[[], str],
         say: Callable[[str], None],
     ) -> None:
-        self.folder, self.facts, self.samples, self.say = folder, facts, samples, say
-        self.trackers = Trackers(config, folder.path, sent, say)
+        self.folder, self.facts, self.every, self.memory, self.say = folder, facts, every, memory, say
 
-    def __enter__(self) -> Watcher:
-        return self
+    def started(self, event: Event) -> None:
+        """Write the report of a run that took all its steps before."""
+        if event.last:
+            self.write()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def after_step(self, event: Event) -> None:
+        """Write where it is due."""
+        if event.due(self.every):
+            self.write()
+
+    def stopped(self, event: Event) -> None:
+        """Write the report of a run that goes on another time."""
+        self.facts |= {"state": "stopped", "memory": self.memory()}
+        self.write()
+
+    def finished(self, event: Event) -> None:
+        """Say what memory the run took, and write its last report."""
+        if memory := self.memory():
+            self.say(memory)
+        self.facts |= {"state": "finished", "memory": memory}
+        self.write()
+
+    def failed(self, error: BaseException) -> None:
+        """Write why the run ended."""
         if isinstance(error, TrainingDiverged):
             self.facts |= {"state": "diverged", "why": str(error)}
         elif isinstance(error, KeyboardInterrupt):
             self.facts |= {"state": "interrupted"}
-        elif error is not None:
+        else:
             self.facts |= {"state": "failed", "why": str(error) if isinstance(error, UserError) else type(error).__name__}
-        if error is not None:
-            self.write(said=isinstance(error, DiskFailed))
-        self.trackers.close(good=error is None)
+        self.write(said=isinstance(error, DiskFailed))
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Take a line of metrics."""
-        self.folder.log(line)
-        self.trackers.log(line)
-
-    def look(self, step: int, stop: Callable[[], bool]) -> None:
-        """Let the policy answer the sample prompts after `step` steps, unless `stop` ends it, and write the report."""
-        self.write(lambda: self.samples.refresh(step, stop))
-
-    def finish(self, stopped: bool, memory: str = "") -> None:
-        """Write the report of a run that is finished, or was stopped and saved; `memory` is what `memory_line` returned."""
-        self.facts |= {"state": "stopped" if stopped else "finished", "memory": memory}
-        self.write()
-
-    def write(self, before: Callable[[], None] | None = None, said: bool = False) -> None:
-        """Write report.json and report.html, after what `before` does; a full disk ends neither this nor the training.
+    def write(self, said: bool = False) -> None:
+        """Write report.json and report.html; a full disk ends neither this nor the training.
 
         With `said` the user knows already that the disk fails.
         """
         try:
             with failing(self.folder.path / REPORT):
-                if before:
-                    before()
                 replace_file(self.folder.path / FACTS, json.dumps(self.facts, indent=1) + "\n")
                 write_report(self.folder.path)
         except DiskFailed as error:
@@ -105,6 +108,7 @@ def facts_of(config: ResolvedConfig, backend: Backend, steps: int, data: list[di
     names = _LIBRARIES["mlx" if config.backend == "mlx" else "torch"]
     versions = [f"{name} {metadata.version(name)}" for name in names]
     return {
+        KEY: RUN,
         "version": __version__,
         "state": "running",
         "why": "",

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Answer, never
+from lite_dil.base.disk import DiskFailed, failing
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.base.files import replace_file
 from lite_dil.base.halving import Halving, halves
 from lite_dil.base.hashing import digest
+from lite_dil.base.observer import Event, Observer
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.base.streams import named
 from lite_dil.config.train_config import ResolvedConfig
@@ -113,14 +116,19 @@ class Sample:
     prompt_seen: int = 0
 
 
-class Samples:
+class SampleAnswers(Observer):
     """Greedy answers to a few prompts, kept in a file: once with the adapter off, and the latest of the policy.
 
     Args:
         prompts: what to answer.
         held_out: whether they are of the held-out data.
         path: report_samples.jsonl; answers with the adapter off that are there already are not made again.
+        max_length: tokens of a prompt with its answer that the model was made for at least.
+        every: steps between answers; None answers at the end only.
+        doing: shows a text while its block runs, given whether this is the last step.
     """
+
+    writes = True
 
     def __init__(
         self,
@@ -129,15 +137,35 @@ class Samples:
         path: Path,
         backend: Backend,
         encoder: Encoder,
-        config: ResolvedConfig,
+        max_length: int,
         say: Callable[[str], None],
+        every: int | None = None,
+        doing: Callable[[str, bool], AbstractContextManager[None]] = lambda text, last: nullcontext(),
     ) -> None:
         self.prompts, self.held_out, self.path, self.backend, self.encoder = prompts, held_out, path, backend, encoder
-        # One limit for all, so that a batch that is halved answers the same; the model was made for --max-length at least.
+        self.every, self._doing = every, doing
+        # One limit for all, so that a batch that is halved answers the same.
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
-        self.room = max(1, min(MAX_NEW_TOKENS, config.max_length - longest))
+        self.room = max(1, min(MAX_NEW_TOKENS, max_length - longest))
         self.say = say
         self._halving: Halving[Sequence[Prompt]] = Halving("a batch of sample answers", self._tokens, halves, say)
+
+    def started(self, event: Event) -> None:
+        """Answer in a run that took all its steps before; only the last answers are shown."""
+        if event.last:
+            self.after_step(event)
+
+    def after_step(self, event: Event) -> None:
+        """Answer where it is due; a full disk does not end the training."""
+        if not event.due(self.every) or not self.prompts:
+            return
+        text = "" if event.stop() else "answering the sample prompts of the report"
+        try:
+            with self._doing(text, event.last), failing(self.path):
+                self.refresh(event.step, event.stop)
+        except DiskFailed as error:
+            self.say(f"{error}. The run goes on without these sample answers")
+        self.left_out = self.left_out or (event.stop() and bool(self.prompts))
 
     def refresh(self, step: int, stop: Callable[[], bool] = never) -> None:
         """Answer as the policy after `step` steps, and write the file, unless `stop`, asked between tokens, ends it.

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import replace_file
+from lite_dil.base.observer import Event, Observer
 from lite_dil.config.train_config import ResolvedConfig, tracker_names
 
 PROJECT = "lite-dil"
@@ -134,8 +135,8 @@ _OPEN: dict[str, Callable[[Path, dict[str, str], bool, dict[str, Any]], Tracker]
 }
 
 
-class Trackers:
-    """All trackers of a run. One that fails later is left out with a line, and training goes on.
+class Trackers(Observer):
+    """All trackers of a run, which end with it. One that fails later is left out with a line, and training goes on.
 
     Args:
         folder: the run's.
@@ -145,6 +146,8 @@ class Trackers:
     Raises:
         UserError: a tracker cannot be opened.
     """
+
+    writes = True
 
     def __init__(
         self, config: ResolvedConfig, folder: Path, sent: Sequence[dict[str, Any]], say: Callable[[str], None]
@@ -179,6 +182,18 @@ class Trackers:
             except _errors(name) as error:
                 del self._open[name]
                 self.say(f"--report-to {name} failed and is left out from here on: {first_line(error)}")
+
+    def stopped(self, event: Event) -> None:
+        """End the run as one that went well."""
+        self.close(good=True)
+
+    def finished(self, event: Event) -> None:
+        """End the run as one that went well."""
+        self.close(good=True)
+
+    def failed(self, error: BaseException) -> None:
+        """End the run as one that did not go well."""
+        self.close(good=False)
 
     def close(self, good: bool) -> None:
         """End the run everywhere."""

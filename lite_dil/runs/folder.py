@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -14,9 +15,12 @@ from typing import Any
 from lite_dil.base.disk import DiskFailed, failing, writing
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import append, appending, make_folder, remove, replace_file, replace_folder, write
+from lite_dil.base.formats import KEY, RUN, check_format
 from lite_dil.data.reader import Problem
 
 RUNS = Path("runs")
+_POLICY = ("adapters", "policy")  # below a checkpoint
+_STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass
@@ -63,7 +67,7 @@ class RunFolder:
 
         with writing(f"--output-dir {self.path}", "--output-dir"):
             make_folder(self.path)
-        saved = options | {"output_dir": str(self.path)}
+        saved = {KEY: RUN, **options, "output_dir": str(self.path)}
         replace_file(self.path / "config.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
 
     def drop_unsaved(self) -> None:
@@ -97,7 +101,7 @@ class RunFolder:
 
         def fill(folder: Path) -> None:
             save(folder)
-            write(folder / "progress.json", json.dumps(asdict(progress)))
+            write(folder / "progress.json", json.dumps({KEY: RUN, **asdict(progress)}))
 
         replace_folder(target, fill)
         for step in self._steps()[: -keep if keep else 0]:
@@ -163,10 +167,26 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
     raise UserError(f"--resume {where}: no checkpoint there; give a run's folder, one of its checkpoints, or auto")
 
 
+def adapter_of(checkpoint: Path) -> Path:
+    """Return the folder of the trained adapter in a checkpoint: adapters/policy, or adapter as runs of format 1 have it."""
+    found = checkpoint.joinpath(*_POLICY)
+    return found if found.is_dir() or not (checkpoint / "adapter").is_dir() else checkpoint / "adapter"
+
+
+def checkpoint_of(adapter: Path) -> Path | None:
+    """Return the checkpoint whose trained adapter is in this folder, or None where it lies elsewhere."""
+    names = (_POLICY, ("adapter",))
+    found = next((adapter.parents[len(name) - 1] for name in names if adapter.parts[-len(name) :] == name), None)
+    return found if found and found.parent.name == "checkpoints" and _STEP.fullmatch(found.name) else None
+
+
 def read_progress(checkpoint: Path) -> Progress:
     """Read a checkpoint's progress.json."""
     try:
-        return Progress(**json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+        content = dict(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
+        check_format(content, RUN, checkpoint)
+        content.pop(KEY, None)
+        return Progress(**content)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{checkpoint / 'progress.json'}: cannot be read ({error})") from None
 

@@ -1,13 +1,21 @@
-"""The figures of answers and pairs, in numpy, the same for training and evaluation and for every backend."""
+"""Figures of answers and pairs, in numpy, the same for training and evaluation and for every backend; the lines of metrics."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from lite_dil.batching.batch import Batch
+from lite_dil.batching.batch import Batch, by_batch
+from lite_dil.batching.schedule import Schedule
 from lite_dil.objectives.losses import log_ratio
 from lite_dil.objectives.options import ResolvedObjective
 from lite_dil.objectives.table import OBJECTIVES, constants
+from lite_dil.runs.folder import Progress
+from lite_dil.training.step import Taken
+
+# What the window of a line counts; everything else in it is a mean.
+_SUMS = ("examples", "tokens", "seconds", "steps", "skipped", "reference_passes")
 
 
 class Means:
@@ -65,3 +73,40 @@ def with_margin(figures: dict[str, float]) -> dict[str, float]:
     if "rewards/margins" in figures or not {"rewards/chosen", "rewards/rejected"} <= figures.keys():
         return figures
     return figures | {"rewards/margins": figures["rewards/chosen"] - figures["rewards/rejected"]}
+
+
+def count_step(progress: Progress, taken: Taken, seconds: float, options: ResolvedObjective) -> None:
+    """Add a step to the run's progress, and to the window of its next line."""
+    batches, result = taken.batches, taken.result
+    number, tokens = sum(batch.examples for batch in batches), sum(batch.tokens for batch in batches)
+    progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + tokens
+    means = Means(progress.window)
+    means.add("loss", result.loss, number)
+    means.add("grad_norm", result.grad_norm, number)
+    parts = (by_batch(values, batches) for values in (taken.policy, taken.reference))
+    for batch, policy, reference in zip(batches, *parts, strict=True):
+        answer_metrics(means, policy, reference, batch, options)
+    if OBJECTIVES[options.loss].baseline:
+        means.add("kl", taken.baseline, number)
+    for name, value in zip(_SUMS, (number, tokens, seconds, 1, int(result.skipped), taken.reference_passes), strict=True):
+        means.add(name, value)
+
+
+def line_of(progress: Progress, schedule: Schedule, peak_memory_mb: float) -> dict[str, Any]:
+    """Return the line of metrics of the steps that the window holds."""
+    window = Means(progress.window)
+    figures = {name: value for name, value in window.means().items() if name not in _SUMS}
+    examples, tokens, seconds, steps, skipped, passes = map(window.total, _SUMS)
+    return {
+        "step": progress.step,
+        "epoch": schedule.epoch(progress.step),
+        **with_margin(figures),
+        "learning_rate": schedule.learning_rate(progress.step),
+        "num_tokens": progress.num_tokens,
+        "tokens_per_second": tokens / seconds,
+        "examples_per_second": examples / seconds,
+        "seconds_per_step": seconds / steps,
+        "peak_memory_mb": peak_memory_mb,
+        "skipped_steps": skipped,
+        "reference_passes": passes,
+    }

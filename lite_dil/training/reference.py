@@ -12,7 +12,8 @@ import numpy as np
 
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import append, appending, make_folder, write
+from lite_dil.base.files import append, appending, make_folder
+from lite_dil.base.formats import CACHE, KEY, check_format
 from lite_dil.base.hashing import blake2
 from lite_dil.batching.batch import Batch
 from lite_dil.models.find import cache_dir
@@ -47,7 +48,7 @@ class ReferenceCache:
         self.path = folder / f"{name}.logps"
         try:
             make_folder(folder)
-            write(folder / f"{name}.json", json.dumps(key, indent=2) + "\n")  # for people
+            _describe(folder / f"{name}.json", key)
             content = self.path.read_bytes() if self.path.exists() else b""
             if torn := len(content) % _RECORD.size:  # a run was killed while it wrote
                 self._append(bytes(_RECORD.size - torn))
@@ -110,6 +111,16 @@ def cache_folder(options: ReferenceOptions) -> Path:
     """Return where log-probs are kept, and the hashes of weights, also where ``off`` keeps the log-probs out."""
     given = options.reference_cache
     return Path(given) if given and given != "off" else cache_dir() / "reference"
+
+
+def _describe(path: Path, key: dict[str, str]) -> None:
+    """Write what a cache is of, for people, and its format beside it; raise UserError where a newer version wrote it."""
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):  # or damaged, and of use to nobody
+        write(path, json.dumps({KEY: CACHE, **key}, indent=2) + "\n")
+    else:
+        check_format(content, CACHE, f"the reference cache {path.with_suffix('.logps')}")
 
 
 def _digests(batch: Batch) -> list[bytes]:

@@ -46,6 +46,11 @@ ARCHITECTURES = {
 }
 
 
+def shared_tokens(batch: Batch) -> int:
+    """Tokens that must be computed where a prompt is computed once: prompts and responses, without padding."""
+    return sum(map(len, [*batch.prompts, *batch.responses]))
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A tiny checkpoint of each architecture."""
@@ -166,7 +171,7 @@ def test_flex_attention_of_a_packed_layout_equals_the_cpus(window: int | None, s
     draw = torch.Generator().manual_seed(0)
     tokens = layout.input_ids.shape[1]
     q, k, v = (torch.randn(1, heads, tokens, 16, generator=draw) for heads in (4, 2, 2))
-    real = batch(3).shared_tokens
+    real = shared_tokens(batch(3))
     flex = torch_packed._flex(q, k, v, row, 0.25, softcap, window)
     own = torch_packed._Blocks.apply(q, k, v, row.segments, torch_packed.Scores(0.25, softcap or 0.0, window), False)
     torch.testing.assert_close(flex[:, :real], own[:, :real], atol=1e-5, rtol=1e-5)
@@ -193,7 +198,7 @@ def test_the_last_layer_computes_only_what_is_read(models: dict[str, str]) -> No
         backend._sequence_logps(data)
     # Gate and up of either layer. Read are the last prompt tokens and all of each response but its last token.
     read = len(np.unique(packed(data).hidden_index))
-    assert seen.rows == [data.shared_tokens, data.shared_tokens, read, read]
+    assert seen.rows == [shared_tokens(data), shared_tokens(data), read, read]
     with backend.adapter_off(), Widths(512) as seen, torch.no_grad():
         backend._sequence_logps(data)
     assert seen.rows == [int(data.lengths.sum())]  # the head
@@ -221,7 +226,7 @@ def test_an_mlp_that_is_computed_again_goes_in_tiles(tiny: str, monkeypatch: pyt
     backend = load("cpu", tiny, gradient_checkpointing="selective", max_grad_norm=1e9)
     with Widths(128) as seen:
         assert_same(expected, gradients(backend, data))
-    assert max(seen.rows) == 20 < data.shared_tokens / 4
+    assert max(seen.rows) == 20 < shared_tokens(data) / 4
 
 
 def test_fused_layers_keep_less(tiny: str) -> None:

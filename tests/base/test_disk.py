@@ -84,9 +84,9 @@ def left(folder: Path) -> list[str]:
     ("backend", "file"),
     [
         ("cpu", "state.pt"),
-        ("cpu", "adapter/adapter_model.safetensors"),
+        ("cpu", "adapters/policy/adapter_model.safetensors"),
         ("mlx", "state.safetensors"),
-        ("mlx", "adapter/adapters.safetensors"),
+        ("mlx", "adapters/policy/adapters.safetensors"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit(flags: list[str], tmp_path: Path, backend: str, file: str) -> None:
@@ -141,13 +141,13 @@ def test_a_reference_cache_that_does_not_fit_costs_no_training(flags: list[str],
 _FULL_CACHE = """
 import sys
 from lite_dil.cli import main as cli
-from lite_dil.recipes import preference as train
-opened = train.open_cache
+from lite_dil.recipes import session
+opened = session.open_cache
 def full(*args):
     cache = opened(*args)
     cache.path.symlink_to("/dev/full")
     return cache
-train.open_cache = full
+session.open_cache = full
 sys.exit(cli.main())
 """
 

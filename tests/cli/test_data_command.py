@@ -378,13 +378,13 @@ def test_sources_that_do_not_go_together(tiny: str, tmp_path: Path, capsys: pyte
 
 
 def test_neither_torch_nor_mlx_is_needed(tiny: str, tmp_path: Path) -> None:
-    """In a new interpreter in which neither can be imported, by the script, to a pipe that takes no accents."""
+    """In a new interpreter in which neither can be imported, to a pipe that takes no accents."""
     file = write(tmp_path / "a.jsonl", [pair("a", "the é", "red")])
     code = (
         "import runpy, sys\n"
         "sys.modules.update(dict.fromkeys(('torch', 'mlx', 'mlx_lm', 'peft')))\n"
-        f"sys.argv = ['data.py', {file!r}, '--model', {tiny!r}]\n"
-        "runpy.run_path('scripts/data.py', run_name='__main__')\n"
+        f"sys.argv = ['lite-dil', 'data', {file!r}, '--model', {tiny!r}]\n"
+        "runpy.run_module('lite_dil', run_name='__main__')\n"
     )
     root = Path(__file__).parent.parent.parent
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(root)}

@@ -16,6 +16,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.cli import adapter_flags
 from lite_dil.cli.main import main
 from lite_dil.generation import policy
+from lite_dil.runs.folder import checkpoint_of
 
 
 def parsed(*argv: str, required: bool = True) -> argparse.Namespace:
@@ -98,6 +99,26 @@ def test_a_config_of_another_program_is_left_alone(runs: Runs, tmp_path: Path) -
     for folder in (tmp_path / "mine", tmp_path / "models" / "adapter", tmp_path / "models" / "x" / "adapter"):
         shutil.copytree(runs.folders["cpu"] / "adapter", folder)
         assert adapter_flags.find(parsed("--adapter", str(folder))).run is None
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_checkpoints_of_older_versions_hold_their_adapter_beside_the_state(runs: Runs, tmp_path: Path, ended: bool) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs.folders["cpu"], run)
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / "adapters" / "policy").rename(checkpoint / "adapter")
+        (checkpoint / "adapters").rmdir()
+    if not ended:
+        shutil.rmtree(run / "adapter")
+    first, last = (run / "checkpoints" / f"step-{step}" for step in (1, 3))
+    for named, adapter in (
+        (first, first / "adapter"),
+        (first / "adapter", first / "adapter"),
+        (run, run / "adapter" if ended else last / "adapter"),
+    ):
+        found = adapter_flags.find(parsed("--adapter", str(named)))
+        assert (found.adapter, found.run.path if found.run else None) == (adapter, run)
+    assert [checkpoint_of(path) for path in (first / "adapter", run / "adapter")] == [first, None]
 
 
 def test_of_a_run_that_has_not_ended_the_newest_checkpoint_is_used(runs: Runs, tmp_path: Path) -> None:

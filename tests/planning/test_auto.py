@@ -17,14 +17,14 @@ from test_plan import SHAPE
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import GIB, Memory
 from lite_dil.batching.batch import Batch
-from lite_dil.batching.schedule import Schedule, batch_tokens, computed_tokens
+from lite_dil.batching.schedule import LargestPass, Schedule, batch_tokens, computed_tokens
 from lite_dil.cli.main import main
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.models.shape import read_shape
 from lite_dil.planning import auto
 from lite_dil.planning.auto import choose, largest_example
 from lite_dil.planning.estimate import Load
-from lite_dil.planning.fit import Heaviest, Model, memory_line, several
+from lite_dil.planning.fit import Model, memory_line, several
 from lite_dil.planning.peak import estimate
 
 ASKED = config(load_in_4bit=True, backend="cuda", data="x.jsonl", batch_size=4, gradient_accumulation_steps=4)
@@ -153,14 +153,16 @@ def test_drawn_answers_count_at_their_longest() -> None:
     assert load.longest == 64
 
 
-def test_the_heaviest_pass_is_that_of_the_whole_run() -> None:
+def test_the_largest_pass_is_that_of_the_whole_run() -> None:
     asked, data = config(batch_size=3, gradient_accumulation_steps=2, max_length=24, data="x.jsonl"), examples(30)
     for layout in ("packed", "plain"):
-        heaviest, schedule = Heaviest(layout), Schedule(asked, data, layout)
-        assert heaviest.load is None
+        largest, schedule = LargestPass(layout), Schedule(asked, data, layout)
+        assert largest.batch is None
         for step in range(1, schedule.steps + 1):
-            heaviest.add(schedule.batches(step))
-        assert heaviest.load == Load.heaviest(asked, data, layout)
+            largest.add(schedule.batches(step))
+        taken = [Load.of(batch) for step in range(1, schedule.steps + 1) for batch in schedule.batches(step)]
+        assert largest.batch is not None
+        assert Load.of(largest.batch) == max(taken, key=lambda load: (load.tokens(layout), load.answer_tokens))
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from safetensors.numpy import load_file
 from lite_dil.backends import registry
 from lite_dil.batching.batch import Batch
 from lite_dil.cli.main import main
-from lite_dil.recipes.preference import MAX_SKIPPED
+from lite_dil.runs.folder import adapter_of
+from lite_dil.training.divergence import MAX_SKIPPED
 
 TRL_NAMES = {
     "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
@@ -84,7 +85,7 @@ def test_a_run_writes_what_the_design_says(flags: list[str], data: Path, tmp_pat
     assert (saved["learning_rate"], saved["lora_alpha"], saved["logp_reduction"]) == (1e-3, 8.0, "mean")
     checkpoints = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert checkpoints == {"step-2", "step-4", "step-6"}
-    assert same_weights(tmp_path / "run" / "adapter", tmp_path / "run" / "checkpoints" / "step-6" / "adapter")
+    assert same_weights(tmp_path / "run" / "adapter", adapter_of(tmp_path / "run" / "checkpoints" / "step-6"))
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(flags: list[str], tmp_path: Path) -> None:

@@ -20,14 +20,15 @@ from test_train import metrics
 from lite_dil.backends.types import Answer
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.base.files import partial
+from lite_dil.base.observer import Observers
 from lite_dil.cli.demo import show
 from lite_dil.cli.main import main
 from lite_dil.cli.progress import Terminal
 from lite_dil.data.encoder import Encoder
 from lite_dil.data.reader import Row
-from lite_dil.recipes.preference import Trained
-from lite_dil.reports.run_report import Watcher, write_report
-from lite_dil.reports.samples import Intake, Samples, read_samples
+from lite_dil.recipes.preference import Run
+from lite_dil.reports.run_report import RunReport, write_report
+from lite_dil.reports.samples import Intake, SampleAnswers, read_samples
 from lite_dil.runs.folder import RunFolder
 
 
@@ -219,13 +220,13 @@ def intake(count: int, rows: int = 30, **options: Any) -> Intake:
 def test_sample_answers_fit_into_memory_or_are_left_out(most: int, tmp_path: Path) -> None:
     said: list[str] = []
     backend, path = Small(most), tmp_path / "report_samples.jsonl"
-    samples = Samples(
+    samples = SampleAnswers(
         intake(5).prompts,
         True,
         path,
         backend,
         Encoder(byte_level_tokenizer()),
-        config(max_length=200),
+        200,
         said.append,  # type: ignore[arg-type]
     )
     samples.refresh(7)
@@ -279,8 +280,8 @@ def test_an_error_ends_the_report_and_the_trackers(error: BaseException, state: 
 
     make_run(tmp_path / "run")
     facts = json.loads((tmp_path / "run" / "report.json").read_text()) | {"state": "running"}
-    watcher = Watcher(RunFolder(tmp_path / "run"), config(), facts, None, [], print)  # type: ignore[arg-type]
-    with pytest.raises(type(error)), watcher:
+    report = RunReport(RunFolder(tmp_path / "run"), facts, None, str, print)
+    with pytest.raises(type(error)), Observers([report]):
         raise error
     page = (tmp_path / "run" / "report.html").read_text()
     assert f">{state}<" in page and said in page
@@ -291,7 +292,7 @@ def test_the_demo_shows_what_any_loss_has(loss: str, tmp_path: Path, capsys: pyt
     from reported import make_run
 
     make_run(tmp_path, loss=loss, form="demonstrations" if loss == "sft" else "pairs", text="[bold]tea[/] :tea:")
-    show(Trained(None, None, RunFolder(tmp_path), stopped=False), Terminal())  # type: ignore[arg-type]
+    show(Run(None, None, RunFolder(tmp_path), stopped=False), Terminal())  # type: ignore[arg-type]
     out = capsys.readouterr().out
     assert "[bold]tea[/] :tea:" in out
     assert "answer length: 20 tokens before, 30 after" in out

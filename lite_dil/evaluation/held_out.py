@@ -1,0 +1,99 @@
+"""Figures of a policy on held-out data, and when a training measures them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from lite_dil.backends.types import never
+from lite_dil.base.observer import Event, Observer
+from lite_dil.batching.options import ScheduleOptions
+from lite_dil.batching.schedule import plan, row_tokens
+from lite_dil.data.encoder import Example
+from lite_dil.data.mismatched import mismatched
+from lite_dil.objectives.criterion import Criterion
+from lite_dil.objectives.loss import TOKENS
+from lite_dil.objectives.options import ResolvedObjective
+from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.training.metrics import Means, answer_metrics, with_margin
+from lite_dil.training.passes import Passes
+
+
+class HeldOut:
+    """Held-out examples in batches; the reference's log-probs of them come from the cache once they are known.
+
+    Args:
+        passes: of the policy that is measured.
+        options: the objective whose loss and figures are computed.
+        sizes: how large a batch may be.
+    """
+
+    def __init__(
+        self, passes: Passes, examples: Sequence[Example], options: ResolvedObjective, sizes: ScheduleOptions
+    ) -> None:
+        self.passes, self.options = passes, options
+        self.criterion = Criterion(options, examples)
+        others = mismatched(examples, options.loss, sizes.max_length) if OBJECTIVES[options.loss].baseline else []
+        self.batches, self.others = (
+            plan(part, passes.backend.layout, sizes.batch_size, row_tokens(sizes)) for part in (examples, others)
+        )
+
+    def run(self, stop: Callable[[], bool] = never) -> dict[str, float]:
+        """Return the metrics with an ``eval_`` before their names; none where `stop`, asked between passes, ended it."""
+        means = Means()
+        baseline = self.passes.baseline(self.others, stop)
+        for batch in self.batches:
+            if stop():
+                return {}
+            reference = self.passes.reference(batch)
+            tokens = self.criterion.reads == TOKENS
+            policy = self.passes.token_logps(batch) if tokens else self.passes.sequence_logps(batch)
+            with np.errstate(over="ignore"):  # an overflow shows as a loss that is not finite
+                loss = float(self.criterion(policy, reference, self.criterion.inputs(batch, baseline)))
+            means.add("loss", loss / batch.examples, batch.examples)
+            answer_metrics(means, batch.sums(policy) if tokens else policy, reference, batch, self.options)
+        if self.others:
+            means.add("kl", baseline)
+        return {f"eval_{name}": value for name, value in with_margin(means.means()).items()}
+
+
+class Evaluation(Observer):
+    """Measures held-out data every ``--eval-steps`` and at the end, and logs a line of it.
+
+    Args:
+        every: steps between evaluations; None evaluates at the end only.
+        epoch: returns how many epochs are done after a step.
+        logged: lines of metrics that a resumed training has already.
+        takers: what takes the line.
+        doing: shows a text while its block runs, given whether this is the last step.
+    """
+
+    def __init__(
+        self,
+        held_out: HeldOut,
+        every: int | None,
+        epoch: Callable[[int], float],
+        logged: Sequence[dict[str, Any]],
+        takers: Sequence[Callable[[dict[str, Any]], None]],
+        doing: Callable[[str, bool], AbstractContextManager[None]],
+    ) -> None:
+        self.held_out, self.every, self.epoch, self._takers, self._doing = held_out, every, epoch, takers, doing
+        self._logged = {line["step"] for line in logged if "eval_loss" in line}
+
+    def started(self, event: Event) -> None:
+        """Evaluate the step that a training was stopped or killed at, where that was due and is missing."""
+        if event.step not in self._logged:
+            self.after_step(event)
+
+    def after_step(self, event: Event) -> None:
+        """Evaluate where it is due."""
+        if not event.due(self.every):
+            return
+        with self._doing("" if event.stop() else "evaluating", event.last):
+            found = self.held_out.run(event.stop)
+        self.left_out = self.left_out or not found
+        for take in self._takers if found else ():
+            take({"step": event.step, "epoch": self.epoch(event.step), **found})

@@ -1,0 +1,103 @@
+"""What watches a run: who saves, logs, measures, shows and reports, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from lite_dil.base.display import Bar, Display
+from lite_dil.base.observer import Event, Observer, Observers
+from lite_dil.evaluation.held_out import Evaluation, HeldOut
+from lite_dil.generation.policy import AdapterSource
+from lite_dil.planning.estimate import Load
+from lite_dil.planning.fit import memory_line
+from lite_dil.recipes.session import Session
+from lite_dil.reports.card import ModelCard
+from lite_dil.reports.findings import SAMPLES
+from lite_dil.reports.run_report import RunReport, facts_of
+from lite_dil.reports.samples import SampleAnswers
+from lite_dil.reports.trackers import Trackers
+from lite_dil.runs.checkpoints import Checkpoints
+from lite_dil.runs.metrics_log import MetricsLog
+from lite_dil.training.loop import Training
+
+# It may take minutes on a large model: kernels are compiled.
+FIRST = "the first step takes longest"
+
+
+class Shown(Observer):
+    """Shows the steps on a display, and what takes a while between them."""
+
+    def __init__(self, display: Display) -> None:
+        self.display, self._open = display, ExitStack()
+        self._bar: Bar | None = None
+
+    def started(self, event: Event) -> None:
+        """Show the bar."""
+        self._bar = self._open.enter_context(self.display.bar(event.steps, event.step, FIRST))
+
+    def after_step(self, event: Event) -> None:
+        """Show a step, with its line of metrics where it has one."""
+        if self._bar:
+            self._bar.update(event.step, event.line)
+
+    @contextmanager
+    def doing(self, text: str, last: bool) -> Iterator[None]:
+        """Show what is done in the block."""
+        with self._bar.doing(text, last) if self._bar else ExitStack():
+            yield
+
+    def evaluation(self, figures: dict[str, float]) -> None:
+        """Show held-out figures."""
+        if self._bar:
+            self._bar.evaluation(figures)
+
+    def finished(self, event: Event) -> None:
+        """Leave the bar as it is."""
+        self._open.close()
+
+    def stopped(self, event: Event) -> None:
+        """Leave the bar as it is."""
+        self._open.close()
+
+    def failed(self, error: BaseException) -> None:
+        """Leave the bar as it is."""
+        self._open.close()
+
+
+def observers_of(
+    session: Session, training: Training, display: Display, own: Sequence[Observer]
+) -> tuple[Observers, Checkpoints]:
+    """Return the observers of a run in their order, and by itself the one that saves: saved before what takes long."""
+    config, folder, backend, data = session.config, session.folder, session.backend, session.data
+    held_out = HeldOut(training.passes, data.held_out, config, config) if data.held_out else None
+    shown, trackers = Shown(display), Trackers(config, folder.path, session.logged, display.say)
+    metrics = MetricsLog([folder.log, trackers.log])
+    checkpoints = Checkpoints(folder, training.progress, session.save_state, backend.save_adapter, config)
+    watching: list[Observer] = [metrics, shown, checkpoints]
+    often = config.eval_steps if held_out else config.save_steps  # between sample answers, and reports
+    if held_out:
+        takers = [metrics.log, shown.evaluation]
+        watching.append(Evaluation(held_out, often, training.schedule.epoch, session.logged, takers, shown.doing))
+
+    def memory() -> str:
+        if training.largest.batch is None:
+            return ""
+        peak, before = backend.peak_memory_mb() * 2**20, session.before * 2**20
+        return memory_line(session.taken_config(), session.model, Load.of(training.largest.batch), peak, before)
+
+    answers = SampleAnswers(
+        data.prompts,
+        bool(data.held_out),
+        folder.path / SAMPLES,
+        backend,
+        session.encoder,
+        config.max_length,
+        display.say,
+        often,
+        shown.doing,
+    )
+    card = ModelCard(AdapterSource(folder.adapter, folder, config))
+    facts = facts_of(config, backend, training.schedule.steps, data.facts)
+    report = RunReport(folder, facts, often, memory, display.say)
+    return Observers([*watching, answers, card, report, *own, trackers]), checkpoints

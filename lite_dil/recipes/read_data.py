@@ -1,0 +1,66 @@
+"""Reading what a run is trained and evaluated on, and saying what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lite_dil.base.signs import CHOSEN
+from lite_dil.config.train_config import ResolvedConfig
+from lite_dil.data.dataset import DataSet, describe, load, remarks
+from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.overlap import overlap
+from lite_dil.data.reader import Problem
+from lite_dil.objectives.accepts import check_data
+from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.reports.samples import Intake, Prompt
+
+
+@dataclass(frozen=True)
+class Data:
+    """What was read: examples, the rows that were left out, and for the report the prompts to answer and what the data is."""
+
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    skipped: list[Problem]
+    prompts: list[Prompt]
+    facts: list[dict[str, Any]]
+
+
+def read_data(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None]) -> Data:
+    """Read the training data, and the held-out data where there is any."""
+    data, intake = _load(config.data, "train", encoder, config, say)
+    facts = [intake.facts("training", config.data, data)]
+    if not config.eval_data:
+        return Data(data.examples, [], data.problems, intake.prompts, facts)
+    held_out, seen = _load(config.eval_data, "test", encoder, config, say)
+    shared = overlap(data, held_out)
+    if shared.warning:
+        say(f"warning: {shared.warning}")
+    facts.append(seen.facts("held out", config.eval_data, held_out) | {"in_training": shared._asdict()})
+    return Data(data.examples, held_out.examples, data.problems + held_out.problems, seen.prompts, facts)
+
+
+def _load(
+    source: str, split: str, encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None]
+) -> tuple[DataSet, Intake]:
+    """Read a data set and say what it is."""
+    intake = Intake(config.report_samples, config)
+    data = load(source, split, encoder, config, watch=intake.add, good_only=OBJECTIVES[config.loss].data == "chosen")
+    check_data(config.loss, data.form, set(data.answers), source, config.sample_rejected is not None)
+    number, good = len(data.examples), data.answers[CHOSEN]
+    kinds = {
+        "pairs": "pairs",
+        "demonstrations": "demonstrations",
+        "unpaired": f"answers, {good} good and {data.answers[-CHOSEN]} bad",
+    }
+    if data.form == "unpaired" and OBJECTIVES[config.loss].data == "chosen":
+        kinds["unpaired"] = f"good answers, and {data.answers[-CHOSEN]} bad ones that {config.loss} leaves out"
+    text = f"{'training' if split == 'train' else 'held-out'} data {source}: {number} {kinds[data.form]}, {describe(data)}"
+    if data.prompts_cut or data.responses_cut:
+        text += f"; --max-length {config.max_length} cut {data.prompts_cut} prompts and the answers of {data.responses_cut}"
+    say(text)
+    for line in remarks(data):
+        say(line)
+    return data, intake

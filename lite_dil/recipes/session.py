@@ -1,0 +1,196 @@
+"""Opening a training session: data, model and reference, from the start or from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lite_dil.backends import registry
+from lite_dil.backends.protocol import Backend
+from lite_dil.backends.types import POLICY
+from lite_dil.base.display import Display
+from lite_dil.base.errors import UserError
+from lite_dil.base.files import make_folder, remove
+from lite_dil.base.memory import peak_rss_mb
+from lite_dil.base.signals import StopSignal
+from lite_dil.base.start import check_alone
+from lite_dil.batching.schedule import LargestPass, Schedule
+from lite_dil.config.train_config import ResolvedConfig
+from lite_dil.data.encoder import Encoder, Example, fingerprint
+from lite_dil.data.mismatched import mismatched
+from lite_dil.generation.reference_samples import add_samples, needed, reference_digest, sample_path
+from lite_dil.models.find import load_tokenizer, resolve_model
+from lite_dil.models.fingerprint import reference_key
+from lite_dil.objectives.criterion import Criterion
+from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.planning.auto import fitted
+from lite_dil.recipes.read_data import Data, read_data
+from lite_dil.reports import trackers
+from lite_dil.reports.findings import SAMPLES
+from lite_dil.runs.folder import Progress, RunFolder, read_progress
+from lite_dil.training.loop import Training
+from lite_dil.training.passes import Passes
+from lite_dil.training.precompute import missing, precompute
+from lite_dil.training.reference import ReferenceCache, cache_folder, open_cache
+from lite_dil.training.start_check import CHECKING, check_start, starts_at_reference
+
+
+@dataclass
+class Session:
+    """All that a run works with.
+
+    Attributes:
+        config: with the backend that auto came to, and what --auto chose.
+        model: what `resolve_model` returned.
+        before: MiB that the process had before the model was loaded.
+        logged: lines of metrics that a resumed run had logged before, also those that it will log again.
+        training: what the loop works on; None where Ctrl-C came before the first step, which the user has been told.
+    """
+
+    config: ResolvedConfig
+    folder: RunFolder
+    model: str
+    encoder: Encoder
+    data: Data
+    backend: Backend
+    before: float
+    logged: list[dict[str, Any]] = field(default_factory=list)
+    training: Training | None = None
+
+    def taken_config(self) -> ResolvedConfig:
+        """Return the config with the type and the layout that the backend took, where "auto" was asked for."""
+        return replace(self.config, dtype=self.backend.dtype_name, layout=self.backend.layout)
+
+    def save_state(self, folder: Path) -> None:
+        """Write what a resumed run goes on from, and the adapter for people and other programs."""
+        make_folder(folder / "adapters")
+        self.backend.save_adapter(folder / "adapters" / POLICY)
+        self.backend.save_state(folder)
+
+
+def open_session(config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None) -> Session:
+    """Read the data, load the model, and bring both to where training starts, or goes on from the checkpoint `resume`.
+
+    `fixed` are the options that --auto leaves alone; None stands for all that are not at their default.
+    """
+    session, progress = _load(config, display, resume, fixed)
+    config = session.config
+    if config.sample_rejected and not _draw_rejected(session, config.sample_rejected, display):
+        return session
+    examples = session.data.examples
+    others = mismatched(examples, config.loss, config.max_length) if OBJECTIVES[config.loss].baseline else []
+    passes = Passes(session.backend, config.logp_reduction, _open_cache(session, display), display.say)
+    training = Training(
+        passes,
+        examples,
+        Schedule(config, examples, session.backend.layout, others),
+        Criterion(config, examples),
+        config,
+        progress,
+        LargestPass(session.backend.layout),
+        config.logging_steps,
+        bool(config.lora_dropout),
+        display.say,
+    )
+    if resume:
+        _go_on(session, training, resume)
+    elif starts_at_reference(config):
+        with display.status(CHECKING):
+            check_start(passes, training.schedule.batches(1)[0], config.model)
+    if config.precompute_reference and not _precompute(passes, (examples, others, session.data.held_out), config, display):
+        return session
+    if not resume:
+        _begin(session, display)
+    session.training = training
+    return session
+
+
+def _load(config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None) -> tuple[Session, Progress]:
+    """Read the data and load the model; return also where the run stands."""
+    check_alone()
+    trackers.check(config)
+    config = replace(config, backend=registry.resolve(config.backend))
+    folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, config.loss)
+    model = resolve_model(config.model, display.say)
+    encoder = Encoder(load_tokenizer(model))
+    data = read_data(encoder, config, display.say)
+    progress = _progress(data.examples, config, resume)
+    if config.auto:
+        config, chosen = fitted(config, data.examples, fixed)
+        display.say(chosen)
+    registry.import_library(config.backend)
+    before = peak_rss_mb()
+    backend = registry.load(config.backend, config, model)
+    display.say(f"{config.model} on {backend.description}")
+    if backend.layout_reason:
+        display.say(backend.layout_reason)
+    return Session(config, folder, model, encoder, data, backend, before), progress
+
+
+def _progress(examples: Sequence[Example], config: ResolvedConfig, resume: Path | None) -> Progress:
+    """Return where the run stands: at its start, or where the checkpoint `resume` was saved, if that is of the same data."""
+    digest = fingerprint(examples)
+    if resume is None:
+        return Progress(fingerprint=digest)
+    saved = read_progress(resume)
+    if saved.fingerprint != digest:
+        raise UserError(f"--resume {resume}: {config.data} is not the data that this run was trained on; start a new run")
+    return saved
+
+
+def _draw_rejected(session: Session, count: int, display: Display) -> bool:
+    """Draw rejected answers for the examples that the run comes to and the held-out ones; False where Ctrl-C ended it."""
+    config, backend, data = session.config, session.backend, session.data
+    key = reference_key(config, cache_folder(config), session.model, backend.identity)
+    reference, used = reference_digest(key), needed(config, data.examples)
+    path = sample_path(config, reference)
+    drawn = add_samples([*used, *data.held_out], count, backend, session.encoder, path, reference, config, display)
+    if drawn is None:
+        display.say(f"stopped; the same command goes on with what was drawn: {path}")
+        return False
+    session.data = replace(data, examples=drawn[: len(used)], held_out=drawn[len(used) :])
+    return True
+
+
+def _open_cache(session: Session, display: Display) -> ReferenceCache:
+    """Open the cache of the reference's log-probs."""
+    cache = open_cache(session.config, session.config, session.model, session.backend.identity)
+    if cache.damaged:
+        display.say(f"{cache.path}: {cache.damaged} damaged records, which will be computed again")
+    return cache
+
+
+def _go_on(session: Session, training: Training, checkpoint: Path) -> None:
+    """Bring model and metrics to where the checkpoint was saved."""
+    session.backend.load_state(checkpoint)
+    session.logged = session.folder.rewind(training.progress.step)
+    where = f"step {training.progress.step} of {training.schedule.steps} in {session.folder.path}"
+    training.say(f"the run is finished: {where}" if training.finished else f"going on after {where}")
+
+
+def _precompute(passes: Passes, parts: Sequence[Sequence[Example]], config: ResolvedConfig, display: Display) -> bool:
+    """Fill the cache with the reference's log-probs of all examples; return False where Ctrl-C ended it early."""
+    total, count = sum(map(len, parts)), sum(1 for _ in missing(passes, parts))
+    display.say(f"reference: {total - count} of {total} pairs are cached, {count} to compute")
+    with StopSignal("stopping after this batch; what was computed is kept") as stop, display.bar(count, 0) as bar:
+        for done in precompute(passes, parts, config):
+            bar.update(done, None)
+            if stop.asked and done < count:
+                break
+        else:
+            return True
+    display.say(f"stopped; the reference cache keeps what was computed: {passes.cache.path}")
+    return False
+
+
+def _begin(session: Session, display: Display) -> None:
+    """Make the run's folder."""
+    folder = session.folder
+    folder.create(replace(session.config, dtype=session.backend.dtype_name).as_dict())
+    for name in (trackers.IDS, SAMPLES):  # of a run that was killed before it saved, perhaps of another model
+        remove(folder.path / name)
+    if session.data.skipped:
+        folder.list_skipped(session.data.skipped)
+    display.say(f"writing to {folder.path}")

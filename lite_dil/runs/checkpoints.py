@@ -1,0 +1,59 @@
+"""Saving a run: its checkpoints, and the adapter that it ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lite_dil.base.observer import Event, Observer
+from lite_dil.runs.folder import Progress, RunFolder, read_progress
+from lite_dil.runs.options import RunOptions
+
+
+class Checkpoints(Observer):
+    """Saves every ``--save-steps``, at the end, and where a run is stopped; at the end the adapter too.
+
+    Args:
+        progress: the run's own, which goes on while this observes.
+        save_state: writes what a resumed run needs into a folder.
+        save_adapter: writes the trained adapter into a folder.
+    """
+
+    writes = True
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        progress: Progress,
+        save_state: Callable[[Path], None],
+        save_adapter: Callable[[Path], None],
+        options: RunOptions,
+    ) -> None:
+        self.folder, self.progress, self.options = folder, progress, options
+        self._save_state, self._save_adapter = save_state, save_adapter
+
+    def started(self, event: Event) -> None:
+        """Write the adapter of a run that was killed between its last checkpoint and that."""
+        if event.last:
+            self.folder.save_adapter(self._save_adapter)
+
+    def after_step(self, event: Event) -> None:
+        """Save where it is due."""
+        if event.due(self.options.save_steps):
+            self._save()
+        if event.last:
+            self.folder.save_adapter(self._save_adapter)
+
+    def stopped(self, event: Event) -> None:
+        """Save the last step."""
+        self.keep()
+
+    def keep(self) -> Path:
+        """Return the checkpoint of the last step that was taken, saved now if it was not."""
+        latest = self.folder.latest()
+        if latest is None or read_progress(latest).step < self.progress.step:
+            return self._save()
+        return latest
+
+    def _save(self) -> Path:
+        return self.folder.save_checkpoint(self.progress, self._save_state, self.options.save_total_limit)

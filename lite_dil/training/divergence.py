@@ -1,0 +1,73 @@
+"""A training that diverges: when that is so, where it went wrong, and what helps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lite_dil.backends.types import StepResult
+from lite_dil.base.signs import CHOSEN
+from lite_dil.batching.batch import by_batch
+from lite_dil.data.encoder import Example
+from lite_dil.objectives.losses import log_ratio
+from lite_dil.objectives.options import ResolvedObjective
+from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.training.step import Taken
+
+# float16's loss scale halves with each skipped step: after this many it is not the scale that is wrong.
+MAX_SKIPPED = 25
+
+
+class Finite:
+    """Looks at the steps of a training in their order."""
+
+    def __init__(self) -> None:
+        self._skipped = 0  # in a row
+
+    def __call__(self, result: StepResult) -> bool:
+        """Return whether the next step's loss and gradient are finite, and steps are not skipped without end."""
+        self._skipped = self._skipped + 1 if result.skipped else 0
+        return math.isfinite(result.loss) and math.isfinite(result.grad_norm) and self._skipped < MAX_SKIPPED
+
+
+def explain(step: int, taken: Taken, examples: Sequence[Example], options: ResolvedObjective, checkpoint: Path | None) -> str:
+    """Return a message for people: the loss, the example that is farthest off, what helps, and the last good checkpoint."""
+    place, ratios = _farthest(taken, options.logp_reduction)
+    index = next(i for i, example in enumerate(examples) if example.place == place)
+    kept = f"The last good checkpoint is {checkpoint}"
+    if checkpoint is None:
+        kept = "No checkpoint had been saved: this was the first step"
+    return (
+        f"step {step}: loss {taken.result.loss:g}, gradient norm {taken.result.grad_norm:g}. Farthest off is example "
+        f"{index + 1} of the data ({place}), with log-ratio {ratios} ({options.logp_reduction} over its tokens, in nats). The "
+        f"weights were left as they were before the step. What helps: {'; '.join(_advice(options))}. {kept}"
+    )
+
+
+def _farthest(taken: Taken, reduction: str) -> tuple[str, str]:
+    """Return the place of the example whose log-ratio is not finite, or else the farthest from 0, and its log-ratios."""
+    worst = (-1.0, "", "")
+    parts = (by_batch(values, taken.batches) for values in (taken.policy, taken.reference))
+    for batch, policy, reference in zip(taken.batches, *parts, strict=True):
+        f = log_ratio(policy, reference, batch.lengths, reduction)
+        for number, place in enumerate(batch.places):
+            here = batch.prompt_of == number
+            size = float(np.abs(f[here]).max()) if np.isfinite(f[here]).all() else math.inf
+            if size > worst[0]:
+                sides = {CHOSEN: "chosen", -CHOSEN: "rejected"}
+                ratios = [f"{value:.3g} {sides[sign]}" for value, sign in zip(f[here], batch.signs[here], strict=True)]
+                worst = (size, place, ", ".join(ratios))
+    return worst[1], worst[2]
+
+
+def _advice(options: ResolvedObjective) -> list[str]:
+    objective = OBJECTIVES[options.loss]
+    advice = ["a lower --learning-rate"]
+    if options.logp_reduction == "sum" and objective.reduction == "mean":
+        advice.append("--logp-reduction mean")
+    if "log_ratio_cap" in objective.options and options.log_ratio_cap is None:
+        advice.append("--log-ratio-cap 3, or --loss rulsif, which is bounded")
+    return advice

@@ -1,0 +1,115 @@
+"""The training loop: one for every backend and every objective."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
+from lite_dil.base.observer import Event, Observers
+from lite_dil.base.signals import StopSignal
+from lite_dil.batching.schedule import LargestPass, Schedule
+from lite_dil.data.encoder import Example
+from lite_dil.objectives.criterion import Criterion
+from lite_dil.objectives.options import ResolvedObjective
+from lite_dil.runs.folder import Progress
+from lite_dil.training.divergence import Finite, explain
+from lite_dil.training.metrics import count_step, line_of
+from lite_dil.training.passes import Passes
+from lite_dil.training.step import Taken, take_step
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the loop works on.
+
+    Attributes:
+        examples: what is trained on.
+        objective: the options of the criterion, for the metrics.
+        progress: changed with each step; what a checkpoint keeps of it.
+        logging_steps: steps of a line of metrics.
+        dropout: whether the split of a step decides what is drawn, for the message where it changes.
+        say: tells the user.
+    """
+
+    passes: Passes
+    examples: Sequence[Example]
+    schedule: Schedule
+    criterion: Criterion
+    objective: ResolvedObjective
+    progress: Progress
+    largest: LargestPass
+    logging_steps: int
+    dropout: bool
+    say: Callable[[str], None]
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left."""
+        return self.progress.step >= self.schedule.steps
+
+    def remaining_steps(self, stop: StopSignal) -> Iterator[int]:
+        """Yield the number of each step that is to be taken, until none is left or a stop is asked for."""
+        while not self.finished and not stop.asked:
+            yield self.progress.step + 1
+
+    def take(self, step: int) -> Taken:
+        """Take a step, and remember the largest of its passes."""
+        taken = take_step(self.passes, self.schedule, step, self.criterion, self.say, self.dropout)
+        self.largest.add(taken.batches)
+        return taken
+
+    def count(self, taken: Taken, seconds: float) -> dict[str, Any] | None:
+        """Count a step as done; return a line of metrics where one is due."""
+        count_step(self.progress, taken, seconds, self.objective)
+        if self.progress.step % self.logging_steps and not self.finished:
+            return None
+        line = line_of(self.progress, self.schedule, self.passes.backend.peak_memory_mb())
+        self.progress.window.clear()
+        return line
+
+    def event(self, stop: StopSignal, line: dict[str, Any] | None = None) -> Event:
+        """Return what observers are told."""
+        return Event(self.progress.step, self.schedule.steps, line, lambda: stop.asked)
+
+
+def loop(training: Training, observers: Observers, keep: Callable[[], Path]) -> None:
+    """Take the steps that remain, or those up to a Ctrl-C; observers see all of it but the end of a finished training.
+
+    Args:
+        keep: saves the last step that was taken, where it is not saved, and returns its checkpoint.
+
+    Raises:
+        TrainingDiverged: loss or gradient became non-finite; the state before that is saved.
+        UserError: memory does not hold a step or an evaluation; the last step is saved.
+    """
+    finite = Finite()
+    with _kept_where_memory_ends(training.progress, keep), StopSignal() as stop:
+        observers.started(training.event(stop))
+        for step in training.remaining_steps(stop):
+            began = time.perf_counter()
+            taken = training.take(step)
+            if not finite(taken.result):  # the weights are still those of the step before, which had a finite loss
+                kept = keep() if training.progress.step else None
+                raise TrainingDiverged(explain(step, taken, training.examples, training.objective, kept))
+            line = training.count(taken, time.perf_counter() - began)
+            observers.after_step(training.event(stop, line))
+        if not training.finished:
+            observers.stopped(training.event(stop))
+
+
+@contextmanager
+def _kept_where_memory_ends(progress: Progress, keep: Callable[[], Path]) -> Iterator[None]:
+    """Where memory runs out in the block, save the last step that was taken, and say so."""
+    try:
+        yield
+    except OutOfMemory as error:
+        if not progress.step:
+            raise
+        checkpoint = keep()
+        again = f"--resume {checkpoint.parent.parent} goes on from it"
+        raise UserError(f"{error}. Step {progress.step} is saved: {checkpoint}; {again}") from None

@@ -1,0 +1,81 @@
+"""One optimiser step, in passes that memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lite_dil.backends.types import MicroBatch, StepResult
+from lite_dil.base.errors import OutOfMemory
+from lite_dil.batching.batch import Batch, by_batch
+from lite_dil.batching.schedule import Schedule
+from lite_dil.objectives.criterion import Criterion
+from lite_dil.objectives.loss import SUMS
+from lite_dil.training.passes import Passes
+
+
+class Taken(NamedTuple):
+    """A step that was taken: on what, what came of it, and how many reference passes it computed.
+
+    `policy` and `reference` are the summed log-probs, (responses,), in the order of the batches; `baseline` is kto's z0.
+    """
+
+    batches: list[Batch]
+    result: StepResult
+    policy: np.ndarray
+    reference: np.ndarray
+    baseline: float
+    reference_passes: int
+
+
+def micro_batches(
+    batches: Sequence[Batch],
+    criterion: Criterion,
+    references: Sequence[np.ndarray | None] | None = None,
+    baseline: float = 0.0,
+) -> list[MicroBatch]:
+    """Return the passes of a step with the criterion's inputs, and the reference's summed log-probs where they are known."""
+    known = references or [None] * len(batches)
+    return [MicroBatch(batch, criterion.inputs(batch, baseline), of) for batch, of in zip(batches, known, strict=True)]
+
+
+def take_step(
+    passes: Passes, schedule: Schedule, step: int, criterion: Criterion, say: Callable[[str], None], dropout: bool
+) -> Taken:
+    """Take step 1, 2, ... in passes that memory holds: where it does not, `schedule` plans smaller ones from here on.
+
+    Raises OutOfMemory where a pass that failed cannot be split; backend and schedule are then those before the step.
+    """
+    while True:
+        batches = schedule.batches(step)
+        known = [passes.cache.lookup(batch) for batch in batches]
+        baseline = passes.baseline(schedule.others(step))
+        try:
+            work = micro_batches(batches, criterion, known, baseline)
+            result = passes.backend.step(work, criterion, schedule.learning_rate(step))
+        except OutOfMemory as error:
+            failed = None if error.micro_batch is None else batches[error.micro_batch]
+            before = schedule.limits
+            if not schedule.halve([failed] if failed else batches):
+                raise
+            say(
+                f"out of memory in step {step}: passes of at most {schedule.limits} from here on (were {before}); the result "
+                f"is the same{', but for what dropout draws' if dropout else ''}"
+            )
+            continue
+        missing = [values is None for values in known]
+        assert result.reference is not None  # the metrics of every objective want it
+        for batch, logps, absent in zip(batches, by_batch(result.reference, batches), missing, strict=True):
+            if absent:
+                passes.remember(batch, logps)
+        return Taken(batches, result, _sums(result.policy, batches, criterion), result.reference, baseline, sum(missing))
+
+
+def _sums(policy: np.ndarray, batches: Sequence[Batch], criterion: Criterion) -> np.ndarray:
+    """Return the policy's summed log-probs, also where the objective read those of the tokens."""
+    if criterion.reads == SUMS:
+        return policy
+    parts = np.split(policy, np.cumsum([batch.lengths.sum() for batch in batches])[:-1])
+    return np.concatenate([batch.sums(values) for batch, values in zip(batches, parts, strict=True)])
