@@ -21,6 +21,7 @@ with contextlib.suppress(OSError):  # MLX on a Linux CPU multiplies matrices 20 
 import numpy as np
 import pytest
 import torch
+from cpu_time import CpuTime
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -139,6 +140,10 @@ def make_checkpoint(folder: Path, tied: bool = False, rope_theta: float = 50000.
     model.save_pretrained(folder)
     byte_level_tokenizer().save_pretrained(folder)
     return folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(CpuTime())
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -198,7 +198,7 @@ import os, sys
 sys.modules.update(dict.fromkeys(("torch", "mlx", "mlx_lm", "transformers", "peft")))
 opened = set()
 sys.addaudithook(lambda event, args: event == "open" and opened.add(str(args[0])))
-from lite_dil.cli import main
+from lite_dil.cli.main import main
 assert main(["plan", "--model", {llama!r}, "--4bit", "--memory", "12"]) == 0
 print(sorted(os.path.basename(name) for name in opened if name.startswith({llama!r})))
 """

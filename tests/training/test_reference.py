@@ -15,10 +15,9 @@ from conftest import config, examples, make_checkpoint, write_pairs
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.cli.progress import Display
-from lite_dil.generation.reference_samples import reference_digest
 from lite_dil.models.fingerprint import reference_key
 from lite_dil.recipes.preference import train
-from lite_dil.training.reference import ReferenceCache, open_cache
+from lite_dil.training.reference import ReferenceCache, cache_folder, open_cache
 
 KEY = {"weights": "some"}
 DATA = Batch.of(examples(3))
@@ -171,14 +170,14 @@ def test_precomputing_goes_on_where_it_was_stopped(tiny: str, tmp_path: Path) ->
     write_pairs(tmp_path / "pairs.jsonl", 40)
     code = """
 import os, signal, sys
-from lite_dil.fitting import Passes
+from lite_dil.training.passes import Passes
 done = Passes.reference
 def stop_after_one(*args):
     result = done(*args)
     os.kill(os.getpid(), signal.SIGINT)
     return result
 Passes.reference = stop_after_one
-from lite_dil.cli import main
+from lite_dil.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
     arguments = ["train", "--backend", "cpu", "--model", tiny, "--data", str(tmp_path / "pairs.jsonl"), "--row-tokens", "40"]
@@ -207,7 +206,7 @@ def test_weights_are_hashed_once_for_the_cache_and_for_draws(
     monkeypatch.setenv("LITE_DIL_CACHE", str(tmp_path / "default"))
     for folder, given in ((tmp_path / "given", str(tmp_path / "given")), (tmp_path / "default" / "reference", "off")):
         options = config(reference_cache=given)
-        reference_digest(options, tiny, "torch")
+        reference_key(options, cache_folder(options), tiny, "torch")
         notes = (folder / "files.json").read_text()
         (folder / "files.json").write_text(notes.replace('": [', '" : ['))  # would be written anew with another hash
         open_cache(options, options, tiny, "torch")
