@@ -31,6 +31,7 @@ from lite_dil.backends.types import StepResult
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import ResolvedConfig, TrainConfig
 from lite_dil.data.encoder import Example
+from lite_dil.data.reader import CHOSEN, REJECTED, Answer, Message, Row
 from lite_dil.models.find import EMBEDDED_MODEL, cache_dir, resolve_model
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.training.passes import micro_batches
@@ -226,6 +227,11 @@ def examples(pairs: int = 3, seed: int = 0, vocabulary: int = 512) -> list[Examp
         return tuple(int(i) for i in draw.integers(3, vocabulary, draw.integers(low, high)))
 
     return [Example(ids(3, 12), (ids(2, 9), ids(1, 12)), (1, -1)) for _ in range(pairs)]
+
+
+def pair_row(prompt: str | list[Message], chosen: Answer, rejected: Answer, place: str = "") -> Row:
+    """A row of a pair, as a reader makes it."""
+    return Row(prompt, (chosen, rejected), (CHOSEN, REJECTED), place, "pairs")
 
 
 def batch(pairs: int = 3, seed: int = 0, vocabulary: int = 512) -> Batch:
