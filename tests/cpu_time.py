@@ -1,6 +1,6 @@
 """What a run of the tests takes of the processors: in all, and its ten dearest tests.
 
-Seconds of CPU are the same on a busy machine and on a quiet one; those of a test include its fixtures' and its child processes'.
+Seconds of CPU are the same on a busy machine and on a quiet one. Those of a test include its fixtures and child processes.
 """
 
 from __future__ import annotations
