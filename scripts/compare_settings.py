@@ -16,7 +16,7 @@ from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.files import replace_file
 from lite_dil.base.hashing import blake2
 from lite_dil.batching.schedule import examples_per_step, steps_of
-from lite_dil.cli.main import _Parser
+from lite_dil.cli.parser import Parser
 from lite_dil.config.options import add_flags, build, coerce, read_yaml
 from lite_dil.config.train_config import FIELDS, FREE_ON_RESUME, ResolvedConfig, flag
 from lite_dil.data.reader import Row, parse_columns, read_rows
@@ -33,6 +33,8 @@ HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 0.1, 20, 200
 PASSES_OF_A_STEP = 3  # a step's forward and backward pass cost as much as this many forward passes
 # These two decide at which steps there are figures, so that they must be the same in all runs of a comparison.
 FREE = FREE_ON_RESUME - {"eval_steps", "logging_steps"}
+# How the comparison's own files of data are read.
+OWN_FILES: dict[str, Any] = {"data_format": "auto", "columns": None, "max_rows": None, "skip_bad_rows": False}
 OWN = {"loss": "--losses", "output_dir": "--output", "report_samples": "--sample-prompts"}
 
 
@@ -78,48 +80,39 @@ def read(argv: list[str], description: str, say: Any) -> Comparison:
     source = coerce("data", given.get("data", base.get("data", EMBEDDED)), "--data")
     eval_source = given.get("eval_data", base.get("eval_data")) or (EMBEDDED if source == EMBEDDED else None)
     files = [output / "data" / name for name in ("train.jsonl", "held_out.jsonl")]
-    fixed: dict[str, Any] = {"data": source, "eval_data": eval_source}
-    if eval_source is None:
-        if any(weight != 1 for _, weight in split_sources(source)):
-            raise UserError(f"--data {source}: to weigh sources, give --eval-data, the rows to hold out")
-        fixed = {"data": str(files[0]), "eval_data": str(files[1])}
+    if eval_source is None and any(weight != 1 for _, weight in split_sources(source)):
+        raise UserError(f"--data {source}: to weigh sources, give --eval-data, the rows to hold out")
+    asked = {"data": source, "eval_data": eval_source}
+    fixed = asked if eval_source else {"data": str(files[0]), "eval_data": str(files[1])}
     # One reference for all, shared even where nothing is to be kept elsewhere.
     if given.get("reference_cache", base.get("reference_cache")) == "off":
         fixed |= {"reference_cache": str(output / "reference-cache")}
     configs = _configs(given | fixed, base, losses, rates)
 
     first = configs[losses[0]]
-    reading: dict[str, Any] = {
-        "format": first.data_format,
-        "columns": parse_columns(first.columns),
-        "limit": first.max_rows,
-        "skip": first.skip_bad_rows,
-    }
-    rows = read_rows(source, "train", **reading)
-    held_out = read_rows(eval_source, "test", **reading) if eval_source else []
+    rows = _rows(source, "train", first)
+    held_out = _rows(eval_source, "test", first) if eval_source else []
     settings = {
         "losses": losses,
         "seeds": seeds,
         "sample_prompts": args.sample_prompts,
         "sample_tokens": args.sample_tokens,
         "contents": _digest([*rows, *held_out]),
-        "options": _decisive(configs, {"data": source, "eval_data": eval_source}),
+        "options": _decisive(configs, asked),
     }
     _check_folder(output, settings)
     if eval_source is None:
-        rows, held_out = _split(rows, source, configs[losses[0]])
+        rows, held_out = _split(rows, source, first)
+    signs = {sign for row in rows for sign in row.signs}
     for config in configs.values():
-        signs, drawn = {sign for row in rows for sign in row.signs}, config.sample_rejected is not None
-        check_data(config.loss, rows[0].form, signs, source, drawn)
+        check_data(config.loss, rows[0].form, signs, source, config.sample_rejected is not None)
 
     again = [*argv, *([] if args.output else ["--output", str(output)])]
     _write_folder(output, {"command": again, "settings": settings})
     if eval_source is None:
         for path, part in zip(files, (rows, held_out), strict=True):
             replace_file(path, "".join(map(as_json, part)))
-        # As these files are read.
-        plain: dict[str, Any] = {"data_format": "auto", "columns": None, "max_rows": None, "skip_bad_rows": False}
-        configs = {loss: dataclasses.replace(config, **plain) for loss, config in configs.items()}
+        configs = {loss: dataclasses.replace(config, **OWN_FILES) for loss, config in configs.items()}
         say(
             f"no --eval-data: the last {len(held_out)} of {len(rows) + len(held_out)} rows of {source} are held out, "
             f"the same for every loss ({files[1]})"
@@ -130,7 +123,7 @@ def read(argv: list[str], description: str, say: Any) -> Comparison:
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="compare.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     group = parser.add_argument_group("comparison")
@@ -236,6 +229,17 @@ def _decisive(configs: dict[str, ResolvedConfig], asked: dict[str, Any]) -> dict
         loss: {name: value for name, value in (config.as_dict() | asked).items() if name not in others}
         for loss, config in configs.items()
     }
+
+
+def _rows(source: str, split: str, config: ResolvedConfig) -> list[Row]:
+    return read_rows(
+        source,
+        split,
+        format=config.data_format,
+        columns=parse_columns(config.columns),
+        limit=config.max_rows,
+        skip=config.skip_bad_rows,
+    )
 
 
 def _split(rows: list[Row], source: str, config: ResolvedConfig) -> tuple[list[Row], list[Row]]:

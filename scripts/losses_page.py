@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lite_dil.config.train_config import flag
-from lite_dil.objectives.table import OBJECTIVES, OPTIONS, Objective
+from lite_dil.objectives.objective import Objective
+from lite_dil.objectives.table import OBJECTIVES, OPTIONS
 
 PAGE = Path(__file__).parent.parent / "docs" / "losses.md"
 DATA = {

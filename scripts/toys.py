@@ -35,7 +35,8 @@ import numpy as np
 
 from lite_dil.objectives import table as objectives
 from lite_dil.objectives.losses import namespace
-from lite_dil.objectives.table import OBJECTIVES, Answers, Sides
+from lite_dil.objectives.objective import Answers, Sides
+from lite_dil.objectives.table import OBJECTIVES
 
 Array = Any  # a torch.Tensor or an mlx.core.array
 Loss = Callable[[Array], Array]  # parameters of shape (runs, ...) -> a loss a run, shape (runs,)

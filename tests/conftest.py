@@ -21,15 +21,19 @@ with contextlib.suppress(OSError):  # MLX on a Linux CPU multiplies matrices 20 
 import numpy as np
 import pytest
 import torch
+from cpu_time import CpuTime
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lite_dil.backends import registry
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import StepResult
+from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import ResolvedConfig, TrainConfig
 from lite_dil.data.encoder import Example
+from lite_dil.data.messages import Answer, Message
+from lite_dil.data.reader import Row
 from lite_dil.models.find import EMBEDDED_MODEL, cache_dir, resolve_model
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.training.step import micro_batches
@@ -141,6 +145,10 @@ def make_checkpoint(folder: Path, tied: bool = False, rope_theta: float = 50000.
     return folder
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(CpuTime())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache folder of the tests' own, which sees the embedded model in the user's and writes nothing there."""
@@ -221,6 +229,11 @@ def examples(pairs: int = 3, seed: int = 0, vocabulary: int = 512) -> list[Examp
         return tuple(int(i) for i in draw.integers(3, vocabulary, draw.integers(low, high)))
 
     return [Example(ids(3, 12), (ids(2, 9), ids(1, 12)), (1, -1)) for _ in range(pairs)]
+
+
+def pair_row(prompt: str | list[Message], chosen: Answer, rejected: Answer, place: str = "") -> Row:
+    """A row of a pair, as a reader makes it."""
+    return Row(prompt, (chosen, rejected), (CHOSEN, REJECTED), place, "pairs")
 
 
 def batch(pairs: int = 3, seed: int = 0, vocabulary: int = 512) -> Batch:

@@ -11,12 +11,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lite_dil import __version__
 from lite_dil.base.disk import failing, flush, output_fails
-from lite_dil.base.errors import TrainingDiverged, UserError, did_you_mean
+from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.start import quiet_bars, start
+from lite_dil.cli.parser import Parser
 from lite_dil.config.options import add_flags, build, read_yaml
 from lite_dil.config.resume import check_same_run, saved_config
 from lite_dil.config.train_config import FIELDS, ResolvedConfig, flag
@@ -69,22 +70,6 @@ _MODULES: tuple[str, ...] = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with the nearest flag, and exits with code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        if unknown := message.partition("unrecognized arguments: ")[2]:
-            first = unknown.split()[0].partition("=")[0]
-            flags = [option for action in self._actions for option in action.option_strings]
-            files = [action.metavar for action in self._actions if not action.option_strings]
-            message = f"unknown argument {first}{did_you_mean(first, flags)}"
-            if first == "--data" and files:
-                message = f"{files[0]} is named without a flag here, as in {self.prog} prefs.jsonl"
-            elif first in {"--resume", *map(flag, FIELDS)}:
-                message = f"{first} is of lite-dil train and changes nothing here{did_you_mean(first, flags)}"
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit code.
 
@@ -118,7 +103,7 @@ def _drop_output() -> None:
 
 def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
     """Return the parser of the whole command line, and that of each command by its name."""
-    parser = _Parser(prog="lite-dil", description="Preference training of language models by Direct Imitation Learning.")
+    parser = Parser(prog="lite-dil", description="Preference training of language models by Direct Imitation Learning.")
     parser.add_argument("--version", action="version", version=f"lite-dil {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 

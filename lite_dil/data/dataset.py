@@ -19,10 +19,11 @@ from lite_dil.base.hashing import tokens_digest
 from lite_dil.base.signs import CHOSEN
 from lite_dil.base.streams import row_draws
 from lite_dil.data.encoder import Encoder, Example, truncate
+from lite_dil.data.files import RowError
 from lite_dil.data.formats import FORMATS
 from lite_dil.data.options import DataOptions
 from lite_dil.data.reader import Problem, Reader, Row, parse_columns, refuse
-from lite_dil.data.sources import RowError, split_sources
+from lite_dil.data.sources import split_sources
 from lite_dil.models.find import cache_dir
 
 
@@ -217,22 +218,22 @@ def load(
             responses_cut += response_cut
         if strict:
             refuse(name, [] if options.skip_bad_rows and rows else reader.problems, rows)
-        if rows and form and (reader.form, reader.chat) != (form, chat):
-            kinds = [
-                f"{kind} of {'chat messages' if talk else 'plain text'}"
-                for kind, talk in ((form, chat), (reader.form, reader.chat))
-            ]
-            raise UserError(f"--data: {sources[0].name} has {kinds[0]} and {name} {kinds[1]}; train on one kind at a time")
         if rows:
+            if form and (reader.form, reader.chat) != (form, chat):
+                one, other = _kind(form, chat), _kind(reader.form, reader.chat)
+                raise UserError(f"--data: {sources[0].name} has {one} and {name} {other}; train on one kind at a time")
             form, chat = reader.form, reader.chat
         sources.append(Source(name, weight, rows, reader.format, reader.problems, reader.notes))
         order.append(_often(np.arange(first, len(store)), weight, random))
-    examples: Sequence[Example] = store
     named = np.frombuffer(names, np.uint64).reshape(-1, 2)
-    if any(source.weight != 1 for source in sources):
-        taken = np.concatenate(order)
-        examples, named = Picked(store, taken), named[taken]
-    return DataSet(examples, form, chat, answers, sources, prompts_cut, responses_cut, store, named)
+    if all(source.weight == 1 for source in sources):
+        return DataSet(store, form, chat, answers, sources, prompts_cut, responses_cut, store, named)
+    taken = np.concatenate(order)
+    return DataSet(Picked(store, taken), form, chat, answers, sources, prompts_cut, responses_cut, store, named[taken])
+
+
+def _kind(form: str, chat: bool) -> str:
+    return f"{form} of {'chat messages' if chat else 'plain text'}"
 
 
 def epoch_rows(rows: int, weight: float) -> tuple[int, int]:

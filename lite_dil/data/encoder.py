@@ -9,10 +9,10 @@ from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import sha256
+from lite_dil.data.files import RowError
 from lite_dil.data.messages import Message
 from lite_dil.data.reader import Row
 from lite_dil.data.rendering import Rendering
-from lite_dil.data.sources import RowError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lite_dil.base.errors import did_you_mean
-from lite_dil.data.sources import RowError
+from lite_dil.data.files import RowError
 
 ROLES = ("system", "user", "assistant", "tool")
 # How ShareGPT and its kin call them.

@@ -11,12 +11,14 @@ from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
+from lite_dil.data.drafts import Draft
 from lite_dil.data.encoder import Encoder, continuation_text
-from lite_dil.data.formats import Draft, format_of, read
+from lite_dil.data.files import Record, RowError, text_lines
+from lite_dil.data.formats import format_of, read
 from lite_dil.data.messages import Message, kind_of
 from lite_dil.data.options import DataOptions
 from lite_dil.data.reader import Problem, check_prompt, parse_columns, refuse, renamed
-from lite_dil.data.sources import Record, RowError, records, split_sources, text_lines
+from lite_dil.data.sources import records, split_sources
 from lite_dil.models.find import load_tokenizer, resolve_model
 
 # The flags of train that say how prompts are read.

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.signs import CHOSEN, REJECTED
-from lite_dil.data.formats import FIELDS, FORMATS, Draft, detect, format_of, read
+from lite_dil.data.drafts import Draft
+from lite_dil.data.files import RowError
+from lite_dil.data.formats import FIELDS, FORMATS, detect, format_of, read
 from lite_dil.data.messages import Answer, Message
-from lite_dil.data.sources import EMBEDDED, RowError, records, split_sources
+from lite_dil.data.sources import EMBEDDED, records, split_sources
 
 __all__ = ["CHOSEN", "EMBEDDED", "REJECTED", "Answer", "Message", "Problem", "Reader", "Row", "RowError", "parse_columns"]
 
@@ -37,11 +39,6 @@ class Row:
     place: str
     form: str
     tools: list[dict[str, Any]] | None = field(default=None, compare=False)
-
-    @classmethod
-    def pair(cls, prompt: str | list[Message], chosen: Answer, rejected: Answer, place: str) -> Row:
-        """Make a row of a pair."""
-        return cls(prompt, (chosen, rejected), (CHOSEN, REJECTED), place, "pairs")
 
     @property
     def chat(self) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lite_dil.base.errors import first_line
+from lite_dil.data.files import RowError
 from lite_dil.data.messages import Answer, Message
-from lite_dil.data.sources import RowError
 
 # Templates that print today's date would give other tokens tomorrow, to a run that is resumed. This is Llama 3's own fallback.
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"

@@ -1,54 +1,22 @@
-"""Where rows come from: files of every common kind, folders of them, and the Hugging Face hub.
-
-All is read a row at a time, but for JSON arrays, which are read whole.
-"""
+"""Where rows come from: files, folders of them, and the Hugging Face hub."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import gzip
 import importlib
-import io
 import itertools
 import json
 import re
-import zlib
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.data.files import COLUMNAR, PACKED, TEXT, Record, file_rows
 from lite_dil.models.hub import offline
 
 EMBEDDED = "short-answers"
-# A row's place in words, "prefs.jsonl line 3", and the row: a dict if all is well, or why it could not be read.
-Record = tuple[str, Any]
-
-_TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-_COLUMNAR = (".parquet", ".arrow")
-_PACKED = (".gz", ".zst")
 # What lies beside the data in a folder of the hub or of the datasets package.
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
-# Columns of a table that hold lists as JSON; other cells are text, also where it looks like JSON: an answer may be just that.
-_LIST_COLUMNS = {
-    *("tools", "history", "conversations", "messages", "responses", "completions", "answers", "candidates", "generations"),
-    *("outputs", "scores", "overall_scores", "ratings", "rewards", "ranks"),
-}
 _HELD_OUT = {"test", "tests", "eval", "evaluation", "val", "valid", "validation", "dev", "heldout"}
-
-
-class Cell(str):
-    """The text of a cell of a CSV table, where numbers and booleans are text as well."""
-
-
-class RowError(ValueError):
-    """Why one row cannot be trained on: `kind` in a few words, the same for all rows that have it, and the whole story."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 def split_sources(text: str) -> list[tuple[str, float]]:
@@ -87,11 +55,11 @@ def records(source: str, split: str = "train", limit: int | None = None) -> Iter
         UserError: the source as a whole cannot be read; what is wrong with one row is yielded as its RowError.
     """
     if source == EMBEDDED:
-        found = _file(Path(__file__).parent / "short_answers" / f"{split}.jsonl")
+        found = file_rows(Path(__file__).parent / "short_answers" / f"{split}.jsonl")
     elif is_local(source) and (path := Path(source)).is_dir():
         found = _folder(path, split, named=False)
     elif is_local(source) or looks_like_file(source):
-        found = _file(Path(source))
+        found = file_rows(Path(source))
     elif is_local(before := source.rpartition(":")[0]) and Path(before).is_dir():
         found = _folder(Path(before), source.rpartition(":")[2], named=True)
     else:
@@ -109,7 +77,7 @@ def is_local(source: str) -> bool:
 
 def looks_like_file(source: str) -> bool:
     """Whether a source is named as a file is, be it there or not."""
-    return Path(source).suffix in {*_TEXT, *_COLUMNAR, *_PACKED}
+    return Path(source).suffix in {*TEXT, *COLUMNAR, *PACKED}
 
 
 def _folder(folder: Path, split: str, named: bool) -> Iterator[Record]:
@@ -128,15 +96,15 @@ def _folder(folder: Path, split: str, named: bool) -> Iterator[Record]:
     else:
         files = _of_split([path for path in sorted(folder.rglob("*")) if _is_data(path, folder)], folder, split, named)
     if not files:
-        raise UserError(f"{folder} is a directory without data files; expected {', '.join((*_TEXT, *_COLUMNAR))} in it")
+        raise UserError(f"{folder} is a directory without data files; expected {', '.join((*TEXT, *COLUMNAR))} in it")
     for path in files:
-        yield from _file(path)
+        yield from file_rows(path)
 
 
 def _is_data(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    kind = path.with_suffix("").suffix if path.suffix in _PACKED else path.suffix
-    return kind in (*_TEXT, *_COLUMNAR) and path.is_file() and not hidden and path.name not in _NOT_DATA
+    kind = path.with_suffix("").suffix if path.suffix in PACKED else path.suffix
+    return kind in (*TEXT, *COLUMNAR) and path.is_file() and not hidden and path.name not in _NOT_DATA
 
 
 def _of_split(files: list[Path], folder: Path, split: str, named: bool) -> list[Path]:
@@ -161,241 +129,6 @@ def _of_split(files: list[Path], folder: Path, split: str, named: bool) -> list[
     if named or (own and wanted == "test"):
         return own
     return [path for path in files if belongs(path) != "test"] if wanted == "train" else files
-
-
-def _file(path: Path) -> Iterator[Record]:
-    """Read one file by what is in it and, where that does not tell, by its name."""
-    with _opened(path) as (raw, start):
-        if path.suffix in _COLUMNAR or start[:4] == b"PAR1" or start[:6] == b"ARROW1":
-            yield from _columnar(path, raw, start)
-            return
-        name = path.name.removesuffix(".gz").removesuffix(".zst")
-        with _unpacked(path, raw, start) as stream:
-            if name.endswith((".csv", ".tsv")):
-                yield from _csv(path, stream, tabs=name.endswith(".tsv"))
-            else:
-                yield from _json(path, stream)
-
-
-def text_lines(path: Path) -> Iterator[Record]:
-    """Yield the lines of a text file that are not blank, each with its place."""
-    with _opened(path) as (raw, start), _unpacked(path, raw, start) as stream:
-        for number, line in _lines(stream):
-            try:
-                yield f"{path} line {number}", line.decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                yield f"{path} line {number}", _not_utf8(error)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes], bytes]]:
-    """Open a file that may be data; with it come its first bytes."""
-    try:
-        with path.open("rb") as raw:
-            start = raw.read(200)
-            raw.seek(0)
-            _refuse(path, start)
-            yield raw, start
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); is it whole? Then copy or download it again") from None
-
-
-def _not_utf8(error: UnicodeDecodeError) -> RowError:
-    return RowError("not UTF-8", f"not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8")
-
-
-def _refuse(path: Path, start: bytes) -> None:
-    """Raise UserError for files that are something else than their names say."""
-    if not start:
-        raise UserError(f"{path}: no rows; the file is empty")
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path}: is a pointer of Git LFS, not the data; fetch it with: git lfs pull")
-    if start.startswith(b"PK\x03\x04"):
-        raise UserError(f"{path}: is a zip archive (or a spreadsheet); unpack it, or save it as CSV")
-    if start.lstrip()[:1] == b"<":
-        raise UserError(f"{path}: holds a web page, not data; download it again")
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}: is UTF-16; save it as UTF-8")
-
-
-class _Zstandard(io.RawIOBase):
-    """Reads what is inside a .zst file, and raises OSError where it ends too early; zstandard's own reader would not."""
-
-    def __init__(self, zstandard: Any, raw: IO[bytes]) -> None:
-        self.zstandard, self.raw = zstandard, raw
-        self.frame: Any = None
-        self.left = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.left:
-            packed = (self.frame.unused_data if self.frame and self.frame.eof else b"") or self.raw.read(2**17)
-            if not packed:
-                if self.frame and not self.frame.eof:
-                    raise EOFError("the compressed file ends too early")
-                return 0
-            if self.frame is None or self.frame.eof:
-                self.frame = self.zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self.left = self.frame.decompress(packed)
-            except self.zstandard.ZstdError as error:
-                raise OSError(str(error)) from None
-        size = min(len(buffer), len(self.left))
-        buffer[:size], self.left = self.left[:size], self.left[size:]
-        return size
-
-
-@contextlib.contextmanager
-def _unpacked(path: Path, raw: IO[bytes], start: bytes) -> Iterator[IO[bytes]]:
-    """Open what is inside a compressed file, which is known by its first bytes, also under another name."""
-    if start.startswith(b"\x1f\x8b"):
-        with gzip.open(raw) as stream:
-            yield io.BufferedReader(stream)
-    elif start.startswith(b"\x28\xb5\x2f\xfd"):
-        yield io.BufferedReader(_Zstandard(_need("zstandard", path), raw))
-    else:
-        yield raw
-
-
-def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not blank with their numbers; they end at a line feed, a carriage return, or both.
-
-    Neither can be inside a JSON string. U+2028 and its like can, and are no ends.
-    """
-    number = 0
-    for line in stream:
-        for part in line.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
-            number += 1
-            if number == 1:
-                part = part.removeprefix(b"\xef\xbb\xbf")
-            if part.strip():
-                yield number, part
-
-
-def _json(path: Path, stream: IO[bytes]) -> Iterator[Record]:
-    lines = _lines(stream)
-    head = list(itertools.islice(lines, 2))
-    start = head[0][1].lstrip() if head else b""
-    if start[:1] == b"[" or len(head) == 1 or start.rstrip() in (b"{", b'{"'):
-        # Perhaps one value over the whole file: an array of rows, or an object that holds one.
-        whole = b"\n".join(line for _, line in itertools.chain(head, lines))
-        rows = _array(path, whole)
-        if rows is not None:
-            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
-            return
-        if len(head) > 1:
-            raise UserError(
-                f"{path}: a JSON object goes over several lines; put each on a line of its own (jq -c . FILE), or all of "
-                "them in one array: [...]"
-            )
-    for number, line in itertools.chain(head, lines):
-        yield f"{path} line {number}", _parse(line)
-
-
-def _array(path: Path, text: bytes) -> list[Any] | None:
-    """Return the rows of an array, or of an object that has a list of rows and nothing else; None where it is neither."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if text.lstrip()[:1] == b"[":
-            raise UserError(f"{path}: not a valid JSON array ({first_line(error)})") from None
-        return None
-    if isinstance(value, dict):
-        lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
-        # A single row has one such list too where it is of the format "messages".
-        return lists[0] if len(value) == len(lists) == 1 and not {"role", "from"} & lists[0][0].keys() else None
-    return value if isinstance(value, list) else None
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return _not_utf8(error)
-    except json.JSONDecodeError as error:
-        hint = ""
-        if line.lstrip().startswith(b"{'"):
-            hint = "; this is how Python prints a dict: write rows with json.dumps"
-        elif not line.lstrip().startswith(b"{") and b"," in line:
-            hint = "; if the file is CSV, call it .csv"
-        return RowError(
-            "not JSON",
-            f"not valid JSON ({error.msg} at column {error.colno}); expected one whole JSON object a line, or one JSON "
-            f"array{hint}",
-        )
-    except (ValueError, RecursionError) as error:  # integers of thousands of digits, nesting of thousands of levels
-        return RowError("not JSON", f"not usable JSON ({error})")
-
-
-def _csv(path: Path, stream: IO[bytes], tabs: bool) -> Iterator[Record]:
-    """Read a table with a header; a cell that holds a JSON list or object is taken for that."""
-    csv.field_size_limit(2**31 - 1)  # the default ends long answers at 128 KiB
-    lines = _decoded(path, stream)
-    header = next(lines, "")
-    delimiter = "\t" if tabs else max(",;\t", key=header.count)  # spreadsheets of half of Europe write semicolons
-    reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
-    try:
-        names = [name.strip() for name in next(reader, [])]
-        if double := [name for name, count in Counter(names).items() if count > 1]:
-            raise UserError(f"{path}: two columns have the name {double[0]!r}; rename one")
-        started = reader.line_num + 1
-        for cells in reader:
-            place, started = f"{path} line {started}", reader.line_num + 1
-            if len(cells) == len(names):
-                yield place, {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}
-            elif cells:
-                yield place, RowError("wrong number of cells", f"{len(cells)} cells, but the header has {len(names)}")
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: not valid CSV ({error})") from None
-
-
-def _decoded(path: Path, stream: IO[bytes]) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} line {number}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
-
-
-def _cell(column: str, text: str) -> Any:
-    """Return a cell's text; or what it is the JSON of, where that is messages, or the column is one of lists."""
-    if text.lstrip()[:1] in ("[", "{"):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(text)
-            messages = value if isinstance(value, list) and value else [value]
-            if column in _LIST_COLUMNS or all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in messages):
-                return value
-    return Cell(text)
-
-
-def _columnar(path: Path, raw: IO[bytes], start: bytes) -> Iterator[Record]:
-    pyarrow = _need("pyarrow", path)
-    try:
-        if start[:4] == b"PAR1":
-            batches = importlib.import_module("pyarrow.parquet").ParquetFile(raw).iter_batches(1000)
-        elif start[:6] == b"ARROW1":
-            file = pyarrow.ipc.open_file(raw)
-            batches = (file.get_batch(i) for i in range(file.num_record_batches))
-        else:
-            batches = pyarrow.ipc.open_stream(raw)
-        number = 0
-        for batch in batches:
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path} row {number}", row
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
-
-
-def _need(module: str, path: Path) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f'{path}: files of this kind need {module}: pip install "lite-dil[data]"') from None
 
 
 def _hub(source: str, split: str, stream: bool) -> Iterator[Record]:

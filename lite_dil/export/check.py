@@ -19,8 +19,9 @@ from lite_dil.config.options import read_yaml
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.dataset import reader_of
 from lite_dil.data.encoder import Encoder, Example, truncate
+from lite_dil.data.files import RowError
 from lite_dil.data.options import DataOptions
-from lite_dil.data.sources import EMBEDDED, RowError, split_sources
+from lite_dil.data.sources import EMBEDDED, split_sources
 from lite_dil.generation.policy import AdapterSource
 
 # How far from 1 the exported share of the adapter's effect may be, beyond what chance does to the estimate. Rounding loses

@@ -15,8 +15,8 @@ from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import write
+from lite_dil.data.files import RowError
 from lite_dil.data.rendering import Rendering
-from lite_dil.data.sources import RowError
 from lite_dil.export.gguf_vocabulary import around
 
 Conversation = Sequence[Mapping[str, str]]

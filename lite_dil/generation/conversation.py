@@ -12,8 +12,8 @@ from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import append, appending
 from lite_dil.data.encoder import Encoder
+from lite_dil.data.files import RowError
 from lite_dil.data.messages import Message, read_text
-from lite_dil.data.sources import RowError
 from lite_dil.models.find import model_folder
 
 # How configs name the longest sequence that a model was made for.

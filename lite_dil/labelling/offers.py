@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from lite_dil.backends.types import Sampling
 from lite_dil.base.hashing import digest
 from lite_dil.base.signs import CHOSEN
+from lite_dil.data.files import RowError
 from lite_dil.data.messages import read_text
 from lite_dil.data.prompts import Prompt
 from lite_dil.data.reader import Row, same_text
-from lite_dil.data.sources import RowError
 from lite_dil.generation.batch_generator import Drawer
 from lite_dil.generation.policy import Policy
 from lite_dil.labelling.labels import Candidate

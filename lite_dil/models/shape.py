@@ -72,6 +72,10 @@ class _Family:
     tied: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
 
+    def norms_queries(self, config: dict[str, Any]) -> bool:
+        """Whether queries and keys are normed, which some models' config says."""
+        return self.qk_norm in ("head", "all") or bool(self.qk_norm and config.get(str(self.qk_norm)))
+
 
 _GEMMA_3 = {
     "vocab_size": 262208,
@@ -174,11 +178,6 @@ class ModelShape:
         def asked(option: str | bool) -> bool:
             return bool(text.get(option, False)) if isinstance(option, str) else option
 
-        qk_norm = 0
-        if family.qk_norm == "head":
-            qk_norm = 2 * width
-        elif family.qk_norm == "all" or (family.qk_norm and text.get(str(family.qk_norm))):
-            qk_norm = (heads + kv_heads) * width
         side, rest = _vision(config, hidden, where)
         return cls(
             model_type=str(kind),
@@ -193,7 +192,7 @@ class ModelShape:
             qkv_bias=asked(family.bias[0]),
             output_bias=asked(family.bias[1]),
             mlp_bias=asked(family.mlp_bias),
-            qk_norm=qk_norm,
+            qk_norm=(2 if family.qk_norm == "head" else heads + kv_heads) * width if family.norms_queries(text) else 0,
             norms=family.norms,
             rms=family.rms,
             post_norms=family.post_norms,

@@ -10,8 +10,9 @@ import numpy as np
 from lite_dil.base.signs import CHOSEN
 from lite_dil.objectives.loss import SUMS, TOKENS
 from lite_dil.objectives.losses import Array, log_ratio
+from lite_dil.objectives.objective import Answers, Pairs
 from lite_dil.objectives.options import ResolvedObjective
-from lite_dil.objectives.table import OBJECTIVES, Answers, Pairs, constants
+from lite_dil.objectives.table import OBJECTIVES, constants
 
 
 class Signed(Protocol):

@@ -63,10 +63,6 @@ class Bregman:
     chosen: Elementwise
     rejected: Elementwise
 
-    def __call__(self, chosen_log_ratio: Array, rejected_log_ratio: Array) -> Array:
-        """Return ``l_1(f_w) + l_-1(f_l)``, the paper's objective with the rejected answers standing for pi_ref."""
-        return self.chosen(chosen_log_ratio) + self.rejected(rejected_log_ratio)
-
 
 def lsif(cap: float | None = None) -> Bregman:
     """Least-squares importance fitting, ``h = (r - 1)^2 / 2``: ``-e^f`` and ``e^2f / 2``."""

@@ -24,6 +24,16 @@ _MLX_CHAT = _MESSAGES + "prompt = tokenizer.apply_chat_template(messages, add_ge
 _MLX_TEXT = 'prompt = "The capital of France is"'
 _MLX = "print(generate(model, tokenizer, prompt=prompt, max_tokens=256))"
 
+_TRAINED_IN_NF4 = (
+    "\n\nIn training the base model was in 4 bits (NF4, double quantisation), which bitsandbytes gives: "
+    '`quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+    "bnb_4bit_use_double_quant=True)`. In 16 bits its answers differ a little."
+)
+_TRAINED_IN_MLX_4BIT = (
+    "\n\nIn training the base model was in 4 bits (groups of 64), which `mlx_lm.convert --quantize` makes of it. "
+    "In 16 bits its answers differ a little."
+)
+
 
 def how_to_use(kind: str, folder: Path, base: str, options: dict[str, Any], data: dict[str, Any]) -> str:
     """Return Markdown that loads and asks the model.
@@ -34,67 +44,53 @@ def how_to_use(kind: str, folder: Path, base: str, options: dict[str, Any], data
         options: the run's, or {} where they are not known.
         data: what the run noted of its data; a chat where it says nothing.
     """
-    chat = data.get("chat", True)
-    torch, mlx = (_TORCH_CHAT if chat else _TORCH_TEXT), (_MLX_CHAT if chat else _MLX_TEXT)
-    model = json.dumps(one_line(base))
-    if kind == "peft":
-        text = f"""\
+    model, chat = json.dumps(one_line(base)), data.get("chat", True)
+    if kind in ("gguf", "ollama"):
+        return _with_llama_cpp(folder, ollama=kind == "ollama")
+    library = _with_mlx if kind in ("mlx-lm", "mlx") else _with_transformers
+    text = library(model if kind in ("peft", "mlx-lm") else None, chat)
+    if kind == "peft" and options.get("load_in_4bit") and options["backend"] != "mlx":
+        text += _TRAINED_IN_NF4
+    if kind == "mlx-lm" and options.get("load_in_4bit"):
+        text += _TRAINED_IN_MLX_4BIT
+    return text
+
+
+def _with_transformers(base: str | None, chat: bool) -> str:
+    """Load a model of its own, or with `base` the adapter beside that model."""
+    peft = "from peft import PeftModel\n" if base else ""
+    if base:
+        whole = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}, dtype="auto"), here)'
+    else:
+        whole = 'AutoModelForCausalLM.from_pretrained(here, dtype="auto")'
+    return f"""\
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{peft}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 {_HERE}
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({model}, dtype="auto"), here)
-tokenizer = AutoTokenizer.from_pretrained({model})
-{torch}
+model = {whole}
+tokenizer = AutoTokenizer.from_pretrained({base or "here"})
+{_TORCH_CHAT if chat else _TORCH_TEXT}
 {_TORCH}
 ```"""
-        if options.get("load_in_4bit") and options["backend"] != "mlx":
-            text += (
-                "\n\nIn training the base model was in 4 bits (NF4, double quantisation), which bitsandbytes gives: "
-                '`quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
-                "bnb_4bit_use_double_quant=True)`. In 16 bits its answers differ a little."
-            )
-        return text
-    if kind == "mlx-lm":
-        text = f"""\
+
+
+def _with_mlx(base: str | None, chat: bool) -> str:
+    """The same with mlx-lm."""
+    return f"""\
 ```python
 from mlx_lm import generate, load
 
-{_HERE_LOCAL}
-model, tokenizer = load({model}, adapter_path=here)
-{mlx}
+{_HERE_LOCAL if base else _HERE}
+model, tokenizer = load({f"{base}, adapter_path=here" if base else "here"})
+{_MLX_CHAT if chat else _MLX_TEXT}
 {_MLX}
 ```"""
-        if options.get("load_in_4bit"):
-            text += (
-                "\n\nIn training the base model was in 4 bits (groups of 64), which `mlx_lm.convert --quantize` makes of it. "
-                "In 16 bits its answers differ a little."
-            )
-        return text
-    if kind == "merged":
-        return f"""\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-{_HERE}
-model = AutoModelForCausalLM.from_pretrained(here, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(here)
-{torch}
-{_TORCH}
-```"""
-    if kind == "mlx":
-        return f"""\
-```python
-from mlx_lm import generate, load
 
-{_HERE}
-model, tokenizer = load(here)
-{mlx}
-{_MLX}
-```"""
+def _with_llama_cpp(folder: Path, ollama: bool) -> str:
     name = shlex.quote(next((path.name for path in sorted(folder.glob("*.gguf"))), "MODEL.gguf"))
     llama = f"With [llama.cpp](https://github.com/ggml-org/llama.cpp):\n\n```bash\nllama-cli -m {name} -cnv\n```"
-    if kind == "gguf":
+    if not ollama:
         return llama
     return f"With [Ollama](https://ollama.com):\n\n```bash\nollama create tuned -f Modelfile\nollama run tuned\n```\n\n{llama}"

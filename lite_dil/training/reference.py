@@ -12,7 +12,7 @@ import numpy as np
 
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import append, appending, make_folder
+from lite_dil.base.files import append, appending, make_folder, write
 from lite_dil.base.formats import CACHE, KEY, check_format
 from lite_dil.base.hashing import blake2
 from lite_dil.batching.batch import Batch

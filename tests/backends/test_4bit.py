@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import batch, criterion, load, make_checkpoint
-from test_backend import adapter, step
+from steps import adapter, step
 
 from lite_dil.base.errors import UserError
 

@@ -11,27 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import bare_model, batch, criterion, examples, load, make_checkpoint, one_step, oracle_logps
+from steps import adapter, step
 
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import plain, prefix
-
-
-def step(backend: Any, batches: list[Batch], rate: float = 1e-2, **changes: object) -> Any:
-    return one_step(backend, batches, criterion(**changes), rate)
-
-
-def adapter(backend: Any) -> dict[str, np.ndarray]:
-    """The policy's weights under common names: layer.a (in, r) and layer.b (r, out)."""
-    if backend.name == "mlx":
-        from mlx.utils import tree_flatten
-
-        return {name: np.array(value) for name, value in tree_flatten(backend.model.trainable_parameters())}
-    named = {}
-    for name, value in backend._policy_parameters().items():
-        name = name.removeprefix("base_model.model.").replace(".default.weight", "")
-        named[name.replace("lora_A", "lora_a").replace("lora_B", "lora_b")] = value.detach().numpy().T.copy()
-    return named
 
 
 def test_logps_equal_the_models_own(backend_name: str, tiny: str, tiny_tied: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import bare_model, load, oracle_logps
-from test_backend import step
+from steps import step
 from test_parity import assert_same_gradients
 
 from lite_dil.base.errors import UserError

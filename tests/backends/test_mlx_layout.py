@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import bare_model, criterion, load, one_step, oracle_logps
 from mlx.utils import tree_flatten, tree_unflatten
-from test_backend import adapter, step
+from steps import adapter, step
 from test_parity import SMALL
 from transformers import (
     AutoModelForCausalLM,

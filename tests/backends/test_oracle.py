@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import bare_model, config, examples, load, oracle_logps
 from gradients import Adapter, random_adapter, relative_error, set_adapter, step_gradients
-from test_backend import adapter
+from steps import adapter
 
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import TrainConfig

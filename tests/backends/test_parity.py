@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import bare_model, batch, criterion, load, make_checkpoint, oracle_logps
 from gradients import Adapter, random_adapter, relative_error, set_adapter, step_gradients
-from test_backend import adapter, step
+from steps import adapter, step
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
 from lite_dil.base.errors import UserError

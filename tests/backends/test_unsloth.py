@@ -47,8 +47,8 @@ def distribution(folder: Path, name: str, version: str, *requirements: str) -> N
 
 
 REQUIRE = """
-from lite_dil.backends import torch_unsloth
-from lite_dil.errors import UserError
+from lite_dil.backends.torch import unsloth as torch_unsloth
+from lite_dil.base.errors import UserError
 try:
     torch_unsloth.require()
 except UserError as error:

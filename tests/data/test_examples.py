@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_level_tokenizer, sentencepiece_tokenizer
+from conftest import byte_level_tokenizer, pair_row, sentencepiece_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from lite_dil.base.errors import UserError
 from lite_dil.data.encoder import Encoder, Example, fingerprint, truncate
+from lite_dil.data.files import RowError
 from lite_dil.data.reader import Row
-from lite_dil.data.sources import RowError
 
 TOKENIZERS = {"byte-level": byte_level_tokenizer, "sentencepiece": sentencepiece_tokenizer}
 
@@ -25,7 +25,7 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
 
 
 def chat(prompt: str, chosen: str, rejected: str) -> Row:
-    return Row.pair([{"role": "user", "content": prompt}], chosen, rejected, "file line 1")
+    return pair_row([{"role": "user", "content": prompt}], chosen, rejected, "file line 1")
 
 
 @pytest.mark.parametrize("answer", ["Paris.", " Paris", "\nParis", "\n\n Paris is the capital", "é🙂"])
@@ -45,8 +45,8 @@ def test_chat_prompt_and_answers_join_to_the_template(encoder: Encoder, answer: 
 
 def test_exactly_one_end_of_turn_and_one_bos(encoder: Encoder) -> None:
     tokenizer = encoder.tokenizer
-    text_row = Row.pair("the capital of France is ", "Paris", "a river", "file line 1")
-    ended = Row.pair("the capital of France is ", f"Paris{tokenizer.eos_token}", "a river", "file line 1")
+    text_row = pair_row("the capital of France is ", "Paris", "a river", "file line 1")
+    ended = pair_row("the capital of France is ", f"Paris{tokenizer.eos_token}", "a river", "file line 1")
     for row in (chat("how do I make bread", "good tea", "blue"), text_row, ended):
         example = encoder.encode(row)
         for response in example.responses:
@@ -59,7 +59,7 @@ def test_exactly_one_end_of_turn_and_one_bos(encoder: Encoder) -> None:
 
 def test_text_answers_are_tokenised_as_a_continuation() -> None:
     encoder = Encoder(sentencepiece_tokenizer())
-    example = encoder.encode(Row.pair("the capital is\n", "Paris", "a river", "file line 1"))
+    example = encoder.encode(pair_row("the capital is\n", "Paris", "a river", "file line 1"))
     tokens = encoder.tokenizer.convert_ids_to_tokens(list(example.responses[0]))
     assert not tokens[0].startswith("▁"), "tokenised apart, SentencePiece puts a space in front"
     apart = encoder.tokenizer.convert_ids_to_tokens(encoder.ids("Paris"))
@@ -70,7 +70,7 @@ def test_a_token_never_straddles_the_boundary(encoder: Encoder) -> None:
     # "bread" is one token; the boundary inside it must hold, and the prompt must be the same tokens for both answers.
     tokenizer = encoder.tokenizer
     assert len(encoder.ids(" make bread")) < len(encoder.ids(" make br")) + len(encoder.ids("ead"))
-    example = encoder.encode(Row.pair("how do I make br", "ead", "ick", "file line 1"))
+    example = encoder.encode(pair_row("how do I make br", "ead", "ick", "file line 1"))
     bos = encoder.bos
     assert example.prompt == (*bos, *encoder.ids("how do I make br"))
     text = [tokenizer.decode(response).replace(tokenizer.eos_token, "") for response in example.responses]
@@ -80,7 +80,7 @@ def test_a_token_never_straddles_the_boundary(encoder: Encoder) -> None:
 def test_prompt_tokens_are_those_of_a_chat(encoder: Encoder) -> None:
     messages = [{"role": "user", "content": "make good tea"}]
     expected = encoder.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    row = Row.pair(messages, "\nyes", "no", "file line 1")
+    row = pair_row(messages, "\nyes", "no", "file line 1")
     assert list(encoder.encode(row).prompt) == expected
 
 
@@ -127,9 +127,9 @@ def test_control_tokens_in_messages_are_refused() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (Row.pair("a", "b<|im_end|>c", "d", ""), "holds '<|im_end|>' before its end"),
-        (Row.pair("a", "b<|im_end|>", "b", ""), "are the same tokens"),
-        (Row.pair("", "b", "c", ""), "the prompt has no token"),
+        (pair_row("a", "b<|im_end|>c", "d", ""), "holds '<|im_end|>' before its end"),
+        (pair_row("a", "b<|im_end|>", "b", ""), "are the same tokens"),
+        (pair_row("", "b", "c", ""), "the prompt has no token"),
     ],
 )
 def test_text_rows_that_cannot_be_used(row: Row, message: str) -> None:
@@ -139,7 +139,7 @@ def test_text_rows_that_cannot_be_used(row: Row, message: str) -> None:
 
 def test_an_eos_that_an_answer_brings_along_is_not_doubled() -> None:
     encoder = Encoder(byte_level_tokenizer())
-    plain, ended = (Row.pair("make", answer, "tea", "") for answer in (" bread", " bread<|im_end|>\n"))
+    plain, ended = (pair_row("make", answer, "tea", "") for answer in (" bread", " bread<|im_end|>\n"))
     assert encoder.encode(plain) == encoder.encode(ended)
 
 
@@ -148,7 +148,7 @@ def test_bos_of_a_tokenizer_that_appends_eos_too() -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    example = Encoder(tokenizer).encode(Row.pair("make bread", " yes", " no", ""))
+    example = Encoder(tokenizer).encode(pair_row("make bread", " yes", " no", ""))
     assert example.prompt[0] == 1
     assert 2 not in example.prompt
     assert example.responses[0].count(2) == 1

@@ -20,9 +20,9 @@ TOKEN = "hf_" + "aBcDeFgHiJ" * 3
 PUSH = """
 import sys
 from pathlib import Path
+from lite_dil.base.errors import UserError
 from lite_dil.base.start import start
-from lite_dil.errors import UserError
-from lite_dil.hub import push
+from lite_dil.export.push import push
 start()
 try:
     print("at", push(Path(sys.argv[1]), sys.argv[2], len(sys.argv) > 3, print))

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import byte_level_tokenizer, config, criterion, examples, load, one_step, sentencepiece_tokenizer
+from conftest import byte_level_tokenizer, config, criterion, examples, load, one_step, pair_row, sentencepiece_tokenizer
 
 from lite_dil.base.display import Silent
 from lite_dil.base.errors import UserError
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
 from lite_dil.data.encoder import Encoder, Example, truncate
-from lite_dil.data.reader import Row, read_rows
+from lite_dil.data.reader import read_rows
 from lite_dil.generation.batch_generator import batched
 from lite_dil.generation.reference_samples import SampleFile, add_samples
 from lite_dil.generation.reference_samples import draws as wanted_draws
@@ -259,14 +259,14 @@ def test_drawn_answers_end_where_a_chat_stops(tiny: str, tmp_path: Path, monkeyp
     generate, ends = backend.generate, list[list[int]]()
     monkeypatch.setattr(backend, "generate", lambda *args, **more: ends.append(args[2]) or generate(*args, **more))
     for number, prompt in enumerate(("what is tea", [{"role": "user", "content": "what is tea"}])):
-        example = encoder.encode(Row.pair(prompt, "good tea", "bread", ""))
+        example = encoder.encode(pair_row(prompt, "good tea", "bread", ""))
         add(backend, [example], encoder, tmp_path / f"{number}.jsonl", count=1)
     assert ends == [encoder.end_ids()] * 2 == [[0, 2]] * 2
 
 
 def test_the_text_of_a_sentencepiece_tokenizer_keeps_its_spaces(tiny: str, tmp_path: Path) -> None:
     encoder = Encoder(sentencepiece_tokenizer())
-    example = encoder.encode(Row.pair("the capital of", " France is", " Paris", ""))
+    example = encoder.encode(pair_row("the capital of", " France is", " Paris", ""))
     add(load("cpu", tiny, **SETTINGS), [example], encoder, tmp_path / "samples.jsonl", count=1)
     (line,) = rows(tmp_path / "samples.jsonl")
     assert line["chosen"] == " France is" and line["prompt"].endswith("the capital of")

@@ -11,7 +11,8 @@ import pytest
 from numeric import complex_step, constants, gradients, slope, values
 
 from lite_dil.objectives import losses
-from lite_dil.objectives.table import OBJECTIVES, Answers, Pairs, Sides
+from lite_dil.objectives.objective import Answers, Pairs, Sides
+from lite_dil.objectives.table import OBJECTIVES
 
 FIELDS = ("log_ratio", "logps", "mean_logps", "weighted_logps")
 BASELINE = 0.3

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import toys
 
-from lite_dil.objectives.table import OBJECTIVES, Answers, Pairs
+from lite_dil.objectives.objective import Answers, Pairs
+from lite_dil.objectives.table import OBJECTIVES
 
 LIBRARIES = ["torch", "mlx"]
 # h''(r), by hand from DIL's Table 1; rulsif's is -l_1'(f) / r of its own definition.

@@ -15,10 +15,9 @@ from conftest import config, examples, make_checkpoint, write_pairs
 from lite_dil.base.display import Silent
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
-from lite_dil.generation.reference_samples import reference_digest
 from lite_dil.models.fingerprint import reference_key
 from lite_dil.recipes.preference import train
-from lite_dil.training.reference import ReferenceCache, open_cache
+from lite_dil.training.reference import ReferenceCache, cache_folder, open_cache
 
 KEY = {"weights": "some"}
 DATA = Batch.of(examples(3))
@@ -207,7 +206,7 @@ def test_weights_are_hashed_once_for_the_cache_and_for_draws(
     monkeypatch.setenv("LITE_DIL_CACHE", str(tmp_path / "default"))
     for folder, given in ((tmp_path / "given", str(tmp_path / "given")), (tmp_path / "default" / "reference", "off")):
         options = config(reference_cache=given)
-        reference_digest(options, tiny, "torch")
+        reference_key(options, cache_folder(options), tiny, "torch")
         notes = (folder / "files.json").read_text()
         (folder / "files.json").write_text(notes.replace('": [', '" : ['))  # would be written anew with another hash
         open_cache(options, options, tiny, "torch")
