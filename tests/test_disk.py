@@ -84,7 +84,7 @@ def left(folder: Path) -> list[str]:
     [
         ("cpu", "state.pt"),
         ("cpu", "adapter/adapter_model.safetensors"),
-        ("mlx", "state.safetensors"),
+        ("mlx", "adapters/policy/optimizer.safetensors"),
         ("mlx", "adapter/adapters.safetensors"),
     ],
 )
