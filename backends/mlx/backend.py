@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,11 +10,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
 from lite_dil.backends.limits import check_options, check_strength, check_trains, checkpointing
 from lite_dil.backends.mlx import generate as mlx_generate
+from lite_dil.backends.mlx import state as mlx_state
+from lite_dil.backends.mlx.adapters import Adapters
+from lite_dil.backends.mlx.foreign import Misfit, foreign
 from lite_dil.backends.mlx.head import token_logps
+from lite_dil.backends.mlx.inputs import as_mlx, filled, inputs_of
 from lite_dil.backends.mlx.load import (
     BITS,
     causal_lm,
@@ -27,29 +30,23 @@ from lite_dil.backends.mlx.load import (
     quantise,
     set_dtype,
 )
-from lite_dil.backends.mlx.lora import add_lora, linear_layers
-from lite_dil.backends.mlx.prefix import NoPrefix, Pass, Rows, arrays, wrap_layers
+from lite_dil.backends.mlx.prefix import Pass, Rows, applied_windows, wrap_layers
 from lite_dil.backends.options import LoadOptions
 from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tolerance
-from lite_dil.backends.switch import switched
-from lite_dil.backends.types import OWN, Answer, MicroBatch, Sampling, StepResult, joined, never
+from lite_dil.backends.types import OWN, POLICY, REFERENCE, Answer, Head, MicroBatch, Sampling, StepResult, joined, never
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import create, make_folder, write
-from lite_dil.base.streams import dropout_key
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import plain, prefix
 from lite_dil.models import adapters
 from lite_dil.models.find import folder_of
 from lite_dil.models.logits import logit_transform
-from lite_dil.objectives.loss import NOTHING, SUMS, Loss
+from lite_dil.objectives.loss import NOTHING, SCORES, SUMS, Loss
 
-# What an unknown model's code raises where a cache is not what it expects.
-MODEL_ERRORS = (NoPrefix, TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError)
 COMPILED_MULTIPLE = 64  # tokens; shapes must repeat, or the step is compiled anew for every batch
 
 
 class MLXBackend:
-    """A causal language model of mlx-lm with a LoRA adapter; see `lite_dil.backends.Backend`."""
+    """A causal language model of mlx-lm with named LoRA adapters; see `lite_dil.backends.Backend`."""
 
     name = "mlx"
     pads_attention = mx.metal.is_available()  # a GPU wants few large products, a CPU little work
@@ -66,82 +63,111 @@ class MLXBackend:
         parameters = sum(
             value.size * (32 // BITS if value.dtype == mx.uint32 else 1) for _, value in tree_flatten(self.model.parameters())
         )
-        adapter = adapters.choose(config, linear_layers(self.model), initial, model)
-        self.switch = add_lora(self.model, adapter, config.lora_dropout or 0.0, config.reference == "initial-adapter")
-        self.seed, self.passes = config.seed, 0
+        self.seed, self.weight_decay, self.max_grad_norm = config.seed, config.weight_decay, config.max_grad_norm
+        self.adapters = Adapters(self.model, model, self._new_optimizer)
+        adapter = adapters.choose(config, self.adapters.shapes, initial, model)
+        self.adapters.add(POLICY, adapter, config.lora_dropout or 0.0)
+        if config.reference == "initial-adapter":
+            self.adapters.add(REFERENCE, adapter)
+        self.adapters.switch_to(POLICY)
         self.transform = logit_transform(self.config)
         self.vocabulary = output_head(self.model)[1].weight.shape[0]
         wrap_layers(self.model, checkpointing(config, parameters))
-        self.max_grad_norm = config.max_grad_norm
-        self.optimizer = optimizers.AdamW(0.0, weight_decay=config.weight_decay, bias_correction=True)
-        self.adapter_config = {
-            "fine_tune_type": "lora",
-            "num_layers": len(self.model.layers),
-            "lora_parameters": {
-                "rank": adapter.rank,
-                "scale": adapter.scale,
-                "dropout": config.lora_dropout or 0.0,
-                "keys": _keys(self.model, adapter),
-            },
-            "model": model,
-        }
         self.compile = mx.metal.is_available() if config.compile is None else config.compile
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self.layout, self.layout_reason, self.head_axes = "plain", "", 1
         self.model.eval()
-        check_windows(self.config, self._windows(), config.max_length, model)
+        check_windows(self.config, applied_windows(self.model), config.max_length, model)
         self._check_head(model)
         self._choose_layout(config, model)
         device = "Metal" if mx.metal.is_available() else "CPU"
         self.identity = f"mlx {self.dtype_name} {quantised}".strip()
         self.description = ", ".join(filter(None, [f"mlx ({device})", self.dtype_name, quantised, f"{self.layout} layout"]))
 
+    def using(self, name: str) -> AbstractContextManager[None]:
+        """Compute as adapter `name` inside the block."""
+        return self.adapters.using(name)
+
     def adapter_off(self) -> AbstractContextManager[None]:
         """Make the model the reference inside the block."""
+        return self.using(REFERENCE)
 
-        def flip(on: bool) -> None:
-            self.switch.reference = on
+    def add_adapter(
+        self,
+        name: str,
+        rank: int,
+        alpha: float,
+        targets: str = "all-linear",
+        dropout: float = 0.0,
+        head: Head | None = None,
+    ) -> None:
+        """Put a fresh, trainable adapter on the same base."""
+        shapes = adapters.select_targets(self.adapters.shapes, targets)
+        self.adapters.add(name, adapters.fresh(shapes, rank, alpha / rank, self.seed, name), dropout, head)
 
-        return switched(flip)
+    @property
+    def optimizer(self) -> optimizers.Optimizer:
+        """The policy's."""
+        return self.adapters[POLICY].optimizer
+
+    def _new_optimizer(self) -> optimizers.Optimizer:
+        return optimizers.AdamW(0.0, weight_decay=self.weight_decay, bias_correction=True)
 
     def token_logps(self, batch: Batch) -> np.ndarray:
         """Return the log-prob of every response token, without dropout; shape (tokens,), float32."""
         self.model.eval()
-        return np.array(self._token_logps(self._arrays(batch), with_grad=False))[: int(batch.lengths.sum())]
+        return _cut(self._token_logps(self._arrays(batch), with_grad=False), batch)
 
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         """Return the summed log-prob of every response, without dropout; shape (responses,), float32."""
         self.model.eval()
         return np.array(self._read(self._arrays(batch), SUMS))
 
-    def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float) -> StepResult:
-        """Take one AdamW step on the mean loss over all examples of `passes`."""
-        check_trains(self.strength)
-        self.optimizer.init(self.model.trainable_parameters())  # what is not there yet: inference never needs it
-        self.model.train()
-        examples = sum(one.batch.examples for one in passes)
-        total, grads, policies, references = 0.0, None, [], []
-        for one in passes:
-            arrays, tokens, reference = self._arrays(one.batch), int(one.batch.lengths.sum()), None
-            if one.reference is not None:
-                reference = mx.array(np.asarray(one.reference, np.float32))
-            elif loss.reference != NOTHING:
-                with self.adapter_off():
-                    reference = mx.stop_gradient(self._read(arrays, loss.reference))
-                    mx.eval(reference)
-            value, policy, grad = self._loss_and_grad(loss, one.inputs, arrays, reference, examples)
-            grads = grad if grads is None else tree_map(mx.add, grads, grad)
-            mx.eval(value, policy, grads)  # frees this micro-batch's activations before the next
-            total += value.item()
-            policies.append(_read_out(policy, loss.reads, tokens))
-            references.append(None if reference is None else _read_out(reference, loss.reference, tokens))
+    def scores(self, batch: Batch, adapter: str) -> np.ndarray:
+        """Return what an adapter's head makes of a batch, without dropout: (responses, outputs) or (tokens, outputs)."""
+        head = self.adapters[adapter].scores.spec
+        with self.using(adapter):
+            self.model.eval()
+            return _cut(self._read(self._arrays(batch, head), SCORES), batch)
 
-        grads, norm = optimizers.clip_grad_norm(grads, self.max_grad_norm)
-        if np.isfinite([norm.item(), total]).all():
-            self.optimizer.learning_rate = learning_rate
-            self.optimizer.update(self.model, grads)
-            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+    def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float, adapter: str = POLICY) -> StepResult:
+        """Take one AdamW step of an adapter, and of its head, on the mean loss over all examples of `passes`."""
+        if adapter == REFERENCE:
+            raise ValueError("the reference is never trained")
+        if adapter == POLICY:
+            check_trains(self.strength)
+        optimizer, examples = self.adapters[adapter].optimizer, sum(one.batch.examples for one in passes)
+        head = self.adapters[adapter].scores.spec if loss.reads == SCORES else None
+        total, grads, policies, references = 0.0, None, [], []
+        with self.using(adapter):  # all of it: checkpointed layers are traced again for the backward pass
+            optimizer.init(self.model.trainable_parameters())  # what is not there yet: inference never needs it
+            self.model.train()
+            for one in passes:
+                reference = self._reference(one, loss)
+                value, policy, grad = self._loss_and_grad(loss, one.inputs, self._arrays(one.batch, head), reference, examples)
+                grads = grad if grads is None else tree_map(mx.add, grads, grad)
+                mx.eval(value, policy, grads)  # frees this micro-batch's activations before the next
+                total += value.item()
+                policies.append(_cut(policy, one.batch))
+                references.append(None if reference is None else _cut(reference, one.batch))
+
+            grads, norm = optimizers.clip_grad_norm(grads, self.max_grad_norm)
+            if np.isfinite([norm.item(), total]).all():
+                optimizer.learning_rate = learning_rate
+                optimizer.update(self.model, grads)
+                mx.eval(self.model.trainable_parameters(), optimizer.state)
         return StepResult(total, norm.item(), np.concatenate(policies), joined(references))
+
+    def _reference(self, one: MicroBatch, loss: Loss) -> mx.array | None:
+        """Return what the loss reads of the reference, given or computed."""
+        if one.reference is not None:
+            return mx.array(np.asarray(one.reference, np.float32))
+        if loss.reference == NOTHING:
+            return None
+        with self.adapter_off():
+            reference = mx.stop_gradient(self._read(self._arrays(one.batch), loss.reference))
+            mx.eval(reference)
+        return reference
 
     def generate(
         self,
@@ -172,54 +198,43 @@ class MLXBackend:
     @property
     def strength(self) -> float:
         """What the policy's adapter is multiplied by."""
-        return self.switch.strength
+        return self.adapters[POLICY].shared.strength
 
     def set_strength(self, value: float) -> None:
         """Multiply the policy's adapter."""
-        self.switch.strength = check_strength(value)
+        self.adapters[POLICY].shared.strength = check_strength(value)
         self._compiled.clear()  # it is baked into the traces
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write the policy's adapter in mlx-lm's format."""
-        make_folder(folder)
-        _save(folder / "adapters.safetensors", self.model.trainable_parameters())
-        write(folder / "adapter_config.json", json.dumps(self.adapter_config, indent=2) + "\n")
+    def save_adapter(self, folder: Path, adapter: str = POLICY) -> None:
+        """Write an adapter in mlx-lm's format, and its head beside it."""
+        mlx_state.save_adapter(folder, self.adapters, adapter)
 
     def save_state(self, folder: Path) -> None:
-        """Write adapter, optimiser and how many passes have drawn dropout masks."""
-        state = {
-            "adapter": self.model.trainable_parameters(),
-            "optimizer": self.optimizer.state,
-            "passes": mx.array(self.passes),
-        }
-        _save(folder / "state.safetensors", state)
+        """Write adapters, heads, optimisers and how many passes have drawn dropout masks."""
+        mlx_state.save_state(folder, self.adapters)
 
     def load_state(self, folder: Path) -> None:
         """Go on exactly where `save_state` was called."""
-        state = tree_unflatten(list(mx.load(str(folder / "state.safetensors")).items()))
-        self.model.update(state["adapter"])
-        self.optimizer.state = state["optimizer"]
-        self.passes = state["passes"].item()
+        mlx_state.load_state(folder, self.adapters)
 
     def peak_memory_mb(self) -> float:
         """Return MLX's own peak, in MiB."""
         return mx.get_peak_memory() / 2**20
 
-    def _arrays(self, batch: Batch) -> dict[str, Any]:
-        """Lay the batch out as this backend does; what a pure function of it takes. Compiled ones get arrays alone."""
-        multiple = COMPILED_MULTIPLE if self.compile else 1
-        if self.layout == "prefix":
-            layout = prefix(batch, multiple=multiple)
-            made = arrays(layout, multiple)
-            rows = None if self.compile or self.pads_attention else Rows.of(layout)
-        else:
-            repeated, rows = plain(batch, multiple=multiple), None
-            made = {"ids": repeated.input_ids}
-            for name in ("hidden_index", "targets", "token_index", "token_mask"):
-                value = getattr(repeated, name)
-                made[name] = np.pad(value, [*[(0, 0)] * (value.ndim - 1), (0, -value.shape[-1] % multiple)])
-        out: dict[str, Any] = {n: mx.array(v.astype(np.int32) if v.dtype == np.int64 else v) for n, v in made.items()}
-        return out if rows is None else out | {"rows": rows}
+    def _arrays(self, batch: Batch, head: Head | None = None) -> dict[str, Any]:
+        """Lay the batch out as this backend does, for log-probs or for a head; what a pure function of it takes.
+
+        Compiled ones get arrays alone.
+        """
+        if self.layout != "prefix":
+            return inputs_of(plain(batch, multiple=self._multiple), self._multiple, head)
+        layout = prefix(batch, multiple=self._multiple, own=head is not None)
+        made: dict[str, Any] = inputs_of(layout, self._multiple, head)
+        return made if self.compile or self.pads_attention else made | {"rows": Rows.of(layout)}
+
+    @property
+    def _multiple(self) -> int:
+        return COMPILED_MULTIPLE if self.compile else 1
 
     def _loss_and_grad(
         self,
@@ -229,15 +244,13 @@ class MLXBackend:
         reference: mx.array | None,
         examples: int,
     ) -> tuple[mx.array, mx.array, Any]:
-        """Return the loss, what it read of the policy, and the adapter's gradients."""
-        self.passes += 1
-        draw = dropout_key(self.seed, self.passes)
+        """Return the loss, what it read, and the gradients of the adapter that is on and of its head."""
+        draw = self.adapters[self.adapters.on].draw(self.seed)
 
         def run(weights: Any, arrays: Any, reference: mx.array | None, inputs: Any, share: mx.array, key: mx.array) -> Any:
             def value(weights: Any) -> tuple[mx.array, mx.array]:
                 self.model.update(weights)
-                logps = self._token_logps(arrays, with_grad=True)
-                policy = _sums(logps, arrays) if loss.reads == SUMS else logps
+                policy = self._compute(arrays, loss.reads, with_grad=True)
                 return loss(policy, reference, inputs) * share, policy
 
             with self._borrowed(key):  # also while checkpointed layers are traced again, after `value`
@@ -246,64 +259,68 @@ class MLXBackend:
         given = {}
         for name, array in inputs.items():
             if name in loss.token_inputs:  # tokens that fill up are behind the others
-                array = np.pad(array, (0, arrays["targets"].size - len(array)))
-            given[name] = mx.array(array.astype(np.int32) if array.dtype == np.int64 else array)
+                array = filled(array, self._multiple)
+            given[name] = as_mlx(array)
         rest = (arrays, reference, given, mx.array(1 / examples), mx.random.key(draw))
         (value, policy), grads = self._pure(("step", loss), run)(self.model.trainable_parameters(), *rest)
         return value, policy, grads
 
     def _read(self, arrays: dict[str, mx.array], what: str) -> mx.array:
-        """Return summed log-probs, (responses,), or those of the tokens and of what fills them up, without a gradient."""
+        """Return what `_compute` does, without a gradient and without dropout."""
 
         def run(weights: Any, arrays: Any) -> mx.array:
             with self._borrowed(None):
                 self.model.update(weights)
-                logps = self._token_logps(arrays, with_grad=False)
-                return _sums(logps, arrays) if what == SUMS else logps
+                return self._compute(arrays, what, with_grad=False)
 
         return self._pure(what, run)(self.model.trainable_parameters(), arrays)
 
     def _pure(self, name: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function of arrays alone, compiled if asked; a trace bakes the switch into itself, so there is one each."""
+        """Return a function of arrays alone, compiled if asked; a trace bakes in which adapter is on, so there is one each.
+
+        The adapter that is on is the one that is trained, and its weights are among the arrays; no other has a part in it.
+        """
         if not self.compile:
             return function
-        return self._compiled.setdefault((name, self.switch.reference), mx.compile(function))
+        return self._compiled.setdefault((name, self.adapters.on), mx.compile(function))
 
     @contextmanager
     def _borrowed(self, key: mx.array | None) -> Iterator[None]:
         """Let a trace put its own arrays into the model, and the model's back after it."""
-        own, self.switch.key = self.model.trainable_parameters(), key
+        own, shared = self.model.trainable_parameters(), self.adapters[self.adapters.on].shared
+        shared.key = key
         try:
             yield
         finally:
             self.model.update(own)
-            self.switch.key = None
+            shared.key = None
+
+    def _compute(self, inputs: dict[str, mx.array], what: str, with_grad: bool) -> mx.array:
+        """Return summed log-probs, (responses,); those of the tokens and of what fills them up; or scores of either kind."""
+        if what == SCORES:
+            return self.adapters[self.adapters.on].scores(self._states(inputs))
+        logps = self._token_logps(inputs, with_grad)
+        return _sums(logps, inputs) if what == SUMS else logps
 
     def _token_logps(self, inputs: dict[str, mx.array], with_grad: bool) -> mx.array:
         """Return the log-probs of the response tokens, and of those that fill up."""
-        decoder = causal_lm(self.model).model
-        if "hidden_index" in inputs:
-            hidden = decoder(inputs["ids"])
-            hidden = hidden.reshape(-1, hidden.shape[-1])[inputs["hidden_index"]]
-        else:
-            hidden = decoder(
-                inputs["ids"], cache=[Pass(inputs, self.head_axes, rows=inputs.get("rows"))] * len(self.model.layers)
-            )[0]
+        hidden = self._states(inputs)
         return token_logps(hidden, self._project, inputs["targets"], self.vocabulary, self.transform, with_grad)
+
+    def _states(self, inputs: dict[str, mx.array]) -> mx.array:
+        """Return the hidden states that are read, (states, width)."""
+        decoder, handed = causal_lm(self.model).model, {}
+        if "prompt_from" in inputs:
+            handed["cache"] = [Pass(inputs, self.head_axes, rows=inputs.get("rows"))] * len(self.model.layers)
+        hidden = foreign(decoder, inputs["ids"], **handed)
+        if not isinstance(hidden, mx.array):
+            raise Misfit("its decoder returns something else than hidden states")
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        return hidden[inputs["read_index"]] if "read_index" in inputs else hidden
 
     def _project(self, hidden: mx.array) -> mx.array:
         head = output_head(self.model)[1]
         return head(hidden) if "lm_head" in causal_lm(self.model) else head.as_linear(hidden)
-
-    def _windows(self) -> list[int | None] | None:
-        """Return the window that mlx-lm gives each layer, or None where that cannot be told."""
-        probe: list[int | None] = []
-        layers = len(self.model.layers)
-        try:
-            causal_lm(self.model).model(mx.array([[0, 1]]), cache=[Pass({}, probe=probe)] * layers)
-        except MODEL_ERRORS:  # a loop that does more than run its layers
-            return None
-        return probe if len(probe) == layers else None
 
     def _choose_layout(self, config: LoadOptions, model: str) -> None:
         """Take the prefix layout where it agrees with the plain one on a few tokens, and say why not elsewhere."""
@@ -318,10 +335,8 @@ class MLXBackend:
                 if difference < tolerance(self.dtype_name):
                     return
                 reason = reason or f"its log-probs would be off by {difference:.2g} nats"
-            except NoPrefix as error:
-                reason = str(error)
-            except MODEL_ERRORS as error:
-                reason = reason or f"its code does not take it ({type(error).__name__})"
+            except Misfit as error:
+                reason = reason or str(error)
         self.layout = "plain"
         self.layout_reason = f"plain layout: {reason}"
         if config.layout == "prefix":
@@ -332,9 +347,9 @@ class MLXBackend:
         batch = head_probe(self.vocabulary)
         ids = np.concatenate([*batch.prompts, *batch.responses])
         try:
-            logits = self.model(mx.array(ids[None, :-1]))[0].astype(mx.float32)
+            logits = foreign(self.model, mx.array(ids[None, :-1]))[0].astype(mx.float32)
             here = self.token_logps(batch)
-        except TypeError:  # some of mlx-lm's older models insist on a cache
+        except Misfit:  # some of mlx-lm's older models insist on a cache
             raise UserError(f"--model {model}: mlx-lm builds this architecture in a way that lite-dil does not know") from None
         logps = logits - mx.logsumexp(logits, -1, keepdims=True)
         own = np.array(mx.take_along_axis(logps, mx.array(ids[1:, None]), -1)[:, 0])
@@ -348,17 +363,6 @@ def _sums(logps: mx.array, inputs: dict[str, mx.array]) -> mx.array:
     return (logps[inputs["token_index"]] * inputs["token_mask"]).sum(-1)
 
 
-def _keys(model: Any, adapter: adapters.Adapter) -> list[str]:
-    """Return the adapted layers' names within a block, as mlx-lm's adapter_config.json wants them."""
-    prefix = next(name for name, module in model.named_modules() if module is model.layers[0]).rpartition("0")[0]
-    return sorted({name.removeprefix(prefix).partition(".")[2] for name in adapter.weights})
-
-
-def _read_out(values: mx.array, what: str, tokens: int) -> np.ndarray:
-    """Return what was read as numpy has it, without what fills the tokens up."""
-    return np.array(values) if what == SUMS else np.array(values)[:tokens]
-
-
-def _save(path: Path, tree: Any) -> None:
-    with create(path) as file:
-        mx.save_safetensors(file, dict(tree_flatten(tree)))
+def _cut(values: mx.array, batch: Batch) -> np.ndarray:
+    """Return what was read as numpy has it, without what fills the tokens up; there are never more responses than tokens."""
+    return np.array(values)[: int(batch.lengths.sum())]

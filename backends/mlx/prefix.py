@@ -9,6 +9,7 @@ its time on the softmax, it sees no padding either: each prompt and each respons
 The responses' part of a row holds, for each response token, the token before it: the last prompt token, then the response
 without its last token. So it is exactly what is read, in the last layer nothing else is computed beyond the prompts' keys and
 values (MLX computes nothing whose result is not used), and the hidden states come out in the order of the response tokens.
+Where a head reads tokens' own states, the last token of each response is there too.
 """
 
 from __future__ import annotations
@@ -21,15 +22,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from lite_dil.backends.mlx.foreign import Misfit, foreign
+from lite_dil.backends.mlx.load import causal_lm
 from lite_dil.batching.layouts import Prefix
 
 QUERIES = 256  # of a prompt or response that attend at a time on a CPU, so that the keys after them cost nothing
 ATTENTION = ("self_attn", "attention", "attn")
 MLP = ("mlp", "block_sparse_moe", "feed_forward")
-
-
-class NoPrefix(Exception):
-    """The model cannot have the prefix layout; the text says why."""
 
 
 class Window(NamedTuple):
@@ -38,16 +37,21 @@ class Window(NamedTuple):
     size: int | None
 
 
-def arrays(layout: Prefix, multiple: int = 1) -> dict[str, np.ndarray]:
+def arrays(layout: Prefix, multiple: int = 1, read: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Turn a prefix layout into the arrays of a `Pass`; rows are filled up to a multiple of this many tokens.
 
+    Args:
+        read: flat indices of the own states that are read, of a layout that has them; where nothing is given, the states
+            that predict the response tokens are what comes out.
+
     Returns:
-        ids: (1, Tp + Tr), prompts without their last tokens, then the token before each response token.
+        ids: (1, Tp + Tr), prompts without their last tokens, then the token before each response token (and the last one of
+            each response, where own states are read).
         prompt_from: (B, columns), which of the Tp tokens is where in the prompts' block; prompt_mask: true on tokens.
         prompt_at: (Tp,), the flat place of each token in that block.
         response_at: (Tr,), the same in the (n, R) block; `token_index`, (n, R), is its inverse.
         owner: (n,), the prompt of each response; left out where each prompt has the same number of them, in order.
-        targets, token_mask: as in the layout, filled up.
+        targets, token_mask: as in the layout, filled up; or read_index, which of the Tr states are read.
     """
     mask = layout.prompt_mask[:, :-1]
     if not mask.any():  # prompts of a single token each, which belongs to the responses' part
@@ -55,24 +59,28 @@ def arrays(layout: Prefix, multiple: int = 1) -> dict[str, np.ndarray]:
     prompt_ids, prompt_at = layout.prompt_ids[:, :-1][layout.prompt_mask[:, :-1]], np.flatnonzero(mask)
     before = np.concatenate([layout.prompt_ids[layout.owner, -1:], layout.response_ids[:, :-1]], 1)
     rows, width = before.shape
-    token_index, token_mask = (_widened(array, width) for array in (layout.token_index, layout.token_mask))
+    here = np.arange(width) < layout.states[:, None]
+    response_at = np.flatnonzero(here)
     made = {
-        "ids": np.concatenate([_filled(prompt_ids, multiple), _filled(before.ravel()[layout.hidden_index], multiple)])[None],
+        "ids": np.concatenate([_filled(prompt_ids, multiple), _filled(before.ravel()[response_at], multiple)])[None],
         "prompt_from": np.where(mask, np.cumsum(mask).reshape(mask.shape) - 1, 0),
         "prompt_mask": mask,
         "prompt_at": _filled(prompt_at, multiple),
-        "response_at": _filled(layout.hidden_index, multiple),
-        "targets": _filled(layout.targets, multiple),
-        "token_index": token_index,
-        "token_mask": token_mask,
+        "response_at": _filled(response_at, multiple),
+        "token_index": np.where(here, np.cumsum(here).reshape(here.shape) - 1, 0),
     }
+    if read is None:
+        token_mask = np.pad(layout.token_mask, ((0, 0), (0, width - layout.token_mask.shape[1])))
+        made |= {"targets": _filled(layout.targets, multiple), "token_mask": token_mask}
+    else:
+        made["read_index"] = np.searchsorted(response_at, read)
     if rows % len(mask) or (layout.owner != np.repeat(np.arange(len(mask)), rows // len(mask))).any():
         made["owner"] = layout.owner
     return made
 
 
 class Rows(NamedTuple):
-    """Lengths for attention without padding: tokens of each prompt but its last, tokens and prompt of each response."""
+    """Lengths for attention without padding: tokens of each prompt but its last, states and prompt of each response."""
 
     prompts: list[int]
     responses: list[int]
@@ -81,8 +89,7 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, layout: Prefix) -> Rows:
         """Read them from a layout."""
-        prompts, responses = layout.prompt_mask.sum(1) - 1, layout.token_mask.sum(1).astype(int)
-        return cls(prompts.tolist(), responses.tolist(), layout.owner.tolist())
+        return cls((layout.prompt_mask.sum(1) - 1).tolist(), layout.states.tolist(), layout.owner.tolist())
 
 
 class Pass:
@@ -112,12 +119,13 @@ class Pass:
         return Window(window_size)
 
     def run(self, block: Callable[..., mx.array], x: mx.array, window: Any, last: bool) -> mx.array:
-        """Run a decoder block on (1, Tp + Tr, width); the last one returns the responses' part alone."""
+        """Run the model's decoder block on (1, Tp + Tr, width); the last one returns the responses' part alone."""
         if not isinstance(window, Window):
-            raise NoPrefix("the model makes its attention masks itself")
+            raise Misfit("the model makes its attention masks itself")
         if self.probe is not None:
             self.probe.append(window.size)
             return x
+        _check_row(x, self.arrays["ids"].shape[1], "a layer is handed")
         split = self.arrays["prompt_at"].shape[0]
 
         def mask_of(queries: int, keys: int) -> mx.array:
@@ -131,14 +139,16 @@ class Pass:
         else:
             prompt_mask, response_mask = self.masks(window.size, x.dtype)
             prompts = Prompts(self.arrays, prompt_mask)
-        prompts_out = block(x[:, :split], prompts.mask, prompts)
+        prompts_out = foreign(block, x[:, :split], prompts.mask, prompts)
+        _check_row(prompts_out, split, "a layer returns")
         if not prompts.attended:
-            raise NoPrefix("not every layer is attention over keys and values")
+            raise Misfit("not every layer is attention over keys and values")
         if rows is not None:
             responses = Unpadded(rows.responses, [prompts.kept[owner] for owner in rows.owners], mask_of)
         else:
             responses = Responses(self.arrays, response_mask, prompts)
-        responses_out = block(x[:, split:], responses.mask, responses)
+        responses_out = foreign(block, x[:, split:], responses.mask, responses)
+        _check_row(responses_out, x.shape[1] - split, "a layer returns")
         return responses_out if last else mx.concatenate([prompts_out, responses_out], 1)
 
     def causal(self, queries: int, keys: int, window: int | None, dtype: mx.Dtype) -> mx.array:
@@ -182,7 +192,8 @@ class Prompts:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Answer the model's attention."""
         if self.keys is not None:
-            raise NoPrefix("a layer attends more than once")
+            raise Misfit("a layer attends more than once")
+        _check_keys((keys, values), *self.places.shape)
         self.keys, self.values = keys, values
         return keys, values
 
@@ -202,20 +213,24 @@ class Unpadded:
 
     def __init__(self, lengths: list[int], before: list[Keys | None], mask_of: Callable[[int, int], mx.array]) -> None:
         self.lengths, self.before, self.mask_of = lengths, before, mask_of
-        self.offset, self.attended = 0, not any(lengths)
+        self.offset, self.queries, self.attended = 0, 0, not any(lengths)
         self.seen: Keys | None = None
         self.kept: list[Keys | None] = []
 
     def attend(self, attention: Callable[..., mx.array], x: mx.array) -> mx.array:
         """Run the model's attention on (1, tokens, width), some queries at a time."""
+        _check_row(x, None, "attention is handed")
         self.kept, parts, at = [], [], 0
         for length, before in zip(self.lengths, self.before, strict=True):
             self.seen, past = before, 0 if before is None else before[0].shape[2]
             for start in range(0, length, QUERIES):
                 stop, self.offset = min(start + QUERIES, length), past + start
-                parts.append(attention(x[:, at + start : at + stop], self.mask_of(stop - start, past + stop), self))
+                self.queries = stop - start
+                mask = self.mask_of(self.queries, past + stop)
+                parts.append(foreign(attention, x[:, at + start : at + stop], mask, self))
+                _check_row(parts[-1], self.queries, "attention returns")
                 if self.seen is None or self.seen[0].shape[2] != past + stop:
-                    raise NoPrefix("a layer does not attend once over keys and values")
+                    raise Misfit("a layer does not attend once over keys and values")
             self.kept.append(self.seen)
             at += length
         parts.append(mx.zeros((1, x.shape[1] - at, x.shape[2]), x.dtype))  # what fills up
@@ -224,6 +239,7 @@ class Unpadded:
     def update_and_fetch(self, *new: mx.array) -> Keys:
         """Answer the model's attention, which is to see all keys and values so far."""
         self.attended = True
+        _check_keys(new, 1, self.queries)
         self.seen = new if self.seen is None else tuple(mx.concatenate(two, 2) for two in zip(self.seen, new, strict=True))
         return self.seen
 
@@ -238,8 +254,20 @@ class Responses:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Answer the model's attention."""
+        _check_keys((keys, values), *self.places.shape)
         past = [_to_responses(array, self.arrays) for array in (self.prompts.keys, self.prompts.values)]
         return mx.concatenate([past[0], keys], 2), mx.concatenate([past[1], values], 2)
+
+
+def applied_windows(model: Any) -> list[int | None] | None:
+    """Return the window that mlx-lm gives each layer, or None where that cannot be told; layers must know a `Pass`."""
+    probe: list[int | None] = []
+    layers = len(model.layers)
+    try:
+        foreign(causal_lm(model).model, mx.array([[0, 1]]), cache=[Pass({}, probe=probe)] * layers)
+    except Misfit:  # a loop that does more than run its layers
+        return None
+    return probe if len(probe) == layers else None
 
 
 def wrap_layers(model: nn.Module, checkpointing: str) -> None:
@@ -265,7 +293,10 @@ def _attention(kind: type) -> type:
             return cache.attend(partial(kind.__call__, self), x)
         if not isinstance(cache, (Prompts, Responses)):
             return kind.__call__(self, x, *args, **kwargs)
-        out = kind.__call__(self, x[0][cache.places], cache.mask, cache)
+        _check_row(x, None, "attention is handed")
+        out = foreign(kind.__call__, self, x[0][cache.places], cache.mask, cache)
+        if not isinstance(out, mx.array) or out.shape[:2] != cache.places.shape:
+            raise Misfit("attention returns something else than a state for each token")
         return out.reshape(-1, out.shape[-1])[cache.back][None]
 
     return type(kind.__name__, (kind,), {"__call__": call})
@@ -277,11 +308,11 @@ def _block(kind: type, last: bool, checkpoint: bool) -> type:
         if not any(isinstance(arg, Pass) for arg in whole):
             return kind.__call__(self, *args, **kwargs)
         if len(whole) != 3 or not isinstance(whole[2], Pass):
-            raise NoPrefix("a layer takes more than hidden states, a mask and a cache")
+            raise Misfit("a layer takes more than hidden states, a mask and a cache")
         if not any(name in self for name in ATTENTION):
-            raise NoPrefix("not every layer is attention over keys and values")
+            raise Misfit("not every layer is attention over keys and values")
         x, window, cache = whole
-        return cache.run(lambda *args: kind.__call__(self, *args), x, window, last)
+        return cache.run(partial(kind.__call__, self), x, window, last)
 
     made = type(kind.__name__, (kind,), {"__call__": forward})
     return _checkpointed(made) if checkpoint else made
@@ -296,6 +327,18 @@ def _checkpointed(kind: type) -> type:
         return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _check_row(x: Any, tokens: int | None, where: str) -> None:
+    """Raise Misfit unless the model's code gave (1, tokens, width), of any number of tokens where that is None."""
+    if not isinstance(x, mx.array) or x.ndim != 3 or x.shape[0] != 1 or x.shape[1] != (tokens or x.shape[1]):
+        raise Misfit(f"{where} something else than a state for each token")
+
+
+def _check_keys(arrays: tuple[Any, ...], rows: int, tokens: int) -> None:
+    """Raise Misfit unless the model's code gave keys and values of (rows, heads, tokens, width)."""
+    if not all(isinstance(x, mx.array) and x.ndim == 4 and (x.shape[0], x.shape[2]) == (rows, tokens) for x in arrays):
+        raise Misfit("its keys and values are not (rows, heads, tokens, width)")
 
 
 def _to_responses(of_prompts: mx.array, arrays: dict[str, mx.array]) -> mx.array:
@@ -319,7 +362,3 @@ def _additive(mask: mx.array, dtype: mx.Dtype) -> mx.array:
 
 def _filled(array: np.ndarray, multiple: int) -> np.ndarray:
     return np.pad(array, (0, max(1, -(-len(array) // multiple)) * multiple - len(array)))
-
-
-def _widened(array: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(array, ((0, 0), (0, width - array.shape[1])))

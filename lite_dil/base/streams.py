@@ -7,6 +7,7 @@
 | `adapter_stream`, adapter "policy" | ``[seed, crc32(layer)]`` | the policy's first weights |
 | `adapter_stream`, another adapter | named ``adapter, its name, layer`` | another adapter's first weights |
 | `dropout_key` | ``(seed, passes)`` | the key of MLX's dropout masks in a pass, 1 first |
+| `named` "dropout" | named, with the adapter and the pass | the key of MLX's dropout masks, of another adapter |
 | `named` "data/samples" | named | the examples that `lite-dil data` shows |
 | `named` "reports/prompts" | named | the prompts that a run's report answers |
 

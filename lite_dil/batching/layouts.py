@@ -20,12 +20,14 @@ class Layout:
     Attributes:
         hidden_index: (tokens,) int64, for each response token the flat index of the hidden state that predicts it (for the
             first token of each response, that of the last prompt token).
+        own_index: (tokens,) index of each response token's own hidden state, flat as hidden_index.
         targets: (tokens,) int64, the response tokens themselves.
         token_index: (responses, longest) int64, which of the `tokens` each response is made of; 0 where `token_mask` is 0.
         token_mask: (responses, longest) float32, 1 on tokens, 0 behind a response's end.
     """
 
     hidden_index: np.ndarray
+    own_index: np.ndarray
     targets: np.ndarray
     token_index: np.ndarray
     token_mask: np.ndarray
@@ -72,7 +74,9 @@ class Packed(Layout):
 class Prefix(Layout):
     """Prompts (B, P), padded on the left, and responses (n, R), padded on the right.
 
-    Hidden states are numbered row * R + column of an (n, R) block: the one that predicts token `column` of response `row`.
+    Hidden states are numbered row * R + column of an (n, R) block: the one that predicts token `column` of response `row`. A
+    response's last token, which predicts nothing, has one only where own states were asked for, and `own_index` is empty where
+    they were not.
     Positions are counted with the pads: prompts end at P - 1 and responses start at P, which only relative positions (rope)
     allow.
 
@@ -81,12 +85,14 @@ class Prefix(Layout):
         prompt_mask: (B, P) bool, true on tokens.
         response_ids: (n, R) int64.
         owner: (n,) int64, the prompt of each response.
+        states: (n,) int64, how many of each row's hidden states are of use.
     """
 
     prompt_ids: np.ndarray
     prompt_mask: np.ndarray
     response_ids: np.ndarray
     owner: np.ndarray
+    states: np.ndarray
 
 
 def plain(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Plain:
@@ -103,8 +109,9 @@ def plain(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Plain:
     for row, (prompt, response) in enumerate(zip(prompts, batch.responses, strict=True)):
         input_ids[row, : len(prompt) + len(response)] = np.concatenate([prompt, response])
     token_index, token_mask, column = _tokens(lengths)
-    hidden = np.arange(len(prompts))[:, None] * columns + (starts - 1)[:, None] + column
-    return Plain(hidden[token_mask], np.concatenate(batch.responses), token_index, token_mask.astype(np.float32), input_ids)
+    hidden = (np.arange(len(prompts))[:, None] * columns + (starts - 1)[:, None] + column)[token_mask]
+    targets = np.concatenate(batch.responses)
+    return Plain(hidden, hidden + 1, targets, token_index, token_mask.astype(np.float32), input_ids)
 
 
 def packed(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Packed:
@@ -118,6 +125,7 @@ def packed(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Packed:
     positions: list[np.ndarray] = []
     segments: list[Segment] = []
     hidden: list[np.ndarray] = [np.empty(0, np.int64)] * len(batch.responses)
+    states = list(hidden)
     at = 0
     for number, prompt in enumerate(batch.prompts):
         own = np.flatnonzero(batch.prompt_of == number)
@@ -127,7 +135,8 @@ def packed(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Packed:
         positions.append(np.arange(len(prompt)))
         last, at = at + len(prompt) - 1, at + len(prompt)
         for i, length in zip(own, lengths, strict=True):
-            hidden[i] = np.concatenate([[last], np.arange(at, at + length - 1)])
+            states[i] = np.arange(at, at + length)
+            hidden[i] = np.concatenate([[last], states[i][:-1]])
             ids.append(batch.responses[i])
             positions.append(np.arange(len(prompt), len(prompt) + length))
             at += length
@@ -137,6 +146,7 @@ def packed(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Packed:
     token_index, token_mask, _ = _tokens(_lengths(batch.responses))
     return Packed(
         np.concatenate(hidden),
+        np.concatenate(states),
         np.concatenate(batch.responses),
         token_index,
         token_mask.astype(np.float32),
@@ -146,15 +156,17 @@ def packed(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Packed:
     )
 
 
-def prefix(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Prefix:
+def prefix(batch: Batch, pad_id: int = 0, multiple: int = 1, own: bool = False) -> Prefix:
     """Lay a batch out with its prompts in one block and its responses in another.
 
     Args:
         pad_id: the id that fills rows up; it has no influence on any result.
         multiple: both blocks are padded to a multiple of this many tokens.
+        own: whether each response token's own hidden state is there, that of a response's last token among them.
     """
     starts, lengths = _lengths(batch.prompts), _lengths(batch.responses)
-    columns, width = _rounded(int(starts.max()), multiple), _rounded(int(lengths.max()), multiple)
+    states = lengths + own
+    columns, width = _rounded(int(starts.max()), multiple), _rounded(int(states.max()), multiple)
     prompt_ids = np.full((len(starts), columns), pad_id, np.int64)
     for row, prompt in enumerate(batch.prompts):
         prompt_ids[row, columns - len(prompt) :] = prompt
@@ -162,9 +174,10 @@ def prefix(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Prefix:
     for row, response in enumerate(batch.responses):
         response_ids[row, : len(response)] = response
     token_index, token_mask, column = _tokens(lengths)
-    hidden = np.arange(len(lengths))[:, None] * width + column
+    hidden = (np.arange(len(lengths))[:, None] * width + column)[token_mask]
     return Prefix(
-        hidden[token_mask],
+        hidden,
+        hidden + 1 if own else np.empty(0, np.int64),
         np.concatenate(batch.responses),
         token_index,
         token_mask.astype(np.float32),
@@ -172,6 +185,7 @@ def prefix(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Prefix:
         np.arange(columns) >= columns - starts[:, None],
         response_ids,
         batch.prompt_of,
+        states,
     )
 
 

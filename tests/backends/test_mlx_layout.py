@@ -37,6 +37,7 @@ from lite_dil.backends.mlx.backend import MLXBackend
 from lite_dil.backends.mlx.load import memory_limits, windows
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
+from lite_dil.objectives.loss import SUMS
 
 ARCHITECTURES: dict[str, PretrainedConfig] = {
     "Llama": LlamaConfig(**SMALL, rope_theta=50000.0),
@@ -101,7 +102,7 @@ def gradients(backend: Any, data: Batch) -> dict[str, np.ndarray]:
     backend.model.train()
     inputs = backend._arrays(data)
     with backend.adapter_off():
-        reference = backend._sequence_logps(inputs)
+        reference = backend._read(inputs, SUMS)
     loss = criterion()
     _, _, grads = backend._loss_and_grad(loss, loss.inputs(data), inputs, reference, data.examples)
     return {k: np.array(v) for k, v in tree_flatten(grads)}
@@ -290,7 +291,7 @@ def test_the_prefix_layout_computes_only_what_is_read(tiny: str, tmp_path: Path,
     backend, data = load("mlx", tiny, layout="prefix"), ragged()
     whole_layer = 7 + 2  # linear layers, and two products in attention
     with mx.stream(mx.cpu), backend.adapter_off():
-        mx.export_to_dot(str(tmp_path / "graph"), backend._sequence_logps(backend._arrays(data)))
+        mx.export_to_dot(str(tmp_path / "graph"), backend._read(backend._arrays(data), SUMS))
     products = (tmp_path / "graph").read_text().count("Matmul")
     assert products == 2 * whole_layer + 2 + whole_layer + 1  # and the head
 
@@ -324,7 +325,7 @@ def test_an_adapters_input_has_the_gradient_of_a_plain_product(dtype: mx.Dtype, 
         return [np.array(each.astype(mx.float32)) for each in found]
 
     expected = gradients(lambda x, a: x.astype(mx.float32) @ a)
-    for product in (mlx_lora._times, mx.compile(mlx_lora._times)):
+    for product in (mlx_lora.times, mx.compile(mlx_lora.times)):
         for one, two in zip(gradients(product), expected, strict=True):
             np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
 

@@ -85,7 +85,7 @@ def left(folder: Path) -> list[str]:
     [
         ("cpu", "state.pt"),
         ("cpu", "adapters/policy/adapter_model.safetensors"),
-        ("mlx", "state.safetensors"),
+        ("mlx", "adapters/policy/optimizer.safetensors"),
         ("mlx", "adapters/policy/adapters.safetensors"),
     ],
 )

@@ -1,0 +1,155 @@
+"""Named adapters on one frozen model. The one that is on is in the model, and the others' modules lie beside it.
+
+So off is the bare model, whatever an adapter holds; what is not on has no part in a pass; and the model's trainable parameters
+are those of the adapter that is on, in mlx-lm's own names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+import numpy as np
+from mlx.optimizers import Optimizer
+
+from lite_dil.backends.mlx.heads import ScoreHead, check_head
+from lite_dil.backends.mlx.load import output_head
+from lite_dil.backends.mlx.lora import LoRALinear, Shared, linear_layers, shape_of
+from lite_dil.backends.types import POLICY, REFERENCE, Head
+from lite_dil.base.streams import dropout_key, named
+from lite_dil.models.adapters import Adapter
+
+HEAD = "score_head"  # the place of a head in the model
+
+
+@dataclass
+class Named:
+    """An adapter and what belongs to it.
+
+    Attributes:
+        layers: by the place in the model.
+        settings: mlx-lm's adapter_config.json.
+        passes: how many have drawn dropout masks.
+    """
+
+    name: str
+    layers: dict[str, LoRALinear]
+    shared: Shared
+    settings: dict[str, Any]
+    optimizer: Optimizer
+    head: ScoreHead | None = None
+    passes: int = 0
+
+    def draw(self, seed: int) -> int:
+        """Return the seed of the next pass's dropout masks."""
+        self.passes += 1
+        if self.name == POLICY:
+            return dropout_key(seed, self.passes)
+        # 64 bits are a key that the policy's 32 never are, but for one in four billion.
+        return int(named("dropout", seed, self.name, str(self.passes)).integers(2**64, dtype=np.uint64))
+
+    @property
+    def scores(self) -> ScoreHead:
+        """Its head. Raises ValueError where it has none."""
+        if self.head is None:
+            raise ValueError(f"adapter {self.name!r} has no head; add_adapter takes one")
+        return self.head
+
+
+class _Site(NamedTuple):
+    """The place of a linear layer in the model."""
+
+    parent: Any
+    key: Any
+    bare: nn.Module
+
+
+class Adapters:
+    """The adapters of a model, which is frozen here; the policy must be added before the model runs.
+
+    Args:
+        base: the model's name, for adapter_config.json.
+        optimizer: makes an optimiser without state.
+    """
+
+    def __init__(self, model: Any, base: str, optimizer: Callable[[], Optimizer]) -> None:
+        self.model, self.base, self.make_optimizer = model, base, optimizer
+        model.freeze()
+        self.shapes, self.on = linear_layers(model), REFERENCE
+        self.width = shape_of(output_head(model)[1])[1]
+        self._sites = {path: _site(model, path) for path in self.shapes}
+        # The layers' names within a block are what mlx-lm's adapter_config.json wants.
+        blocks = next(name for name, module in model.named_modules() if module is model.layers[0]).rpartition("0")[0]
+        self._short = {path: path.removeprefix(blocks).partition(".")[2] for path in self.shapes}
+        self._named = {REFERENCE: Named(REFERENCE, {}, Shared(), {}, optimizer())}
+
+    def __getitem__(self, name: str) -> Named:
+        if name not in self._named:
+            raise KeyError(f"no adapter {name!r}; there are {', '.join(map(repr, self._named))}")
+        return self._named[name]
+
+    def trainable(self) -> list[Named]:
+        """Return all but the reference."""
+        return [each for name, each in self._named.items() if name != REFERENCE]
+
+    def add(self, name: str, adapter: Adapter, dropout: float = 0.0, head: Head | None = None) -> None:
+        """Put an adapter beside the others; the reference, which is the bare model without one, is frozen."""
+        if name in self._named and not (name == REFERENCE and not self._named[name].layers):
+            raise ValueError(f"adapter {name!r} is there already; take another name")
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(f"adapter {name!r}: expected letters, digits, _ and -; it names a folder too")
+        check_head(head)
+        shared = Shared()
+        layers = {
+            path: LoRALinear(self._sites[path].bare, a, b, adapter.scale, dropout, shared, index)
+            for index, (path, (a, b)) in enumerate(adapter.weights.items())
+        }
+        if name == REFERENCE:
+            for layer in layers.values():
+                layer.freeze()
+        settings = {
+            "fine_tune_type": "lora",
+            "num_layers": len(self.model.layers),
+            "lora_parameters": {
+                "rank": adapter.rank,
+                "scale": adapter.scale,
+                "dropout": dropout,
+                "keys": sorted({self._short[path] for path in layers}),
+            },
+            "model": self.base,
+        }
+        made = None if head is None else ScoreHead(head, self.width)
+        self._named[name] = Named(name, layers, shared, settings, self.make_optimizer(), made)
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Have `name` on inside the block, and what was on before after it."""
+        named, before = self[name], self[self.on]
+        try:
+            self.switch_to(named.name)
+            yield
+        finally:
+            self.switch_to(before.name)
+
+    def switch_to(self, name: str) -> None:
+        """Put an adapter into the model. To repeat it mends what an exception left half done."""
+        named = self[name]
+        for path, site in self._sites.items():
+            site.parent[site.key] = named.layers.get(path, site.bare)
+        if named.head is not None:
+            self.model[HEAD] = named.head
+        else:
+            self.model.pop(HEAD, None)
+        self.on = name
+
+
+def _site(model: Any, path: str) -> _Site:
+    *above, last = (int(part) if part.isdigit() else part for part in path.split("."))
+    parent = model
+    for part in above:
+        parent = parent[part]
+    return _Site(parent, last, parent[last])

@@ -1,0 +1,94 @@
+"""Adapters, heads, optimisers and random state on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from lite_dil.backends.mlx.adapters import HEAD, Adapters
+from lite_dil.backends.types import POLICY
+from lite_dil.base.files import create, make_folder, write
+
+FORMAT = 1  # of head.json and random.json
+_OLD = "state.safetensors"  # the policy's adapter and optimiser, and passes, of runs from when there was but one adapter
+
+
+def save_adapter(folder: Path, adapters: Adapters, name: str) -> None:
+    """Write an adapter in mlx-lm's format, and its head beside it."""
+    named = adapters[name]
+    with adapters.using(name):
+        weights = adapters.model.trainable_parameters()
+    head = weights.pop(HEAD, None)
+    make_folder(folder)
+    _write(folder / "adapters.safetensors", weights)
+    _write_json(folder / "adapter_config.json", named.settings)
+    if named.head is not None:
+        _write(folder / "head.safetensors", head)
+        _write_json(folder / "head.json", {"format": FORMAT, **named.head.spec._asdict()})
+
+
+def save_state(folder: Path, adapters: Adapters) -> None:
+    """Write all adapters with their optimisers, and how many passes of each have drawn dropout masks."""
+    for named in adapters.trainable():
+        own = folder / "adapters" / named.name
+        save_adapter(own, adapters, named.name)
+        _write(own / "optimizer.safetensors", named.optimizer.state)
+    _write_json(
+        folder / "random.json", {"format": FORMAT, "passes": {each.name: each.passes for each in adapters.trainable()}}
+    )
+
+
+def load_state(folder: Path, adapters: Adapters) -> None:
+    """Go on where `save_state` was called: `adapters` must have the same adapters and heads.
+
+    Raises ValueError where it has others.
+    """
+    if (folder / _OLD).is_file():
+        state = _read(folder / _OLD)
+        saved = {POLICY: (state["adapter"], state["optimizer"], state["passes"].item())}
+    else:
+        passes = json.loads((folder / "random.json").read_text(encoding="utf-8"))["passes"]
+        saved = {name: (*_read_adapter(folder / "adapters" / name), number) for name, number in passes.items()}
+    here = {each.name for each in adapters.trainable()}
+    if saved.keys() != here:
+        raise ValueError(
+            f"{folder}: it holds the adapters {sorted(saved)}, and there are {sorted(here)}; add the same ones first"
+        )
+    for name, (weights, optimizer, number) in saved.items():
+        named = adapters[name]
+        with adapters.using(name):
+            _check(folder, name, adapters.model.trainable_parameters(), weights)
+            adapters.model.update(weights)
+        named.optimizer.state, named.passes = optimizer, number
+
+
+def _read_adapter(folder: Path) -> tuple[Any, Any]:
+    """Return the trainable parameters, those of a head among them, and the optimiser's state."""
+    weights = _read(folder / "adapters.safetensors")
+    if (folder / "head.json").is_file():
+        weights[HEAD] = _read(folder / "head.safetensors")
+    return weights, _read(folder / "optimizer.safetensors")
+
+
+def _check(folder: Path, name: str, here: Any, saved: Any) -> None:
+    """Raise ValueError unless an adapter has the same arrays here: MLX itself takes any shape, and what is missing."""
+    shapes = [{path: value.shape for path, value in tree_flatten(tree)} for tree in (here, saved)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{folder}: adapter {name!r} is another one there: its rank, targets or head differ")
+
+
+def _read(path: Path) -> Any:
+    return tree_unflatten(list(mx.load(str(path)).items()))
+
+
+def _write(path: Path, tree: Any) -> None:
+    with create(path) as file:
+        mx.save_safetensors(file, dict(tree_flatten(tree)))
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write(path, json.dumps(values, indent=2) + "\n")
