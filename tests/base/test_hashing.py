@@ -15,6 +15,7 @@ from lite_dil.batching.batch import Batch
 from lite_dil.data.encoder import Example, fingerprint
 from lite_dil.data.reader import Row
 from lite_dil.generation import policy
+from lite_dil.models.fingerprint import fingerprint as weights_fingerprint
 from lite_dil.training import reference
 
 EXAMPLES = [Example((1, 2, 3), ((4, 5), (6,)), (1, -1), "a 1"), Example((7,), ((8,),), (1,), "a 2")]
@@ -43,7 +44,7 @@ def test_the_names_of_weights(tmp_path: Path) -> None:
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"weights")
     (model / "config.json").write_bytes(b"{}")
-    assert reference._fingerprint(model, memo) == "42db91015dbc0a3667a7ba21e7930f8d"
+    assert weights_fingerprint(model, memo) == "42db91015dbc0a3667a7ba21e7930f8d"
     notes = (memo / "files.json").read_text()
     assert '"873ac3c6df553eaa62331fd4ff9b521a"' in notes and '"2afb9b83f9314e5d029766197f539792"' in notes
     (model / "adapters.safetensors").write_bytes(b"more")
