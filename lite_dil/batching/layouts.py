@@ -30,6 +30,11 @@ class Layout:
     token_index: np.ndarray
     token_mask: np.ndarray
 
+    @property
+    def end_index(self) -> np.ndarray:
+        """Which of the `tokens` is the last of each response, (responses,) int64."""
+        return self.token_index.max(-1)
+
 
 @dataclass(frozen=True)
 class Plain(Layout):
@@ -37,9 +42,11 @@ class Plain(Layout):
 
     Attributes:
         input_ids: (responses, columns) int64, padded on the right. Attention is causal, so that a pad is seen by no token.
+        own_index: (tokens,) int64, for each response token the flat index of its own hidden state, which has seen it.
     """
 
     input_ids: np.ndarray
+    own_index: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,13 @@ class Packed(Layout):
         input_ids: (1, tokens of the row) int64.
         position_ids: (1, tokens of the row) int64.
         segments: where each prompt and its responses lie.
+        own_index: (tokens,) int64, for each response token the place of its own hidden state, which has seen it.
     """
 
     input_ids: np.ndarray
     position_ids: np.ndarray
     segments: tuple[Segment, ...]
+    own_index: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,9 @@ def plain(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Plain:
     for row, (prompt, response) in enumerate(zip(prompts, batch.responses, strict=True)):
         input_ids[row, : len(prompt) + len(response)] = np.concatenate([prompt, response])
     token_index, token_mask, column = _tokens(lengths)
-    hidden = np.arange(len(prompts))[:, None] * columns + (starts - 1)[:, None] + column
-    return Plain(hidden[token_mask], np.concatenate(batch.responses), token_index, token_mask.astype(np.float32), input_ids)
+    hidden = (np.arange(len(prompts))[:, None] * columns + (starts - 1)[:, None] + column)[token_mask]
+    targets = np.concatenate(batch.responses)
+    return Plain(hidden, targets, token_index, token_mask.astype(np.float32), input_ids, own_index=hidden + 1)
 
 
 def packed(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Packed:
@@ -118,6 +128,7 @@ def packed(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Packed:
     positions: list[np.ndarray] = []
     segments: list[Segment] = []
     hidden: list[np.ndarray] = [np.empty(0, np.int64)] * len(batch.responses)
+    own_index: list[np.ndarray] = [np.empty(0, np.int64)] * len(batch.responses)
     at = 0
     for number, prompt in enumerate(batch.prompts):
         own = np.flatnonzero(batch.prompt_of == number)
@@ -127,7 +138,8 @@ def packed(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Packed:
         positions.append(np.arange(len(prompt)))
         last, at = at + len(prompt) - 1, at + len(prompt)
         for i, length in zip(own, lengths, strict=True):
-            hidden[i] = np.concatenate([[last], np.arange(at, at + length - 1)])
+            own_index[i] = np.arange(at, at + length)
+            hidden[i] = np.concatenate([[last], own_index[i][:-1]])
             ids.append(batch.responses[i])
             positions.append(np.arange(len(prompt), len(prompt) + length))
             at += length
@@ -143,6 +155,7 @@ def packed(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Packed:
         np.concatenate(ids)[None],
         np.concatenate(positions)[None],
         tuple(segments),
+        np.concatenate(own_index),
     )
 
 
