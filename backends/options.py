@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from lite_dil.base.option import FREE, option
 from lite_dil.data.options import Lengths
-from lite_dil.models.options import ModelOptions, ResolvedAdapter, Seeded
+from lite_dil.models.options import ALL_LINEAR, ModelOptions, ResolvedAdapter, Seeded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +75,16 @@ class EngineOptions(Lengths):
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(EngineOptions, ResolvedAdapter, ModelOptions, Lengths, Seeded):
     """All that a backend is made by."""
+
+    @classmethod
+    def of(cls, options: ModelOptions, adapter: ResolvedAdapter | None, training: EngineOptions | None) -> LoadOptions:
+        """Join the three, with an adapter that does nothing for the bare base, and what inference needs for no training."""
+        if adapter is None:
+            adapter = ResolvedAdapter(reference="base", lora_dropout=0.0, lora_r=1, lora_alpha=2.0, target_modules=ALL_LINEAR)
+        training = training or EngineOptions(layout="plain", gradient_checkpointing="off")
+        groups: tuple[tuple[Any, type[Any]], ...] = (
+            (options, ModelOptions),
+            (adapter, ResolvedAdapter),
+            (training, EngineOptions),
+        )
+        return cls(**{field.name: getattr(group, field.name) for group, kind in groups for field in fields(kind)})

@@ -16,6 +16,18 @@ if TYPE_CHECKING:  # the command line's help comes from here too, and numpy take
 
 
 POLICY, REFERENCE = "policy", "reference"  # the adapter that training starts with, and what it is compared with
+END, EACH = "end", "each"  # where a head reads
+
+
+class Head(NamedTuple):
+    """A linear map from hidden states to `outputs` numbers, float32, on an adapter of its own.
+
+    It reads the state at each response's last token (`END`), or at every response token (`EACH`), each token's own state and
+    not the one that predicts it.
+    """
+
+    outputs: int
+    at: str = END
 
 
 class MicroBatch(NamedTuple):

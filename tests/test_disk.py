@@ -82,7 +82,7 @@ def left(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("backend", "file"),
     [
-        ("cpu", "state.pt"),
+        ("cpu", "adapters/policy/optimizer.pt"),
         ("cpu", "adapter/adapter_model.safetensors"),
         ("mlx", "state.safetensors"),
         ("mlx", "adapter/adapters.safetensors"),

@@ -96,10 +96,11 @@ def test_the_command_imports_unsloth_before_transformers_and_says_why_it_fails(t
 
 @pytest.mark.parametrize("name", ["cpu", "mlx"])
 def test_other_backends_are_refused(name: str) -> None:
+    options = TrainConfig(unsloth=True)
     with pytest.raises(UserError, match=f"^--unsloth is for the cuda backend; this run is on {name}"):
-        registry.prepare(name, TrainConfig(unsloth=True))
+        registry.prepare(name, options, options)
     with pytest.raises(UserError, match="--unsloth is for the cuda backend"):
-        registry.load(name, TrainConfig(unsloth=True), "nowhere")
+        registry.load(name, options, "nowhere", None, options)
 
 
 def test_a_window_long_rows_and_other_architectures_are_refused(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_options_that_unsloth_does_not_go_with_are_named_at_once(monkeypatch: py
     monkeypatch.setattr(registry, "_has_cuda", lambda: True)
     options = TrainConfig(unsloth=True, gradient_checkpointing="selective", head_bits=8, offload_embeddings=True)
     with pytest.raises(UserError) as error:
-        registry.prepare("cuda", options)
+        registry.prepare("cuda", options, options)
     for part in ("full or off", "--head-bits", "--offload-embeddings"):
         assert part in str(error.value)
 

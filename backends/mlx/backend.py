@@ -29,7 +29,7 @@ from lite_dil.backends.mlx.load import (
 )
 from lite_dil.backends.mlx.lora import add_lora, linear_layers
 from lite_dil.backends.mlx.prefix import NoPrefix, Pass, Rows, arrays, wrap_layers
-from lite_dil.backends.options import LoadOptions
+from lite_dil.backends.options import EngineOptions, LoadOptions
 from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tolerance
 from lite_dil.backends.switch import switched
 from lite_dil.backends.types import OWN, Answer, MicroBatch, Sampling, StepResult, joined, never
@@ -39,6 +39,7 @@ from lite_dil.batching.layouts import plain, prefix
 from lite_dil.models import adapters
 from lite_dil.models.find import folder_of
 from lite_dil.models.logits import logit_transform
+from lite_dil.models.options import ModelOptions, ResolvedAdapter
 from lite_dil.objectives.loss import NOTHING, SUMS, Loss
 
 # What an unknown model's code raises where a cache is not what it expects.
@@ -52,8 +53,11 @@ class MLXBackend:
     name = "mlx"
     pads_attention = mx.metal.is_available()  # a GPU wants few large products, a CPU little work
 
-    def __init__(self, config: LoadOptions, model: str) -> None:
-        check_options("mlx", config)
+    def __init__(
+        self, options: ModelOptions, model: str, adapter_options: ResolvedAdapter | None, training: EngineOptions | None
+    ) -> None:
+        check_options("mlx", options, training)
+        config = LoadOptions.of(options, adapter_options, training)
         limit_memory()
         initial = adapters.read(config.init_adapter, load_tensors) if config.init_adapter else None
         self.model, self.config, bits = load(folder_of(model), model, config)

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-from lite_dil.backends.options import LoadOptions
+from lite_dil.backends.options import EngineOptions
 from lite_dil.base.errors import UserError, first_line, gather
 from lite_dil.models.find import cache_dir
+from lite_dil.models.options import ModelOptions
 
 FIX = 'pip install "lite-dil[unsloth]"'
 PACKAGES = ("unsloth", "unsloth_zoo")
@@ -30,18 +31,18 @@ FAILURES = (ImportError, NotImplementedError, RuntimeError, OSError, ValueError,
 KERNELS = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 
 
-def check(config: LoadOptions, backend: str) -> None:
+def check(options: ModelOptions, training: EngineOptions, backend: str) -> None:
     """Raise UserError where ``--unsloth`` does not go with the backend or with another option."""
     problems = []
     if backend != "cuda":
         problems.append(f"--unsloth is for the cuda backend; this run is on {backend}, leave it out")
-    if config.gradient_checkpointing == "selective":
+    if training.gradient_checkpointing == "selective":
         problems.append("--unsloth has its own gradient checkpointing, full or off, not selective")
-    if config.head_bits:
+    if options.head_bits:
         problems.append("--unsloth keeps the output head in 16 bits; leave out --head-bits")
-    if config.offload_activations:
+    if training.offload_activations:
         problems.append("--unsloth offloads activations by itself with full checkpointing; leave out --offload-activations")
-    if config.offload_embeddings:
+    if training.offload_embeddings:
         problems.append("--unsloth does not go with --offload-embeddings")
     if problems:
         raise UserError(gather(problems, "these options cannot be used:") if len(problems) > 1 else problems[0])

@@ -178,7 +178,7 @@ def _run(argv: list[str]) -> int:
     from lite_dil.backends.registry import prepare
 
     quiet.environment()
-    prepare(config.backend, config)
+    prepare(config.backend, config, config)
     quiet.bars()
     from lite_dil.cli.demo import MEASURED, show
     from lite_dil.cli.progress import Display

@@ -28,15 +28,18 @@ class Adapter:
     weights: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def fresh(shapes: dict[str, tuple[int, int]], rank: int, scale: float, seed: int) -> Adapter:
+def fresh(shapes: dict[str, tuple[int, int]], rank: int, scale: float, seed: int, own_name: str = "") -> Adapter:
     """Return a new adapter for layers of the given (out, in) shapes: A uniform in +-1/sqrt(in), B zero, as PEFT and mlx-lm do.
 
-    Drawn by numpy from the seed and the layer's name, so that every backend starts from the same numbers.
+    Drawn by numpy from the seed, the layer's name and its own name, so that every backend starts from the same numbers.
+
+    Args:
+        own_name: the adapter's; nothing for the policy's.
     """
-    weights = {}
+    weights, own = {}, [zlib.crc32(own_name.encode())] if own_name else []
     for name, (outputs, inputs) in shapes.items():
         bound = 1 / np.sqrt(inputs)
-        draw = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        draw = np.random.default_rng([seed, zlib.crc32(name.encode()), *own])
         a = draw.uniform(-bound, bound, (rank, inputs)).astype(np.float32)
         weights[name] = (a, np.zeros((outputs, rank), np.float32))
     return Adapter(rank, scale, weights)

@@ -95,7 +95,7 @@ def train(config: ResolvedConfig, display: Display, resume: Path | None = None, 
         display.say(chosen)
     registry.import_library(config.backend)
     before = peak_rss_mb()
-    backend = registry.load(config.backend, config, model)
+    backend = registry.load(config.backend, config, model, config, config)
     display.say(f"{config.model} on {backend.description}")
     if backend.layout_reason:
         display.say(backend.layout_reason)
