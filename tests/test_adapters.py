@@ -330,6 +330,10 @@ def test_a_state_of_other_adapters_is_refused(backend_name: str, tiny: str, tmp_
     other.add_adapter("rm", 2, 4.0)
     with pytest.raises(UserError, match="rm"):
         other.load_state(tmp_path)
+    backend.add_adapter("rm", 2, 4.0, head=Head(1))
+    backend.save_state(tmp_path)
+    with pytest.raises(UserError, match="head"):
+        other.load_state(tmp_path)
 
 
 # --- inference ---

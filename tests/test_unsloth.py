@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,8 +49,8 @@ def distribution(folder: Path, name: str, version: str, *requirements: str) -> N
 
 
 REQUIRE = """
-from lite_dil.backends import torch_unsloth
-from lite_dil.errors import UserError
+from lite_dil.backends.torch import unsloth as torch_unsloth
+from lite_dil.base.errors import UserError
 try:
     torch_unsloth.require()
 except UserError as error:
@@ -92,6 +94,27 @@ def test_the_command_imports_unsloth_before_transformers_and_says_why_it_fails(t
     code += "sys.stderr = sys.stdout; print(main(['train', '--unsloth', '--backend', 'cuda']), 'transformers' in sys.modules)"
     expected = "lite-dil: --unsloth: unsloth cannot be imported (this is no real unsloth)\n2 False"
     assert python(code, tmp_path) == expected
+
+
+def test_its_failures_are_told_apart_from_our_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        @staticmethod
+        def from_pretrained(*_: Any, **__: Any) -> Any:
+            raise KeyError("no such patch")
+
+    class OfOtherArguments:
+        @staticmethod
+        def from_pretrained(model: str) -> Any:
+            raise AssertionError(model)
+
+    monkeypatch.setattr(torch_unsloth, "check_model", lambda *_: None)
+    given = ("model", torch.float32, torch.device("cpu"), False, 64)
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=Broken))
+    with pytest.raises(UserError, match=r"--model model: cannot be loaded through unsloth .*no such patch"):
+        torch_unsloth.load(*given)
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=OfOtherArguments))
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        torch_unsloth.load(*given)
 
 
 @pytest.mark.parametrize("name", ["cpu", "mlx"])

@@ -204,7 +204,7 @@ def _slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, total, max(1, size)))
 
 
-def name_of(layer: LoraLayer) -> str | None:
+def _name_of(layer: LoraLayer) -> str | None:
     """Return the adapter that is on in this layer just now, by its name in PEFT, or None."""
     name = layer._active_adapter[0]
     return None if layer._disable_adapters or name not in layer.lora_A else name
@@ -214,7 +214,7 @@ def _now(layer: Any) -> tuple[Frozen, Adapter]:
     """Return a linear layer, adapted or not, and the adapter that is on in it just now."""
     if not isinstance(layer, LoraLayer):
         return Frozen(layer), NONE
-    name = name_of(layer)
+    name = _name_of(layer)
     if name is None:
         return Frozen(layer.base_layer), NONE
     a: Any = layer.lora_A[name]
@@ -229,7 +229,7 @@ def _drops(layer: Any) -> bool:
     """
     if not isinstance(layer, LoraLayer):
         return False
-    name = name_of(layer)
+    name = _name_of(layer)
     of = PEFT_POLICY if name in (None, PEFT_REFERENCE) else name
     return of in layer.lora_dropout and not isinstance(layer.lora_dropout[of], nn.Identity)
 
@@ -247,7 +247,7 @@ def _lora_forward(layer: Any) -> Callable[..., Tensor]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if _drops(layer):
             return stock(x, *args, **kwargs)
-        if name_of(layer) is None and PEFT_POLICY not in layer.lora_A:  # as before another adapter came to this layer
+        if _name_of(layer) is None and PEFT_POLICY not in layer.lora_A:  # as before another adapter came to this layer
             return layer.base_layer(x)
         frozen, adapter = _now(layer)
         return _LoRA.apply(x, frozen, *adapter)

@@ -17,6 +17,11 @@ from lite_dil.base.errors import UserError
 WEIGHTS, CONFIG, FORMAT = "head.safetensors", "head.json", 1
 
 
+def has_head(folder: Path) -> bool:
+    """Whether a head was saved there."""
+    return (folder / CONFIG).is_file()
+
+
 class ValueHead(nn.Module):
     """``W h + b`` for hidden states h; see `lite_dil.backends.types.Head`.
 
