@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from lite_dil.backends.options import EngineOptions, LoadOptions
+from lite_dil.backends.options import EngineOptions
 from lite_dil.base.errors import UserError, gather
+from lite_dil.models.options import ModelOptions
 
 CHECKPOINT_FROM = 10**9  # parameters from which gradient checkpointing is on unless said otherwise
 
 MAX_STRENGTH = 1.5  # of an adapter; far beyond what was trained a model falls apart
 
 
-def check_options(name: str, config: LoadOptions) -> None:
+def check_options(name: str, options: ModelOptions, training: EngineOptions | None) -> None:
     """Raise UserError for options that backend `name`, "cuda", "mlx" or "cpu", cannot honour; it need not be installed."""
+    problems = []
+    if name == "mlx" and options.dtype == "float16":
+        problems.append("--dtype float16 is for the cuda backend, which scales the loss for it; use bfloat16 with mlx")
+    if training is not None:
+        problems += _training_problems(name, training)
+    if problems:
+        heading = f"these options cannot be used with {name}:"
+        raise UserError(gather(problems, heading) if len(problems) > 1 else problems[0])
+
+
+def _training_problems(name: str, config: EngineOptions) -> list[str]:
     shared = "is for the cuda backend; on Apple silicon the GPU uses the computer's own memory already"
     needs_gpu = "is for the cuda backend: it needs a GPU"
     where = shared if name == "mlx" else needs_gpu
@@ -20,10 +32,9 @@ def check_options(name: str, config: LoadOptions) -> None:
         f"--offload-embeddings {where}": name != "cuda" and config.offload_embeddings,
     }
     if name == "mlx":
-        eight_bit, half, stock = config.optim == "paged_adamw_8bit", config.dtype == "float16", not config.fused_layers
+        eight_bit, stock = config.optim == "paged_adamw_8bit", not config.fused_layers
         refused |= {
             "--optim paged_adamw_8bit is for the cuda and cpu backends; use adamw with mlx": eight_bit,
-            "--dtype float16 is for the cuda backend, which scales the loss for it; use bfloat16 with mlx": half,
             "--layout packed is for the cuda and cpu backends; mlx has prefix": config.layout == "packed",
             "--no-fused-layers is for the cuda and cpu backends; mlx has no such layers, leave it out": stock,
         }
@@ -32,10 +43,7 @@ def check_options(name: str, config: LoadOptions) -> None:
             f"--layout prefix is for the mlx backend; {name} has packed, which shares prompts too": config.layout == "prefix",
             f"--compile is for the mlx backend; leave it out with {name}": config.compile is not None,
         }
-    problems = [text for text, given in refused.items() if given]
-    if problems:
-        heading = f"these options cannot be used with {name}:"
-        raise UserError(gather(problems, heading) if len(problems) > 1 else problems[0])
+    return [text for text, given in refused.items() if given]
 
 
 def checkpointing(config: EngineOptions, parameters: int) -> str:

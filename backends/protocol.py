@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lite_dil.backends.types import OWN, Answer, MicroBatch, Sampling, StepResult, never
+from lite_dil.backends.types import OWN, POLICY, Answer, Head, MicroBatch, Sampling, StepResult, never
 
 if TYPE_CHECKING:  # the command line's help comes from here too, and numpy takes longer than the rest of it
     import numpy as np
@@ -17,7 +17,11 @@ if TYPE_CHECKING:  # the command line's help comes from here too, and numpy take
 
 
 class Backend(Protocol):
-    """A frozen base model with a trainable LoRA adapter, and the reference that is the same model with the adapter off."""
+    """A frozen base model with named LoRA adapters, one of which is on at a time.
+
+    "policy" is the one that training starts with, and is on outside of any `using`. "reference" is what it is compared with:
+    the bare base, or a frozen adapter. Others are added under names of the caller's.
+    """
 
     name: str
     description: str  # device, dtype and quantisation, for people
@@ -26,11 +30,37 @@ class Backend(Protocol):
     layout_reason: str  # a sentence for people where auto could not take the sharing layout, else nothing
     identity: str  # what the reference's log-probs depend on beside the checkpoint: library, dtype, quantisation
 
+    def using(self, name: str) -> AbstractContextManager[None]:
+        """Compute as adapter `name` inside the block: "policy", "reference", or one that `add_adapter` added.
+
+        Afterwards, also after an exception, it is as before; blocks may be nested. Raises KeyError for an unknown name.
+        """
+
     def adapter_off(self) -> AbstractContextManager[None]:
-        """Make the model the reference inside the block, and the policy again after it, also after an exception."""
+        """Compute as the reference inside the block; short for `using("reference")`."""
+
+    def add_adapter(
+        self,
+        name: str,
+        rank: int,
+        alpha: float,
+        targets: str = "all-linear",
+        dropout: float = 0.0,
+        head: Head | None = None,
+    ) -> None:
+        """Put a fresh, trainable adapter on the same base.
+
+        Its first weights are drawn from the seed, the layer's name and its own name; a head starts at zero. The other adapters
+        and what is drawn in training stay as they are. Raises ValueError where the name is taken or cannot name a folder.
+
+        Args:
+            alpha: the adapter is scaled by alpha / rank.
+            targets: "all-linear", or the last parts of the layers' names, with commas.
+            head: what `scores` reads, trained with this adapter.
+        """
 
     def token_logps(self, batch: Batch) -> np.ndarray:
-        """Return log-probs of all response tokens under the policy (or the reference, inside `adapter_off`), without dropout.
+        """Return log-probs of all response tokens under the policy, or the adapter in `using`, without dropout.
 
         Shape (tokens,), float32, in nats, in the order of the batch's responses. Raises OutOfMemory, as `sequence_logps` and
         `generate` do, where the device does not hold it all at once and fewer examples may fit.
@@ -39,12 +69,21 @@ class Backend(Protocol):
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         """Like `token_logps`, summed over each response: shape (responses,)."""
 
-    def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float) -> StepResult:
-        """Take one AdamW step on the mean of `loss` over all examples of `passes`.
+    def scores(self, batch: Batch, adapter: str) -> np.ndarray:
+        """Return the outputs of an adapter's head, without dropout: (responses, outputs), or (tokens, outputs) of `EACH`.
+
+        float32, in the order of the batch's responses. Raises KeyError for an unknown name, ValueError where it has no head,
+        and OutOfMemory as `token_logps` does.
+        """
+
+    def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float, adapter: str = POLICY) -> StepResult:
+        """Take one AdamW step on the mean of `loss` over all examples of `passes`, for one adapter and its head alone.
 
         What the loss reads of the reference is computed where it is not given.
 
-        Raises OutOfMemory where the device does not hold it, with everything as it was before the step and its memory freed.
+        Raises OutOfMemory where the device does not hold it, with everything as it was before the step and its memory freed;
+        KeyError for an unknown name; ValueError for what cannot be trained: the reference, a model loaded for inference, or
+        an adapter without a head where the loss reads scores.
         """
 
     def generate(
@@ -93,14 +132,14 @@ class Backend(Protocol):
         For inference: `step` raises ValueError at any strength but 1. The reference and what is saved do not change.
         """
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write the policy's adapter in this library's own format."""
+    def save_adapter(self, folder: Path, adapter: str = POLICY) -> None:
+        """Write an adapter in this library's own format, and its head, where it has one, beside it."""
 
     def save_state(self, folder: Path) -> None:
-        """Write adapter, optimiser and random state, for `load_state`."""
+        """Write all adapters with their heads and optimisers, and the random state, for `load_state`."""
 
     def load_state(self, folder: Path) -> None:
-        """Go on exactly where `save_state` was called."""
+        """Go on exactly where `save_state` was called; the adapters must have been added as they were then."""
 
     def peak_memory_mb(self) -> float:
         """Return the peak so far in MiB: of the device's allocator, or of the process on a CPU."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from lite_dil.base.errors import UserError
 
 if TYPE_CHECKING:
-    from lite_dil.backends.options import LoadOptions
+    from lite_dil.backends.options import EngineOptions
     from lite_dil.backends.protocol import Backend
+    from lite_dil.models.options import ModelOptions, ResolvedAdapter
 
 INSTALL = {
     "cuda": 'pip install "lite-dil[cuda]"',
@@ -67,15 +68,15 @@ def auto_dtype(name: str, here: bool = True) -> str:
     return "float32" if name == "cpu" else "bfloat16"
 
 
-def prepare(name: str, config: LoadOptions) -> None:
+def prepare(name: str, options: ModelOptions, training: EngineOptions | None) -> None:
     """Import what must come before transformers, that is unsloth, if the run on backend `name` asks for it.
 
     Raises UserError where it cannot be used.
     """
-    if config.unsloth:
+    if training is not None and training.unsloth:
         from lite_dil.backends.torch import unsloth as torch_unsloth
 
-        torch_unsloth.check(config, name if name in ("cpu", "mlx") else resolve(name))
+        torch_unsloth.check(options, training, name if name in ("cpu", "mlx") else resolve(name))
         torch_unsloth.require()
 
 
@@ -84,13 +85,20 @@ def import_library(name: str) -> None:
     importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.backend")
 
 
-def load(name: str, config: LoadOptions, model: str) -> Backend:
-    """Load `model` (a folder or hub id) with a trainable adapter on backend `name`, "cuda", "cpu" or "mlx"."""
-    prepare(name, config)
+def load(
+    name: str, options: ModelOptions, model: str, adapter: ResolvedAdapter | None, training: EngineOptions | None
+) -> Backend:
+    """Load `model` (a folder or hub id) on backend `name`, "cuda", "cpu" or "mlx".
+
+    Args:
+        adapter: the policy's adapter; None for the bare base, which the policy then is.
+        training: how it is trained; None to load it for inference, with nothing of what training needs.
+    """
+    prepare(name, options, training)
     if name == "mlx":
         from lite_dil.backends.mlx.backend import MLXBackend
 
-        return MLXBackend(config, model)
+        return MLXBackend(options, model, adapter, training)
     from lite_dil.backends.torch.backend import TorchBackend
 
-    return TorchBackend(config, model, device=name)
+    return TorchBackend(options, model, adapter, training, device=name)

@@ -19,14 +19,20 @@ POLICY, REFERENCE = "policy", "reference"  # the adapter that training starts wi
 END, EACH = "end", "each"  # where a head reads
 
 
-class Head(NamedTuple):
+@dataclass(frozen=True)
+class Head:
     """A linear map from hidden states to `outputs` numbers, float32, on an adapter of its own.
 
     It reads the state at each response's last token (`END`), or at every response token (`EACH`), each token's own state and
-    not the one that predicts it."""
+    not the one that predicts it.
+    """
 
     outputs: int
     at: str = END
+
+    def __post_init__(self) -> None:
+        if self.outputs < 1 or self.at not in (END, EACH):
+            raise ValueError(f"{self}: expected at least 1 output, at {END!r} or {EACH!r}")
 
 
 class MicroBatch(NamedTuple):

@@ -260,7 +260,7 @@ def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict
         head_bits=job.head_bits,
         **_engine(job),
     ).resolved()
-    backend = registry.load(job.device, config, job.model)
+    backend = registry.load(job.device, config, job.model, config, config)
     criterion = Criterion(config, [example for step in steps for example in step])
     rate = config.learning_rate or 0.0
 

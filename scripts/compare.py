@@ -55,7 +55,7 @@ def compare(comparison: Comparison) -> bool:
     from lite_dil.backends.registry import prepare
 
     first = next(iter(comparison.configs.values()))
-    prepare(first.backend, first)
+    prepare(first.backend, first, first)
     quiet_bars()
     from compare_report import report
 

@@ -104,7 +104,7 @@ def measure(config: ResolvedConfig, load: Load) -> Measured:
     peak = {"cpu": peak_bytes, "cuda": cuda_peak_bytes, "mlx": mlx_peak_bytes}[name]
     gc.collect()
     before = peak(nothing)
-    backend = registry.load(name, config, resolve_model(config.model))
+    backend = registry.load(name, config, resolve_model(config.model), config, config)
     shape, resolved = read_shape(config.model), replace(config, layout=backend.layout)
     if name == "mlx":
         of_step = MLXStep(resolved, shape, backend.dtype_name, load, metal=platform.system() == "Darwin")

@@ -201,7 +201,8 @@ def config(**changes: object) -> ResolvedConfig:
 
 def load(name: str, model: str, **changes: object) -> Backend:
     """A backend on a tiny model."""
-    return registry.load(name, config(**changes), model)
+    made = config(**changes)
+    return registry.load(name, made, model, made, made)
 
 
 def criterion(**changes: object) -> Criterion:

@@ -43,7 +43,7 @@ def set_adapter(backend: Any, values: Adapter) -> None:
 
         backend.model.update(tree_unflatten([(name, mx.array(value)) for name, value in values.items()]))
     else:
-        set_parameters(backend._policy_parameters(), values)
+        set_parameters(backend.adapters["policy"].weights, values)
 
 
 def step_gradients(
@@ -71,9 +71,9 @@ def step_gradients(
         return result, taken
 
     def hook(*_: Any) -> None:
-        taken.update({common_name(name): p.grad.numpy().T.copy() for name, p in backend._policy_parameters().items()})
+        taken.update({common_name(name): p.grad.numpy().T.copy() for name, p in backend.adapters["policy"].weights.items()})
 
-    handle = backend.optimizer.register_step_pre_hook(hook)
+    handle = backend.adapters["policy"].optimizer.register_step_pre_hook(hook)
     try:
         result = one_step(backend, batches, criterion, 0.0, baseline=baseline)
     finally:

@@ -21,7 +21,7 @@ def adapter(backend: Any) -> dict[str, np.ndarray]:
 
         return {name: np.array(value) for name, value in tree_flatten(backend.model.trainable_parameters())}
     named = {}
-    for name, value in backend._policy_parameters().items():
+    for name, value in backend.adapters["policy"].weights.items():
         name = name.removeprefix("base_model.model.").replace(".default.weight", "")
         named[name.replace("lora_A", "lora_a").replace("lora_B", "lora_b")] = value.detach().numpy().T.copy()
     return named

@@ -75,10 +75,10 @@ def measure(backend: Any) -> dict[str, np.ndarray]:
     gradients: dict[str, np.ndarray] = {}
 
     def keep(*_: Any) -> None:
-        named = backend._policy_parameters().items()
+        named = backend.adapters["policy"].weights.items()
         gradients.update({name: parameter.grad.float().cpu().numpy().copy() for name, parameter in named})
 
-    backend.optimizer.register_step_pre_hook(keep)
+    backend.adapters["policy"].optimizer.register_step_pre_hook(keep)
     losses = criterion(loss="dpo", beta=0.5)
     for step in range(2):  # in the first one B is 0, and so is the gradient of A
         result = one_step(backend, [data], losses, 1e-2)
@@ -103,14 +103,14 @@ def make(model: str, device: str = "cpu", half: bool = False, **changes: Any) ->
     from lite_dil.backends.torch import backend as module
 
     name = "_dtype" if hasattr(module, "_dtype") else "compute_dtype"
-    before = getattr(module, name)
+    before, options = getattr(module, name), config(**changes)
     if half:
         setattr(module, name, lambda *_: torch.float16)
     try:
-        backend = module.TorchBackend(config(**changes), model, device)
+        backend = module.TorchBackend(options, model, options, options, device)
     finally:
         setattr(module, name, before)
-    backend.scaler = torch.amp.GradScaler(device, enabled=False)
+    backend.adapters["policy"].scaler = torch.amp.GradScaler(device, enabled=False)
     return backend
 
 

@@ -16,9 +16,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.optimizers import Optimizer
 
-from lite_dil.backends.mlx.heads import ScoreHead, check_head
 from lite_dil.backends.mlx.load import output_head
 from lite_dil.backends.mlx.lora import LoRALinear, Shared, linear_layers, shape_of
+from lite_dil.backends.mlx.score_head import ScoreHead
 from lite_dil.backends.types import POLICY, REFERENCE, Head
 from lite_dil.base.streams import dropout_key, named
 from lite_dil.models.adapters import Adapter
@@ -102,7 +102,6 @@ class Adapters:
             raise ValueError(f"adapter {name!r} is there already; take another name")
         if not re.fullmatch(r"[\w-]+", name):
             raise ValueError(f"adapter {name!r}: expected letters, digits, _ and -; it names a folder too")
-        check_head(head)
         shared = Shared()
         layers = {
             path: LoRALinear(self._sites[path].bare, a, b, adapter.scale, dropout, shared, index)

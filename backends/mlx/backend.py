@@ -31,7 +31,7 @@ from lite_dil.backends.mlx.load import (
     set_dtype,
 )
 from lite_dil.backends.mlx.prefix import Pass, Rows, applied_windows, wrap_layers
-from lite_dil.backends.options import LoadOptions
+from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tolerance
 from lite_dil.backends.types import OWN, POLICY, REFERENCE, Answer, Head, MicroBatch, Sampling, StepResult, joined, never
 from lite_dil.base.errors import UserError
@@ -40,8 +40,10 @@ from lite_dil.batching.layouts import plain, prefix
 from lite_dil.models import adapters
 from lite_dil.models.find import folder_of
 from lite_dil.models.logits import logit_transform
+from lite_dil.models.options import ModelOptions, ResolvedAdapter
 from lite_dil.objectives.loss import NOTHING, SCORES, SUMS, Loss
 
+INFERENCE = EngineOptions(layout="plain", gradient_checkpointing="off")
 COMPILED_MULTIPLE = 64  # tokens; shapes must repeat, or the step is compiled anew for every batch
 
 
@@ -51,35 +53,42 @@ class MLXBackend:
     name = "mlx"
     pads_attention = mx.metal.is_available()  # a GPU wants few large products, a CPU little work
 
-    def __init__(self, config: LoadOptions, model: str) -> None:
-        check_options("mlx", config)
+    def __init__(
+        self, options: ModelOptions, model: str, adapter: ResolvedAdapter | None, training: EngineOptions | None
+    ) -> None:
+        check_options("mlx", options, training)
+        self.training, engine = training, training or INFERENCE
         limit_memory()
-        initial = adapters.read(config.init_adapter, load_tensors) if config.init_adapter else None
-        self.model, self.config, bits = load(folder_of(model), model, config)
-        self.dtype = set_dtype(self.model, config.dtype, pre_quantised=bool(bits))
+        initial = adapters.read(adapter.init_adapter, load_tensors) if adapter and adapter.init_adapter else None
+        self.model, self.config, bits = load(folder_of(model), model, options)
+        self.dtype = set_dtype(self.model, options.dtype, pre_quantised=bool(bits))
         self.dtype_name = str(self.dtype).removeprefix("mlx.core.")
-        self.model, quantised = quantise(self.model, self.config, config, model, bits)
+        self.model, quantised = quantise(self.model, self.config, options, model, bits)
         mx.eval(self.model.parameters())
         parameters = sum(
             value.size * (32 // BITS if value.dtype == mx.uint32 else 1) for _, value in tree_flatten(self.model.parameters())
         )
-        self.seed, self.weight_decay, self.max_grad_norm = config.seed, config.weight_decay, config.max_grad_norm
+        self.seed = adapter.seed if adapter else 0
+        self.weight_decay, self.max_grad_norm = engine.weight_decay, engine.max_grad_norm
         self.adapters = Adapters(self.model, model, self._new_optimizer)
-        adapter = adapters.choose(config, self.adapters.shapes, initial, model)
-        self.adapters.add(POLICY, adapter, config.lora_dropout or 0.0)
-        if config.reference == "initial-adapter":
-            self.adapters.add(REFERENCE, adapter)
+        if adapter is None:  # the policy is the bare base
+            self.adapters.add(POLICY, adapters.Adapter(0, 1.0, {}))
+        else:
+            first = adapters.choose(adapter, self.adapters.shapes, initial, model)
+            self.adapters.add(POLICY, first, adapter.lora_dropout)
+            if adapter.reference == "initial-adapter":
+                self.adapters.add(REFERENCE, first)
         self.adapters.switch_to(POLICY)
         self.transform = logit_transform(self.config)
         self.vocabulary = output_head(self.model)[1].weight.shape[0]
-        wrap_layers(self.model, checkpointing(config, parameters))
-        self.compile = mx.metal.is_available() if config.compile is None else config.compile
+        wrap_layers(self.model, checkpointing(engine, parameters))
+        self.compile = mx.metal.is_available() if engine.compile is None else engine.compile
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self.layout, self.layout_reason, self.head_axes = "plain", "", 1
         self.model.eval()
-        check_windows(self.config, applied_windows(self.model), config.max_length, model)
+        check_windows(self.config, applied_windows(self.model), engine.max_length, model)
         self._check_head(model)
-        self._choose_layout(config, model)
+        self._choose_layout(engine.layout, model)
         device = "Metal" if mx.metal.is_available() else "CPU"
         self.identity = f"mlx {self.dtype_name} {quantised}".strip()
         self.description = ", ".join(filter(None, [f"mlx ({device})", self.dtype_name, quantised, f"{self.layout} layout"]))
@@ -134,6 +143,10 @@ class MLXBackend:
         """Take one AdamW step of an adapter, and of its head, on the mean loss over all examples of `passes`."""
         if adapter == REFERENCE:
             raise ValueError("the reference is never trained")
+        if self.training is None:
+            raise ValueError("the model was loaded for inference; load it with options of training")
+        if not self.adapters[adapter].layers:
+            raise ValueError(f"adapter {adapter!r} is the bare base; there is nothing to train")
         if adapter == POLICY:
             check_trains(self.strength)
         optimizer, examples = self.adapters[adapter].optimizer, sum(one.batch.examples for one in passes)
@@ -322,9 +335,9 @@ class MLXBackend:
         head = output_head(self.model)[1]
         return head(hidden) if "lm_head" in causal_lm(self.model) else head.as_linear(hidden)
 
-    def _choose_layout(self, config: LoadOptions, model: str) -> None:
+    def _choose_layout(self, asked: str, model: str) -> None:
         """Take the prefix layout where it agrees with the plain one on a few tokens, and say why not elsewhere."""
-        if config.layout == "plain":
+        if asked == "plain":
             return
         batch = layout_probe(self.vocabulary)
         expected = self.token_logps(batch)
@@ -339,7 +352,7 @@ class MLXBackend:
                 reason = reason or str(error)
         self.layout = "plain"
         self.layout_reason = f"plain layout: {reason}"
-        if config.layout == "prefix":
+        if asked == "prefix":
             raise UserError(f"--layout prefix cannot be had for {model}: {reason}; use --layout plain")
 
     def _check_head(self, model: str) -> None:

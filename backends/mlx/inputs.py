@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from lite_dil.backends.mlx.heads import states_read
 from lite_dil.backends.mlx.prefix import arrays
+from lite_dil.backends.mlx.score_head import states_read
 from lite_dil.backends.types import EACH, Head
 from lite_dil.batching.layouts import Layout, Plain, Prefix
 

@@ -11,9 +11,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from lite_dil.backends.mlx.adapters import HEAD, Adapters
 from lite_dil.backends.types import POLICY
+from lite_dil.base.errors import UserError
 from lite_dil.base.files import create, make_folder, write
+from lite_dil.base.formats import HEAD as HEAD_FORMAT
+from lite_dil.base.formats import KEY, check_format
 
-FORMAT = 1  # of head.json and random.json
+FORMAT = 1  # of random.json
 _OLD = "state.safetensors"  # the policy's adapter and optimiser, and passes, of runs from when there was but one adapter
 
 
@@ -28,7 +31,7 @@ def save_adapter(folder: Path, adapters: Adapters, name: str) -> None:
     _write_json(folder / "adapter_config.json", named.settings)
     if named.head is not None:
         _write(folder / "head.safetensors", head)
-        _write_json(folder / "head.json", {"format": FORMAT, **named.head.spec._asdict()})
+        _write_json(folder / "head.json", {KEY: HEAD_FORMAT, **named.head.described()})
 
 
 def save_state(folder: Path, adapters: Adapters) -> None:
@@ -37,15 +40,13 @@ def save_state(folder: Path, adapters: Adapters) -> None:
         own = folder / "adapters" / named.name
         save_adapter(own, adapters, named.name)
         _write(own / "optimizer.safetensors", named.optimizer.state)
-    _write_json(
-        folder / "random.json", {"format": FORMAT, "passes": {each.name: each.passes for each in adapters.trainable()}}
-    )
+    _write_json(folder / "random.json", {KEY: FORMAT, "passes": {each.name: each.passes for each in adapters.trainable()}})
 
 
 def load_state(folder: Path, adapters: Adapters) -> None:
     """Go on where `save_state` was called: `adapters` must have the same adapters and heads.
 
-    Raises ValueError where it has others.
+    Raises UserError where it has others.
     """
     if (folder / _OLD).is_file():
         state = _read(folder / _OLD)
@@ -55,11 +56,11 @@ def load_state(folder: Path, adapters: Adapters) -> None:
         saved = {name: (*_read_adapter(folder / "adapters" / name), number) for name, number in passes.items()}
     here = {each.name for each in adapters.trainable()}
     if saved.keys() != here:
-        raise ValueError(
-            f"{folder}: it holds the adapters {sorted(saved)}, and there are {sorted(here)}; add the same ones first"
-        )
+        raise UserError(f"{folder} holds the adapters {', '.join(sorted(saved))}; this model has {', '.join(sorted(here))}")
     for name, (weights, optimizer, number) in saved.items():
         named = adapters[name]
+        if named.head is not None:
+            _check_head(folder / "adapters" / name, named.head.described())
         with adapters.using(name):
             _check(folder, name, adapters.model.trainable_parameters(), weights)
             adapters.model.update(weights)
@@ -75,10 +76,19 @@ def _read_adapter(folder: Path) -> tuple[Any, Any]:
 
 
 def _check(folder: Path, name: str, here: Any, saved: Any) -> None:
-    """Raise ValueError unless an adapter has the same arrays here: MLX itself takes any shape, and what is missing."""
+    """Raise UserError unless an adapter has the same arrays here: MLX itself takes any shape, and what is missing."""
     shapes = [{path: value.shape for path, value in tree_flatten(tree)} for tree in (here, saved)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"{folder}: adapter {name!r} is another one there: its rank, targets or head differ")
+        raise UserError(f"{folder}: adapter {name!r} is another one there: its rank, targets or head differ")
+
+
+def _check_head(folder: Path, here: dict[str, object]) -> None:
+    """Raise UserError unless the head that was saved reads the same states."""
+    file = folder / "head.json"
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    check_format(saved, HEAD_FORMAT, f"the head in {folder}")
+    if {name: saved.get(name) for name in here} != here:
+        raise UserError(f"{folder}: its head is {saved}; this one is {here}")
 
 
 def _read(path: Path) -> Any:

@@ -3,6 +3,8 @@
 The base is frozen, so no gradient of its weights is ever made, and stock modules keep much that can be had again for next to
 nothing: float32 copies inside the norms, a second copy of each input for the adapter, the product of gate and up. `install`
 replaces the forward of the modules it knows, checks each kind against the stock module, and leaves all others as they are.
+
+Which adapter is on is asked at each forward. What the backward pass needs of it is taken then: by that time another may be on.
 """
 
 from __future__ import annotations
@@ -17,21 +19,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lite_dil.backends.torch.lora import PEFT_POLICY, PEFT_REFERENCE
+
 TILE_ELEMENTS = 2**25  # of one intermediate (tokens, width) array where an MLP is computed again: 64 MiB of bfloat16
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen linear layer, perhaps packed to 4 bits, and PEFT's layer around it, where there is an adapter."""
+    """A frozen linear layer, perhaps packed to 4 bits, and the scale of the adapter that is on it in this pass."""
 
     layer: Any
-    lora: LoraLayer | None = None
-
-    @property
-    def scale(self) -> float:
-        """The scale of the adapter that is switched on just now."""
-        assert self.lora is not None
-        return self.lora.scaling[self.lora._active_adapter[0]]
+    scale: float = 0.0
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """Return the (out, in) weight, unpacked."""
@@ -206,46 +204,74 @@ def _slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, total, max(1, size)))
 
 
-def adapter_of(layer: Any) -> Adapter:
-    """Return the A and B that are switched on just now, or two None."""
-    if not isinstance(layer, LoraLayer) or layer._disable_adapters:
-        return NONE
+def _name_of(layer: LoraLayer) -> str | None:
+    """Return the adapter that is on in this layer just now, by its name in PEFT, or None."""
     name = layer._active_adapter[0]
+    return None if layer._disable_adapters or name not in layer.lora_A else name
+
+
+def _now(layer: Any) -> tuple[Frozen, Adapter]:
+    """Return a linear layer, adapted or not, and the adapter that is on in it just now."""
+    if not isinstance(layer, LoraLayer):
+        return Frozen(layer), NONE
+    name = _name_of(layer)
+    if name is None:
+        return Frozen(layer.base_layer), NONE
     a: Any = layer.lora_A[name]
     b: Any = layer.lora_B[name]
-    return a.weight, b.weight
+    return Frozen(layer.base_layer, layer.scaling[name]), (a.weight, b.weight)
 
 
-def _frozen(layer: Any) -> Frozen | None:
-    """Describe a linear layer, adapted or not, or return None where it is more than that."""
+def _drops(layer: Any) -> bool:
+    """Whether the adapter that is on has a dropout, which is PEFT's to compute.
+
+    The base and the frozen initial adapter go the policy's way, so that their log-probs can be compared to the last bit.
+    """
     if not isinstance(layer, LoraLayer):
-        return Frozen(layer) if _is_linear(layer) else None
-    names = set(layer.lora_A)
-    dropout = any(not isinstance(module, nn.Identity) for module in layer.lora_dropout.values())
-    if dropout or not _is_linear(layer.base_layer) or len({layer.scaling[name] for name in names}) != 1:
-        return None
-    return Frozen(layer.base_layer, layer)
+        return False
+    name = _name_of(layer)
+    of = PEFT_POLICY if name in (None, PEFT_REFERENCE) else name
+    return of in layer.lora_dropout and not isinstance(layer.lora_dropout[of], nn.Identity)
 
 
 def _is_linear(layer: Any) -> bool:
+    layer = layer.base_layer if isinstance(layer, LoraLayer) else layer
     if type(layer) is nn.Linear:
         return True
     return type(layer).__name__ == "Linear4bit" and type(layer).__module__.startswith("bitsandbytes")
 
 
-def _lora_forward(layer: Any, frozen: Frozen) -> Callable[..., Tensor]:
-    def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        return _LoRA.apply(x, frozen, *adapter_of(layer))
+def _lora_forward(layer: Any) -> Callable[..., Tensor]:
+    stock = layer.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if _drops(layer):
+            return stock(x, *args, **kwargs)
+        if _name_of(layer) is None and PEFT_POLICY not in layer.lora_A:  # as before another adapter came to this layer
+            return layer.base_layer(x)
+        frozen, adapter = _now(layer)
+        return _LoRA.apply(x, frozen, *adapter)
 
     return forward
 
 
-def _mlp_forward(module: Any, mlp: GatedMLP) -> Callable[[Tensor], Tensor]:
+def _mlp_forward(module: Any, activation: str, recompute: bool) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        parts = (module.gate_proj, module.up_proj, module.down_proj)
-        return _GatedMLP.apply(x, mlp, *(tensor for part in parts for tensor in adapter_of(part)))
+        gate, up, down = map(_now, (module.gate_proj, module.up_proj, module.down_proj))
+        return _GatedMLP.apply(x, GatedMLP(gate[0], up[0], down[0], activation, recompute), *gate[1], *up[1], *down[1])
 
     return forward
+
+
+def _or_stock(module: Any, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a forward that is the MLP's own where the adapter that is on has a dropout in it."""
+    stock = module.forward
+
+    def choose(x: Tensor) -> Tensor:
+        drops = any(map(_drops, (module.gate_proj, module.up_proj, module.down_proj)))
+        return stock(x) if drops else forward(x)
+
+    return choose
 
 
 def _norm_forward(module: Any, eps: float, gemma: bool) -> Callable[[Tensor], Tensor]:
@@ -265,14 +291,12 @@ def _activation(module: Any) -> str | None:
     return None
 
 
-def _gated_mlp(module: Any, recompute: bool) -> GatedMLP | None:
+def _gated_activation(module: Any) -> str | None:
+    """Return the activation of a gated MLP of plain linear layers, or None where a module is something else."""
     if [name for name, _ in module.named_children()] != ["gate_proj", "up_proj", "down_proj", "act_fn"]:
         return None
-    gate, up, down = _frozen(module.gate_proj), _frozen(module.up_proj), _frozen(module.down_proj)
-    activation = _activation(module.act_fn)
-    if gate is None or up is None or down is None or activation is None:
-        return None
-    return GatedMLP(gate, up, down, activation, recompute)
+    linear = all(map(_is_linear, (module.gate_proj, module.up_proj, module.down_proj)))
+    return _activation(module.act_fn) if linear else None
 
 
 def _norm(module: Any) -> tuple[float, bool] | None:
@@ -290,32 +314,40 @@ def _norm(module: Any) -> tuple[float, bool] | None:
 
 
 @torch.no_grad()
-def install(decoder: nn.Module, dtype: torch.dtype, recompute_mlp: bool) -> set[int]:
+def install(decoder: nn.Module, dtype: torch.dtype, recompute_mlp: bool) -> None:
     """Replace the forward of what is known in `decoder`, which computes in `dtype`.
 
-    Returns the ids of the MLPs that now are computed again for the backward pass where `recompute_mlp` asks for it. A module
-    of an unknown kind, or one that does not compute what its kind does, keeps its own forward.
+    A module of an unknown kind, or one that does not compute what its kind does, keeps its own forward. So does, for as long
+    as it is on, an adapter with dropout.
+
+    Args:
+        recompute_mlp: keep an MLP's input alone, and compute its inside again for the backward pass. Where an MLP keeps its
+            own forward, doing that is the caller's.
     """
-    recomputed = set()
+    decoder.eval()  # a dropout would make them differ
     same: dict[type, bool] = {}  # the layers of a model compute alike, and unpacking 4 bits takes a while
     modules: list[Any] = list(decoder.modules())
     for module in modules:
-        if isinstance(module, LoraLayer):
-            layer: Any = module
-            if (frozen := _frozen(layer)) is not None:
-                layer.forward = _lora_forward(layer, frozen)
-        elif hasattr(module, "gate_proj"):
-            if (mlp := _gated_mlp(module, recompute_mlp)) is None:
+        if hasattr(module, "gate_proj"):
+            if (activation := _gated_activation(module)) is None:
                 continue
-            forward, kind = _mlp_forward(module, mlp), type(module)
+            forward, kind = _mlp_forward(module, activation, recompute_mlp), type(module)
             if kind not in same:
-                same[kind] = _same(module, forward, mlp.gate.layer.in_features, dtype)
+                base = _now(module.gate_proj)[0].layer
+                same[kind] = _same(module, forward, base.in_features, dtype)
             if same[kind]:
-                module.forward = forward
-                recomputed.add(id(module))
+                module.forward = _or_stock(module, forward)
         elif type(module).__name__.endswith("RMSNorm") and (norm := _norm(module)) is not None:
             module.forward = _norm_forward(module, *norm)
-    return recomputed
+    install_lora(decoder)
+
+
+def install_lora(decoder: nn.Module) -> None:
+    """Replace the forward of the adapted layers that have their own one still: of all, or those that an adapter added."""
+    layers: list[Any] = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        if "forward" not in vars(layer) and _is_linear(layer):
+            layer.forward = _lora_forward(layer)
 
 
 def _same(module: Any, forward: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype) -> bool:

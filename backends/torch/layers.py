@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lite_dil.backends.torch import packed_attention as torch_packed
+from lite_dil.backends.torch.lora import Switch
 from lite_dil.base.errors import UserError
 
 
@@ -60,12 +61,15 @@ class _Again(torch.autograd.Function):
     """Runs a function without keeping anything but its input, and runs it again, with gradients, in the backward pass.
 
     Gradients of parameters go straight to their ``.grad``. Unlike torch's own checkpoint the input can be offloaded, and the
-    packed row that the function ran in is there again.
+    packed row that the function ran in is there again, as is the adapter that was on.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], config: Any, store: HostStore | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], config: Any, switch: Switch, store: HostStore | None
+    ) -> Tensor:
         ctx.run, ctx.config, ctx.row, ctx.store = run, config, torch_packed.active(), store
+        ctx.switch, ctx.adapter = switch, switch.on
         ctx.random = torch.get_rng_state(), torch.cuda.get_rng_state() if x.is_cuda else None
         if store is None:
             ctx.save_for_backward(x)
@@ -78,17 +82,18 @@ class _Again(torch.autograd.Function):
         x = ctx.saved_tensors[0] if ctx.store is None else ctx.store.get(ctx.number)
         x = x.detach().requires_grad_()
         devices = [x.device] if x.is_cuda else []
-        with torch.random.fork_rng(devices), torch_packed.computing(ctx.config, ctx.row), torch.enable_grad():
+        computing, using = torch_packed.computing(ctx.config, ctx.row), ctx.switch.using(ctx.adapter)
+        with torch.random.fork_rng(devices), computing, using, torch.enable_grad():
             host, device = ctx.random  # the same dropout again
             torch.set_rng_state(host)
             if device is not None:
                 torch.cuda.set_rng_state(device)
             out = ctx.run(x)
         torch.autograd.backward(out, grads[0])
-        return x.grad, None, None, None
+        return x.grad, None, None, None, None
 
 
-def again(module: Any, config: Any, store: HostStore | None = None) -> None:
+def again(module: Any, config: Any, switch: Switch, store: HostStore | None = None) -> None:
     """Make `module` keep only its first argument for the backward pass; `config` is the decoder's."""
     forward = module.forward
 
@@ -108,7 +113,7 @@ def again(module: Any, config: Any, store: HostStore | None = None) -> None:
             # Only the first argument's gradient would come back.
             raise UserError(f"--gradient-checkpointing: {type(module).__name__} takes more than one input with a gradient")
         # The first layer's input comes from a frozen table; what needs no gradient would have no backward pass.
-        out = _Again.apply(x if x.requires_grad else x.detach().requires_grad_(), run, config, store)
+        out = _Again.apply(x if x.requires_grad else x.detach().requires_grad_(), run, config, switch, store)
         return out if rest is None else (out, *rest)
 
     module.forward = call
@@ -124,7 +129,7 @@ def layers_of(decoder: nn.Module) -> nn.ModuleList | None:
 def skip_unread(decoder: Any, last_layer: Any) -> None:
     """Where a row is packed, compute the last layer's MLP and the last norm only for positions that are read.
 
-    The MLP's rows that nobody reads become 0; the decoder then returns (1, tokens, width), a hidden state a response token.
+    The MLP's rows that nobody reads become 0; the decoder then returns (1, n, width), the hidden states that the row asks for.
     """
     mlp: Any = getattr(last_layer, "mlp", None)
     if isinstance(mlp, nn.Module):
@@ -142,7 +147,7 @@ def skip_unread(decoder: Any, last_layer: Any) -> None:
 
     def normed(x: Tensor) -> Tensor:
         row = torch_packed.active()
-        return norm(x if row is None else x[:, row.hidden_index])
+        return norm(x if row is None else x[:, row.index])
 
     decoder.norm.forward = normed
 

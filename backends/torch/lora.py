@@ -1,82 +1,121 @@
-"""PEFT's LoRA on a model of transformers, and the switch between policy and reference."""
+"""PEFT's LoRA on a model of transformers, and the switch between the adapters."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from lite_dil.backends.options import LoadOptions
 from lite_dil.backends.torch import unsloth as torch_unsloth
-from lite_dil.backends.torch.load import linear_layers, set_weights, target_names
+from lite_dil.backends.torch.load import set_weights, target_names
+from lite_dil.backends.types import POLICY, REFERENCE
 from lite_dil.models import adapters
 
-POLICY, REFERENCE = "default", "reference"
+PEFT_POLICY, PEFT_REFERENCE = "default", "reference"
+
+
+def peft_name(name: str) -> str:
+    """Return an adapter's name inside PEFT.
+
+    The caller's names are marked: PEFT looks for them in the names of weights, where one like "mlp" would find much else.
+    """
+    return {POLICY: PEFT_POLICY, REFERENCE: PEFT_REFERENCE}.get(name, f"added_{name}")
 
 
 class Switch:
-    """What all the adapted layers of a model share: whether it is the reference just now, and how strong the policy is.
+    """Which adapter all the adapted layers of a model compute with, and how strong the policy is.
 
-    Args:
-        own_reference: whether the reference is an adapter of its own, and not the bare base.
+    Attributes:
+        names: the adapters by their names, each with its name inside PEFT; None is the bare base.
+        on: the name of the one that is on.
     """
 
-    def __init__(self, model: Any, own_reference: bool) -> None:
-        self.layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        self.own_reference = own_reference
-        self.scale: float = self.layers[0].scaling[POLICY]
-        self.reference, self.strength = False, 1.0
+    def __init__(self) -> None:
+        self.layers: list[LoraLayer] = []
+        self.names: dict[str, str | None] = {POLICY: None, REFERENCE: None}
+        self.on, self.strength, self.scale = POLICY, 1.0, 1.0
 
-    def set_reference(self, on: bool) -> None:
-        """Make the model the reference, or the policy again."""
-        # PEFT's own disable_adapter() also rewrites requires_grad and costs 31 ms over 210 layers; this is what it flips.
-        self.reference = on
-        other = on and self.own_reference
-        # A strength of 0 is switched off, not multiplied: 0 * inf would be NaN.
-        off = not other and (on or self.strength == 0)
-        for layer in self.layers:
-            if self.own_reference:
-                layer._active_adapter = [REFERENCE if on else POLICY]
-            layer._disable_adapters = off
+    def add(self, model: Any, name: str) -> None:
+        """Take over an adapter that was put on the model; the one that is on stays on."""
+        self.layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self.names[name] = peft_name(name)
+        if name == POLICY:
+            self.scale = self.layers[0].scaling[PEFT_POLICY]
+        self._set(self.on)
+
+    def using(self, name: str) -> AbstractContextManager[None]:
+        """Compute as adapter `name` inside the block, and as before after it. Raises KeyError for an unknown name."""
+        if name not in self.names:
+            raise KeyError(name)
+        return self._using(name)
+
+    @contextmanager
+    def _using(self, name: str) -> Iterator[None]:
+        before = self.on
+        if name != before:
+            self._set(name)
+        try:
+            yield
+        finally:
+            if self.on != before:
+                self._set(before)
 
     def set_strength(self, value: float) -> None:
         """Multiply the policy's adapter."""
         self.strength = value
         for layer in self.layers:
-            layer.scaling[POLICY] = self.scale * value
-        self.set_reference(self.reference)
+            if PEFT_POLICY in layer.scaling:
+                layer.scaling[PEFT_POLICY] = self.scale * value
+        self._set(self.on)
+
+    def _set(self, name: str) -> None:
+        # PEFT's own disable_adapter() also rewrites requires_grad and costs 31 ms over 210 layers; this is what it flips.
+        self.on = name
+        inside = self.names[name]
+        # A strength of 0 is switched off, not multiplied: 0 * inf would be NaN.
+        off = inside is None or (inside == PEFT_POLICY and self.strength == 0)
+        for layer in self.layers:
+            if inside is not None:
+                layer._active_adapter = [inside]
+            layer._disable_adapters = off
 
 
-def add_lora(base: Any, config: LoadOptions, model: str, initial: adapters.Adapter | None, checkpointing: str) -> Any:
-    """Put the policy's adapter, and the frozen initial one where it is the reference, on the base.
+def add_lora(model: Any, name: str, adapter: adapters.Adapter, dropout: float) -> PeftModel:
+    """Put an adapter on the base, or beside those that are there."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = LoraConfig(**_settings(base, adapter), lora_dropout=dropout, inference_mode=name == REFERENCE)
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5 for an attribute by its old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        if isinstance(model, PeftModel):
+            model.add_adapter(peft_name(name), config)
+        else:
+            model = get_peft_model(model, config, adapter_name=peft_name(name))
+    set_weights(model, peft_name(name), adapter)
+    return model
+
+
+def add_unsloth_lora(base: Any, adapter: adapters.Adapter, dropout: float, checkpointing: str, seed: int) -> Any:
+    """Put the policy's adapter on a base of unsloth's, whose layers compute again for the backward pass by themselves.
 
     Args:
-        checkpointing: "off", "selective" or "full", for unsloth, whose layers do it themselves.
+        checkpointing: "off" or "full".
     """
-    adapter = adapters.choose(config, linear_layers(base), initial, model)
-    settings: dict[str, Any] = {
+    rank, alpha, targets = (_settings(base, adapter)[name] for name in ("r", "lora_alpha", "target_modules"))
+    model = torch_unsloth.adapt(base, rank, alpha, targets, dropout, checkpointing, seed)
+    set_weights(model, PEFT_POLICY, adapter)
+    return model
+
+
+def _settings(base: Any, adapter: adapters.Adapter) -> dict[str, Any]:
+    return {
         "r": adapter.rank,
         "lora_alpha": adapter.scale * adapter.rank,
         "target_modules": target_names(base, set(adapter.weights)),
         "bias": "none",
         "task_type": "CAUSAL_LM",
     }
-    base.name_or_path = model
-    dropout = config.lora_dropout or 0.0
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5 for an attribute by its old name.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        if config.unsloth:
-            rank, alpha, targets = (settings[name] for name in ("r", "lora_alpha", "target_modules"))
-            adapted = torch_unsloth.adapt(base, rank, alpha, targets, dropout, checkpointing, config.seed)
-        else:
-            adapted = get_peft_model(base, LoraConfig(**settings, lora_dropout=dropout))
-    set_weights(adapted, POLICY, adapter)
-    if config.reference == "initial-adapter":
-        adapted.add_adapter(REFERENCE, LoraConfig(**settings, inference_mode=True))
-        set_weights(adapted, REFERENCE, adapter)
-        for name, parameter in adapted.named_parameters():
-            parameter.requires_grad_(f".{POLICY}." in name)
-    return adapted

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -33,24 +34,24 @@ class Row:
     """What the layers need to know of the row that is being computed.
 
     Attributes:
-        read: (n,) the positions whose output of the last layer is read.
-        hidden_index: (tokens,) which of all the row's hidden states predicts each response token.
+        read: (n,) the positions whose output of the last layer is read: those of `index`, each once.
+        index: (any,) which of all the row's hidden states the decoder returns.
         longest: tokens of its longest sequence.
         last_layer: the number of the model's last layer, of whose prompts only the last token is read.
     """
 
     segments: tuple[Segment, ...]
     read: Tensor
-    hidden_index: Tensor
+    index: Tensor
     position_ids: Tensor
     longest: int
     last_layer: int
     masks: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, layout: Packed, device: torch.device, last_layer: int = -1) -> Row:
-        """Put a layout on the device."""
-        index = torch.from_numpy(layout.hidden_index)
+    def of(cls, layout: Packed, device: torch.device, last_layer: int = -1, wanted: np.ndarray | None = None) -> Row:
+        """Put a layout on the device; `wanted` are the hidden states that are read, by default those that predict."""
+        index = torch.from_numpy(layout.hidden_index if wanted is None else wanted)
         longest = max(segment.prompt + max(segment.responses, default=0) for segment in layout.segments)
         positions = torch.from_numpy(layout.position_ids).to(device)
         return cls(layout.segments, torch.unique(index).to(device), index.to(device), positions, longest, last_layer)

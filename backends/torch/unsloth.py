@@ -11,37 +11,41 @@ import importlib
 import io
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-from lite_dil.backends.options import LoadOptions
+from lite_dil.backends.options import EngineOptions
 from lite_dil.base.errors import UserError, first_line, gather
 from lite_dil.models.find import cache_dir
+from lite_dil.models.options import ModelOptions
 
 FIX = 'pip install "lite-dil[unsloth]"'
 PACKAGES = ("unsloth", "unsloth_zoo")
 # What it patches or computes with: another version of these breaks it. It asks for versions of much else besides.
 PATCHED = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "triton", "trl", "unsloth_zoo")
-# What its many patches fail with where something does not suit them.
-FAILURES = (ImportError, NotImplementedError, RuntimeError, OSError, ValueError, TypeError, AttributeError, KeyError)
 # The architectures that unsloth has a forward of its own for, each tried against the plain path. It would compile others anew.
 KERNELS = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 
 
-def check(config: LoadOptions, backend: str) -> None:
+class UnslothFailed(Exception):
+    """unsloth raised this, from code of its own or of what it calls: its many patches fail with errors of every kind."""
+
+
+def check(options: ModelOptions, training: EngineOptions, backend: str) -> None:
     """Raise UserError where ``--unsloth`` does not go with the backend or with another option."""
     problems = []
     if backend != "cuda":
         problems.append(f"--unsloth is for the cuda backend; this run is on {backend}, leave it out")
-    if config.gradient_checkpointing == "selective":
+    if training.gradient_checkpointing == "selective":
         problems.append("--unsloth has its own gradient checkpointing, full or off, not selective")
-    if config.head_bits:
+    if options.head_bits:
         problems.append("--unsloth keeps the output head in 16 bits; leave out --head-bits")
-    if config.offload_activations:
+    if training.offload_activations:
         problems.append("--unsloth offloads activations by itself with full checkpointing; leave out --offload-activations")
-    if config.offload_embeddings:
+    if training.offload_embeddings:
         problems.append("--unsloth does not go with --offload-embeddings")
     if problems:
         raise UserError(gather(problems, "these options cannot be used:") if len(problems) > 1 else problems[0])
@@ -69,9 +73,9 @@ def require() -> Any:
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled"))
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     try:
-        with _quietly():
+        with _boundary():
             return importlib.import_module("unsloth")
-    except FAILURES as error:
+    except UnslothFailed as error:
         raise UserError(f"--unsloth: unsloth cannot be imported ({first_line(error)})") from None
 
 
@@ -86,7 +90,7 @@ def load(model: str, dtype: Any, device: Any, in_4bit: bool, max_length: int) ->
     unsloth = require()
     check_model(model, max_length)
     try:
-        with _quietly():
+        with _boundary():
             base, _ = unsloth.FastLanguageModel.from_pretrained(
                 model,
                 max_seq_length=max_length,
@@ -97,8 +101,8 @@ def load(model: str, dtype: Any, device: Any, in_4bit: bool, max_length: int) ->
                 fix_tokenizer=False,
                 use_gradient_checkpointing=False,
             )
-    except FAILURES as error:
-        hint = "; try --4bit" if type(error).__name__ == "OutOfMemoryError" and not in_4bit else ""
+    except UnslothFailed as error:
+        hint = "; try --4bit" if type(error.__cause__).__name__ == "OutOfMemoryError" and not in_4bit else ""
         raise UserError(f"--model {model}: cannot be loaded through unsloth ({first_line(error)}){hint}") from None
     if base.dtype != dtype or (in_4bit and not getattr(base, "is_loaded_in_4bit", False)):
         asked = f"{dtype}{', 4-bit' if in_4bit else ''}".removeprefix("torch.")
@@ -174,7 +178,7 @@ def _check_weights(model: str) -> None:
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, device_map="meta")
-    except (*FAILURES, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {model}: cannot be loaded ({first_line(error)})") from None
     report = loaded[1]
     if absent := sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"])):
@@ -205,6 +209,19 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+@contextlib.contextmanager
+def _boundary() -> Iterator[None]:
+    """Raise UnslothFailed for what the library raises in the block; a mistake in the call itself stays what it is."""
+    try:
+        with _quietly():
+            yield
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_filename == __file__:
+            raise
+        raise UnslothFailed(first_line(error)) from error
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from lite_dil.base.errors import UserError
 
 KEY = "format"  # in the file; one without it is of format 1
 RUN = 2  # config.yaml, progress.json and report.json; from 2 on a checkpoint holds adapters/NAME
+HEAD = 1  # head.json and head.safetensors of an adapter
 CACHE = 1  # a file of the reference's log-probs
 
 

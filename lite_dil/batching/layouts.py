@@ -32,6 +32,11 @@ class Layout:
     token_index: np.ndarray
     token_mask: np.ndarray
 
+    @property
+    def end_index(self) -> np.ndarray:
+        """Which of the `tokens` is the last of each response, (responses,) int64."""
+        return self.token_index.max(-1)
+
 
 @dataclass(frozen=True)
 class Plain(Layout):

@@ -162,7 +162,7 @@ def _run(argv: list[str]) -> int:
 
     from lite_dil.backends.registry import prepare
 
-    prepare(config.backend, config)
+    prepare(config.backend, config, config)
     quiet_bars()
     from lite_dil.cli.demo import MEASURED, show
     from lite_dil.cli.progress import Terminal

@@ -8,13 +8,12 @@ from itertools import chain
 from pathlib import Path
 
 from lite_dil.backends import registry
-from lite_dil.backends.options import LoadOptions
 from lite_dil.backends.protocol import Backend
 from lite_dil.base.hashing import file_pieces, sha256
 from lite_dil.base.start import quiet_bars
 from lite_dil.data.encoder import Encoder
 from lite_dil.models.find import load_tokenizer, resolve_model
-from lite_dil.models.options import ALL_LINEAR, ModelOptions
+from lite_dil.models.options import ModelOptions, ResolvedAdapter
 from lite_dil.runs.folder import RunFolder, checkpoint_of
 
 
@@ -56,32 +55,16 @@ def load(source: AdapterSource, say: Callable[[str], None]) -> Policy:
     quiet_bars()
     model = resolve_model(options.model, say)
     encoder = Encoder(load_tokenizer(model))
-    backend = registry.load(name, _for_inference(source, name), model)
+    backend = registry.load(name, options, model, _adapter(source), None)
     backend.set_strength(source.strength)
     say(f"{options.model} on {backend.description}")
     return Policy(backend, encoder, source, model)
 
 
-def _for_inference(source: AdapterSource, backend: str) -> LoadOptions:
-    """Return what loads the model without what training needs beside it."""
-    options = source.options
-    return LoadOptions(
-        model=options.model,
-        backend=options.backend,
-        load_in_4bit=options.load_in_4bit,
-        dtype=options.dtype,
-        head_bits=options.head_bits,
-        init_adapter=str(source.adapter) if source.adapter else None,
-        reference="base",
-        lora_dropout=0.0,
-        lora_r=None if source.adapter else 1,
-        lora_alpha=None if source.adapter else 2.0,
-        target_modules=None if source.adapter else ALL_LINEAR,
-        layout="plain",
-        gradient_checkpointing="off",
-        # They are for the backward pass, and unpack 4-bit weights for every token; bitsandbytes' own on a GPU do not.
-        fused_layers=backend != "cuda",
-    )
+def _adapter(source: AdapterSource) -> ResolvedAdapter | None:
+    if source.adapter is None:
+        return None
+    return ResolvedAdapter(init_adapter=str(source.adapter), reference="base", lora_dropout=0.0)
 
 
 def identity(source: AdapterSource) -> str:

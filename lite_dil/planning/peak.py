@@ -23,7 +23,7 @@ def estimate(config: ResolvedConfig, shape: ModelShape, backend: str, dtype: str
     Raises:
         UserError: the options ask for something whose memory is not known.
     """
-    check_options(backend, config)
+    check_options(backend, config, config)
     if config.unsloth:
         raise UserError("plan does not know what the layers of --unsloth keep; leave it out")
     if backend == "mlx":

@@ -9,10 +9,9 @@ from typing import Any
 
 from lite_dil.backends import registry
 from lite_dil.backends.protocol import Backend
-from lite_dil.backends.types import POLICY
 from lite_dil.base.display import Display
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import make_folder, remove
+from lite_dil.base.files import remove
 from lite_dil.base.memory import peak_rss_mb
 from lite_dil.base.signals import StopSignal
 from lite_dil.base.start import check_alone
@@ -65,8 +64,6 @@ class Session:
 
     def save_state(self, folder: Path) -> None:
         """Write what a resumed run goes on from, and the adapter for people and other programs."""
-        make_folder(folder / "adapters")
-        self.backend.save_adapter(folder / "adapters" / POLICY)
         self.backend.save_state(folder)
 
 
@@ -122,7 +119,7 @@ def _load(config: ResolvedConfig, display: Display, resume: Path | None, fixed: 
         display.say(chosen)
     registry.import_library(config.backend)
     before = peak_rss_mb()
-    backend = registry.load(config.backend, config, model)
+    backend = registry.load(config.backend, config, model, config, config)
     display.say(f"{config.model} on {backend.description}")
     if backend.layout_reason:
         display.say(backend.layout_reason)

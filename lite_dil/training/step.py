@@ -77,5 +77,5 @@ def _sums(policy: np.ndarray, batches: Sequence[Batch], criterion: Criterion) ->
     """Return the policy's summed log-probs, also where the objective read those of the tokens."""
     if criterion.reads == SUMS:
         return policy
-    parts = np.split(policy, np.cumsum([batch.lengths.sum() for batch in batches])[:-1])
+    parts = np.split(policy, np.cumsum([int(batch.lengths.sum()) for batch in batches])[:-1])
     return np.concatenate([batch.sums(values) for batch, values in zip(batches, parts, strict=True)])

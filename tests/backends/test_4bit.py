@@ -93,11 +93,11 @@ def test_8bit_adamw_state_survives_a_checkpoint(tmp_path: Path) -> None:
     # Rank 64 on 64-wide layers: 4096 elements, from which bitsandbytes keeps 8-bit state.
     same: dict[str, Any] = {"load_in_4bit": True, "lora_r": 64}
     whole = load("cpu", model, **same)
-    assert type(whole.optimizer).__name__ == "AdamW8bit"
+    assert type(whole.adapters["policy"].optimizer).__name__ == "AdamW8bit"
     for _ in range(2):
         step(whole, [batch()], 1e-3)
     whole.save_state(tmp_path)
-    assert any(s["state1"].dtype == torch.uint8 for s in whole.optimizer.state.values())
+    assert any(s["state1"].dtype == torch.uint8 for s in whole.adapters["policy"].optimizer.state.values())
     resumed = load("cpu", model, **same)
     resumed.load_state(tmp_path)
     for _ in range(2):
@@ -152,7 +152,7 @@ def test_a_checkpoint_packed_by_bitsandbytes_trains_as_with_the_flag(tiny: str, 
     AutoModelForCausalLM.from_pretrained(tiny, quantization_config=settings, dtype=torch.float32).save_pretrained(tmp_path)
     packed, flagged = load("cpu", str(tmp_path)), load("cpu", tiny, load_in_4bit=True)
     assert packed.description == flagged.description
-    assert type(packed.optimizer) is type(flagged.optimizer)
+    assert type(packed.adapters["policy"].optimizer) is type(flagged.adapters["policy"].optimizer)
     for _ in range(2):
         packed.sequence_logps(batch())
         one, two = step(packed, [batch()], 1e-3), step(flagged, [batch()], 1e-3)

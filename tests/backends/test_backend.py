@@ -77,7 +77,7 @@ def test_padding_pad_id_and_order_change_nothing(backend_name: str, tiny: str, m
     step(backend, [data])
     logps = backend.sequence_logps(data)
     norm = step(backend, [data], rate=0.0).grad_norm
-    module = __import__(f"lite_dil.backends.{'mlx' if backend_name == 'mlx' else 'torch'}.backend", fromlist=["plain"])
+    module = __import__(f"lite_dil.backends.{'mlx.backend' if backend_name == 'mlx' else 'torch.reading'}", fromlist=["plain"])
     for pad_id, multiple in ((7, 1), (500, 64)):
         with monkeypatch.context() as patch:
             for layout in (plain, prefix):
@@ -246,20 +246,20 @@ def test_non_finite_gradients_leave_the_weights_alone(backend_name: str, tiny: s
 def test_loss_scaling_changes_nothing_and_skips_overflows(tiny: str) -> None:
     """The float16 path of GPUs, whose scaler runs on a CPU too."""
     plain_backend, scaled = load("cpu", tiny), load("cpu", tiny)
-    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaled.adapters["policy"].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for _ in range(2):
         one, two = step(plain_backend, [batch()], 1e-3), step(scaled, [batch()], 1e-3)
         assert two.loss == one.loss
         assert two.grad_norm == pytest.approx(one.grad_norm, rel=1e-5)
         assert not two.skipped
     weights = adapter(scaled)
-    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    scaled.adapters["policy"].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     result = one_step(scaled, [batch()], criterion(chosen_weight=1e3, rejected_weight=1e3), 1e-2)
     assert result.skipped
     assert result.grad_norm == 0
     for name, value in adapter(scaled).items():
         np.testing.assert_array_equal(value, weights[name])
-    assert scaled.scaler.get_scale() == 2.0**126
+    assert scaled.adapters["policy"].scaler.get_scale() == 2.0**126
 
 
 def test_the_base_models_own_dropout_is_off(tmp_path: Path) -> None:

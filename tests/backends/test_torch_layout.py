@@ -31,6 +31,7 @@ from lite_dil.backends.torch.packed_attention import Row
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import packed
+from lite_dil.objectives.loss import SUMS
 
 SMALL: dict[str, Any] = {**test_parity.SMALL, "max_position_embeddings": 4096}
 SLIDING = ["sliding_attention", "full_attention"]
@@ -72,15 +73,15 @@ def gradients(backend: Any, data: Batch) -> tuple[Any, dict[str, torch.Tensor]]:
     """The result of a step at an adapter whose B is not 0, and the gradients it was made with."""
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in sorted(backend._policy_parameters().items()):
+        for name, parameter in sorted(backend.adapters["policy"].weights.items()):
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.05)
     taken = {}
 
     def take(*_: Any, **__: Any) -> None:
-        taken.update({name: p.grad.clone() for name, p in backend._policy_parameters().items()})
+        taken.update({name: p.grad.clone() for name, p in backend.adapters["policy"].weights.items()})
 
-    backend.optimizer.step = take
+    backend.adapters["policy"].optimizer.step = take
     return one_step(backend, [data], criterion(), 0.0), taken
 
 
@@ -195,12 +196,12 @@ def test_the_last_layer_computes_only_what_is_read(models: dict[str, str]) -> No
     data = batch(4)
     backend = load("cpu", models["Llama"])
     with backend.adapter_off(), Widths(128) as seen, torch.no_grad():
-        backend._sequence_logps(data)
+        backend.reader.logps(data, SUMS)
     # Gate and up of either layer. Read are the last prompt tokens and all of each response but its last token.
     read = len(np.unique(packed(data).hidden_index))
     assert seen.rows == [shared_tokens(data), shared_tokens(data), read, read]
     with backend.adapter_off(), Widths(512) as seen, torch.no_grad():
-        backend._sequence_logps(data)
+        backend.reader.logps(data, SUMS)
     assert seen.rows == [int(data.lengths.sum())]  # the head
 
 
@@ -245,7 +246,7 @@ def test_fused_layers_keep_less(tiny: str) -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            logps = backend._sequence_logps(data)
+            logps = backend.reader.logps(data, SUMS)
         kept[fused, mode] = sum(seen.values())
         del logps
     assert kept[True, "off"] < 0.6 * kept[False, "off"]

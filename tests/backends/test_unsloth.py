@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,12 +96,34 @@ def test_the_command_imports_unsloth_before_transformers_and_says_why_it_fails(t
     assert python(code, tmp_path) == expected
 
 
+def test_its_failures_are_told_apart_from_our_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        @staticmethod
+        def from_pretrained(*_: Any, **__: Any) -> Any:
+            raise KeyError("no such patch")
+
+    class OfOtherArguments:
+        @staticmethod
+        def from_pretrained(model: str) -> Any:
+            raise AssertionError(model)
+
+    monkeypatch.setattr(torch_unsloth, "check_model", lambda *_: None)
+    given = ("model", torch.float32, torch.device("cpu"), False, 64)
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=Broken))
+    with pytest.raises(UserError, match=r"--model model: cannot be loaded through unsloth .*no such patch"):
+        torch_unsloth.load(*given)
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=OfOtherArguments))
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        torch_unsloth.load(*given)
+
+
 @pytest.mark.parametrize("name", ["cpu", "mlx"])
 def test_other_backends_are_refused(name: str) -> None:
+    options = TrainConfig(unsloth=True)
     with pytest.raises(UserError, match=f"^--unsloth is for the cuda backend; this run is on {name}"):
-        registry.prepare(name, TrainConfig(unsloth=True))
+        registry.prepare(name, options, options)
     with pytest.raises(UserError, match="--unsloth is for the cuda backend"):
-        registry.load(name, TrainConfig(unsloth=True), "nowhere")
+        registry.load(name, options, "nowhere", None, options)
 
 
 def test_a_window_long_rows_and_other_architectures_are_refused(tmp_path: Path) -> None:
@@ -133,7 +157,7 @@ def test_options_that_unsloth_does_not_go_with_are_named_at_once(monkeypatch: py
     monkeypatch.setattr(registry, "_has_cuda", lambda: True)
     options = TrainConfig(unsloth=True, gradient_checkpointing="selective", head_bits=8, offload_embeddings=True)
     with pytest.raises(UserError) as error:
-        registry.prepare("cuda", options)
+        registry.prepare("cuda", options, options)
     for part in ("full or off", "--head-bits", "--offload-embeddings"):
         assert part in str(error.value)
 

@@ -83,7 +83,7 @@ def left(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("backend", "file"),
     [
-        ("cpu", "state.pt"),
+        ("cpu", "adapters/policy/optimizer.pt"),
         ("cpu", "adapters/policy/adapter_model.safetensors"),
         ("mlx", "adapters/policy/optimizer.safetensors"),
         ("mlx", "adapters/policy/adapters.safetensors"),

@@ -30,6 +30,9 @@ def test_plain_layout_by_hand() -> None:
     assert layout.input_ids.tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, 6, 99], [7, 8, 99, 99, 99], [7, 9, 10, 11, 99]]
     # Row 0: the last prompt token (column 2) predicts 4, column 3 predicts 5; row 1 starts at flat index 5; and so on.
     assert layout.hidden_index.tolist() == [2, 3, 7, 10, 15, 16, 17]
+    assert layout.own_index.tolist() == [3, 4, 8, 11, 16, 17, 18]
+    assert layout.input_ids.ravel()[layout.own_index].tolist() == layout.targets.tolist()
+    assert layout.end_index.tolist() == [1, 2, 3, 6]
     assert layout.targets.tolist() == [4, 5, 6, 8, 9, 10, 11]
     assert layout.token_index.tolist() == [[0, 1, 0], [2, 0, 0], [3, 0, 0], [4, 5, 6]]
     assert layout.token_mask.tolist() == [[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]]
@@ -49,6 +52,8 @@ def test_packed_layout_by_hand() -> None:
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 1, 2, 3, 0]]
     # The first token of both responses is predicted by the last prompt token: 4 and 6 by token 2, 8 and 9 by token 6.
     assert layout.hidden_index.tolist() == [2, 3, 2, 6, 6, 8, 9]
+    assert layout.own_index.tolist() == [3, 4, 5, 7, 8, 9, 10]
+    assert layout.end_index.tolist() == [1, 2, 3, 6]
     assert layout.targets.tolist() == [4, 5, 6, 8, 9, 10, 11]
     assert layout.segments == (Segment(0, 3, (2, 1)), Segment(6, 1, (1, 3)))
     assert np.array_equal(layout.token_index, plain(Batch.of(PAIRS)).token_index)

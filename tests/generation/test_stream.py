@@ -10,7 +10,6 @@ import torch
 from conftest import bare_model, batch, criterion, load, make_checkpoint, one_step
 from test_generate import DRAWS, END, PROMPTS, SEEDS, VOCABULARY, trained
 
-from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Sampling
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
@@ -221,7 +220,7 @@ def break_adapter(backend: Any) -> None:
         backend.model.update(tree_map(lambda weight: weight * float("inf"), backend.model.trainable_parameters()))
     else:
         with torch.no_grad():
-            for parameter in backend.trainable:
+            for parameter in backend.adapters["policy"].parameters:
                 parameter.fill_(float("inf"))
 
 
@@ -285,9 +284,10 @@ def test_strengths_that_there_are_not(backend_name: str, small: str, value: floa
 def test_inference_pays_for_no_optimiser(backend_name: str, small: str) -> None:
     backend: Any = load(backend_name, small)
 
-    def state(backend: Backend) -> int:
-        optimizer: Any = backend.optimizer  # type: ignore[attr-defined]
-        return len([name for name in optimizer.state if name not in ("step", "learning_rate")])
+    def state(backend: Any) -> int:
+        if backend.name != "mlx":
+            return 0 if backend.adapters["policy"].state() is None else len(backend.adapters["policy"].optimizer.state)
+        return len([name for name in backend.optimizer.state if name not in ("step", "learning_rate")])
 
     backend.token_logps(batch(vocabulary=VOCABULARY))
     backend.generate(PROMPTS, 2, [END])

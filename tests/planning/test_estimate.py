@@ -153,7 +153,8 @@ def test_within_a_few_percent_of_the_embedded_model(embedded: str, all_threads: 
 
 def test_a_reference_adapter_is_a_second_one(models: Any, tmp_path: Path) -> None:
     model = models()
-    registry.load("cpu", config(lora_r=8, target_modules="q_proj,down_proj"), model).save_adapter(tmp_path)
+    options = config(lora_r=8, target_modules="q_proj,down_proj")
+    registry.load("cpu", options, model, options, options).save_adapter(tmp_path)
     found = measured(model, init_adapter=str(tmp_path), reference="initial-adapter")
     within(found)
     assert found.estimate.reference == found.estimate.adapter == 6 * 4 * 8 * ((256 + 256) + (704 + 256))

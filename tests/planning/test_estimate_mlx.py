@@ -126,7 +126,7 @@ def test_weights_are_counted(models: Any, tied: bool, form: dict[str, Any]) -> N
     mx.clear_cache()  # a freed buffer that serves again counts whole
     before = mx.get_active_memory()
     options = config(model=model, backend="mlx", **form)
-    backend = registry.load("mlx", options, model)
+    backend = registry.load("mlx", options, model, options, options)
     found = mx.get_active_memory() - before
     said = MLXStep(options, read_shape(model), backend.dtype_name, LOAD).estimate()
     assert said.weights + said.adapter == pytest.approx(found, rel=0.005)

@@ -16,7 +16,8 @@ from test_train import metrics, same_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lite_dil.backends import registry
-from lite_dil.backends.torch import backend as torch_backend
+from lite_dil.backends.torch import adapters as torch_adapters
+from lite_dil.backends.torch import reading as torch_reading
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.base.halving import Halving
 from lite_dil.batching.batch import Batch, by_batch
@@ -74,14 +75,14 @@ def computed_again(backend: Any, fault: Fault, patch: pytest.MonkeyPatch) -> Non
 
 
 def head(backend: Any, fault: Fault, patch: pytest.MonkeyPatch) -> None:
-    original = torch_backend.token_logps
+    original = torch_reading.token_logps
 
     def call(hidden: torch.Tensor, *args: Any) -> torch.Tensor:
         if torch.is_grad_enabled():
             fault(hidden)
         return original(hidden, *args)
 
-    patch.setattr(torch_backend, "token_logps", call)
+    patch.setattr(torch_reading, "token_logps", call)
 
 
 def backward(backend: Any, fault: Fault, patch: pytest.MonkeyPatch) -> None:
@@ -104,11 +105,11 @@ def clipping(backend: Any, fault: Fault, patch: pytest.MonkeyPatch) -> None:
 
 def states(backend: Any, fault: Fault, patch: pytest.MonkeyPatch) -> None:
     """While the optimiser's states are made."""
-    if hasattr(backend.optimizer, "get_state_buffer"):
-        owner, name = backend.optimizer, "get_state_buffer"
+    if hasattr(backend.adapters["policy"].optimizer, "get_state_buffer"):
+        owner, name = backend.adapters["policy"].optimizer, "get_state_buffer"
     else:
         owner, name = torch, "zeros_like"
-    make, create = getattr(owner, name), torch_backend.create_states
+    make, create = getattr(owner, name), torch_adapters.create_states
     making = False
 
     def faulty(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -125,11 +126,11 @@ def states(backend: Any, fault: Fault, patch: pytest.MonkeyPatch) -> None:
             making = False
 
     patch.setattr(owner, name, faulty)
-    patch.setattr(torch_backend, "create_states", call)
+    patch.setattr(torch_adapters, "create_states", call)
 
 
 def update(backend: Any, fault: Fault, patch: pytest.MonkeyPatch) -> None:
-    backend.optimizer.register_step_pre_hook(lambda *args: fault())
+    backend.adapters["policy"].optimizer.register_step_pre_hook(lambda *args: fault())
 
 
 Point = Callable[[Any, Fault, pytest.MonkeyPatch], None]
@@ -149,7 +150,7 @@ def take(backend: Any, steps: int, fault: Fault | None = None) -> list[Any]:
         if failed:
             assert failed.__context__ is None
             assert fault is not None
-            assert all(parameter.grad is None for parameter in backend.trainable)
+            assert all(parameter.grad is None for parameter in backend.adapters["policy"].parameters)
             assert not any(canary() for canary in fault.canaries)
             with backend.adapter_off():
                 assert is_reference(backend)
@@ -179,7 +180,7 @@ def test_a_step_that_failed_left_no_trace(
     for backend, fault in ((whole, None), (broken, Fault(spared=spared))):
         made: Any = backend
         if scaled:
-            made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # the first steps are skipped
+            made.adapters["policy"].scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # the first steps are skipped
         torch.manual_seed(3)
         if fault:
             point(made, fault, monkeypatch)
@@ -189,7 +190,7 @@ def test_a_step_that_failed_left_no_trace(
     for one, other in zip(*results, strict=True):
         assert (one.loss, one.grad_norm, one.skipped) == (other.loss, other.grad_norm, other.skipped)
         np.testing.assert_array_equal(one.policy, other.policy)
-    mine, theirs = whole._policy_parameters(), broken._policy_parameters()  # type: ignore[attr-defined]
+    mine, theirs = whole.adapters["policy"].weights, broken.adapters["policy"].weights  # type: ignore[attr-defined]
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert any(result.skipped for result in results[0]) == scaled
 
@@ -216,13 +217,13 @@ class Full(TorchDispatchMode):
 
 def test_an_update_that_has_begun_needs_no_memory(tiny: str) -> None:
     backend: Any = load("cpu", tiny)
-    original = backend.optimizer.step
+    original = backend.adapters["policy"].optimizer.step
 
     def step() -> None:
         with Full():
             original()
 
-    backend.optimizer.step = step
+    backend.adapters["policy"].optimizer.step = step
     take(backend, 3)
 
 

@@ -340,7 +340,7 @@ def with_scaler(monkeypatch: pytest.MonkeyPatch, **settings: float) -> None:
 
     def load_scaled(*args: Any) -> Any:
         backend: Any = original(*args)
-        backend.scaler = torch.amp.GradScaler("cpu", **settings)
+        backend.adapters["policy"].scaler = torch.amp.GradScaler("cpu", **settings)
         return backend
 
     monkeypatch.setattr(registry, "load", load_scaled)

@@ -7,31 +7,29 @@ import mlx.nn as nn
 import numpy as np
 
 from lite_dil.backends.mlx.lora import times
-from lite_dil.backends.types import EACH, END, Head
+from lite_dil.backends.types import EACH, Head
 from lite_dil.batching.layouts import Layout
 
 
 class ScoreHead(nn.Module):
-    """``W h`` in float32, W (outputs, width), at first 0."""
+    """``W h + b`` in float32, W (outputs, width) and b (outputs,), at first 0."""
 
     def __init__(self, spec: Head, width: int) -> None:
         super().__init__()
         self.spec = spec
         self.weight = mx.zeros((spec.outputs, width))
+        self.bias = mx.zeros((spec.outputs,))
 
     def __call__(self, states: mx.array) -> mx.array:
         """Return (states, outputs) float32 from (states, width)."""
-        return times(states, self.weight.T)
+        return times(states, self.weight.T) + self.bias
 
-
-def check_head(spec: Head | None) -> None:
-    """Raise ValueError for a head that there is not."""
-    if spec is not None and (spec.outputs < 1 or spec.at not in (END, EACH)):
-        raise ValueError(f"{spec}: expected at least 1 output, at {END!r} or {EACH!r}")
+    def described(self) -> dict[str, object]:
+        """Return what head.json says of it."""
+        outputs, width = self.weight.shape
+        return {"outputs": outputs, "at": self.spec.at, "width": width}
 
 
 def states_read(spec: Head, layout: Layout) -> np.ndarray:
     """Return the flat indices of the hidden states that a head reads: (responses,) or (tokens,)."""
-    if spec.at == EACH:
-        return layout.own_index
-    return layout.own_index[layout.token_mask.sum(1).astype(np.int64).cumsum() - 1]
+    return layout.own_index if spec.at == EACH else layout.own_index[layout.end_index]

@@ -1,0 +1,72 @@
+"""Trying a model on a few tokens before it is trained: what no config tells shows in its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from lite_dil.backends.options import EngineOptions
+from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tolerance
+from lite_dil.backends.torch import packed_attention as torch_packed
+from lite_dil.backends.torch.head import vocabulary
+from lite_dil.backends.torch.reading import Reader
+from lite_dil.base.errors import UserError
+from lite_dil.batching.batch import Batch
+
+Logps = Callable[[Batch], np.ndarray]
+REPEATED = "plain layout, each prompt computed for each of its answers"
+
+
+def check_head(base: Any, reader: Reader, logps: Logps, model: str, dtype_name: str) -> None:
+    """Compare with the model's own logits; an unknown architecture must not be trained wrongly.
+
+    Args:
+        logps: computes the log-probs of a batch's tokens through the reader.
+    """
+    batch = head_probe(vocabulary(reader.head))
+    ids = np.concatenate([*batch.prompts, *batch.responses])
+    here = logps(batch)
+    with torch.no_grad():
+        logits = base(input_ids=reader.tensor(ids[None, :-1])).logits[0].float()
+    own = logits.log_softmax(-1).gather(-1, reader.tensor(ids[1:, None]))[:, 0].cpu().numpy()
+    difference = float(np.abs(own - here).max())
+    if not difference < tolerance(dtype_name):
+        raise HeadMismatch(model, difference)
+
+
+def choose_layout(base: Any, reader: Reader, logps: Logps, training: EngineOptions, model: str, dtype_name: str) -> str:
+    """Take the packed layout where it is right for this model, which is computed and not assumed.
+
+    Returns a sentence for people where auto could not take it, else nothing.
+    """
+    if training.unsloth:
+        return f"{REPEATED}: unsloth's kernels know no other"
+    if training.layout == "plain":
+        return ""
+    reason = torch_packed.why_not(base, training.max_length) or _packed_differs(reader, logps, dtype_name)
+    if not reason:
+        reader.layout = "packed"
+    elif training.layout == "packed":
+        raise UserError(f"--layout packed: not for {model}: {reason}; leave --layout out")
+    return f"{REPEATED}: {reason}" if reason else ""
+
+
+def _packed_differs(reader: Reader, logps: Logps, dtype_name: str) -> str:
+    """Compare both layouts on a few tokens."""
+    if reader.last_layer < 0:
+        return "its layers are unknown"
+    batch = layout_probe(vocabulary(reader.head))
+    expected = logps(batch)
+    reader.layout = "packed"
+    try:
+        difference = float(np.abs(logps(batch) - expected).max())
+    except torch_packed.Unsupported as error:
+        return str(error)
+    finally:
+        reader.layout = "plain"
+    if difference < tolerance(dtype_name):
+        return ""
+    return f"its log-probs differ from the plain layout's by {difference:.3g} nats"

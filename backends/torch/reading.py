@@ -1,0 +1,69 @@
+"""Reading of a model what a loss wants: log-probs of the response tokens, their sums, or a head's scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lite_dil.backends.torch import packed_attention as torch_packed
+from lite_dil.backends.torch.head import token_logps
+from lite_dil.backends.torch.score_head import ScoreHead
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.layouts import Layout, Packed, Plain, packed, plain
+from lite_dil.models.logits import LogitTransform
+from lite_dil.objectives.loss import SUMS
+
+
+class Reader:
+    """Lays batches out and reads hidden states of a decoder, as whichever adapter is on.
+
+    Args:
+        head: the output head, or what stands for it.
+        transform: what the model does to its logits afterwards.
+
+    Attributes:
+        layout: "plain" or "packed".
+        last_layer: the number of the last layer, whose unread positions a packed row leaves out; -1 where layers are unknown.
+    """
+
+    def __init__(self, decoder: Any, head: Any, transform: LogitTransform, device: torch.device) -> None:
+        self.decoder, self.head, self.transform, self.device = decoder, head, transform, device
+        self.layout, self.last_layer = "plain", -1
+
+    def logps(self, batch: Batch, what: str) -> Tensor:
+        """Return summed log-probs, (responses,), or those of each response token, (tokens,)."""
+        hidden, layout = self._states(batch, lambda layout: layout.hidden_index)
+        logps = token_logps(hidden, self.head, self.tensor(layout.targets), self.transform)
+        if what != SUMS:
+            return logps
+        # A gather and a sum over rows, not index_add: the order of additions is fixed, so equal log-probs sum to equal bits.
+        return (logps[self.tensor(layout.token_index)] * self.tensor(layout.token_mask)).sum(-1)
+
+    def scores(self, batch: Batch, head: ScoreHead) -> Tensor:
+        """Return a head's outputs, (responses, outputs) or (tokens, outputs)."""
+
+        def index(layout: Plain | Packed) -> np.ndarray:
+            return layout.own_index[layout.end_index] if head.at_end else layout.own_index
+
+        return head(self._states(batch, index)[0])
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """Put an array on the device."""
+        return torch.from_numpy(array).to(self.device)
+
+    def _states(self, batch: Batch, index: Callable[[Plain | Packed], np.ndarray]) -> tuple[Tensor, Layout]:
+        """Return the hidden states after the last norm that `index` names, (n, width), and the layout."""
+        if self.layout == "plain":
+            repeated = plain(batch)
+            output = self.decoder(input_ids=self.tensor(repeated.input_ids), use_cache=False)
+            return output.last_hidden_state.flatten(0, 1)[self.tensor(index(repeated))], repeated
+        in_row = packed(batch, multiple=torch_packed.BLOCK if self.device.type == "cuda" else 1)
+        row = torch_packed.Row.of(in_row, self.device, self.last_layer, index(in_row))
+        ids = self.tensor(in_row.input_ids)
+        with torch_packed.computing(self.decoder.config, row):
+            output = self.decoder(input_ids=ids, position_ids=row.position_ids, use_cache=False)
+        return output.last_hidden_state[0], in_row  # those that the row asks for

@@ -1,0 +1,114 @@
+"""Adapters and the state of their training in files.
+
+    FOLDER/adapters/NAME/adapter_config.json, adapter_model.safetensors    PEFT's format, float32
+                         head.json, head.safetensors                       where it has a head
+                         optimizer.pt                                      optimiser and loss scale, once there was a step
+    FOLDER/random.pt                                                       the state of the random generators
+
+Before there were several adapters all was in FOLDER/state.pt, which is still read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lite_dil.backends.torch.adapters import Trainable
+from lite_dil.backends.torch.lora import peft_name
+from lite_dil.backends.torch.out_of_memory import Random
+from lite_dil.backends.torch.score_head import has_head
+from lite_dil.backends.types import POLICY
+from lite_dil.base.errors import UserError
+from lite_dil.base.files import create, make_folder, move, remove
+
+ADAPTERS, WEIGHTS, OPTIMIZER, RANDOM, OLD = "adapters", "adapter_model.safetensors", "optimizer.pt", "random.pt", "state.pt"
+
+
+def save_adapter(model: Any, adapter: Trainable, folder: Path) -> None:
+    """Write an adapter of a PEFT model, and its head, into `folder`."""
+    inside = peft_name(adapter.name)
+    # Without the last argument PEFT asks the hub whether the vocabulary was resized.
+    model.save_pretrained(folder, selected_adapters=[inside], save_embedding_layers=False)
+    if (own := folder / inside).is_dir():  # PEFT's folder for any name but its default one
+        for file in own.iterdir():
+            move(file, folder / file.name)
+        remove(own)
+    if adapter.head is not None:
+        adapter.head.save(folder)
+
+
+def save(folder: Path, model: Any, adapters: Mapping[str, Trainable], random: Random) -> None:
+    """Write all that training goes on from."""
+    for name, adapter in adapters.items():
+        own = folder / ADAPTERS / name
+        make_folder(own)
+        save_adapter(model, adapter, own)
+        if (state := adapter.state()) is not None:
+            _save(state, own / OPTIMIZER)
+    host, device = random
+    _save({"rng": host, "cuda_rng": device}, folder / RANDOM)
+
+
+def load(folder: Path, adapters: Mapping[str, Trainable]) -> Random:
+    """Take what `save` wrote; return the random state. Raises UserError where the adapters are others."""
+    if (folder / OLD).is_file():
+        return _load_old(folder, adapters)
+    saved = {path.name for path in (folder / ADAPTERS).iterdir()}
+    _check_names(folder, saved, adapters)
+    for name, adapter in adapters.items():
+        own = folder / ADAPTERS / name
+        _load_weights(adapter, own)
+        if (adapter.head is not None) != has_head(own):
+            raise UserError(f"{own} was saved {'with a' if has_head(own) else 'without a'} head, and this model's is not so")
+        if adapter.head is not None:
+            adapter.head.load(own)
+        adapter.set_state(_load(own / OPTIMIZER) if (own / OPTIMIZER).is_file() else None)
+    random = _load(folder / RANDOM)
+    return random["rng"], random["cuda_rng"]
+
+
+def _load_old(folder: Path, adapters: Mapping[str, Trainable]) -> Random:
+    _check_names(folder, {POLICY}, adapters)
+    state, policy = _load(folder / OLD), adapters[POLICY]
+    with torch.no_grad():
+        for name, parameter in policy.weights.items():
+            parameter.copy_(state["adapter"][name])
+    policy.set_state(state)
+    return state["rng"], state["cuda_rng"]
+
+
+def _check_names(folder: Path, saved: set[str], adapters: Mapping[str, Trainable]) -> None:
+    if saved != set(adapters):
+        raise UserError(
+            f"{folder} holds the adapters {', '.join(sorted(saved))}; this model has {', '.join(sorted(adapters))}"
+        )
+
+
+@torch.no_grad()
+def _load_weights(adapter: Trainable, folder: Path) -> None:
+    try:
+        saved = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be read ({error})") from None
+    ending = f".{peft_name(adapter.name)}.weight"
+    keys = {name: f"{name.removesuffix(ending)}.weight" for name in adapter.weights}
+    shapes = {keys[name]: weight.shape for name, weight in adapter.weights.items()}
+    if {key: value.shape for key, value in saved.items()} != shapes:
+        raise UserError(f"{folder}: its adapter has another rank or is on other layers than this model's")
+    for name, weight in adapter.weights.items():
+        weight.copy_(saved[keys[name]])
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    with create(path) as file:
+        torch.save(state, file)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    # On the CPU first: an optimiser itself moves what belongs on the device.
+    return torch.load(path, map_location="cpu", weights_only=True)
