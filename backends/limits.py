@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+
 from lite_dil.backends.options import EngineOptions
 from lite_dil.base.errors import UserError, gather
 from lite_dil.models.options import ModelOptions
@@ -69,3 +72,11 @@ def check_trains(strength: float) -> None:
 def chunk_tokens(vocabulary: int, elements: int) -> int:
     """Return how many tokens to send through the head at once: at most `elements` logits, and at least 16 tokens."""
     return max(16, elements // vocabulary)
+
+
+def check_name(name: str, taken: Collection[str]) -> None:
+    """Raise ValueError where no adapter can be added under this name; it names a folder too."""
+    if name in taken:
+        raise ValueError(f"adapter {name!r}: there is one already, of {', '.join(taken)}; take another name")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"adapter {name!r}: expected letters, digits, _ and -; it names a folder too")

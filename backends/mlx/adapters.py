@@ -6,7 +6,6 @@ are those of the adapter that is on, in mlx-lm's own names.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,16 +91,17 @@ class Adapters:
             raise KeyError(f"no adapter {name!r}; there are {', '.join(map(repr, self._named))}")
         return self._named[name]
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all, the reference's among them."""
+        return list(self._named)
+
     def trainable(self) -> list[Named]:
         """Return all but the reference."""
         return [each for name, each in self._named.items() if name != REFERENCE]
 
     def add(self, name: str, adapter: Adapter, dropout: float = 0.0, head: Head | None = None) -> None:
         """Put an adapter beside the others; the reference, which is the bare model without one, is frozen."""
-        if name in self._named and not (name == REFERENCE and not self._named[name].layers):
-            raise ValueError(f"adapter {name!r} is there already; take another name")
-        if not re.fullmatch(r"[\w-]+", name):
-            raise ValueError(f"adapter {name!r}: expected letters, digits, _ and -; it names a folder too")
         shared = Shared()
         layers = {
             path: LoRALinear(self._sites[path].bare, a, b, adapter.scale, dropout, shared, index)

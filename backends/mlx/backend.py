@@ -12,7 +12,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from lite_dil.backends.limits import check_options, check_strength, check_trains, checkpointing
+from lite_dil.backends.limits import check_name, check_options, check_strength, check_trains, checkpointing
 from lite_dil.backends.mlx import generate as mlx_generate
 from lite_dil.backends.mlx import state as mlx_state
 from lite_dil.backends.mlx.adapters import Adapters
@@ -111,6 +111,7 @@ class MLXBackend:
         head: Head | None = None,
     ) -> None:
         """Put a fresh, trainable adapter on the same base."""
+        check_name(name, self.adapters.names)
         shapes = adapters.select_targets(self.adapters.shapes, targets)
         self.adapters.add(name, adapters.fresh(shapes, rank, alpha / rank, self.seed, name), dropout, head)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lite_dil.backends.limits import check_options, check_strength, check_trains, checkpointing
+from lite_dil.backends.limits import check_name, check_options, check_strength, check_trains, checkpointing
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.torch import fused as torch_fused
 from lite_dil.backends.torch import generate as torch_generate
@@ -36,8 +35,6 @@ from lite_dil.models import adapters
 from lite_dil.models.logits import logit_transform
 from lite_dil.models.options import ALL_LINEAR, ModelOptions, ResolvedAdapter
 from lite_dil.objectives.loss import NOTHING, SCORES, SUMS, TOKENS, Loss
-
-NAME = re.compile(r"[A-Za-z0-9_-]+")  # of an adapter: a folder and a key of PEFT's
 
 
 class TorchBackend:
@@ -119,9 +116,7 @@ class TorchBackend:
         head: Head | None = None,
     ) -> None:
         """Put a fresh, trainable adapter on the same base."""
-        if name in self.switch.names or not NAME.fullmatch(name):
-            taken = f"there is one already, of {', '.join(self.switch.names)}"
-            raise ValueError(f"adapter {name!r}: {taken if NAME.fullmatch(name) else 'letters, digits, _ and - name one'}")
+        check_name(name, self.switch.names)
         if self.unsloth:
             raise UserError("--unsloth: its kernels know one adapter; leave it out for more")
         shapes = adapters.select_targets(self.linear, targets)

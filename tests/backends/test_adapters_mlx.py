@@ -212,7 +212,7 @@ def test_blocks_are_nested_and_end_with_an_exception(tiny: str) -> None:
 def test_what_there_is_not(tiny: str) -> None:
     backend, data = with_adapters(tiny), batch()
     for name in (*NAMES[:1], "rm"):
-        with pytest.raises(ValueError, match="is there already"):
+        with pytest.raises(ValueError, match="there is one already"):
             backend.add_adapter(name, 2, 4.0)
     with pytest.raises(ValueError, match="it names a folder too"):
         backend.add_adapter("../rm", 2, 4.0)
