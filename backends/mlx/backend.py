@@ -144,10 +144,10 @@ class MLXBackend:
         """Take one AdamW step of an adapter, and of its head, on the mean loss over all examples of `passes`."""
         if adapter == REFERENCE:
             raise ValueError("the reference is never trained")
-        if self.training is None:
-            raise ValueError("the model was loaded for inference; load it with options of training")
         if not self.adapters[adapter].layers:
             raise ValueError(f"adapter {adapter!r} is the bare base; there is nothing to train")
+        if self.training is None:
+            raise ValueError("the model was loaded for inference; load it with training options to train it")
         if adapter == POLICY:
             check_trains(self.strength)
         optimizer, examples = self.adapters[adapter].optimizer, sum(one.batch.examples for one in passes)

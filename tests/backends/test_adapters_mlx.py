@@ -216,9 +216,9 @@ def test_what_there_is_not(tiny: str) -> None:
             backend.add_adapter(name, 2, 4.0)
     with pytest.raises(ValueError, match="it names a folder too"):
         backend.add_adapter("../rm", 2, 4.0)
-    for head in (Head(0), Head(1, "first")):
+    for outputs, at in ((0, "end"), (1, "first")):
         with pytest.raises(ValueError, match="expected at least 1 output, at 'end' or 'each'"):
-            backend.add_adapter("other", 2, 4.0, head=head)
+            Head(outputs, at)
     with pytest.raises(ValueError, match="adapter 'policy' has no head"):
         backend.scores(data, POLICY)
     with pytest.raises(ValueError, match="adapter 'policy' has no head"):
