@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -108,5 +109,6 @@ class Observers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            for observer in self._observers:
-                observer.failed(error)
+            with ExitStack() as all_hear:  # also where one of them fails at it
+                for observer in reversed(self._observers):
+                    all_hear.callback(observer.failed, error)

@@ -11,7 +11,7 @@ from lite_dil.evaluation.held_out import Evaluation, HeldOut
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.planning.estimate import Load
 from lite_dil.planning.fit import memory_line
-from lite_dil.recipes.session import Session
+from lite_dil.recipes.session import TrainingSession
 from lite_dil.reports.card import ModelCard
 from lite_dil.reports.findings import SAMPLES
 from lite_dil.reports.run_report import RunReport, facts_of
@@ -25,7 +25,7 @@ from lite_dil.training.loop import Training
 FIRST = "the first step takes longest"
 
 
-class Shown(Observer):
+class ShownSteps(Observer):
     """Shows the steps on a display, and what takes a while between them."""
 
     def __init__(self, display: Display) -> None:
@@ -66,12 +66,12 @@ class Shown(Observer):
 
 
 def observers_of(
-    session: Session, training: Training, display: Display, own: Sequence[Observer]
+    session: TrainingSession, training: Training, display: Display, own: Sequence[Observer]
 ) -> tuple[Observers, Checkpoints]:
     """Return the observers of a run in their order, and by itself the one that saves: saved before what takes long."""
     config, folder, backend, data = session.config, session.folder, session.backend, session.data
     held_out = HeldOut(training.passes, data.held_out, config, config) if data.held_out else None
-    shown, trackers = Shown(display), Trackers(config, folder.path, session.logged, display.say)
+    shown, trackers = ShownSteps(display), Trackers(config, folder.path, session.logged, display.say)
     metrics = MetricsLog([folder.log, trackers.log])
     checkpoints = Checkpoints(folder, training.progress, session.save_state, backend.save_adapter, config)
     watching: list[Observer] = [metrics, shown, checkpoints]

@@ -18,7 +18,7 @@ from lite_dil.reports.samples import Intake, Prompt
 
 
 @dataclass(frozen=True)
-class Data:
+class RunData:
     """What was read: examples, the rows that were left out, and for the report the prompts to answer and what the data is."""
 
     examples: Sequence[Example]
@@ -28,18 +28,18 @@ class Data:
     facts: list[dict[str, Any]]
 
 
-def read_data(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None]) -> Data:
+def read_data(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None]) -> RunData:
     """Read the training data, and the held-out data where there is any."""
     data, intake = _load(config.data, "train", encoder, config, say)
     facts = [intake.facts("training", config.data, data)]
     if not config.eval_data:
-        return Data(data.examples, [], data.problems, intake.prompts, facts)
+        return RunData(data.examples, [], data.problems, intake.prompts, facts)
     held_out, seen = _load(config.eval_data, "test", encoder, config, say)
     shared = overlap(data, held_out)
     if shared.warning:
         say(f"warning: {shared.warning}")
     facts.append(seen.facts("held out", config.eval_data, held_out) | {"in_training": shared._asdict()})
-    return Data(data.examples, held_out.examples, data.problems + held_out.problems, seen.prompts, facts)
+    return RunData(data.examples, held_out.examples, data.problems + held_out.problems, seen.prompts, facts)
 
 
 def _load(

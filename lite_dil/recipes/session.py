@@ -25,7 +25,7 @@ from lite_dil.models.fingerprint import reference_key
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.table import OBJECTIVES
 from lite_dil.planning.auto import fitted
-from lite_dil.recipes.read_data import Data, read_data
+from lite_dil.recipes.read_data import RunData, read_data
 from lite_dil.reports import trackers
 from lite_dil.reports.findings import SAMPLES
 from lite_dil.runs.folder import Progress, RunFolder, read_progress
@@ -37,7 +37,7 @@ from lite_dil.training.start_check import CHECKING, check_start, starts_at_refer
 
 
 @dataclass
-class Session:
+class TrainingSession:
     """All that a run works with.
 
     Attributes:
@@ -52,7 +52,7 @@ class Session:
     folder: RunFolder
     model: str
     encoder: Encoder
-    data: Data
+    data: RunData
     backend: Backend
     before: float
     logged: list[dict[str, Any]] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Session:
         self.backend.save_state(folder)
 
 
-def open_session(config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None) -> Session:
+def open_session(config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None) -> TrainingSession:
     """Read the data, load the model, and bring both to where training starts, or goes on from the checkpoint `resume`.
 
     `fixed` are the options that --auto leaves alone; None stands for all that are not at their default.
@@ -104,7 +104,9 @@ def open_session(config: ResolvedConfig, display: Display, resume: Path | None, 
     return session
 
 
-def _load(config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None) -> tuple[Session, Progress]:
+def _load(
+    config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None
+) -> tuple[TrainingSession, Progress]:
     """Read the data and load the model; return also where the run stands."""
     check_alone()
     trackers.check(config)
@@ -123,7 +125,7 @@ def _load(config: ResolvedConfig, display: Display, resume: Path | None, fixed: 
     display.say(f"{config.model} on {backend.description}")
     if backend.layout_reason:
         display.say(backend.layout_reason)
-    return Session(config, folder, model, encoder, data, backend, before), progress
+    return TrainingSession(config, folder, model, encoder, data, backend, before), progress
 
 
 def _progress(examples: Sequence[Example], config: ResolvedConfig, resume: Path | None) -> Progress:
@@ -137,7 +139,7 @@ def _progress(examples: Sequence[Example], config: ResolvedConfig, resume: Path 
     return saved
 
 
-def _draw_rejected(session: Session, count: int, display: Display) -> bool:
+def _draw_rejected(session: TrainingSession, count: int, display: Display) -> bool:
     """Draw rejected answers for the examples that the run comes to and the held-out ones; False where Ctrl-C ended it."""
     config, backend, data = session.config, session.backend, session.data
     key = reference_key(config, cache_folder(config), session.model, backend.identity)
@@ -151,7 +153,7 @@ def _draw_rejected(session: Session, count: int, display: Display) -> bool:
     return True
 
 
-def _open_cache(session: Session, display: Display) -> ReferenceCache:
+def _open_cache(session: TrainingSession, display: Display) -> ReferenceCache:
     """Open the cache of the reference's log-probs."""
     cache = open_cache(session.config, session.config, session.model, session.backend.identity)
     if cache.damaged:
@@ -159,7 +161,7 @@ def _open_cache(session: Session, display: Display) -> ReferenceCache:
     return cache
 
 
-def _go_on(session: Session, training: Training, checkpoint: Path) -> None:
+def _go_on(session: TrainingSession, training: Training, checkpoint: Path) -> None:
     """Bring model and metrics to where the checkpoint was saved."""
     session.backend.load_state(checkpoint)
     session.logged = session.folder.rewind(training.progress.step)
@@ -182,7 +184,7 @@ def _precompute(passes: Passes, parts: Sequence[Sequence[Example]], config: Reso
     return False
 
 
-def _begin(session: Session, display: Display) -> None:
+def _begin(session: TrainingSession, display: Display) -> None:
     """Make the run's folder."""
     folder = session.folder
     folder.create(replace(session.config, dtype=session.backend.dtype_name).as_dict())

@@ -141,3 +141,20 @@ def test_what_was_left_out_is_known() -> None:
     assert not both.left_out
     second.left_out = True
     assert both.left_out and not first.left_out
+
+
+def test_all_hear_of_an_error_in_their_order_though_one_fails_at_it() -> None:
+    told: list[str] = []
+
+    class Hears(Observer):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def failed(self, error: BaseException) -> None:
+            told.append(self.name)
+            if self.name == "first":
+                raise OSError("a tracker's")
+
+    with pytest.raises(OSError, match="a tracker's"), Observers([Hears("first"), Hears("second")]):
+        raise ZeroDivisionError
+    assert told == ["first", "second"]

@@ -20,7 +20,7 @@ from test_train import metrics
 from lite_dil.backends.types import Answer
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.base.files import partial
-from lite_dil.base.observer import Observers
+from lite_dil.base.observer import Event, Observers
 from lite_dil.cli.demo import show
 from lite_dil.cli.main import main
 from lite_dil.cli.progress import Terminal
@@ -236,6 +236,21 @@ def test_sample_answers_fit_into_memory_or_are_left_out(most: int, tmp_path: Pat
     assert all(sample.before_tokens == 0 and sample.after_tokens == 1 for sample in read_samples(path))
     assert ("no sample answers from here on: out of memory" in " ".join(said)) == (most == 0)
     assert not most or max(backend.calls[-3:]) <= most  # what was too large once is not tried again
+
+
+def test_sample_answers_that_cannot_be_written_do_not_end_training(tmp_path: Path) -> None:
+    (tmp_path / ".report_samples.jsonl.partial").mkdir()
+    said: list[str] = []
+    path, encoder = tmp_path / "report_samples.jsonl", Encoder(byte_level_tokenizer())
+    backend: Any = Small(5)
+    answers = SampleAnswers(intake(2).prompts, True, path, backend, encoder, 200, said.append, every=2)
+    for step in (1, 2, 3, 4):
+        answers.after_step(Event(step, 5))
+    assert len(backend.calls) == 4 and not path.exists()  # before and after, at steps 2 and 4
+    assert len(said) == 2 and all("cannot be written" in text for text in said)
+    assert not answers.left_out
+    answers.after_step(Event(5, 5, stop=lambda: True))
+    assert answers.left_out and len(backend.calls) == 4
 
 
 def test_prompts_are_drawn_by_the_seed_each_once_and_with_room() -> None:
