@@ -16,7 +16,7 @@ demo: $(VENV)/demo
 	$(BIN)/lite-dil demo
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --durations 10
 
 check: lint test
 

@@ -36,12 +36,14 @@ from lite_dil.data.messages import Answer, Message
 from lite_dil.data.reader import Row
 from lite_dil.models.find import EMBEDDED_MODEL, cache_dir, resolve_model
 from lite_dil.objectives.criterion import Criterion
+from lite_dil.reports import charts
 from lite_dil.training.step import micro_batches
 
 # What a shell starts in the background ignores Ctrl-C, and so would the programs under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BACKENDS = ["cpu", "mlx"]
+SVG = charts.svg
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -157,6 +159,23 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         (own / EMBEDDED_MODEL).symlink_to(real)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LITE_DIL_CACHE", str(own))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn() -> Iterator[None]:
+    """Charts without curves: drawing them is four fifths of what a run of a tiny model takes, in every test that trains."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "svg", lambda make, salt="", text="": f'<svg data-chart="{salt}"></svg>')
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Charts as they are, in the tests of reports."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name == "reports":
+            patch.setattr(charts, "svg", SVG)
         yield
 
 

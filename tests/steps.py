@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import criterion, one_step
+from conftest import batch, criterion, load, one_step
 
 from lite_dil.batching.batch import Batch
 
@@ -25,3 +26,12 @@ def adapter(backend: Any) -> dict[str, np.ndarray]:
         name = name.removeprefix("base_model.model.").replace(".default.weight", "")
         named[name.replace("lora_A", "lora_a").replace("lora_B", "lora_b")] = value.detach().numpy().T.copy()
     return named
+
+
+def saved_adapter(name: str, model: str, folder: Path) -> Any:
+    """Save an adapter that does something; return the backend that has it."""
+    backend = load(name, model)
+    one_step(backend, [batch()], criterion(), 0.05)
+    folder.mkdir()
+    backend.save_adapter(folder)
+    return backend

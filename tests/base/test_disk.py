@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import WORDS, write_pairs
 from safetensors import SafetensorError
 
@@ -23,18 +24,14 @@ from lite_dil.runs.folder import RunFolder
 pytest.importorskip("resource")
 # No file may grow beyond so many bytes: what a disk with that much room does, without a disk. Python ignores the signal.
 _LIMITED = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n"
-_RUN = "from lite_dil.__main__ import main; sys.exit(main())"
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 TOO_LARGE = os.strerror(errno.EFBIG)
 FULL = os.strerror(errno.ENOSPC)
 
 
-def limited(size: int, *argv: str, out: int | None = subprocess.PIPE, **more: str) -> subprocess.CompletedProcess[str]:
+def limited(size: int, *argv: str, out: int | None = None, input: str = "", **more: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a process whose files may have `size` bytes."""
-    command = [sys.executable, "-c", _LIMITED.format(size) + _RUN, *argv]
-    return subprocess.run(
-        command, stdout=out, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": ""} | more, timeout=300
-    )
+    return warm.run(*argv, code=_LIMITED.format(size) + warm.MAIN, out=out, input=input, env=os.environ | more)
 
 
 def one_message(done: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -126,7 +123,7 @@ def test_a_reference_cache_that_does_not_fit_costs_no_training(flags: list[str],
     assert main([*flags[:-2], *more, "--output-dir", str(plain), "--reference-cache", "off"]) == 0
     # The files of a run are larger than a cache of 16 answers, so the cache is at its limit before: on a disk of its own.
     (tmp_path / "cache").mkdir()
-    done = subprocess.run([sys.executable, "-c", _FULL_CACHE, *flags, *more], capture_output=True, text=True, timeout=300)
+    done = warm.run(*flags, *more, code=_FULL_CACHE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Going on: log-probs of the reference are kept in memory from here on") == 1
     assert f"cannot be written ({FULL}); free space there, or name another place with --reference-cache" in done.stdout
@@ -231,10 +228,9 @@ def test_drawn_answers_that_do_not_fit(flags: list[str], tmp_path: Path) -> None
 
 
 def test_a_chat_goes_on_after_a_save_that_does_not_fit(adapter: str, tmp_path: Path) -> None:
-    code = _LIMITED.format(10) + _RUN
     argv = ["chat", "--adapter", adapter, "--backend", "cpu", "--max-new-tokens", "3000", "--temperature", "1"]
     said = f"the red\n/save {tmp_path}/x.jsonl\n/temperature 0.5\n"
-    done = subprocess.run([sys.executable, "-c", code, *argv], input=said, capture_output=True, text=True, timeout=300)
+    done = limited(10, *argv, input=said)
     assert done.returncode == 0, done.stderr
     both = done.stdout + done.stderr
     assert f"x.jsonl: cannot be written ({TOO_LARGE})" in both and "temperature 0.5" in both and "Traceback" not in both
@@ -244,8 +240,7 @@ def test_a_chat_goes_on_after_a_save_that_does_not_fit(adapter: str, tmp_path: P
 def test_labels_that_do_not_fit(adapter: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("the red\n")
     argv = ["label", str(tmp_path / "prompts.txt"), "--adapter", adapter, "--backend", "cpu", "--max-new-tokens", "4"]
-    command = [sys.executable, "-c", _LIMITED.format(10) + _RUN, *argv, "--output", str(tmp_path / "l.jsonl")]
-    done = subprocess.run(command, input="1\n", capture_output=True, text=True, timeout=300)
+    done = limited(10, *argv, "--output", str(tmp_path / "l.jsonl"), input="1\n")
     one_message(done, f"l.jsonl: cannot be written ({TOO_LARGE})", "the same command goes on from it")
     assert (tmp_path / "l.jsonl").read_bytes() == b""
 
@@ -353,7 +348,7 @@ def test_a_file_that_is_nearly_full_takes_all_or_nothing(tmp_path: Path) -> None
         "    try: append(file, b'abcdefg\\n')\n"
         "    except OSError as error: print(error.errno)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)
+    done = warm.run(str(tmp_path / "a"), code=code)
     assert (done.stdout, done.stderr) == (f"{errno.EFBIG}\n", "")
     assert (tmp_path / "a").read_bytes() == b"1234567\n"
     with (tmp_path / "a").open("ab", buffering=0) as file:

@@ -9,7 +9,6 @@ import os
 import re
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import warm
 from conftest import batch, criterion, load, make_checkpoint, one_step
 from safetensors.torch import load_file, save_file
 
@@ -279,14 +279,17 @@ def test_wrong_flags(tuned: Tuned, chat: Callable[..., Said], flags: tuple[str, 
 
 
 def command(tuned: Tuned, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "lite_dil.cli.main", *tuned.argv, *flags]
+    return [*tuned.argv, *flags]
 
 
 def test_from_a_pipe_there_are_no_colours_and_no_tracebacks(tuned: Tuned) -> None:
     """The process itself, with bytes that are no UTF-8 among its lines."""
     environment = os.environ | {"FORCE_COLOR": "", "TERM": "xterm-256color", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        command(tuned, "--temperature", "0", "--compare"), input=b"tea\n\xff\xfe\n", capture_output=True, env=environment
+        [sys.executable, "-m", "lite_dil", *command(tuned, "--temperature", "0", "--compare")],
+        input=b"tea\n\xff\xfe\n",
+        capture_output=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(b"base: ")
@@ -299,12 +302,8 @@ class Terminal:
     """A process on a pseudo-terminal."""
 
     def __init__(self, argv: list[str], columns: int) -> None:
-        import pty
-
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.environ |= {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "24"}
-            os.execv(argv[0], argv)
+        environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "24"}
+        self.process, self.fd = warm.on_terminal(argv, env=environment)
         self.text = ""
 
     def type(self, text: str) -> None:
@@ -350,9 +349,8 @@ class Terminal:
             assert time.monotonic() < end, self.plain
             if len(self.text) == seen:
                 self.type(key)
-        _, status = os.waitpid(self.pid, 0)  # its terminal is closed
         os.close(self.fd)
-        return os.waitstatus_to_exitcode(status)
+        return self.process.wait()
 
 
 @pytest.fixture
@@ -365,10 +363,7 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
     yield start
     for each in made:
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            if os.waitpid(each.pid, os.WNOHANG) == (0, 0):
-                os.kill(each.pid, signal.SIGKILL)
-                os.waitpid(each.pid, 0)
+        each.process.kill()
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(tuned: Tuned, terminal: Callable[..., Terminal], tmp_path: Path) -> None:

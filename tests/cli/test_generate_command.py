@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import batch, config, criterion, load, one_step
+from conftest import config, load
+from steps import saved_adapter
 
 from lite_dil.backends import registry
 from lite_dil.cli.main import main
@@ -48,15 +49,6 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def adapter(name: str, model: str, folder: Path) -> Any:
-    """Save an adapter that does something; return the backend that has it."""
-    backend = load(name, model)
-    one_step(backend, [batch()], criterion(), 0.05)
-    folder.mkdir()
-    backend.save_adapter(folder)
-    return backend
-
-
 def test_answers_in_the_order_of_the_prompts(generate: Run, backend_name: str, tiny: str, tmp_path: Path) -> None:
     code, said = generate("--batch-size", "2")
     assert code == 0 and "all 5 answers are in" in said
@@ -77,7 +69,7 @@ def test_every_row_tells_how_its_answers_ended(
 ) -> None:
     """Tiny models never end by themselves, so that many tokens are made to end an answer here."""
     monkeypatch.setattr(Encoder, "end_ids", lambda self: list(range(2, 40)))
-    made = adapter(backend_name, tiny, tmp_path / "adapter")
+    made = saved_adapter(backend_name, tiny, tmp_path / "adapter")
     code, said = generate("--adapter", str(tmp_path / "adapter"), "--base")
     assert code == 0
     encoder, found, cut = Encoder(load_tokenizer(tiny)), rows(tmp_path / "answers.jsonl"), {"": 0, "base_": 0}
@@ -168,7 +160,7 @@ def test_what_training_would_refuse_is_said_whenever_it_was_drawn(generate: Run,
 
 
 def test_the_base_beside_the_adapter(generate: Run, backend_name: str, tiny: str, tmp_path: Path) -> None:
-    adapter(backend_name, tiny, tmp_path / "adapter")
+    saved_adapter(backend_name, tiny, tmp_path / "adapter")
     given = ("--adapter", str(tmp_path / "adapter"))
     assert generate(output="bare.jsonl")[0] == 0
     assert generate(*given, output="tuned.jsonl")[0] == 0

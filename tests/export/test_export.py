@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import (
     bare_model,
     batch,
@@ -584,7 +585,7 @@ def test_a_program_that_is_ended_leaves_nothing(tiny: str, trained: Trainer, tmp
         "merge.write = lambda *_: os.kill(os.getpid(), signal.SIGTERM); sys.exit(main(sys.argv[1:]))"
     )
     command = ["export", "--adapter", str(run), "--format", "merged", "--output", str(tmp_path / "out")]
-    out = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    out = warm.run(*command, code=code)
     assert out.returncode == 143 and "Traceback" not in out.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
 import select
 import shlex
 import signal
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_generate_command import adapter
+import warm
+from steps import saved_adapter
 
 from lite_dil.base.text import printable
 from lite_dil.cli.main import main
@@ -152,7 +152,7 @@ def test_it_goes_on_with_what_is_left(label: Label, tmp_path: Path) -> None:
 
 
 def test_the_file_trains_by_the_command_that_is_told(label: Label, backend_name: str, tiny: str, tmp_path: Path) -> None:
-    made = adapter(backend_name, tiny, tmp_path / "adapter")
+    made = saved_adapter(backend_name, tiny, tmp_path / "adapter")
     assert made
     _, text = label("1 b 2 t tea", "--adapter", str(tmp_path / "adapter"))
     told = text.split("train on them: ")[1].splitlines()[0]
@@ -188,7 +188,7 @@ def test_plain_text_is_continued_in_its_own_form(label: Label, tmp_path: Path) -
 
 
 def test_against_the_base(label: Label, tmp_path: Path, backend_name: str, tiny: str) -> None:
-    adapter(backend_name, tiny, tmp_path / "adapter")
+    saved_adapter(backend_name, tiny, tmp_path / "adapter")
     write_prompts(tmp_path, *(f"{a} {b}" for a in ("what is", "make", "the red") for b in ("tea", "bread", "house")))
     flags = ("--adapter", str(tmp_path / "adapter"), "--against-base", "--temperature", "0")
     # The likeliest answers of both, by the other command.
@@ -264,19 +264,8 @@ class Terminal:
     """The command on a terminal of its own."""
 
     def __init__(self, argv: list[str], folder: Path) -> None:
-        self.master, slave = pty.openpty()
-        code = "import sys; from lite_dil.cli.main import main; sys.exit(main())"
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, *argv],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-        )
-        os.close(slave)
+        self.process, self.master = warm.on_terminal(argv, env=environment, cwd=folder)
         self.seen = ""
 
     def until(self, text: str, times: int = 1) -> str:

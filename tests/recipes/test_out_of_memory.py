@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import batch, config, criterion, examples, load, one_step, write_pairs
-from test_train import metrics, same_weights
 from torch.utils._python_dispatch import TorchDispatchMode
+from trainings import metrics, same_weights
 
 from lite_dil.backends import registry
 from lite_dil.backends.torch import adapters as torch_adapters

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import write_pairs
 
 pty = pytest.importorskip("pty")
@@ -56,12 +57,9 @@ def test_a_program_that_ignores_ctrl_c_still_does() -> None:
     assert done.returncode == 2 and "--model ./none" in done.stderr
 
 
-def on_terminal(argv: list[str], until: str = "") -> tuple[int, str]:
+def on_terminal(code: str, argv: list[str], until: str = "") -> tuple[int, str]:
     """Run in a terminal; return exit code and output. Ctrl-C is pressed when it shows `until`."""
-    child, terminal = pty.fork()
-    if not child:
-        os.environ |= {"TERM": "xterm", "COLUMNS": "120"}
-        os.execv(sys.executable, [sys.executable, *argv])
+    process, terminal = warm.on_terminal(argv, code=code, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"})
     shown, deadline = b"", time.monotonic() + 200
     while time.monotonic() < deadline:
         if select.select([terminal], [], [], 1)[0]:
@@ -73,10 +71,9 @@ def on_terminal(argv: list[str], until: str = "") -> tuple[int, str]:
                 os.write(terminal, b"\x03")
                 until = ""
     else:
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+        process.kill()
     os.close(terminal)
-    return os.waitstatus_to_exitcode(status), shown.decode()
+    return process.wait(), shown.decode()
 
 
 @pytest.fixture
@@ -91,7 +88,7 @@ HIDDEN, VISIBLE = "\x1b[?25l", "\x1b[?25h"
 
 
 def test_a_terminal_shows_what_the_first_step_waits_for(flags: list[str]) -> None:
-    code, shown = on_terminal(["-m", "lite_dil", *flags, "--logging-steps", "3"])
+    code, shown = on_terminal(warm.MAIN, [*flags, "--logging-steps", "3"])
     assert code == 0, shown
     assert shown.index(CHECKING) < shown.index("writing to") < shown.index("the first step takes longest")
     later = shown[shown.rindex("the first step takes longest") :]
@@ -100,7 +97,7 @@ def test_a_terminal_shows_what_the_first_step_waits_for(flags: list[str]) -> Non
 
 def test_ctrl_c_during_the_check_leaves_the_terminal_as_it_was(flags: list[str]) -> None:
     slow = "import sys, time\nfrom lite_dil.training.passes import Passes\nPasses.run = lambda *_: time.sleep(100)\n"
-    code, shown = on_terminal(["-c", slow + _MAIN, *flags], until=CHECKING)
+    code, shown = on_terminal(slow + warm.MAIN, flags, until=CHECKING)
     assert code == 130, shown
     assert "lite-dil: stopped" in shown and "Traceback" not in shown
     assert shown.rindex(HIDDEN) < shown.rindex(VISIBLE)

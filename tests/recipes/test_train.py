@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 import yaml
 from conftest import batch, load, make_checkpoint, write_pairs
-from safetensors.numpy import load_file
+from trainings import metrics, run, same_weights, weights
 
 from lite_dil.backends import registry
 from lite_dil.batching.batch import Batch
@@ -30,9 +28,6 @@ TRL_NAMES = {
     "rewards/margins", "logps/chosen", "logps/rejected",
 }  # fmt: skip
 OURS = {"step", "log_ratio/chosen", "log_ratio/rejected", "tokens_per_second", "peak_memory_mb"}
-# What a clock or the machine decides; everything else in a line is the same in every run of the same options.
-# A run that comes second finds the reference in the cache.
-MEASURED = {"tokens_per_second", "examples_per_second", "seconds_per_step", "peak_memory_mb", "reference_passes"}
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +42,6 @@ def flags(tiny: str, data: Path, backend_name: str) -> list[str]:
         "--model", tiny, "--backend", backend_name, "--data", str(data), "--dtype", "float32", "--learning-rate", "1e-3",
         "--batch-size", "2", "--gradient-accumulation-steps", "2", "--epochs", "2", "--report-samples", "0", "--lora-r", "4",
     ]  # fmt: skip
-
-
-def run(flags: list[str], folder: Path, *more: str) -> list[dict[str, Any]]:
-    assert main(["train", *flags, "--output-dir", str(folder), *more]) == 0
-    return metrics(folder)
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
-
-
-def weights(folder: Path) -> dict[str, np.ndarray]:
-    return load_file(next(folder.glob("adapter*.safetensors")))
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    a, b = weights(one), weights(other)
-    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
 def test_a_run_writes_what_the_design_says(flags: list[str], data: Path, tmp_path: Path) -> None:
@@ -191,18 +167,17 @@ def test_a_run_is_never_written_over(flags: list[str], tmp_path: Path, capsys: p
 def test_ctrl_c_saves_and_resume_goes_on(flags: list[str], tmp_path: Path) -> None:
     whole = run(flags, tmp_path / "whole", "--max-steps", "40")
     folder = tmp_path / "stopped"
-    command = [sys.executable, "-m", "lite_dil.cli.main", "train", *flags, "--max-steps", "40", "--output-dir", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = warm.Piped(["train", *flags, "--max-steps", "40", "--output-dir", str(folder)])
     while not (folder / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert f"go on with --resume {folder}" in out
-    done = metrics(folder)[-1]["step"]
-    assert done < 40
-    assert (folder / "checkpoints" / f"step-{done}").is_dir()
+    done = process.done()
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"go on with --resume {folder}" in done.stdout
+    last = metrics(folder)[-1]["step"]
+    assert last < 40
+    assert (folder / "checkpoints" / f"step-{last}").is_dir()
     assert main(["train", "--resume", str(folder)]) == 0
     assert metrics(folder) == whole
     assert same_weights(folder / "adapter", tmp_path / "whole" / "adapter")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import write_pairs
-from test_train import metrics, run, same_weights
+from trainings import metrics, run, same_weights
 
 from lite_dil.cli.main import main
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, config, load, write_pairs
 from safetensors.numpy import load_file
-from test_train import metrics
+from trainings import metrics
 
 from lite_dil.backends.types import Answer
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import warm
 from conftest import config, examples, make_checkpoint, write_pairs
 
 from lite_dil.base.display import Silent
@@ -183,18 +182,14 @@ sys.exit(main(sys.argv[1:]))
     arguments = ["train", "--backend", "cpu", "--model", tiny, "--data", str(tmp_path / "pairs.jsonl"), "--row-tokens", "40"]
     arguments += ["--dtype", "float32", "--precompute-reference", "--reference-cache", str(tmp_path / "cache")]
     arguments += ["--max-steps", "1", "--batch-size", "1", "--max-length", "30"]
-    stopped = subprocess.run(
-        [sys.executable, "-c", code, *arguments, "--output-dir", str(tmp_path / "one")], capture_output=True, text=True
-    )
+    arguments += ["--output-dir", str(tmp_path / "one")]
+    stopped = warm.run(*arguments, code=code)
     assert stopped.returncode == 130, stopped.stderr
     assert "stopping after this batch; what was computed is kept" in stopped.stderr
     assert "stopped; the reference cache keeps what was computed" in " ".join(stopped.stdout.split())
     records = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.logps")) // 32
     assert 2 < records < 80
-    plain = "import sys; from lite_dil.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    again = subprocess.run(
-        [sys.executable, "-c", plain, *arguments, "--output-dir", str(tmp_path / "one")], capture_output=True, text=True
-    )
+    again = warm.run(*arguments)
     assert again.returncode == 0, again.stderr
     assert f"reference: {records // 2} of 40 pairs are cached, {40 - records // 2} to compute" in again.stdout
     assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.logps")) // 32 == 80

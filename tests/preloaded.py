@@ -1,0 +1,26 @@
+"""What tests/warm.py's server imports before it forks."""
+
+import contextlib
+import os
+
+from lite_dil.base import quiet
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+quiet.environment()
+
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+
+import lite_dil.backends.torch.backend  # noqa: E402
+import lite_dil.backends.torch.generate  # noqa: E402
+import lite_dil.backends.torch.load  # noqa: E402
+import lite_dil.backends.torch.lora  # noqa: E402
+import lite_dil.cli.chat  # noqa: E402
+import lite_dil.cli.export  # noqa: E402
+import lite_dil.cli.generate  # noqa: E402
+import lite_dil.cli.label  # noqa: E402
+import lite_dil.recipes.preference  # noqa: E402
+
+with contextlib.suppress(ImportError):
+    import lite_dil.backends.mlx.backend
+    import lite_dil.backends.mlx.load  # noqa: F401
