@@ -13,6 +13,19 @@ CHECKPOINT_FROM = 10**9  # parameters from which gradient checkpointing is on un
 
 MAX_STRENGTH = 1.5  # of an adapter; far beyond what was trained a model falls apart
 
+# torch
+TORCH_CHUNK = {"cpu": 2**22, "cuda": 2**24}  # logits at once: 16 or 64 MiB of float32; a GPU wants larger products
+HEAD_TILE = 2**14  # tokens of a quantised head that are unpacked at a time
+MLP_TILE = 2**25  # of one intermediate (tokens, width) array where an MLP is computed again: 64 MiB of bfloat16
+FLEX_BLOCK = 128  # FlexAttention's blocks; rows on CUDA are padded to a multiple of it
+TORCH_QUERIES = 64  # in a block of packed attention on a CPU: its scores over some hundred keys stay in the cache
+
+# MLX
+MLX_CHUNK = 2**22  # logits at once: 16 MiB of float32. Work is queued ahead, so that about ten such arrays are alive at once
+GROUP_SIZE, BITS = 64, 4  # of --4bit
+MLX_QUERIES = 256  # of a prompt or response that attend at a time on a CPU, so that the keys after them cost nothing
+COMPILED_MULTIPLE = 64  # tokens; shapes must repeat, or the step is compiled anew for every batch
+
 
 def check_options(name: str, options: ModelOptions, training: EngineOptions | None) -> None:
     """Raise UserError for options that backend `name`, "cuda", "mlx" or "cpu", cannot honour; it need not be installed."""

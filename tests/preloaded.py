@@ -3,11 +3,11 @@
 import contextlib
 import os
 
-from lite_dil.base import quiet
+from lite_dil.base.start import start
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-quiet.environment()
+start()
 
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 

@@ -12,7 +12,15 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from lite_dil.backends.limits import check_name, check_options, check_strength, check_trains, checkpointing
+from lite_dil.backends.limits import (
+    BITS,
+    COMPILED_MULTIPLE,
+    check_name,
+    check_options,
+    check_strength,
+    check_trains,
+    checkpointing,
+)
 from lite_dil.backends.mlx import generate as mlx_generate
 from lite_dil.backends.mlx import state as mlx_state
 from lite_dil.backends.mlx.adapters import Adapters
@@ -20,7 +28,6 @@ from lite_dil.backends.mlx.foreign import Misfit, foreign
 from lite_dil.backends.mlx.head import token_logps
 from lite_dil.backends.mlx.inputs import as_mlx, filled, inputs_of
 from lite_dil.backends.mlx.load import (
-    BITS,
     causal_lm,
     check_windows,
     limit_memory,
@@ -44,7 +51,6 @@ from lite_dil.models.options import ModelOptions, ResolvedAdapter
 from lite_dil.objectives.loss import NOTHING, SCORES, SUMS, Loss
 
 INFERENCE = EngineOptions(layout="plain", gradient_checkpointing="off")
-COMPILED_MULTIPLE = 64  # tokens; shapes must repeat, or the step is compiled anew for every batch
 
 
 class MLXBackend:

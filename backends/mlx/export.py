@@ -14,7 +14,8 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load as load_folder
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-from lite_dil.backends.mlx.load import GROUP_SIZE, load, quantise, set_dtype
+from lite_dil.backends.limits import GROUP_SIZE
+from lite_dil.backends.mlx.load import load, quantise, set_dtype
 from lite_dil.backends.types import DenseWeight, Sequences
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import copy

@@ -6,11 +6,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from lite_dil.backends.limits import chunk_tokens
+from lite_dil.backends.limits import MLX_CHUNK, chunk_tokens
 from lite_dil.models.logits import LogitTransform
-
-# 16 MiB of float32 logits. Work is queued ahead of its execution, so that about ten such arrays are alive at once.
-CHUNK_ELEMENTS = 2**22
 
 
 def token_logps(
@@ -29,7 +26,7 @@ def token_logps(
         targets: (tokens,) integers.
         with_grad: compute d logp / d hidden, (tokens, width), along with the values, so that backward is a multiplication.
     """
-    size = chunk_tokens(vocabulary, CHUNK_ELEMENTS)
+    size = chunk_tokens(vocabulary, MLX_CHUNK)
     parts: list[mx.array] = []
     for start in range(0, len(targets), size):
         chunk = hidden[start : start + size]

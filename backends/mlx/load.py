@@ -13,12 +13,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 
+from lite_dil.backends.limits import BITS, GROUP_SIZE
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.models import tensors
 from lite_dil.models.find import rope_config
 from lite_dil.models.options import ModelOptions
 
-GROUP_SIZE, BITS = 64, 4
 _CACHE_LIMIT = 4 * 2**30
 
 

@@ -22,11 +22,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from lite_dil.backends.limits import MLX_QUERIES
 from lite_dil.backends.mlx.foreign import Misfit, foreign
 from lite_dil.backends.mlx.load import causal_lm
 from lite_dil.batching.layouts import Prefix
 
-QUERIES = 256  # of a prompt or response that attend at a time on a CPU, so that the keys after them cost nothing
 ATTENTION = ("self_attn", "attention", "attn")
 MLP = ("mlp", "block_sparse_moe", "feed_forward")
 
@@ -223,8 +223,8 @@ class Unpadded:
         self.kept, parts, at = [], [], 0
         for length, before in zip(self.lengths, self.before, strict=True):
             self.seen, past = before, 0 if before is None else before[0].shape[2]
-            for start in range(0, length, QUERIES):
-                stop, self.offset = min(start + QUERIES, length), past + start
+            for start in range(0, length, MLX_QUERIES):
+                stop, self.offset = min(start + MLX_QUERIES, length), past + start
                 self.queries = stop - start
                 mask = self.mask_of(self.queries, past + stop)
                 parts.append(foreign(attention, x[:, at + start : at + stop], mask, self))

@@ -80,7 +80,7 @@ class TorchBackend:
         if adapter:
             self._add_policy(adapter, initial)
         self.reader = Reader(self.decoder, self.head, logit_transform(base.config.to_dict()), self.device)
-        self.store: torch_layers.HostStore | None = None
+        self.store: torch_layers.ActivationOffload | None = None
         if not self.unsloth:  # whose layers are its own
             self._arrange_layers(model)
         torch.manual_seed(self.seed)
@@ -347,7 +347,7 @@ class TorchBackend:
             for layer in layers or ():
                 if (mlp := getattr(layer, "mlp", None)) is None:
                     raise UserError(f"--gradient-checkpointing selective: a layer of {model} has no MLP; take full")
-                torch_layers.again(mlp, text, self.switch)  # a fused one, which does it better, takes its place
+                torch_layers.checkpoint(mlp, text, self.switch)  # a fused one, which does it better, takes its place
         if self._fused:
             torch_fused.install(self.decoder, self.dtype, mode == "selective")
         if layers is None:
@@ -356,6 +356,6 @@ class TorchBackend:
             torch_layers.skip_unread(self.decoder, layers[-1])
             self.reader.last_layer = len(layers) - 1
         if mode == "full":
-            self.store = torch_layers.HostStore() if self.training and self.training.offload_activations else None
+            self.store = torch_layers.ActivationOffload() if self.training and self.training.offload_activations else None
             for layer in layers:
-                torch_layers.again(layer, text, self.switch, self.store)
+                torch_layers.checkpoint(layer, text, self.switch, self.store)

@@ -19,9 +19,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lite_dil.backends.limits import MLP_TILE
 from lite_dil.backends.torch.lora import PEFT_POLICY, PEFT_REFERENCE
-
-TILE_ELEMENTS = 2**25  # of one intermediate (tokens, width) array where an MLP is computed again: 64 MiB of bfloat16
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ class GatedMLP:
 
     def tiles(self, tokens: int) -> Iterator[slice]:
         """Return the pieces in which tokens go through: one where nothing is computed again."""
-        return _slices(tokens, max(16, TILE_ELEMENTS // self.gate.layer.out_features) if self.recompute else tokens)
+        return _slices(tokens, max(16, MLP_TILE // self.gate.layer.out_features) if self.recompute else tokens)
 
 
 class _GatedMLP(torch.autograd.Function):

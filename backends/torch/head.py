@@ -9,15 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lite_dil.backends.limits import chunk_tokens
+from lite_dil.backends.limits import HEAD_TILE, TORCH_CHUNK, chunk_tokens
 from lite_dil.models.logits import LogitTransform
-
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}  # 16 or 64 MiB of float32 logits: a GPU wants larger products
-TILE_ROWS = 2**14  # of a quantised head, unpacked at a time
 
 
 class QuantizedHead(nn.Module):
-    """A frozen output head in 8 or 4 bits (bitsandbytes' blockwise types), unpacked `TILE_ROWS` tokens at a time."""
+    """A frozen output head in 8 or 4 bits (bitsandbytes' blockwise types), unpacked `HEAD_TILE` tokens at a time."""
 
     def __init__(self, head: Any, bits: int, dtype: torch.dtype) -> None:
         from bitsandbytes import functional
@@ -27,14 +24,14 @@ class QuantizedHead(nn.Module):
         self.unpack = functional.dequantize_4bit if bits == 4 else functional.dequantize_blockwise
         settings = {"blocksize": 64, "quant_type": "nf4"} if bits == 4 else {"blocksize": 64}
         self.bias, self.dtype, self.vocabulary = head.bias, dtype, len(head.weight)
-        rows = head.weight.detach().split(TILE_ROWS)
+        rows = head.weight.detach().split(HEAD_TILE)
         self.packed = [quantize(part.float().contiguous(), **settings) for part in rows]
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Return the weight (vocabulary, width) piece by piece, each with the tokens it is for."""
         for number, (data, state) in enumerate(self.packed):
-            start = number * TILE_ROWS
-            yield slice(start, min(start + TILE_ROWS, self.vocabulary)), self.unpack(data, state).to(self.dtype)
+            start = number * HEAD_TILE
+            yield slice(start, min(start + HEAD_TILE, self.vocabulary)), self.unpack(data, state).to(self.dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the logits, as the layer that this stands for."""
@@ -61,7 +58,7 @@ class _TokenLogps(torch.autograd.Function):
         needs_grad = hidden.requires_grad
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grads = torch.empty_like(hidden) if needs_grad else None
-        size = chunk_tokens(vocabulary(head), CHUNK_ELEMENTS[hidden.device.type])
+        size = chunk_tokens(vocabulary(head), TORCH_CHUNK[hidden.device.type])
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             target = targets[part, None]

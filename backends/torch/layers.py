@@ -13,7 +13,7 @@ from lite_dil.backends.torch.lora import Switch
 from lite_dil.base.errors import UserError
 
 
-class HostStore:
+class ActivationOffload:
     """Keeps activations in pinned memory of the computer, copied on a stream of their own while the GPU computes."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], config: Any, switch: Switch, store: HostStore | None
+        ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], config: Any, switch: Switch, store: ActivationOffload | None
     ) -> Tensor:
         ctx.run, ctx.config, ctx.row, ctx.store = run, config, torch_packed.active(), store
         ctx.switch, ctx.adapter = switch, switch.on
@@ -93,7 +93,7 @@ class _Again(torch.autograd.Function):
         return x.grad, None, None, None, None
 
 
-def again(module: Any, config: Any, switch: Switch, store: HostStore | None = None) -> None:
+def checkpoint(module: Any, config: Any, switch: Switch, store: ActivationOffload | None = None) -> None:
     """Make `module` keep only its first argument for the backward pass; `config` is the decoder's."""
     forward = module.forward
 

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lite_dil.backends.limits import TORCH_QUERIES
 from lite_dil.batching.layouts import Packed, Segment
 
 NAME = "lite_dil_packed"
-BLOCK = 128  # FlexAttention's blocks; rows on CUDA are padded to a multiple of it
-
-QUERIES = 64  # in a block on a CPU: its scores over some hundred keys stay in the cache
 
 
 class Unsupported(Exception):
@@ -138,8 +136,8 @@ class Unit(NamedTuple):
         """Return the blocks of queries, which of `keys` each can see, and the place of its first query among them."""
         response = self.rows.stop != self.prompt.stop
         first = (self.prompt.stop if response else self.rows.start) - self.prompt.start
-        for start in range(self.rows.start, self.rows.stop, QUERIES):
-            stop = min(start + QUERIES, self.rows.stop)
+        for start in range(self.rows.start, self.rows.stop, TORCH_QUERIES):
+            stop = min(start + TORCH_QUERIES, self.rows.stop)
             place = first + start - self.rows.start
             low = 0 if window is None else max(0, place - window + 1)
             yield slice(start, stop), slice(low, place + stop - start), place

@@ -24,7 +24,7 @@ from lite_dil.generation.conversation import Conversation, Prompt, context_limit
 from lite_dil.generation.policy import Policy
 
 if TYPE_CHECKING:
-    from lite_dil.generation.stream import Answering
+    from lite_dil.generation.stream import Stream
 
 HELP = "talk to a tuned model, also beside the model it was made from"
 DESCRIPTION = """\
@@ -205,14 +205,14 @@ class Chat:
         self.talk.add(text, answer.text, answer.whole)
         self._figures(prompt, sides, stop)
 
-    def _answering(self, prompt: Prompt, side: str) -> Answering:
-        from lite_dil.generation.stream import Answering
+    def _answering(self, prompt: Prompt, side: str) -> Stream:
+        from lite_dil.generation.stream import Stream
 
         seed = int(digest(self.seed, self.answers)[:16], 16)
         backend, encoder = self.model.backend, self.model.encoder
-        return Answering(backend, encoder, prompt, seed, self.sampling, side == "base", self.talk.is_chat)
+        return Stream(backend, encoder, prompt, seed, self.sampling, side == "base", self.talk.is_chat)
 
-    def _show(self, sides: list[Answering], stop: StopSignal) -> None:
+    def _show(self, sides: list[Stream], stop: StopSignal) -> None:
         """Let the answers come: side by side where there is room, else one after the other."""
         from lite_dil.cli.columns import Columns
 
@@ -229,7 +229,7 @@ class Chat:
                 self.screen.write(printable(side.step()))
             self.screen.write("\n")
 
-    def _figures(self, prompt: Prompt, sides: list[Answering], stop: StopSignal) -> None:
+    def _figures(self, prompt: Prompt, sides: list[Stream], stop: StopSignal) -> None:
         """Say how long and how fast the answers were, and what the adapter changed."""
         from lite_dil.generation.stream import log_ratio
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lite_dil.backends.types import Answer
     from lite_dil.base.display import Display
     from lite_dil.data.encoder import Encoder
-    from lite_dil.generation.batch_generator import Drawer
+    from lite_dil.generation.batch_generator import BatchGenerator
 
 HELP = "write the model's answers to a file of prompts"
 DESCRIPTION = """\
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
     from lite_dil.batching.schedule import row_tokens
     from lite_dil.cli.progress import Terminal
-    from lite_dil.generation.batch_generator import Drawer, batched
+    from lite_dil.generation.batch_generator import BatchGenerator, batched
     from lite_dil.generation.reference_samples import ROWS
 
     check_counts(args, "max_new_tokens", "num_answers", "rows")
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         display.say(f"{len(answers)} of {len(wanted)} answers are in {answers.path}, {len(wanted) - len(answers)} to draw")
     if len(answers) < len(wanted):
         model = policy.load(source, display.say)
-        drawer = Drawer(model.backend, model.encoder.end_ids(), display.say, sampling)
+        drawer = BatchGenerator(model.backend, model.encoder.end_ids(), display.say, sampling)
         batches = batched(wanted, ROWS * row_tokens(options), args.rows)
         if not _draw(batches, drawer, model, args.base, answers, display):
             display.say(f"stopped: {len(answers)} of {len(wanted)} answers are done" + answers.how_to_go_on)
@@ -165,7 +165,9 @@ def _wanted(asked: Sequence[Prompt], args: argparse.Namespace, source: AdapterSo
     return out
 
 
-def _draw(batches: list[list[_Wanted]], drawer: Drawer, model: Policy, base: bool, answers: Answers, display: Display) -> bool:
+def _draw(
+    batches: list[list[_Wanted]], drawer: BatchGenerator, model: Policy, base: bool, answers: Answers, display: Display
+) -> bool:
     """Answer all batches that are not known; return False where Ctrl-C ended it early."""
     total = sum(map(len, batches))
     with StopSignal("stopping after these answers") as stop, display.bar(total, len(answers)) as bar:

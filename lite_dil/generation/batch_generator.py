@@ -48,7 +48,7 @@ def batched(wanted: Sequence[W], tokens: int, rows: int | None = None) -> list[l
     return batches
 
 
-class Drawer:
+class BatchGenerator:
     """Draws batches of answers, in halves where memory does not hold a whole one.
 
     Args:

@@ -22,7 +22,7 @@ from lite_dil.batching.options import DrawOptions, ResolvedSchedule
 from lite_dil.batching.schedule import Schedule, row_tokens
 from lite_dil.data.encoder import Encoder, Example, continuation_text
 from lite_dil.data.options import SampleOptions
-from lite_dil.generation.batch_generator import Drawer, batched
+from lite_dil.generation.batch_generator import BatchGenerator, batched
 from lite_dil.models.find import cache_dir
 
 # Generation keeps keys and values and no activations, so that it can take more tokens at once than a step of training.
@@ -85,7 +85,7 @@ def add_samples(
     display.say(f"rejected answers from the reference: {found} of {len(keys)} are in {path}, {len(keys) - found} to draw")
     if file.ignored:
         display.say(f"{path}: {file.ignored} lines ignored, which were edited or damaged")
-    drawer = Drawer(backend, ends, display.say)
+    drawer = BatchGenerator(backend, ends, display.say)
     with StopSignal("stopping after these answers; what was drawn is kept") as stop, display.bar(len(batches), 0) as bar:
         for number, batch in enumerate(batches, 1):
             if stop.asked:

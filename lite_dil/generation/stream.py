@@ -18,7 +18,7 @@ from lite_dil.generation.conversation import Prompt
 from lite_dil.generation.text_stream import TextStream
 
 
-class Answering:
+class Stream:
     """The continuation of a prompt, a token a step.
 
     `ids` and `text` are what there is of it; `done`: nothing more comes; `whole`: it came to its end token, the last of `ids`.

@@ -14,7 +14,7 @@ from lite_dil.data.files import RowError
 from lite_dil.data.messages import read_text
 from lite_dil.data.prompts import Prompt
 from lite_dil.data.reader import Row, same_text
-from lite_dil.generation.batch_generator import Drawer
+from lite_dil.generation.batch_generator import BatchGenerator
 from lite_dil.generation.policy import Policy
 from lite_dil.labelling.labels import Candidate
 
@@ -44,7 +44,7 @@ class Offers:
     ) -> None:
         self.tuned, self.seed, self.room, self.origins = tuned, seed, room, origins
         self._stopped = threading.Event()
-        self._drawer = Drawer(tuned.backend, tuned.encoder.end_ids(), say, sampling, self._stopped.is_set)
+        self._drawer = BatchGenerator(tuned.backend, tuned.encoder.end_ids(), say, sampling, self._stopped.is_set)
         self._thread = ThreadPoolExecutor(1)
         self._begun: dict[tuple[str, frozenset[str]], Future[list[Candidate]]] = {}
         self._tokenizer = threading.Lock()  # a fast tokenizer is not to be used by two threads at once

@@ -16,7 +16,7 @@ from lite_dil.planning.estimate import Load, layout_for
 from lite_dil.planning.fit import Model, find_remedy, gigabytes, most, planned_dtype, several
 
 OFFLOADS = ("offload_embeddings", "offload_activations")  # in order of the time that they cost
-CHOSEN = ("batch_size", "gradient_accumulation_steps", "row_tokens", "gradient_checkpointing", *OFFLOADS)
+TUNABLE = ("batch_size", "gradient_accumulation_steps", "row_tokens", "gradient_checkpointing", *OFFLOADS)
 ENOUGH = {"cpu": 512}  # tokens of a pass that keep the hardware busy; a GPU wants more
 ENOUGH_GPU, MOST_GPU = 2048, 8192  # beyond the second nothing is gained
 ROOM = 0.9  # of the memory, for passes that are larger than they need be
@@ -103,7 +103,7 @@ def fitted(config: ResolvedConfig, examples: Sequence[Example], given: Set[str] 
         given: the options that stay as they are; None for those that are not at their default.
     """
     if given is None:
-        given = {name for name in CHOSEN if getattr(config, name) != FIELDS[name].default}
+        given = {name for name in TUNABLE if getattr(config, name) != FIELDS[name].default}
     shape, memory = read_shape(config.model), memory_here(config.backend)
     model = Model(shape, config.backend, planned_dtype(config, config.backend))
     load = largest_example(examples, config, layout_for(config, shape, config.backend))

@@ -26,17 +26,13 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from lite_dil.backends.limits import checkpointing, chunk_tokens
+from lite_dil.backends.limits import BITS, COMPILED_MULTIPLE, GROUP_SIZE, MLX_CHUNK, MLX_QUERIES, checkpointing, chunk_tokens
 from lite_dil.base.errors import UserError
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.shape import Linear, ModelShape
 from lite_dil.planning.estimate import BYTES, Estimate, Load, adapter_tensors, layout_for
 
 FLOAT32 = 4
-GROUP, BITS = 64, 4  # mlx_load.GROUP_SIZE, mlx_load.BITS
-QUERIES = 256  # mlx_prefix.QUERIES
-CHUNK_ELEMENTS = 2**22  # mlx_head.CHUNK_ELEMENTS
-MULTIPLE = 64  # mlx.COMPILED_MULTIPLE
 WIDTH = 20  # mlx/utils.h: MLX_BFS_MAX_WIDTH
 TASKS = 10  # mlx/transforms.cpp: queued before the next one waits
 CPU_DISPATCHES = 10  # mlx/backend/cpu/encoder.h: dispatches in a task; an operation is one, what it holds another, a view one
@@ -120,8 +116,8 @@ class MLXStep:
         self.pads_attention = metal or compiled  # as in MLXBackend._arrays
         if (own := shape.quantization) and own.library != "mlx":
             raise UserError(f"weights packed by {own.library} are for CUDA; give the 16-bit model, with --4bit")
-        self.bits, self.group = (own.bits, own.group) if own else (BITS if config.load_in_4bit else 0, GROUP)
-        self.multiple = MULTIPLE if compiled else 1
+        self.bits, self.group = (own.bits, own.group) if own else (BITS if config.load_in_4bit else 0, GROUP_SIZE)
+        self.multiple = COMPILED_MULTIPLE if compiled else 1
         tensors = adapter_tensors(config, shape)
         self.rank = next(iter(tensors.values()))[0][0]
         self.targets = {".".join(name.split(".")[-2:]) for name in tensors}
@@ -225,8 +221,8 @@ class MLXStep:
 
         def cut(length: int, past: int) -> list[tuple[int, int]]:
             """Some queries at a time, which see all keys up to theirs."""
-            stops = [min(start + QUERIES, length) for start in range(0, length, QUERIES)]
-            return [((stop - 1) % QUERIES + 1, past + stop) for stop in stops]
+            stops = [min(start + MLX_QUERIES, length) for start in range(0, length, MLX_QUERIES)]
+            return [((stop - 1) % MLX_QUERIES + 1, past + stop) for stop in stops]
 
         answers = [(n, prompt - 1) for prompt, several in zip(load.prompts, load.responses, strict=True) for n in several]
         alone = [call for prompt in load.prompts for call in cut(prompt - 1, 0)]
@@ -324,7 +320,7 @@ class MLXStep:
     def _head(self) -> Iterator[Moment]:
         """Yield the chunks of tokens of which logits are made: shifted, powers and slope in float32, and casts."""
         s, tokens, weights = self.shape, self._up(self.load.answer_tokens), self.weights()
-        size = chunk_tokens(s.vocabulary, CHUNK_ELEMENTS)
+        size = chunk_tokens(s.vocabulary, MLX_CHUNK)
         each = 4 * FLOAT32 + 2 * self.e * (self.e != FLOAT32) + 3 * FLOAT32 * bool(s.transform.cap)
         for start in range(0, tokens, size):
             count = min(size, tokens - start)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lite_dil.backends.limits import checkpointing, chunk_tokens
+from lite_dil.backends.limits import FLEX_BLOCK, HEAD_TILE, MLP_TILE, TORCH_CHUNK, TORCH_QUERIES, checkpointing, chunk_tokens
 from lite_dil.base.errors import UserError
 from lite_dil.batching.schedule import PRECOMPUTE_ROWS, row_tokens
 from lite_dil.config.train_config import ResolvedConfig
@@ -15,11 +15,6 @@ from lite_dil.planning.estimate import BYTES, Estimate, Load, adapter_tensors, l
 
 FLOAT32 = 4
 RESERVE = 0.05  # of a GPU's memory: what the caching allocator cannot use between blocks. A guess, and not measured
-FLEX_BLOCK = 128  # torch_packed.BLOCK
-QUERIES = 64  # torch_packed.QUERIES
-MLP_TILE = 2**25  # torch_fused.TILE_ELEMENTS
-HEAD_TILE = 2**14  # torch_head.TILE_ROWS
-CHUNK = {"cpu": 2**22, "cuda": 2**24}  # torch_head.CHUNK_ELEMENTS
 NF4_BLOCK, NF4_GROUP, NF4_TABLES = 64, 256, 16 * 4 + 256 * 4 + 4  # weights a scale, scales a second scale, bytes a layer
 
 
@@ -138,7 +133,7 @@ class Layer:
         seen = self.step.load.longest
         wide = 2 * t * s.keys * FLOAT32  # gradients of all keys and values, float32 until the end
         unit = seen * s.keys * (2 * e + 3 * FLOAT32)
-        scores = s.heads * QUERIES * seen * (2 * FLOAT32 + (e if e != FLOAT32 else 0))
+        scores = s.heads * TORCH_QUERIES * seen * (2 * FLOAT32 + (e if e != FLOAT32 else 0))
         cast = 2 * k if e != FLOAT32 else 0
         return Op(keeps, self.stream + 2 * q + wide + max(unit + scores, cast))
 
@@ -169,7 +164,7 @@ class Layer:
         incoming = self.stream * (2 if s.post_norms else 1)
         if not step.fused_mlp:
             ops = self._stock_mlp(names, incoming)
-            # torch_layers.again holds the result, computed again, beside its gradient.
+            # torch_layers.checkpoint holds the result, computed again, beside its gradient.
             return [Op(x, sum(peak(ops)) + stream)] if step.mode == "selective" else ops
         lows = self._linears(names, t, shared=False)
         if step.mode == "selective":
@@ -339,7 +334,7 @@ class TorchStep:
         final = n * s.hidden * e
         # Gathered before the last norm or after it; the norm's result, and d logp / d hidden.
         kept += 3 * final if self.layout == "packed" else 2 * self.tokens * s.hidden * e + 2 * final
-        c = min(n, chunk_tokens(s.vocabulary, CHUNK["cuda" if self.cuda else "cpu"]))
+        c = min(n, chunk_tokens(s.vocabulary, TORCH_CHUNK["cuda" if self.cuda else "cpu"]))
         logits = c * s.vocabulary * FLOAT32
         cast = e if e != FLOAT32 else 0
         weight = unpacking = 0

@@ -29,7 +29,7 @@ CARDS = (8, 12, 16, 24)
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """What a memory has room for: `longest` is a --max-length, `examples` are so many of the config's own --max-length."""
 
     name: str
@@ -70,7 +70,7 @@ class Plan:
     answers: int
     estimate: Estimate
     remedy: fit.Remedy | None
-    rooms: tuple[Room, ...]
+    rooms: tuple[Capacity, ...]
     download: int | None
     epoch: Epoch
     remark: str
@@ -96,7 +96,7 @@ class Plan:
             "phase": self.estimate.phase,
             "computer_memory": self.estimate.host,
             "options": {
-                name: getattr(self.config, name) for name in (*auto.CHOSEN, "max_length", "load_in_4bit", "head_bits")
+                name: getattr(self.config, name) for name in (*auto.TUNABLE, "max_length", "load_in_4bit", "head_bits")
             },
             "remedy": remedy and {"flags": remedy.flags(), "fits": remedy.fits, "total": remedy.total},
             "room": [vars(room) for room in self.rooms],
@@ -143,11 +143,11 @@ def make(
     )
 
 
-def _room(name: str, config: ResolvedConfig, least: ResolvedConfig, model: fit.Model, usable: int, answers: int) -> Room:
+def _room(name: str, config: ResolvedConfig, least: ResolvedConfig, model: fit.Model, usable: int, answers: int) -> Capacity:
     """Return what `usable` bytes have room for with `config`, and with `least`, the most frugal that --auto may choose."""
     longest = [fit.longest(c, model, usable, answers) for c in (config, least)]
     examples = [fit.most_examples(c, model, usable, answers) for c in (config, least)]
-    return Room(name, usable, longest[0], examples[0], longest[1], examples[1])
+    return Capacity(name, usable, longest[0], examples[0], longest[1], examples[1])
 
 
 def planned_backend(name: str, memory_given: bool) -> tuple[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from textwrap import wrap
 
 from lite_dil.base.memory import GIB
-from lite_dil.planning.auto import CHOSEN
 from lite_dil.planning.fit import gigabytes
 from lite_dil.planning.plan import Plan
 
@@ -84,7 +83,7 @@ def _verdict(plan: Plan) -> str:
 def _rooms(plan: Plan) -> list[str]:
     kind = {1: "answers", 2: "pairs"}.get(plan.answers, "prompts")
     rows = [
-        f"Room for: the longest --max-length that fits, or how many {kind} of {plan.config.max_length:,} tokens in one pass.",
+        f"Capacity for: the longest --max-length that fits, or how many {kind} of {plan.config.max_length:,} tokens in one pass.",
         f"  {'':14}{'with these options':>24}{'with --auto':>24}",
         f"  {'memory':14}" + 2 * f"{'--max-length':>14}{kind:>10}",
     ]

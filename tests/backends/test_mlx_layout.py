@@ -64,7 +64,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
 def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Either way to attend: a CPU's, row by row and here three queries at a time, and Metal's, in padded blocks."""
     monkeypatch.setattr(MLXBackend, "pads_attention", request.param == "padded")
-    monkeypatch.setattr(mlx_prefix, "QUERIES", 3)
+    monkeypatch.setattr(mlx_prefix, "MLX_QUERIES", 3)
 
 
 def make(architecture: PretrainedConfig, folder: Path) -> str:

@@ -223,7 +223,7 @@ def test_no_mask_is_larger_than_a_pair(tiny: str) -> None:
 def test_an_mlp_that_is_computed_again_goes_in_tiles(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = batch(8)
     expected = gradients(load("cpu", tiny, max_grad_norm=1e9), data)
-    monkeypatch.setattr(torch_fused, "TILE_ELEMENTS", 128 * 20)  # 20 tokens
+    monkeypatch.setattr(torch_fused, "MLP_TILE", 128 * 20)  # 20 tokens
     backend = load("cpu", tiny, gradient_checkpointing="selective", max_grad_norm=1e9)
     with Widths(128) as seen:
         assert_same(expected, gradients(backend, data))

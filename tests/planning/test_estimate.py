@@ -15,18 +15,13 @@ from live_bytes import Measured, live_bytes, measure, peak_bytes, random_example
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lite_dil.backends import registry
-from lite_dil.backends.torch import fused as torch_fused
-from lite_dil.backends.torch import head as torch_head
-from lite_dil.backends.torch import packed_attention as torch_packed
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
-from lite_dil.batching.schedule import PRECOMPUTE_ROWS, Schedule
+from lite_dil.batching.schedule import Schedule
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.models.shape import FAMILIES, ModelShape, Quantization
 from lite_dil.planning.estimate import Load, layout_for
-from lite_dil.planning.estimate_torch import CHUNK, HEAD_TILE, MLP_TILE, QUERIES
 from lite_dil.planning.peak import estimate
-from lite_dil.training import precompute
 
 MIB = 2**20
 LOAD = Load((160, 60), ((120, 80), (40, 100)))  # packed a row of 560 tokens, plain 4 of 280
@@ -212,12 +207,6 @@ def test_components_are_of_one_phase_and_sum_up() -> None:
     found = said()
     assert sum(found.components.values()) == found.total == dict(found.phases)[found.phase] == max(dict(found.phases).values())
     assert said("cpu", "float32").reserve == 0 < found.reserve
-
-
-def test_numbers_are_those_of_the_code() -> None:
-    assert torch_head.CHUNK_ELEMENTS == CHUNK
-    assert (torch_head.TILE_ROWS, torch_fused.TILE_ELEMENTS) == (HEAD_TILE, MLP_TILE)
-    assert (torch_packed.QUERIES, precompute.PRECOMPUTE_ROWS) == (QUERIES, PRECOMPUTE_ROWS)
 
 
 def test_long_rows_of_the_selective_mode_go_through_the_mlp_in_tiles() -> None:
