@@ -136,9 +136,9 @@ def run(args: argparse.Namespace) -> int:
         display.say(f"{len(answers)} of {len(wanted)} answers are in {answers.path}, {len(wanted) - len(answers)} to draw")
     if len(answers) < len(wanted):
         model = policy.load(source, display.say)
-        drawer = BatchGenerator(model.backend, model.encoder.end_ids(), display.say, sampling)
+        generator = BatchGenerator(model.backend, model.encoder.end_ids(), display.say, sampling)
         batches = batched(wanted, ROWS * row_tokens(options), args.rows)
-        if not _draw(batches, drawer, model, args.base, answers, display):
+        if not _draw(batches, generator, model, args.base, answers, display):
             display.say(f"stopped: {len(answers)} of {len(wanted)} answers are done" + answers.how_to_go_on)
             return 130
     answers.finish()
@@ -166,7 +166,7 @@ def _wanted(asked: Sequence[Prompt], args: argparse.Namespace, source: AdapterSo
 
 
 def _draw(
-    batches: list[list[_Wanted]], drawer: BatchGenerator, model: Policy, base: bool, answers: Answers, display: Display
+    batches: list[list[_Wanted]], generator: BatchGenerator, model: Policy, base: bool, answers: Answers, display: Display
 ) -> bool:
     """Answer all batches that are not known; return False where Ctrl-C ended it early."""
     total = sum(map(len, batches))
@@ -177,10 +177,10 @@ def _draw(
                 continue
             if stop.asked:
                 return False
-            found = {"completion": drawer.draw(batch)}
+            found = {"completion": generator.draw(batch)}
             if base:
                 with model.backend.adapter_off():
-                    found["base"] = drawer.draw(batch)
+                    found["base"] = generator.draw(batch)
             sides = [dict(zip(found, each, strict=True)) for each in zip(*found.values(), strict=True)]
             answers.add([_row(each, side, model.encoder) for each, side in zip(batch, sides, strict=True)])
             bar.update(len(answers), None)

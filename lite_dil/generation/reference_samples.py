@@ -85,13 +85,13 @@ def add_samples(
     display.say(f"rejected answers from the reference: {found} of {len(keys)} are in {path}, {len(keys) - found} to draw")
     if file.ignored:
         display.say(f"{path}: {file.ignored} lines ignored, which were edited or damaged")
-    drawer = BatchGenerator(backend, ends, display.say)
+    generator = BatchGenerator(backend, ends, display.say)
     with StopSignal("stopping after these answers; what was drawn is kept") as stop, display.bar(len(batches), 0) as bar:
         for number, batch in enumerate(batches, 1):
             if stop.asked:
                 return None
             with backend.adapter_off():
-                answers = drawer.draw(batch)
+                answers = generator.draw(batch)
             for draw, (ids, end) in zip(batch, answers, strict=True):
                 file.add(draw, (*ids, *(() if end is None else (end,))))
             bar.update(number, None)

@@ -44,7 +44,7 @@ class Offers:
     ) -> None:
         self.tuned, self.seed, self.room, self.origins = tuned, seed, room, origins
         self._stopped = threading.Event()
-        self._drawer = BatchGenerator(tuned.backend, tuned.encoder.end_ids(), say, sampling, self._stopped.is_set)
+        self._generator = BatchGenerator(tuned.backend, tuned.encoder.end_ids(), say, sampling, self._stopped.is_set)
         self._thread = ThreadPoolExecutor(1)
         self._begun: dict[tuple[str, frozenset[str]], Future[list[Candidate]]] = {}
         self._tokenizer = threading.Lock()  # a fast tokenizer is not to be used by two threads at once
@@ -106,9 +106,9 @@ class Offers:
             wanted = [_Draw(prompt.ids, self.room, seed) for seed in seeds]
             if self.origins[group[0]] == "base":
                 with self.tuned.backend.adapter_off():
-                    answers = self._drawer.draw(wanted)
+                    answers = self._generator.draw(wanted)
             else:
-                answers = self._drawer.draw(wanted)
+                answers = self._generator.draw(wanted)
             for side, (ids, end) in zip(group, answers, strict=True):
                 with self._tokenizer:
                     text = prompt.text(self.tuned.encoder, ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from textwrap import wrap
 
 from lite_dil.base.memory import GIB
+from lite_dil.planning.auto import TUNABLE
 from lite_dil.planning.fit import gigabytes
 from lite_dil.planning.plan import Plan
 
@@ -75,7 +76,7 @@ def _verdict(plan: Plan) -> str:
     if plan.remedy is None:
         return f"It fits, with {gigabytes(spare)} GB to spare."
     advice = f"It does not fit: {gigabytes(-spare)} GB are missing. {plan.remedy.advice()}."
-    if plan.remedy.fits and set(plan.remedy.changes) <= set(CHOSEN):
+    if plan.remedy.fits and set(plan.remedy.changes) <= set(TUNABLE):
         advice += " --auto finds such a setting itself."
     return advice
 
@@ -83,7 +84,7 @@ def _verdict(plan: Plan) -> str:
 def _rooms(plan: Plan) -> list[str]:
     kind = {1: "answers", 2: "pairs"}.get(plan.answers, "prompts")
     rows = [
-        f"Capacity for: the longest --max-length that fits, or how many {kind} of {plan.config.max_length:,} tokens in one pass.",
+        f"Room for: the longest --max-length that fits, or how many {kind} of {plan.config.max_length:,} tokens in one pass.",
         f"  {'':14}{'with these options':>24}{'with --auto':>24}",
         f"  {'memory':14}" + 2 * f"{'--max-length':>14}{kind:>10}",
     ]
