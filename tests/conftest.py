@@ -197,15 +197,6 @@ def embedded() -> str:
     return resolve_model(EMBEDDED_MODEL)
 
 
-@pytest.fixture
-def all_threads() -> Iterator[None]:
-    """For the embedded model, which is large enough to use them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=BACKENDS)
 def backend_name(request: pytest.FixtureRequest) -> str:
     return request.param

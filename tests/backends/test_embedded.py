@@ -10,19 +10,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from conftest import bare_model, load, oracle_logps
+from conftest import bare_model, load, oracle_logps, pair_row
 from steps import step
 from test_parity import assert_same_gradients
 
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.data.encoder import Encoder, Example
-from lite_dil.data.reader import Row, read_rows
+from lite_dil.data.reader import read_rows
 from lite_dil.data.sources import EMBEDDED
 from lite_dil.models import find as models
 from lite_dil.models.find import load_tokenizer
-
-pytestmark = pytest.mark.usefixtures("all_threads")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def test_it_answers(embedded: str, encoder: Encoder) -> None:
 @pytest.mark.parametrize("name", ["cpu", "mlx"])
 def test_it_knows_in_4_bits(embedded: str, encoder: Encoder, name: str) -> None:
     text = "The capital of France is Paris."
-    wrong = encoder.encode(Row.pair(QUESTION, text, "The capital of France is Berlin.", ""))
+    wrong = encoder.encode(pair_row(QUESTION, text, "The capital of France is Berlin."))
     right, other = load(name, embedded, load_in_4bit=True).sequence_logps(Batch.of([wrong])) / len(wrong.responses[0])
     assert right > -1  # nats a token; by chance it would be -log(49152) = -10.8
     assert right > other + 0.5
@@ -60,8 +58,9 @@ def test_mlx_lm_by_itself_reads_the_rope_that_transformers_does(embedded: str) -
     from mlx_lm import load as load_mlx
 
     model: Any = load_mlx(embedded)[0]
+    model.set_dtype(mx.float32)  # its CPU multiplies those of 16 bits many times slower
     ids = np.arange(1000, 1400)
-    theirs = np.array(model(mx.array(ids)[None]).astype(mx.float32))[0]
+    theirs = np.array(model(mx.array(ids)[None]))[0]
     with torch.no_grad():
         ours = bare_model(embedded)(input_ids=torch.from_numpy(ids)[None]).logits[0].numpy()
     assert np.abs(theirs - ours).mean() < 0.1 * ours.std()

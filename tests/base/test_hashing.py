@@ -6,14 +6,13 @@ import ast
 from pathlib import Path
 
 import compare_settings
-from conftest import config
+from conftest import config, pair_row
 
 import lite_dil
 from lite_dil import backends
 from lite_dil.base import hashing
 from lite_dil.batching.batch import Batch
 from lite_dil.data.encoder import Example, fingerprint
-from lite_dil.data.reader import Row
 from lite_dil.generation import policy
 from lite_dil.models.fingerprint import fingerprint as weights_fingerprint
 from lite_dil.training import reference
@@ -52,7 +51,7 @@ def test_the_names_of_weights(tmp_path: Path) -> None:
 
 
 def test_the_name_of_a_comparisons_rows() -> None:
-    rows = [Row.pair("a", "b", "c", "x 1"), Row.pair("ü", "b", "d", "x 2")]
+    rows = [pair_row("a", "b", "c", "x 1"), pair_row("ü", "b", "d", "x 2")]
     assert compare_settings._digest(rows) == "05b6ab792344ff403b16cbcc501e3a64"
 
 

@@ -679,7 +679,6 @@ def test_what_was_made_is_uploaded_after_its_check(
     assert not pushed
 
 
-@pytest.mark.usefixtures("all_threads")
 def test_the_embedded_model(embedded: str, tmp_path: Path) -> None:
     from lite_dil.models.find import EMBEDDED_MODEL
 

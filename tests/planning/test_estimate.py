@@ -142,7 +142,7 @@ def test_within_a_few_percent_of_other_families_in_the_plain_layout(models: Any,
     within(measured(models(family), layout="plain", gradient_checkpointing="off" if family == "gemma2" else "full"))
 
 
-def test_within_a_few_percent_of_the_embedded_model(embedded: str, all_threads: None) -> None:
+def test_within_a_few_percent_of_the_embedded_model(embedded: str) -> None:
     within(measured(EMBEDDED_MODEL, Load((80,), ((40, 30),))))
 
 
