@@ -231,7 +231,7 @@ class Chat:
 
     def _figures(self, prompt: Prompt, sides: list[Stream], stop: StopSignal) -> None:
         """Say how long and how fast the answers were, and what the adapter changed."""
-        from lite_dil.generation.stream import log_ratio
+        from lite_dil.generation.scoring import log_ratio
 
         parts = [side.figures() for side in sides]
         if len(sides) > 1:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
-
-import numpy as np
 
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Sampling
-from lite_dil.base.signs import CHOSEN
 from lite_dil.base.text import count
-from lite_dil.batching.batch import Batch
-from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.encoder import Encoder
 from lite_dil.generation.conversation import Prompt
 from lite_dil.generation.text_stream import TextStream
 
@@ -66,12 +61,3 @@ class Stream:
         """Return length and speed, for people."""
         speed = f", {(len(self.ids) - 1) / self.seconds:.1f} tokens/s" if len(self.ids) > 1 else ""
         return f"{count(len(self.ids), 'token')}{speed}"
-
-
-def log_ratio(backend: Backend, prompt: Sequence[int], answer: Sequence[int]) -> float:
-    """Return the log-ratio of an answer, policy to reference, in nats a token."""
-    batch = Batch.of([Example(tuple(prompt), (tuple(answer),), (CHOSEN,))])
-    policy = backend.token_logps(batch)
-    with backend.adapter_off():
-        reference = backend.token_logps(batch)
-    return float(np.mean(policy - reference, dtype=np.float64))

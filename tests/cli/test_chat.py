@@ -107,7 +107,7 @@ def test_base_and_tuned_one_after_the_other(tuned: Tuned, chat: Callable[..., Sa
 
     from lite_dil.batching.batch import Batch
     from lite_dil.data.encoder import Example
-    from lite_dil.generation.stream import log_ratio
+    from lite_dil.generation.scoring import log_ratio
 
     prompt = tuned.encoder.prompt([{"role": "user", "content": "the red house"}])
     (answer,) = tuned.backend.generate([prompt], LIMIT, tuned.encoder.end_ids())

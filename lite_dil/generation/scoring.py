@@ -1,0 +1,64 @@
+"""Log-probs of given responses: of lists of prompts, each with several responses that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from lite_dil.backends.protocol import Backend
+from lite_dil.base.halving import Halving
+from lite_dil.base.signs import CHOSEN
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.schedule import plan
+from lite_dil.data.encoder import Example
+
+Ids = Sequence[int]
+
+
+def token_logps(
+    backend: Backend,
+    prompts: Sequence[Ids],
+    responses: Sequence[Sequence[Ids]],
+    say: Callable[[str], None],
+    row_tokens: int = 4096,
+) -> list[list[np.ndarray]]:
+    """Return the log-probs of all responses' tokens in nats, by whatever adapter is on.
+
+    They come from a pass as training's: those that a sampler has at hand differ from them by rounding, which a log-ratio of
+    the two would take for a difference between the models.
+
+    Args:
+        responses: for each prompt its responses, token ids with their end token; a prompt is computed once for all of them
+            where the model's layout shares prompts.
+        say: tells the user where memory holds less than a pass.
+        row_tokens: of a pass at most.
+
+    Returns:
+        For each prompt and response an array (tokens,), float32.
+    """
+    wanted = [
+        Example(tuple(prompt), tuple(map(tuple, several)), (CHOSEN,) * len(several), str(number))
+        for number, (prompt, several) in enumerate(zip(prompts, responses, strict=True))
+        if several
+    ]
+    halving = Halving("a pass without gradients", lambda batch: batch.tokens, Batch.halves, say)
+    found: list[list[np.ndarray]] = [[] for _ in prompts]
+    for batch in plan(wanted, backend.layout, len(wanted), row_tokens):
+        logps = np.concatenate(halving.run(backend.token_logps, batch))
+        parts = np.split(logps, np.cumsum([len(response) for response in batch.responses])[:-1])
+        for prompt, part in zip(batch.prompt_of, parts, strict=True):
+            found[int(batch.places[prompt])].append(part)
+    return found
+
+
+def log_ratio(backend: Backend, prompt: Ids, response: Ids) -> float:
+    """Return the log-ratio of a response, policy to reference, in nats a token."""
+
+    def logps() -> np.ndarray:
+        return token_logps(backend, [prompt], [[response]], lambda _: None)[0][0]
+
+    policy = logps()
+    with backend.adapter_off():
+        reference = logps()
+    return float(np.mean(policy - reference, dtype=np.float64))
