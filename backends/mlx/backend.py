@@ -32,7 +32,6 @@ from lite_dil.backends.mlx.load import (
     check_windows,
     limit_memory,
     load,
-    load_tensors,
     output_head,
     quantise,
     set_dtype,
@@ -44,7 +43,7 @@ from lite_dil.backends.types import OWN, POLICY, REFERENCE, Answer, Head, MicroB
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import plain, prefix
-from lite_dil.models import adapters
+from lite_dil.models import adapter_files, adapters
 from lite_dil.models.find import folder_of
 from lite_dil.models.logits import logit_transform
 from lite_dil.models.options import ModelOptions, ResolvedAdapter
@@ -65,7 +64,7 @@ class MLXBackend:
         check_options("mlx", options, training)
         self.training, engine = training, training or INFERENCE
         limit_memory()
-        initial = adapters.read(adapter.init_adapter, load_tensors) if adapter and adapter.init_adapter else None
+        initial = adapter_files.read_adapter(adapter.init_adapter) if adapter and adapter.init_adapter else None
         self.model, self.config, bits = load(folder_of(model), model, options)
         self.dtype = set_dtype(self.model, options.dtype, pre_quantised=bool(bits))
         self.dtype_name = str(self.dtype).removeprefix("mlx.core.")

@@ -15,7 +15,6 @@ from mlx_lm.utils import load_model, quantize_model
 
 from lite_dil.backends.limits import BITS, GROUP_SIZE
 from lite_dil.base.errors import UserError, first_line
-from lite_dil.models import tensors
 from lite_dil.models.find import rope_config
 from lite_dil.models.options import ModelOptions
 
@@ -53,9 +52,6 @@ def set_dtype(model: Any, name: str, pre_quantised: bool) -> mx.Dtype:
         dtype = getattr(mx, name)
     model.set_dtype(dtype)
     return dtype
-
-
-load_tensors = tensors.load_float32  # of an adapter, for `lite_dil.models.adapters.read`
 
 
 def quantise(model: Any, config: dict[str, Any], options: ModelOptions, name: str, bits: int) -> tuple[Any, str]:

@@ -23,7 +23,7 @@ from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.backends.torch.adapters import Trainable
 from lite_dil.backends.torch.device import compute_dtype
 from lite_dil.backends.torch.head import QuantizedHead
-from lite_dil.backends.torch.load import linear_layers, load_base, load_tensors, make_optimizer, need_bitsandbytes
+from lite_dil.backends.torch.load import linear_layers, load_base, make_optimizer, need_bitsandbytes
 from lite_dil.backends.torch.lora import Switch, add_lora, add_unsloth_lora
 from lite_dil.backends.torch.reading import Reader
 from lite_dil.backends.torch.score_head import ScoreHead
@@ -31,7 +31,7 @@ from lite_dil.backends.types import OWN, POLICY, REFERENCE, Answer, Head, MicroB
 from lite_dil.base.errors import OutOfMemory, UserError, first_line
 from lite_dil.base.memory import keep_freed_memory, peak_rss_mb
 from lite_dil.batching.batch import Batch
-from lite_dil.models import adapters
+from lite_dil.models import adapter_files, adapters
 from lite_dil.models.logits import logit_transform
 from lite_dil.models.options import ALL_LINEAR, ModelOptions, ResolvedAdapter
 from lite_dil.objectives.loss import NOTHING, SCORES, SUMS, TOKENS, Loss
@@ -56,7 +56,7 @@ class TorchBackend:
             keep_freed_memory()
         self.dtype = compute_dtype(options.dtype, device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
-        initial = adapters.read(adapter.init_adapter, load_tensors) if adapter and adapter.init_adapter else None
+        initial = adapter_files.read_adapter(adapter.init_adapter) if adapter and adapter.init_adapter else None
         self.unsloth = training is not None and training.unsloth
         if training is not None and training.unsloth:
             base = torch_unsloth.load(model, self.dtype, self.device, options.load_in_4bit, training.max_length)

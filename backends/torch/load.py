@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lite_dil.backends.options import EngineOptions
 from lite_dil.base.errors import UserError, first_line
-from lite_dil.models import adapters, tensors
+from lite_dil.models import adapters
 
 
 def load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: bool) -> Any:
@@ -89,9 +89,6 @@ def set_weights(model: Any, name: str, adapter: adapters.Adapter) -> None:
         for layer, (a, b) in adapter.weights.items():
             modules[layer].lora_A[name].weight.copy_(torch.from_numpy(a))
             modules[layer].lora_B[name].weight.copy_(torch.from_numpy(b))
-
-
-load_tensors = tensors.load_float32  # of an adapter, for `lite_dil.models.adapters.read`
 
 
 def need_bitsandbytes() -> None:

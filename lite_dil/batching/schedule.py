@@ -11,6 +11,7 @@ import numpy as np
 
 from lite_dil.base.streams import epoch_order
 from lite_dil.batching.batch import Batch
+from lite_dil.batching.learning_rate import learning_rate
 from lite_dil.batching.options import ResolvedSchedule, ScheduleOptions
 from lite_dil.data.encoder import Example
 
@@ -83,17 +84,8 @@ class Schedule:
         return step / self.steps_per_epoch
 
     def learning_rate(self, step: int) -> float:
-        """Return the rate of step 1, 2, ...: a linear rise over the warm-up, then the decay, never 0 in the run."""
-        peak = self.options.learning_rate
-        warmup = math.ceil(self.options.warmup_ratio * self.steps)
-        if step <= warmup:
-            return peak * step / warmup
-        left = (self.steps - step + 1) / (self.steps - max(warmup, 1) + 1)
-        if self.options.lr_scheduler_type == "linear":
-            return peak * left
-        if self.options.lr_scheduler_type == "cosine":
-            return peak * (1 - math.cos(math.pi * left)) / 2
-        return peak
+        """Return the rate of step 1, 2, ..."""
+        return learning_rate(self.options, self.steps, step)
 
     def _draw(self, epoch: int) -> np.ndarray:
         return epoch_order(self.options.seed, epoch).permutation(len(self.examples))

@@ -195,7 +195,7 @@ def _next(format: str, made: Path) -> str:
     """Return how to load what was made, in three lines."""
     path, folder = shlex.quote(str(made)), json.dumps(str(made), ensure_ascii=False)  # for a shell, and for Python
     if format == "adapter":
-        from lite_dil.models.adapters import is_peft, read_config
+        from lite_dil.models.adapter_files import is_peft, read_config
 
         config = read_config(made)
         if not is_peft(config):

@@ -10,7 +10,7 @@ from lite_dil.backends import limits, registry
 from lite_dil.base.errors import UserError
 from lite_dil.config.options import build, read_yaml
 from lite_dil.generation.policy import AdapterSource
-from lite_dil.models.adapters import read_config
+from lite_dil.models.adapter_files import read_config
 from lite_dil.models.options import ModelOptions
 from lite_dil.runs.folder import RunFolder, adapter_of, checkpoint_of
 

@@ -13,7 +13,7 @@ from lite_dil.batching.options import EMBEDDED_RATE, DrawOptions, ScheduleOption
 from lite_dil.data.options import InspectOptions, Lengths, SampleOptions
 from lite_dil.data.reader import parse_columns
 from lite_dil.data.sources import EMBEDDED
-from lite_dil.models.options import ALL_LINEAR, AdapterOptions, ModelOptions, Seeded
+from lite_dil.models.options import ALL_LINEAR, DEFAULT_RANK, AdapterOptions, ModelOptions, Seeded
 from lite_dil.objectives.options import ObjectiveOptions
 from lite_dil.objectives.table import OBJECTIVES, OPTIONS
 from lite_dil.runs.options import RunOptions
@@ -129,7 +129,7 @@ class TrainConfig(
         if self.sample_rejected is not None:
             fill["sample_max_tokens"] = 256
         if self.init_adapter is None:
-            rank = self.lora_r or 16
+            rank = self.lora_r or DEFAULT_RANK
             fill |= {"reference": "base", "lora_r": rank, "lora_alpha": 2.0 * rank, "target_modules": ALL_LINEAR}
         if self.data == EMBEDDED:
             fill |= {"eval_data": EMBEDDED, "learning_rate": EMBEDDED_RATE}

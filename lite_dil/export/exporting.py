@@ -87,7 +87,7 @@ class Export:
         if self.format == "adapter":
             self.to = options.to or ("mlx-lm" if adapter_files.format_of(source.adapter) == "peft" else "peft")
         self.reader = self._reader()
-        self.files = adapter_files.read(source.adapter)
+        self.files = adapter_files.read_files(source.adapter)
         self.model = resolve_model(source.options.model, say)
         self.checkpoint: merge.Checkpoint | None = None
         if self.format != "adapter":
@@ -228,7 +228,7 @@ class Export:
             adapter_files.write_mlx(self.made, self.files, strength, name, count)
             if config.get("rope_parameters") and "rope_theta" not in config:
                 self.say(f"beware: mlx-lm alone does not read the rope_parameters of {name}; --format mlx makes what it reads")
-        again = adapter_files.read(self.made).adapter
+        again = adapter_files.read_files(self.made).adapter
         for layer, pair in self.files.adapter.weights.items():
             if not all(map(np.array_equal, pair, again.weights[layer])):
                 raise AssertionError(f"{layer} was not written as it was read")

@@ -1,4 +1,4 @@
-"""An adapter from PEFT's format to mlx-lm's and back, number for number, without its model."""
+"""Adapters on disk, in PEFT's format or mlx-lm's: read for either backend, and converted number for number."""
 
 from __future__ import annotations
 
@@ -14,12 +14,108 @@ import numpy as np
 
 from lite_dil.base import files
 from lite_dil.base.errors import UserError
-from lite_dil.models import adapters, tensors
+from lite_dil.models import tensors
 from lite_dil.models.adapters import Adapter
 from lite_dil.models.tensors import Planned
 
 FORMATS = ("peft", "mlx-lm")
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)")
+
+
+TensorLoader = Callable[[Path], dict[str, np.ndarray]]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read an adapter's adapter_config.json. Raises UserError where there is none, or something else."""
+    where = f"adapter {folder}"
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{where}: no adapter_config.json there; give a folder that holds an adapter") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: adapter_config.json cannot be read ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{where}: adapter_config.json is not a LoRA adapter's")
+    return config
+
+
+def is_peft(config: dict[str, Any]) -> bool:
+    """Whether an adapter_config.json is of PEFT's format, and not of mlx-lm's."""
+    return "peft_type" in config
+
+
+def read_adapter(folder: str, load: TensorLoader = tensors.load_float32) -> Adapter:
+    """Read a LoRA adapter in PEFT's or mlx-lm's format.
+
+    Args:
+        load: reads a safetensors file; numbers of another type than float32 are those of the adapter then.
+
+    Raises:
+        UserError: the folder holds no adapter, or one that is more than plain LoRA on linear layers.
+    """
+    path, where = Path(folder), f"adapter {folder}"
+    config = read_config(path)
+    peft = is_peft(config)
+    try:
+        rank, scale = _peft_scale(config, where) if peft else _mlx_scale(config, where)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: adapter_config.json is not a LoRA adapter's ({error!r})") from None
+    file = path / ("adapter_model.safetensors" if peft else "adapters.safetensors")
+    if not file.is_file():
+        raise UserError(f"{where}: no {file.name} there")
+
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    for key, value in load(file).items():
+        name = key.removeprefix("base_model.model.").removesuffix(".weight") if peft else key
+        layer, _, side = name.rpartition(".")
+        if side.lower() not in ("lora_a", "lora_b") or value.ndim != 2:
+            raise UserError(f"{where}: {key} is not the LoRA weight of a linear layer")
+        layers.setdefault(layer, {})[side.lower()] = value if peft else np.ascontiguousarray(value.T)
+    for layer, sides in layers.items():
+        if len(sides) != 2 or sides["lora_a"].shape[0] != rank or sides["lora_b"].shape[1] != rank:
+            raise UserError(f"{where}: {layer} has not both matrices of rank {rank}")
+    if not layers:
+        raise UserError(f"{where}: it holds no LoRA weights")
+    return Adapter(rank, scale, {layer: (sides["lora_a"], sides["lora_b"]) for layer, sides in layers.items()})
+
+
+# Options of PEFT that make more of an adapter than W x + scale B A x on linear layers.
+_PEFT_VARIANTS = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+
+
+def _peft_scale(config: dict[str, Any], where: str) -> tuple[int, float]:
+    refused = {name: config.get(name) for name in _PEFT_VARIANTS} | {
+        "peft_type": config["peft_type"] != "LORA",
+        "bias": config.get("bias", "none") != "none",
+        # Others (pissa, olora, ...) rewrite the base weights, so that "adapter off" would no longer be the base model.
+        "init_lora_weights": config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"),
+    }
+    for name, bad in refused.items():
+        if bad:
+            raise UserError(f"{where}: {name} = {config[name]!r} is not supported; plain LoRA is")
+    rank = config["r"]
+    return rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _mlx_scale(config: dict[str, Any], where: str) -> tuple[int, float]:
+    if config.get("fine_tune_type", "lora") != "lora":
+        raise UserError(f"{where}: fine_tune_type = {config['fine_tune_type']!r} is not supported; lora is")
+    parameters = config["lora_parameters"]
+    return parameters["rank"], float(parameters["scale"])
 
 
 @dataclass(frozen=True)
@@ -33,11 +129,11 @@ class Files:
 
 def format_of(folder: Path) -> str:
     """Return the format of an adapter's folder."""
-    return "peft" if adapters.is_peft(adapters.read_config(folder)) else "mlx-lm"
+    return "peft" if is_peft(read_config(folder)) else "mlx-lm"
 
 
-def read(folder: Path) -> Files:
-    """Read an adapter's folder. Raises UserError as `lite_dil.models.adapters.read` does."""
+def read_files(folder: Path) -> Files:
+    """Read an adapter's folder. Raises UserError as `lite_dil.models.adapter_files.read_adapter` does."""
     codes: set[str] = set()
 
     def load(path: Path) -> dict[str, np.ndarray]:
@@ -46,7 +142,7 @@ def read(folder: Path) -> Files:
         # Of several types the widest holds all numbers exactly.
         return {name: t.raw() if len(codes) == 1 else t.float32() for name, t in stored.items()}
 
-    adapter, config = adapters.read(str(folder), load), adapters.read_config(folder)
+    adapter, config = read_adapter(str(folder), load), read_config(folder)
     dropout = config.get("lora_dropout") or config.get("lora_parameters", {}).get("dropout") or 0.0
     return Files(adapter, codes.pop() if len(codes) == 1 else "F32", float(dropout))
 

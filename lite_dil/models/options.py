@@ -8,6 +8,7 @@ from lite_dil.base.option import READ, option
 from lite_dil.models.find import EMBEDDED_MODEL
 
 ALL_LINEAR = "all-linear"
+DEFAULT_RANK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class AdapterOptions(Seeded):
         "(without --init-adapter it is the base)",
         choices=("base", "initial-adapter"),
     )
-    lora_r: int | None = option("adapter", None, "rank (default: 16)")
+    lora_r: int | None = option("adapter", None, f"rank (default: {DEFAULT_RANK})")
     lora_alpha: float | None = option("adapter", None, "the adapter is scaled by alpha / rank (default: twice the rank)")
     lora_dropout: float | None = option("adapter", None, "dropout in front of the adapter (default: 0)")
     target_modules: str | None = option(

@@ -6,7 +6,6 @@ from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
-from lite_dil.backends.memory import memory_here
 from lite_dil.base.errors import UserError
 from lite_dil.batching.schedule import computed_tokens, row_tokens
 from lite_dil.config.train_config import FIELDS, SPLIT, ResolvedConfig, flag
@@ -14,6 +13,7 @@ from lite_dil.data.encoder import Example
 from lite_dil.models.shape import ModelShape, read_shape
 from lite_dil.planning.estimate import Load, layout_for
 from lite_dil.planning.fit import Model, find_remedy, gigabytes, most, planned_dtype, several
+from lite_dil.planning.memory import memory_here
 
 OFFLOADS = ("offload_embeddings", "offload_activations")  # in order of the time that they cost
 TUNABLE = ("batch_size", "gradient_accumulation_steps", "row_tokens", "gradient_checkpointing", *OFFLOADS)

@@ -13,7 +13,8 @@ from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.schedule import layout_tokens, row_tokens
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.models.adapters import read, select_targets
+from lite_dil.models.adapter_files import read_adapter
+from lite_dil.models.adapters import select_targets
 from lite_dil.models.shape import ModelShape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -136,7 +137,7 @@ def layout_for(config: ResolvedConfig, shape: ModelShape, backend: str) -> str:
 def adapter_tensors(config: ResolvedConfig, shape: ModelShape) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Return the shapes of A and B of every adapted layer by its name, from --init-adapter's files or the options."""
     if config.init_adapter:
-        initial = read(config.init_adapter, _shapes_only)
+        initial = read_adapter(config.init_adapter, _shapes_only)
         return {name: (a.shape, b.shape) for name, (a, b) in initial.weights.items()}
     shapes = {
         f"layers.{number}.{name}": (linear.outputs, linear.inputs)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.backends import registry
-from lite_dil.backends.memory import memory_here, memory_of, nvidia_smi
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import Memory
 from lite_dil.base.signs import CHOSEN
@@ -23,6 +22,7 @@ from lite_dil.models.shape import ModelShape, read_shape
 from lite_dil.objectives.table import OBJECTIVES
 from lite_dil.planning import auto, fit
 from lite_dil.planning.estimate import BYTES, Estimate, Load
+from lite_dil.planning.memory import memory_here, memory_of, nvidia_smi
 
 WEIGHTS = (".safetensors", ".bin")
 CARDS = (8, 12, 16, 24)

@@ -32,7 +32,7 @@ from lite_dil.runs.folder import Progress, RunFolder, read_progress
 from lite_dil.training.loop import Training
 from lite_dil.training.passes import Passes
 from lite_dil.training.precompute import missing, precompute
-from lite_dil.training.reference import ReferenceCache, cache_folder, open_cache
+from lite_dil.training.reference_cache import ReferenceCache, cache_folder, open_cache
 from lite_dil.training.start_check import CHECKING, check_start, starts_at_reference
 
 

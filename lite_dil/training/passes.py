@@ -12,7 +12,7 @@ from lite_dil.base.disk import DiskFailed
 from lite_dil.base.halving import Halving
 from lite_dil.batching.batch import Batch
 from lite_dil.objectives.losses import log_ratio
-from lite_dil.training.reference import ReferenceCache
+from lite_dil.training.reference_cache import ReferenceCache
 
 
 class Passes:

@@ -23,6 +23,7 @@ from lite_dil.backends.types import EACH, END, POLICY, REFERENCE, Head, MicroBat
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import packed, plain, prefix
+from lite_dil.models import adapter_files
 from lite_dil.objectives.loss import NOTHING, SCORES, SUMS
 
 NAMES = (POLICY, REFERENCE, "rm", "judge")
@@ -389,13 +390,11 @@ def test_all_adapters_and_heads_go_on_where_they_were_saved(tiny: str, tmp_path:
 
 
 def test_a_saved_adapter_is_one_of_mlx_lm(tiny: str, tmp_path: Path) -> None:
-    from lite_dil.backends.mlx.load import load_tensors
-    from lite_dil.models import adapters
 
     backend = trained(with_adapters(tiny))
     for name in (POLICY, "rm"):
         backend.save_adapter(tmp_path / name, name)
-    saved, values = adapters.read(str(tmp_path / "rm"), load_tensors), arrays(backend, "rm")
+    saved, values = adapter_files.read_adapter(str(tmp_path / "rm")), arrays(backend, "rm")
     assert (saved.rank, saved.scale, len(saved.weights)) == (3, 3.0, 4)
     for path, (a, b) in saved.weights.items():
         np.testing.assert_array_equal(a.T, values[f"{path}.lora_a"])

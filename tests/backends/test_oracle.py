@@ -20,7 +20,7 @@ from lite_dil.data.mismatched import mismatched
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.table import OBJECTIVES
 from lite_dil.training.passes import Passes
-from lite_dil.training.reference import open_cache
+from lite_dil.training.reference_cache import open_cache
 
 exp, log = np.exp, np.log
 

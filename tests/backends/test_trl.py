@@ -31,7 +31,7 @@ from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.mismatched import mismatched
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.training.passes import Passes
-from lite_dil.training.reference import open_cache
+from lite_dil.training.reference_cache import open_cache
 
 
 def has_trl() -> bool:

@@ -18,7 +18,7 @@ from lite_dil.cli.main import main
 from lite_dil.config.options import read_yaml
 from lite_dil.reports.findings import FACTS, read_facts, read_record
 from lite_dil.runs.folder import Progress, RunFolder, read_progress
-from lite_dil.training.reference import ReferenceCache
+from lite_dil.training.reference_cache import ReferenceCache
 
 
 @pytest.mark.parametrize("content", [{}, {KEY: 1}, {KEY: 2}])

@@ -15,7 +15,7 @@ from lite_dil.batching.batch import Batch
 from lite_dil.data.encoder import Example, fingerprint
 from lite_dil.generation import policy
 from lite_dil.models.fingerprint import fingerprint as weights_fingerprint
-from lite_dil.training import reference
+from lite_dil.training import reference_cache as reference
 
 EXAMPLES = [Example((1, 2, 3), ((4, 5), (6,)), (1, -1), "a 1"), Example((7,), ((8,),), (1,), "a 2")]
 

@@ -136,7 +136,7 @@ def test_merged_is_the_checkpoint_plus_the_adapter(
     assert report["check"]["effect"] > 0.1, "the adapter must do something, or nothing is checked"
     assert report["check"]["share"] == pytest.approx(1, abs=1e-2)
     assert report["check"]["data"] == "pairs.jsonl", "no folder of this machine"
-    adapter = adapter_files.float_adapter(adapter_files.read(run / "adapter"))
+    adapter = adapter_files.float_adapter(adapter_files.read_files(run / "adapter"))
     before, after = load_file(Path(model) / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
     changed = 0
@@ -456,8 +456,8 @@ def test_an_adapter_does_the_same_in_the_other_library(
     assert report["check"]["ok"] and report["to"] == to
     if not (crossed and flags == ("--4bit",)):
         assert report["check"]["mean"] < (0.1 if crossed else 1e-4)
-    files = adapter_files.read(tmp_path / "out")
-    assert files.adapter.weights.keys() == adapter_files.read(run / "adapter").adapter.weights.keys()
+    files = adapter_files.read_files(tmp_path / "out")
+    assert files.adapter.weights.keys() == adapter_files.read_files(run / "adapter").adapter.weights.keys()
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(16, 32), (7, 5), (49, 5), (3, 0.1), (24, 24.7)])

@@ -17,13 +17,13 @@ import pytest
 from conftest import config, write_pairs
 from hub_server import Hub
 
-from lite_dil.backends.memory import CUDA_CONTEXT, memory_here, memory_of
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import GIB
 from lite_dil.cli.main import main
 from lite_dil.models.shape import ModelShape
 from lite_dil.planning import fit
 from lite_dil.planning.estimate import Load
+from lite_dil.planning.memory import CUDA_CONTEXT, memory_here, memory_of
 from lite_dil.planning.peak import estimate
 
 LLAMA_8B: dict[str, Any] = {

@@ -16,7 +16,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.models.fingerprint import reference_key
 from lite_dil.recipes.preference import train
-from lite_dil.training.reference import ReferenceCache, cache_folder, open_cache
+from lite_dil.training.reference_cache import ReferenceCache, cache_folder, open_cache
 
 KEY = {"weights": "some"}
 DATA = Batch.of(examples(3))
