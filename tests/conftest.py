@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
+import hashlib
 import json
 import os
 import random
+import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny tensors a second thread is a loss
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,13 +27,21 @@ import pytest
 import torch
 from cpu_time import CpuTime
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from lite_dil.backends import registry
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import StepResult
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
+from lite_dil.cli.main import main
 from lite_dil.config.train_config import ResolvedConfig, TrainConfig
 from lite_dil.data.encoder import Example
 from lite_dil.data.messages import Answer, Message
@@ -151,6 +163,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(CpuTime())
 
 
+def make_qwen(folder: Path) -> Path:
+    """Save a tiny Qwen 2: biases on queries, keys and values, and a tied head."""
+    make_checkpoint(folder)
+    torch.manual_seed(1)
+    rope = {"rope_type": "default", "rope_theta": 50000.0}
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, rope_parameters=rope, tie_word_embeddings=True))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache folder of the tests' own, which sees the embedded model in the user's and writes nothing there."""
@@ -179,16 +205,79 @@ def drawn(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+Make = Callable[[Path], Any]
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+def shared(tmp_path_factory: pytest.TempPathFactory, worker: str) -> Callable[[str, Make], Path]:
+    """Makes a folder once for all processes of the tests, which only read it: returns the one of that name."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if worker else base) / "shared"
+
+    def make_once(name: str, make: Make) -> Path:
+        folder = place / name
+        place.mkdir(exist_ok=True)
+        with (place / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (place / f"{name}.done").exists():  # and what a failed attempt left is made anew
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                (place / f"{name}.done").touch()
+        return folder
+
+    return make_once
+
+
+@pytest.fixture(scope="session")
+def worker() -> str:
+    """The name of this process among those of pytest-xdist; nothing without it."""
+    return os.environ.get("PYTEST_XDIST_WORKER", "")
+
+
+@pytest.fixture(scope="session")
+def tiny(shared: Callable[[str, Make], Path]) -> str:
     """A tiny checkpoint with an untied head."""
-    return str(make_checkpoint(tmp_path_factory.mktemp("tiny")))
+    return str(shared("tiny", make_checkpoint))
 
 
 @pytest.fixture(scope="session")
-def tiny_tied(tmp_path_factory: pytest.TempPathFactory) -> str:
+def tiny_tied(shared: Callable[[str, Make], Path]) -> str:
     """A tiny checkpoint whose head is its embedding table."""
-    return str(make_checkpoint(tmp_path_factory.mktemp("tied"), tied=True))
+    return str(shared("tied", lambda folder: make_checkpoint(folder, tied=True)))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tiny: str, tiny_tied: str, shared: Callable[[str, Make], Path]) -> dict[str, str]:
+    """Checkpoints that differ in their heads, biases and tokenizers."""
+
+    def piece(folder: Path) -> None:
+        make_checkpoint(folder)
+        sentencepiece_tokenizer().save_pretrained(folder)
+
+    return {
+        "untied": tiny,
+        "tied": tiny_tied,
+        "qwen": str(shared("qwen", make_qwen)),
+        "sentencepiece": str(shared("piece", piece)),
+    }
+
+
+@pytest.fixture(scope="session")
+def trained(shared: Callable[[str, Make], Path]) -> Callable[..., Path]:
+    """Trains by the command, once for each set of flags, and returns the run's folder, which is only read."""
+    data = shared("pairs", lambda folder: write_pairs(folder / "pairs.jsonl")) / "pairs.jsonl"
+
+    def run(*flags: str) -> Path:
+        argv = ["train", "--data", str(data), "--max-steps", "3", "--learning-rate", "0.02", "--dtype", "float32"]
+        argv += ["--lora-r", "4", "--report-samples", "0", *flags]
+
+        def make(folder: Path) -> None:
+            assert main([*argv, "--output-dir", str(folder / "out")]) == 0
+
+        return shared(f"run-{hashlib.sha256(json.dumps(flags).encode()).hexdigest()[:16]}", make) / "out"
+
+    return run
 
 
 @pytest.fixture(scope="session")

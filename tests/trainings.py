@@ -33,3 +33,9 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 def same_weights(one: Path, other: Path) -> bool:
     a, b = weights(one), weights(other)
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def export(run: Path, output: Path, *flags: str) -> dict[str, Any]:
+    """Export by the command, which must succeed; return export.json."""
+    assert main(["export", "--adapter", str(run), "--output", str(output), *flags]) == 0
+    return json.loads((output / "export.json").read_text())

@@ -53,6 +53,7 @@ def _number(file: Any) -> int:
 
 
 def _child(code: str, argv: Sequence[str], env: dict[str, str], cwd: str, files: Sequence[Any], terminal: bool) -> None:
+    assert "preloaded" in sys.modules, "the server could not import it, and says nothing of that"
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)

@@ -14,8 +14,10 @@ from gradients import Adapter, random_adapter, relative_error, set_adapter, step
 from steps import adapter, step
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
+from lite_dil.backends.probes import HeadMismatch
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
+from lite_dil.models.logits import LogitTransform
 
 
 def gradients(name: str, model: str, data: Batch, **changes: Any) -> tuple[Adapter, np.ndarray]:
@@ -122,10 +124,8 @@ def test_what_models_do_behind_their_head(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "mlx"])
 def test_an_unknown_transform_behind_the_head_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lite_dil.backends import probes as head
-
     AutoModelForCausalLM.from_config(ARCHITECTURES["divided (Granite)"]).save_pretrained(tmp_path)
     module = __import__(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.backend", fromlist=["logit_transform"])
-    monkeypatch.setattr(module, "logit_transform", lambda config: head.LogitTransform())
-    with pytest.raises(head.HeadMismatch, match="does something after its output head"):
+    monkeypatch.setattr(module, "logit_transform", lambda config: LogitTransform())
+    with pytest.raises(HeadMismatch, match="does something after its output head"):
         load(name, str(tmp_path))

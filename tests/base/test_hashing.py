@@ -47,7 +47,7 @@ def test_the_names_of_weights(tmp_path: Path) -> None:
     notes = (memo / "files.json").read_text()
     assert '"873ac3c6df553eaa62331fd4ff9b521a"' in notes and '"2afb9b83f9314e5d029766197f539792"' in notes
     (model / "adapters.safetensors").write_bytes(b"more")
-    assert policy.identity(policy.Source(model, None, config(), 0.5)) == "tuned-88d1ce97"
+    assert policy.identity(policy.AdapterSource(model, None, config(), 0.5)) == "tuned-88d1ce97"
 
 
 def test_the_name_of_a_comparisons_rows() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import config, write_pairs
 
-from lite_dil.base.display import Display
+from lite_dil.base.display import Silent
 from lite_dil.base.errors import TrainingDiverged
 from lite_dil.base.observer import Event, Observer, Observers
 from lite_dil.evaluation.held_out import HeldOut
@@ -61,7 +61,7 @@ def options(tiny: str, tmp_path: Path) -> dict[str, Any]:
 
 
 def run(options: dict[str, Any], notes: Observer, resume: Path | None = None) -> Run:
-    return train(config(**options), Display(), resume, observers=[notes])
+    return train(config(**options), Silent(), resume, observers=[notes])
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import new
 import pytest
 from conftest import write_pairs
 from hub_server import Busy, Hub, serve
@@ -24,11 +25,13 @@ def endpoint(tiny: str, tmp_path: Path) -> Iterator[str]:
         yield address
 
 
+def variables(endpoint: str, home: Path) -> dict[str, str]:
+    return os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "5"}
+
+
 def train(endpoint: str, home: Path, *flags: str, **more: str) -> subprocess.CompletedProcess[str]:
     """A process of its own: the libraries read these variables when they are imported."""
-    env = (
-        os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "5"} | more
-    )
+    env = variables(endpoint, home) | more
     command = [
         sys.executable,
         "-m",
@@ -69,15 +72,15 @@ def test_a_config_of_a_data_set_and_its_first_rows(endpoint: str, tmp_path: Path
 
 @pytest.mark.parametrize("backend", ["cpu", "mlx"])
 def test_ids_that_the_hub_does_not_have(endpoint: str, tmp_path: Path, backend: str) -> None:
-    for flags, message in (
+    cases = [
         (["--model", "owner/none", "--data", "owner/prefs"], "--model owner/none: its tokenizer cannot be loaded"),
         (["--model", "owner/tiny", "--data", "owner/none"], "owner/none: cannot be loaded from the hub"),
         (["--model", "owner/tiny", "--data", "owner/prefs:dev"], "owner/prefs:dev: cannot be loaded from the hub"),
-    ):
-        out = train(endpoint, tmp_path / "home", *flags, "--backend", backend)
-        assert out.returncode == 2, out.stderr
-        assert message in out.stderr
-        assert "Traceback" not in out.stderr
+    ]
+    common = ["--backend", backend, "--max-steps", "1", "--output-dir", str(tmp_path / "run")]
+    found = new.run([["train", *flags, *common] for flags, _ in cases], variables(endpoint, tmp_path / "home"))
+    for (_, message), done in zip(cases, found, strict=True):
+        assert done.code == 2 and message in done.err and "Traceback" not in done.err, done
 
 
 def refusing() -> str:
@@ -91,22 +94,21 @@ def test_without_a_network_there_is_one_message(tiny: str, tmp_path: Path) -> No
     data = str(write_pairs(tmp_path / "pairs.jsonl", 8))
     (tmp_path / "prompts.txt").write_text("the red\n")
     nowhere, model = refusing(), ["--model", "owner/tiny"]
-    env = os.environ | {"HF_ENDPOINT": nowhere, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     missing = (
         f"--model owner/tiny: no such folder, not in the hub's cache here, and the hub cannot be asked ({nowhere} does not"
     )
-    for argv, message in (
+    cases = [
         (["plan", *model], missing),
         (["data", data, *model], missing),
         (["train", *model, "--data", data, "--backend", "cpu"], missing),
         (["train", *model, "--data", data, "--backend", "mlx"], missing),
         (["generate", str(tmp_path / "prompts.txt"), *model, "--output", "-"], missing),
         (["train", "--model", tiny, "--data", "owner/prefs"], "owner/prefs: cannot be loaded from the hub"),
-    ):
-        command = [sys.executable, "-m", "lite_dil", *argv]
-        out = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-        assert (out.returncode, out.stdout, out.stderr.count("\n")) == (2, "", 1), out.stderr
-        assert message in out.stderr and f"{nowhere} does not answer" in out.stderr
+    ]
+    found = new.run([argv for argv, _ in cases], variables(nowhere, tmp_path / "home"))
+    for (_, message), done in zip(cases, found, strict=True):
+        assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done
+        assert message in done.err and f"{nowhere} does not answer" in done.err
 
 
 def test_without_a_network_a_model_that_was_had_before_trains(endpoint: str, tmp_path: Path) -> None:
