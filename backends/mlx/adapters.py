@@ -96,6 +96,10 @@ class Adapters:
         """The names of all, the reference's among them."""
         return list(self._named)
 
+    def is_trained(self, name: str) -> bool:
+        """Whether there is something to train: the reference is frozen, and without layers it is the bare base."""
+        return name != REFERENCE and bool(self[name].layers)
+
     def trainable(self) -> list[Named]:
         """Return all but the reference."""
         return [each for name, each in self._named.items() if name != REFERENCE]

@@ -46,14 +46,14 @@ from lite_dil.batching.layouts import plain, prefix
 from lite_dil.models import adapter_files, adapters
 from lite_dil.models.find import folder_of
 from lite_dil.models.logits import logit_transform
-from lite_dil.models.options import ModelOptions, ResolvedAdapter
-from lite_dil.objectives.loss import NOTHING, SCORES, SUMS, Loss
+from lite_dil.models.options import ALL_LINEAR, ModelOptions, ResolvedAdapter
+from lite_dil.objectives.loss import NOTHING, SCORES, SUMS, TOKENS, Loss
 
 INFERENCE = EngineOptions(layout="plain", gradient_checkpointing="off")
 
 
 class MLXBackend:
-    """A causal language model of mlx-lm with named LoRA adapters; see `lite_dil.backends.Backend`."""
+    """A causal language model of mlx-lm with named LoRA adapters; see `lite_dil.backends.protocol.Backend`."""
 
     name = "mlx"
     pads_attention = mx.metal.is_available()  # a GPU wants few large products, a CPU little work
@@ -111,7 +111,7 @@ class MLXBackend:
         name: str,
         rank: int,
         alpha: float,
-        targets: str = "all-linear",
+        targets: str = ALL_LINEAR,
         dropout: float = 0.0,
         head: Head | None = None,
     ) -> None:
@@ -180,7 +180,8 @@ class MLXBackend:
     def _reference(self, one: MicroBatch, loss: Loss) -> mx.array | None:
         """Return what the loss reads of the reference, given or computed."""
         if one.reference is not None:
-            return mx.array(np.asarray(one.reference, np.float32))
+            given = np.asarray(one.reference, np.float32)
+            return mx.array(filled(given, self._multiple) if loss.reference == TOKENS else given)
         if loss.reference == NOTHING:
             return None
         with self.adapter_off():
@@ -319,7 +320,10 @@ class MLXBackend:
         if what == SCORES:
             return self.adapters[self.adapters.on].scores(self._states(inputs))
         logps = self._token_logps(inputs, with_grad)
-        return _sums(logps, inputs) if what == SUMS else logps
+        if what == SUMS:
+            return _sums(logps, inputs)
+        # What fills the tokens up has log-probs too, of token 0, which no loss may see.
+        return mx.where(mx.arange(logps.size) < inputs["token_mask"].sum(), logps, 0.0)
 
     def _token_logps(self, inputs: dict[str, mx.array], with_grad: bool) -> mx.array:
         """Return the log-probs of the response tokens, and of those that fill up."""
@@ -368,8 +372,10 @@ class MLXBackend:
         try:
             logits = foreign(self.model, mx.array(ids[None, :-1]))[0].astype(mx.float32)
             here = self.token_logps(batch)
-        except Misfit:  # some of mlx-lm's older models insist on a cache
-            raise UserError(f"--model {model}: mlx-lm builds this architecture in a way that lite-dil does not know") from None
+        except Misfit as error:  # some of mlx-lm's older models insist on a cache
+            raise UserError(
+                f"--model {model}: mlx-lm builds this architecture in a way that lite-dil does not know: {error}"
+            ) from None
         logps = logits - mx.logsumexp(logits, -1, keepdims=True)
         own = np.array(mx.take_along_axis(logps, mx.array(ids[1:, None]), -1)[:, 0])
         difference = float(np.abs(own - here).max())

@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from lite_dil.base.errors import first_line
+
 _LIBRARIES = ("mlx", "numpy")  # theirs is the mistake of whoever called them
 
 
@@ -27,7 +29,7 @@ def foreign(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     except Exception as error:
         if _is_ours(error):
             raise
-        raise Misfit(f"its code does not take it ({type(error).__name__})") from error
+        raise Misfit(f"its code does not take it ({type(error).__name__}: {first_line(error)})") from error
 
 
 def _is_ours(error: Exception) -> bool:

@@ -25,7 +25,7 @@ def generate(
     sampling: Sampling,
     stop: Callable[[], bool] = never,
 ) -> list[Answer]:
-    """Continue the prompts with an mlx-lm model; see `lite_dil.backends.Backend.generate`."""
+    """Continue the prompts with an mlx-lm model; see `lite_dil.backends.protocol.Backend.generate`."""
     batchable = all(hasattr(cache, "merge") for cache in make_prompt_cache(model))
     run = in_a_batch if batchable else one_by_one
     return run(model, prompts, max_new_tokens, end_ids, processors_of(prompts, seeds, sampling), stop)
@@ -84,7 +84,7 @@ def one_by_one(
 def stream(
     model: Any, prompt: Sequence[int], max_new_tokens: int, end_ids: Sequence[int], processor: Processor
 ) -> Iterator[int]:
-    """Continue one prompt token by token; see `lite_dil.backends.Backend.stream`."""
+    """Continue one prompt token by token; see `lite_dil.backends.protocol.Backend.stream`."""
     own = mx.default_stream(mx.default_device())
     steps = generate_step(mx.array(list(prompt)), model, max_tokens=max_new_tokens, logits_processors=[processor])
     with closing(steps):

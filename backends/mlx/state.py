@@ -16,13 +16,14 @@ from lite_dil.base.files import create, make_folder, write
 from lite_dil.base.formats import HEAD as HEAD_FORMAT
 from lite_dil.base.formats import KEY, check_format
 
-FORMAT = 1  # of random.json
 _OLD = "state.safetensors"  # the policy's adapter and optimiser, and passes, of runs from when there was but one adapter
 
 
 def save_adapter(folder: Path, adapters: Adapters, name: str) -> None:
     """Write an adapter in mlx-lm's format, and its head beside it."""
     named = adapters[name]
+    if not adapters.is_trained(name):
+        raise ValueError(f"{name!r} is frozen here: it has no adapter to train or save, and no head")
     with adapters.using(name):
         weights = adapters.model.trainable_parameters()
     head = weights.pop(HEAD, None)
@@ -40,7 +41,7 @@ def save_state(folder: Path, adapters: Adapters) -> None:
         own = folder / "adapters" / named.name
         save_adapter(own, adapters, named.name)
         _write(own / "optimizer.safetensors", named.optimizer.state)
-    _write_json(folder / "random.json", {KEY: FORMAT, "passes": {each.name: each.passes for each in adapters.trainable()}})
+    _write_json(folder / "random.json", {"passes": {each.name: each.passes for each in adapters.trainable()}})
 
 
 def load_state(folder: Path, adapters: Adapters) -> None:

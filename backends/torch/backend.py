@@ -38,7 +38,7 @@ from lite_dil.objectives.loss import NOTHING, SCORES, SUMS, TOKENS, Loss
 
 
 class TorchBackend:
-    """A causal language model of transformers with PEFT's LoRA adapters; see `lite_dil.backends.Backend`."""
+    """A causal language model of transformers with PEFT's LoRA adapters; see `lite_dil.backends.protocol.Backend`."""
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ def generate(
     sampling: Sampling,
     stop: Callable[[], bool] = never,
 ) -> list[Answer]:
-    """Continue the prompts in one batch of a transformers model; see `lite_dil.backends.Backend.generate`."""
+    """Continue the prompts in one batch of a transformers model; see `lite_dil.backends.protocol.Backend.generate`."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[end_ids[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -56,7 +56,7 @@ def stream(
     seed: int | None,
     sampling: Sampling,
 ) -> Iterator[int]:
-    """Continue one prompt with a transformers model; see `lite_dil.backends.Backend.stream`.
+    """Continue one prompt with a transformers model; see `lite_dil.backends.protocol.Backend.stream`.
 
     One forward a token, all of it inside one `next`.
     """

@@ -1,11 +1,12 @@
 """Every file that the product writes, by one module: what is to hold of all of them is said and done here alone.
 
-Functions raise the system's OSError; `replace_file` and `replace_folder` alone raise DiskFailed themselves. The others are
+`replace_file`, `replace_folder` and `work_folder` raise DiskFailed. The other functions raise the system's OSError; they are
 called within `lite_dil.base.disk.writing`, which knows what the file is for.
 """
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import shutil
@@ -32,12 +33,34 @@ def replacing(path: Path) -> Iterator[Path]:
 
     For what opens its file itself, as libraries and other programs do.
     """
+    _sweep(path)
     part = partial(path)
     try:
         yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that were killed left of `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        number = left.name.removesuffix(".partial").rpartition(".")[2]
+        if number.isdecimal() and not _runs(int(number)):
+            left.unlink(missing_ok=True)
+
+
+def _runs(number: int) -> bool:
+    """Return whether a process of this number runs, as far as can be told."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def partial(path: Path) -> Path:
@@ -49,6 +72,8 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Write a folder by `fill`, whole or not at all; the one that was there is not lost before. Raises DiskFailed."""
     new, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
     with writing(target):
+        if old.exists() and not target.exists():  # a process was killed between the two renames below
+            old.rename(target)
         try:
             for left in (new, old):
                 shutil.rmtree(left, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Content hashes. Those that name something on disk keep their bytes for ever; tests/test_hashing.py has them in figures."""
+"""Content hashes. Those that name something on disk keep their bytes for ever; tests/base/test_hashing.py has their values."""
 
 from __future__ import annotations
 

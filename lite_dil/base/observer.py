@@ -37,7 +37,7 @@ class Event:
         return self.step == self.steps
 
     def due(self, every: int | None) -> bool:
-        """Return whether something is due that comes every so many steps, or with None only once, and always at the end."""
+        """Return whether the step is a multiple of `every`, or the last one; with None, the last one only."""
         return self.last or (self.step > 0 and bool(every) and self.step % (every or 1) == 0)
 
 

@@ -24,7 +24,6 @@ def start(training: bool = False) -> None:
     if training:
         check_alone()
     _environment()
-    _allocator()
 
 
 def check_alone(environment: Mapping[str, str] = os.environ) -> None:
@@ -61,10 +60,6 @@ def _environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would be left behind by a fork
     # PEFT imports bitsandbytes, which warns on a CPU of a kernel that only inference would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _allocator() -> None:
-    """Set what CUDA's allocator reads once, before CUDA starts: nothing yet; PYTORCH_CUDA_ALLOC_CONF belongs here."""
 
 
 def quiet_bars() -> None:

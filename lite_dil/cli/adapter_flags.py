@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from lite_dil.backends import limits
 from lite_dil.config.options import add_flags, build
 from lite_dil.config.train_config import FIELDS, ResolvedConfig
-from lite_dil.models.options import ModelOptions
+from lite_dil.models.options import MODEL_FIELDS
 
 if TYPE_CHECKING:
     from lite_dil.generation.policy import AdapterSource
 
-FLAGS = tuple(field.name for field in fields(ModelOptions))
 
-
-def add_arguments(parser: argparse.ArgumentParser, required: bool = True, flags: Iterable[str] = FLAGS) -> None:
+def add_arguments(parser: argparse.ArgumentParser, required: bool = True, flags: Iterable[str] = MODEL_FIELDS) -> None:
     """Add --adapter and how the model is loaded, by the `flags` of train."""
     group = parser.add_argument_group("adapter")
     group.add_argument(

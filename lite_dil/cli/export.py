@@ -18,6 +18,7 @@ from lite_dil.base.errors import UserError, gather
 from lite_dil.base.files import make_folder, move, remove, work_folder
 from lite_dil.cli import adapter_flags
 from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
+from lite_dil.models.options import MODEL_FIELDS
 
 HELP = "make a trained adapter into what other programs load, and check it"
 DESCRIPTION = """\
@@ -48,7 +49,7 @@ _FLAGS = {"weights_dtype": "--dtype"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     # --dtype is that of the weights that are written; the trained model computes as it did in training.
-    adapter_flags.add_arguments(parser, flags=[name for name in adapter_flags.FLAGS if name != "dtype"])
+    adapter_flags.add_arguments(parser, flags=[name for name in MODEL_FIELDS if name != "dtype"])
     group = parser.add_argument_group("export")
     group.add_argument("--format", choices=FORMATS, required=True, help="what to make")
     group.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder for it")

@@ -160,10 +160,6 @@ def _run(argv: list[str]) -> int:
     if name == "demo" and (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED):
         raise UserError("the demo is the embedded model on the embedded data; use lite-dil train for --model and --data")
 
-    from lite_dil.backends.registry import prepare
-
-    prepare(config.backend, config, config)
-    quiet_bars()
     from lite_dil.cli.demo import MEASURED, show
     from lite_dil.cli.progress import Terminal
     from lite_dil.recipes.preference import train
@@ -280,7 +276,3 @@ def _as_train(args: argparse.Namespace) -> str:
         elif name in FIELDS:
             words += [flag(name), value]
     return shlex.join(words)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

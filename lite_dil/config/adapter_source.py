@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,8 @@ from lite_dil.base.errors import UserError
 from lite_dil.config.options import build, read_yaml
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.models.adapter_files import read_config
-from lite_dil.models.options import ModelOptions
+from lite_dil.models.options import MODEL_FIELDS
 from lite_dil.runs.folder import RunFolder, adapter_of, checkpoint_of
-
-# The options that say how the model is loaded; a run's own are taken where they are not given.
-FLAGS = tuple(field.name for field in fields(ModelOptions))
 
 
 def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> AdapterSource:
@@ -23,13 +19,13 @@ def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> A
 
     Args:
         adapter: a run's folder, one of its checkpoints, or an adapter's folder; None for the bare model.
-        given: options by field name, as text or as values; others than `FLAGS` are left alone.
+        given: options by field name, as text or as values; others than `MODEL_FIELDS` are left alone.
 
     Raises:
         UserError: there is no adapter, or nothing says which model it belongs to.
     """
     limits.check_strength(strength)
-    given = {name: value for name, value in given.items() if name in FLAGS}
+    given = {name: value for name, value in given.items() if name in MODEL_FIELDS}
     if adapter is None:
         if strength != 1:
             raise UserError(f"--strength {strength:g} is of an adapter; give --adapter too")
@@ -41,7 +37,7 @@ def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> A
         base["backend"] = _usable(saved["backend"])
     same = given.get("backend", base.get("backend")) == saved.get("backend")
     # Another backend has another 16-bit type, and perhaps no head of fewer bits.
-    names = [name for name in FLAGS if name in saved and (same or name in ("model", "load_in_4bit"))]
+    names = [name for name in MODEL_FIELDS if name in saved and (same or name in ("model", "load_in_4bit"))]
     base |= {name: saved[name] for name in names if name != "backend"}
     if "model" not in base:
         base["model"] = given.get("model") or _own_model(folder)

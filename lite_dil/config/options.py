@@ -87,11 +87,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of the form 'key: value'")
-    check_format(values, RUN, path.parent if path.name == "config.yaml" else path)
+    if path.name == "config.yaml":  # a run's own
+        check_format(values, RUN, path.parent)
+        values.pop(KEY, None)
     problems, checked = [], {}
     for key, value in values.items():
-        if key == KEY:
-            continue
         name = str(key).replace("-", "_")
         name = "load_in_4bit" if name == "4bit" else name
         if name not in FIELDS:

@@ -56,7 +56,7 @@ class Encoder:
     def encode(self, row: Row) -> Example:
         """Tokenise one row. Raises RowError with the reason where the row or the template does not allow it."""
         prompt = self.rendering.prompt(row.prompt, row.tools)
-        texts = [self.rendering.answer(row.prompt, answer, row.tools) for answer in row.answers]
+        texts = [self.rendering.answer(row.prompt, prompt, answer, row.tools) for answer in row.answers]
         prompt_ids = self.prompt_ids(prompt, chat=row.chat)
         if not prompt_ids:
             raise RowError("empty prompt", "the prompt has no token, so nothing predicts the first token of the answers")

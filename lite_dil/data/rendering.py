@@ -46,15 +46,15 @@ class Rendering:
             self._refuse_control(message)
         return self.lay_out(prompt, tools, add_generation_prompt=True)
 
-    def answer(self, prompt: str | list[Message], answer: Answer, tools: Tools = None) -> str:
-        """Return an answer with what ends it, as the continuation of `self.prompt(prompt, tools)`.
+    def answer(self, prompt: str | list[Message], before: str, answer: Answer, tools: Tools = None) -> str:
+        """Return an answer with what ends it, as the continuation of `before`, which `self.prompt(prompt, tools)` returned.
 
         Raises RowError with the reason where the answer or the template does not allow it.
         """
         if isinstance(prompt, str):
             assert isinstance(answer, str)  # the readers pair texts with texts
             return self._text_answer(answer)
-        return self._chat_answer(prompt, self.prompt(prompt, tools), answer, tools)
+        return self._chat_answer(prompt, before, answer, tools)
 
     def ends(self) -> set[str]:
         """Return the texts that end an answer: EOS, and what the chat template ends one with; a model may have learned both.

@@ -8,7 +8,7 @@ import numpy as np
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.streams import adapter_stream
-from lite_dil.models.options import AdapterOptions
+from lite_dil.models.options import ALL_LINEAR, AdapterOptions
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def choose(options: AdapterOptions, linear: dict[str, tuple[int, int]], initial:
     if initial is not None:
         match(initial, linear, options.init_adapter or "")
         return initial
-    assert options.lora_r and options.lora_alpha and options.target_modules  # filled in by ResolvedConfig.resolved
+    assert options.lora_r and options.lora_alpha and options.target_modules  # filled in by TrainConfig.resolved
     targets = select_targets(linear, options.target_modules)
     return fresh(targets, options.lora_r, options.lora_alpha / options.lora_r, options.seed)
 
@@ -68,7 +68,7 @@ def match(adapter: Adapter, shapes: dict[str, tuple[int, int]], folder: str) -> 
 
 def select_targets(shapes: dict[str, tuple[int, int]], targets: str) -> dict[str, tuple[int, int]]:
     """Return the layers that ``--target-modules`` names: ``all-linear``, or the last parts of their names."""
-    if targets == "all-linear":
+    if targets == ALL_LINEAR:
         return shapes
     wanted = {name.strip() for name in targets.split(",")}
     present = {name.rpartition(".")[2] for name in shapes}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from lite_dil.base.option import READ, option
 from lite_dil.models.find import EMBEDDED_MODEL
@@ -92,3 +92,7 @@ class ResolvedAdapter(AdapterOptions):
 
     reference: str
     lora_dropout: float
+
+
+# The names of the options that say how a model is loaded.
+MODEL_FIELDS = tuple(field.name for field in fields(ModelOptions))

@@ -136,12 +136,12 @@ class Criterion:
 
 
 def rows_of_tokens(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the tokens of each response are, (responses, longest) indices, and a float32 mask of those that are there.
+    """Return where the tokens of each response are, (responses, columns) indices, and a float32 mask of those that are there.
 
-    lengths=[2, 1] gives [[0, 1], [2, 2]] and [[1, 1], [1, 0]].
+    lengths=[2, 1] gives rows that begin with [0, 1] and [2, 2], and a mask that begins with [1, 1] and [1, 0].
     """
     lengths = lengths.astype(np.int64)  # a batch has them as numbers to divide by
-    column = np.arange(lengths.max())
+    column = np.arange(-(-lengths.max() // 64) * 64)  # few shapes, or a compiled step is made anew for each
     starts = np.cumsum(lengths) - lengths
     index = np.minimum(starts[:, None] + column, lengths.sum() - 1)
     return index, (column < lengths[:, None]).astype(np.float32)

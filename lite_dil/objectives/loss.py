@@ -14,6 +14,8 @@ SUMS, TOKENS, SCORES, NOTHING = "sums", "tokens", "scores", "nothing"
 class Loss(Protocol):
     """A loss over a batch of responses.
 
+    It is hashable and constant: one object for all the steps of a training, since a compiled step is kept for each.
+
     Attributes:
         reads: what `policy` holds: `SUMS`, `TOKENS` or `SCORES` of the adapter that is trained, with a gradient.
         reference: what `reference` holds: `SUMS`, `TOKENS` or `NOTHING`, without a gradient.

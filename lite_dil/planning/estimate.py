@@ -145,7 +145,7 @@ def adapter_tensors(config: ResolvedConfig, shape: ModelShape) -> dict[str, tupl
         for name, linear in shape.linears().items()
     }
     rank, targets = config.lora_r, config.target_modules
-    assert rank and targets  # filled in by ResolvedConfig.resolved
+    assert rank and targets  # filled in by TrainConfig.resolved
     return {name: ((rank, into), (out, rank)) for name, (out, into) in select_targets(shapes, targets).items()}
 
 

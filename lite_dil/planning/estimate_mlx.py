@@ -14,8 +14,8 @@ with full and a vocabulary of 8192 over few layers, 1.23 and 1.32, where executi
 
 On Metal nothing was measured. There norms and rope are taken as one operation each, attention as its scores written out
 (which MLX does wherever a gradient is wanted), the queue as ten command buffers, all by MLX's source. The estimate is of live
-arrays: the cache of freed ones (see mlx_load.memory_limits) comes on top of it. Where they reach MLX's memory limit it stops
-to queue ahead, so that somewhat less may do.
+arrays: the cache of freed ones (see `lite_dil.backends.mlx.load.limit_memory`) comes on top of it. Where they reach MLX's
+memory limit it stops to queue ahead, so that somewhat less may do.
 """
 
 from __future__ import annotations

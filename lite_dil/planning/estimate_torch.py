@@ -201,7 +201,7 @@ class TorchStep:
         self.eight_bit = config.optim == "paged_adamw_8bit" or (config.optim == "auto" and self.packed4)
         self.tokens = load.tokens(self.layout, FLEX_BLOCK if self.cuda else 1)
         self.fused_linears = config.fused_layers and not config.lora_dropout
-        self.fused_mlp = self.fused_linears and not shape.joined  # torch_fused._gated_mlp
+        self.fused_mlp = self.fused_linears and not shape.joined  # backends/torch/fused.py
         self.linears = shape.linears()
         self.tensors = adapter_tensors(config, shape)
         self.targets = {".".join(name.split(".")[-2:]) for name in self.tensors}

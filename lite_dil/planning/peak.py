@@ -15,7 +15,7 @@ def estimate(config: ResolvedConfig, shape: ModelShape, backend: str, dtype: str
     """Return the peak of live bytes in training, once the optimiser has its state.
 
     Args:
-        config: resolved (`ResolvedConfig.resolved`).
+        config: resolved (`TrainConfig.resolved`).
         backend: "cuda", "cpu", or "mlx" on Apple silicon.
         dtype: what the model computes in: "float32", "bfloat16" or "float16".
         load: the largest pass of the run.

@@ -14,7 +14,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.files import remove
 from lite_dil.base.memory import peak_rss_mb
 from lite_dil.base.signals import StopSignal
-from lite_dil.base.start import check_alone
+from lite_dil.base.start import quiet_bars, start
 from lite_dil.batching.schedule import LargestPass, Schedule
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.encoder import Encoder, Example, fingerprint
@@ -108,9 +108,11 @@ def _load(
     config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None
 ) -> tuple[TrainingSession, Progress]:
     """Read the data and load the model; return also where the run stands."""
-    check_alone()
+    start(training=True)
     trackers.check(config)
     config = replace(config, backend=registry.resolve(config.backend))
+    registry.prepare(config.backend, config, config)
+    quiet_bars()
     folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, config.loss)
     model = resolve_model(config.model, display.say)
     encoder = Encoder(load_tokenizer(model))

@@ -24,7 +24,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import packed, plain, prefix
 from lite_dil.models import adapter_files
-from lite_dil.objectives.loss import NOTHING, SCORES, SUMS
+from lite_dil.objectives.loss import NOTHING, SCORES, SUMS, TOKENS
 
 NAMES = (POLICY, REFERENCE, "rm", "judge")
 
@@ -581,3 +581,28 @@ def test_generation_is_the_adapters_that_is_on(tiny: str) -> None:
             tokens = [*answer.ids, *([] if answer.end is None else [answer.end])]
             assert logits.argmax() == tokens[0]
             assert list(backend.stream(prompt, 3, [2])) == tokens
+
+
+def test_what_fills_a_compiled_pass_up_is_seen_by_no_loss(tiny: str) -> None:
+    """A loss of tokens that takes no inputs of its own cannot mask it; with the reference computed, and given."""
+
+    class Squares:
+        reads, reference, token_inputs = TOKENS, TOKENS, ()
+
+        def __call__(self, policy: Any, reference: Any, inputs: dict[str, Any]) -> Any:
+            return ((policy - reference - 0.5) ** 2).sum()
+
+    loss, data, found = Squares(), batch(), []
+    for compiled in (False, True):
+        backend = load("mlx", tiny, compile=compiled)
+        with backend.adapter_off():
+            known = backend.token_logps(data)
+        results = [backend.step([MicroBatch(data, {}, given)], loss, 0.0) for given in (None, known)]
+        found += [(result.loss, result.grad_norm) for result in results]
+        assert all(result.policy.shape == result.reference.shape == known.shape for result in results)
+    np.testing.assert_allclose(found, [(0.25 * len(known) / data.examples, found[0][1])] * 4, rtol=1e-4)
+
+
+def test_what_is_frozen_is_not_saved(tiny: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'reference' is frozen"):
+        load("mlx", tiny).save_adapter(tmp_path, REFERENCE)

@@ -216,7 +216,7 @@ def test_auto_takes_the_best_backend(
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:
-    command = f"{sys.executable} -m lite_dil.cli.main train --help | head -1"
+    command = f"{sys.executable} -m lite_dil train --help | head -1"
     out = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert out.stdout.startswith("usage: lite-dil train")
     assert "Traceback" not in out.stderr

@@ -233,7 +233,7 @@ def test_of_a_hub_id_config_json_alone_is_fetched(hub: tuple[str, list[str]], tm
     env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
 
     def plan(model: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lite_dil.cli.main", "plan", "--model", model, "--4bit", "--memory", "12"]
+        command = [sys.executable, "-m", "lite_dil", "plan", "--model", model, "--4bit", "--memory", "12"]
         return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
     out = plan("owner/llama")

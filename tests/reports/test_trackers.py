@@ -42,7 +42,7 @@ def train(home: Path, *flags: str, code: int = 0, **environment: str) -> str:
     for name in ("WANDB_API_KEY", "WANDB_PROJECT", "TRACKIO_PROJECT"):
         whole.pop(name, None)
     whole |= environment
-    command = [sys.executable, "-m", "lite_dil.cli.main", "train", *flags]
+    command = [sys.executable, "-m", "lite_dil", "train", *flags]
     done = subprocess.run(command, env=whole, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
