@@ -281,6 +281,8 @@ class MLXBackend:
             if name in loss.token_inputs:  # tokens that fill up are behind the others
                 array = filled(array, self._multiple)
             given[name] = as_mlx(array)
+        if loss.reads == TOKENS:
+            given["present"] = (mx.arange(arrays["targets"].size) < arrays["token_mask"].sum()).astype(mx.float32)
         rest = (arrays, reference, given, mx.array(1 / examples), mx.random.key(draw))
         (value, policy), grads = self._pure(("step", loss), run)(self.model.trainable_parameters(), *rest)
         return value, policy, grads

@@ -194,7 +194,10 @@ class TorchBackend:
             with self.adapter_off(), torch.no_grad():
                 reference = self.reader.logps(one.batch, loss.reference)
         policy = read(one.batch)
-        value = loss(policy, reference, {name: tensor(array) for name, array in one.inputs.items()}) / examples
+        inputs = {name: tensor(array) for name, array in one.inputs.items()}
+        if loss.reads == TOKENS:
+            inputs["present"] = torch.ones_like(policy, requires_grad=False)
+        value = loss(policy, reference, inputs) / examples
         scaler.scale(value).backward()
         return value.item(), policy.detach().cpu().numpy(), None if reference is None else reference.cpu().numpy()
 

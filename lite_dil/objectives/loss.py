@@ -38,5 +38,7 @@ class Loss(Protocol):
         """Return the loss summed over the batch's examples, a scalar; it is divided by the step's number of examples.
 
         All arrays are float32 or integers of the backend's own library. Arrays of tokens are in the order of the batch's
-        responses; a backend may fill them up at the end, and fills `token_inputs` up with zeros there.
+        responses. A backend may fill them up at their end, with zeros; ``inputs["present"]``, (tokens,) float32, which a loss
+        that reads `TOKENS` is given beside its own inputs, is 1 on tokens and 0 there. A term that is not 0 by itself must be
+        multiplied by it.
         """

@@ -590,7 +590,7 @@ def test_what_fills_a_compiled_pass_up_is_seen_by_no_loss(tiny: str) -> None:
         reads, reference, token_inputs = TOKENS, TOKENS, ()
 
         def __call__(self, policy: Any, reference: Any, inputs: dict[str, Any]) -> Any:
-            return ((policy - reference - 0.5) ** 2).sum()
+            return ((policy - reference - 0.5) ** 2 * inputs["present"]).sum()
 
     loss, data, found = Squares(), batch(), []
     for compiled in (False, True):
