@@ -16,7 +16,7 @@ from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.torch import fused as torch_fused
 from lite_dil.backends.torch import generate as torch_generate
 from lite_dil.backends.torch import layers as torch_layers
-from lite_dil.backends.torch import out_of_memory as torch_memory
+from lite_dil.backends.torch import out_of_memory
 from lite_dil.backends.torch import probing as torch_probing
 from lite_dil.backends.torch import state as torch_state
 from lite_dil.backends.torch import unsloth as torch_unsloth
@@ -148,7 +148,7 @@ class TorchBackend:
             with torch.no_grad():
                 return read().cpu().numpy()
 
-        return torch_memory.whole("a pass without gradients", self.device, run)
+        return out_of_memory.whole("a pass without gradients", self.device, run)
 
     def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float, adapter: str = POLICY) -> StepResult:
         """Take one AdamW step on the mean loss over all examples of `passes`, for one adapter and its head."""
@@ -162,7 +162,7 @@ class TorchBackend:
             read = partial(self.reader.scores, head=self._head_of(trained))
         self.model.train()
         examples = sum(one.batch.examples for one in passes)
-        random, done = torch_memory.random_state(self.device), []
+        random, done = out_of_memory.random_state(self.device), []
         try:
             with self.using(adapter):
                 for one in passes:
@@ -211,13 +211,13 @@ class TorchBackend:
         norm, skipped = trained.update(total, learning_rate, self.training.max_grad_norm)
         return StepResult(total, 0.0 if skipped else norm, np.concatenate(policies), joined(references), skipped)
 
-    def _undo(self, trained: Trainable, random: torch_memory.Random) -> None:
+    def _undo(self, trained: Trainable, random: out_of_memory.Random) -> None:
         """Go back to before a step that failed ahead of its update, and let go of what it held."""
         trained.undo()
-        torch_memory.set_random_state(random)
+        out_of_memory.set_random_state(random)
         if self.store is not None:
             self.store.clear()
-        torch_memory.free(self.device)
+        out_of_memory.free(self.device)
 
     def generate(
         self,
@@ -236,7 +236,7 @@ class TorchBackend:
                 return torch_generate.generate(self.base, self.device, prompts, max_new_tokens, end_ids, seeds, sampling, stop)
 
         work = f"the generation of {len(prompts)} answers of up to {max_new_tokens} tokens"
-        return torch_memory.whole(work, self.device, run)
+        return out_of_memory.whole(work, self.device, run)
 
     def stream(
         self,
@@ -267,11 +267,11 @@ class TorchBackend:
 
     def save_state(self, folder: Path) -> None:
         """Write all adapters with their heads, optimisers and loss scales, and the random state."""
-        torch_state.save(folder, self.model, self.adapters, torch_memory.random_state(self.device))
+        torch_state.save(folder, self.model, self.adapters, out_of_memory.random_state(self.device))
 
     def load_state(self, folder: Path) -> None:
         """Go on exactly where `save_state` was called."""
-        torch_memory.set_random_state(torch_state.load(folder, self.adapters))
+        out_of_memory.set_random_state(torch_state.load(folder, self.adapters))
 
     def peak_memory_mb(self) -> float:
         """Return the allocator's peak on a GPU, the process's on a CPU, in MiB."""

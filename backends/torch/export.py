@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lite_dil.backends.torch import out_of_memory as torch_memory
+from lite_dil.backends.torch import out_of_memory
 from lite_dil.backends.torch.device import compute_dtype
 from lite_dil.backends.torch.head import QuantizedHead
 from lite_dil.backends.torch.load import load_base, target_names
@@ -89,7 +89,7 @@ def adapter_logps(model: str, folder: Path, config: ModelOptions, sequences: Seq
 
 def free() -> None:
     """Give back what models that are gone held of a GPU."""
-    torch_memory.free(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    out_of_memory.free(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _logps(model: Any, sequences: Sequences) -> list[np.ndarray]:

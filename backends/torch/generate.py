@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
-from lite_dil.backends.torch import out_of_memory as torch_memory
+from lite_dil.backends.torch import out_of_memory
 from lite_dil.backends.types import Answer, Sampling, never
 
 
@@ -64,7 +64,7 @@ def stream(
     past, new, cache = list(prompt), list(prompt), None
     for _ in range(max_new_tokens):
         ids = torch.tensor([new], device=device)
-        scores, cache = torch_memory.whole("the generation of an answer", device, partial(_forward, base, ids, cache))
+        scores, cache = out_of_memory.whole("the generation of an answer", device, partial(_forward, base, ids, cache))
         token = int((scores if draws is None else draws(ids, scores)).argmax(-1))
         yield token
         if token in end_ids:

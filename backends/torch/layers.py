@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lite_dil.backends.torch import packed_attention as torch_packed
+from lite_dil.backends.torch import packed_attention
 from lite_dil.backends.torch.lora import Switch
 from lite_dil.base.errors import UserError
 
@@ -68,7 +68,7 @@ class _Again(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], config: Any, switch: Switch, store: ActivationOffload | None
     ) -> Tensor:
-        ctx.run, ctx.config, ctx.row, ctx.store = run, config, torch_packed.active(), store
+        ctx.run, ctx.config, ctx.row, ctx.store = run, config, packed_attention.active(), store
         ctx.switch, ctx.adapter = switch, switch.on
         ctx.random = torch.get_rng_state(), torch.cuda.get_rng_state() if x.is_cuda else None
         if store is None:
@@ -82,7 +82,7 @@ class _Again(torch.autograd.Function):
         x = ctx.saved_tensors[0] if ctx.store is None else ctx.store.get(ctx.number)
         x = x.detach().requires_grad_()
         devices = [x.device] if x.is_cuda else []
-        computing, using = torch_packed.computing(ctx.config, ctx.row), ctx.switch.using(ctx.adapter)
+        computing, using = packed_attention.computing(ctx.config, ctx.row), ctx.switch.using(ctx.adapter)
         with torch.random.fork_rng(devices), computing, using, torch.enable_grad():
             host, device = ctx.random  # the same dropout again
             torch.set_rng_state(host)
@@ -136,7 +136,7 @@ def skip_unread(decoder: Any, last_layer: Any) -> None:
         forward = mlp.forward
 
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            row = torch_packed.active()
+            row = packed_attention.active()
             if row is None:
                 return forward(x, *args, **kwargs)
             out = forward(x[:, row.read], *args, **kwargs)
@@ -146,7 +146,7 @@ def skip_unread(decoder: Any, last_layer: Any) -> None:
     norm = decoder.norm.forward
 
     def normed(x: Tensor) -> Tensor:
-        row = torch_packed.active()
+        row = packed_attention.active()
         return norm(x if row is None else x[:, row.index])
 
     decoder.norm.forward = normed

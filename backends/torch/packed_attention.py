@@ -33,7 +33,7 @@ class Row:
 
     Attributes:
         read: (n,) the positions whose output of the last layer is read: those of `index`, each once.
-        index: (any,) which of all the row's hidden states the decoder returns.
+        index: (n,) which of all the row's hidden states the decoder returns.
         longest: tokens of its longest sequence.
         last_layer: the number of the model's last layer, of whose prompts only the last token is read.
     """

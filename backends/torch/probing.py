@@ -10,7 +10,7 @@ import torch
 
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tolerance
-from lite_dil.backends.torch import packed_attention as torch_packed
+from lite_dil.backends.torch import packed_attention
 from lite_dil.backends.torch.head import vocabulary
 from lite_dil.backends.torch.reading import Reader
 from lite_dil.base.errors import UserError
@@ -46,7 +46,7 @@ def choose_layout(base: Any, reader: Reader, logps: Logps, training: EngineOptio
         return f"{REPEATED}: unsloth's kernels know no other"
     if training.layout == "plain":
         return ""
-    reason = torch_packed.why_not(base, training.max_length) or _packed_differs(reader, logps, dtype_name)
+    reason = packed_attention.why_not(base, training.max_length) or _packed_differs(reader, logps, dtype_name)
     if not reason:
         reader.layout = "packed"
     elif training.layout == "packed":
@@ -63,7 +63,7 @@ def _packed_differs(reader: Reader, logps: Logps, dtype_name: str) -> str:
     reader.layout = "packed"
     try:
         difference = float(np.abs(logps(batch) - expected).max())
-    except torch_packed.Unsupported as error:
+    except packed_attention.Unsupported as error:
         return str(error)
     finally:
         reader.layout = "plain"

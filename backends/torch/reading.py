@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lite_dil.backends.limits import FLEX_BLOCK
-from lite_dil.backends.torch import packed_attention as torch_packed
+from lite_dil.backends.torch import packed_attention
 from lite_dil.backends.torch.head import token_logps
 from lite_dil.backends.torch.score_head import ScoreHead
 from lite_dil.batching.batch import Batch
@@ -63,8 +63,8 @@ class Reader:
             output = self.decoder(input_ids=self.tensor(repeated.input_ids), use_cache=False)
             return output.last_hidden_state.flatten(0, 1)[self.tensor(index(repeated))], repeated
         in_row = packed(batch, multiple=FLEX_BLOCK if self.device.type == "cuda" else 1)
-        row = torch_packed.Row.of(in_row, self.device, self.last_layer, index(in_row))
+        row = packed_attention.Row.of(in_row, self.device, self.last_layer, index(in_row))
         ids = self.tensor(in_row.input_ids)
-        with torch_packed.computing(self.decoder.config, row):
+        with packed_attention.computing(self.decoder.config, row):
             output = self.decoder(input_ids=ids, position_ids=row.position_ids, use_cache=False)
         return output.last_hidden_state[0], in_row  # those that the row asks for

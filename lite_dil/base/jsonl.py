@@ -80,7 +80,7 @@ class JSONLines:
     def rewrite(self, rows: list[Any]) -> None:
         """Put `rows` in the place of everything that is there, in one go."""
         data = _encoded(rows)
-        # Where it is a link, of what that leads to.
+        # Of a link, its target is replaced.
         with writing(self.path, safe=_SAFE), replacing(self.path.resolve()) as part:
             write(part, data, sync=True)
         self.size = len(data)

@@ -7,8 +7,8 @@ from rich.text import Text
 
 from lite_dil.cli.progress import Terminal
 from lite_dil.recipes.preference import Run
-from lite_dil.reports import findings as story
-from lite_dil.reports.findings import SAMPLES
+from lite_dil.reports import outcome
+from lite_dil.reports.outcome import SAMPLES
 from lite_dil.reports.run_report import REPORT
 from lite_dil.reports.samples import read_samples
 
@@ -27,7 +27,7 @@ def show(run: Run, display: Terminal) -> None:
         display.console.print(table)
         before, after = (sum(getattr(s, n) for s in samples) / len(samples) for n in ("before_tokens", "after_tokens"))
         display.say(f"answer length: {before:.0f} tokens before, {after:.0f} after (mean of {len(samples)})")
-    display.say(story.outcome(story.read_record(run.folder.path)))
+    display.say(outcome.outcome(outcome.read_record(run.folder.path)))
     display.say(f"all of it on one page: {run.folder.path / REPORT}")
 
 

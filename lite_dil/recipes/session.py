@@ -27,7 +27,7 @@ from lite_dil.objectives.table import OBJECTIVES
 from lite_dil.planning.auto import fitted
 from lite_dil.recipes.read_data import RunData, read_data
 from lite_dil.reports import trackers
-from lite_dil.reports.findings import SAMPLES
+from lite_dil.reports.outcome import SAMPLES
 from lite_dil.runs.folder import Progress, RunFolder, read_progress
 from lite_dil.training.loop import Training
 from lite_dil.training.passes import Passes

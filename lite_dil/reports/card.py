@@ -22,7 +22,7 @@ from lite_dil.models.names import is_hub_id, public_name
 from lite_dil.objectives.table import DIL_FAMILY, OBJECTIVES
 from lite_dil.reports.card_use import how_to_use
 from lite_dil.reports.card_words import code, public_command, public_sources, train_command
-from lite_dil.reports.findings import FACTS, read_facts, shared, with_error
+from lite_dil.reports.outcome import FACTS, read_facts, shared, with_error
 from lite_dil.runs.folder import RunFolder, checkpoint_of
 from lite_dil.runs.history import read_history
 

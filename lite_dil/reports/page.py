@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from lite_dil.config.train_config import FIELDS, TrainConfig, flag
-from lite_dil.reports import findings as story
+from lite_dil.reports import outcome
 from lite_dil.reports.charts import Drawn, charts, draw
-from lite_dil.reports.findings import Record
+from lite_dil.reports.outcome import Record
 from lite_dil.reports.samples import MAX_NEW_TOKENS, Sample
 from lite_dil.runs.history import POINTS
 
@@ -76,7 +76,8 @@ def render(record: Record) -> str:
     name = f"{config['loss']} on {config['model'].rstrip('/').rpartition('/')[2]}"
     parts = [
         f"<h1>{escaped(name)} <span class='state'>{escaped(record.facts['state'])}</span></h1>",
-        f'<div class="lead"><p class="outcome">{escaped(story.outcome(record))}</p><p>{escaped(story.what(record))}</p></div>',
+        f'<div class="lead"><p class="outcome">{escaped(outcome.outcome(record))}</p>'
+        f"<p>{escaped(outcome.what(record))}</p></div>",
         *_notes(record),
         _tiles(record),
         _charts(drawn, bool(record.history.held_out.number)),
@@ -105,7 +106,7 @@ def render(record: Record) -> str:
 
 
 def _notes(record: Record) -> list[str]:
-    warnings = story.warnings(record)
+    warnings = outcome.warnings(record)
     if not warnings and record.facts["state"] == "finished":
         return ['<div class="note good">Nothing here looks wrong.</div>']
     return [f'<div class="note" role="note">{escaped(text)}</div>' for text in warnings]
@@ -214,7 +215,7 @@ def _lengths(record: Record) -> str:
         for data in record.facts["data"]
         for side, values in data["tokens"].items()
     ]
-    means = story.answer_lengths(record)
+    means = outcome.answer_lengths(record)
     answers = (
         f"<p>Sample answers: {means[0]:.0f} tokens before, {means[1]:.0f} after (means of {len(record.samples)}).</p>"
         if means
@@ -235,7 +236,7 @@ def _data(record: Record) -> str:
             ["cut by --max-length", f"{data['prompts_cut']:,} prompts, {data['answers_cut']:,} answers"],
         ]
         if "in_training" in data:
-            rows.append(["in the training data", str(story.shared(data)) or "none of these prompts"])
+            rows.append(["in the training data", str(outcome.shared(data)) or "none of these prompts"])
         for source in data["sources"]:
             weight = "" if source["weight"] == 1 else f", {source['weight']:g} times an epoch"
             rows.append([source["name"], f"{source['kept']:,} rows read as {source['format']}{weight}"])

@@ -19,7 +19,7 @@ from lite_dil.base.files import replace_file
 from lite_dil.base.formats import KEY, RUN
 from lite_dil.base.observer import Event, Observer
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.reports.findings import FACTS, read_record
+from lite_dil.reports.outcome import FACTS, read_record
 from lite_dil.runs.folder import RunFolder
 
 REPORT = "report.html"

@@ -53,7 +53,8 @@ class Passes:
     def baseline(self, batches: Sequence[Batch], stop: Callable[[], bool] = never) -> float:
         """Return kto's z0: the mean log-ratio of answers to other prompts, and 0 where that is negative (its eq. 8).
 
-        Without batches, which is every other objective, it is 0; where `stop`, asked between passes, ends it, of no meaning.
+        Without batches, which is every other objective, it is 0; if `stop`, asked between passes, ends it
+        early, the value means nothing.
         """
         found = []
         for batch in batches:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from lite_dil.backends.torch import fused as torch_fused
-from lite_dil.backends.torch import packed_attention as torch_packed
+from lite_dil.backends.torch import packed_attention
 from lite_dil.backends.torch.packed_attention import Row
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
@@ -143,21 +143,21 @@ def test_layouts_that_a_config_forbids(change: dict[str, Any], reason: str) -> N
 
     for name, value in change.items():
         setattr(Base.config, name, value)
-    assert reason in torch_packed.why_not(Base, 1024)
+    assert reason in packed_attention.why_not(Base, 1024)
     if "rope_parameters" in change:
-        assert torch_packed.why_not(Base, 512) == ""
+        assert packed_attention.why_not(Base, 512) == ""
 
 
 def test_a_model_whose_packed_layout_differs_gets_the_plain_one(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What no config tells, the comparison at start-up sees: here, positions that the model does not take from its caller."""
-    rotate = torch_packed.Row.of.__func__
+    rotate = packed_attention.Row.of.__func__
 
     def shifted(cls: Any, *args: Any) -> Row:
         row = rotate(cls, *args)
         row.position_ids = torch.arange(row.position_ids.shape[1])[None]
         return row
 
-    monkeypatch.setattr(torch_packed.Row, "of", classmethod(shifted))
+    monkeypatch.setattr(packed_attention.Row, "of", classmethod(shifted))
     backend = load("cpu", tiny)
     assert backend.layout == "plain"
     assert "differ from the plain layout's by" in backend.layout_reason
@@ -173,8 +173,8 @@ def test_flex_attention_of_a_packed_layout_equals_the_cpus(window: int | None, s
     tokens = layout.input_ids.shape[1]
     q, k, v = (torch.randn(1, heads, tokens, 16, generator=draw) for heads in (4, 2, 2))
     real = shared_tokens(batch(3))
-    flex = torch_packed._flex(q, k, v, row, 0.25, softcap, window)
-    own = torch_packed._Blocks.apply(q, k, v, row.segments, torch_packed.Scores(0.25, softcap or 0.0, window), False)
+    flex = packed_attention._flex(q, k, v, row, 0.25, softcap, window)
+    own = packed_attention._Blocks.apply(q, k, v, row.segments, packed_attention.Scores(0.25, softcap or 0.0, window), False)
     torch.testing.assert_close(flex[:, :real], own[:, :real], atol=1e-5, rtol=1e-5)
 
 

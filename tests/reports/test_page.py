@@ -13,7 +13,7 @@ import pytest
 from reported import HOSTILE, make_run
 
 from lite_dil.objectives.table import OBJECTIVES
-from lite_dil.reports.findings import outcome, read_record, warnings, what
+from lite_dil.reports.outcome import outcome, read_record, warnings, what
 from lite_dil.reports.page import escaped, render
 from lite_dil.reports.run_report import write_report
 from lite_dil.runs.history import POINTS, Columns, read_history
