@@ -239,9 +239,9 @@ def test_sample_answers_fit_into_memory_or_are_left_out(most: int, tmp_path: Pat
 
 
 def test_sample_answers_that_cannot_be_written_do_not_end_training(tmp_path: Path) -> None:
-    (tmp_path / ".report_samples.jsonl.partial").mkdir()
     said: list[str] = []
     path, encoder = tmp_path / "report_samples.jsonl", Encoder(byte_level_tokenizer())
+    partial(path).mkdir()
     backend: Any = Small(5)
     answers = SampleAnswers(intake(2).prompts, True, path, backend, encoder, 200, said.append, every=2)
     for step in (1, 2, 3, 4):
