@@ -512,9 +512,9 @@ def returns_more(self: Any, inputs: mx.array, cache: Any = None, input_embedding
 @pytest.mark.parametrize(
     ("loop", "reason"),
     [
-        (looks_into_its_cache, r"its code does not take it \(AttributeError\)"),
-        (asserts, r"its code does not take it \(AssertionError\)"),
-        (another_signature, r"its code does not take it \(TypeError\)"),
+        (looks_into_its_cache, r"its code does not take it \(AttributeError: .*\)"),
+        (asserts, r"its code does not take it \(AssertionError: .*\)"),
+        (another_signature, r"its code does not take it \(TypeError: .*\)"),
         (returns_more, "its decoder returns something else than hidden states"),
     ],
 )
