@@ -35,7 +35,7 @@ def train(endpoint: str, home: Path, *flags: str, **more: str) -> subprocess.Com
     command = [
         sys.executable,
         "-m",
-        "lite_dil.cli.main",
+        "lite_dil",
         "train",
         *flags,
         "--max-steps",
