@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 
 from lite_dil.backends.limits import BITS, GROUP_SIZE
+from lite_dil.backends.mlx.device import auto_dtype
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.models.find import rope_config
 from lite_dil.models.options import ModelOptions
@@ -42,7 +43,7 @@ def set_dtype(model: Any, name: str, pre_quantised: bool) -> mx.Dtype:
     """Cast the floating weights (lazily) and return the type that the model computes in."""
     if name == "auto":
         # On a CPU, MLX multiplies in bfloat16 up to ten times slower than in float32.
-        dtype = mx.bfloat16 if mx.metal.is_available() else mx.float32
+        dtype = getattr(mx, auto_dtype())
         if pre_quantised:
             own = next(value.dtype for key, value in tree_flatten(model.parameters()) if key.endswith("scales"))
             # A quantised checkpoint keeps its scales: rounding them would be another model. float32 holds them all exactly;

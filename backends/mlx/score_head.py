@@ -16,18 +16,13 @@ class ScoreHead(nn.Module):
 
     def __init__(self, spec: Head, width: int) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.width = spec, width
         self.weight = mx.zeros((spec.outputs, width))
         self.bias = mx.zeros((spec.outputs,))
 
     def __call__(self, states: mx.array) -> mx.array:
         """Return (states, outputs) float32 from (states, width)."""
         return times(states, self.weight.T) + self.bias
-
-    def described(self) -> dict[str, object]:
-        """Return what head.json says of it."""
-        outputs, width = self.weight.shape
-        return {"outputs": outputs, "at": self.spec.at, "width": width}
 
 
 def states_read(spec: Head, layout: Layout) -> np.ndarray:

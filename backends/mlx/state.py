@@ -9,12 +9,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from lite_dil.backends.head_files import WEIGHTS, check_config, has_head, write_config
 from lite_dil.backends.mlx.adapters import HEAD, Adapters
 from lite_dil.backends.types import POLICY
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import create, make_folder, write
-from lite_dil.base.formats import HEAD as HEAD_FORMAT
-from lite_dil.base.formats import KEY, check_format
 
 _OLD = "state.safetensors"  # the policy's adapter and optimiser, and passes, of runs from when there was but one adapter
 
@@ -31,8 +30,8 @@ def save_adapter(folder: Path, adapters: Adapters, name: str) -> None:
     _write(folder / "adapters.safetensors", weights)
     _write_json(folder / "adapter_config.json", named.settings)
     if named.head is not None:
-        _write(folder / "head.safetensors", head)
-        _write_json(folder / "head.json", {KEY: HEAD_FORMAT, **named.head.described()})
+        _write(folder / WEIGHTS, head)
+        write_config(folder, named.head)
 
 
 def save_state(folder: Path, adapters: Adapters) -> None:
@@ -60,8 +59,7 @@ def load_state(folder: Path, adapters: Adapters) -> None:
         raise UserError(f"{folder} holds the adapters {', '.join(sorted(saved))}; this model has {', '.join(sorted(here))}")
     for name, (weights, optimizer, number) in saved.items():
         named = adapters[name]
-        if named.head is not None:
-            _check_head(folder / "adapters" / name, named.head.described())
+        check_config(folder / "adapters" / name, named.head)
         with adapters.using(name):
             _check(folder, name, adapters.model.trainable_parameters(), weights)
             adapters.model.update(weights)
@@ -71,8 +69,8 @@ def load_state(folder: Path, adapters: Adapters) -> None:
 def _read_adapter(folder: Path) -> tuple[Any, Any]:
     """Return the trainable parameters, those of a head among them, and the optimiser's state."""
     weights = _read(folder / "adapters.safetensors")
-    if (folder / "head.json").is_file():
-        weights[HEAD] = _read(folder / "head.safetensors")
+    if has_head(folder):
+        weights[HEAD] = _read(folder / WEIGHTS)
     return weights, _read(folder / "optimizer.safetensors")
 
 
@@ -81,15 +79,6 @@ def _check(folder: Path, name: str, here: Any, saved: Any) -> None:
     shapes = [{path: value.shape for path, value in tree_flatten(tree)} for tree in (here, saved)]
     if shapes[0] != shapes[1]:
         raise UserError(f"{folder}: adapter {name!r} is another one there: its rank, targets or head differ")
-
-
-def _check_head(folder: Path, here: dict[str, object]) -> None:
-    """Raise UserError unless the head that was saved reads the same states."""
-    file = folder / "head.json"
-    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    check_format(saved, HEAD_FORMAT, f"the head in {folder}")
-    if {name: saved.get(name) for name in here} != here:
-        raise UserError(f"{folder}: its head is {saved}; this one is {here}")
 
 
 def _read(path: Path) -> Any:

@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from lite_dil.backends.head_files import check_config
 from lite_dil.backends.torch.adapters import Trainable
 from lite_dil.backends.torch.lora import peft_name
 from lite_dil.backends.torch.out_of_memory import Random
-from lite_dil.backends.torch.score_head import has_head
 from lite_dil.backends.types import POLICY
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import create, make_folder, move, remove
@@ -63,8 +63,7 @@ def load(folder: Path, adapters: Mapping[str, Trainable]) -> Random:
     for name, adapter in adapters.items():
         own = folder / ADAPTERS / name
         _load_weights(adapter, own)
-        if (adapter.head is not None) != has_head(own):
-            raise UserError(f"{own} was saved {'with a' if has_head(own) else 'without a'} head, and this model's is not so")
+        check_config(own, adapter.head)
         if adapter.head is not None:
             adapter.head.load(own)
         adapter.set_state(_load(own / OPTIMIZER) if (own / OPTIMIZER).is_file() else None)

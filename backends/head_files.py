@@ -1,0 +1,53 @@
+"""The files of an adapter's head, the same on every backend: its weights, and a JSON file that says what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+from lite_dil.backends.types import Head
+from lite_dil.base.errors import UserError
+from lite_dil.base.files import write
+from lite_dil.base.formats import HEAD, KEY, check_format
+
+WEIGHTS, CONFIG = "head.safetensors", "head.json"
+
+
+class HeadModule(Protocol):
+    """A head of either backend: what it is, and the width of the hidden states that it reads."""
+
+    spec: Head
+    width: int
+
+
+def has_head(folder: Path) -> bool:
+    """Whether a head was saved there."""
+    return (folder / CONFIG).is_file()
+
+
+def write_config(folder: Path, head: HeadModule) -> None:
+    """Say what a head is, beside its weights."""
+    write(folder / CONFIG, json.dumps({KEY: HEAD, **_described(head)}, indent=2) + "\n")
+
+
+def check_config(folder: Path, head: HeadModule | None) -> None:
+    """Raise UserError unless the same head, or none where `head` is None, was saved there."""
+    if head is None or not has_head(folder):
+        if has_head(folder):
+            raise UserError(f"{folder} was saved with a head; this adapter has none")
+        if head is not None:
+            raise UserError(f"{folder} was saved without a head; this adapter has one")
+        return
+    try:
+        saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        check_format(saved, HEAD, f"the head in {folder}")
+        same = all(saved.get(name) == value for name, value in _described(head).items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / CONFIG} cannot be read ({error})") from None
+    if not same:
+        raise UserError(f"{folder}: its head is {saved}; this adapter's is {_described(head)}")
+
+
+def _described(head: HeadModule) -> dict[str, object]:
+    return {"outputs": head.spec.outputs, "at": head.spec.at, "width": head.width}
