@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +40,20 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def on_wsl(release: str | None = None) -> bool:
+    """Return whether this is Linux inside Windows, by the kernel's release."""
+    return "microsoft" in (platform.release() if release is None else release).lower()
+
+
+def expandable_segments() -> bool:
+    """Return whether torch's segments of a GPU's memory may grow on this system.
+
+    Windows has no such segments. On WSL the first allocation fails on some cards ("CUDA driver error: unknown error",
+    https://github.com/pytorch/pytorch/issues/192330).
+    """
+    return sys.platform == "linux" and not on_wsl()
 
 
 class Memory(NamedTuple):
