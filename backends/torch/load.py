@@ -140,3 +140,18 @@ def create_states(optimizer: Any) -> None:
             except ERRORS:
                 optimizer.state.pop(parameter, None)
                 raise
+
+
+def load_states(optimizer: Any, saved: Any) -> None:
+    """Take the state that an optimiser's `state_dict` returned.
+
+    bitsandbytes' moves all of it to the GPU; what its paged optimisers had in paged memory goes back there.
+    """
+    optimizer.load_state_dict(saved)
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            buffer = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+            if getattr(buffer, "is_paged", False):
+                state[name] = buffer.copy_(state[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import platform
 import sys
@@ -57,10 +58,25 @@ def expandable_segments() -> bool:
 
 
 class Memory(NamedTuple):
-    """Bytes that training may take, and a few words for people on where the number is from."""
+    """What training may take.
+
+    Attributes:
+        usable: bytes of the GPU's memory, or of the computer's where that is one with it.
+        text: a few words for people on where the number is from.
+        host: bytes of the computer's own memory beside those of an NVIDIA GPU; infinite where it is not limited.
+    """
 
     usable: int
     text: str
+    host: float = math.inf
+
+    def holds(self, total: int, host: int) -> bool:
+        """Return whether there is room for `total` bytes, and for `host` in the computer's own memory."""
+        return total <= self.usable and host <= self.host
+
+    def part(self, share: float) -> Memory:
+        """Return this with a share of the GPU's memory alone."""
+        return self._replace(usable=int(share * self.usable))
 
 
 def available() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from textwrap import wrap
 
 from lite_dil.base.memory import GIB
@@ -67,7 +68,9 @@ def _table(plan: Plan) -> list[str]:
     rows = [f"  {name:14}{size / GIB:8.2f} GB   {note}" for name, size, note in shown]
     rows.append(f"  {'total':14}{estimate.total / GIB:8.2f} GB   of {plan.memory.usable / GIB:.2f} GB")
     if estimate.host:
-        rows.append(f"  and {gigabytes(estimate.host)} GB of the computer's own memory")
+        limit = f" of {gigabytes(plan.memory.host)}" if math.isfinite(plan.memory.host) else ""
+        parts = ", ".join(f"{gigabytes(size)} {name}" for name, size in estimate.host_parts if size)
+        rows.append(f"  and {gigabytes(estimate.host)}{limit} GB of the computer's own memory: {parts}")
     return rows
 
 
@@ -75,7 +78,10 @@ def _verdict(plan: Plan) -> str:
     spare = plan.memory.usable - plan.estimate.total
     if plan.remedy is None:
         return f"It fits, with {gigabytes(spare)} GB to spare."
-    advice = f"It does not fit: {gigabytes(-spare)} GB are missing. {plan.remedy.advice()}."
+    missing = [f"{gigabytes(-spare)} GB"] if spare < 0 else []
+    if (more := plan.estimate.host - plan.memory.host) > 0:
+        missing.append(f"{gigabytes(more)} GB of the computer's own memory")
+    advice = f"It does not fit: {' and '.join(missing)} are missing. {plan.remedy.advice()}."
     if plan.remedy.fits and set(plan.remedy.changes) <= set(TUNABLE):
         advice += " --auto finds such a setting itself."
     return advice
