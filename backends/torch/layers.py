@@ -23,7 +23,13 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], config: Any, switch: Switch, store: ActivationOffload | None
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor | None,
+        run: Callable[[Tensor], Tensor],
+        config: Any,
+        switch: Switch,
+        store: ActivationOffload | None,
     ) -> Tensor:
         ctx.run, ctx.config, ctx.row, ctx.store = run, config, packed_attention.active(), store
         ctx.switch, ctx.adapter = switch, switch.on
@@ -47,7 +53,7 @@ class _Again(torch.autograd.Function):
                 torch.cuda.set_rng_state(device)
             out = ctx.run(x)
         torch.autograd.backward(out, grads[0])
-        return x.grad, None, None, None, None
+        return (x.grad if ctx.needs_input_grad[0] else None), None, None, None, None, None
 
 
 def checkpoint(module: Any, config: Any, switch: Switch, store: ActivationOffload | None = None) -> None:
@@ -69,8 +75,10 @@ def checkpoint(module: Any, config: Any, switch: Switch, store: ActivationOffloa
         if any(isinstance(other, Tensor) and other.requires_grad for other in (*args, *kwargs.values())):
             # Only the first argument's gradient would come back.
             raise UserError(f"--gradient-checkpointing: {type(module).__name__} takes more than one input with a gradient")
-        # The first layer's input comes from a frozen table; what needs no gradient would have no backward pass.
-        out = _Again.apply(x if x.requires_grad else x.detach().requires_grad_(), run, config, switch, store)
+        # The first layer's input comes from a frozen table. What needs no gradient would have no backward pass; something empty
+        # stands in for it, since a leaf of the graph stays on the GPU until the end, offloaded or not.
+        anchor = None if x.requires_grad else torch.empty(0, device=x.device, requires_grad=True)
+        out = _Again.apply(x, anchor, run, config, switch, store)
         return out if rest is None else (out, *rest)
 
     module.forward = call

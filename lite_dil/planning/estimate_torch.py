@@ -26,7 +26,8 @@ from lite_dil.planning.estimate import BYTES, Estimate, Load, adapter_tensors, l
 FLOAT32 = 4
 # What the allocator of a GPU cannot use between tensors, of what it reserves: with segments that grow and with those that
 # cannot, by its own books of steps of an 8B Llama (docs/LOG.md).
-RESERVE, FIXED_RESERVE = 0.04, 0.13
+RESERVE, FIXED_RESERVE = 0.045, 0.13
+WORKSPACE = 2**24  # of cuBLAS, 8 MiB, and what is small
 PROCESS = 2 * GIB  # of the computer's memory: Python, torch and transformers, 1.2 GiB, and CUDA's part, which is a guess
 NF4_BLOCK, NF4_GROUP, NF4_TABLES = 64, 256, 16 * 4 + 256 * 4 + 4  # weights a scale, scales a second scale, bytes a layer
 
@@ -52,12 +53,13 @@ class Layer:
 
     Args:
         tokens: that it computes.
-        mlp_tokens: that its MLP computes: of the last layer in a packed row only those that are read.
+        read: the tokens that its MLP computes, of the last layer in a packed row; None for all.
     """
 
-    def __init__(self, step: TorchStep, tokens: int, mlp_tokens: int) -> None:
+    def __init__(self, step: TorchStep, tokens: int, read: int | None = None) -> None:
         self.step, self.shape, self.e = step, step.shape, step.e
-        self.tokens, self.mlp_tokens = tokens, mlp_tokens
+        self.some_read = read is not None
+        self.tokens, self.mlp_tokens = tokens, tokens if read is None else read
         self.stream = tokens * self.shape.hidden * self.e  # one array of the model's width
 
     def ops(self) -> list[Op]:
@@ -175,6 +177,7 @@ class Layer:
         x = 0 if s.parallel and step.fused_linears and self._qkv().keeps else stream
         # The residual's gradient is this one's too, unless a norm lies between.
         incoming = self.stream * (2 if s.post_norms else 1)
+        incoming += stream if self.some_read else 0  # its rows for the positions that are read
         if not step.fused_mlp:
             ops = self._stock_mlp(names, incoming)
             # torch_layers.checkpoint holds the result, computed again, beside its gradient.
@@ -284,6 +287,7 @@ class TorchStep:
             fixed["reference"] = self.adapter
         found = [Estimate(phase, **{**fixed, **parts}) for phase, parts in self.phases().items()]
         if self.cuda:
+            found = [replace(e, temporaries=e.temporaries + WORKSPACE) for e in found]
             share = RESERVE if expandable_segments() else FIXED_RESERVE
             found = [replace(e, reserve=int(e.total * share)) for e in found]
         best = max(found, key=lambda e: e.total)
@@ -337,8 +341,8 @@ class TorchStep:
     def _backward(self, several: bool) -> dict[str, dict[str, int]]:
         """Return the head, where everything is kept, and the backward passes of the layers where most may be live."""
         s, full = self.shape, self.mode == "full"
-        read = self.load.read_positions if self.layout == "packed" else self.tokens
-        layer, last = Layer(self, self.tokens, self.tokens), Layer(self, self.tokens, read)
+        read = self.load.read_positions if self.layout == "packed" else None
+        layer, last = Layer(self, self.tokens), Layer(self, self.tokens, read)
         # Of a layer that is computed again only its input is kept, here or in the computer's memory.
         away = full and self.config.offload_activations
         each, top = (layer.keeps, last.keeps) if not full else (0, 0) if away else (layer.stream, layer.stream)
