@@ -164,6 +164,8 @@ def _room(
     name: str, config: ResolvedConfig, least: list[ResolvedConfig], model: fit.Model, memory: Memory, answers: int
 ) -> Capacity:
     """Return what a memory has room for with `config`, and with that of `least`, which --auto may choose, that fits most."""
+    if math.isinf(memory.host):
+        least = least[-1:]
     longest, *others = [fit.longest(c, model, memory, answers) for c in (config, *least)]
     examples, *more = [fit.most_examples(c, model, memory, answers) for c in (config, *least)]
     return Capacity(name, memory.usable, longest, examples, max(others), max(more))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from textwrap import wrap
 
-from lite_dil.base.memory import GIB
+from lite_dil.base.memory import GIB, on_wsl
 from lite_dil.planning.auto import TUNABLE
 from lite_dil.planning.fit import gigabytes
 from lite_dil.planning.plan import Plan
@@ -30,11 +30,13 @@ def _about(plan: Plan) -> list[str]:
     weights = f"linear layers in {packed}, the rest in {plan.model.dtype}" if packed else plan.model.dtype
     if config.head_bits:
         weights += f", head in {config.head_bits} bits"
+    wsl = plan.model.backend == "cuda" and on_wsl()
     how = plan.choice or f"gradient checkpointing {plan.model.mode(config)}"
     return [
         f"{config.model}: {_count(shape.parameters)} parameters, {shape.layers} layers, width {shape.hidden:,}, "
         f"vocabulary {shape.vocabulary:,}; {weights}",
         f"Planned for {plan.model.backend}{plan.remark}: {plan.memory.text}. 1 GB = 2^30 bytes.",
+        *(["On WSL the optimiser's state stays on the GPU, and more is lost between tensors."] if wsl else []),
         f"{'--auto takes ' if plan.choice else ''}{how}. The largest pass: {_examples(plan)}.",
     ]
 
