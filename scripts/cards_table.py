@@ -1,6 +1,6 @@
 """Print the README's table of what an 8B Llama with --4bit needs, and what has room for what, by `lite-dil plan`'s estimate.
 
-    python scripts/cards_table.py
+python scripts/cards_table.py
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ MACHINES = (
 
 
 def plan(model: str, backend: str, size: float, host: float | None) -> Plan:
-    """Return the plan for a pair of 1,024 tokens a pass."""
-    config = build({"model": model, "load_in_4bit": True, "backend": backend, "batch_size": 1}, {})
+    """Return the plan with the defaults of `lite-dil plan`."""
+    config = build({"model": model, "load_in_4bit": True, "backend": backend}, {})
     return make(config, set(), size, host=host)
 
 

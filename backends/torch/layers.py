@@ -75,8 +75,8 @@ def checkpoint(module: Any, config: Any, switch: Switch, store: ActivationOffloa
         if any(isinstance(other, Tensor) and other.requires_grad for other in (*args, *kwargs.values())):
             # Only the first argument's gradient would come back.
             raise UserError(f"--gradient-checkpointing: {type(module).__name__} takes more than one input with a gradient")
-        # The first layer's input comes from a frozen table. What needs no gradient would have no backward pass; something empty
-        # stands in for it, since a leaf of the graph stays on the GPU until the end, offloaded or not.
+        # The first layer's input comes from a frozen table. What needs no gradient would have no backward pass; an empty
+        # tensor that does stands in: as a leaf of the graph, the input would stay on the GPU until the end, offloaded or not.
         anchor = None if x.requires_grad else torch.empty(0, device=x.device, requires_grad=True)
         out = _Again.apply(x, anchor, run, config, switch, store)
         return out if rest is None else (out, *rest)

@@ -19,7 +19,7 @@ def cuda_memory() -> Memory | None:
 
 
 def expand_segments() -> str:
-    """Let segments of the GPU's memory grow where `lite_dil.base.start.start` came too late for it: torch was imported already.
+    """Let segments of the GPU's memory grow where `lite_dil.base.start.start` came too late: torch was imported already.
 
     Returns a sentence for people where memory that is in use stays as it is, else nothing.
     """

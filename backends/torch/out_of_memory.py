@@ -31,8 +31,8 @@ _MESSAGES = (
 def ran_out(error: BaseException) -> bool:
     """Return whether `error` says that memory ran out: the GPU's, pinned memory or the computer's.
 
-    After every other CUDA error, an illegal access for one, the process cannot go on. A kernel that asks for more shared memory
-    than the card has ("out of resource") does not run out of memory either.
+    After every other CUDA error, an illegal access for one, the process cannot go on. A kernel that asks for more shared
+    memory than the card has ("out of resource") does not run out of memory either.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True

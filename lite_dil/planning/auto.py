@@ -54,7 +54,8 @@ def choose(
     least = model.estimate(config, load)
     text = f"--auto: at least {gigabytes(least.total)} GB are needed, and {gigabytes(memory.usable)} GB are free"
     if least.total <= memory.usable:
-        text = f"--auto: at least {gigabytes(least.host)} GB of the computer's own memory are needed, and {gigabytes(memory.host)} GB are free"
+        needed = f"{gigabytes(least.host)} GB of the computer's own memory are needed"
+        text = f"--auto: at least {needed}, and {gigabytes(memory.host)} GB are free"
     kept = [flag(name) for name in ("gradient_checkpointing", "row_tokens", "batch_size", *OFFLOADS) if name in given]
     if kept:
         text += f" ({', '.join(kept)} as given)"
@@ -91,9 +92,7 @@ def pick(config: ResolvedConfig, model: Model, memory: Memory, load: Load, given
     return None
 
 
-def frugal(
-    config: ResolvedConfig, model: Model, load: Load, memory: Memory, given: Set[str] = frozenset()
-) -> ResolvedConfig:
+def frugal(config: ResolvedConfig, model: Model, load: Load, memory: Memory, given: Set[str] = frozenset()) -> ResolvedConfig:
     """Return the setting of `choose` that takes the least of the GPU's memory, of those that the computer's holds."""
 
     def needs(tried: ResolvedConfig) -> tuple[float, int]:

@@ -38,7 +38,9 @@ PINNED = (
     "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in the CUDA documentation for more information.\n"
     "CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect."
 )
-STICKY = PINNED.replace("out of memory", "an illegal memory access was encountered").replace("MemoryAllocation", "IllegalAddress")
+STICKY = PINNED.replace("out of memory", "an illegal memory access was encountered").replace(
+    "MemoryAllocation", "IllegalAddress"
+)
 
 
 def test_every_form_of_running_out() -> None:

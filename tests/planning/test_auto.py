@@ -144,7 +144,10 @@ def test_no_more_goes_into_the_computer_than_it_holds() -> None:
     assert both.offload_activations and both.offload_embeddings
     one = chosen(15.4, asked, load, host=12.5)
     assert one.offload_activations and not one.offload_embeddings
-    for memory, host, short in ((14.5, 12.5, "GB are needed, and 14.5 GB are free"), (23.4, 2.5, "of the computer's own memory")):
+    for memory, host, short in (
+        (14.5, 12.5, "GB are needed, and 14.5 GB are free"),
+        (23.4, 2.5, "of the computer's own memory"),
+    ):
         with pytest.raises(UserError, match=short):
             chosen(memory, asked, load, host=host)
     given = {"offload_activations": True, "offload_embeddings": True}
