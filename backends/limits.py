@@ -17,6 +17,7 @@ MAX_STRENGTH = 1.5  # of an adapter; far beyond what was trained a model falls a
 TORCH_CHUNK = {"cpu": 2**22, "cuda": 2**24}  # logits at once: 16 or 64 MiB of float32; a GPU wants larger products
 HEAD_TILE = 2**14  # tokens of a quantised head that are unpacked at a time
 MLP_TILE = 2**25  # of one intermediate (tokens, width) array where an MLP is computed again: 64 MiB of bfloat16
+OFFLOAD_CHUNK = 2**25  # bytes of pinned memory at a time, a power of two: torch's allocator rounds each allocation up to one
 FLEX_BLOCK = 128  # FlexAttention's blocks; rows on CUDA are padded to a multiple of it
 TORCH_QUERIES = 64  # in a block of packed attention on a CPU: its scores over some hundred keys stay in the cache
 

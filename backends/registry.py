@@ -80,9 +80,17 @@ def prepare(name: str, options: ModelOptions, training: EngineOptions | None) ->
         torch_unsloth.require()
 
 
-def import_library(name: str) -> None:
-    """Import what backend `name` is made of, as `load` would: what it takes of the memory is not the model's."""
+def import_library(name: str) -> str:
+    """Import what backend `name` is made of, as `load` would: what it takes of the memory is not the model's.
+
+    Returns a sentence for people where it cannot be set up as it should be, else nothing.
+    """
     importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.backend")
+    if name != "cuda":
+        return ""
+    from lite_dil.backends.torch.memory import expand_segments
+
+    return expand_segments()
 
 
 def load(
@@ -95,10 +103,11 @@ def load(
         training: how it is trained; None to load it for inference, with nothing of what training needs.
     """
     prepare(name, options, training)
+    import_library(name)
     if name == "mlx":
         from lite_dil.backends.mlx.backend import MLXBackend
 
         return MLXBackend(options, model, adapter, training)
-    from lite_dil.backends.torch.backend import TorchBackend
+    from lite_dil.backends.torch import backend
 
-    return TorchBackend(options, model, adapter, training, device=name)
+    return backend.load(options, model, adapter, training, device=name)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lite_dil.backends.torch.load import create_states
+from lite_dil.backends.torch.load import create_states, load_states
 from lite_dil.backends.torch.lora import peft_name
 from lite_dil.backends.torch.score_head import ScoreHead
 
@@ -63,7 +63,7 @@ class Trainable:
         vars(self).pop("optimizer", None)
         self.scaler = torch.amp.GradScaler(self._device, enabled=self.scaler.is_enabled())
         if state is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_states(self.optimizer, state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
 
     def update(self, loss: float, learning_rate: float, max_grad_norm: float) -> tuple[float, bool]:

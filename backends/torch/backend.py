@@ -25,6 +25,7 @@ from lite_dil.backends.torch.device import compute_dtype
 from lite_dil.backends.torch.head import QuantizedHead
 from lite_dil.backends.torch.load import linear_layers, load_base, make_optimizer, need_bitsandbytes
 from lite_dil.backends.torch.lora import Switch, add_lora, add_unsloth_lora
+from lite_dil.backends.torch.offload import ActivationOffload
 from lite_dil.backends.torch.reading import Reader
 from lite_dil.backends.torch.score_head import ScoreHead
 from lite_dil.backends.types import OWN, POLICY, REFERENCE, Answer, Head, MicroBatch, Sampling, StepResult, joined, never
@@ -80,7 +81,7 @@ class TorchBackend:
         if adapter:
             self._add_policy(adapter, initial)
         self.reader = Reader(self.decoder, self.head, logit_transform(base.config.to_dict()), self.device)
-        self.store: torch_layers.ActivationOffload | None = None
+        self.store: ActivationOffload | None = None
         if not self.unsloth:  # whose layers are its own
             self._arrange_layers(model)
         torch.manual_seed(self.seed)
@@ -163,18 +164,21 @@ class TorchBackend:
         self.model.train()
         examples = sum(one.batch.examples for one in passes)
         random, done = out_of_memory.random_state(self.device), []
+        chunks = self.store.chunks if self.store is not None else 0
         try:
             with self.using(adapter):
                 for one in passes:
                     done.append(self._gradients(one, loss, read, trained.scaler, examples))
             result = self._update(trained, done, learning_rate)
-        except torch.OutOfMemoryError as error:
+        except out_of_memory.ERRORS as error:
+            if not out_of_memory.ran_out(error):
+                raise
             detail = first_line(error)
         else:
             trained.forget_gradients()
             return result
         # Not in the except block: as this error's context, that one would keep its frames, and with them all activations.
-        self._undo(trained, random)
+        self._undo(trained, random, chunks)
         failed = len(done) if len(done) < len(passes) else None
         raise OutOfMemory("a training step", detail, training=True, micro_batch=failed)
 
@@ -211,12 +215,12 @@ class TorchBackend:
         norm, skipped = trained.update(total, learning_rate, self.training.max_grad_norm)
         return StepResult(total, 0.0 if skipped else norm, np.concatenate(policies), joined(references), skipped)
 
-    def _undo(self, trained: Trainable, random: out_of_memory.Random) -> None:
+    def _undo(self, trained: Trainable, random: out_of_memory.Random, chunks: int) -> None:
         """Go back to before a step that failed ahead of its update, and let go of what it held."""
         trained.undo()
         out_of_memory.set_random_state(random)
         if self.store is not None:
-            self.store.clear()
+            self.store.clear(chunks)
         out_of_memory.free(self.device)
 
     def generate(
@@ -359,6 +363,18 @@ class TorchBackend:
             torch_layers.skip_unread(self.decoder, layers[-1])
             self.reader.last_layer = len(layers) - 1
         if mode == "full":
-            self.store = torch_layers.ActivationOffload() if self.training and self.training.offload_activations else None
+            self.store = ActivationOffload() if self.training and self.training.offload_activations else None
             for layer in layers:
                 torch_layers.checkpoint(layer, text, self.switch, self.store)
+
+
+def load(
+    options: ModelOptions, model: str, adapter: ResolvedAdapter | None, training: EngineOptions | None, device: str
+) -> TorchBackend:
+    """Load a model, or raise UserError where memory does not hold it."""
+    make = partial(TorchBackend, options, model, adapter, training, device)
+    helps = [] if options.load_in_4bit else ["--4bit"]
+    if training is None or not training.unsloth:
+        helps += [] if options.head_bits else ["--head-bits 8"]
+        helps += ["--offload-embeddings"] if training and device == "cuda" and not training.offload_embeddings else []
+    return out_of_memory.loaded(model, torch.device(device), helps, make)

@@ -78,7 +78,8 @@ def adapter_logps(model: str, folder: Path, config: ModelOptions, sequences: Seq
     from peft import PeftModel
 
     device = config.backend if config.backend in ("cpu", "cuda") else "cuda" if torch.cuda.is_available() else "cpu"
-    base = load_base(model, compute_dtype(config.dtype, device), torch.device(device), config.load_in_4bit)
+    make = functools.partial(load_base, model, compute_dtype(config.dtype, device), torch.device(device), config.load_in_4bit)
+    base = out_of_memory.loaded(model, torch.device(device), (), make)
     with warnings.catch_warnings():
         # PEFT 0.21 asks transformers 5 for an attribute by its old name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

@@ -10,51 +10,8 @@ from torch import Tensor, nn
 
 from lite_dil.backends.torch import packed_attention
 from lite_dil.backends.torch.lora import Switch
+from lite_dil.backends.torch.offload import ActivationOffload
 from lite_dil.base.errors import UserError
-
-
-class ActivationOffload:
-    """Keeps activations in pinned memory of the computer, copied on a stream of their own while the GPU computes."""
-
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
-        self.kept: list[Tensor | None] = []
-        self.fetched: dict[int, Tensor] = {}
-
-    def put(self, x: Tensor) -> int:
-        """Copy `x` to the computer's memory; return the number to ask for it by."""
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            host.copy_(x, non_blocking=True)
-        x.record_stream(self.stream)  # so that its memory is not given away before the copy is done
-        self.kept.append(host)
-        return len(self.kept) - 1
-
-    def get(self, number: int) -> Tensor:
-        """Return what was put, back on the GPU, and start on the one put before it, which is asked for next."""
-        self._fetch(number)
-        if number > 0:
-            self._fetch(number - 1)
-        current = torch.cuda.current_stream()
-        current.wait_stream(self.stream)
-        x = self.fetched.pop(number)
-        x.record_stream(current)
-        self.kept[number] = None
-        while self.kept and self.kept[-1] is None:
-            self.kept.pop()
-        return x
-
-    def clear(self) -> None:
-        """Forget what was put and never asked for."""
-        self.kept.clear()
-        self.fetched.clear()
-
-    def _fetch(self, number: int) -> None:
-        host = self.kept[number]
-        if number not in self.fetched and host is not None:
-            with torch.cuda.stream(self.stream):
-                self.fetched[number] = host.to("cuda", non_blocking=True)
 
 
 class _Again(torch.autograd.Function):
@@ -66,7 +23,13 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], config: Any, switch: Switch, store: ActivationOffload | None
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor | None,
+        run: Callable[[Tensor], Tensor],
+        config: Any,
+        switch: Switch,
+        store: ActivationOffload | None,
     ) -> Tensor:
         ctx.run, ctx.config, ctx.row, ctx.store = run, config, packed_attention.active(), store
         ctx.switch, ctx.adapter = switch, switch.on
@@ -90,7 +53,7 @@ class _Again(torch.autograd.Function):
                 torch.cuda.set_rng_state(device)
             out = ctx.run(x)
         torch.autograd.backward(out, grads[0])
-        return x.grad, None, None, None, None
+        return (x.grad if ctx.needs_input_grad[0] else None), None, None, None, None, None
 
 
 def checkpoint(module: Any, config: Any, switch: Switch, store: ActivationOffload | None = None) -> None:
@@ -112,8 +75,10 @@ def checkpoint(module: Any, config: Any, switch: Switch, store: ActivationOffloa
         if any(isinstance(other, Tensor) and other.requires_grad for other in (*args, *kwargs.values())):
             # Only the first argument's gradient would come back.
             raise UserError(f"--gradient-checkpointing: {type(module).__name__} takes more than one input with a gradient")
-        # The first layer's input comes from a frozen table; what needs no gradient would have no backward pass.
-        out = _Again.apply(x if x.requires_grad else x.detach().requires_grad_(), run, config, switch, store)
+        # The first layer's input comes from a frozen table. What needs no gradient would have no backward pass; an empty
+        # tensor that does stands in: as a leaf of the graph, the input would stay on the GPU until the end, offloaded or not.
+        anchor = None if x.requires_grad else torch.empty(0, device=x.device, requires_grad=True)
+        out = _Again.apply(x, anchor, run, config, switch, store)
         return out if rest is None else (out, *rest)
 
     module.forward = call

@@ -11,12 +11,18 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lite_dil.backends.options import EngineOptions
+from lite_dil.backends.torch.out_of_memory import ERRORS, conversion_report, ran_out
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.models import adapters
 
 
 def load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: bool) -> Any:
-    """Load a frozen model without dropout, or raise UserError with the reason."""
+    """Load a frozen model without dropout.
+
+    Raises:
+        UserError: it cannot be loaded, with the reason.
+        RuntimeError, MemoryError: memory ran out, as `ran_out` says.
+    """
     quantization = None
     if in_4bit:
         quantization = BitsAndBytesConfig(
@@ -34,18 +40,19 @@ def load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: boo
                     setattr(part, name, 0.0)
         # transformers 5.17 computes Gemma 2 by SDPA, which leaves out the soft cap on its attention scores.
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model,
-            output_loading_info=True,
-            attn_implementation="eager" if capped else None,
-            config=config,
-            dtype=dtype,
-            quantization_config=quantization,
-            device_map={"": device},
-        )
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"--model {model}: not enough memory to load it ({first_line(error)}); try --4bit") from None
+        with conversion_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model,
+                output_loading_info=True,
+                attn_implementation="eager" if capped else None,
+                config=config,
+                dtype=dtype,
+                quantization_config=quantization,
+                device_map={"": device},
+            )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if ran_out(error):
+            raise
         raise UserError(f"--model {model}: cannot be loaded ({first_line(error)})") from None
     base, report = loaded
     if absent := sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"])):
@@ -130,6 +137,21 @@ def create_states(optimizer: Any) -> None:
                 continue
             try:
                 optimizer.init_state(group, parameter, g, i)
-            except torch.OutOfMemoryError:
+            except ERRORS:
                 optimizer.state.pop(parameter, None)
                 raise
+
+
+def load_states(optimizer: Any, saved: Any) -> None:
+    """Take the state that an optimiser's `state_dict` returned.
+
+    bitsandbytes' moves all of it to the GPU; what its paged optimisers had in paged memory goes back there.
+    """
+    optimizer.load_state_dict(saved)
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            buffer = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+            if getattr(buffer, "is_paged", False):
+                state[name] = buffer.copy_(state[name])

@@ -88,6 +88,8 @@ def load(model: str, dtype: Any, device: Any, in_4bit: bool, max_length: int) ->
         max_length: longest row, in tokens; unsloth cuts longer ones off.
     """
     unsloth = require()
+    from lite_dil.backends.torch.out_of_memory import ran_out
+
     check_model(model, max_length)
     try:
         with _boundary():
@@ -102,8 +104,9 @@ def load(model: str, dtype: Any, device: Any, in_4bit: bool, max_length: int) ->
                 use_gradient_checkpointing=False,
             )
     except UnslothFailed as error:
-        hint = "; try --4bit" if type(error.__cause__).__name__ == "OutOfMemoryError" and not in_4bit else ""
-        raise UserError(f"--model {model}: cannot be loaded through unsloth ({first_line(error)}){hint}") from None
+        if error.__cause__ is not None and ran_out(error.__cause__):
+            raise error.__cause__ from None
+        raise UserError(f"--model {model}: cannot be loaded through unsloth ({first_line(error)})") from None
     if base.dtype != dtype or (in_4bit and not getattr(base, "is_loaded_in_4bit", False)):
         asked = f"{dtype}{', 4-bit' if in_4bit else ''}".removeprefix("torch.")
         raise UserError(f"--unsloth: unsloth did not load {model} as {asked} here; give another --dtype, or leave it out")

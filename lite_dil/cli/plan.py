@@ -17,7 +17,8 @@ from lite_dil.planning.plan_text import lines
 def run(args: argparse.Namespace, config: ResolvedConfig, given: Set[str]) -> int:
     """Print the plan that the flags ask for; return 0 if the run fits, else 1."""
     size, rate = _number(args.memory, "--memory"), _number(args.tokens_per_second, "--tokens-per-second")
-    plan = make(config, given, size, rate, Path(args.like) if args.like else None)
+    host = _number(args.host_memory, "--host-memory")
+    plan = make(config, given, size, rate, Path(args.like) if args.like else None, host)
     print(json.dumps(plan.as_json(), indent=2) if args.json else "\n".join(lines(plan)))
     return 0 if plan.fits else 1
 

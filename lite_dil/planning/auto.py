@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lite_dil.base.errors import UserError
+from lite_dil.base.memory import Memory
 from lite_dil.batching.schedule import computed_tokens, row_tokens
 from lite_dil.config.train_config import FIELDS, SPLIT, ResolvedConfig, flag
 from lite_dil.data.encoder import Example
@@ -27,7 +28,7 @@ def choose(
     shape: ModelShape,
     backend: str,
     dtype: str,
-    memory: int,
+    memory: Memory,
     load: Load,
     given: Set[str] = frozenset(),
 ) -> ResolvedConfig:
@@ -39,7 +40,6 @@ def choose(
 
     Args:
         config: resolved.
-        memory: bytes that training may take.
         load: the largest example, which no setting can split.
         given: the fields that stay as they are.
 
@@ -50,9 +50,12 @@ def choose(
     found = pick(config, model, memory, load, given)
     if found is not None:
         return found
-    config = frugal(config, model, load, given)
-    least = model.total(config, load)
-    text = f"--auto: at least {gigabytes(least)} GB are needed, and {gigabytes(memory)} GB are free"
+    config = frugal(config, model, load, memory, given)
+    least = model.estimate(config, load)
+    text = f"--auto: at least {gigabytes(least.total)} GB are needed, and {gigabytes(memory.usable)} GB are free"
+    if least.total <= memory.usable:
+        needed = f"{gigabytes(least.host)} GB of the computer's own memory are needed"
+        text = f"--auto: at least {needed}, and {gigabytes(memory.host)} GB are free"
     kept = [flag(name) for name in ("gradient_checkpointing", "row_tokens", "batch_size", *OFFLOADS) if name in given]
     if kept:
         text += f" ({', '.join(kept)} as given)"
@@ -60,7 +63,7 @@ def choose(
     raise UserError(f"{text}. {remedy.advice()}")
 
 
-def pick(config: ResolvedConfig, model: Model, memory: int, load: Load, given: Set[str]) -> ResolvedConfig | None:
+def pick(config: ResolvedConfig, model: Model, memory: Memory, load: Load, given: Set[str]) -> ResolvedConfig | None:
     """Return what `choose` does, or None where nothing fits."""
     limit = _limit(config, given)
     tokens = load.tokens(layout_for(config, model.shape, model.backend))
@@ -69,31 +72,41 @@ def pick(config: ResolvedConfig, model: Model, memory: int, load: Load, given: S
     if fixed:
         busy = limit = _between(-(-fixed // tokens), limit)
 
-    def total(base: ResolvedConfig, count: int) -> int:
-        return model.total(_split(base, count, tokens, given), several(load, count))
+    def fits(base: ResolvedConfig, count: int, memory: Memory) -> bool:
+        return model.fits(_split(base, count, tokens, given), several(load, count), memory)
 
-    def filled(base: ResolvedConfig, low: int, high: int, memory: float) -> ResolvedConfig:
-        count = most(lambda number: total(base, number) <= memory, low, high)
+    def filled(base: ResolvedConfig, low: int, high: int, memory: Memory) -> ResolvedConfig:
+        count = most(lambda number: fits(base, number, memory), low, high)
         return _split(base, count, tokens, given)
 
     modes, offloads = _modes(config, given), _offloads(config, model, given)
     ceiling = busy if model.backend == "cpu" else max(busy, _between(MOST_GPU // tokens, limit))
     for mode in modes:
         base = replace(config, **offloads[0], gradient_checkpointing=mode)
-        if total(base, busy) <= memory:
-            return filled(base, busy + 1, ceiling, ROOM * memory)
+        if fits(base, busy, memory):
+            return filled(base, busy + 1, ceiling, memory.part(ROOM))
     for offload in offloads:
         base = replace(config, **offload, gradient_checkpointing=modes[-1])
-        if total(base, lowest := busy if fixed else 1) <= memory:
+        if fits(base, lowest := busy if fixed else 1, memory):
             return filled(base, lowest, busy, memory)
     return None
 
 
-def frugal(config: ResolvedConfig, model: Model, load: Load, given: Set[str] = frozenset()) -> ResolvedConfig:
-    """Return the setting of `choose` that takes the least memory, one example a pass."""
-    tokens = load.tokens(layout_for(config, model.shape, model.backend))
-    last = _offloads(config, model, given)[-1]
-    return _split(replace(config, **last, gradient_checkpointing=_modes(config, given)[-1]), 1, tokens, given)
+def frugal(config: ResolvedConfig, model: Model, load: Load, memory: Memory, given: Set[str] = frozenset()) -> ResolvedConfig:
+    """Return the setting of `choose` that takes the least of the GPU's memory, of those that the computer's holds."""
+
+    def needs(tried: ResolvedConfig) -> tuple[float, int]:
+        found = model.estimate(tried, load)
+        return max(found.host, memory.host), found.total
+
+    return min(sparing(config, model, load, given), key=needs)
+
+
+def sparing(config: ResolvedConfig, model: Model, load: Load, given: Set[str] = frozenset()) -> list[ResolvedConfig]:
+    """Return the settings of `choose` that keep least for the backward pass, by what they offload, one example a pass."""
+    tokens, mode = load.tokens(layout_for(config, model.shape, model.backend)), _modes(config, given)[-1]
+    bases = [replace(config, **offload, gradient_checkpointing=mode) for offload in _offloads(config, model, given)]
+    return [_split(base, 1, tokens, given) for base in bases]
 
 
 def fitted(config: ResolvedConfig, examples: Sequence[Example], given: Set[str] | None) -> tuple[ResolvedConfig, str]:
@@ -107,7 +120,7 @@ def fitted(config: ResolvedConfig, examples: Sequence[Example], given: Set[str] 
     shape, memory = read_shape(config.model), memory_here(config.backend)
     model = Model(shape, config.backend, planned_dtype(config, config.backend))
     load = largest_example(examples, config, layout_for(config, shape, config.backend))
-    chosen = choose(config, shape, model.backend, model.dtype, memory.usable, load, given)
+    chosen = choose(config, shape, model.backend, model.dtype, memory, load, given)
     return chosen, f"--auto: {words(chosen)} ({memory.text})"
 
 
@@ -181,5 +194,5 @@ def _offloads(config: ResolvedConfig, model: Model, given: Set[str]) -> list[dic
     for name in OFFLOADS:
         needs_full = name == "offload_activations" and _modes(config, given)[-1] != "full"
         if name in model.can_offload(config) and name not in given and not needs_full:
-            sets.append(sets[-1] | {name: True})
+            sets += [others | {name: True} for others in sets]
     return sets

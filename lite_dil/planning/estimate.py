@@ -89,7 +89,8 @@ class Estimate:
         logits: the head's chunk of tokens by vocabulary.
         temporaries: what comes and goes at this moment, unpacked weights among it.
         reserve: what the allocator of a GPU loses between tensors.
-        host: bytes in the computer's memory, beside those that --backend cuda has on the GPU; not in `total`.
+        host_parts: bytes in the computer's own memory beside those that --backend cuda has on the GPU, by what they are for;
+            not in `total`.
         phases: the total of every phase.
     """
 
@@ -106,13 +107,18 @@ class Estimate:
     logits: int = 0
     temporaries: int = 0
     reserve: int = 0
-    host: int = 0
+    host_parts: tuple[tuple[str, int], ...] = ()
     phases: tuple[tuple[str, int], ...] = ()
 
     @property
     def components(self) -> dict[str, int]:
         """The bytes by name, those that `total` is the sum of."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("phase", "host", "phases")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("phase", "host_parts", "phases")}
+
+    @property
+    def host(self) -> int:
+        """Bytes in the computer's own memory; 0 where that and the GPU's are one."""
+        return sum(size for _, size in self.host_parts)
 
     @property
     def weights(self) -> int:

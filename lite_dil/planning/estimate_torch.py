@@ -6,15 +6,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from lite_dil.backends.limits import FLEX_BLOCK, HEAD_TILE, MLP_TILE, TORCH_CHUNK, TORCH_QUERIES, checkpointing, chunk_tokens
+from lite_dil.backends.limits import (
+    FLEX_BLOCK,
+    HEAD_TILE,
+    MLP_TILE,
+    OFFLOAD_CHUNK,
+    TORCH_CHUNK,
+    TORCH_QUERIES,
+    checkpointing,
+    chunk_tokens,
+)
 from lite_dil.base.errors import UserError
+from lite_dil.base.memory import GIB, expandable_segments, on_wsl
 from lite_dil.batching.schedule import PRECOMPUTE_ROWS, row_tokens
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.shape import Linear, ModelShape
 from lite_dil.planning.estimate import BYTES, Estimate, Load, adapter_tensors, layout_for
 
 FLOAT32 = 4
-RESERVE = 0.05  # of a GPU's memory: what the caching allocator cannot use between blocks. A guess, and not measured
+# What the allocator of a GPU cannot use between tensors, of what it reserves: with segments that grow and with those that
+# cannot, by its own books of steps of an 8B Llama (docs/LOG.md).
+RESERVE, FIXED_RESERVE = 0.045, 0.13
+WORKSPACE = 2**24  # of cuBLAS, 8 MiB, and what is small
+PROCESS = 2 * GIB  # of the computer's memory: Python, torch and transformers, 1.2 GiB, and CUDA's part, which is a guess
 NF4_BLOCK, NF4_GROUP, NF4_TABLES = 64, 256, 16 * 4 + 256 * 4 + 4  # weights a scale, scales a second scale, bytes a layer
 
 
@@ -39,12 +53,13 @@ class Layer:
 
     Args:
         tokens: that it computes.
-        mlp_tokens: that its MLP computes: of the last layer in a packed row only those that are read.
+        read: the tokens that its MLP computes, of the last layer in a packed row; None for all.
     """
 
-    def __init__(self, step: TorchStep, tokens: int, mlp_tokens: int) -> None:
+    def __init__(self, step: TorchStep, tokens: int, read: int | None = None) -> None:
         self.step, self.shape, self.e = step, step.shape, step.e
-        self.tokens, self.mlp_tokens = tokens, mlp_tokens
+        self.some_read = read is not None
+        self.tokens, self.mlp_tokens = tokens, tokens if read is None else read
         self.stream = tokens * self.shape.hidden * self.e  # one array of the model's width
 
     def ops(self) -> list[Op]:
@@ -162,6 +177,7 @@ class Layer:
         x = 0 if s.parallel and step.fused_linears and self._qkv().keeps else stream
         # The residual's gradient is this one's too, unless a norm lies between.
         incoming = self.stream * (2 if s.post_norms else 1)
+        incoming += stream if self.some_read else 0  # its rows for the positions that are read
         if not step.fused_mlp:
             ops = self._stock_mlp(names, incoming)
             # torch_layers.checkpoint holds the result, computed again, beside its gradient.
@@ -231,7 +247,7 @@ class TorchStep:
         return largest * self.e + largest // NF4_BLOCK * FLOAT32 if self.packed4 else 0
 
     def weights(self) -> dict[str, int]:
-        """Return the frozen model's bytes by component, and what of it is in the computer's memory."""
+        """Return the frozen model's bytes by component."""
         s, table = self.shape, self.shape.table * self.e
         linears = s.layers * sum(map(self.frozen, self.linears.values()))
         side = sum(map(self.frozen, s.side)) + s.side_rest * self.e
@@ -240,7 +256,7 @@ class TorchStep:
             head = s.table * bits // 8 + s.table // NF4_BLOCK * FLOAT32
         away = table if self.config.offload_embeddings else 0
         norms = s.norm_parameters * self.e + side
-        return {"linears": linears, "embeddings": table - away, "head": head, "norms": norms, "host": away}
+        return {"linears": linears, "embeddings": table - away, "head": head, "norms": norms}
 
     def optimizer(self) -> tuple[int, int]:
         """Return the bytes of AdamW's state, and of those that are paged, so that they may leave the GPU.
@@ -254,7 +270,8 @@ class TorchStep:
                 here += 2 * size * FLOAT32
                 continue
             here += 2 * -(-size // 256) * FLOAT32
-            if self.cuda and size >= 100_000:
+            # On WSL managed memory cannot be larger than the GPU's own.
+            if self.cuda and size >= 100_000 and not on_wsl():
                 paged += 2 * size
             else:
                 here += 2 * size
@@ -264,16 +281,36 @@ class TorchStep:
         """Return the peak over the phases."""
         state, paged = self.optimizer()
         fixed: dict[str, Any] = {**self.weights(), "adapter": self.adapter, "optimizer": state}
-        fixed["host"] += paged
-        if self.config.offload_activations and self.mode == "full":
-            fixed["host"] += self.shape.layers * self.tokens * self.shape.hidden * self.e
+        if self.cuda:
+            fixed["host_parts"] = self.host(paged)
         if self.config.reference == "initial-adapter":
             fixed["reference"] = self.adapter
         found = [Estimate(phase, **{**fixed, **parts}) for phase, parts in self.phases().items()]
         if self.cuda:
-            found = [replace(e, reserve=int(e.total * RESERVE)) for e in found]
+            found = [replace(e, temporaries=e.temporaries + WORKSPACE) for e in found]
+            share = RESERVE if expandable_segments() else FIXED_RESERVE
+            found = [replace(e, reserve=int(e.total * share)) for e in found]
         best = max(found, key=lambda e: e.total)
         return replace(best, phases=tuple((e.phase, e.total) for e in found))
+
+    def host(self, paged: int) -> tuple[tuple[str, int], ...]:
+        """Return what a GPU's run has in the computer's memory, by what it is for.
+
+        While weights are loaded, the largest of them is there as its file has it.
+        """
+        s, kept = self.shape, 0
+        table = s.table * self.e if self.config.offload_embeddings else 0
+        if self.config.offload_activations and self.mode == "full":
+            kept = -(-s.layers * self.tokens * s.hidden * self.e // OFFLOAD_CHUNK) * OFFLOAD_CHUNK
+        largest = max([s.table, *(linear.weight for linear in self.linears.values())]) * self.e
+        loading = max(0, largest - kept - paged)
+        return (
+            ("the process", PROCESS),
+            ("embeddings", table),
+            ("activations", kept),
+            ("paged optimiser", paged),
+            ("loading", loading),
+        )
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Return for each phase what it holds beside the weights, the adapter and the optimiser's state."""
@@ -304,8 +341,8 @@ class TorchStep:
     def _backward(self, several: bool) -> dict[str, dict[str, int]]:
         """Return the head, where everything is kept, and the backward passes of the layers where most may be live."""
         s, full = self.shape, self.mode == "full"
-        read = self.load.read_positions if self.layout == "packed" else self.tokens
-        layer, last = Layer(self, self.tokens, self.tokens), Layer(self, self.tokens, read)
+        read = self.load.read_positions if self.layout == "packed" else None
+        layer, last = Layer(self, self.tokens), Layer(self, self.tokens, read)
         # Of a layer that is computed again only its input is kept, here or in the computer's memory.
         away = full and self.config.offload_activations
         each, top = (layer.keeps, last.keeps) if not full else (0, 0) if away else (layer.stream, layer.stream)

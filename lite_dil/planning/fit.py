@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from lite_dil.backends import registry
 from lite_dil.backends.limits import checkpointing
 from lite_dil.base.errors import UserError
-from lite_dil.base.memory import GIB
+from lite_dil.base.memory import GIB, Memory
 from lite_dil.batching.schedule import row_tokens
 from lite_dil.config.train_config import ResolvedConfig, flag
 from lite_dil.models.find import model_folder
@@ -38,6 +39,11 @@ class Model:
     def total(self, config: ResolvedConfig, load: Load) -> int:
         """Return its bytes."""
         return self.estimate(config, load).total
+
+    def fits(self, config: ResolvedConfig, load: Load, memory: Memory) -> bool:
+        """Return whether there is memory for such a step, on the GPU and in the computer."""
+        found = self.estimate(config, load)
+        return memory.holds(found.total, found.host)
 
     def mode(self, config: ResolvedConfig) -> str:
         """Return what --gradient-checkpointing comes to: "off", "selective" or "full"."""
@@ -72,79 +78,112 @@ def most(fits: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def longest(config: ResolvedConfig, model: Model, memory: int, answers: int) -> int:
+def longest(config: ResolvedConfig, model: Model, memory: Memory, answers: int) -> int:
     """Return the largest --max-length, a multiple of 64, with which one example of `answers` answers fits; 0 for none."""
     # Beyond what the model was made for nothing is to be had.
     limit = (model.shape.max_positions or 2**20) // LENGTHS
 
     def fits(number: int) -> bool:
         tried = replace(config, max_length=number * LENGTHS)
-        return model.total(tried, Load.worst(replace(tried, batch_size=1), answers)) <= memory
+        return model.fits(tried, Load.worst(replace(tried, batch_size=1), answers), memory)
 
     return most(fits, 1, limit) * LENGTHS
 
 
-def most_examples(config: ResolvedConfig, model: Model, memory: int, answers: int, limit: int = 1000) -> int:
+def most_examples(config: ResolvedConfig, model: Model, memory: Memory, answers: int, limit: int = 1000) -> int:
     """Return how many examples of --max-length fit into one pass, `limit` at most."""
     one = Load.worst(replace(config, batch_size=1), answers)
-    return most(lambda count: model.total(config, several(one, count)) <= memory, 1, limit)
+    return most(lambda count: model.fits(config, several(one, count), memory), 1, limit)
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """What to change so that a run fits: options in order of harm, and bytes; `fits` is false where nothing here suffices."""
+    """What to change so that a run fits.
+
+    Attributes:
+        changes: options in order of harm.
+        config: with them.
+        estimate: of the largest pass with them.
+        memory: what it has to fit into.
+    """
 
     changes: dict[str, Any]
     config: ResolvedConfig
-    total: int
-    fits: bool
+    estimate: Estimate
+    memory: Memory
+
+    @property
+    def fits(self) -> bool:
+        """Whether they suffice; else nothing here does."""
+        return self.memory.holds(self.estimate.total, self.estimate.host)
 
     def flags(self) -> str:
         """Return the changes as flags."""
         values = {**self.changes}
         if "row_tokens" in values:
             values["row_tokens"] = row_tokens(self.config)
-        return " ".join(flag(name) if value is True else f"{flag(name)} {value}" for name, value in values.items())
+        return " ".join(map(_flag, values, values.values()))
 
     def advice(self) -> str:
         """Return a sentence for people."""
+        sizes = f"{gigabytes(self.estimate.total)} GB"
+        if math.isfinite(self.memory.host):
+            sizes += f", and {gigabytes(self.estimate.host)} GB of the computer's"
         if self.fits:
-            return f"What would fit: {self.flags()} ({gigabytes(self.total)} GB)"
-        return (
-            f"No setting makes it fit: {self.flags()} would still take {gigabytes(self.total)} GB. Take a smaller model, or "
-            "a larger GPU"
-        )
+            return f"What would fit: {self.flags()} ({sizes})"
+        larger = "a larger GPU" if self.estimate.total > self.memory.usable else "a computer with more memory"
+        still = f"{self.flags()} would still take {sizes}" if self.changes else f"it takes {sizes}"
+        return f"No setting makes it fit: {still}. Take a smaller model, or {larger}"
 
 
-def find_remedy(config: ResolvedConfig, model: Model, memory: int, load: Callable[[ResolvedConfig], Load]) -> Remedy:
+def _flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return flag(name) if value else f"--no-{flag(name)[2:]}"
+    return f"{flag(name)} {value}"
+
+
+def find_remedy(config: ResolvedConfig, model: Model, memory: Memory, load: Callable[[ResolvedConfig], Load]) -> Remedy:
     """Return the first changes, in order of harm, that make a run fit, without those that turn out needless.
+
+    Where the computer's memory is limited, they are sought with and without each offload into it.
 
     Args:
         load: the largest pass under a config.
     """
 
-    def changed(changes: dict[str, Any]) -> ResolvedConfig:
-        return replace(config, **changes)
+    def tried(changes: dict[str, Any]) -> Estimate:
+        changed = replace(config, **changes)
+        return model.estimate(changed, load(changed))
 
-    def total(changes: dict[str, Any]) -> int:
-        return model.total(changed(changes), load(changed(changes)))
+    def fits(changes: dict[str, Any]) -> bool:
+        found = tried(changes)
+        return memory.holds(found.total, found.host)
 
-    changes: dict[str, Any] = {}
-    for step in _harms(config, model):
-        if total(changes) <= memory:
-            break
-        changes |= step
-    if total(changes) > memory:
-        shorter = most(
-            lambda n: total(changes | {"max_length": n * LENGTHS}) <= memory, 1, max(0, config.max_length - 1) // LENGTHS
-        )
-        changes["max_length"] = max(1, shorter) * LENGTHS
-    fits = total(changes) <= memory
-    for name in reversed(list(changes)):
-        fewer = {n: value for n, value in changes.items() if n != name}
-        if fits and _valid(changed(fewer), model) and total(fewer) <= memory:
-            changes = fewer
-    return Remedy(changes, changed(changes), total(changes), fits)
+    def without(avoided: tuple[str, ...]) -> dict[str, Any]:
+        changes: dict[str, Any] = {name: False for name in avoided if getattr(config, name)}
+        for step in _harms(config, model):
+            if fits(changes):
+                break
+            if not set(step) & set(avoided):
+                changes |= step
+        if not fits(changes):
+            changes |= {} if config.row_tokens is None else {"row_tokens": None}
+            longest = max(0, config.max_length - 1) // LENGTHS
+            shorter = most(lambda n: fits(changes | {"max_length": n * LENGTHS}), 1, longest)
+            changes["max_length"] = max(1, shorter) * LENGTHS
+        for name in reversed(list(changes)):
+            fewer = {n: value for n, value in changes.items() if n != name}
+            if fits(changes) and _valid(replace(config, **fewer), model) and fits(fewer):
+                changes = fewer
+        return changes
+
+    def harm(changes: dict[str, Any]) -> tuple[bool, int]:
+        return not fits(changes), -replace(config, **changes).max_length
+
+    offloads = ("offload_activations", "offload_embeddings")
+    avoided = [(), offloads[:1], offloads[1:], offloads] if math.isfinite(memory.host) else [()]
+    changes = min(map(without, avoided), key=harm)
+    return Remedy(changes, replace(config, **changes), tried(changes), memory)
 
 
 def _harms(config: ResolvedConfig, model: Model) -> list[dict[str, Any]]:

@@ -12,22 +12,36 @@ from lite_dil.base.memory import GIB, Memory, available
 # A process with CUDA holds this much for its context and kernels before the first tensor; it differs by card and driver.
 CUDA_CONTEXT = 6 * GIB // 10
 LIBRARIES = GIB // 2  # Python, torch and transformers in the computer's memory
+SYSTEM = GIB  # of a computer's memory, for its system and what else runs there: a guess
 
 
-def memory_of(size: float, backend: str) -> Memory:
-    """Return what training may take of a card, or of a computer, of `size` times 2^30 bytes."""
+def memory_of(size: float, backend: str, host: float | None = None) -> Memory:
+    """Return what training may take of a card, or of a computer, of `size` times 2^30 bytes.
+
+    Args:
+        host: the memory of the computer that the card is in, in the same unit; None does not limit it.
+    """
     whole = int(size * GIB)
     if backend == "cuda":
-        return Memory(max(0, whole - CUDA_CONTEXT), f"a GPU of {size:g} GB, about 0.6 GB of it for CUDA itself")
+        memory = Memory(max(0, whole - CUDA_CONTEXT), f"a GPU of {size:g} GB, about 0.6 GB of it for CUDA itself")
+        return memory if host is None else _in_computer(memory, host)
     if backend == "mlx":
         return Memory(whole * 3 // 4, f"a Mac of {size:g} GB, three quarters of it for the GPU")
     return Memory(max(0, whole - LIBRARIES), f"{size:g} GB, about 0.5 GB of it for Python and torch")
 
 
-def memory_here(backend: str) -> Memory:
-    """Return what training may take on this machine now. Raises UserError where that cannot be found out."""
+def memory_here(backend: str, host: float | None = None) -> Memory:
+    """Return what training may take on this machine now. Raises UserError where that cannot be found out.
+
+    Args:
+        host: as `memory_of` takes it; None takes what is free.
+    """
     if backend == "cuda":
-        return _cuda_memory()
+        memory = _cuda_memory()
+        if host is not None:
+            return _in_computer(memory, host)
+        free = available()
+        return memory._replace(host=free, text=f"{memory.text}; {free / GIB:.1f} GB of the computer's memory available")
     if backend == "mlx" and importlib.util.find_spec("mlx") is not None:
         from lite_dil.backends.mlx.memory import metal_memory
 
@@ -35,6 +49,11 @@ def memory_here(backend: str) -> Memory:
             return found
     free = available()
     return Memory(max(0, free - LIBRARIES), f"{free / GIB:.1f} GB available here, about 0.5 GB of it for Python and torch")
+
+
+def _in_computer(memory: Memory, size: float) -> Memory:
+    text = f"{memory.text}; a computer of {size:g} GB, about 1 GB of it for its system"
+    return memory._replace(host=max(0, int(size * GIB) - SYSTEM), text=text)
 
 
 def _cuda_memory() -> Memory:
@@ -52,13 +71,17 @@ def _cuda_memory() -> Memory:
 
 def nvidia_smi() -> tuple[str, int, int] | None:
     """Return name, free and total bytes of the GPU that CUDA would take first, as nvidia-smi says; None where it cannot."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0] or "0"
-    command = ["nvidia-smi", "-i", first, "--query-gpu=memory.free,memory.total,name", "--format=csv,noheader,nounits"]
+    # CUDA takes the devices up to the first that does not exist: none of "", "-1" or "none".
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.free,memory.total,name", "--format=csv,noheader,nounits"]
     try:
         out = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    parts = out.stdout.strip().split(", ", 2)
-    if out.returncode or len(parts) != 3 or not (parts[0].isdigit() and parts[1].isdigit()):
-        return None
-    return parts[2], int(parts[0]) * 2**20, int(parts[1]) * 2**20
+    for line in out.stdout.splitlines() if first and not out.returncode else ():
+        parts = line.strip().split(", ", 4)
+        if len(parts) != 5 or not (parts[2].isdigit() and parts[3].isdigit()):
+            continue
+        if first == parts[0] or (first.startswith("GPU-") and parts[1].startswith(first)):  # its start is enough for CUDA
+            return parts[4], int(parts[2]) * 2**20, int(parts[3]) * 2**20
+    return None

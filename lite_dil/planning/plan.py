@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Set
 from dataclasses import dataclass, replace
@@ -95,10 +96,18 @@ class Plan:
             "components": self.estimate.components,
             "phase": self.estimate.phase,
             "computer_memory": self.estimate.host,
+            "computer_memory_usable": self.memory.host if math.isfinite(self.memory.host) else None,
+            "computer_memory_components": dict(self.estimate.host_parts),
             "options": {
                 name: getattr(self.config, name) for name in (*auto.TUNABLE, "max_length", "load_in_4bit", "head_bits")
             },
-            "remedy": remedy and {"flags": remedy.flags(), "fits": remedy.fits, "total": remedy.total},
+            "remedy": remedy
+            and {
+                "flags": remedy.flags(),
+                "fits": remedy.fits,
+                "total": remedy.estimate.total,
+                "computer_memory": remedy.estimate.host,
+            },
             "room": [vars(room) for room in self.rooms],
             "download": self.download,
             "epoch": vars(self.epoch),
@@ -106,7 +115,12 @@ class Plan:
 
 
 def make(
-    config: ResolvedConfig, given: Set[str], size: float | None = None, rate: float | None = None, like: Path | None = None
+    config: ResolvedConfig,
+    given: Set[str],
+    size: float | None = None,
+    rate: float | None = None,
+    like: Path | None = None,
+    host: float | None = None,
 ) -> Plan:
     """Work out the plan for `config`.
 
@@ -115,39 +129,46 @@ def make(
         size: GB of the memory to plan for; None is what is free here.
         rate: tokens per second, for the time of an epoch.
         like: the folder of an earlier run whose rate is taken.
+        host: GB of the memory of the computer that an NVIDIA GPU is in; None is what is free here where the plan is for here,
+            and is not limited for another memory.
     """
     shape = read_shape(config.model)
     backend, remark = planned_backend(config.backend, size is not None)
+    if host is not None and backend != "cuda":
+        raise UserError(f"--host-memory is for an NVIDIA GPU; with --backend {backend} the computer's memory is --memory")
     config = replace(config, backend=backend)
     model = fit.Model(shape, backend, fit.planned_dtype(config, backend, here=size is None))
-    memory = memory_here(backend) if size is None else memory_of(size, backend)
+    memory = memory_here(backend, host) if size is None else memory_of(size, backend, host)
     count, answers = _examples(config)
     answers += config.sample_rejected or 0
     one = Load.worst(replace(config, batch_size=1), answers)
     choice = ""
     if config.auto:
-        config = auto.pick(config, model, memory.usable, one, given) or auto.frugal(config, model, one, given)
+        config = auto.pick(config, model, memory, one, given) or auto.frugal(config, model, one, memory, given)
         choice = auto.words(config)
     load = Load.worst(config, answers)
     found = model.estimate(config, load)
     remedy = None
-    if found.total > memory.usable:
-        remedy = fit.find_remedy(config, model, memory.usable, lambda c: Load.worst(c, answers))
-    sizes = [("this memory", memory), *((f"{card} GB", memory_of(card, backend)) for card in CARDS)]
-    least = auto.frugal(config, model, one)
-
-    rooms = tuple(_room(name, config, least, model, memory.usable, answers) for name, memory in sizes)
+    if not memory.holds(found.total, found.host):
+        remedy = fit.find_remedy(config, model, memory, lambda c: Load.worst(c, answers))
+    sizes = [("this memory", memory), *((f"{card} GB", memory_of(card, backend, host)) for card in CARDS)]
+    least = auto.sparing(config, model, one)
+    rooms = tuple(_room(name, config, least, model, memory, answers) for name, memory in sizes)
     epoch = _epoch(config, count, answers, rate, like)
     return Plan(
         config, model, memory, load, answers, found, remedy, rooms, _download(config.model, shape), epoch, remark, choice
     )
 
 
-def _room(name: str, config: ResolvedConfig, least: ResolvedConfig, model: fit.Model, usable: int, answers: int) -> Capacity:
-    """Return what `usable` bytes have room for with `config`, and with `least`, the most frugal that --auto may choose."""
-    longest = [fit.longest(c, model, usable, answers) for c in (config, least)]
-    examples = [fit.most_examples(c, model, usable, answers) for c in (config, least)]
-    return Capacity(name, usable, longest[0], examples[0], longest[1], examples[1])
+def _room(
+    name: str, config: ResolvedConfig, least: list[ResolvedConfig], model: fit.Model, memory: Memory, answers: int
+) -> Capacity:
+    """Return what a memory has room for with `config`, and with that of `least`, which --auto may choose, that fits most."""
+    if math.isinf(memory.host):
+        least = least[-1:]
+    longest, *others = [fit.longest(c, model, memory, answers) for c in (config, *least)]
+    examples, *more = [fit.most_examples(c, model, memory, answers) for c in (config, *least)]
+    return Capacity(name, memory.usable, longest, examples, max(others), max(more))
 
 
 def planned_backend(name: str, memory_given: bool) -> tuple[str, str]:

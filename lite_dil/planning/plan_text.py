@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from textwrap import wrap
 
-from lite_dil.base.memory import GIB
+from lite_dil.base.memory import GIB, on_wsl
 from lite_dil.planning.auto import TUNABLE
 from lite_dil.planning.fit import gigabytes
 from lite_dil.planning.plan import Plan
@@ -29,11 +30,13 @@ def _about(plan: Plan) -> list[str]:
     weights = f"linear layers in {packed}, the rest in {plan.model.dtype}" if packed else plan.model.dtype
     if config.head_bits:
         weights += f", head in {config.head_bits} bits"
+    wsl = plan.model.backend == "cuda" and on_wsl()
     how = plan.choice or f"gradient checkpointing {plan.model.mode(config)}"
     return [
         f"{config.model}: {_count(shape.parameters)} parameters, {shape.layers} layers, width {shape.hidden:,}, "
         f"vocabulary {shape.vocabulary:,}; {weights}",
         f"Planned for {plan.model.backend}{plan.remark}: {plan.memory.text}. 1 GB = 2^30 bytes.",
+        *(["On WSL the optimiser's state stays on the GPU, and more is lost between tensors."] if wsl else []),
         f"{'--auto takes ' if plan.choice else ''}{how}. The largest pass: {_examples(plan)}.",
     ]
 
@@ -67,7 +70,9 @@ def _table(plan: Plan) -> list[str]:
     rows = [f"  {name:14}{size / GIB:8.2f} GB   {note}" for name, size, note in shown]
     rows.append(f"  {'total':14}{estimate.total / GIB:8.2f} GB   of {plan.memory.usable / GIB:.2f} GB")
     if estimate.host:
-        rows.append(f"  and {gigabytes(estimate.host)} GB of the computer's own memory")
+        limit = f" of {gigabytes(plan.memory.host)}" if math.isfinite(plan.memory.host) else ""
+        parts = ", ".join(f"{gigabytes(size)} {name}" for name, size in estimate.host_parts if size)
+        rows.append(f"  and {gigabytes(estimate.host)}{limit} GB of the computer's own memory: {parts}")
     return rows
 
 
@@ -75,7 +80,10 @@ def _verdict(plan: Plan) -> str:
     spare = plan.memory.usable - plan.estimate.total
     if plan.remedy is None:
         return f"It fits, with {gigabytes(spare)} GB to spare."
-    advice = f"It does not fit: {gigabytes(-spare)} GB are missing. {plan.remedy.advice()}."
+    missing = [f"{gigabytes(-spare)} GB"] if spare < 0 else []
+    if (more := plan.estimate.host - plan.memory.host) > 0:
+        missing.append(f"{gigabytes(more)} GB of the computer's own memory")
+    advice = f"It does not fit: {' and '.join(missing)} are missing. {plan.remedy.advice()}."
     if plan.remedy.fits and set(plan.remedy.changes) <= set(TUNABLE):
         advice += " --auto finds such a setting itself."
     return advice

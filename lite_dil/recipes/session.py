@@ -121,7 +121,8 @@ def _load(
     if config.auto:
         config, chosen = fitted(config, data.examples, fixed)
         display.say(chosen)
-    registry.import_library(config.backend)
+    if remark := registry.import_library(config.backend):
+        display.say(remark)
     before = peak_rss_mb()
     backend = registry.load(config.backend, config, model, config, config)
     display.say(f"{config.model} on {backend.description}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -36,8 +37,14 @@ def pair(length: int = 1024) -> Load:
     return Load((1,), ((length - 1, length - 1),))
 
 
-def chosen(memory: float, asked: TrainConfig = ASKED, load: Load | None = None, given: tuple[str, ...] = ()) -> TrainConfig:
-    return choose(asked, SHAPE, "cuda", "bfloat16", int(memory * GIB), load or pair(), set(given))
+def chosen(
+    memory: float,
+    asked: TrainConfig = ASKED,
+    load: Load | None = None,
+    given: tuple[str, ...] = (),
+    host: float = math.inf,
+) -> TrainConfig:
+    return choose(asked, SHAPE, "cuda", "bfloat16", Memory(int(memory * GIB), "", host * GIB), load or pair(), set(given))
 
 
 def total(config: TrainConfig, length: int = 1024) -> int:
@@ -60,7 +67,7 @@ def test_what_is_chosen_fits_and_never_gets_slower_with_more_memory(length: int)
         assert found.batch_size * found.gradient_accumulation_steps == 16
         changed = {n for n, v in found.as_dict().items() if v != getattr(ASKED, n)}
         assert changed <= set(auto.TUNABLE)
-        slowness = (MODES.index(found.gradient_checkpointing), found.offload_embeddings + found.offload_activations)
+        slowness = (MODES.index(found.gradient_checkpointing), found.offload_embeddings + 2 * found.offload_activations)
         rank = (*slowness, -int(found.row_tokens or 0))
         assert before is None or rank <= before, memory
         before = rank
@@ -130,10 +137,29 @@ def test_where_nothing_fits_it_says_what_would() -> None:
         chosen(2)
 
 
+def test_no_more_goes_into_the_computer_than_it_holds() -> None:
+    """Of 20,000 tokens an answer 9.8 GB of activations are offloaded, of the table 1 GB; the process takes 2."""
+    asked, load = replace(ASKED, head_bits=8, max_length=20000), pair(20000)
+    both = chosen(14.5, asked, load)
+    assert both.offload_activations and both.offload_embeddings
+    one = chosen(15.4, asked, load, host=12.5)
+    assert one.offload_activations and not one.offload_embeddings
+    for memory, host, short in (
+        (14.5, 12.5, "GB are needed, and 14.5 GB are free"),
+        (23.4, 2.5, "of the computer's own memory"),
+    ):
+        with pytest.raises(UserError, match=short):
+            chosen(memory, asked, load, host=host)
+    given = {"offload_activations": True, "offload_embeddings": True}
+    with pytest.raises(UserError, match=r"12\.\d GB of the computer's own memory are needed, and 9\.0 GB are free") as caught:
+        chosen(30, replace(asked, **given), load, tuple(given), host=9)
+    assert "What would fit: --no-offload-activations" in str(caught.value)
+
+
 def test_on_a_cpu_passes_stay_small_and_nothing_is_offloaded() -> None:
     asked = replace(ASKED, backend="cpu", load_in_4bit=False)
     for memory in (18, 24, 64):
-        found = choose(asked, SHAPE, "cpu", "bfloat16", memory * GIB, pair(100))
+        found = choose(asked, SHAPE, "cpu", "bfloat16", Memory(memory * GIB, ""), pair(100))
         assert (found.row_tokens or 0) <= auto.ENOUGH["cpu"]
         assert not (found.offload_embeddings or found.offload_activations)
 

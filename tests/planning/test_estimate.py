@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from lite_dil.batching.schedule import Schedule
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.models.shape import FAMILIES, ModelShape, Quantization
 from lite_dil.planning.estimate import Load, layout_for
+from lite_dil.planning.estimate_torch import FIXED_RESERVE, RESERVE
 from lite_dil.planning.peak import estimate
 
 MIB = 2**20
@@ -191,16 +193,53 @@ def test_an_8b_model_by_pencil() -> None:
     assert said(load_in_4bit=True, optim="adamw").optimizer == 8 * adapter
     # Of 16 x 1024 numbers and 16 x 4096 the 8 bits stay on the GPU; those of 16 x 14336 are paged.
     paged = 32 * 16 * 14336 * 3
-    assert packed.host == 2 * paged
+    assert dict(packed.host_parts)["paged optimiser"] == 2 * paged
     assert packed.optimizer == 2 * (adapter - paged) + 8 * adapter // 256
 
 
 def test_what_is_offloaded_is_in_the_computer() -> None:
     before, after = said(), said(offload_embeddings=True, offload_activations=True)
     table, inputs = 2 * 128256 * 4096, 32 * 640 * 4096 * 2  # a row of 560 tokens, filled up to a multiple of 128
-    assert (before.host, after.host) == (0, table + inputs)
+    chunks = -(-inputs // 2**25) * 2**25  # of pinned memory
+    process, largest = 2 * 2**30, table  # while weights are loaded
+    assert before.host == process + largest
+    assert after.host == process + table + max(chunks, largest)
     assert (after.phase, after.embeddings) == ("loading", table)  # before it is moved away
-    assert dict(before.phases)["head"] - dict(after.phases)["head"] == pytest.approx((table + inputs) * 1.05, rel=1e-6)
+    away = dict(before.phases)["head"] - dict(after.phases)["head"]
+    assert away == pytest.approx((table + inputs) * (1 + RESERVE), rel=1e-6)
+    assert said("cpu", "float32").host == 0
+
+
+@pytest.mark.parametrize("release", ["6.8.0-45-generic", "5.15.167.4-microsoft-standard-WSL2"])
+def test_on_wsl_nothing_is_paged_and_segments_cannot_grow(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "release", lambda: release)
+    found, wsl = said(load_in_4bit=True), "microsoft" in release
+    paged = 2 * 32 * 16 * 14336 * 3
+    assert dict(found.host_parts)["paged optimiser"] == (0 if wsl else paged)
+    assert found.reserve == pytest.approx((found.total - found.reserve) * (FIXED_RESERVE if wsl else RESERVE), rel=1e-6)
+    adapter = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert found.optimizer == 2 * adapter - (0 if wsl else paged) + 8 * adapter // 256
+
+
+CASES: list[tuple[int, Any, float, float]] = [
+    (1024, {}, 6.571, 6.816),
+    (4096, {}, 9.389, 9.705),
+    (1024, {"gradient_checkpointing": "off"}, 12.616, 13.068),
+    (1024, {"gradient_checkpointing": "selective"}, 9.219, 9.414),
+    (4096, "offloads", 6.161, 6.482),
+    (20000, "offloads", 13.389, 13.947),
+]
+
+
+def test_an_8b_step_is_what_the_allocator_of_a_gpu_counted() -> None:
+    """Peaks of allocated and reserved bytes in GiB, by torch's books for sm_86 with segments that grow (docs/LOG.md)."""
+    offloads = {"offload_activations": True, "offload_embeddings": True, "head_bits": 8}
+    for length, options, allocated, reserved in CASES:
+        made = {"load_in_4bit": True, "gradient_checkpointing": "full"} | (offloads if options == "offloads" else options)
+        found = said(load=Load((1,), ((length - 1, length - 1),)), **made)
+        step = max(size for phase, size in found.phases if phase != "loading") / 2**30
+        assert step / (1 + RESERVE) == pytest.approx(allocated, rel=0.01)
+        assert 0.99 * reserved <= step <= 1.05 * reserved
 
 
 def test_components_are_of_one_phase_and_sum_up() -> None:

@@ -23,7 +23,7 @@ from lite_dil.cli.main import main
 from lite_dil.models.shape import ModelShape
 from lite_dil.planning import fit
 from lite_dil.planning.estimate import Load
-from lite_dil.planning.memory import CUDA_CONTEXT, memory_here, memory_of
+from lite_dil.planning.memory import CUDA_CONTEXT, memory_here, memory_of, nvidia_smi
 from lite_dil.planning.peak import estimate
 
 LLAMA_8B: dict[str, Any] = {
@@ -125,6 +125,37 @@ def test_what_is_suggested_suffices_and_no_part_of_it_is_needless(
             fewer = [word for part in parts if part != leave for word in part.split()]
             try_fewer = main(["plan", *common, *flags, *fewer])
             assert try_fewer != 0, leave  # 2 where the rest makes no sense without it
+
+
+def test_the_computers_memory_is_limited_too(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    long = ["--model", llama, "--4bit", "--backend", "cuda", "--memory", "16", "--max-length", "20000"]
+    offloads = ["--offload-activations", "--offload-embeddings", "--head-bits", "8"]
+    code, free = planned(capsys, *long, *offloads)
+    assert (code, free["fits"], free["computer_memory_usable"]) == (0, True, None)
+    # Of 32 layers a row of 40,064 tokens of 4,096 bfloat16, in chunks of 32 MiB; the table; half an optimiser; the process.
+    inputs = -(-32 * 40064 * 4096 * 2 // 2**25) * 2**25
+    parts = free["computer_memory_components"]
+    assert parts == {
+        "the process": 2 * GIB,
+        "embeddings": 2 * TABLE,
+        "activations": inputs,
+        "paged optimiser": 2 * 32 * 16 * 14336 * 3,
+        "loading": 0,
+    }
+    assert free["computer_memory"] == sum(parts.values())
+    enough = free["computer_memory"] / GIB + 1  # for the computer's system
+    assert planned(capsys, *long, *offloads, "--host-memory", f"{enough + 1e-6:.9f}")[0] == 0
+    code, short = planned(capsys, *long, *offloads, "--host-memory", "12.7")
+    assert (code, short["fits"], short["computer_memory_usable"]) == (1, False, int(12.7 * GIB) - GIB)
+    again, _ = planned(capsys, *long, *offloads, "--host-memory", "12.7", *short["remedy"]["flags"].split())
+    assert short["remedy"]["fits"] and again == 0 and "--no-offload" in short["remedy"]["flags"]
+    assert main(["plan", *long, *offloads, "--host-memory", "12.7"]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    assert "It does not fit: 1.1 GB of the computer's own memory are missing." in words
+    assert "12.8 of 11.7 GB of the computer's own memory: 2.0 the process, 1.0 embeddings, 9.8 activations" in words
+    assert main(["plan", *long[:-1], "30000", *offloads, "--host-memory", "12.7"]) == 1
+    words = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"fit: \d\.\d GB and \d\.\d GB of the computer's own memory are missing", words)
 
 
 def test_the_mildest_remedies_come_first(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,6 +281,7 @@ def test_of_a_hub_id_config_json_alone_is_fetched(hub: tuple[str, list[str]], tm
     [
         (("--memory", "lots"), "argument --memory: 'lots' is not a number above 0"),
         (("--memory", "0"), "argument --memory: '0' is not a number above 0"),
+        (("--memory", "8", "--host-memory", "0"), "argument --host-memory: '0' is not a number above 0"),
         (("--memory", "8", "--tokens-per-second", "-1"), "'-1' is not a number above 0"),
         (("--memory", "8", "--like", "none"), "--like none: metrics.jsonl cannot be read"),
         (("--memory", "8", "--like", "none", "--tokens-per-second", "3"), "not allowed with argument"),
@@ -275,6 +307,7 @@ def test_wrong_input(llama: str, flags: tuple[str, ...], message: str, capsys: p
         ("mlx", ("--layout", "packed", "--no-fused-layers"), "these options cannot be used with mlx"),
         ("mlx", ("--unsloth",), "plan does not know what the layers of --unsloth keep"),
         ("cuda", ("--compile",), "--compile is for the mlx backend; leave it out with cuda"),
+        ("cpu", ("--host-memory", "8"), "--host-memory is for an NVIDIA GPU"),
         ("cpu", ("--offload-embeddings",), "--offload-embeddings is for the cuda backend"),
     ],
 )
@@ -300,12 +333,22 @@ def test_a_config_that_is_no_models(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_memory_is_that_of_the_gpu_that_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for nvidia-smi that answers as the real one does, for a machine whose torch sees no GPU."""
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho '11000, 12288, NVIDIA GeForce RTX 3060'\n")
+    rows = "0, GPU-1f3a, 11000, 12288, NVIDIA GeForce RTX 3060\n1, GPU-2b7c, 20000, 24576, NVIDIA GeForce RTX 3090\n"
+    tool.write_text(f"#!/bin/sh\nprintf '{rows}'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     found = memory_here("cuda")
     assert found.usable == 11000 * 2**20 - CUDA_CONTEXT
     assert "NVIDIA GeForce RTX 3060, 10.7 of 12.0 GB free" in found.text
+    assert found.host == pytest.approx(memory_here("cpu").usable + GIB / 2, abs=GIB)
+    assert memory_here("cuda", host=12.7).host == int(12.7 * GIB) - GIB
+    for first, name in (("0", "3060"), ("1,0", "3090"), ("GPU-2b7c", "3090"), ("GPU-1", "3060"), (" 1", "3090")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", first)
+        assert nvidia_smi()[0].endswith(name)  # type: ignore[index]
+    for none in ("", "-1", "-1,0", "2", "none", "GPU-9", "MIG-2b7c"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert nvidia_smi() is None
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool.write_text("#!/bin/sh\nexit 9\n")
     with pytest.raises(UserError, match="no NVIDIA GPU is found here; say how much memory the card has with --memory GB"):
         memory_here("cuda")

@@ -1,0 +1,117 @@
+"""What full checkpointing keeps, in the computer's memory: --offload-activations."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lite_dil.backends.limits import OFFLOAD_CHUNK
+
+
+class Span(NamedTuple):
+    """Where an array lies in an `Arena`: its first byte, and what it is."""
+
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+    bytes: int
+
+
+class Arena:
+    """Arrays one after the other in chunks of the computer's memory, which grow in number and are used again.
+
+    Pinned memory is rounded up to a power of two for each allocation, an array of 313 MiB to 512; chunks are such a power
+    already, and an array may lie across several.
+    """
+
+    def __init__(self, pinned: bool = True) -> None:
+        self.pinned, self.chunks = pinned, list[Tensor]()
+
+    def put(self, x: Tensor, start: int) -> Span:
+        """Copy `x` to the bytes from `start` on, asynchronously where the memory is pinned."""
+        flat = x.contiguous().view(-1).view(torch.uint8)
+        span = Span(start, x.shape, x.dtype, flat.numel())
+        while len(self.chunks) * OFFLOAD_CHUNK < start + span.bytes:
+            self.chunks.append(torch.empty(OFFLOAD_CHUNK, dtype=torch.uint8, pin_memory=self.pinned))
+        for here, there in self._pieces(span):
+            here.copy_(flat[there], non_blocking=True)
+        return span
+
+    def get(self, span: Span, out: Tensor) -> None:
+        """Copy what was put to `out`, in the same way."""
+        flat = out.view(-1).view(torch.uint8)
+        for here, there in self._pieces(span):
+            flat[there].copy_(here, non_blocking=True)
+
+    def _pieces(self, span: Span) -> Iterator[tuple[Tensor, slice]]:
+        """Return the parts of the chunks that a span lies on, each with the array's own bytes that lie there."""
+        done = 0
+        while done < span.bytes:
+            number, at = divmod(span.start + done, OFFLOAD_CHUNK)
+            size = min(OFFLOAD_CHUNK - at, span.bytes - done)
+            yield self.chunks[number][at : at + size], slice(done, done + size)
+            done += size
+
+
+class ActivationOffload:
+    """Keeps activations in pinned memory, copied on a stream of their own while the GPU computes.
+
+    What is put last is asked for first. All copies are on one stream, so that none overwrites what another still reads.
+    """
+
+    def __init__(self) -> None:
+        self.stream, self.arena = torch.cuda.Stream(), Arena()
+        self.kept: list[Span] = []
+        self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # arrays on their way to the computer's memory
+        self.fetched: dict[int, Tensor] = {}
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of pinned memory."""
+        return len(self.arena.chunks)
+
+    def put(self, x: Tensor) -> int:
+        """Copy `x` to the computer's memory; return the number to ask for it by."""
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        end = self.kept[-1].start + self.kept[-1].bytes if self.kept else 0
+        with torch.cuda.stream(self.stream):
+            self.kept.append(self.arena.put(x.detach(), end))
+        # Two arrays at most are still on the GPU: it waits for the copy before this one, whose array may then be overwritten.
+        # With `record_stream` they would stay for as long as Python runs ahead of the GPU.
+        self.leaving.append((x.detach(), self.stream.record_event()))
+        if len(self.leaving) > 1:
+            current.wait_event(self.leaving.popleft()[1])
+        return len(self.kept) - 1
+
+    def get(self, number: int) -> Tensor:
+        """Return what was put last, back on the GPU, and start on the one put before it, which is asked for next."""
+        current = torch.cuda.current_stream()
+        x = self.fetched.pop(number) if number in self.fetched else self._fetch(number)
+        current.wait_stream(self.stream)
+        self.leaving.clear()
+        del self.kept[number:]
+        if number > 0:
+            self.fetched[number - 1] = self._fetch(number - 1)
+        return x
+
+    def clear(self, chunks: int) -> None:
+        """Forget what was put and never asked for, and let go of all but the first `chunks` of the memory."""
+        self.stream.synchronize()
+        self.kept.clear()
+        self.leaving.clear()
+        self.fetched.clear()
+        del self.arena.chunks[chunks:]
+
+    def _fetch(self, number: int) -> Tensor:
+        span = self.kept[number]
+        # Of the current stream's memory: a stream that allocates has blocks of its own, which no other can use.
+        x = torch.empty(span.shape, dtype=span.dtype, device="cuda")
+        self.stream.wait_stream(torch.cuda.current_stream())  # which may still read what was there before
+        with torch.cuda.stream(self.stream):
+            self.arena.get(span, x)
+        return x
