@@ -5,9 +5,11 @@
     .venv-cuda/bin/python scripts/rehearse_cuda attention --all --only sm_75
 
 Allocators, streams, autograd's threads, Inductor, Triton and ptxas are real, as are a card's limits; kernels and products do
-nothing, and what is read back is zeros. So it shows what is placed, allocated, compiled, refused and undone, and how much memory
-that takes. It cannot show values, nor speed. Prints one line a case, keeps each result in --output, and repeats there only what
-failed or what other sources have made; the exit status is 1 where a case failed.
+nothing, and what is read back is zeros. So it shows what is placed, allocated, compiled, refused and undone, and the memory
+that takes. It cannot show values, nor speed.
+
+Prints one line a case, keeps each result in --output, and repeats only what failed there or was made by other sources. The
+exit status is 1 where a case failed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parent.parent)  # scripts/, where this package and other scripts are
+sys.path.insert(0, str(Path(__file__).parent.parent))  # scripts/, where this package and other scripts are
 
 from rehearse_cuda.cases import PARTS, Case, cases
 from rehearse_cuda.results import ROOT, Result, Results, heading, line, summary
@@ -37,9 +39,11 @@ LIMIT = 900  # seconds of a case
 def main(argv: Sequence[str] | None = None) -> int:
     """Run cases; return 0, 1 where one failed, 2 for the user's errors, 130 when stopped."""
     args = _parser().parse_args(argv)
-    wanted = [case for case in cases(tuple(args.parts) or PARTS, args.all) if args.only in f"{case.part} sm_{case.card} {case.name}"]
+    wanted = [
+        case for case in cases(tuple(args.parts) or PARTS, args.all) if args.only in f"{case.part} sm_{case.card} {case.name}"
+    ]
     if args.list:
-        print("\n".join(f"{case.part:14}sm_{case.card:<4} {case.name}" for case in wanted))
+        print("\n".join(case.title for case in wanted))
         return 0
     try:
         if not wanted:
@@ -56,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("rehearse_cuda", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "rehearse_cuda", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--all", action="store_true", help="attention: the whole table of widths, windows, caps and types")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their part, card or name")

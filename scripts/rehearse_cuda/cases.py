@@ -31,6 +31,11 @@ class Case:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def title(self) -> str:
+        """Its part, card and name, by which --only finds it."""
+        return f"{self.part} sm_{self.card} {self.name}"
+
+    @property
     def key(self) -> str:
         """Its name among all cases, which names a file too."""
         kept = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in self.name)
@@ -140,7 +145,14 @@ def _out_of_memory() -> Iterator[Case]:
 
 # --- memory: a pair of an 8B model, with the flags that `lite-dil plan` names
 
-PAIRS = (("6 GB", 86, 1024), ("8 GB", 86, 4096), ("12 GB", 89, 8192), ("T4", 75, 8192), ("16 GB", 89, 20000), ("24 GB", 89, 20000))
+PAIRS = (
+    ("6 GB", 86, 1024),
+    ("8 GB", 86, 4096),
+    ("12 GB", 89, 8192),
+    ("T4", 75, 8192),
+    ("16 GB", 89, 20000),
+    ("24 GB", 89, 20000),
+)
 
 
 def _memory() -> Iterator[Case]:

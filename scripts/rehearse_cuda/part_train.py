@@ -50,13 +50,18 @@ def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
     gc.collect()
     again = _loaded(config, head)
     again.load_state(folder / "state")
+    _take(stepper, again, head)
     if work is None:
-        _take(stepper, again, head)
-        return f"{again.description}; the head's adapter and the policy's", {"held": held()}
+        return f"{_of(again)}; the policy's adapter and one with a head", {"held": before}
     after = stepper.counted(again)
     figures = {"work": work.counts, "held": before, "peak": torch.cuda.max_memory_allocated()}
     require(after == work, f"a step after loading did {after}; before saving {work}", figures)
-    return f"{again.description.partition(', ')[2]}; {work.counts['launch'] + work.counts['product']} launches a step", figures
+    return f"{_of(again)}; {work.counts['launch'] + work.counts['product']} launches a step", figures
+
+
+def _of(backend: Any) -> str:
+    """Return the backend's own words, without the card's name."""
+    return backend.description.partition("), ")[2]
 
 
 def _loaded(config: ResolvedConfig, head: bool) -> Any:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).parent.parent)  # scripts/
+sys.path.insert(0, str(Path(__file__).parent.parent))  # scripts/
 
 from rehearse_cuda.cases import Case
 from rehearse_cuda.failed import Failed

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from live_bytes import random_examples
+from rehearse_cuda.stand_in import Doors
 
 from lite_dil.backends import registry
 from lite_dil.backends.types import MicroBatch, StepResult
@@ -18,7 +19,6 @@ from lite_dil.models.shape import read_shape
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.planning.estimate import Load
 from lite_dil.training.step import micro_batches
-from rehearse_cuda.stand_in import Doors
 
 RATE = 1e-4
 
