@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -111,9 +112,14 @@ def run(case: Case, library: Path, output: Path) -> Result:
     seconds = round(time.perf_counter() - began, 1)
     if files[1].exists():
         return Result(**json.loads(files[1].read_text(encoding="utf-8")), seconds=seconds)
-    text = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = next((one for one in reversed(text) if "Error" in one or "error" in one), text[-1] if text else "no output")
-    return Result(False, f"ended with {code}: {last.strip()[:160]} ({log.relative_to(output)})", {}, seconds)
+    said = log.read_text(encoding="utf-8", errors="replace")
+    return Result(False, f"ended with {code}: {last_error(said)[:160]} ({log.relative_to(output)})", {}, seconds)
+
+
+def last_error(text: str) -> str:
+    """Return the line of an exception in a traceback, the last one, or the last line of what was said."""
+    lines = [one.strip() for one in text.splitlines() if one.strip()] or ["it said nothing"]
+    return next((one for one in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Unsupported)\b", one)), lines[-1])
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def resolved(model: Path, options: Mapping[str, Any]) -> ResolvedConfig:
 
 
 def loaded(config: ResolvedConfig) -> Any:
-    """Load the model for training."""
+    """Load the model for training. cuDNN has no stand-in: SDPA, which takes it on sm_90, takes another kernel."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return registry.load("cuda", config, config.model, config, config)
 
 

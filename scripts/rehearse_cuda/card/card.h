@@ -13,6 +13,7 @@ namespace card {
 // Published limits of a compute capability (CUDA C++ Programming Guide, "Technical specifications per compute capability").
 struct Model {
     int capability;            // 86 is sm_86
+    int compiled;              // of the binary in torch's libraries that such a card runs: sm_89 runs sm_86's
     int processors;            // of a usual card of this kind
     int threads_per_processor;
     int shared_per_processor;  // bytes

@@ -332,7 +332,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void*, void**
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) {
     memset(a, 0, sizeof *a);
-    a->binaryVersion = a->ptxVersion = card::model().capability;
+    a->binaryVersion = a->ptxVersion = card::model().compiled;  // by which CUB finds the settings that it was built with
     a->maxThreadsPerBlock = 1024;
     a->numRegs = 32;
     a->maxDynamicSharedSizeBytes = card::model().shared_per_block;
