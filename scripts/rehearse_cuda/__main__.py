@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -97,10 +98,10 @@ def _run_all(wanted: Sequence[Case], output: Path, jobs: int) -> list[Result]:
 def run(case: Case, library: Path, output: Path) -> Result:
     """Run a case in a process of its own."""
     folder = output / "cases" / case.key
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
+    folder.mkdir(parents=True)
     files = folder / "case.json", folder / "result.json"
     files[0].write_text(json.dumps(asdict(case)), encoding="utf-8")
-    files[1].unlink(missing_ok=True)
     env = clean(os.environ) | environment(library, output / "caches", case.card, case.gib, case.lag)
     command = [sys.executable, str(Path(__file__).parent / "run_case.py"), str(files[0]), str(folder), str(files[1])]
     began, log = time.perf_counter(), folder / "log.txt"

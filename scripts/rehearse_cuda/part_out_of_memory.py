@@ -77,6 +77,9 @@ class Rehearsal:
         self.config, self.where, self.doors = config, where, Doors()
         self.first = where == "first step"
         self.backend, self.stepper, self.place = self._fresh()
+        if self.first:  # of the process it makes cuBLAS' workspace too
+            self.stepper.step(self.backend)
+            self._start_anew()
         self._free()
         self.rest = self.doors.device_used, self.doors.pinned_used
         self.doors.reset_peaks()
@@ -91,21 +94,23 @@ class Rehearsal:
                 stepper.step(backend)
         return backend, stepper, place
 
+    def _start_anew(self) -> None:
+        """Take a new model: a step that was taken has made the optimiser's state."""
+        del self.backend, self.stepper, self.place
+        gc.collect()
+        self.backend, self.stepper, self.place = self._fresh()
+
     def _free(self) -> None:
         """Give both allocators' caches back, so that the next step takes from the card again what it needs."""
-        gc.collect()
-        torch.cuda.synchronize()
+        held()
         torch.cuda.empty_cache()
-        torch._C._host_emptyCache()
 
     def all(self) -> Counter[str]:
         """Run out at each capacity; return how often in which part of a step."""
         found: Counter[str] = Counter()
         for number, limit in enumerate(self._limits(), 1):
-            if self.first and number > 1:
-                # A step that was taken has made its state, so the next try takes a new model.
-                del self.backend, self.stepper, self.place
-                self.backend, self.stepper, self.place = self._fresh()
+            if self.first:
+                self._start_anew()
             self._free()
             before = held()
             limit()
@@ -151,8 +156,6 @@ class Rehearsal:
 
     def _is_as_before(self, when: str, before: tuple[int, int], failed: bool) -> None:
         """Require that nothing is held that was not, and that the next step does what a step does."""
-        gc.collect()
-        torch.cuda.synchronize()
         after = held()
         if failed:
             more = [int(number) for number in np.subtract(after, before)]

@@ -16,7 +16,7 @@ from lite_dil.base.files import replace_file
 
 ROOT = Path(__file__).parent.parent.parent
 LIBRARIES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
-PART, CARD, NAME, SECONDS = 13, 6, 44, 5  # widths of the table's columns
+PART, CARD, NAME, SECONDS = 15, 6, 44, 5  # widths of the table's columns
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def test_checkpoints_are_what_transformers_makes_of_their_configs(tmp_path: Path
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
         with safe_open(folder / "model.safetensors", "pt") as file:
-            found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}
+            found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         assert found == {key: list(value.shape) for key, value in model.state_dict().items()}
     assert read_shape(str(folder)).parameters == 8_030_261_248
     assert (folder / "model.safetensors").stat().st_blocks * 512 < 2**20  # the weights are a hole
@@ -119,7 +119,7 @@ def test_a_line_a_case() -> None:
     good, bad = Result(True, "882 launches a step", {}, 41.4), Result(False, "no adapter was written", {}, 7.0)
     assert heading().split() == ["part", "card", "case", "s", "what", "was", "seen"]
     for result, state in ((good, "ok       41"), (bad, "FAILED    7")):
-        assert line(case, result) == f"train        sm_86   {case.name:44}  {state}  {result.text}"
+        assert line(case, result) == f"train          sm_86   {case.name:44}  {state}  {result.text}"
     assert line(case, good, before=True).split()[-6:] == ["ok", "kept", "882", "launches", "a", "step"]
     assert summary([good, bad]) == "2 cases, 1 failed"
     assert summary([good]) == "1 cases, none failed"
