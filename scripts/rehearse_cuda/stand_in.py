@@ -68,6 +68,7 @@ def environment(library: Path, caches: Path, card: int, gib: float, lag: int = 0
         "TRITON_LIBCUDA_PATH": str(library),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its pool would import torch again for a few kernels
         "REHEARSAL_CARD": str(card),
         "REHEARSAL_CARD_GIB": str(gib),
         "REHEARSAL_LAG": str(lag),
