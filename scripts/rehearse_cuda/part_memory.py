@@ -24,7 +24,8 @@ LOW, HIGH = -0.01, 0.05  # how far the plan may be from what is reserved
 def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
     """Plan, load and take three steps; return what was seen."""
     config, flags, planned, host = plan(case, llama_8b(folder / "model"))
-    where, figures = f"with {flags or 'no flag more'}", {"plan": planned, "flags": flags, "plan_host": host}
+    where = f"with {flags or 'no flag more'}"
+    figures: dict[str, Any] = {"plan": planned, "flags": flags, "plan_host": host}
     phase = "loading"
     try:
         backend = loaded(config)
