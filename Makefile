@@ -1,6 +1,7 @@
 # make demo    train the embedded 135M model and see its answers before and after
 # make test    run the tests
 # make check   lint, types and tests: what CI runs
+# make rehearse-cuda   the CUDA backend on a stand-in GPU, without one (5 GB of installation, then up to 25 minutes)
 PYTHON ?= python3
 VENV := .venv
 # Processes of the tests, each of 2 GB; 0 runs them in this one.
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 BACKEND := $(if $(findstring Darwin arm64,$(shell uname -sm)),mlx,cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check lint rehearse-cuda clean
 
 demo: $(VENV)/demo
 	$(BIN)/lite-dil demo
@@ -27,6 +28,9 @@ lint: $(VENV)/dev
 	@mkdir -p .typed/lite_dil && ln -sfn $(CURDIR)/lite_dil/* $(CURDIR)/backends .typed/lite_dil/
 	MYPYPATH=.typed $(BIN)/mypy .typed/lite_dil scripts
 
+rehearse-cuda: .venv-cuda/ready
+	.venv-cuda/bin/python scripts/rehearse_cuda
+
 clean:
 	rm -rf $(VENV) .typed build dist *.egg-info
 
@@ -41,4 +45,10 @@ $(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/dev: $(VENV)/demo
 	$(PIP) -e ".[cpu,mlx,dev]"
+	touch $@
+
+.venv-cuda/ready: pyproject.toml scripts/rehearse_cuda/constraints.txt
+	@echo "A CUDA build of torch, about 5 GB, goes into .venv-cuda; no GPU is needed."
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/rehearse_cuda/constraints.txt -e ".[cuda]"
 	touch $@

@@ -1,0 +1,20 @@
+"""How a case fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class Failed(Exception):
+    """Something was not as it must be; the figures are kept all the same."""
+
+    def __init__(self, text: str, figures: Mapping[str, Any] | None = None) -> None:
+        super().__init__(text)
+        self.figures = dict(figures or {})
+
+
+def require(condition: bool, text: str, figures: Mapping[str, Any] | None = None) -> None:
+    """Raise Failed unless the condition holds."""
+    if not condition:
+        raise Failed(text, figures)

@@ -1,0 +1,113 @@
+"""Training on the card: two steps, each with a pass of the reference; save; load into a new model; one more step."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rehearse_cuda.cases import Case
+from rehearse_cuda.checkpoints import tiny, write_tokenizer
+from rehearse_cuda.failed import require
+from rehearse_cuda.stepping import RATE, Stepper, held, loaded, resolved
+
+from lite_dil.backends.types import POLICY, Head
+from lite_dil.cli.main import main
+from lite_dil.config.train_config import ResolvedConfig
+
+SECOND = "second"
+
+
+class HeadLoss:
+    """The mean of a head's outputs: a loss that reads scores, and nothing of the reference."""
+
+    reads, reference, token_inputs = "scores", "nothing", ()
+
+    def __call__(self, policy: Any, reference: Any, inputs: dict[str, Any]) -> Any:
+        return policy.mean()
+
+
+def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Run one training; return what was seen."""
+    options = dict(case.settings)
+    model = tiny(folder / "model")
+    if options.pop("command", False):
+        return _command(model, folder)
+    passes, head, initial = options.pop("passes", 1), options.pop("head", False), options.pop("init_adapter", False)
+    if initial:
+        options["init_adapter"] = str(_adapter(model, folder / "initial"))
+    config = resolved(model, options)
+    backend, stepper = _loaded(config, head), Stepper(config, passes)
+    require(backend.layout == config.layout, f"{backend.layout} layout instead of {config.layout}: {backend.layout_reason}")
+    _take(stepper, backend, head)
+    before = held()
+    work = stepper.counted(backend) if not head else None
+    _take(stepper, backend, head)
+    require(held() == before, f"{held()} bytes are held after another step, {before} before it")
+    _save(backend, folder, head)
+    del backend
+    gc.collect()
+    again = _loaded(config, head)
+    again.load_state(folder / "state")
+    _take(stepper, again, head)
+    if work is None:
+        return f"{_of(again)}; the policy's adapter and one with a head", {"held": before}
+    after = stepper.counted(again)
+    figures = {"work": work.counts, "held": before, "peak": torch.cuda.max_memory_allocated()}
+    require(after == work, f"a step after loading did {after}; before saving {work}", figures)
+    return f"{_of(again)}; {work.counts['launch'] + work.counts['product']} launches a step", figures
+
+
+def _of(backend: Any) -> str:
+    """Return the backend's own words, without the card's name."""
+    return backend.description.partition("), ")[2]
+
+
+def _loaded(config: ResolvedConfig, head: bool) -> Any:
+    backend = loaded(config)
+    if head:
+        backend.add_adapter(SECOND, 4, 8.0, head=Head(1))
+    if config.dtype == "float16":
+        require(backend.adapters[POLICY].scaler.is_enabled(), "fp16 without a loss scale")
+    return backend
+
+
+def _take(stepper: Stepper, backend: Any, head: bool) -> None:
+    """Take a step of the policy, and one of the second adapter where there is one."""
+    result = stepper.step(backend)
+    require(result.reference is not None and not result.skipped, "the step had no reference, or was skipped")
+    if head:
+        loss = HeadLoss()
+        backend.step([one._replace(inputs={}) for one in stepper.passes], loss, RATE, SECOND)
+
+
+def _save(backend: Any, folder: Path, head: bool) -> None:
+    for name in ("state", "adapter"):
+        (folder / name).mkdir(exist_ok=True)
+    backend.save_state(folder / "state")
+    backend.save_adapter(folder / "adapter", SECOND if head else POLICY)
+    require((folder / "adapter" / "adapter_model.safetensors").exists(), "no adapter was written")
+
+
+def _adapter(model: Path, folder: Path) -> Path:
+    """Write an adapter to start from."""
+    folder.mkdir(exist_ok=True)
+    loaded(resolved(model, {"layout": "plain"})).save_adapter(folder)
+    gc.collect()
+    return folder
+
+
+def _command(model: Path, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Train by the command on the package's own data with held-out figures, and go on from its first checkpoint."""
+    write_tokenizer(model)
+    out = folder / "out"
+    flags = ["--model", str(model), "--backend", "cuda", "--max-rows", "8", "--max-steps", "3", "--save-steps", "1"]
+    flags += ["--max-length", "256", "--report-samples", "0", "--reference-cache", str(folder / "cache"), "--4bit"]
+    require(main(["train", *flags, "--output-dir", str(out)]) == 0, "the command failed")
+    for step in (2, 3):
+        shutil.rmtree(out / "checkpoints" / f"step-{step}")
+    require(main(["train", "--resume", str(out / "checkpoints" / "step-1")]) == 0, "going on from a checkpoint failed")
+    require((out / "adapter" / "adapter_model.safetensors").exists(), "no adapter was written")
+    return f"3 steps, 2 of them again from a checkpoint; {torch.cuda.get_device_name()}", {}
