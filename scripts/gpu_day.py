@@ -25,7 +25,7 @@ from pathlib import Path
 from gpu_day_record import FAILED, LEFT_OUT, NOT_RUN, PASSED, Check, Record, status_of, table
 
 from lite_dil.base.errors import UserError, first_line
-from lite_dil.base.start import start
+from lite_dil.base.start import quiet_bars, start
 
 PARTS = ("correctness", "memory", "speed")
 PATIENCE = 5  # a check may take so many times what it is said to take, and at least LEAST seconds
@@ -182,6 +182,7 @@ def work(options: argparse.Namespace) -> None:
     """Run the checks that have no result yet, in this process; one that is to be alone ends it."""
     from gpu_day_models import NotRun, Place
 
+    quiet_bars()
     place, ran, record = Place(options), 0, Record(Path(options.json), {})
     record.read()
     for key, check in checks_of(options.part, options).items():

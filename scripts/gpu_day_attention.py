@@ -52,7 +52,7 @@ def check(kind: Kind, dtype: str, rows: Sequence[Sequence[tuple[int, int, int]]]
     of = (WINDOW if window else None, CAP if cap else None)
     number = getattr(torch, dtype or place.dtype)
     forward, backward, lengths = [0.0], [0.0], []
-    for row in rows:
+    for row in rows[:2] if place.tiny else rows:
         layout = packed(batch_of(row), multiple=128)
         lengths.append(layout.input_ids.shape[1])
         draw = torch.Generator().manual_seed(lengths[-1])

@@ -28,12 +28,12 @@ class Finding:
 
 def at_most(what: str, value: float, limit: float, why: str, unit: str = "") -> Finding:
     """Expect a figure of at most `limit`; NaN is above every limit."""
-    return Finding(what, f"{value:.3g}{unit}", f"at most {limit:.3g}{unit}: {why}", value <= limit)
+    return Finding(what, f"{value:.3g}{unit}", f"at most {limit:.3g}{unit}: {why}", bool(value <= limit))
 
 
 def between(what: str, value: float, low: float, high: float, why: str) -> Finding:
     """Expect a figure from `low` to `high`; NaN is in no range."""
-    return Finding(what, f"{value:.3f}", f"{low:g} to {high:g}: {why}", low <= value <= high)
+    return Finding(what, f"{value:.3f}", f"{low:g} to {high:g}: {why}", bool(low <= value <= high))
 
 
 def same(what: str, equal: bool, difference: float = math.nan) -> Finding:
