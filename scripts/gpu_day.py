@@ -126,6 +126,10 @@ def run_part(part: str, options: argparse.Namespace, record: Record, argv: list[
         if key not in record.checks and check.cuda and options.device == "cpu":
             record.end(key, NOT_RUN, reason="needs a GPU")
     while left := [key for key in checks if key not in record.checks]:
+        if time.time() > until:
+            for key in left:
+                record.end(key, LEFT_OUT, reason="no time was left")
+            break
         supervise(argv, record, checks, until)
         if left == [key for key in checks if key not in record.checks]:
             raise UserError(f"{part}: the process of the checks does nothing; see {log_of(record)}")

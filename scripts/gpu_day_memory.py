@@ -94,7 +94,7 @@ def fits(gib: float, length: int, place: Place) -> list[Finding]:
 def steps(place: Place, backend: Any, load: Load) -> Callable[[float], Any]:
     """Return what takes a step of this size."""
     examples = random_examples(load, place.vocabulary(place.large))
-    criterion = Criterion(place.config(), examples)
+    criterion = Criterion(place.config(model=place.large), examples)
     work = micro_batches([Batch.of(examples)], criterion)
     return lambda rate: backend.step(work, criterion, rate)
 

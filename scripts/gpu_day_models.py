@@ -106,7 +106,9 @@ class Place:
 
     def config(self, **changes: Any) -> ResolvedConfig:
         """Return the options of a training on the small model, float32 and with an adapter that is not fresh unless said."""
-        options = {"model": self.small, "backend": self.device, "dtype": "float32", "max_length": 2048, "optim": "adamw"}
+        if "model" not in changes:
+            changes["model"] = self.small
+        options = {"backend": self.device, "dtype": "float32", "max_length": 2048, "optim": "adamw"}
         config = TrainConfig(**{**options, **changes})
         config.check()
         return config.resolved()

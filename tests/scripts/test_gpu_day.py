@@ -12,7 +12,8 @@ import gpu_day
 import pytest
 from gpu_day_record import FAILED, PASSED, Finding, Record, at_most, status_of
 
-FEW = ["correctness", "--device", "cpu", "--tiny", "--only", "NF4:", "attention 64, window, soft cap"]
+TOYS = ["correctness", "--device", "cpu", "--tiny"]
+FEW = [*TOYS, "--only", "attention 64, window, soft cap"]
 
 
 def call(json_file: Path, *more: str) -> int:
@@ -48,8 +49,8 @@ def test_a_wrong_value_is_a_failure(
 ) -> None:
     right = bitsandbytes.functional.dequantize_4bit
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda *args: 1.0001 * right(*args))
-    file, argv = tmp_path / "day.json", ["correctness", "--device", "cpu", "--tiny", "--only", "correctness: NF4"]
-    argv += ["--json", str(file)]
+    argv = [*TOYS, "--json", str(tmp_path / "day.json"), "--only", "correctness: NF4"]
+    Record(tmp_path / "day.json", gpu_day.machine_of(gpu_day.parse(argv))).write()
     assert gpu_day.main([*argv, "--worker", str(time.time() + 60)]) == 0
     assert gpu_day.main(argv) == 1
     lines = capsys.readouterr().out.splitlines()
