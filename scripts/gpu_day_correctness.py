@@ -16,7 +16,7 @@ from lite_dil.backends import registry
 from lite_dil.backends.probes import tolerance
 from lite_dil.backends.types import Sampling
 
-ROOM = 1.5  # two ways of rounding are equally far from float32, but for chance
+ROOM = 2.0  # two ways of rounding are equally far from float32, but for chance
 
 
 def packed_is_plain(place: Place, **quantised: Any) -> list[Finding]:
