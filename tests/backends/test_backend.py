@@ -104,7 +104,7 @@ def test_chunks_change_nothing(backend_name: str, tiny: str, monkeypatch: pytest
     chunked = load(backend_name, tiny)
     for result in results:
         again = step(chunked, [batch()])
-        np.testing.assert_allclose(again.policy, result.policy, atol=5e-5)
+        np.testing.assert_allclose(again.policy, result.policy, rtol=1e-5, atol=5e-5)
         assert again.grad_norm == pytest.approx(result.grad_norm, rel=1e-4)
 
 
@@ -230,7 +230,7 @@ def test_target_modules_are_the_ones_that_get_an_adapter(backend_name: str, tiny
     names = adapter(load(backend_name, tiny, target_modules="q_proj, down_proj"))
     assert {name.split(".")[-2] for name in names} == {"q_proj", "down_proj"}
     assert len(names) == 2 * 2 * 2  # layers, modules, A and B
-    with pytest.raises(UserError, match=r"no linear layer 'qproj'.*q_proj"):
+    with pytest.raises(UserError, match=r"'qproj'.*q_proj"):
         load(backend_name, tiny, target_modules="qproj")
 
 

@@ -199,7 +199,7 @@ def test_a_pass_without_gradients_that_failed_holds_nothing(tiny: str, monkeypat
     backend, fault = load("cpu", tiny), Fault()
     evaluation(backend, fault, monkeypatch)
     expected = load("cpu", tiny).sequence_logps(batch())
-    with pytest.raises(OutOfMemory, match="out of memory in a pass without gradients") as caught, backend.adapter_off():
+    with pytest.raises(OutOfMemory, match="pass without gradients") as caught, backend.adapter_off():
         backend.sequence_logps(batch())
     assert caught.value.__context__ is None
     assert fault.canaries[0]() is None

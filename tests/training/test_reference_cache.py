@@ -185,8 +185,8 @@ sys.exit(main(sys.argv[1:]))
     arguments += ["--output-dir", str(tmp_path / "one")]
     stopped = warm.run(*arguments, code=code)
     assert stopped.returncode == 130, stopped.stderr
-    assert "stopping after this batch; what was computed is kept" in stopped.stderr
-    assert "stopped; the reference cache keeps what was computed" in " ".join(stopped.stdout.split())
+    assert "stopping" in stopped.stderr
+    assert "reference cache" in " ".join(stopped.stdout.split())
     records = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.logps")) // 32
     assert 2 < records < 80
     again = warm.run(*arguments)
