@@ -192,13 +192,10 @@ def undrawn() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def drawn(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Charts as they are, in the tests of reports."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.path.parent.name == "reports":
-            patch.setattr(charts, "svg", SVG)
-        yield
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts as they are, for what is about them."""
+    monkeypatch.setattr(charts, "svg", SVG)
 
 
 Make = Callable[[Path], Any]

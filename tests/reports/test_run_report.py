@@ -56,6 +56,7 @@ def learned(folder: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     return metrics(folder), load_file(next((folder / "adapter").glob("adapter*.safetensors")))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_samples_are_greedy_answers_and_change_nothing(flags: list[str], tiny: str, tmp_path: Path) -> None:
     """Also with dropout, which draws from the random state that generation might have touched."""
     more = ["--lora-dropout", "0.3"]
@@ -171,6 +172,7 @@ def test_ctrl_c_after_the_last_step_leaves_out_only_what_is_made_up_for(
     assert {sample.step for sample in read_samples(folder / "report_samples.jsonl")} == {6}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_diverged_run_has_its_report(flags: list[str], tmp_path: Path) -> None:
     more = ["--logp-reduction", "sum", "--beta", "1e4", "--output-dir", str(tmp_path / "run")]
     assert main(["train", *flags, *more]) == 1

@@ -111,13 +111,12 @@ def test_it_runs_and_runs_again(
     home = run / "export" / "ollama"
     assert list(home.glob("*.gguf")) and (home / "Modelfile").is_file()
 
-    (home / "Modelfile").unlink()
-    execute_here(tmp_path, monkeypatch, **values)
+    execute_here(tmp_path, monkeypatch, **values, FORMAT="merged")
     second = capsys.readouterr().out
     assert "step 2 of 2" in second and "step 1/2" not in second
     assert [path.read_bytes() for path in made] == before
     assert second.count("base: ") == second.count("tuned: ") == len(questions)
-    assert (home / "Modelfile").is_file()
+    assert (run / "export" / "merged" / "model.safetensors").is_file()
 
 
 def test_what_it_installs_is_there() -> None:
