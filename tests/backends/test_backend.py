@@ -208,10 +208,9 @@ def test_generation_is_greedy_and_stops_at_the_end_token(backend_name: str, tiny
         assert len(answer) < 6 if end == 2 else (len(answer), end) == (6, None)
         assert 2 not in answer
         for i, token in enumerate(answer):
-            here = [*prompt, *answer[:i]]
-            data = Batch([np.array(here)] * 512, [np.array([t]) for t in range(512)], np.arange(512), np.ones(512, int))
             if i in (0, len(answer) - 1):
-                assert backend.token_logps(data).argmax() == token
+                here, tokens = [np.array([*prompt, *answer[:i]])], [np.array([t]) for t in range(512)]
+                assert backend.token_logps(Batch(here, tokens, np.zeros(512, int), np.ones(512, int))).argmax() == token
     # With the first token of an answer as the end token, the answer is empty.
     first = answers[0].ids[0]
     assert backend.generate(prompts[:1], 6, [2, first]) == [([], first)]

@@ -294,7 +294,7 @@ def test_from_a_pipe_there_are_no_colours_and_no_tracebacks(tuned: Tuned) -> Non
     assert done.stdout.startswith(b"base: ")
     assert b"\x1b" not in done.stdout + done.stderr
     assert b"Traceback" not in done.stderr
-    assert b"half of a surrogate pair" in done.stderr
+    assert b"surrogate" in done.stderr
 
 
 class Terminal:

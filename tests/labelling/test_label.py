@@ -222,7 +222,7 @@ def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(
     main(command(backend_name, tiny, tmp_path))
     assert stdin.errors == "surrogateescape" and "surrogate" in capsys.readouterr().out
     _, text = label("t a<|im_end|>b t  t tea q")
-    assert "could not be trained on" in text and "no other answer was written" in text
+    assert "trained on" in text and "no other answer" in text
     assert [said(row["chosen"]) for row in rows(tmp_path)] == ["tea", "tea"]
 
 

@@ -239,7 +239,7 @@ def test_a_resumed_run_may_split_its_steps_otherwise(
     assert message in capsys.readouterr().err
     assert main(["train", "--resume", str(run), "--batch-size", "4", "--gradient-accumulation-steps", "1", "--auto"]) == 0
     same(load_file(run / "adapter" / "adapter_model.safetensors"), whole)
-    assert "going on after step 3 of 6" in capsys.readouterr().out
+    assert "step 3 of 6" in capsys.readouterr().out
 
 
 def test_the_estimate_stands_beside_the_peak_at_the_end(
