@@ -281,6 +281,7 @@ def command(tuned: Tuned, *flags: str) -> list[str]:
     return [*tuned.argv, *flags]
 
 
+@pytest.mark.parametrize("tuned", ["cpu"], indirect=True)
 def test_from_a_pipe_there_are_no_colours_and_no_tracebacks(tuned: Tuned) -> None:
     """The process itself, with bytes that are no UTF-8 among its lines."""
     environment = os.environ | {"FORCE_COLOR": "", "TERM": "xterm-256color", "PYTHONIOENCODING": "ascii"}
