@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -19,9 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny tensors a second threa
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-with contextlib.suppress(OSError):  # MLX on a Linux CPU multiplies matrices 20 times faster with it, where it is installed
-    ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
-
+import blas  # noqa: F401
 import numpy as np
 import pytest
 import torch
@@ -196,13 +192,10 @@ def undrawn() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def drawn(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Charts as they are, in the tests of reports."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.path.parent.name == "reports":
-            patch.setattr(charts, "svg", SVG)
-        yield
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts as they are, for what is about them."""
+    monkeypatch.setattr(charts, "svg", SVG)
 
 
 Make = Callable[[Path], Any]

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import blas
 import pytest
 import warm
 
@@ -55,7 +56,7 @@ class CpuTime:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         own = sum(os.times()[:2]) if self.workers else spent()  # workers that have ended are children, too
         total, wall = own + self.workers, time.monotonic() - self.began
-        terminalreporter.section(f"CPU time: {total / 60:.1f} minutes in {wall / 60:.1f} minutes")
+        terminalreporter.section(f"CPU time: {total / 60:.1f} minutes in {wall / 60:.1f} minutes, {blas.NAME}")
         for name, seconds in self.tests.most_common(DEAREST):
             terminalreporter.write_line(f"{seconds:6.1f} s {name}")
         if path := os.environ.get("TESTS_CPU"):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import batch, criterion, load, make_checkpoint
+from gradients import step_gradients
 from steps import adapter, step
 
 from lite_dil.base.errors import UserError
-from lite_dil.objectives.loss import SUMS
 
 
 def test_nf4_gradients_equal_those_of_dequantised_weights_bitwise(tiny: str) -> None:
@@ -39,36 +39,32 @@ def test_nf4_gradients_equal_those_of_dequantised_weights_bitwise(tiny: str) -> 
         np.testing.assert_array_equal(value, adapter(plain)[name])
 
 
-def lora_gradients(backend: Any) -> list[np.ndarray]:
+def lora_gradients(backend: Any) -> dict[str, np.ndarray]:
     """Gradients of the MLX backend's adapter, with a B that is not 0."""
     import mlx.core as mx
-    from mlx.utils import tree_flatten, tree_map_with_path
+    from mlx.utils import tree_map_with_path
 
     fill = tree_map_with_path(
         lambda name, value: mx.full(value.shape, 0.01) if name.endswith("lora_b") else value,
         backend.model.trainable_parameters(),
     )
     backend.model.update(fill)
-    data = batch()
-    with backend.adapter_off():
-        reference = backend._read(backend._arrays(data), SUMS)
-    loss = criterion()
-    _, _, gradients = backend._loss_and_grad(loss, loss.inputs(data), backend._arrays(data), reference, data.examples)
-    return [np.array(value) for _, value in sorted(tree_flatten(gradients))]
+    return step_gradients(backend, [batch()], criterion())[1]
 
 
 def test_mlx_4bit_gradients_equal_those_of_dequantised_weights(tiny: str) -> None:
     import mlx.nn as nn
     from mlx_lm.utils import dequantize_model
 
-    packed, plain = load("mlx", tiny, load_in_4bit=True), load("mlx", tiny)
+    plain, (packed, oracle) = load("mlx", tiny), (load("mlx", tiny, load_in_4bit=True, max_grad_norm=1e9) for _ in range(2))
     assert sum(isinstance(module, nn.QuantizedLinear) for _, module in packed.model.named_modules()) == 2 * 7 + 1
-    oracle = load("mlx", tiny, load_in_4bit=True)
     for layer in [m for _, m in oracle.model.named_modules() if type(m).__name__ == "LoRALinear"]:
         layer.linear = dequantize_model(layer).linear
         layer.linear.freeze()
-    for one, two in zip(*(lora_gradients(backend) for backend in (packed, oracle)), strict=True):
-        np.testing.assert_allclose(one, two, atol=1e-4 * np.abs(two).max())
+    found, expected = lora_gradients(packed), lora_gradients(oracle)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-4 * np.abs(value).max())
     for _ in range(3):
         one, two, full = (step(backend, [batch()], 1e-3) for backend in (packed, oracle, plain))
         assert one.grad_norm == pytest.approx(two.grad_norm, rel=1e-4)
@@ -118,7 +114,7 @@ def test_an_mlx_4bit_folder_loads_as_it_is(tiny: str, tmp_path: Path) -> None:
     assert ready.model.model.layers[0].mlp.up_proj.linear.weight.tolist() == (
         made.model.model.layers[0].mlp.up_proj.linear.weight.tolist()
     )
-    with pytest.raises(UserError, match="quantised to 8 bits already; leave --4bit out"):
+    with pytest.raises(UserError, match=r"8 bits.*--4bit"):
         load("mlx", str(tmp_path / "q8"), load_in_4bit=True)
     assert "8-bit" in load("mlx", str(tmp_path / "q8")).description
     convert(tiny, str(tmp_path / "q16"), quantize=True, q_bits=4, dtype="bfloat16")
@@ -158,5 +154,5 @@ def test_a_checkpoint_packed_by_bitsandbytes_trains_as_with_the_flag(tiny: str, 
         one, two = step(packed, [batch()], 1e-3), step(flagged, [batch()], 1e-3)
         assert one.grad_norm == two.grad_norm
         assert one.loss == two.loss
-    with pytest.raises(UserError, match="packed by bitsandbytes, for CUDA; give the 16-bit model"):
+    with pytest.raises(UserError, match="bitsandbytes"):
         load("mlx", str(tmp_path))

@@ -170,7 +170,7 @@ def test_names_that_cannot_be(backend_name: str, tiny: str) -> None:
     for name in ("rm", POLICY, REFERENCE, "a/b", "a.b", ""):
         with pytest.raises(ValueError, match="adapter '"):
             backend.add_adapter(name, 2, 4.0)
-    with pytest.raises(UserError, match="no linear layer 'qproj'"):
+    with pytest.raises(UserError, match="'qproj'"):
         backend.add_adapter("other", 2, 4.0, targets="qproj")
     with pytest.raises(ValueError, match="has no head"):
         backend.scores(batch(), "rm")
@@ -375,7 +375,7 @@ def test_a_loss_of_an_added_adapter_is_compared_with_the_reference(backend_name:
     other = load(backend_name, tiny, init_adapter=str(tmp_path / "a"), reference="initial-adapter")
     other.add_adapter("rm", **OTHER)
     result = other.step([MicroBatch(data, {})], Compared(), 1e-2, "rm")
-    np.testing.assert_allclose(result.reference, backend.token_logps(data), atol=1e-6)
+    np.testing.assert_allclose(result.reference, backend.token_logps(data), atol=1e-5)
     with backend.adapter_off():
         np.testing.assert_allclose(result.policy, backend.token_logps(data), atol=1e-5)
     with other.adapter_off():

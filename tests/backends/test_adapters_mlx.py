@@ -202,7 +202,7 @@ def test_blocks_are_nested_and_end_with_an_exception(tiny: str) -> None:
                 raise ZeroDivisionError
         is_on("rm")
         with (
-            pytest.raises(KeyError, match="no adapter 'none'; there are 'reference', 'policy', 'rm', 'judge'"),
+            pytest.raises(KeyError, match=r"'none'.*'reference', 'policy', 'rm', 'judge'"),
             backend.using("none"),
         ):
             pass
@@ -213,16 +213,16 @@ def test_blocks_are_nested_and_end_with_an_exception(tiny: str) -> None:
 def test_what_there_is_not(tiny: str) -> None:
     backend, data = with_adapters(tiny), batch()
     for name in (*NAMES[:1], "rm"):
-        with pytest.raises(ValueError, match="there is one already"):
+        with pytest.raises(ValueError, match=f"'{name}'.*already"):
             backend.add_adapter(name, 2, 4.0)
-    with pytest.raises(ValueError, match="it names a folder too"):
+    with pytest.raises(ValueError, match=r"'../rm'.*folder"):
         backend.add_adapter("../rm", 2, 4.0)
     for outputs, at in ((0, "end"), (1, "first")):
-        with pytest.raises(ValueError, match="expected at least 1 output, at 'end' or 'each'"):
+        with pytest.raises(ValueError, match=r"1.*'end'.*'each'"):
             Head(outputs, at)
-    with pytest.raises(ValueError, match="adapter 'policy' has no head"):
+    with pytest.raises(ValueError, match=r"'policy'.*head"):
         backend.scores(data, POLICY)
-    with pytest.raises(ValueError, match="adapter 'policy' has no head"):
+    with pytest.raises(ValueError, match=r"'policy'.*head"):
         ranked(backend, data, name=POLICY)
     with pytest.raises(ValueError, match="never trained"):
         preferred(backend, data, REFERENCE)
@@ -419,12 +419,12 @@ def test_a_state_of_before_is_read(tiny: str, tmp_path: Path) -> None:
 def test_a_state_of_other_adapters_is_refused(tiny: str, tmp_path: Path) -> None:
     trained(with_adapters(tiny), 1).save_state(tmp_path)
     alone, other = load("mlx", tiny), load("mlx", tiny)
-    with pytest.raises(UserError, match=r"holds the adapters .*rm.*; this model has policy"):
+    with pytest.raises(UserError, match=r"rm.*; .*policy"):
         alone.load_state(tmp_path)
     other.add_adapter("rm", 4, 8.0, head=Head(2))
     other.add_adapter("judge", 2, 2.0, head=Head(1, EACH))
     before = arrays(other, "rm")
-    with pytest.raises(UserError, match="adapter 'rm' is another one there: its rank, targets or head differ"):
+    with pytest.raises(UserError, match=r"'rm'.*rank"):
         other.load_state(tmp_path)
     np.testing.assert_array_equal(next(iter(arrays(other, "rm").values())), next(iter(before.values())))
 

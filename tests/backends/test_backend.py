@@ -104,7 +104,7 @@ def test_chunks_change_nothing(backend_name: str, tiny: str, monkeypatch: pytest
     chunked = load(backend_name, tiny)
     for result in results:
         again = step(chunked, [batch()])
-        np.testing.assert_allclose(again.policy, result.policy, atol=5e-5)
+        np.testing.assert_allclose(again.policy, result.policy, rtol=1e-5, atol=5e-5)
         assert again.grad_norm == pytest.approx(result.grad_norm, rel=1e-4)
 
 
@@ -208,10 +208,9 @@ def test_generation_is_greedy_and_stops_at_the_end_token(backend_name: str, tiny
         assert len(answer) < 6 if end == 2 else (len(answer), end) == (6, None)
         assert 2 not in answer
         for i, token in enumerate(answer):
-            here = [*prompt, *answer[:i]]
-            data = Batch([np.array(here)] * 512, [np.array([t]) for t in range(512)], np.arange(512), np.ones(512, int))
             if i in (0, len(answer) - 1):
-                assert backend.token_logps(data).argmax() == token
+                here, tokens = [np.array([*prompt, *answer[:i]])], [np.array([t]) for t in range(512)]
+                assert backend.token_logps(Batch(here, tokens, np.zeros(512, int), np.ones(512, int))).argmax() == token
     # With the first token of an answer as the end token, the answer is empty.
     first = answers[0].ids[0]
     assert backend.generate(prompts[:1], 6, [2, first]) == [([], first)]
@@ -230,7 +229,7 @@ def test_target_modules_are_the_ones_that_get_an_adapter(backend_name: str, tiny
     names = adapter(load(backend_name, tiny, target_modules="q_proj, down_proj"))
     assert {name.split(".")[-2] for name in names} == {"q_proj", "down_proj"}
     assert len(names) == 2 * 2 * 2  # layers, modules, A and B
-    with pytest.raises(UserError, match=r"no linear layer 'qproj'.*q_proj"):
+    with pytest.raises(UserError, match=r"'qproj'.*q_proj"):
         load(backend_name, tiny, target_modules="qproj")
 
 

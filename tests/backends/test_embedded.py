@@ -30,9 +30,9 @@ def encoder(embedded: str) -> Encoder:
 
 @pytest.fixture(scope="module")
 def short_pair(encoder: Encoder) -> Batch:
-    """A held-out pair, cut to 12 + 10 tokens."""
+    """A held-out pair, cut to 6 + 4 tokens: MLX's own products take a second for each."""
     example, *_ = (encoder.encode(row) for row in read_rows(EMBEDDED, "test"))
-    return Batch.of([Example(example.prompt[-12:], tuple(r[:10] for r in example.responses), example.signs)])
+    return Batch.of([Example(example.prompt[-6:], tuple(r[:4] for r in example.responses), example.signs)])
 
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -59,11 +59,11 @@ def test_mlx_lm_by_itself_reads_the_rope_that_transformers_does(embedded: str) -
 
     model: Any = load_mlx(embedded)[0]
     model.set_dtype(mx.float32)  # its CPU multiplies those of 16 bits many times slower
-    ids = np.arange(1000, 1400)
+    ids = np.arange(1000, 1064)  # by theta 10000 their logits would be off by 0.28 of their deviation
     theirs = np.array(model(mx.array(ids)[None]))[0]
     with torch.no_grad():
         ours = bare_model(embedded)(input_ids=torch.from_numpy(ids)[None]).logits[0].numpy()
-    assert np.abs(theirs - ours).mean() < 0.1 * ours.std()
+    assert np.abs(theirs - ours).mean() < 0.01 * ours.std()
 
 
 def test_it_answers_on_mlx(embedded: str, encoder: Encoder) -> None:

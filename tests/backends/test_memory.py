@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lite_dil.batching.batch import Batch
 
-VOCABULARY, ROWS, LENGTH = 32768, 8, 512
-WHOLE = ROWS * LENGTH * VOCABULARY  # float32 logits of all tokens: 512 MiB
+VOCABULARY, ROWS, LENGTH = 32768, 8, 384
+WHOLE = ROWS * LENGTH * VOCABULARY  # float32 logits of all tokens: 384 MiB
 
 
 class LargestTensor(TorchDispatchMode):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import bare_model, criterion, load, one_step, oracle_logps
-from mlx.utils import tree_flatten, tree_unflatten
+from gradients import step_gradients
+from mlx.utils import tree_unflatten
 from steps import adapter, step
 from test_parity import SMALL
 from transformers import (
@@ -99,13 +100,7 @@ def moved(backend: Any) -> Any:
 
 
 def gradients(backend: Any, data: Batch) -> dict[str, np.ndarray]:
-    backend.model.train()
-    inputs = backend._arrays(data)
-    with backend.adapter_off():
-        reference = backend._read(inputs, SUMS)
-    loss = criterion()
-    _, _, grads = backend._loss_and_grad(loss, loss.inputs(data), inputs, reference, data.examples)
-    return {k: np.array(v) for k, v in tree_flatten(grads)}
+    return step_gradients(backend, [data], criterion())[1]
 
 
 def assert_same_gradients(one: dict[str, np.ndarray], two: dict[str, np.ndarray], tolerance: float = 1e-4) -> None:
@@ -139,7 +134,7 @@ def oracle_gradients(model: str, names: list[str], values: dict[str, np.ndarray]
 def test_prefix_layout_equals_plain_and_the_models_own(kind: str, tmp_path: Path) -> None:
     """Log-probs against transformers one sequence at a time; gradients against the plain layout and autograd there."""
     model, data = make(ARCHITECTURES[kind], tmp_path), ragged()
-    prefix, plain = (load("mlx", model, layout=layout, max_length=32) for layout in ("auto", "plain"))
+    prefix, plain = (load("mlx", model, layout=layout, max_length=32, max_grad_norm=1e9) for layout in ("auto", "plain"))
     assert (prefix.layout, prefix.layout_reason, plain.layout) == ("prefix", "", "plain")
     with torch.no_grad():
         expected = oracle_logps(bare_model(model), data).numpy()
@@ -175,7 +170,7 @@ SLIDING = {
 def test_a_window_that_mlx_lm_leaves_out_is_refused_in_any_layout(kind: str, tmp_path: Path) -> None:
     model = make(SLIDING[kind], tmp_path)
     for layout in ("auto", "plain"):
-        with pytest.raises(UserError, match=r"see 6 tokens back, which mlx-lm does not do.*--max-length 6 or less"):
+        with pytest.raises(UserError, match=r"6 tokens.*--max-length 6\b"):
             load("mlx", model, layout=layout, max_length=32)
     data = ragged([(3, [2, 3])])  # no row is longer than the window
     with torch.no_grad():
@@ -214,11 +209,11 @@ def test_layers_that_are_not_attention_keep_the_plain_layout(tmp_path: Path) -> 
     model, data = make(CONVOLUTIONS, tmp_path), ragged()
     backend = load("mlx", model)
     assert backend.layout == "plain"
-    assert backend.layout_reason == "plain layout: not every layer is attention over keys and values"
+    assert backend.layout_reason.startswith("plain layout: ") and "attention" in backend.layout_reason
     with torch.no_grad():
         expected = oracle_logps(bare_model(model), data).numpy()
     np.testing.assert_allclose(backend.token_logps(data), expected, atol=1e-4)
-    with pytest.raises(UserError, match=r"--layout prefix cannot be had for .*: not every layer is attention"):
+    with pytest.raises(UserError, match=r"--layout prefix .*attention"):
         load("mlx", model, layout="prefix")
 
 
@@ -234,21 +229,23 @@ def test_a_layout_that_would_be_wrong_is_not_taken(tiny: str, monkeypatch: pytes
         return self.norm(hidden)
 
     monkeypatch.setattr(llama.LlamaModel, "__call__", absolute)
-    assert "its log-probs would be off by" in load("mlx", tiny).layout_reason
+    assert "log-probs" in load("mlx", tiny).layout_reason
 
 
 @pytest.mark.parametrize("architecture", [MambaConfig(**SMALL_MAMBA), PhiConfig(**SMALL)])
 def test_models_built_in_another_way_are_refused(architecture: PretrainedConfig, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="mlx-lm builds this architecture in a way that lite-dil does not know"):
+    with pytest.raises(UserError, match="architecture"):
         load("mlx", make(architecture, tmp_path))
 
 
 @pytest.mark.parametrize("layout", ["prefix", "plain"])
 def test_checkpointing_in_a_layout_changes_no_gradient(layout: str, tiny: str) -> None:
     data = ragged()
-    kept = gradients(moved(load("mlx", tiny, layout=layout)), data)
-    for mode in ("selective", "full"):
-        again = gradients(moved(load("mlx", tiny, layout=layout, gradient_checkpointing=mode)), data)
+    kept, *others = (
+        gradients(moved(load("mlx", tiny, layout=layout, gradient_checkpointing=mode, max_grad_norm=1e9)), data)
+        for mode in ("off", "selective", "full")
+    )
+    for again in others:
         assert_same_gradients(again, kept, 1e-5)
 
 
@@ -381,7 +378,7 @@ def test_head_bits(bits: int, four: bool, tiny: str, tiny_tied: str) -> None:
 def test_options_without_a_meaning_on_mlx_are_refused(changes: dict[str, Any], message: str, tiny: str) -> None:
     with pytest.raises(UserError, match=message):
         load("mlx", tiny, **changes)
-    with pytest.raises(UserError, match="these options cannot be used with mlx:"):
+    with pytest.raises(UserError, match=f"(?s){message.split()[0]}.*--optim|--optim.*{message.split()[0]}"):
         load("mlx", tiny, optim="paged_adamw_8bit", **changes)
 
 

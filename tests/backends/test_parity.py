@@ -79,7 +79,7 @@ def test_a_rope_that_mlx_lm_would_not_read_is_refused(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "config.json").read_text())
     settings["rope_parameters"] = {"rope_type": "default", "base": 7}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="rope_parameters has rope_type, base; expected rope_theta"):
+    with pytest.raises(UserError, match=r"base.*rope_theta"):
         load("mlx", str(tmp_path))
 
 
@@ -127,5 +127,5 @@ def test_an_unknown_transform_behind_the_head_is_refused(name: str, tmp_path: Pa
     AutoModelForCausalLM.from_config(ARCHITECTURES["divided (Granite)"]).save_pretrained(tmp_path)
     module = __import__(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.backend", fromlist=["logit_transform"])
     monkeypatch.setattr(module, "logit_transform", lambda config: LogitTransform())
-    with pytest.raises(HeadMismatch, match="does something after its output head"):
+    with pytest.raises(HeadMismatch):
         load(name, str(tmp_path))

@@ -120,7 +120,7 @@ def test_its_failures_are_told_apart_from_our_mistakes(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", ["cpu", "mlx"])
 def test_other_backends_are_refused(name: str) -> None:
     options = TrainConfig(unsloth=True)
-    with pytest.raises(UserError, match=f"^--unsloth is for the cuda backend; this run is on {name}"):
+    with pytest.raises(UserError, match=f"^--unsloth .*{name}"):
         registry.prepare(name, options, options)
     with pytest.raises(UserError, match="--unsloth is for the cuda backend"):
         registry.load(name, options, "nowhere", None, options)
@@ -149,12 +149,12 @@ def test_lacking_weights_are_refused(tiny: str, tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"files lack 1 of the model's weights, the first is model\.layers\.0\.mlp\.up_proj"):
+    with pytest.raises(UserError, match=r"\b1 .*model\.layers\.0\.mlp\.up_proj"):
         torch_unsloth.check_model(str(tmp_path), 64)
 
 
 def test_options_that_unsloth_does_not_go_with_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     options = TrainConfig(unsloth=True, gradient_checkpointing="selective", head_bits=8, offload_embeddings=True)
     with pytest.raises(UserError) as error:
         registry.prepare("cuda", options, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def test_a_checkpoint_that_does_not_fit(flags: list[str], tmp_path: Path, backen
     goes_on = ["train", "--resume", str(run)]
     said = limited(size - 1000, *goes_on)
     one_message(said, f"{run}/checkpoints/step-2: cannot be written ({TOO_LARGE}); free space there")
-    assert f"The run is safe up to step-1: --resume {run} goes on from it" in said.stderr
+    assert "step-1: " in said.stderr and f"--resume {run}" in said.stderr
     assert left(run / "checkpoints") == ["step-1"] and not (run / "adapter").exists()
     assert ">failed<" in (run / "report.html").read_text()
     assert main(goes_on) == 0
@@ -125,8 +126,7 @@ def test_a_reference_cache_that_does_not_fit_costs_no_training(flags: list[str],
     (tmp_path / "cache").mkdir()
     done = warm.run(*flags, *more, code=_FULL_CACHE)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Going on: log-probs of the reference are kept in memory from here on") == 1
-    assert f"cannot be written ({FULL}); free space there, or name another place with --reference-cache" in done.stdout
+    assert done.stdout.count(f"({FULL})") == done.stdout.count("--reference-cache") == 1
     same = [
         [json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()]
         for f in (plain, tmp_path / "run")
@@ -183,7 +183,7 @@ def test_an_export_that_does_not_fit(adapter: str, tmp_path: Path, format: str, 
     one_message(
         done, f"--output {out}: cannot be written ({TOO_LARGE}); free space there, or name another place with --output"
     )
-    assert "Nothing of it is left there" in done.stderr and left(tmp_path) == []
+    assert left(tmp_path) == []
 
 
 @needs_full
@@ -200,7 +200,7 @@ def test_what_does_not_fit_beside_the_merged_folder(adapter: str, tmp_path: Path
     told = r"out: cannot be written \(Unable to write .* bytes to file\); check whether its disk"
     with pytest.raises(DiskFailed, match=told), failing(out):
         write_model(merged, out, None)
-    with pytest.raises(DiskFailed, match=rf"out: cannot be written \({FULL}\); free space there"), failing(out):
+    with pytest.raises(DiskFailed, match=rf"out: .*\({FULL}\)"), failing(out):
         convert(merged, out / "x.gguf", "f16", None, print)
     assert not list(out.glob("*.gguf")) and made.name not in left(out)
 
@@ -233,7 +233,7 @@ def test_a_chat_goes_on_after_a_save_that_does_not_fit(adapter: str, tmp_path: P
     done = limited(10, *argv, input=said)
     assert done.returncode == 0, done.stderr
     both = done.stdout + done.stderr
-    assert f"x.jsonl: cannot be written ({TOO_LARGE})" in both and "temperature 0.5" in both and "Traceback" not in both
+    assert re.search(rf"x\.jsonl: .*\({TOO_LARGE}\)", both) and "temperature 0.5" in both and "Traceback" not in both
     assert (tmp_path / "x.jsonl").read_bytes() == b""
 
 
@@ -249,7 +249,7 @@ def test_labels_that_do_not_fit(adapter: str, tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_written(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir(mode=0o555)
     assert main([*flags, "--backend", "cpu", "--max-steps", "1"]) == 2
-    assert "config.yaml: cannot be written (Permission denied); make it writable" in capsys.readouterr().err
+    assert re.search(r"config\.yaml: .*\(Permission denied\)", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_a_file_that_is_nearly_full_takes_all_or_nothing(tmp_path: Path) -> None
 
 def test_a_folder_that_is_not_there_is_said_where_it_is_written(tmp_path: Path) -> None:
     with (
-        pytest.raises(DiskFailed, match=r"none/x: cannot be written \(No such file or directory\)$"),
+        pytest.raises(DiskFailed, match=r"none/x: .*\(No such file or directory\)$"),
         writing(tmp_path / "none/x"),
     ):
         (tmp_path / "none" / "x").write_text("")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,7 @@ def test_what_is_known_is_read(content: dict[str, Any]) -> None:
 def test_a_newer_file_is_one_line_with_the_fix() -> None:
     with pytest.raises(UserError) as told:
         check_format({KEY: 3}, 2, Path("runs/x"))
-    assert str(told.value) == (
-        "runs/x was made by a newer lite-dil (format 3; this one knows up to 2); pip install -U lite-dil"
-    )
+    assert re.fullmatch(r"runs/x .*\b3\b.*\b2\b.*; pip install -U lite-dil", str(told.value))
 
 
 @pytest.mark.parametrize("number", ["two", 0, -1, 1.5, None])
@@ -77,7 +76,7 @@ def read_of(name: str) -> Callable[[RunFolder], object]:
 def test_a_file_of_a_newer_run_is_not_read(run: RunFolder, name: str) -> None:
     content = yaml.safe_load((run.path / name).read_text()) | {KEY: RUN + 1, "a_new_option": 5}
     (run.path / name).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"{run.path}.* was made by a newer lite-dil \(format {RUN + 1}"):
+    with pytest.raises(UserError, match=rf"{run.path}.* \(format {RUN + 1}"):
         read_of(name)(run)
 
 
@@ -85,7 +84,8 @@ def test_a_newer_run_is_not_resumed(run: RunFolder, capsys: pytest.CaptureFixtur
     content = yaml.safe_load((run.path / "config.yaml").read_text()) | {KEY: RUN + 1, "a_new_option": 5}
     (run.path / "config.yaml").write_text(yaml.safe_dump(content))
     assert main(["train", "--resume", str(run.path)]) == 2
-    assert f"lite-dil: {run.path} was made by a newer lite-dil" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.startswith(f"lite-dil: {run.path} ") and f"format {RUN + 1}" in told
 
 
 def test_a_cache_names_its_format_beside_it(tmp_path: Path) -> None:
@@ -106,6 +106,6 @@ def test_a_cache_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     assert cache.path is not None
     cache.path.with_suffix(".json").write_text(json.dumps({KEY: CACHE + 1}))
     cache.path.write_bytes(b"records of another length")
-    with pytest.raises(UserError, match=rf"the reference cache {cache.path} was made by a newer lite-dil"):
+    with pytest.raises(UserError, match=rf"{cache.path} .*format {CACHE + 1}"):
         ReferenceCache(tmp_path, {"weights": "some"})
     assert cache.path.read_bytes() == b"records of another length"

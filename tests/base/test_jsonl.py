@@ -46,7 +46,7 @@ def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="something else"):
         JSONLines(path, "tests")
     assert path.read_text() == "dear diary"
-    with pytest.raises(UserError, match="cannot be used for tests"):
+    with pytest.raises(UserError, match=f"{tmp_path.name}: .*tests"):
         JSONLines(tmp_path, "tests")
 
 
@@ -62,7 +62,7 @@ def test_cut_takes_back_what_was_added_and_nothing_of_others(tmp_path: Path) -> 
     with path.open("a") as other:
         other.write("{}\n")
     for change in (lambda: file.cut(size), lambda: file.add(ROWS[2])):
-        with pytest.raises(UserError, match="changed by another program"):
+        with pytest.raises(UserError, match=r"a.jsonl.*changed"):
             change()
     assert path.read_bytes().endswith(b"{}\n") and len(path.read_bytes().splitlines()) == 3
 
@@ -105,7 +105,7 @@ def test_what_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").chmod(0o444)
     tmp_path.chmod(0o555)
     for name in ("a", "b"):
-        with pytest.raises(UserError, match=f"{name}.jsonl: cannot be used for tests .*Permission denied"):
+        with pytest.raises(UserError, match=f"{name}.jsonl: .*Permission denied"):
             JSONLines(tmp_path / f"{name}.jsonl", "tests")
     tmp_path.chmod(0o755)
 

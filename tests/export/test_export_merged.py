@@ -51,10 +51,10 @@ def test_numbers_are_rounded_as_torch_rounds_them(code: str, tmp_path: Path) -> 
 
 
 def test_a_weight_too_large_for_float16_and_a_cut_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="too large for float16, which ends at 65504; take --dtype bfloat16"):
+    with pytest.raises(UserError, match=r"65504.*--dtype bfloat16"):
         list(tensors.encode(np.array([1e5], np.float32), "F16"))
     (tmp_path / "cut.safetensors").write_bytes(b"\x10")
-    with pytest.raises(UserError, match="not a safetensors file that can be read"):
+    with pytest.raises(UserError, match="safetensors"):
         tensors.read(tmp_path / "cut.safetensors")
 
 
@@ -230,12 +230,12 @@ def test_files_that_cannot_be_merged_are_named(tiny: str, trained: Trainer, tmp_
     torch.save(load_file(Path(tiny) / "model.safetensors"), model / "pytorch_model.bin")
     command = ["export", "--adapter", str(trained("--model", tiny, "--backend", "cpu")), "--format", "merged"]
     assert main([*command, "--model", str(model), "--output", str(tmp_path / "out")]) == 2
-    assert "weights in other files (.bin) cannot be merged. Load it by transformers" in capsys.readouterr().err
+    assert "(.bin)" in capsys.readouterr().err
     # Experts, which MLX has in one array a layer.
     packed = {"quantization": {"bits": 4}, "dtype": "float32"}
     stored = tensors.Stored(tmp_path, "U32", (4, 64, 8), 0, 8192)
     checkpoint = merge.Checkpoint(tmp_path, packed, {"model.layers.0.mlp.switch_mlp.up_proj.weight": stored})
-    with pytest.raises(UserError, match=r"up_proj\.weight is quantised in a way that lite-dil does not know"):
+    with pytest.raises(UserError, match=r"up_proj\.weight .*quantised"):
         merge.plan(checkpoint, adapter_files.Adapter(1, 1.0, {}), {}, None, "x")
 
 

@@ -240,7 +240,7 @@ def test_numbers_too_large_for_f16_are_refused(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"blk\.0\.ffn_up\.weight holds numbers too large for f16; take bf16 or q8_0"):
+    with pytest.raises(UserError, match=r"blk\.0\.ffn_up\.weight .*f16; .*bf16"):
         convert(folder, tmp_path / "tiny.gguf", "f16", None, print)
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing half-made is left"
     convert(folder, tmp_path / "tiny.gguf", "bf16", None, print)
@@ -254,7 +254,7 @@ def test_weights_too_few_or_too_many_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"lack 1 tensors, {gguf_name}\.weight"):
             convert(folder, tmp_path / "tiny.gguf", "f16", None, print)
     save_file(weights | {"model.layers.0.mlp.up_proj.lora_A": weights["lm_head.weight"]}, folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"lora_A has no place in a GGUF file"):
+    with pytest.raises(UserError, match=r"lora_A .*GGUF"):
         convert(folder, tmp_path / "tiny.gguf", "f16", None, print)
 
 
@@ -271,7 +271,7 @@ def test_other_models_are_refused(changes: dict[str, Any], named: str, tmp_path:
     folder = make(tmp_path / "model", "llama")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
-    with pytest.raises(UserError, match=f"^{named} is not among .*llama, mistral, qwen2, qwen3.*--llama-cpp DIR$"):
+    with pytest.raises(UserError, match=f"^{named} .*llama, mistral, qwen2, qwen3.*--llama-cpp DIR$"):
         convert(folder, tmp_path / "tiny.gguf", "f16", None, print)
 
 
@@ -305,7 +305,7 @@ def test_unknown_tokenizers_are_refused() -> None:
     # A tokenizer of its own training, with one way to each token: llama.cpp would find others.
     refused(sentencepiece_tokenizer(), "its merges lack a way to make")
     refused(changed(complete_sentencepiece(), part_two_ways), "not in the order")
-    with pytest.raises(UserError, match=r"has tokens up to \d+, and the model's table 300 rows"):
+    with pytest.raises(UserError, match=r"tokens up to \d+.* 300 rows"):
         read(byte_level_tokenizer(), 300)
 
 
@@ -318,7 +318,7 @@ def test_whole_words_matter_only_where_merges_do_not_reach_them() -> None:
         state["model"]["merges"].pop(0)
 
     assert read(changed(byte_level_tokenizer(), take_whole)).pre == "gpt-2"
-    with pytest.raises(UserError, match="ignore_merges is not False"):
+    with pytest.raises(UserError, match="ignore_merges"):
         read(changed(byte_level_tokenizer(), lose_a_merge))
 
 
@@ -346,17 +346,17 @@ def test_llama_cpps_converter_is_used_where_it_is(tmp_path: Path, monkeypatch: p
         assert target.read_bytes() == (folder / "made.gguf").read_bytes()
         target.unlink()
     assert said == [f"converting with {script}"] * 3
-    with pytest.raises(UserError, match=r"failed \(exit code 1\)\. Its last lines:\n(.*\n)*AssertionError: bad kind$"):
+    with pytest.raises(UserError, match=r"exit code 1\b.*:\n(.*\n)*AssertionError: bad kind$"):
         convert(folder, target, "f16", script.parent, print)
     assert not target.exists()
-    with pytest.raises(UserError, match=r"^--llama-cpp .*: no convert_hf_to_gguf\.py there"):
+    with pytest.raises(UserError, match=r"^--llama-cpp .*convert_hf_to_gguf\.py"):
         convert(folder, target, "f16", tmp_path, print)
 
 
 def test_missing_packages_are_one_line_with_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make(tmp_path / "model", "llama")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'with the gguf package: pip install "lite-dil\[gguf\]"$'):
+    with pytest.raises(UserError, match=r'pip install "lite-dil\[gguf\]"$'):
         convert(folder, tmp_path / "tiny.gguf", "f16", None, print)
     with pytest.raises(UserError, match=r"pip install llama-cpp-python$"):
         token_logps(tmp_path / "tiny.gguf", [([1], [2])], print)

@@ -74,7 +74,7 @@ def test_the_file_and_the_examples(
 ) -> None:
     path = tmp_path / "folder" / "samples.jsonl"
     out, said = add(load(backend_name, tiny, **SETTINGS), chosen, encoder, path)
-    assert said == [f"rejected answers from the reference: 0 of 12 are in {path}, 12 to draw"]
+    assert len(said) == 1 and f"0 of 12 are in {path}, 12 to draw" in said[0]
     lines = rows(path)
     assert len(lines) == 12 and len({line["key"] for line in lines}) == 12
     ids = {(line["prompt"], line["sample"]): tuple(line["rejected_ids"]) for line in lines}

@@ -85,12 +85,12 @@ def test_a_folder_of_an_adapter_alone_names_its_model(runs: Runs, name: str, tmp
     assert config[key] == runs.model
     (alone / "adapter_config.json").write_text(json.dumps(config | {key: str(tmp_path / "gone")}))
     flags = ["--adapter", str(alone), "--backend", name, "--dtype", "float32"]
-    with pytest.raises(UserError, match="gone: no such folder"):
+    with pytest.raises(UserError, match="gone: "):
         logps(*flags)
     np.testing.assert_array_equal(logps(*flags, "--model", str(moved)), own)
     del config[key]
     (alone / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="names no model; give --model"):
+    with pytest.raises(UserError, match="--model"):
         adapter_flags.find(parsed(*flags))
 
 
@@ -127,7 +127,7 @@ def test_of_a_run_that_has_not_ended_the_newest_checkpoint_is_used(runs: Runs, t
     shutil.rmtree(run / "adapter")
     said: list[str] = []
     model: Any = policy.load(adapter_flags.find(parsed("--adapter", str(run))), said.append)
-    assert said[0] == f"{run} has not ended: its newest checkpoint, step-3, is used"
+    assert said[0].startswith(f"{run} ") and "step-3" in said[0]
     np.testing.assert_array_equal(model.backend.token_logps(batch()), logps("--adapter", str(runs.folders["cpu"])))
     said.clear()
     policy.load(adapter_flags.find(parsed("--adapter", str(runs.folders["cpu"]))), said.append)

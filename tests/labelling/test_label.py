@@ -115,14 +115,14 @@ def test_bad_ones_are_known_after_a_restart(label: Label, tmp_path: Path) -> Non
 
 def test_undo_takes_back_exactly_the_last_decisions(label: Label, tmp_path: Path) -> None:
     _, text = label("u q")
-    assert "nothing to take back" in text
+    assert text.count("take back") == 1
     assert label("1 q")[0] == 0
     before = (tmp_path / "labels.jsonl").read_bytes()
     # A pair of one, then: bad, taken (three rows), skipped, all of it taken back, and once too often.
     _, text = label("b 1 s u u u u q")
     assert (tmp_path / "labels.jsonl").read_bytes() == before
     assert (tmp_path / "labels.bad.jsonl").read_bytes() == b""
-    assert text.count("the last decision is taken back") == 3 and text.count("nothing to take back") == 1
+    assert text.count("taken back") == 3 and text.count("take back") == 1
     # What is shown after undo is what was shown before, and is taken as such.
     label("2 u 1 q")
     taken = rows(tmp_path)[1]
@@ -137,10 +137,10 @@ def test_it_goes_on_with_what_is_left(label: Label, tmp_path: Path) -> None:
     assert [question(row) for row in rows(tmp_path)] == [QUESTIONS[1]]
     write_prompts(tmp_path, *reversed(QUESTIONS), "is it")
     _, text = label("1 1 1")
-    assert "1 of 4 prompts are labelled" in text and "3 are left" in text
+    assert "1 of 4 prompts" in text and "3 are left" in text
     assert [question(row) for row in rows(tmp_path)] == [QUESTIONS[1], QUESTIONS[2], QUESTIONS[0], "is it"]
     code, text = label("")
-    assert code == 0 and "4 of 4 prompts are labelled" in text and "on CPU" not in text
+    assert code == 0 and "4 of 4 prompts" in text and "on CPU" not in text
     # A line that was cut off is gone, and its prompt is asked again.
     path = tmp_path / "labels.jsonl"
     content = path.read_bytes()
@@ -184,7 +184,7 @@ def test_plain_text_is_continued_in_its_own_form(label: Label, tmp_path: Path) -
     assert all(isinstance(row[side], str) for row in pairs for side in ("prompt", "chosen", "rejected"))
     assert pairs[1]["chosen"].strip() == "Paris" and not read_rows(str(tmp_path / "labels.jsonl"))[0].chat
     code, text = label("1")
-    assert code == 2 and "keep one kind in a file" in text
+    assert code == 2 and "one kind" in text
 
 
 def test_against_the_base(label: Label, tmp_path: Path, backend_name: str, tiny: str) -> None:
@@ -220,9 +220,9 @@ def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", stdin := io.TextIOWrapper(io.BytesIO(b"t\n\xff tea\nq\n"), encoding="utf-8"))
     main(command(backend_name, tiny, tmp_path))
-    assert stdin.errors == "surrogateescape" and "half of a surrogate pair" in capsys.readouterr().out
+    assert stdin.errors == "surrogateescape" and "surrogate" in capsys.readouterr().out
     _, text = label("t a<|im_end|>b t  t tea q")
-    assert "could not be trained on" in text and "no other answer was written" in text
+    assert "trained on" in text and "no other answer" in text
     assert [said(row["chosen"]) for row in rows(tmp_path)] == ["tea", "tea"]
 
 
@@ -344,7 +344,7 @@ def test_a_killed_process_loses_nothing(label: Label, backend_name: str, tiny: s
     pairs, bad = rows(tmp_path), rows(tmp_path, "labels.bad")
     assert len(pairs) == 3 and len(bad) == 2
     _, text = label("1 1")
-    assert "1 of 3 prompts are labelled" in text
+    assert "1 of 3 prompts" in text
     assert rows(tmp_path)[:3] == pairs and [question(row) for row in rows(tmp_path)[3:]] == QUESTIONS[1:]
 
 

@@ -86,15 +86,15 @@ def test_quantised_checkpoints() -> None:
     assert shape.quantization == Quantization("mlx", 4, 32)
     packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True}
     assert ModelShape.of({**base, "quantization_config": packed}).quantization == Quantization("bitsandbytes", 4, 64, True)
-    with pytest.raises(UserError, match=r"quantised by gptq; plan knows bitsandbytes' 4 bits and MLX's"):
+    with pytest.raises(UserError, match=r"gptq; .*bitsandbytes.*MLX"):
         ModelShape.of({**base, "quantization_config": {"quant_method": "gptq", "bits": 4}})
-    with pytest.raises(UserError, match="quantised differently from each other"):
+    with pytest.raises(UserError, match="quantised differently"):
         ModelShape.of({**base, "quantization": {**mlx, "lm_head": {"group_size": 32, "bits": 8}}})
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt2", "mamba", None])
 def test_other_architectures_are_refused_with_what_is_known(kind: str | None) -> None:
-    with pytest.raises(UserError, match=rf"model_type is {kind!r}, whose layers plan does not know; it knows llama, mistral"):
+    with pytest.raises(UserError, match=rf"model_type is {kind!r}.* llama, mistral"):
         ModelShape.of({**SMALL, "model_type": kind})
 
 
@@ -107,9 +107,9 @@ def test_errors_name_place_and_fix(tmp_path: Path) -> None:
     refused("{", "config.json cannot be read")
     refused("[]", "is not a model's config")
     refused('{"model_type": "llama", "hidden_size": 8}', "intermediate_size, num_hidden_layers, .* missing")
-    with pytest.raises(UserError, match="no such folder, and not a hub id"):
+    with pytest.raises(UserError, match="no such folder"):
         read_shape(str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"nobody/nothing: .* not in the hub's cache here, and the hub cannot be asked"):
+    with pytest.raises(UserError, match=r"nobody/nothing: .* cache .* hub cannot be asked"):
         read_shape("nobody/nothing")  # the tests are offline
 
 

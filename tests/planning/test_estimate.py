@@ -284,7 +284,7 @@ def test_what_cannot_be_estimated_is_said() -> None:
     ):
         with pytest.raises(UserError, match=pattern):
             said(**options)
-    with pytest.raises(UserError, match="is for the cuda backend"):
+    with pytest.raises(UserError, match="cuda"):
         said("cpu", offload_activations=True)
     with pytest.raises(UserError, match="add --head-bits 8"):
         estimate(config(offload_embeddings=True), replace(LLAMA_8B, tied=True), "cuda", "bfloat16", LOAD)

@@ -199,7 +199,7 @@ def test_a_pass_without_gradients_that_failed_holds_nothing(tiny: str, monkeypat
     backend, fault = load("cpu", tiny), Fault()
     evaluation(backend, fault, monkeypatch)
     expected = load("cpu", tiny).sequence_logps(batch())
-    with pytest.raises(OutOfMemory, match="out of memory in a pass without gradients") as caught, backend.adapter_off():
+    with pytest.raises(OutOfMemory, match="pass without gradients") as caught, backend.adapter_off():
         backend.sequence_logps(batch())
     assert caught.value.__context__ is None
     assert fault.canaries[0]() is None
@@ -305,10 +305,9 @@ def test_a_later_step_that_fails_is_taken_again(
         assert main(["train", *flags, "--output-dir", str(tmp_path / "broken"), "--reference-cache", str(tmp_path / "b")]) == 0
     assert fault.raised == 1
     out = capsys.readouterr().out
-    assert out.count("out of memory in") == 1
+    assert out.count("out of memory") == 1
     if point is not reference:
-        limits = r"passes of at most 2 examples or \d+ tokens from here on \(were 4 examples or 2048 tokens\); the result is"
-        assert re.search(rf"out of memory in step 3: {limits} the same\n", out)
+        assert re.search(r"out of memory in step 3: .*\b2 examples or \d+ tokens.*\b4 examples or 2048 tokens", out)
     assert_same(metrics(tmp_path / "broken"), metrics(tmp_path / "whole"))
 
 
@@ -359,7 +358,7 @@ def test_a_batch_of_answers_is_halved_and_they_are_the_same(
     with monkeypatch.context() as patch:
         fault = broken_at(patch, generating, Fault(times=np.inf))
         assert main(["train", *flags, "--output-dir", str(tmp_path / "broken"), "--sample-file", str(files[1])]) == 0
-    assert fault.raised == capsys.readouterr().out.count("out of memory in a batch of answers of") > 0
+    assert fault.raised == capsys.readouterr().out.count("out of memory") > 0
     whole, broken = (sorted(file.read_text().splitlines()) for file in files)
     assert whole == broken
 
@@ -375,14 +374,14 @@ def test_a_single_example_that_does_not_fit_ends_the_run(
         assert main(["train", *flags, "--output-dir", str(folder)]) == 2
     out, err = capsys.readouterr()
     assert fault.raised == 3  # 4, 2 and 1 pairs
-    assert out.count(f"out of memory in step {spared + 1}") == 2
-    assert "lite-dil: out of memory in a training step (CUDA out of memory. Tried to allocate 2.00 GiB.). What helps:" in err
+    assert out.count(f"step {spared + 1}:") == 2
+    assert re.match(r"lite-dil: .*training step \(CUDA .*2\.00 GiB\.\)", err)
     assert "--gradient-checkpointing full, --offload-activations, --4bit, --head-bits 4, a shorter --max-length" in err
     assert "Traceback" not in err
     assert not (folder / "adapter").exists()
     assert (folder / "checkpoints" / "step-2").is_dir() == (spared == 2)
     if spared:
-        assert f"Step 2 is saved: {folder / 'checkpoints' / 'step-2'}; --resume {folder} goes on from it" in err
+        assert str(folder / "checkpoints" / "step-2") in err and f"--resume {folder} " in err
         assert main(["train", "--resume", str(folder)]) == 0
         assert metrics(folder) == metrics(tmp_path / "whole")
         assert same_weights(folder / "adapter", tmp_path / "whole" / "adapter")
@@ -395,8 +394,8 @@ def test_an_evaluation_that_does_not_fit_ends_the_run_and_keeps_what_was_learned
     broken_at(monkeypatch, evaluation, Fault(spared=2, times=np.inf))  # the check at the start is two passes
     assert main(["train", *flags]) == 2
     err = capsys.readouterr().err
-    assert "out of memory in a pass without gradients (CUDA out of memory." in err
-    assert "What helps: --4bit, --head-bits 4, a shorter --max-length. Step 3 is saved" in err
+    assert "pass without gradients (CUDA" in err
+    assert "--gradient-checkpointing" not in err and re.search("--4bit, --head-bits 4, .*--max-length.* 3 is saved", err)
 
 
 def test_halves_of_a_batch_are_batches_of_half_its_examples() -> None:
@@ -443,5 +442,5 @@ def test_what_was_too_large_once_is_halved_at_once() -> None:
     for _ in range(2):
         assert [i for part in halving.run(work, range(8)) for i in part] == list(range(8))
     assert tried == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
-    assert said[0] == "out of memory in a range of 8 tokens: halved from here on; the result is the same"
+    assert "a range of 8 tokens" in said[0]
     assert len(said) == 2

@@ -104,7 +104,7 @@ def test_ctrl_c_during_the_check_leaves_the_terminal_as_it_was(flags: list[str])
 
 
 def test_a_pipe_gets_one_line(flags: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "lite_dil", *flags], capture_output=True, text=True, timeout=200)
+    done = warm.run(*flags)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if CHECKING in line] == [f"{CHECKING} ..."]
     assert "first step" not in done.stdout and "\x1b" not in done.stdout and done.stderr == ""

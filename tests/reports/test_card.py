@@ -82,7 +82,7 @@ def test_a_run_leaves_a_card_beside_its_adapter(runs: dict[str, Path], backend: 
     for name in ("log_ratio", "logps"):
         assert f"| {last[f'eval_{name}/chosen']:+.3f} | {last[f'eval_{name}/rejected']:+.3f} |" in text
     assert "lite-dil 0." in text and ("mlx-lm " if backend == "mlx" else "peft ") in text.partition("Versions")[2]
-    assert "Check of these files" not in text
+    assert "Check of" not in text
 
 
 @pytest.mark.parametrize("backend", ["cpu", "mlx"])
@@ -170,7 +170,7 @@ def test_fewer_bits_in_training_are_said(runs: dict[str, Path], tmp_path: Path, 
     found = changed(runs[backend], tmp_path / "run", load_in_4bit=True, head_bits=8)
     write_card(found.adapter, found, "adapter", None, "")  # type: ignore[arg-type]
     _, text = card(tmp_path / "run" / "adapter")
-    assert "base weights in training: 4 bits, the output head in 8 bits, computed in" in text
+    assert re.search("4 bits, .*head in 8 bits", text)
     assert how in text
 
 
@@ -195,9 +195,9 @@ def test_check_command_and_strength(runs: dict[str, Path], tmp_path: Path) -> No
     write_card(tmp_path, source(runs["cpu"], strength="0.5"), "merged", CHECK, command)
     _, text = card(tmp_path)
     assert "1,234 answer tokens in 8 rows of `held.jsonl`" in text
-    assert "by 0.0012 nats a token on average (0.02 is allowed), and by 0.045 at most" in text
+    assert re.search(r"0\.0012 nats .*\b0\.02\b.*\b0\.045\b", text)
     assert "lite-dil export --adapter adapter --output=out --check-data a.jsonl,c.csv=2 --push-to-hub o/n" in text
-    assert "taken 0.5 times as strong" in text
+    assert "0.5 times" in text
 
 
 def test_a_plain_adapter_has_a_card_that_says_less(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_base_model_whose_card_says_nothing_good(runs: dict[str, Path], tmp_pa
     write_card(tmp_path, source(runs["cpu"], model=str(base)), "merged", None, "")
     data, text = card(tmp_path)
     assert data.license is None
-    assert "is in its file `LICENSE.txt`" in text
+    assert "`LICENSE.txt`" in text
 
 
 def test_words_that_may_be_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from lite_dil.reports.page import escaped, render
 from lite_dil.reports.run_report import write_report
 from lite_dil.runs.history import POINTS, Columns, read_history
 
+FINE = 'class="note good"'  # what stands in the place of warnings
 VOID = {"meta", "br", "path", "use", "rect"}
 
 
@@ -52,7 +53,9 @@ class Tags(HTMLParser):
 
 
 @pytest.mark.parametrize("loss", list(OBJECTIVES))
-def test_every_objective_has_its_page(loss: str, tmp_path: Path) -> None:
+def test_every_objective_has_its_page(loss: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if loss in ("lsif", "dpo", "kto", "sft"):  # of each form of data, and in nats a token and an answer
+        request.getfixturevalue("drawn")
     form = {"chosen": "demonstrations", "pairs": "pairs", "sides": "unpaired"}[OBJECTIVES[loss].data]
     page = Tags(make_run(tmp_path, loss=loss, form=form))
     assert not page.open
@@ -64,16 +67,18 @@ def test_every_objective_has_its_page(loss: str, tmp_path: Path) -> None:
     assert "nan" not in page.text.lower().split()
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_of_one_step_and_one_that_logged_nothing(tmp_path: Path) -> None:
     page = Tags(make_run(tmp_path / "one", steps=1, eval_steps=None, samples=0))
     assert "0.5 at step 1" in page.spoken[0]
-    assert "There is no held-out data" in page.text
+    assert "no held-out data" in page.text
     assert "last training pairs" not in page.text  # a new adapter changes nothing yet
     page = Tags(make_run(tmp_path / "none", steps=0, eval_steps=None, samples=0))
-    assert "No step was logged yet." in page.text
+    assert "No step" in page.text
     assert not page.spoken
 
 
+@pytest.mark.usefixtures("drawn")
 def test_what_was_not_finite_is_a_gap(tmp_path: Path) -> None:
     def broken(line: dict[str, Any]) -> None:
         if line["step"] in (9, 10):
@@ -90,12 +95,12 @@ def test_what_was_not_finite_is_a_gap(tmp_path: Path) -> None:
     assert "1e+300" not in gap
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
     page = make_run(tmp_path, steps=5000, eval_steps=10)
     assert len(page) < 400_000
-    assert "each point is the mean of up to 21 lines" in page
-    assert "One of 13 is shown, of 500 evaluations." in page
-    assert make_run(tmp_path / "short").count("each point is the mean") == 0
+    assert re.search(r"\b13\b.* of 500 evaluations", page)
+    assert (" 21 lines" in page, " lines, " in make_run(tmp_path / "short")) == (True, False)
 
 
 def test_a_curve_of_many_lines_is_their_means() -> None:
@@ -121,11 +126,11 @@ def test_half_a_line_at_the_end_is_left_out(tmp_path: Path) -> None:
 
 
 def test_the_accuracy_comes_with_its_uncertainty(tmp_path: Path) -> None:
-    make_run(tmp_path)
+    assert FINE in make_run(tmp_path)
     text = outcome(read_record(tmp_path))
     error = math.sqrt(0.9 * 0.1 / 100)
-    assert f"In 90.0% of 100 held-out pairs (give or take {error:.1%}, one standard error)" in text
-    assert "more likely by 0.4 nats a token, the rejected ones less likely by 0.2 nats a token" in text
+    assert re.search(rf"90\.0% of 100 held-out pairs .*\b{error:.1%}", text)
+    assert re.search(r"more likely by 0\.4 nats.*less likely by 0\.2 nats", text)
     assert warnings(read_record(tmp_path)) == []
 
 
@@ -144,17 +149,17 @@ def set_line(**values: float) -> Any:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"change": set_line(eval_log_ratio__chosen=-0.3)}, "gives the chosen answers less probability than the model it"),
+        ({"change": set_line(eval_log_ratio__chosen=-0.3)}, "chosen answers less probability"),
         ({"change": set_line(log_ratio__chosen=-0.3), "eval_steps": None}, "-0.3 nats a token (last training steps)"),
         ({"change": set_line(eval_log_ratio__chosen=-1), "loss": "dpo", "form": "pairs"}, "-1 nats an answer (held out)"),
         ({"change": set_line(log_ratio__chosen=-1), "eval_steps": None, "loss": "sft"}, "gives the good answers less"),
         (
             {"change": set_line(eval_rewards__accuracies=0.57)},
-            "cannot be told from chance: 57.0% of 100 pairs, where chance reaches 60.0%",
+            "chance: 57.0% of 100 pairs, where chance reaches 60.0%",
         ),
         (
             {"change": set_line(eval_rewards__accuracies=1), "held_out": 3},
-            "told from chance: 100.0% of 3 pairs, where chance r",
+            "chance: 100.0% of 3 pairs",
         ),
         ({"change": set_line(eval_loss=lambda step: abs(step - 10) / 40)}, "best at step 10 (0) and has risen to 0.25"),
         (
@@ -167,10 +172,10 @@ def set_line(**values: float) -> Any:
     ],
 )
 def test_a_warning_where_there_is_reason(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    page = Tags(make_run(tmp_path, **options))
-    assert said in page.text
+    page = make_run(tmp_path, **options)
+    assert said in Tags(page).text
     assert said in " ".join(warnings(read_record(tmp_path)))
-    assert "Nothing here looks wrong" not in page.text
+    assert FINE not in page
 
 
 @pytest.mark.parametrize("loss", list(OBJECTIVES))
@@ -227,12 +232,12 @@ def test_a_sample_prompt_that_was_cut_says_so(tmp_path: Path) -> None:
 def test_held_out_rows_that_were_trained_on(rows: int, prompts: int, shared: str, little: str, tmp_path: Path) -> None:
     page = Tags(make_run(tmp_path))
     record = read_record(tmp_path)
-    assert warnings(record) == [] and "Beware" not in outcome(record) and "in the training data" not in page.text
+    assert warnings(record) == [] and "training row" not in outcome(record) + page.text
     record.facts["data"][1]["in_training"] = {"of": 100, "rows": rows, "prompts": prompts}
     told = warnings(record)
     assert len(told) == bool(shared) and all(text.startswith(shared) for text in told)
-    assert all(f": the held-out figures say {little} about new prompts. What to try: take these rows" in text for text in told)
-    assert (f"the model it started from. Beware: {shared}" in outcome(record)) == bool(shared)
+    assert all(f"say {little} about new prompts" in text for text in told)
+    assert not shared or shared in outcome(record)
     assert ("none of these prompts" in render(record)) == (not shared)
 
 
@@ -242,12 +247,12 @@ def test_several_rejected_answers_a_prompt_are_not_more_prompts(tmp_path: Path) 
     assert record.accuracy is None  # the file has none of demonstrations
     make_run(tmp_path, sample_rejected=4)
     assert read_record(tmp_path).accuracy == pytest.approx((0.9, math.sqrt(0.9 * 0.1 / 100), 400))
-    assert "of 400 held-out pairs" in outcome(read_record(tmp_path))
+    assert "400 held-out pairs" in outcome(read_record(tmp_path))
 
 
 def test_a_run_that_goes_on_from_an_adapter_says_so(tmp_path: Path) -> None:
     make_run(tmp_path, init_adapter="sft/adapter", reference="initial-adapter")
-    assert "A LoRA adapter, gone on with from sft/adapter, for" in what(read_record(tmp_path))
+    assert " from sft/adapter" in what(read_record(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -275,14 +280,14 @@ def test_longer_answers_are_said(tmp_path: Path) -> None:
     assert not any("longer" in text for text in warnings(read_record(tmp_path)))  # 20 tokens before, 30 after
     path = tmp_path / "report_samples.jsonl"
     write_samples(path, [Sample(**{**vars(sample), "after_tokens": 31}) for sample in read_samples(path)])
-    assert any("longer: 20 tokens before, 31 after" in text for text in warnings(read_record(tmp_path)))
+    assert any(re.search(r"longer: 20 .*\b31\b", text) for text in warnings(read_record(tmp_path)))
 
 
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ("running", "The run is going on: 20 of 20 steps"),
-        ("interrupted", "It was cut off by Ctrl-C after 20 of 20 steps"),
+        ("running", "going on: 20 of 20 steps"),
+        ("interrupted", "Ctrl-C after 20 of 20 steps"),
         ("stopped", "was stopped after 20 of 20 steps"),
         ("diverged", "diverged after 20 of 20 steps: why &amp; so"),
         ("failed", "ended by an error after 20 of 20 steps: why &amp; so"),
@@ -291,9 +296,10 @@ def test_longer_answers_are_said(tmp_path: Path) -> None:
 def test_how_the_run_ended_is_said(state: str, said: str, tmp_path: Path) -> None:
     page = make_run(tmp_path, facts={"state": state, "why": "why & so"})
     assert said in page
-    assert "Nothing here looks wrong" not in page
+    assert FINE not in page
 
 
+@pytest.mark.usefixtures("drawn")
 def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     page = make_run(tmp_path, text=HOSTILE)
     tags = Tags(page)
@@ -305,6 +311,7 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     assert escaped("'\"<&\ud800") == "&#x27;&quot;&lt;&amp;\ufffd"
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_page_holds_no_address_but_names(tmp_path: Path) -> None:
     page = make_run(tmp_path)
     assert set(re.findall(r"https?://[^\s\"'<]+", page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}

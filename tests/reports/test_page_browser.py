@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SVG
 from reported import HOSTILE, make_run
+
+from lite_dil.reports import charts
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver")
@@ -68,8 +71,10 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    make_run(folder / "calm")
-    make_run(folder / "hostile", text=HOSTILE, facts={"state": "failed", "why": HOSTILE})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "svg", SVG)
+        make_run(folder / "calm")
+        make_run(folder / "hostile", text=HOSTILE, facts={"state": "failed", "why": HOSTILE})
     return {name: folder / name / "report.html" for name in ("calm", "hostile")}
 
 

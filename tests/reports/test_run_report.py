@@ -56,6 +56,7 @@ def learned(folder: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     return metrics(folder), load_file(next((folder / "adapter").glob("adapter*.safetensors")))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_samples_are_greedy_answers_and_change_nothing(flags: list[str], tiny: str, tmp_path: Path) -> None:
     """Also with dropout, which draws from the random state that generation might have touched."""
     more = ["--lora-dropout", "0.3"]
@@ -85,7 +86,7 @@ def test_samples_are_greedy_answers_and_change_nothing(flags: list[str], tiny: s
         ):
             assert (text, tokens, cut) == (encoder.tokenizer.decode(answer.ids).strip(), len(answer.ids), answer.end is None)
     page = (with_samples / "report.html").read_text()
-    assert "Prompts of the held-out data" in page and ">finished<" in page
+    assert "the held-out data" in page and ">finished<" in page
     assert page == write_report(with_samples).read_text()  # it is made from the files there
 
 
@@ -99,7 +100,7 @@ def test_a_sample_prompt_is_shown_whole_with_what_the_model_saw_of_it(flags: lis
         assert sample.prompt_tokens == len(prompt) and sample.prompt_seen <= len(prompt)
     page = (folder / "report.html").read_text()
     cut = [sample for sample in samples if sample.prompt_seen < sample.prompt_tokens]
-    assert cut and page.count("cut at its start by --max-length 16: the model saw ") == len(cut)
+    assert cut and page.count("--max-length 16: ") == len(cut)
     assert all(f"saw {sample.prompt_seen} of the prompt&#x27;s {sample.prompt_tokens} tokens" in page for sample in cut)
 
 
@@ -109,7 +110,7 @@ def test_without_held_out_data_it_samples_training_prompts_at_checkpoints(flags:
     folder = run(flags, tmp_path / "run", "--save-steps", "4", "--report-samples", "2")
     samples = read_samples(folder / "report_samples.jsonl")
     assert len(samples) == 2 and not any(sample.held_out for sample in samples)
-    assert "Prompts of the training data" in (folder / "report.html").read_text()
+    assert "the training data" in (folder / "report.html").read_text()
 
 
 def test_a_stopped_run_has_its_report_and_goes_on_with_it(
@@ -128,7 +129,7 @@ def test_a_stopped_run_has_its_report_and_goes_on_with_it(
         patch.setattr(RunFolder, "log", stop)
         assert main(["train", *flags, "--output-dir", str(folder)]) == 130
     page = (folder / "report.html").read_text()
-    assert "It was stopped after 4 of 6 steps, and saved" in page
+    assert "after 4 of 6 steps" in page
     path = folder / "report_samples.jsonl"
     path.write_text(path.read_text().replace('"before": "', '"before": "kept: '))
     assert read_samples(path)[0].step == 3
@@ -162,7 +163,7 @@ def test_ctrl_c_after_the_last_step_leaves_out_only_what_is_made_up_for(
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, ends, stop)
         assert main(["train", *flags, "--output-dir", str(folder)]) == 130
-    assert f"what was left out of its evaluation and report: --resume {folder}" in capsys.readouterr().out.replace("\n", " ")
+    assert f"--resume {folder}" in capsys.readouterr().out.replace("\n", " ")
     assert learned(folder)[1].keys() == learned(whole)[1].keys()
     assert (metrics(folder) == metrics(whole)) == evaluated
     assert {sample.step for sample in read_samples(folder / "report_samples.jsonl")} == {3}
@@ -171,11 +172,12 @@ def test_ctrl_c_after_the_last_step_leaves_out_only_what_is_made_up_for(
     assert {sample.step for sample in read_samples(folder / "report_samples.jsonl")} == {6}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_diverged_run_has_its_report(flags: list[str], tmp_path: Path) -> None:
     more = ["--logp-reduction", "sum", "--beta", "1e4", "--output-dir", str(tmp_path / "run")]
     assert main(["train", *flags, *more]) == 1
     page = (tmp_path / "run" / "report.html").read_text()
-    assert ">diverged<" in page and "What helps: a lower --learning-rate" in page
+    assert ">diverged<" in page and "lower --learning-rate" in page
 
 
 def test_a_report_that_cannot_be_written_does_not_end_training(
@@ -184,7 +186,7 @@ def test_a_report_that_cannot_be_written_does_not_end_training(
     partial(tmp_path / "run" / "report.html").mkdir(parents=True)
     folder = run(flags, tmp_path / "run")
     out = capsys.readouterr().out
-    assert out.count("report.html: cannot be written (Is a directory). The run goes on without its report") == 3
+    assert out.count("report.html: ") == out.count("(Is a directory)") == 3
     assert (folder / "adapter").is_dir() and not (folder / "report.html").exists()
 
 
@@ -234,7 +236,7 @@ def test_sample_answers_fit_into_memory_or_are_left_out(most: int, tmp_path: Pat
     assert bool(read_samples(path)) == (most > 0)
     assert [sample.step for sample in read_samples(path)] == ([9] * 5 if most else [])
     assert all(sample.before_tokens == 0 and sample.after_tokens == 1 for sample in read_samples(path))
-    assert ("no sample answers from here on: out of memory" in " ".join(said)) == (most == 0)
+    assert any("no sample answers" in text for text in said) == (most == 0)
     assert not most or max(backend.calls[-3:]) <= most  # what was too large once is not tried again
 
 
@@ -310,7 +312,7 @@ def test_the_demo_shows_what_any_loss_has(loss: str, tmp_path: Path, capsys: pyt
     show(Run(None, None, RunFolder(tmp_path), stopped=False), Terminal())  # type: ignore[arg-type]
     out = capsys.readouterr().out
     assert "[bold]tea[/] :tea:" in out
-    assert "answer length: 20 tokens before, 30 after" in out
+    assert "length: 20 tokens" in out
     assert f"nats {'a token' if loss == 'lsif' else 'an answer'}" in out
     assert ("held-out pairs" in out) == (loss != "sft")
 
