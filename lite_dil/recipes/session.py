@@ -123,7 +123,7 @@ def _load(
         display.say(chosen)
     registry.import_library(config.backend)
     before = peak_rss_mb()
-    backend = registry.load(config.backend, config, model, config, config)
+    backend = registry.load(config.backend, config, model, config, config, display.say)
     display.say(f"{config.model} on {backend.description}")
     if backend.layout_reason:
         display.say(backend.layout_reason)
