@@ -79,11 +79,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, row: Row, scores: Scores) -> Tensor:
     blocks = max(2, tokens // FLEX_BLOCK)  # torch would compile a single one anew
     if scores.window not in row.masks:
         row.masks[scores.window] = mask(row.segments, scores.window, blocks * FLEX_BLOCK, q.device)
-    out = _run(_kernels[kind].run, (q, k, v), row.masks[scores.window])
+    out = call(_kernels[kind].run, (q, k, v), row.masks[scores.window])
     return out.transpose(1, 2)[:, :tokens]
 
 
-def _run(run: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor], lists: list[Tensor]) -> Tensor:
+def call(run: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor], lists: list[Tensor]) -> Tensor:
     """Call a compiled function so that every call has the properties by which torch tells its variants apart."""
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     tokens = lists[0].shape[1]
@@ -174,6 +174,15 @@ def _function(kind: Kind, blocks: Blocks) -> Callable[..., Tensor]:
     return packed
 
 
+def compiled_function(kind: Kind, blocks: Blocks, backend: Any = "inductor") -> Callable[..., Tensor]:
+    """Return a function for `call` that torch compiles when it is first called."""
+    function: Any = _function(kind, blocks)
+    # torch keeps variants, 8 at most, and what it takes for dynamic, by code object and name: each of these has its own.
+    function.__code__ = function.__code__.replace(co_name=f"packed_{next(_numbers)}")
+    # With fullgraph it raises where it would go on without its compiler, which takes whole score matrices.
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
 def compiled(kind: Kind, tokens: int = 2 * FLEX_BLOCK, window: int | None = None) -> Kernels:
     """Compile forward and backward for a kind of layer, and run both on `tokens` tokens of zeros.
 
@@ -187,10 +196,7 @@ def compiled(kind: Kind, tokens: int = 2 * FLEX_BLOCK, window: int | None = None
     blocks: Blocks = {}
     forward, backward = iter(FORWARD), iter(BACKWARD)
     while True:
-        function: Any = _function(kind, blocks)
-        # torch keeps variants, 8 at most, and what it thinks dynamic, by code object and name: each of these has its own.
-        function.__code__ = function.__code__.replace(co_name=f"packed_{next(_numbers)}")
-        run = torch.compile(function, fullgraph=True)  # with it, torch raises where it would go on without its compiler
+        run = compiled_function(kind, blocks)
         shapes = ((kind.heads, kind.width), (kind.key_heads, kind.width), (kind.key_heads, kind.value_width))
         q, k, v = (
             torch.zeros(1, heads, tokens, width, dtype=kind.dtype, device=kind.device, requires_grad=True)
@@ -198,8 +204,8 @@ def compiled(kind: Kind, tokens: int = 2 * FLEX_BLOCK, window: int | None = None
         )
         smaller = forward
         try:
-            with _quiet():
-                out = _run(run, (q, k, v), lists)
+            with _quiet(), torch.enable_grad():  # the first call may be one without
+                out = call(run, (q, k, v), lists)
                 smaller = backward
                 out.backward(torch.zeros_like(out))
                 torch.cuda.synchronize(kind.device)
