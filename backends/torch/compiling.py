@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import subprocess
 from collections.abc import Iterator
@@ -28,17 +27,17 @@ TOO_LARGE = re.compile(r"out of resource.*?[Rr]equired: (\d+),? [Hh]ardware limi
 
 def errors() -> tuple[type[Exception], ...]:
     """Return the types of what may mean that something cannot be compiled; `why_not` tells what does not."""
-    kinds: list[type[Exception]] = [RuntimeError, subprocess.CalledProcessError]  # the compiler's own are RuntimeErrors
-    for module, name in (
-        ("triton.compiler.errors", "CompilationError"),
-        ("triton.runtime.errors", "OutOfResources"),
-        ("triton.runtime.errors", "PTXASError"),
-    ):
-        try:
-            kinds.append(getattr(importlib.import_module(module), name))
-        except (ImportError, AttributeError):  # no Triton, or one that has no such error
-            continue
-    return tuple(kinds)
+    # torch's own are RuntimeErrors; the second is a C compiler's failure.
+    return (RuntimeError, subprocess.CalledProcessError, *_tritons())
+
+
+def _tritons() -> tuple[type[Exception], ...]:
+    try:
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources, PTXASError
+    except ImportError:  # there is no Triton for this machine, or it is not installed
+        return ()
+    return CompilationError, OutOfResources, PTXASError
 
 
 def why_not(error: Exception) -> str:
@@ -55,7 +54,7 @@ def why_not(error: Exception) -> str:
         if any(re.search(pattern, str(one)) for one in chain):
             return cause
     ours = (exc.TorchRuntimeError, exc.UserError)  # raised by the function that is compiled
-    known = (exc.TorchDynamoException, *(kind for kind in errors() if kind is not RuntimeError))
+    known = (exc.TorchDynamoException, subprocess.CalledProcessError, *_tritons())
     if isinstance(error, ours) or not isinstance(error, known):
         raise error
     return f"{type(chain[-1]).__name__}: {first_line(chain[-1])}"

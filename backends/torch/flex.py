@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -32,8 +32,16 @@ BACKWARD: tuple[Blocks, ...] = tuple(
     for few, many in ((16, 32), (16, 16))
 )
 # Of BlockMask: partial and full blocks of keys for each block of queries, and the reverse.
-LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-LISTS += ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
+LISTS = (
+    "kv_num_blocks",
+    "kv_indices",
+    "full_kv_num_blocks",
+    "full_kv_indices",
+    "q_num_blocks",
+    "q_indices",
+    "full_q_num_blocks",
+    "full_q_indices",
+)
 
 
 class Kind(NamedTuple):
@@ -166,10 +174,10 @@ def _function(kind: Kind, blocks: Blocks) -> Callable[..., Tensor]:
             return ((key >= own[query]) & (key <= query)) | ((key >= first[query]) & (key < end[query]))
 
         size, sides = (FLEX_BLOCK, FLEX_BLOCK), (q.shape[2], q.shape[2])
-        named = dict(zip(LISTS, lists, strict=True))
+        named: dict[str, Any] = dict(zip(LISTS, lists, strict=True))
         block_mask = BlockMask(seq_lengths=sides, BLOCK_SIZE=size, mask_mod=allowed, **named)
-        change = capped if kind.cap else None
-        return flex_attention(q, k, v, change, block_mask, kind.scale, enable_gqa=True, kernel_options=dict(blocks))
+        change, options = capped if kind.cap else None, cast(Any, dict(blocks))
+        return flex_attention(q, k, v, change, block_mask, kind.scale, enable_gqa=True, kernel_options=options)
 
     return packed
 

@@ -1,7 +1,7 @@
 """FlexAttention without a card: which keys a row's queries see, how many variants are compiled, what errors are told as.
 
-Only a card can show that CUDA's kernels compute right, forward and backward. Here the mask is compared with the plain rule, token
-by token; the function that CUDA compiles runs through torch's compiler on the CPU, which has a forward pass alone.
+Only a card can show that CUDA's kernels compute right, forward and backward. Here the mask is compared with the plain rule,
+token by token; the function that CUDA compiles runs through torch's compiler on the CPU, which has a forward pass alone.
 """
 
 from __future__ import annotations
