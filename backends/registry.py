@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from lite_dil.base.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lite_dil.backends.options import EngineOptions
     from lite_dil.backends.protocol import Backend
     from lite_dil.models.options import ModelOptions, ResolvedAdapter
@@ -94,13 +96,19 @@ def import_library(name: str) -> str:
 
 
 def load(
-    name: str, options: ModelOptions, model: str, adapter: ResolvedAdapter | None, training: EngineOptions | None
+    name: str,
+    options: ModelOptions,
+    model: str,
+    adapter: ResolvedAdapter | None,
+    training: EngineOptions | None,
+    say: Callable[[str], None] | None = None,
 ) -> Backend:
     """Load `model` (a folder or hub id) on backend `name`, "cuda", "cpu" or "mlx".
 
     Args:
         adapter: the policy's adapter; None for the bare base, which the policy then is.
         training: how it is trained; None to load it for inference, with nothing of what training needs.
+        say: takes a line for people before what takes long and shows nothing; on MLX there is no such thing.
     """
     prepare(name, options, training)
     import_library(name)
@@ -110,4 +118,4 @@ def load(
         return MLXBackend(options, model, adapter, training)
     from lite_dil.backends.torch import backend
 
-    return backend.load(options, model, adapter, training, device=name)
+    return backend.load(options, model, adapter, training, name, say)

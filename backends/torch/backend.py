@@ -29,6 +29,7 @@ from lite_dil.backends.torch.offload import ActivationOffload
 from lite_dil.backends.torch.reading import Reader
 from lite_dil.backends.torch.score_head import ScoreHead
 from lite_dil.backends.types import OWN, POLICY, REFERENCE, Answer, Head, MicroBatch, Sampling, StepResult, joined, never
+from lite_dil.base.display import Silent
 from lite_dil.base.errors import OutOfMemory, UserError, first_line
 from lite_dil.base.memory import keep_freed_memory, peak_rss_mb
 from lite_dil.batching.batch import Batch
@@ -48,6 +49,7 @@ class TorchBackend:
         adapter: ResolvedAdapter | None,
         training: EngineOptions | None,
         device: str,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.name, self.device, self.training = device, torch.device(device), training
         check_options(device, options, training)
@@ -89,7 +91,7 @@ class TorchBackend:
         self.layout_reason = ""
         if training:
             probe = (base, self.reader, self.token_logps, training, model, self.dtype_name)
-            self.layout_reason = torch_probing.choose_layout(*probe)
+            self.layout_reason = torch_probing.choose_layout(*probe, say or Silent().say)
         self.layout = self.reader.layout
         bits = ", 4-bit" if self.in_4bit else ""
         bits += f", {options.head_bits}-bit head" if options.head_bits else ""
@@ -369,10 +371,15 @@ class TorchBackend:
 
 
 def load(
-    options: ModelOptions, model: str, adapter: ResolvedAdapter | None, training: EngineOptions | None, device: str
+    options: ModelOptions,
+    model: str,
+    adapter: ResolvedAdapter | None,
+    training: EngineOptions | None,
+    device: str,
+    say: Callable[[str], None] | None = None,
 ) -> TorchBackend:
     """Load a model, or raise UserError where memory does not hold it."""
-    make = partial(TorchBackend, options, model, adapter, training, device)
+    make = partial(TorchBackend, options, model, adapter, training, device, say)
     helps = [] if options.load_in_4bit else ["--4bit"]
     if training is None or not training.unsloth:
         helps += [] if options.head_bits else ["--head-bits 8"]

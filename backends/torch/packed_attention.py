@@ -1,58 +1,25 @@
 """Attention over a packed row, for transformers' models: each prompt once, its responses after it, many pairs end to end.
 
-On CUDA it is FlexAttention with a block mask. On a CPU it is a function of its own, which takes a block of queries at a time
-and leaves out the keys that no query of it can see: no mask is larger than such a block.
+On CUDA it is FlexAttention (`flex`). On a CPU it is a function of this file, which takes a block of queries at a time and
+leaves out the keys that no query of it can see: no mask is larger than such a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lite_dil.backends.limits import TORCH_QUERIES
-from lite_dil.batching.layouts import Packed, Segment
+from lite_dil.backends.torch import flex
+from lite_dil.backends.torch.row import Row, Scores, Unsupported
+from lite_dil.batching.layouts import Segment
 
 NAME = "lite_dil_packed"
-
-
-class Unsupported(Exception):
-    """The model's attention is of a kind that a packed row cannot have."""
-
-
-@dataclass
-class Row:
-    """What the layers need to know of the row that is being computed.
-
-    Attributes:
-        read: (n,) the positions whose output of the last layer is read: those of `index`, each once.
-        index: (n,) which of all the row's hidden states the decoder returns.
-        longest: tokens of its longest sequence.
-        last_layer: the number of the model's last layer, of whose prompts only the last token is read.
-    """
-
-    segments: tuple[Segment, ...]
-    read: Tensor
-    index: Tensor
-    position_ids: Tensor
-    longest: int
-    last_layer: int
-    masks: dict[Any, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, layout: Packed, device: torch.device, last_layer: int = -1, wanted: np.ndarray | None = None) -> Row:
-        """Put a layout on the device; `wanted` are the hidden states that are read, by default those that predict."""
-        index = torch.from_numpy(layout.hidden_index if wanted is None else wanted)
-        longest = max(segment.prompt + max(segment.responses, default=0) for segment in layout.segments)
-        positions = torch.from_numpy(layout.position_ids).to(device)
-        return cls(layout.segments, torch.unique(index).to(device), index.to(device), positions, longest, last_layer)
 
 
 _active: list[Row | None] = [None]  # a list, and not a context variable: CUDA's backward pass runs in another thread
@@ -103,21 +70,13 @@ def attention(
         raise Unsupported("its attention has more than a scale, a soft cap and a window")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window if sliding_window is not None and sliding_window < row.longest else None
+    scores = Scores(scale, softcap or 0.0, window)
     if query.device.type == "cuda":
-        return _flex(query, key, value, row, scale, softcap, window), None
-    last = getattr(module, "layer_idx", None) == row.last_layer
-    return _Blocks.apply(query, key, value, row.segments, Scores(scale, softcap or 0.0, window), last), None
+        return flex.attend(query, key, value, row, scores), None
+    return blockwise(query, key, value, row, scores, getattr(module, "layer_idx", None) == row.last_layer), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
-
-
-class Scores(NamedTuple):
-    """What becomes of a query's product with a key: scaled, capped by ``cap * tanh(s / cap)``, and seen within a window."""
-
-    scale: float
-    cap: float
-    window: int | None
 
 
 class Unit(NamedTuple):
@@ -236,48 +195,16 @@ class _Blocks(torch.autograd.Function):
         return grad_q, grad_k[None].to(k.dtype), grad_v[None].to(v.dtype), None, None, None
 
 
-def _allowed(row: Row, window: int | None) -> Callable[[Any, Any, Any, Any], Any]:
-    """Return FlexAttention's mask function: whether token q of the row attends to token k."""
-    tokens = row.position_ids.shape[1]
-    segment = torch.full((tokens,), -1, dtype=torch.int32)
-    response = torch.zeros(tokens, dtype=torch.int32)
-    for number, part in enumerate(row.segments):
-        at = part.start + part.prompt
-        segment[part.start : at + sum(part.responses)] = number
-        for order, length in enumerate(part.responses, 1):
-            response[at : at + length] = order
-            at += length
-    segment, response, position = (x.to(row.position_ids.device) for x in (segment, response, row.position_ids[0]))
+def blockwise(q: Tensor, k: Tensor, v: Tensor, row: Row, scores: Scores, last: bool = False) -> Tensor:
+    """Attend over a row on the CPU, as `flex.attend` does on CUDA; `last` leaves out what nobody reads of the last layer.
 
-    def allowed(batch: Any, head: Any, q: Any, k: Any) -> Any:
-        mask = (q >= k) & (segment[q] == segment[k]) & ((response[k] == 0) | (response[k] == response[q]))
-        return mask if window is None else mask & (position[q] - position[k] < window)
+    Args:
+        q: (1, heads, tokens, head width); k and v may have fewer heads.
 
-    return allowed
-
-
-@cache
-def _compiled() -> tuple[Any, Any]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    return torch.compile(flex_attention), torch.compile(create_block_mask)
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float, softcap: float | None, window: int | None) -> Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    # Uncompiled it holds whole score matrices, which is for the tests on a CPU.
-    flex, make_mask = _compiled() if q.device.type == "cuda" else (flex_attention, create_block_mask)
-    if window not in row.masks:
-        tokens = q.shape[2]
-        row.masks[window] = make_mask(_allowed(row, window), None, None, tokens, tokens, device=str(q.device))
-    cap = None
-    if softcap:
-
-        def cap(score: Any, *_: Any) -> Any:
-            return softcap * torch.tanh(score / softcap)
-
-    return flex(q, k, v, score_mod=cap, block_mask=row.masks[window], scale=scale, enable_gqa=True).transpose(1, 2)
+    Returns:
+        (1, tokens, heads, head width).
+    """
+    return _Blocks.apply(q, k, v, row.segments, scores, last)
 
 
 def why_not(base: Any, max_length: int) -> str:

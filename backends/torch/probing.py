@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tolerance
-from lite_dil.backends.torch import packed_attention
+from lite_dil.backends.torch import out_of_memory, packed_attention
 from lite_dil.backends.torch.head import vocabulary
 from lite_dil.backends.torch.reading import Reader
+from lite_dil.backends.torch.row import Unsupported
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
+from lite_dil.objectives.loss import SUMS
 
 Logps = Callable[[Batch], np.ndarray]
 REPEATED = "plain layout, each prompt computed for each of its answers"
@@ -37,16 +40,25 @@ def check_head(base: Any, reader: Reader, logps: Logps, model: str, dtype_name: 
         raise HeadMismatch(model, difference)
 
 
-def choose_layout(base: Any, reader: Reader, logps: Logps, training: EngineOptions, model: str, dtype_name: str) -> str:
+def choose_layout(
+    base: Any,
+    reader: Reader,
+    logps: Logps,
+    training: EngineOptions,
+    model: str,
+    dtype_name: str,
+    say: Callable[[str], None],
+) -> str:
     """Take the packed layout where it is right for this model, which is computed and not assumed.
 
-    Returns a sentence for people where auto could not take it, else nothing.
+    On CUDA its kernels are compiled here, which `say` is told before. Returns a sentence for people where auto could not take
+    it, else nothing.
     """
     if training.unsloth:
         return f"{REPEATED}: unsloth's kernels know no other"
     if training.layout == "plain":
         return ""
-    reason = packed_attention.why_not(base, training.max_length) or _packed_differs(reader, logps, dtype_name)
+    reason = packed_attention.why_not(base, training.max_length) or _packed_differs(reader, logps, dtype_name, say)
     if not reason:
         reader.layout = "packed"
     elif training.layout == "packed":
@@ -54,19 +66,41 @@ def choose_layout(base: Any, reader: Reader, logps: Logps, training: EngineOptio
     return f"{REPEATED}: {reason}" if reason else ""
 
 
-def _packed_differs(reader: Reader, logps: Logps, dtype_name: str) -> str:
-    """Compare both layouts on a few tokens."""
+def _packed_differs(reader: Reader, logps: Logps, dtype_name: str, say: Callable[[str], None]) -> str:
+    """Compare both layouts on a few tokens, log-probs and gradients."""
     if reader.last_layer < 0:
         return "its layers are unknown"
     batch = layout_probe(vocabulary(reader.head))
-    expected = logps(batch)
+    expected, slopes = logps(batch), _gradient(reader, batch)
     reader.layout = "packed"
     try:
+        if reader.device.type == "cuda":
+            say("compiling FlexAttention for this GPU, which may take minutes the first time")
         difference = float(np.abs(logps(batch) - expected).max())
-    except packed_attention.Unsupported as error:
+        turned = float((_gradient(reader, batch) - slopes).norm() / slopes.norm().clamp_min(1e-30))
+    except Unsupported as error:
         return str(error)
     finally:
         reader.layout = "plain"
-    if difference < tolerance(dtype_name):
-        return ""
-    return f"its log-probs differ from the plain layout's by {difference:.3g} nats"
+    if not difference < tolerance(dtype_name):
+        return f"its log-probs differ from the plain layout's by {difference:.3g} nats"
+    if not turned < tolerance(dtype_name):
+        return f"its gradients differ from the plain layout's by {turned:.3g} of their norm"
+    return ""
+
+
+def _gradient(reader: Reader, batch: Batch) -> Tensor:
+    """Return the gradient of all log-probs' sum, by every weight that can be trained, in one float32 array on the CPU."""
+    weights = [weight for weight in reader.decoder.parameters() if weight.requires_grad]
+
+    def run() -> Tensor:
+        if weights:
+            reader.logps(batch, SUMS).sum().backward()
+        found = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+        return torch.cat([torch.zeros(0), *(x.flatten().float().cpu() for x in found)])
+
+    try:
+        return out_of_memory.whole("the comparison of layouts", reader.device, run)
+    finally:
+        for weight in weights:
+            weight.grad = None

@@ -124,7 +124,7 @@ def _load(
     if remark := registry.import_library(config.backend):
         display.say(remark)
     before = peak_rss_mb()
-    backend = registry.load(config.backend, config, model, config, config)
+    backend = registry.load(config.backend, config, model, config, config, display.say)
     display.say(f"{config.model} on {backend.description}")
     if backend.layout_reason:
         display.say(backend.layout_reason)

@@ -25,9 +25,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from lite_dil.backends.torch import flex, packed_attention
 from lite_dil.backends.torch import fused as torch_fused
-from lite_dil.backends.torch import packed_attention
-from lite_dil.backends.torch.packed_attention import Row
+from lite_dil.backends.torch.row import Row, Scores
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import packed
@@ -150,17 +150,31 @@ def test_layouts_that_a_config_forbids(change: dict[str, Any], reason: str) -> N
 
 def test_a_model_whose_packed_layout_differs_gets_the_plain_one(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What no config tells, the comparison at start-up sees: here, positions that the model does not take from its caller."""
-    rotate = packed_attention.Row.of.__func__
+    rotate = Row.of.__func__
 
     def shifted(cls: Any, *args: Any) -> Row:
         row = rotate(cls, *args)
         row.position_ids = torch.arange(row.position_ids.shape[1])[None]
         return row
 
-    monkeypatch.setattr(packed_attention.Row, "of", classmethod(shifted))
+    monkeypatch.setattr(Row, "of", classmethod(shifted))
     backend = load("cpu", tiny)
     assert backend.layout == "plain"
-    assert "differ" in backend.layout_reason
+    assert "log-probs differ" in backend.layout_reason
+
+
+def test_a_packed_layout_whose_gradients_differ_is_not_taken(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is one whose forward pass alone is right: here, no gradient goes back through the keys."""
+    whole = packed_attention.blockwise
+
+    def cut(q: Any, k: Any, *rest: Any) -> Any:
+        return whole(q, k.detach(), *rest)
+
+    monkeypatch.setattr(packed_attention, "blockwise", cut)
+    backend = load("cpu", tiny)
+    assert backend.layout == "plain"
+    assert "gradients differ" in backend.layout_reason
+    assert all(weight.grad is None for weight in backend.model.parameters())
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (4, None), (None, 2.0)])
@@ -173,9 +187,9 @@ def test_flex_attention_of_a_packed_layout_equals_the_cpus(window: int | None, s
     tokens = layout.input_ids.shape[1]
     q, k, v = (torch.randn(1, heads, tokens, 16, generator=draw) for heads in (4, 2, 2))
     real = shared_tokens(batch(3))
-    flex = packed_attention._flex(q, k, v, row, 0.25, softcap, window)
-    own = packed_attention._Blocks.apply(q, k, v, row.segments, packed_attention.Scores(0.25, softcap or 0.0, window), False)
-    torch.testing.assert_close(flex[:, :real], own[:, :real], atol=1e-5, rtol=1e-5)
+    scores = Scores(0.25, softcap or 0.0, window)
+    own = packed_attention.blockwise(q, k, v, row, scores)
+    torch.testing.assert_close(flex.attend(q, k, v, row, scores)[:, :real], own[:, :real], atol=1e-5, rtol=1e-5)
 
 
 class Widths(TorchDispatchMode):

@@ -1,0 +1,78 @@
+"""What torch's compiler raises where it cannot compile, in words for people. Names of torch 2.6 to 2.14."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+
+import torch
+
+from lite_dil.base.errors import first_line
+
+# What the originals say, and what it means with the fix.
+CAUSES = (
+    (
+        r"Failed to find C compiler|No working C\+\+ compiler|Compiler: .* is not found",
+        "no C compiler was found: apt install gcc",
+    ),
+    (r"Python\.h", "Python's C headers are missing: apt install python3-dev"),
+    (
+        r"Cannot find a working triton|No module named 'triton'|[Tt]riton not installed",
+        "Triton is not installed: pip install triton (on Windows: pip install triton-windows)",
+    ),
+)
+TOO_LARGE = re.compile(r"out of resource.*?[Rr]equired: (\d+),? [Hh]ardware limit: ?(\d+)", re.DOTALL)
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """Return the types of what may mean that something cannot be compiled; `why_not` tells what does not."""
+    # torch's own are RuntimeErrors; the second is a C compiler's failure.
+    return (RuntimeError, subprocess.CalledProcessError, *_tritons())
+
+
+def _tritons() -> tuple[type[Exception], ...]:
+    try:
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources, PTXASError
+    except ImportError:  # there is no Triton for this machine, or it is not installed
+        return ()
+    return CompilationError, OutOfResources, PTXASError
+
+
+def why_not(error: Exception) -> str:
+    """Return why something could not be compiled; raise what was raised for another reason, such as a lack of memory."""
+    from torch._dynamo import exc
+
+    chain, large = list(_chain(error)), _sizes(error)
+    if large:
+        return f"its kernels need {large[0]} bytes of shared memory, and this GPU has {large[1]}"
+    for one in chain:
+        if isinstance(one, torch.OutOfMemoryError):
+            raise one
+    for pattern, cause in CAUSES:
+        if any(re.search(pattern, str(one)) for one in chain):
+            return cause
+    ours = (exc.TorchRuntimeError, exc.UserError)  # raised by the function that is compiled
+    known = (exc.TorchDynamoException, subprocess.CalledProcessError, *_tritons())
+    if isinstance(error, ours) or not isinstance(error, known):
+        raise error
+    return f"{type(chain[-1]).__name__}: {first_line(chain[-1])}"
+
+
+def too_large(error: Exception) -> bool:
+    """Return whether kernels need more shared memory than the GPU has."""
+    return _sizes(error) is not None
+
+
+def _sizes(error: Exception) -> tuple[str, str] | None:
+    """Return the bytes of shared memory that kernels need and that the GPU has, where this is the error."""
+    found = next(filter(None, (TOO_LARGE.search(str(one)) for one in _chain(error))), None)
+    return None if found is None else (found[1], found[2])
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Return an error and what it was raised from."""
+    while error is not None:
+        yield error
+        error = getattr(error, "inner_exception", None) or error.__cause__

@@ -1,0 +1,53 @@
+"""A packed row while it is computed, and what attention does with its scores: shared by the CPU's attention and CUDA's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lite_dil.batching.layouts import Packed, Segment
+
+
+class Unsupported(Exception):
+    """A packed row cannot be computed: the model's attention is of another kind, or the machine lacks what it takes."""
+
+
+class Scores(NamedTuple):
+    """What becomes of a query's product with a key: scaled, capped by ``cap * tanh(s / cap)``, and seen within a window."""
+
+    scale: float
+    cap: float
+    window: int | None
+
+
+@dataclass
+class Row:
+    """What the layers need to know of the row that is being computed.
+
+    Attributes:
+        read: (n,) the positions whose output of the last layer is read: those of `index`, each once.
+        index: (n,) which of all the row's hidden states the decoder returns.
+        longest: tokens of its longest sequence.
+        last_layer: the number of the model's last layer, of whose prompts only the last token is read.
+        masks: FlexAttention's, by window.
+    """
+
+    segments: tuple[Segment, ...]
+    read: Tensor
+    index: Tensor
+    position_ids: Tensor
+    longest: int
+    last_layer: int
+    masks: dict[int | None, list[Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, layout: Packed, device: torch.device, last_layer: int = -1, wanted: np.ndarray | None = None) -> Row:
+        """Put a layout on the device; `wanted` are the hidden states that are read, by default those that predict."""
+        index = torch.from_numpy(layout.hidden_index if wanted is None else wanted)
+        longest = max(segment.prompt + max(segment.responses, default=0) for segment in layout.segments)
+        positions = torch.from_numpy(layout.position_ids).to(device)
+        return cls(layout.segments, torch.unique(index).to(device), index.to(device), positions, longest, last_layer)
