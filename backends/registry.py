@@ -102,3 +102,8 @@ def load(
     from lite_dil.backends.torch.backend import TorchBackend
 
     return TorchBackend(options, model, adapter, training, device=name)
+
+
+def free(name: str) -> None:
+    """Give back what nobody holds of the memory that backend `name` took."""
+    importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.memory").free()

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lite_dil.backends.torch import out_of_memory
 from lite_dil.backends.torch.device import compute_dtype
 from lite_dil.backends.torch.head import QuantizedHead
 from lite_dil.backends.torch.load import load_base, target_names
@@ -85,11 +84,6 @@ def adapter_logps(model: str, folder: Path, config: ModelOptions, sequences: Seq
         # It warns of tensors that its model lacks, or that the file lacks.
         warnings.filterwarnings("error", "Found missing adapter keys")
         return _logps(PeftModel.from_pretrained(base, str(folder)), sequences)
-
-
-def free() -> None:
-    """Give back what models that are gone held of a GPU."""
-    out_of_memory.free(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _logps(model: Any, sequences: Sequences) -> list[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lite_dil.backends.torch import out_of_memory
 from lite_dil.base.memory import GIB, Memory
 
 
@@ -13,3 +14,8 @@ def cuda_memory() -> Memory | None:
         return None
     free, total = torch.cuda.mem_get_info()  # CUDA's own share is taken already
     return Memory(free, f"{torch.cuda.get_device_name()}, {free / GIB:.1f} of {total / GIB:.1f} GB free")
+
+
+def free() -> None:
+    """Give back what nobody holds, garbage in cycles too."""
+    out_of_memory.free(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

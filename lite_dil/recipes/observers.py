@@ -83,15 +83,15 @@ def observers_of(
     def memory() -> str:
         if training.largest.batch is None:
             return ""
-        peak, before = backend.peak_memory_mb() * 2**20, session.before * 2**20
-        return memory_line(session.taken_config(), session.model, Load.of(training.largest.batch), peak, before)
+        peak, before = backend.peak_memory_mb() * 2**20, session.policy.memory_before * 2**20
+        return memory_line(session.taken_config(), session.policy.model, Load.of(training.largest.batch), peak, before)
 
     answers = SampleAnswers(
         data.prompts,
         bool(data.held_out),
         folder.path / SAMPLES,
         backend,
-        session.encoder,
+        session.policy.encoder,
         config.max_length,
         display.say,
         often,

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil import __version__
 from lite_dil.base.files import replace_file
 from lite_dil.base.observer import Event, Observer
+from lite_dil.base.version import __version__
 from lite_dil.config.options import read_yaml
 from lite_dil.data.formats import FORMATS
 from lite_dil.generation.policy import AdapterSource
