@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import platform
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from lite_dil.base.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lite_dil.backends.options import EngineOptions
     from lite_dil.backends.protocol import Backend
     from lite_dil.models.options import ModelOptions, ResolvedAdapter
@@ -102,6 +105,19 @@ def load(
     from lite_dil.backends.torch.backend import TorchBackend
 
     return TorchBackend(options, model, adapter, training, device=name)
+
+
+def value_and_slope(
+    name: str, function: Callable[..., Any], policy: np.ndarray, reference: np.ndarray, inputs: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Call ``function(policy, reference, inputs)`` on arrays of the library and the device of backend `name`.
+
+    Returns:
+        What it returns, and the gradient of the sum of that in `policy`.
+    """
+    library = importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.values")
+    found: tuple[np.ndarray, np.ndarray] = library.value_and_slope(name, function, policy, reference, inputs)
+    return found
 
 
 def free(name: str) -> None:

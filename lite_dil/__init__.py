@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lite_dil.base.observer import Event, Observer
     from lite_dil.cli.progress import Terminal
     from lite_dil.generation.policy import Policy
+    from lite_dil.objectives.own import PairLoss, SideLoss
     from lite_dil.recipes.run import Run
 else:
     _PLACES = {
@@ -29,8 +30,10 @@ else:
         "Event": "lite_dil.base.observer",
         "Observer": "lite_dil.base.observer",
         "OutOfMemory": "lite_dil.base.errors",
+        "PairLoss": "lite_dil.objectives.own",
         "Policy": "lite_dil.generation.policy",
         "Run": "lite_dil.recipes.run",
+        "SideLoss": "lite_dil.objectives.own",
         "Terminal": "lite_dil.cli.progress",
         "TrainingDiverged": "lite_dil.base.errors",
         "UserError": "lite_dil.base.errors",
@@ -57,8 +60,10 @@ __all__ = [
     "Event",
     "Observer",
     "OutOfMemory",
+    "PairLoss",
     "Policy",
     "Run",
+    "SideLoss",
     "Terminal",
     "TrainingDiverged",
     "UserError",

@@ -18,6 +18,7 @@ from lite_dil.config.resume import resumed, saved_config
 from lite_dil.config.train_config import FIELDS, ResolvedConfig
 from lite_dil.data.rows import DATA, Rows, is_rows_name
 from lite_dil.generation.policy import Policy
+from lite_dil.objectives.own import OwnLoss
 from lite_dil.recipes import preference
 from lite_dil.recipes.given import Given
 from lite_dil.recipes.run import Run
@@ -38,7 +39,7 @@ def train(
     policy: Policy,
     data: str | Path | Data | Iterable[Mapping[str, Any]],
     *,
-    loss: str = "lsif",
+    loss: str | OwnLoss = "lsif",
     eval_data: str | Path | Data | Iterable[Mapping[str, Any]] | None = None,
     observers: Sequence[Observer] = (),
     display: Display | None = None,
@@ -54,7 +55,7 @@ def train(
     Args:
         policy: one that no run has trained, or `fresh` again, or one that is trained on with `continue_from`.
         data: what `lite_dil.read` returned, or anything that it takes.
-        loss: the name of an objective (docs/losses.md).
+        loss: the name of an objective (docs/losses.md), or one's own, a `lite_dil.PairLoss` or `lite_dil.SideLoss`.
         eval_data: held-out data of the same form.
         observers: are called at the start, after each step and at the end; see `lite_dil.Observer`.
         display: shows messages and progress, as ``lite_dil.Terminal()``.
@@ -72,14 +73,15 @@ def train(
     _check_names(options, loaded)
     rows, eval_rows = as_data(data), None if eval_data is None else as_data(eval_data)
     given = {name: value for name, value in options.items() if name not in LOADED}
-    given |= {"loss": loss} | rows.options | {"data": _name(rows)}
+    own = loss if isinstance(loss, OwnLoss) else None
+    given |= {"loss": own.identity if own else loss} | rows.options | {"data": _name(rows)}
     if eval_rows is not None:
         if eval_rows.options != rows.options:
             raise UserError("dil.train: data and eval_data are read alike; give dil.read the same options for both")
         given["eval_data"] = _name(eval_rows)
     if output_dir is not None:
         given["output_dir"] = str(output_dir)
-    handed = Given(policy, _rows(rows), None if eval_rows is None else _rows(eval_rows))
+    handed = Given(policy, own, _rows(rows), None if eval_rows is None else _rows(eval_rows))
     if resume is not None:
         config, checkpoint = _resumed(given, loaded, str(resume))
     else:

@@ -17,12 +17,14 @@ from lite_dil.base.disk import failing, flush, output_fails
 from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.start import quiet_bars, start
 from lite_dil.base.version import __version__
+from lite_dil.cli.own_loss import load_loss, named_file
 from lite_dil.cli.parser import Parser
 from lite_dil.config.options import add_flags, build, read_yaml
 from lite_dil.config.resume import resumed
 from lite_dil.config.train_config import FIELDS, ResolvedConfig, flag
 from lite_dil.data.sources import EMBEDDED
 from lite_dil.models.find import EMBEDDED_MODEL
+from lite_dil.objectives.own import OwnLoss
 
 _TRAIN = """\
 Train a LoRA adapter on preference data. With no flag: the demo's training, SmolLM2-135M-Instruct on the data in this package.
@@ -151,6 +153,7 @@ def _run(argv: list[str]) -> int:
     start(training=name in ("train", "demo"))
     if name in _MODULES:
         return int(_module(name).run(args))
+    own = _own_loss(args)
     if name == "data":
         return _show_data(args)
     if name == "plan":
@@ -161,12 +164,13 @@ def _run(argv: list[str]) -> int:
 
     from lite_dil.cli.demo import MEASURED, show
     from lite_dil.cli.progress import Terminal
+    from lite_dil.recipes.given import Given
     from lite_dil.recipes.preference import train
 
     if name == "demo" and "report_samples" not in fixed:
         config = replace(config, report_samples=MEASURED)
     display = Terminal()
-    trained = train(config, display, resume, fixed)
+    trained = train(config, display, resume, fixed, given=Given(loss=own))
     if name == "demo" and not trained.stopped:
         show(trained, display)
     return 130 if trained.stopped else 0
@@ -204,6 +208,15 @@ def _config(args: argparse.Namespace) -> tuple[ResolvedConfig, Path | None, set[
     if not args.resume:
         return build(given, base), None, fixed
     return *resumed(given, base, args.resume), fixed
+
+
+def _own_loss(args: argparse.Namespace) -> OwnLoss | None:
+    """Return the loss that --loss FILE.py:NAME names, whose name in a run's files takes that one's place; else None."""
+    if (found := named_file(getattr(args, "loss", ""))) is None:
+        return None
+    loss = load_loss(*found)
+    args.loss = loss.identity
+    return loss
 
 
 def _options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:

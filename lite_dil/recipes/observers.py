@@ -70,7 +70,7 @@ def observers_of(
 ) -> tuple[Observers, Checkpoints]:
     """Return the observers of a run in their order, and by itself the one that saves: saved before what takes long."""
     config, folder, backend, data = session.config, session.folder, session.backend, session.data
-    held_out = HeldOut(training.passes, data.held_out, config, config) if data.held_out else None
+    held_out = HeldOut(training.passes, data.held_out, config, config, session.own_loss) if data.held_out else None
     shown, trackers = ShownSteps(display), Trackers(config, folder.path, session.logged, display.say)
     metrics = MetricsLog([folder.log, trackers.log])
     checkpoints = Checkpoints(folder, training.progress, session.save_state, backend.save_adapter, config)

@@ -14,7 +14,7 @@ from lite_dil.data.overlap import overlap
 from lite_dil.data.reader import Problem
 from lite_dil.data.rows import DATA, Rows, rows_name
 from lite_dil.objectives.accepts import check_data
-from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.objectives.table import objective_of
 from lite_dil.recipes.given import Given
 from lite_dil.reports.samples import Intake, Prompt
 
@@ -56,7 +56,7 @@ def _load(
     """Read a data set and say what it is; return also what names it in the run's files."""
     intake = Intake(config.report_samples, config)
     source = DATA if isinstance(given, Rows) else given
-    data = load(given, split, encoder, config, watch=intake.add, good_only=OBJECTIVES[config.loss].data == "chosen")
+    data = load(given, split, encoder, config, watch=intake.add, good_only=objective_of(config.loss).data == "chosen")
     check_data(config.loss, data.form, set(data.answers), source, config.sample_rejected is not None)
     number, good = len(data.examples), data.answers[CHOSEN]
     kinds = {
@@ -64,7 +64,7 @@ def _load(
         "demonstrations": "demonstrations",
         "unpaired": f"answers, {good} good and {data.answers[-CHOSEN]} bad",
     }
-    if data.form == "unpaired" and OBJECTIVES[config.loss].data == "chosen":
+    if data.form == "unpaired" and objective_of(config.loss).data == "chosen":
         kinds["unpaired"] = f"good answers, and {data.answers[-CHOSEN]} bad ones that {config.loss} leaves out"
     text = f"{'training' if split == 'train' else 'held-out'} data {source}: {number} {kinds[data.form]}, {describe(data)}"
     if data.prompts_cut or data.responses_cut:

@@ -11,7 +11,7 @@ from lite_dil.backends import registry
 from lite_dil.backends.protocol import Backend
 from lite_dil.base.display import Display
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import remove
+from lite_dil.base.files import remove, replace_file
 from lite_dil.base.signals import StopSignal
 from lite_dil.base.start import quiet_bars, start
 from lite_dil.batching.schedule import LargestPass, Schedule
@@ -23,7 +23,9 @@ from lite_dil.generation.reference_samples import add_samples, needed, reference
 from lite_dil.models.find import load_tokenizer, resolve_model
 from lite_dil.models.fingerprint import reference_key
 from lite_dil.objectives.criterion import Criterion
-from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.objectives.own import OwnLoss, is_own, shown
+from lite_dil.objectives.own import missing as missing_loss
+from lite_dil.objectives.table import objective_of
 from lite_dil.planning.auto import fitted
 from lite_dil.recipes.given import Given
 from lite_dil.recipes.read_data import RunData, read_data
@@ -31,10 +33,13 @@ from lite_dil.reports import trackers
 from lite_dil.reports.outcome import SAMPLES
 from lite_dil.runs.folder import Progress, RunFolder, read_progress
 from lite_dil.training.loop import Training
+from lite_dil.training.own_loss import try_out
 from lite_dil.training.passes import Passes
 from lite_dil.training.precompute import missing, precompute
 from lite_dil.training.reference_cache import ReferenceCache, cache_folder, open_cache
 from lite_dil.training.start_check import CHECKING, check_start, starts_at_reference
+
+LOSS_SOURCE = "loss_source.txt"
 
 
 @dataclass
@@ -44,6 +49,7 @@ class TrainingSession:
     Attributes:
         config: with the backend that auto came to, and what --auto chose.
         logged: lines of metrics that a resumed run had logged before, also those that it will log again.
+        own_loss: what is trained by, where that is a program's own.
         training: what the loop works on; None where Ctrl-C came before the first step, which the user has been told.
     """
 
@@ -51,6 +57,7 @@ class TrainingSession:
     folder: RunFolder
     policy: Policy
     data: RunData
+    own_loss: OwnLoss | None = None
     logged: list[dict[str, Any]] = field(default_factory=list)
     training: Training | None = None
 
@@ -80,13 +87,13 @@ def open_session(
     if config.sample_rejected and not _draw_rejected(session, config.sample_rejected, display):
         return session
     examples = session.data.examples
-    others = mismatched(examples, config.loss, config.max_length) if OBJECTIVES[config.loss].baseline else []
+    others = mismatched(examples, config.loss, config.max_length) if objective_of(config.loss).baseline else []
     passes = Passes(session.backend, config.logp_reduction, _open_cache(session, display), display.say)
     training = Training(
         passes,
         examples,
         Schedule(config, examples, session.backend.layout, others),
-        Criterion(config, examples),
+        Criterion(config, examples, given.loss),
         config,
         progress,
         LargestPass(session.backend.layout),
@@ -116,7 +123,11 @@ def _load(
     config, policy = replace(config, backend=registry.resolve(config.backend)), given.policy
     registry.prepare(config.backend, config, config)
     quiet_bars()
-    folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, config.loss)
+    if given.loss:
+        try_out(given.loss, config.backend)
+    elif is_own(config.loss):
+        raise UserError(missing_loss(config.loss))
+    folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, shown(config.loss))
     model = policy.model if policy else resolve_model(config.model, display.say)
     encoder = policy.encoder if policy else Encoder(load_tokenizer(model))
     data = read_data(encoder, config, display.say, given)
@@ -130,7 +141,7 @@ def _load(
         policy = load_found(AdapterSource(None, None, config), config.backend, model, encoder, display.say, config)
     if policy.backend.layout_reason:
         display.say(policy.backend.layout_reason)
-    return TrainingSession(config, folder, policy, data), progress
+    return TrainingSession(config, folder, policy, data, given.loss), progress
 
 
 def _progress(examples: Sequence[Example], config: ResolvedConfig, resume: Path | None) -> Progress:
@@ -197,4 +208,6 @@ def _begin(session: TrainingSession, display: Display) -> None:
         remove(folder.path / name)
     if session.data.skipped:
         folder.list_skipped(session.data.skipped)
+    if session.own_loss and session.own_loss.source:  # for people: it is never read
+        replace_file(folder.path / LOSS_SOURCE, session.own_loss.source)
     display.say(f"writing to {folder.path}")
