@@ -16,19 +16,20 @@ from lite_dil.generation.conversation import context_limit
 
 # A text, which is one user turn where the model has a chat template and else continued as it stands; or chat messages.
 Asked: TypeAlias = str | list[Message]
+Several: TypeAlias = list[str] | list[list[Message]] | list[Asked]
 
 
-def is_one(prompts: Any) -> bool:
+def is_one(prompts: Asked | Several) -> bool:
     """Return whether this is a prompt, and not a list of them: text, or messages, which are mappings."""
     return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], Mapping))
 
 
-def scored(encoder: Encoder, prompts: Any, responses: str | list[str]) -> list[Example]:
+def scored(encoder: Encoder, prompts: Asked | Several, responses: str | list[str]) -> list[Example]:
     """Tokenise prompts and responses: one example with all responses to one prompt, or an example a prompt.
 
     Raises UserError where the model cannot be asked that, or the lists differ in length.
     """
-    texts = [responses] if isinstance(responses, str) else list(responses)
+    texts, rows = [responses] if isinstance(responses, str) else list(responses), list[tuple[Any, list[str]]]()
     if is_one(prompts):
         rows = [(prompts, texts)] if texts else []
     elif len(prompts) != len(texts) or isinstance(responses, str):
@@ -47,7 +48,7 @@ def scored(encoder: Encoder, prompts: Any, responses: str | list[str]) -> list[E
     return found
 
 
-def answered(encoder: Encoder, model: str, prompts: Any, room: int) -> list[Prompt]:
+def answered(encoder: Encoder, model: str, prompts: Asked | Several, room: int) -> list[Prompt]:
     """Tokenise prompts that are to be answered with at most `room` tokens by `model`, as `resolve_model` returned it.
 
     Raises UserError where the model cannot be asked that.

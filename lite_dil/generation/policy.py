@@ -18,7 +18,7 @@ from lite_dil.base.hashing import digest, file_pieces, sha256
 from lite_dil.base.memory import peak_rss_mb
 from lite_dil.base.start import quiet_bars
 from lite_dil.data.encoder import Encoder
-from lite_dil.generation.asked import Asked, answered, is_one, scored
+from lite_dil.generation.asked import Asked, Several, answered, is_one, scored
 from lite_dil.models.find import load_tokenizer, resolve_model
 from lite_dil.models.options import ModelOptions, ResolvedAdapter
 from lite_dil.runs.folder import RunFolder, checkpoint_of
@@ -117,8 +117,8 @@ class Policy:
     @overload
     def logps(self, prompts: Asked, responses: str) -> float: ...
     @overload
-    def logps(self, prompts: Asked | list[Asked], responses: list[str]) -> list[float]: ...
-    def logps(self, prompts: Asked | list[Asked], responses: str | list[str]) -> float | list[float]:
+    def logps(self, prompts: Asked | Several, responses: list[str]) -> list[float]: ...
+    def logps(self, prompts: Asked | Several, responses: str | list[str]) -> float | list[float]:
         """Return log pi(response | prompt) in nats, summed over the response's tokens, its end token among them.
 
         Args:
@@ -130,13 +130,14 @@ class Policy:
             UserError: the model cannot be asked this, as its template refuses it, or the lists differ in length.
             OutOfMemory: the device does not hold the longest of them alone.
         """
-        return _like(self._sums(scored(self.encoder, prompts, responses)), responses)
+        found = self._sums(scored(self.encoder, prompts, responses))
+        return found[0] if isinstance(responses, str) else found
 
     @overload
     def log_ratio(self, prompts: Asked, responses: str) -> float: ...
     @overload
-    def log_ratio(self, prompts: Asked | list[Asked], responses: list[str]) -> list[float]: ...
-    def log_ratio(self, prompts: Asked | list[Asked], responses: str | list[str]) -> float | list[float]:
+    def log_ratio(self, prompts: Asked | Several, responses: list[str]) -> list[float]: ...
+    def log_ratio(self, prompts: Asked | Several, responses: str | list[str]) -> float | list[float]:
         """Return log pi(response | prompt) - log pi_ref(response | prompt) in nats, summed; arguments as of `logps`.
 
         It is the policy's also inside `as_reference`, and exactly 0 before training.
@@ -145,7 +146,8 @@ class Policy:
         for name in (POLICY, REFERENCE):
             with self.backend.using(name):
                 values.append(self._sums(examples))
-        return _like([policy - reference for policy, reference in zip(*values, strict=True)], responses)
+        found = [policy - reference for policy, reference in zip(*values, strict=True)]
+        return found[0] if isinstance(responses, str) else found
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -171,7 +173,7 @@ class Policy:
     @overload
     def generate(
         self,
-        prompts: list[Asked] | list[str],
+        prompts: Several,
         *,
         n: None = None,
         max_new_tokens: int = 256,
@@ -182,17 +184,28 @@ class Policy:
     @overload
     def generate(
         self,
-        prompts: Asked | list[Asked] | list[str],
+        prompts: Asked,
         *,
         n: int,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> list[str] | list[list[str]]: ...
+    ) -> list[str]: ...
+    @overload
     def generate(
         self,
-        prompts: Any,
+        prompts: Several,
+        *,
+        n: int,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[list[str]]: ...
+    def generate(
+        self,
+        prompts: Asked | Several,
         *,
         n: int | None = None,
         max_new_tokens: int = 256,
@@ -306,10 +319,6 @@ class Policy:
         prompts, responses = [each.prompt for each in examples], [each.responses for each in examples]
         found = token_logps(self.backend, prompts, responses, self._say)
         return [float(each.sum(dtype="float64")) for several in found for each in several]
-
-
-def _like(values: list[Any], given: Any) -> Any:
-    return values[0] if isinstance(given, str) else values
 
 
 def _seed(seed: int, prompt: Prompt, number: int) -> int:
