@@ -76,7 +76,7 @@ def train(
     own = loss if isinstance(loss, OwnLoss) else None
     given |= {"loss": own.identity if own else loss} | rows.options | {"data": _name(rows)}
     if eval_rows is not None:
-        if eval_rows.options != rows.options:
+        if isinstance(eval_data, Data) and eval_rows.options != rows.options:
             raise UserError("dil.train: data and eval_data are read alike; give dil.read the same options for both")
         given["eval_data"] = _name(eval_rows)
     if output_dir is not None:

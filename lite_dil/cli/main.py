@@ -153,7 +153,7 @@ def _run(argv: list[str]) -> int:
     start(training=name in ("train", "demo"))
     if name in _MODULES:
         return int(_module(name).run(args))
-    own = _own_loss(args)
+    args.own_loss = _own_loss(args)
     if name == "data":
         return _show_data(args)
     if name == "plan":
@@ -170,7 +170,7 @@ def _run(argv: list[str]) -> int:
     if name == "demo" and "report_samples" not in fixed:
         config = replace(config, report_samples=MEASURED)
     display = Terminal()
-    trained = train(config, display, resume, fixed, given=Given(loss=own))
+    trained = train(config, display, resume, fixed, given=Given(loss=args.own_loss))
     if name == "demo" and not trained.stopped:
         show(trained, display)
     return 130 if trained.stopped else 0
@@ -211,17 +211,16 @@ def _config(args: argparse.Namespace) -> tuple[ResolvedConfig, Path | None, set[
 
 
 def _own_loss(args: argparse.Namespace) -> OwnLoss | None:
-    """Return the loss that --loss FILE.py:NAME names, whose name in a run's files takes that one's place; else None."""
-    if (found := named_file(getattr(args, "loss", ""))) is None:
-        return None
-    loss = load_loss(*found)
-    args.loss = loss.identity
-    return loss
+    """Return the loss that --loss FILE.py:NAME names, else None."""
+    found = named_file(getattr(args, "loss", ""))
+    return None if found is None else load_loss(*found)
 
 
 def _options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options that were given as flags, and those of the --config file."""
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
+    if args.own_loss is not None:
+        given["loss"] = args.own_loss.identity
     return given, read_yaml(Path(args.config)) if args.config else {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,10 @@ def test_the_command_line_takes_one_and_goes_on_with_it(
     part = dil.train(policy, data, loss=own, output_dir=tmp_path / "part", observers=[StopAfter(1)], **OPTIONS)
     assert part.stopped
     capsys.readouterr()
+    assert main(["data", str(data), "--model", model, "--loss", loss]) == 0
+    assert f"--loss {loss}" in capsys.readouterr().out
+    assert main(["train", "--loss", own.identity, "--model", "./none"]) == 2  # before anything is looked for
+    assert "give it again" in capsys.readouterr().err
     assert main(["train", "--resume", str(part.folder)]) == 2
     assert "tilted is a loss of one's own, whose code a run does not keep: give it again" in capsys.readouterr().err
     (tmp_path / "losses.py").write_text(FILE.replace("power=2.0", "power=3.0"))
@@ -135,8 +140,6 @@ def test_a_file_without_the_loss(
     Path("losses.py").write_text(FILE)
     Path("broken.py").write_text("\n1 / 0\n")
     assert main(["plan", "--loss", text]) == 2
-    import re
-
     assert re.search(said, capsys.readouterr().err)
 
 

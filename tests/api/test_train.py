@@ -16,6 +16,7 @@ from conftest import write_pairs
 from trainings import metrics, run, same_weights
 
 import lite_dil as dil
+from lite_dil.cli.main import main
 
 OPTIONS = {"learning_rate": 1e-2, "max_steps": 3, "report_samples": 0}
 
@@ -141,7 +142,11 @@ def test_what_cannot_be_trained(load: Any, rows: list[dict[str, Any]], tmp_path:
 
 @pytest.mark.parametrize("backend_name", ["cpu"])
 def test_messages_figures_and_exports(
-    load: Any, rows: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    load: Any,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Messages are log records; the run is a frame, and becomes what transformers loads, checked on rows of this package."""
     caplog.set_level(logging.INFO, "lite_dil")
@@ -155,6 +160,8 @@ def test_messages_figures_and_exports(
     assert isinstance(frame, pandas.DataFrame)
     np.testing.assert_array_equal(frame["loss"], [line["loss"] for line in done.metrics])
     done.policy.close()
+    assert main(["train", "--resume", str(done.folder)]) == 2
+    assert "rows that a program gave and no file holds" in capsys.readouterr().err
     made = done.export(tmp_path / "merged", format="merged", check_rows=2)
     assert (made / "config.json").is_file() and json.loads((made / "export.json").read_text())["check"]["rows"] == 2
     with pytest.raises(dil.UserError, match="is there already"):
