@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the command line's help comes from here too, and numpy take
     import numpy as np
 
     from lite_dil.batching.batch import Batch
+    from lite_dil.models.options import ResolvedAdapter
     from lite_dil.objectives.loss import Loss
 
 
@@ -57,6 +58,13 @@ class Backend(Protocol):
             alpha: the adapter is scaled by alpha / rank.
             targets: "all-linear", or the last parts of the layers' names, with commas.
             head: what `scores` reads, trained with this adapter.
+        """
+
+    def renew_policy(self, adapter: ResolvedAdapter) -> None:
+        """Give the policy the first weights that loading with these options gives it, to the last bit.
+
+        Optimiser, strength and what dropout draws are then as after a load; base, reference and other adapters stay.
+        Raises UserError where an initial adapter does not fit the policy's layers and rank.
         """
 
     def token_logps(self, batch: Batch) -> np.ndarray:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import platform
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from lite_dil.base.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import numpy as np
 
     from lite_dil.backends.options import EngineOptions
     from lite_dil.backends.protocol import Backend
@@ -119,3 +120,21 @@ def load(
     from lite_dil.backends.torch import backend
 
     return backend.load(options, model, adapter, training, name, say)
+
+
+def value_and_slope(
+    name: str, function: Callable[..., Any], policy: np.ndarray, reference: np.ndarray, inputs: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Call ``function(policy, reference, inputs)`` on arrays of the library and the device of backend `name`.
+
+    Returns:
+        What it returns, and the gradient of the sum of that in `policy`.
+    """
+    library = importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.values")
+    found: tuple[np.ndarray, np.ndarray] = library.value_and_slope(name, function, policy, reference, inputs)
+    return found
+
+
+def free(name: str) -> None:
+    """Give back what nobody holds of the memory that backend `name` took."""
+    importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.memory").free()

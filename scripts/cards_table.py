@@ -45,7 +45,7 @@ def plan(model: str, backend: str, size: float, host: float | None) -> Plan:
 def main() -> None:
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
-        plans = [plan(folder, *machine) for _, *machine in MACHINES]
+        plans = [plan(folder, *machine[1:]) for machine in MACHINES]
     rooms = [plan.rooms[0] for plan in plans]
     rows = {
         "memory": [name for name, *_ in MACHINES],

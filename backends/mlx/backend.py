@@ -26,7 +26,7 @@ from lite_dil.backends.mlx import state as mlx_state
 from lite_dil.backends.mlx.adapters import Adapters
 from lite_dil.backends.mlx.foreign import Misfit, foreign
 from lite_dil.backends.mlx.head import token_logps
-from lite_dil.backends.mlx.inputs import as_mlx, filled, inputs_of
+from lite_dil.backends.mlx.inputs import as_mlx, cut, filled, inputs_of, sums
 from lite_dil.backends.mlx.load import (
     causal_lm,
     check_windows,
@@ -120,6 +120,14 @@ class MLXBackend:
         shapes = adapters.select_targets(self.adapters.shapes, targets)
         self.adapters.add(name, adapters.fresh(shapes, rank, alpha / rank, self.seed, name), dropout, head)
 
+    def renew_policy(self, adapter: ResolvedAdapter) -> None:
+        """Give the policy its first weights, and start its training anew."""
+        initial = adapter_files.read_adapter(adapter.init_adapter) if adapter.init_adapter else None
+        first = adapters.choose(adapter, self.adapters.shapes, initial, self.adapters.base)
+        self.adapters.add(POLICY, first, adapter.lora_dropout)
+        self.adapters.switch_to(self.adapters.on)
+        self._compiled.clear()  # traces hold the strength and scale of the adapter that was
+
     @property
     def optimizer(self) -> optimizers.Optimizer:
         """The policy's."""
@@ -131,7 +139,7 @@ class MLXBackend:
     def token_logps(self, batch: Batch) -> np.ndarray:
         """Return the log-prob of every response token, without dropout; shape (tokens,), float32."""
         self.model.eval()
-        return _cut(self._token_logps(self._arrays(batch), with_grad=False), batch)
+        return cut(self._token_logps(self._arrays(batch), with_grad=False), batch)
 
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         """Return the summed log-prob of every response, without dropout; shape (responses,), float32."""
@@ -143,7 +151,7 @@ class MLXBackend:
         head = self.adapters[adapter].scores.spec
         with self.using(adapter):
             self.model.eval()
-            return _cut(self._read(self._arrays(batch, head), SCORES), batch)
+            return cut(self._read(self._arrays(batch, head), SCORES), batch)
 
     def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float, adapter: str = POLICY) -> StepResult:
         """Take one AdamW step of an adapter, and of its head, on the mean loss over all examples of `passes`."""
@@ -167,8 +175,8 @@ class MLXBackend:
                 grads = grad if grads is None else tree_map(mx.add, grads, grad)
                 mx.eval(value, policy, grads)  # frees this micro-batch's activations before the next
                 total += value.item()
-                policies.append(_cut(policy, one.batch))
-                references.append(None if reference is None else _cut(reference, one.batch))
+                policies.append(cut(policy, one.batch))
+                references.append(None if reference is None else cut(reference, one.batch))
 
             grads, norm = optimizers.clip_grad_norm(grads, self.max_grad_norm)
             if np.isfinite([norm.item(), total]).all():
@@ -323,7 +331,7 @@ class MLXBackend:
             return self.adapters[self.adapters.on].scores(self._states(inputs))
         logps = self._token_logps(inputs, with_grad)
         if what == SUMS:
-            return _sums(logps, inputs)
+            return sums(logps, inputs)
         # What fills the tokens up has log-probs too, of token 0, which no loss may see.
         return mx.where(mx.arange(logps.size) < inputs["token_mask"].sum(), logps, 0.0)
 
@@ -383,13 +391,3 @@ class MLXBackend:
         difference = float(np.abs(own - here).max())
         if not difference < tolerance(self.dtype_name):
             raise HeadMismatch(model, difference)
-
-
-def _sums(logps: mx.array, inputs: dict[str, mx.array]) -> mx.array:
-    """Sum values of the response tokens over each response: (tokens,) to (responses,)."""
-    return (logps[inputs["token_index"]] * inputs["token_mask"]).sum(-1)
-
-
-def _cut(values: mx.array, batch: Batch) -> np.ndarray:
-    """Return what was read as numpy has it, without what fills the tokens up; there are never more responses than tokens."""
-    return np.array(values)[: int(batch.lengths.sum())]

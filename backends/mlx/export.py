@@ -91,11 +91,6 @@ def adapter_logps(model: str, folder: Path, config: ModelOptions, sequences: Seq
         raise UserError(f"mlx-lm cannot load what was exported ({first_line(error)})") from None
 
 
-def free() -> None:
-    """Give back what models that are gone held."""
-    mx.clear_cache()
-
-
 def _logps(model: Any, sequences: Sequences) -> list[np.ndarray]:
     """Compute by the model's own logits, one answer at a time: another way than training's."""
     model.eval()

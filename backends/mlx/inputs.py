@@ -8,6 +8,7 @@ import numpy as np
 from lite_dil.backends.mlx.prefix import arrays
 from lite_dil.backends.mlx.score_head import states_read
 from lite_dil.backends.types import EACH, Head
+from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import Layout, Plain, Prefix
 
 
@@ -41,3 +42,13 @@ def filled(array: np.ndarray, multiple: int) -> np.ndarray:
 def _read_index(head: Head, layout: Layout, multiple: int) -> np.ndarray:
     read = states_read(head, layout)
     return filled(read, multiple) if head.at == EACH else read
+
+
+def sums(logps: mx.array, inputs: dict[str, mx.array]) -> mx.array:
+    """Sum values of the response tokens over each response: (tokens,) to (responses,)."""
+    return (logps[inputs["token_index"]] * inputs["token_mask"]).sum(-1)
+
+
+def cut(values: mx.array, batch: Batch) -> np.ndarray:
+    """Return what was read as numpy has it, without what fills the tokens up; there are never more responses than tokens."""
+    return np.array(values)[: int(batch.lengths.sum())]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import mlx.core as mx
 
 from lite_dil.base.memory import GIB, Memory
@@ -14,3 +16,9 @@ def metal_memory() -> Memory | None:
     info = mx.device_info()
     usable, whole = int(info["max_recommended_working_set_size"]), int(info["memory_size"])
     return Memory(usable, f"{info['device_name']}, {usable / GIB:.1f} of {whole / GIB:.1f} GB for the GPU")
+
+
+def free() -> None:
+    """Give back what nobody holds, garbage in cycles too."""
+    gc.collect()
+    mx.clear_cache()

@@ -23,8 +23,8 @@ from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.backends.torch.adapters import Trainable
 from lite_dil.backends.torch.device import compute_dtype
 from lite_dil.backends.torch.head import QuantizedHead
-from lite_dil.backends.torch.load import linear_layers, load_base, make_optimizer, need_bitsandbytes
-from lite_dil.backends.torch.lora import Switch, add_lora, add_unsloth_lora
+from lite_dil.backends.torch.load import linear_layers, load_base, make_optimizer, need_bitsandbytes, set_weights
+from lite_dil.backends.torch.lora import PEFT_POLICY, Switch, add_lora, add_unsloth_lora
 from lite_dil.backends.torch.offload import ActivationOffload
 from lite_dil.backends.torch.reading import Reader
 from lite_dil.backends.torch.score_head import ScoreHead
@@ -130,6 +130,19 @@ class TorchBackend:
         if self._fused:
             torch_fused.install_lora(self.decoder)
         self._take_over(name, head)
+
+    def renew_policy(self, adapter: ResolvedAdapter) -> None:
+        """Give the policy its first weights, and start its training anew."""
+        initial = adapter_files.read_adapter(adapter.init_adapter) if adapter.init_adapter else None
+        first = adapters.choose(adapter, self.linear, initial, self.base.name_or_path)
+        if adapters.layout(first) != self.policy_layout:
+            raise UserError(
+                f"adapter {adapter.init_adapter}: its rank, scale or layers are not the policy's; load it with the model"
+            )
+        set_weights(self.model, PEFT_POLICY, first)
+        self._trainable(POLICY).set_state(None)
+        self.set_strength(1.0)
+        torch.manual_seed(self.seed)
 
     def token_logps(self, batch: Batch) -> np.ndarray:
         """Return the log-prob of every response token, without dropout; shape (tokens,), float32."""
@@ -288,6 +301,7 @@ class TorchBackend:
     def _add_policy(self, options: ResolvedAdapter, initial: adapters.Adapter | None) -> None:
         """Put the policy's adapter, and the frozen initial one where it is the reference, on the base."""
         adapter = adapters.choose(options, self.linear, initial, self.base.name_or_path)
+        self.policy_layout = adapters.layout(adapter)
         if self.unsloth:
             self.model = add_unsloth_lora(self.base, adapter, options.lora_dropout, self.checkpointing, options.seed)
         else:

@@ -88,11 +88,6 @@ def adapter_logps(model: str, folder: Path, config: ModelOptions, sequences: Seq
         return _logps(PeftModel.from_pretrained(base, str(folder)), sequences)
 
 
-def free() -> None:
-    """Give back what models that are gone held of a GPU."""
-    out_of_memory.free(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def _logps(model: Any, sequences: Sequences) -> list[np.ndarray]:
     """Compute by the model's own logits, one answer at a time: another way than training's."""
     model.eval()

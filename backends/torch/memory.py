@@ -6,6 +6,7 @@ import warnings
 
 import torch
 
+from lite_dil.backends.torch import out_of_memory
 from lite_dil.base.memory import GIB, Memory, expandable_segments
 from lite_dil.base.start import ALLOCATOR, EXPANDABLE, allocator_is_set
 
@@ -39,3 +40,8 @@ def expand_segments() -> str:
         f"{reserved / GIB:.1f} GB of the GPU's memory were in use before, in segments that cannot grow: more is lost between "
         f"tensors than --auto counts on; set {ALLOCATOR}={EXPANDABLE} before torch is imported"
     )
+
+
+def free() -> None:
+    """Give back what nobody holds, garbage in cycles too."""
+    out_of_memory.free(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

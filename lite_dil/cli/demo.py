@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lite_dil.cli.progress import Terminal
-from lite_dil.recipes.preference import Run
+from lite_dil.recipes.run import Run
 from lite_dil.reports import outcome
 from lite_dil.reports.outcome import SAMPLES
 from lite_dil.reports.run_report import REPORT
@@ -17,7 +17,7 @@ SHOWN, MEASURED = 6, 20
 
 def show(run: Run, display: Terminal) -> None:
     """Print the answers that the run itself made for its report, adapter off and on, and the held-out figures."""
-    if samples := read_samples(run.folder.path / SAMPLES):
+    if samples := read_samples(run.folder / SAMPLES):
         table = Table(show_lines=True, title="held-out questions")
         for heading in ("question", "before", "after"):
             table.add_column(heading, overflow="fold", ratio=1 if heading == "question" else 2)
@@ -27,8 +27,8 @@ def show(run: Run, display: Terminal) -> None:
         display.console.print(table)
         before, after = (sum(getattr(s, n) for s in samples) / len(samples) for n in ("before_tokens", "after_tokens"))
         display.say(f"answer length: {before:.0f} tokens before, {after:.0f} after (mean of {len(samples)})")
-    display.say(outcome.outcome(outcome.read_record(run.folder.path)))
-    display.say(f"all of it on one page: {run.folder.path / REPORT}")
+    display.say(outcome.outcome(outcome.read_record(run.folder)))
+    display.say(f"all of it on one page: {run.folder / REPORT}")
 
 
 def _short(text: str, limit: int = 400) -> str:

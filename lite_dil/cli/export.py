@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-from lite_dil.base.disk import failing
-from lite_dil.base.errors import UserError, gather
-from lite_dil.base.files import make_folder, move, remove, work_folder
 from lite_dil.cli import adapter_flags
+from lite_dil.export.formats import FORMATS
 from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
 from lite_dil.models.options import MODEL_FIELDS
 
@@ -33,17 +27,6 @@ answers otherwise is refused (exit code 1) and kept in OUTPUT.refused.
 
   lite-dil export --adapter runs/my-run --format merged --output my-model
 """
-FORMATS = ("adapter", "merged", "mlx", "gguf", "ollama")
-# Which formats an option is of; elsewhere it would change nothing.
-_OF = {
-    "to": ("adapter",),
-    "weights_dtype": ("merged", "mlx"),
-    "merge_into": ("merged", "mlx", "gguf", "ollama"),
-    "bits": ("mlx",),
-    "outtype": ("gguf", "ollama"),
-    "llama_cpp": ("gguf", "ollama"),
-}
-_FLAGS = {"weights_dtype": "--dtype"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,108 +71,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make, check, and perhaps upload. Returns the exit code: 1 where what was made is not the trained model."""
     from lite_dil.cli.progress import Terminal
-    from lite_dil.export.exporting import Export, ExportOptions, describe
+    from lite_dil.export.exporting import ExportOptions
+    from lite_dil.export.making import Refused, check_options, export
 
-    _check_options(args)
+    options = ExportOptions(**{field.name: getattr(args, field.name) for field in fields(ExportOptions)})
+    check_options(options, ["--private is of --push-to-hub"] if args.private and not args.push_to_hub else [])
     say = Terminal().say
-    source = adapter_flags.find(args)
-    assert source.adapter is not None  # --adapter is required
-    output: Path = args.output
-    with _work_folder(output) as work:
-        made = work / "made" / output.name
-        make_folder(made)
-        options = ExportOptions(**{field.name: getattr(args, field.name) for field in fields(ExportOptions)})
-        check = Export(options, source, work, made, say).make()
-        refused = check is not None and not check.ok
-        target = _refused(output) if refused else output
-        if not refused:
-            describe(made, source, args.format, check)
-        if target.exists():  # an empty folder, or what was refused before
-            remove(target)
-        move(made, target)
-    size = sum(path.stat().st_size for path in target.rglob("*")) / 1e9
-    say(f"check: {check}" if check else "check: none was made (--no-check); nobody knows whether this is the trained model")
-    if check and not check.ok:
-        # The checkpoint's weights lie on the 16-bit grid: a change of less than half a step of it is rounded away.
-        lost = check.mean <= check.tolerance and 0 < check.share < 1
-        hint = "; weights of few bits may have rounded the adapter away: try float32 ones, or --format adapter" if lost else ""
-        print(f"lite-dil: refused: this is not the trained model; what was made is in {target}{hint}", file=sys.stderr)
+    try:
+        made = export(options, adapter_flags.find(args), say)
+    except Refused as error:
+        print(f"lite-dil: {error}", file=sys.stderr)
         return 1
-    say(f"{target}: {args.format}, {size:.2f} GB")
     if args.push_to_hub:
         from lite_dil.export.push import push
 
-        say(push(target, args.push_to_hub, args.private, say))
-    say(f"next:\n{_next(args.format, target)}")
+        say(push(made, args.push_to_hub, args.private, say))
+    say(f"next:\n{_next(args.format, made)}")
     return 0
-
-
-@contextlib.contextmanager
-def _work_folder(output: Path) -> Iterator[Path]:
-    """Give a hidden folder on the disk of `output`, which is gone in the end, also where SIGTERM ends the program."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    target = output.absolute()
-    before: Any = None
-    with contextlib.suppress(ValueError):  # not in the main thread, where Python allows no handlers
-        before = signal.signal(signal.SIGTERM, stop)
-    try:
-        with (
-            work_folder(target, f"--output {output}: {target.parent}", "--output") as work,
-            failing(f"--output {output}", "--output", "Nothing of it is left there"),
-        ):
-            yield work
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _check_options(args: argparse.Namespace) -> None:
-    """Raise UserError for options that go not together, and where --output is not free."""
-    problems = [
-        f"{flag} is of --format {' and '.join(formats)}; leave it out with {args.format}"
-        for name, formats in _OF.items()
-        if getattr(args, name) is not None and args.format not in formats
-        for flag in [_FLAGS.get(name, f"--{name.replace('_', '-')}")]
-    ]
-    if args.no_check and (args.check_rows is not None or args.check_data is not None):
-        problems.append("--no-check checks nothing; leave it out, or --check-rows and --check-data")
-    if args.check_rows is not None and args.check_rows < 1:
-        problems.append(f"--check-rows {args.check_rows}: expected at least 1; --no-check compares nothing")
-    if args.no_check and args.push_to_hub:
-        problems.append("--push-to-hub uploads what passed the check; leave --no-check out")
-    if args.private and not args.push_to_hub:
-        problems.append("--private is of --push-to-hub")
-    if args.format in ("gguf", "ollama"):
-        from lite_dil.export.gguf import KINDS
-
-        if args.outtype is not None and args.outtype not in KINDS:
-            problems.append(f"--outtype {args.outtype}: expected one of {', '.join(KINDS)}")
-    problems += _not_free(args.output)
-    if problems:
-        raise UserError(gather(problems, "export cannot start:") if len(problems) > 1 else problems[0])
-    if args.push_to_hub:
-        from lite_dil.export.push import check as check_name
-
-        check_name(args.push_to_hub)
-
-
-def _not_free(output: Path) -> list[str]:
-    """Return what is wrong with --output: what is made there takes the place of an empty folder, and of nothing else."""
-    if output.name in ("", "..") or output.is_symlink() or output.is_mount():
-        return [f"--output {output}: expected the name of a new folder"]
-    return [
-        f"--output: {folder} is there already; give a new folder"
-        for folder, mark in ((output, ""), (_refused(output), "export.json"))
-        if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (mark and (folder / mark).is_file())))
-    ]
-
-
-def _refused(output: Path) -> Path:
-    """Return where goes what is not the trained model."""
-    return output.with_name(f"{output.name}.refused")
 
 
 def _next(format: str, made: Path) -> str:

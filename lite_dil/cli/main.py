@@ -13,17 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lite_dil import __version__
 from lite_dil.base.disk import failing, flush, output_fails
 from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.start import quiet_bars, start
+from lite_dil.base.version import __version__
+from lite_dil.cli.own_loss import load_loss, named_file
 from lite_dil.cli.parser import Parser
 from lite_dil.config.options import add_flags, build, read_yaml
-from lite_dil.config.resume import check_same_run, saved_config
+from lite_dil.config.resume import resumed
 from lite_dil.config.train_config import FIELDS, ResolvedConfig, flag
 from lite_dil.data.sources import EMBEDDED
 from lite_dil.models.find import EMBEDDED_MODEL
-from lite_dil.runs.folder import RunFolder, find_checkpoint
+from lite_dil.objectives.own import OwnLoss
 
 _TRAIN = """\
 Train a LoRA adapter on preference data. With no flag: the demo's training, SmolLM2-135M-Instruct on the data in this package.
@@ -152,6 +153,7 @@ def _run(argv: list[str]) -> int:
     start(training=name in ("train", "demo"))
     if name in _MODULES:
         return int(_module(name).run(args))
+    args.own_loss = _own_loss(args)
     if name == "data":
         return _show_data(args)
     if name == "plan":
@@ -162,12 +164,13 @@ def _run(argv: list[str]) -> int:
 
     from lite_dil.cli.demo import MEASURED, show
     from lite_dil.cli.progress import Terminal
+    from lite_dil.recipes.given import Given
     from lite_dil.recipes.preference import train
 
     if name == "demo" and "report_samples" not in fixed:
         config = replace(config, report_samples=MEASURED)
     display = Terminal()
-    trained = train(config, display, resume, fixed)
+    trained = train(config, display, resume, fixed, given=Given(loss=args.own_loss))
     if name == "demo" and not trained.stopped:
         show(trained, display)
     return 130 if trained.stopped else 0
@@ -209,26 +212,20 @@ def _config(args: argparse.Namespace) -> tuple[ResolvedConfig, Path | None, set[
     fixed = _chosen(given, base)
     if not args.resume:
         return build(given, base), None, fixed
-    output_dir = given.get("output_dir", base.get("output_dir"))
-    checkpoint = find_checkpoint(args.resume, output_dir)
-    if checkpoint is None:
-        if output_dir:
-            RunFolder(Path(output_dir)).drop_unsaved()
-        return build(given, base), None, fixed
-    saved, run = saved_config(checkpoint), checkpoint.parent.parent
-    if output_dir and Path(output_dir).resolve() != run.resolve():
-        raise UserError(f"--resume {args.resume} goes on in {run}; leave --output-dir {output_dir} out")
-    # "auto" asks for what the run already found to be best.
-    given, base = ({n: v for n, v in options.items() if v != "auto" and n != "output_dir"} for options in (given, base))
-    # What --auto chose is saved with the rest; it chooses again only where it is given again.
-    config = build(given, saved | {"auto": False} | base | {"output_dir": str(run)})
-    check_same_run(config, saved, args.resume)
-    return config, checkpoint, fixed
+    return *resumed(given, base, args.resume), fixed
+
+
+def _own_loss(args: argparse.Namespace) -> OwnLoss | None:
+    """Return the loss that --loss FILE.py:NAME names, else None."""
+    found = named_file(getattr(args, "loss", ""))
+    return None if found is None else load_loss(*found)
 
 
 def _options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the options that were given as flags, and those of the --config file."""
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
+    if args.own_loss is not None:
+        given["loss"] = args.own_loss.identity
     return given, read_yaml(Path(args.config)) if args.config else {}
 
 

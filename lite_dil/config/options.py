@@ -12,6 +12,7 @@ from typing import Any
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.formats import KEY, RUN, check_format
 from lite_dil.config.train_config import FIELDS, ResolvedConfig, TrainConfig, flag
+from lite_dil.objectives.own import is_own
 
 _HINTS = typing.get_type_hints(TrainConfig)
 
@@ -50,7 +51,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
             value = kind(value)
     except (ValueError, OverflowError):
         raise UserError(f"{where}: {value!r} is not {expected}") from None
-    if choices and value not in choices:
+    if choices and value not in choices and not (name == "loss" and is_own(value)):
         raise UserError(f"{where}: {value!r}{did_you_mean(str(value), choices)} is not one of {', '.join(choices)}")
     return value
 

@@ -7,13 +7,41 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError, gather
-from lite_dil.config.options import read_yaml
+from lite_dil.config.options import build, read_yaml
 from lite_dil.config.train_config import FREE_ON_RESUME, SPLIT, ResolvedConfig, flag
+from lite_dil.runs.folder import RunFolder, find_checkpoint
 
 
 def saved_config(checkpoint: Path) -> dict[str, Any]:
     """Return the resolved options of the run that a checkpoint belongs to."""
     return read_yaml(checkpoint.parent.parent / "config.yaml")
+
+
+def resumed(given: dict[str, Any], base: dict[str, Any], where: str) -> tuple[ResolvedConfig, Path | None]:
+    """Return the options of a run that goes on, and its newest checkpoint; of a new run, where "auto" finds none.
+
+    Args:
+        given: options by name that win over those of `base`, and these over the run's own.
+        where: a run's folder, a checkpoint or "auto"; see `lite_dil.runs.folder.find_checkpoint`.
+
+    Raises:
+        UserError: there is no such run, or an option would change what it learns.
+    """
+    output_dir = given.get("output_dir", base.get("output_dir"))
+    checkpoint = find_checkpoint(where, output_dir)
+    if checkpoint is None:
+        if output_dir:
+            RunFolder(Path(output_dir)).drop_unsaved()
+        return build(given, base), None
+    saved, run = saved_config(checkpoint), checkpoint.parent.parent
+    if output_dir and Path(output_dir).resolve() != run.resolve():
+        raise UserError(f"--resume {where} goes on in {run}; leave --output-dir {output_dir} out")
+    # "auto" asks for what the run already found to be best.
+    given, base = ({n: v for n, v in options.items() if v != "auto" and n != "output_dir"} for options in (given, base))
+    # What --auto chose is saved with the rest; it chooses again only where it is given again.
+    config = build(given, saved | {"auto": False} | base | {"output_dir": str(run)})
+    check_same_run(config, saved, where)
+    return config, checkpoint
 
 
 def check_same_run(config: ResolvedConfig, saved: dict[str, Any], where: str) -> None:

@@ -15,7 +15,8 @@ from lite_dil.data.reader import parse_columns
 from lite_dil.data.sources import EMBEDDED
 from lite_dil.models.options import ALL_LINEAR, DEFAULT_RANK, AdapterOptions, ModelOptions, Seeded
 from lite_dil.objectives.options import ObjectiveOptions
-from lite_dil.objectives.table import OBJECTIVES, OPTIONS
+from lite_dil.objectives.own import is_own, shown
+from lite_dil.objectives.table import OBJECTIVES, OPTIONS, objective_of
 from lite_dil.runs.options import RunOptions
 from lite_dil.training.options import ReferenceOptions
 
@@ -92,7 +93,7 @@ class TrainConfig(
 
     def _objective_problems(self) -> list[str]:
         """Return what is wrong with the objective's constants: those of another objective, or out of range."""
-        loss, objective = self.loss, OBJECTIVES[self.loss]
+        loss, objective = self.loss, objective_of(self.loss)
         problems = []
         for name, spec in OPTIONS.items():
             value = getattr(self, name)
@@ -100,11 +101,15 @@ class TrainConfig(
                 continue
             if name not in objective.options:
                 owners = [other for other, of in OBJECTIVES.items() if name in of.options]
-                problems.append(f"{flag(name)} belongs to --loss {', '.join(owners)}, not to {loss}; leave it out")
+                problems.append(f"{flag(name)} belongs to --loss {', '.join(owners)}, not to {shown(loss)}; leave it out")
             elif not spec.choices and not spec.low <= value <= spec.high:
                 problems.append(f"{flag(name)} is {value:g}; expected {_between(spec.low, spec.high)}")
         if objective.beta is None and self.beta not in (None, 1.0):
-            problems.append(f"--beta: {loss} has none; leave it out")
+            problems.append(f"--beta: {shown(loss)} has none; leave it out")
+        if is_own(loss) and self.logp_reduction not in (None, objective.reduction):
+            problems.append(
+                f"--logp-reduction {self.logp_reduction}: {shown(loss)} itself says {objective.reduction}; leave it out"
+            )
         if objective.token_weights and self.logp_reduction == "mean":
             problems.append(f"--logp-reduction mean: {loss} weighs the tokens of a sum; leave it out")
         if self.sample_rejected is not None and objective.data == "chosen":
@@ -118,7 +123,7 @@ class TrainConfig(
 
     def resolved(self) -> ResolvedConfig:
         """Return a copy with the defaults that depend on other options filled in."""
-        objective = OBJECTIVES[self.loss]
+        objective = objective_of(self.loss)
         fill: dict[str, Any] = {
             "logp_reduction": objective.reduction,
             "beta": 1.0 if objective.beta is None else objective.beta,

@@ -23,6 +23,7 @@ from lite_dil.data.files import RowError
 from lite_dil.data.formats import FORMATS
 from lite_dil.data.options import DataOptions
 from lite_dil.data.reader import Problem, Reader, Row, parse_columns, refuse
+from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import split_sources
 from lite_dil.models.find import cache_dir
 
@@ -165,13 +166,14 @@ class DataSet:
         return [problem for source in self.sources for problem in source.problems]
 
 
-def reader_of(name: str, split: str, options: DataOptions) -> Reader:
-    """Return the reader of one source with the settings of `options`."""
-    return Reader(name, split, format=options.data_format, columns=parse_columns(options.columns), limit=options.max_rows)
+def reader_of(name: str, split: str, options: DataOptions, rows: Rows | None = None) -> Reader:
+    """Return the reader of one source, or of a program's rows, with the settings of `options`."""
+    columns = parse_columns(options.columns)
+    return Reader(name, split, format=options.data_format, columns=columns, limit=options.max_rows, rows=rows)
 
 
 def load(
-    data: str,
+    data: str | Rows,
     split: str,
     encoder: Encoder,
     options: DataOptions,
@@ -182,7 +184,7 @@ def load(
     """Read, check, tokenise and cut all rows of `data`.
 
     Args:
-        data: one source or several; see `lite_dil.data.sources.split_sources`.
+        data: one source or several, see `lite_dil.data.sources.split_sources`; or rows.
         split: the split to take where a source names none, "train" or "test".
         watch: called for each good row with the row, its tokens, and its tokens cut to ``--max-length``.
         good_only: leave bad answers without a partner out of the examples, for objectives that train on good ones alone.
@@ -196,9 +198,8 @@ def load(
     form, chat, prompts_cut, responses_cut = "", False, 0, 0
     order: list[np.ndarray] = []
     random = row_draws(options.seed)
-    for name, weight in split_sources(data):
-        reader = reader_of(name, split, options)
-        first, rows = len(store), 0
+    for weight, reader in _readers(data, split, options):
+        first, rows, name = len(store), 0, reader.source
         for row in reader:
             try:
                 whole = encoder.encode(row)
@@ -226,10 +227,18 @@ def load(
         sources.append(Source(name, weight, rows, reader.format, reader.problems, reader.notes))
         order.append(_often(np.arange(first, len(store)), weight, random))
     named = np.frombuffer(names, np.uint64).reshape(-1, 2)
-    if all(source.weight == 1 for source in sources):
-        return DataSet(store, form, chat, answers, sources, prompts_cut, responses_cut, store, named)
-    taken = np.concatenate(order)
-    return DataSet(Picked(store, taken), form, chat, answers, sources, prompts_cut, responses_cut, store, named[taken])
+    examples: Sequence[Example] = store
+    if any(source.weight != 1 for source in sources):
+        taken = np.concatenate(order)
+        examples, named = Picked(store, taken), named[taken]
+    return DataSet(examples, form, chat, answers, sources, prompts_cut, responses_cut, store, named)
+
+
+def _readers(data: str | Rows, split: str, options: DataOptions) -> list[tuple[float, Reader]]:
+    """Return the readers of all sources, each with how often an epoch takes its rows."""
+    if isinstance(data, Rows):
+        return [(1.0, reader_of(DATA, split, options, data))]
+    return [(weight, reader_of(name, split, options)) for name, weight in split_sources(data)]
 
 
 def _kind(form: str, chat: bool) -> str:

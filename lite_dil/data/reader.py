@@ -15,6 +15,7 @@ from lite_dil.data.drafts import Draft
 from lite_dil.data.files import RowError
 from lite_dil.data.formats import FIELDS, FORMATS, detect, format_of, read
 from lite_dil.data.messages import Answer, Message
+from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import EMBEDDED, records, split_sources
 
 __all__ = ["CHOSEN", "EMBEDDED", "REJECTED", "Answer", "Message", "Problem", "Reader", "Row", "RowError", "parse_columns"]
@@ -66,6 +67,7 @@ class Reader:
         format: the name of one of `lite_dil.data.formats.FORMATS`, or "auto" to tell it from the first rows.
         columns: for a field the column to read it from, where they differ; see `parse_columns`.
         limit: read at most this many rows.
+        rows: what is read instead of `source`, which is then what messages call it.
 
     Attributes:
         format: the name of the format, once a row was read.
@@ -83,12 +85,14 @@ class Reader:
         format: str = "auto",
         columns: dict[str, str] | None = None,
         limit: int | None = None,
+        rows: Rows | None = None,
     ) -> None:
         self.source, self.format, self.columns = source, format, columns or {}
         self.form, self.chat, self._first = "", False, ""
+        self._whole, self._one = (DATA, "the data") if rows else ("file", "a file")
         self.problems: list[Problem] = []
         self.notes: Counter[str] = Counter()
-        self._records = records(source, split, limit)
+        self._records = itertools.islice(rows.records(), limit) if rows else records(source, split, limit)
 
     def __iter__(self) -> Iterator[Row]:
         head = list(itertools.islice(self._records, LOOKED_AT))
@@ -113,8 +117,8 @@ class Reader:
             if other and other != self.format and error.kind.startswith("no field"):
                 raise RowError(
                     "mixed formats",
-                    f"{error}. The row looks like {FORMATS[other].title} ({other}), but the file is read as {self.format}; "
-                    "keep one format in a file",
+                    f"{error}. The row looks like {FORMATS[other].title} ({other}), but the {self._whole} is read as "
+                    f"{self.format}; keep one format in {self._one}",
                 ) from None
             raise
         row = _checked(draft, place)
@@ -122,13 +126,13 @@ class Reader:
             self._first, self.form, self.chat = place, row.form, row.chat
         if row.form != self.form:
             raise RowError(
-                "mixed formats", f"the row has {row.form}, but {self._first} has {self.form}; keep one form in a file"
+                "mixed formats", f"the row has {row.form}, but {self._first} has {self.form}; keep one form in {self._one}"
             )
         if row.chat != self.chat:
             kinds = ("plain text", "chat messages")
             raise RowError(
                 "mixed formats",
-                f"the prompt is {kinds[row.chat]}, but {self._first} has {kinds[self.chat]}; keep one kind in a file",
+                f"the prompt is {kinds[row.chat]}, but {self._first} has {kinds[self.chat]}; keep one kind in {self._one}",
             )
         if draft.note:
             self.notes[draft.note] += 1

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.data.files import COLUMNAR, PACKED, TEXT, Record, file_rows
+from lite_dil.data.rows import is_rows_name
 from lite_dil.models.hub import offline
 
 EMBEDDED = "short-answers"
@@ -62,6 +63,8 @@ def records(source: str, split: str = "train", limit: int | None = None) -> Iter
         found = file_rows(Path(source))
     elif is_local(before := source.rpartition(":")[0]) and Path(before).is_dir():
         found = _folder(Path(before), source.rpartition(":")[2], named=True)
+    elif is_rows_name(source):
+        raise UserError(f"{source}: rows that a program gave and no file holds; it gives them to dil.train again")
     else:
         found = _hub(source, split, stream=limit is not None)
     return itertools.islice(found, limit)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lite_dil.backends import registry
 from lite_dil.backends.types import never
 from lite_dil.base.observer import Event, Observer
 from lite_dil.batching.options import ScheduleOptions
@@ -17,7 +18,8 @@ from lite_dil.data.mismatched import mismatched
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.loss import TOKENS
 from lite_dil.objectives.options import ResolvedObjective
-from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.objectives.own import OwnLoss
+from lite_dil.objectives.table import objective_of
 from lite_dil.training.metrics import Means, answer_metrics, with_margin
 from lite_dil.training.passes import Passes
 
@@ -29,14 +31,20 @@ class HeldOut:
         passes: of the policy that is measured.
         options: the objective whose loss and figures are computed.
         sizes: how large a batch may be.
+        own: the objective, where the options name one of a program's own.
     """
 
     def __init__(
-        self, passes: Passes, examples: Sequence[Example], options: ResolvedObjective, sizes: ScheduleOptions
+        self,
+        passes: Passes,
+        examples: Sequence[Example],
+        options: ResolvedObjective,
+        sizes: ScheduleOptions,
+        own: OwnLoss | None = None,
     ) -> None:
-        self.passes, self.options = passes, options
-        self.criterion = Criterion(options, examples)
-        others = mismatched(examples, options.loss, sizes.max_length) if OBJECTIVES[options.loss].baseline else []
+        self.passes, self.options, self._own = passes, options, own is not None
+        self.criterion = Criterion(options, examples, own)
+        others = mismatched(examples, options.loss, sizes.max_length) if objective_of(options.loss).baseline else []
         self.batches, self.others = (
             plan(part, passes.backend.layout, sizes.batch_size, row_tokens(sizes)) for part in (examples, others)
         )
@@ -51,13 +59,19 @@ class HeldOut:
             reference = self.passes.reference(batch)
             tokens = self.criterion.reads == TOKENS
             policy = self.passes.token_logps(batch) if tokens else self.passes.sequence_logps(batch)
-            with np.errstate(over="ignore"):  # an overflow shows as a loss that is not finite
-                loss = float(self.criterion(policy, reference, self.criterion.inputs(batch, baseline)))
+            loss = self._loss(policy, reference, self.criterion.inputs(batch, baseline))
             means.add("loss", loss / batch.examples, batch.examples)
             answer_metrics(means, batch.sums(policy) if tokens else policy, reference, batch, self.options)
         if self.others:
             means.add("kl", baseline)
         return {f"eval_{name}": value for name, value in with_margin(means.means()).items()}
+
+    def _loss(self, policy: np.ndarray, reference: np.ndarray, inputs: dict[str, np.ndarray]) -> float:
+        """Return the criterion's value, summed over a batch."""
+        if self._own:  # which may know the backend's arrays alone
+            return float(registry.value_and_slope(self.passes.backend.name, self.criterion, policy, reference, inputs)[0])
+        with np.errstate(over="ignore"):  # an overflow shows as a loss that is not finite
+            return float(self.criterion(policy, reference, inputs))
 
 
 class Evaluation(Observer):

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil import __version__
 from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import make_folder, write
+from lite_dil.base.version import __version__
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.export import merge
 from lite_dil.export.check import Check, Trained, held_out, measure, tolerance
@@ -106,7 +106,7 @@ class Export:
         """Fill the folder; return the comparison with the trained model, None where none was asked for."""
         trained = self._from_trained()
         if trained is not None:
-            _library(self.backend).free()  # the trained model is gone, and what was made is not loaded yet
+            registry.free(self.backend)  # the trained model is gone, and what was made is not loaded yet
         if self.format in ("mlx", "gguf", "ollama"):
             self._convert()
         check = None

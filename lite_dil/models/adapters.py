@@ -24,6 +24,11 @@ class Adapter:
     weights: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
+def layout(adapter: Adapter) -> tuple[int, float, frozenset[str]]:
+    """Return what must be alike of two adapters for one to take the other's weights: rank, scale and layers."""
+    return adapter.rank, adapter.scale, frozenset(adapter.weights)
+
+
 def fresh(shapes: dict[str, tuple[int, int]], rank: int, scale: float, seed: int, adapter: str = "policy") -> Adapter:
     """Return a new adapter for layers of the given (out, in) shapes: A uniform in +-1/sqrt(in), B zero, as PEFT and mlx-lm do.
 

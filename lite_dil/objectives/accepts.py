@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.signs import CHOSEN
-from lite_dil.objectives.table import OBJECTIVES, need
+from lite_dil.objectives.table import need, objective_of
 
 
 def check_data(loss: str, form: str, signs: set[int], source: str, sampled: bool) -> None:
@@ -16,7 +16,7 @@ def check_data(loss: str, form: str, signs: set[int], source: str, sampled: bool
         source: the data's name, for the message.
         sampled: whether the model's own answers are added as rejected ones.
     """
-    objective = OBJECTIVES[loss]
+    objective = objective_of(loss)
     if sampled and form != "demonstrations":
         raise UserError(
             f"--sample-rejected is for demonstrations (prompt, completion), and {source} has {form}, with rejected answers of "

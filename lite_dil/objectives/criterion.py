@@ -12,7 +12,8 @@ from lite_dil.objectives.loss import SUMS, TOKENS
 from lite_dil.objectives.losses import Array, log_ratio
 from lite_dil.objectives.objective import Answers, Pairs
 from lite_dil.objectives.options import ResolvedObjective
-from lite_dil.objectives.table import OBJECTIVES, constants
+from lite_dil.objectives.own import OwnLoss
+from lite_dil.objectives.table import constants, objective_of
 
 
 class Signed(Protocol):
@@ -54,14 +55,17 @@ class Criterion:
     in the whole data, never in a batch, so that a batch may hold any mixture of good and bad answers (and splitting a step
     changes nothing). The loss is a mean over examples: pairs, or answers without a partner. It is a
     `lite_dil.objectives.loss.Loss`.
+
+    Args:
+        own: the loss, where the options name one of a program's own.
     """
 
     reference = SUMS
 
-    def __init__(self, options: ResolvedObjective, examples: Sequence[Signed]) -> None:
-        self.objective = OBJECTIVES[options.loss]
+    def __init__(self, options: ResolvedObjective, examples: Sequence[Signed], own: OwnLoss | None = None) -> None:
+        self.objective = objective_of(options.loss)
         self.constants = constants(options.loss, options)
-        self.form = self.objective.form(self.constants)
+        self.form = own.form if own else self.objective.form(self.constants)
         self.reduction = options.logp_reduction
         self.reads = TOKENS if self.objective.token_weights else SUMS
         self.token_inputs = ("token_weights",) if self.objective.token_weights else ()

@@ -44,7 +44,8 @@ class ObjectiveOptions:
     loss: str = option(
         "objective",
         "lsif",
-        f"the objective; formulas, sources and when to use which are in docs/losses.md. {_by_data()}",
+        f"the objective; formulas, sources and when to use which are in docs/losses.md. {_by_data()} "
+        "FILE.py:NAME is a loss of one's own, a lite_dil.PairLoss or SideLoss (docs/api.md)",
         choices=tuple(OBJECTIVES),
     )
     logp_reduction: str | None = option(

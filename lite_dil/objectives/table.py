@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lite_dil.objectives import losses
+from lite_dil.objectives import losses, own
 from lite_dil.objectives.losses import EXPONENT_LIMIT, Array, Bregman
 from lite_dil.objectives.objective import Constants, Objective, Option, Pairs, Sides
 
@@ -314,9 +314,14 @@ OBJECTIVES: dict[str, Objective] = {
 DIL_FAMILY = ("lsif", "ukl", "bce", "basu", "rulsif")
 
 
+def objective_of(loss: str) -> Objective:
+    """Return the row of a loss by its name; of one's own, what its name says of it."""
+    return own.described(loss) if own.is_own(loss) else OBJECTIVES[loss]
+
+
 def constants(name: str, config: Any) -> dict[str, Any]:
     """Return the objective's beta and options from a config's attributes, or its defaults where those are None."""
-    objective = OBJECTIVES[name]
+    objective = objective_of(name)
     given = {option: getattr(config, option) for option in objective.options}
     filled = {option: OPTIONS[option].default if value is None else value for option, value in given.items()}
     beta = config.beta if config.beta is not None else objective.beta

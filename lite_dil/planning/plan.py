@@ -20,7 +20,7 @@ from lite_dil.data.reader import refuse
 from lite_dil.data.sources import EMBEDDED, is_local, looks_like_file, split_sources
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.models.shape import ModelShape, read_shape
-from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.objectives.table import objective_of
 from lite_dil.planning import auto, fit
 from lite_dil.planning.estimate import BYTES, Estimate, Load
 from lite_dil.planning.memory import memory_here, memory_of, nvidia_smi
@@ -192,7 +192,7 @@ def _examples(config: ResolvedConfig) -> tuple[int, int]:
     sources = split_sources(config.data)
     if config.data == EMBEDDED or not all(is_local(name) or looks_like_file(name) for name, _ in sources):
         return 0, 1 if config.sample_rejected else 2  # rejected answers are drawn for good ones alone
-    good_only, total, answers = OBJECTIVES[config.loss].data == "chosen", 0, 0
+    good_only, total, answers = objective_of(config.loss).data == "chosen", 0, 0
     for name, weight in sources:
         reader = reader_of(name, "train", config)
         kept = 0

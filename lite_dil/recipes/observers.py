@@ -70,7 +70,7 @@ def observers_of(
 ) -> tuple[Observers, Checkpoints]:
     """Return the observers of a run in their order, and by itself the one that saves: saved before what takes long."""
     config, folder, backend, data = session.config, session.folder, session.backend, session.data
-    held_out = HeldOut(training.passes, data.held_out, config, config) if data.held_out else None
+    held_out = HeldOut(training.passes, data.held_out, config, config, session.own_loss) if data.held_out else None
     shown, trackers = ShownSteps(display), Trackers(config, folder.path, session.logged, display.say)
     metrics = MetricsLog([folder.log, trackers.log])
     checkpoints = Checkpoints(folder, training.progress, session.save_state, backend.save_adapter, config)
@@ -83,15 +83,15 @@ def observers_of(
     def memory() -> str:
         if training.largest.batch is None:
             return ""
-        peak, before = backend.peak_memory_mb() * 2**20, session.before * 2**20
-        return memory_line(session.taken_config(), session.model, Load.of(training.largest.batch), peak, before)
+        peak, before = backend.peak_memory_mb() * 2**20, session.policy.memory_before * 2**20
+        return memory_line(session.taken_config(), session.policy.model, Load.of(training.largest.batch), peak, before)
 
     answers = SampleAnswers(
         data.prompts,
         bool(data.held_out),
         folder.path / SAMPLES,
         backend,
-        session.encoder,
+        session.policy.encoder,
         config.max_length,
         display.say,
         often,

@@ -3,51 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lite_dil.base.signs import CHOSEN
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import DataSet, describe, load, remarks
-from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.encoder import Encoder, Example, fingerprint
 from lite_dil.data.overlap import overlap
 from lite_dil.data.reader import Problem
+from lite_dil.data.rows import DATA, Rows, rows_name
 from lite_dil.objectives.accepts import check_data
-from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.objectives.table import objective_of
+from lite_dil.recipes.given import Given
 from lite_dil.reports.samples import Intake, Prompt
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What was read: examples, the rows that were left out, and for the report the prompts to answer and what the data is."""
+    """What was read: examples, the rows that were left out, and for the report the prompts to answer and what the data is.
+
+    `config` names a program's own rows by their content.
+    """
 
     examples: Sequence[Example]
     held_out: Sequence[Example]
     skipped: list[Problem]
     prompts: list[Prompt]
     facts: list[dict[str, Any]]
+    config: ResolvedConfig
 
 
-def read_data(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None]) -> RunData:
+def read_data(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None], given: Given) -> RunData:
     """Read the training data, and the held-out data where there is any."""
-    data, intake = _load(config.data, "train", encoder, config, say)
-    facts = [intake.facts("training", config.data, data)]
+    data, intake, name = _load(given.data or config.data, "train", encoder, config, say)
+    config = replace(config, data=name)
+    facts = [intake.facts("training", name, data)]
     if not config.eval_data:
-        return RunData(data.examples, [], data.problems, intake.prompts, facts)
-    held_out, seen = _load(config.eval_data, "test", encoder, config, say)
+        return RunData(data.examples, [], data.problems, intake.prompts, facts, config)
+    held_out, seen, name = _load(given.eval_data or config.eval_data, "test", encoder, config, say)
+    config = replace(config, eval_data=name)
     shared = overlap(data, held_out)
     if shared.warning:
         say(f"warning: {shared.warning}")
-    facts.append(seen.facts("held out", config.eval_data, held_out) | {"in_training": shared._asdict()})
-    return RunData(data.examples, held_out.examples, data.problems + held_out.problems, seen.prompts, facts)
+    facts.append(seen.facts("held out", name, held_out) | {"in_training": shared._asdict()})
+    return RunData(data.examples, held_out.examples, data.problems + held_out.problems, seen.prompts, facts, config)
 
 
 def _load(
-    source: str, split: str, encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None]
-) -> tuple[DataSet, Intake]:
-    """Read a data set and say what it is."""
+    given: str | Rows, split: str, encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None]
+) -> tuple[DataSet, Intake, str]:
+    """Read a data set and say what it is; return also what names it in the run's files."""
     intake = Intake(config.report_samples, config)
-    data = load(source, split, encoder, config, watch=intake.add, good_only=OBJECTIVES[config.loss].data == "chosen")
+    source = DATA if isinstance(given, Rows) else given
+    data = load(given, split, encoder, config, watch=intake.add, good_only=objective_of(config.loss).data == "chosen")
     check_data(config.loss, data.form, set(data.answers), source, config.sample_rejected is not None)
     number, good = len(data.examples), data.answers[CHOSEN]
     kinds = {
@@ -55,7 +64,7 @@ def _load(
         "demonstrations": "demonstrations",
         "unpaired": f"answers, {good} good and {data.answers[-CHOSEN]} bad",
     }
-    if data.form == "unpaired" and OBJECTIVES[config.loss].data == "chosen":
+    if data.form == "unpaired" and objective_of(config.loss).data == "chosen":
         kinds["unpaired"] = f"good answers, and {data.answers[-CHOSEN]} bad ones that {config.loss} leaves out"
     text = f"{'training' if split == 'train' else 'held-out'} data {source}: {number} {kinds[data.form]}, {describe(data)}"
     if data.prompts_cut or data.responses_cut:
@@ -63,4 +72,4 @@ def _load(
     say(text)
     for line in remarks(data):
         say(line)
-    return data, intake
+    return data, intake, rows_name(fingerprint(data.examples)) if isinstance(given, Rows) else source

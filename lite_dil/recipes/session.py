@@ -11,29 +11,35 @@ from lite_dil.backends import registry
 from lite_dil.backends.protocol import Backend
 from lite_dil.base.display import Display
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import remove
-from lite_dil.base.memory import peak_rss_mb
+from lite_dil.base.files import remove, replace_file
 from lite_dil.base.signals import StopSignal
 from lite_dil.base.start import quiet_bars, start
 from lite_dil.batching.schedule import LargestPass, Schedule
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.encoder import Encoder, Example, fingerprint
 from lite_dil.data.mismatched import mismatched
+from lite_dil.generation.policy import AdapterSource, Policy, load_found
 from lite_dil.generation.reference_samples import add_samples, needed, reference_digest, sample_path
 from lite_dil.models.find import load_tokenizer, resolve_model
 from lite_dil.models.fingerprint import reference_key
 from lite_dil.objectives.criterion import Criterion
-from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.objectives.own import OwnLoss, is_own, shown
+from lite_dil.objectives.own import missing as missing_loss
+from lite_dil.objectives.table import objective_of
 from lite_dil.planning.auto import fitted
+from lite_dil.recipes.given import Given
 from lite_dil.recipes.read_data import RunData, read_data
 from lite_dil.reports import trackers
 from lite_dil.reports.outcome import SAMPLES
 from lite_dil.runs.folder import Progress, RunFolder, read_progress
 from lite_dil.training.loop import Training
+from lite_dil.training.own_loss import try_out
 from lite_dil.training.passes import Passes
 from lite_dil.training.precompute import missing, precompute
 from lite_dil.training.reference_cache import ReferenceCache, cache_folder, open_cache
 from lite_dil.training.start_check import CHECKING, check_start, starts_at_reference
+
+LOSS_SOURCE = "loss_source.txt"
 
 
 @dataclass
@@ -42,21 +48,23 @@ class TrainingSession:
 
     Attributes:
         config: with the backend that auto came to, and what --auto chose.
-        model: what `resolve_model` returned.
-        before: MiB that the process had before the model was loaded.
         logged: lines of metrics that a resumed run had logged before, also those that it will log again.
+        own_loss: what is trained by, where that is a program's own.
         training: what the loop works on; None where Ctrl-C came before the first step, which the user has been told.
     """
 
     config: ResolvedConfig
     folder: RunFolder
-    model: str
-    encoder: Encoder
+    policy: Policy
     data: RunData
-    backend: Backend
-    before: float
+    own_loss: OwnLoss | None = None
     logged: list[dict[str, Any]] = field(default_factory=list)
     training: Training | None = None
+
+    @property
+    def backend(self) -> Backend:
+        """The policy's."""
+        return self.policy.backend
 
     def taken_config(self) -> ResolvedConfig:
         """Return the config with the type and the layout that the backend took, where "auto" was asked for."""
@@ -67,23 +75,25 @@ class TrainingSession:
         self.backend.save_state(folder)
 
 
-def open_session(config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None) -> TrainingSession:
+def open_session(
+    config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None, given: Given
+) -> TrainingSession:
     """Read the data, load the model, and bring both to where training starts, or goes on from the checkpoint `resume`.
 
     `fixed` are the options that --auto leaves alone; None stands for all that are not at their default.
     """
-    session, progress = _load(config, display, resume, fixed)
+    session, progress = _load(config, display, resume, fixed, given)
     config = session.config
     if config.sample_rejected and not _draw_rejected(session, config.sample_rejected, display):
         return session
     examples = session.data.examples
-    others = mismatched(examples, config.loss, config.max_length) if OBJECTIVES[config.loss].baseline else []
+    others = mismatched(examples, config.loss, config.max_length) if objective_of(config.loss).baseline else []
     passes = Passes(session.backend, config.logp_reduction, _open_cache(session, display), display.say)
     training = Training(
         passes,
         examples,
         Schedule(config, examples, session.backend.layout, others),
-        Criterion(config, examples),
+        Criterion(config, examples, given.loss),
         config,
         progress,
         LargestPass(session.backend.layout),
@@ -105,30 +115,33 @@ def open_session(config: ResolvedConfig, display: Display, resume: Path | None, 
 
 
 def _load(
-    config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None
+    config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None, given: Given
 ) -> tuple[TrainingSession, Progress]:
     """Read the data and load the model; return also where the run stands."""
     start(training=True)
     trackers.check(config)
-    config = replace(config, backend=registry.resolve(config.backend))
+    config, policy = replace(config, backend=registry.resolve(config.backend)), given.policy
     registry.prepare(config.backend, config, config)
     quiet_bars()
-    folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, config.loss)
-    model = resolve_model(config.model, display.say)
-    encoder = Encoder(load_tokenizer(model))
-    data = read_data(encoder, config, display.say)
-    progress = _progress(data.examples, config, resume)
+    if given.loss:
+        try_out(given.loss, config.backend)
+    elif is_own(config.loss):
+        raise UserError(missing_loss(config.loss))
+    folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, shown(config.loss))
+    model = policy.model if policy else resolve_model(config.model, display.say)
+    encoder = policy.encoder if policy else Encoder(load_tokenizer(model))
+    data = read_data(encoder, config, display.say, given)
+    if resume and data.config.eval_data != config.eval_data:
+        raise UserError(f"--resume {resume}: the held-out rows are not those that this run was evaluated on")
+    progress, config = _progress(data.examples, config, resume), data.config
     if config.auto:
         config, chosen = fitted(config, data.examples, fixed)
         display.say(chosen)
-    if remark := registry.import_library(config.backend):
-        display.say(remark)
-    before = peak_rss_mb()
-    backend = registry.load(config.backend, config, model, config, config, display.say)
-    display.say(f"{config.model} on {backend.description}")
-    if backend.layout_reason:
-        display.say(backend.layout_reason)
-    return TrainingSession(config, folder, model, encoder, data, backend, before), progress
+    if policy is None:
+        policy = load_found(AdapterSource(None, None, config), config.backend, model, encoder, display.say, config)
+    if policy.backend.layout_reason:
+        display.say(policy.backend.layout_reason)
+    return TrainingSession(config, folder, policy, data, given.loss), progress
 
 
 def _progress(examples: Sequence[Example], config: ResolvedConfig, resume: Path | None) -> Progress:
@@ -145,10 +158,10 @@ def _progress(examples: Sequence[Example], config: ResolvedConfig, resume: Path 
 def _draw_rejected(session: TrainingSession, count: int, display: Display) -> bool:
     """Draw rejected answers for the examples that the run comes to and the held-out ones; False where Ctrl-C ended it."""
     config, backend, data = session.config, session.backend, session.data
-    key = reference_key(config, cache_folder(config), session.model, backend.identity)
+    key = reference_key(config, cache_folder(config), session.policy.model, backend.identity)
     reference, used = reference_digest(key), needed(config, data.examples)
     path = sample_path(config, reference)
-    drawn = add_samples([*used, *data.held_out], count, backend, session.encoder, path, reference, config, display)
+    drawn = add_samples([*used, *data.held_out], count, backend, session.policy.encoder, path, reference, config, display)
     if drawn is None:
         display.say(f"stopped; the same command goes on with what was drawn: {path}")
         return False
@@ -158,7 +171,7 @@ def _draw_rejected(session: TrainingSession, count: int, display: Display) -> bo
 
 def _open_cache(session: TrainingSession, display: Display) -> ReferenceCache:
     """Open the cache of the reference's log-probs."""
-    cache = open_cache(session.config, session.config, session.model, session.backend.identity)
+    cache = open_cache(session.config, session.config, session.policy.model, session.backend.identity)
     if cache.damaged:
         display.say(f"{cache.path}: {cache.damaged} damaged records, which will be computed again")
     return cache
@@ -195,4 +208,6 @@ def _begin(session: TrainingSession, display: Display) -> None:
         remove(folder.path / name)
     if session.data.skipped:
         folder.list_skipped(session.data.skipped)
+    if session.own_loss and session.own_loss.source:  # for people: it is never read
+        replace_file(folder.path / LOSS_SOURCE, session.own_loss.source)
     display.say(f"writing to {folder.path}")

@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil import __version__
 from lite_dil.base.files import replace_file
 from lite_dil.base.observer import Event, Observer
+from lite_dil.base.version import __version__
 from lite_dil.config.options import read_yaml
 from lite_dil.data.formats import FORMATS
+from lite_dil.data.rows import is_rows_name
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.models.names import is_hub_id, public_name
-from lite_dil.objectives.table import DIL_FAMILY, OBJECTIVES
+from lite_dil.objectives.own import is_own, shown
+from lite_dil.objectives.table import DIL_FAMILY, objective_of
 from lite_dil.reports.card_use import how_to_use
 from lite_dil.reports.card_words import code, public_command, public_sources, train_command
 from lite_dil.reports.outcome import FACTS, read_facts, shared, with_error
@@ -104,7 +106,7 @@ def _front_matter(kind: str, base: dict[str, str], options: dict[str, Any]) -> s
 
     loss = options.get("loss")
     family = ["dil"] if loss in DIL_FAMILY else []
-    preference = ["preference"] if loss and OBJECTIVES[loss].data != "chosen" else []
+    preference = ["preference"] if loss and objective_of(loss).data != "chosen" else []
     data = {
         **base,
         "base_model_relation": ("adapter" if kind in ("peft", "mlx-lm") else "finetune") if "base_model" in base else None,
@@ -114,7 +116,7 @@ def _front_matter(kind: str, base: dict[str, str], options: dict[str, Any]) -> s
         "tags": [
             "lite-dil",
             *family,
-            *([loss] if loss else []),
+            *([shown(loss)] if loss else []),
             "lora",
             *preference,
             *(["gguf"] if kind in ("gguf", "ollama") else []),
@@ -165,7 +167,7 @@ def _introduction(kind: str, model: str, base: dict[str, str], options: dict[str
     }[kind]
     text = f"{what} {linked}"
     if options:
-        text += f", trained by lite-dil with the loss {code(options['loss'])}"
+        text += f", trained by lite-dil with the loss {code(shown(options['loss']))}"
     yield f"# {code(name)}, tuned" if options else f"# {code(name)} with an adapter"
     yield text + "." + (f" The adapter is taken {strength:g} times as strong as it was trained." if strength != 1 else "")
     if "license" in base:
@@ -186,7 +188,7 @@ def _facts(run: RunFolder) -> dict[str, dict[str, Any]]:
 def _training(options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Say what was trained on, by which loss, with which settings."""
     loss = options["loss"]
-    objective = OBJECTIVES[loss]
+    objective = objective_of(loss)
     constants = [f"{name} {options[name]}" for name in ("beta", *objective.options) if options.get(name) is not None]
     if options.get("init_adapter"):  # whose rank, alpha and layers are taken
         lora = f"gone on with from {code(public_name(options['init_adapter']))}; reference: {options['reference']}"
@@ -196,7 +198,7 @@ def _training(options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iter
     lines = [
         f"data: {_data(options['data'], facts.get('training'))}",
         f"held-out data: {_data(options['eval_data'], facts.get('held out')) if options.get('eval_data') else 'none'}",
-        f"loss: {code(loss)}, {objective.title}: {code(objective.formula)}",
+        f"loss: {code(shown(loss))}, {objective.title}: {code(objective.formula)}",
         f"source of the loss: {objective.source}",
         f"constants: {', '.join([*constants, 'log-ratio: ' + str(options['logp_reduction']) + ' over the tokens'])}",
         f"LoRA: {lora}" + (f", dropout {options['lora_dropout']:g}" if options.get("lora_dropout") else ""),
@@ -269,8 +271,14 @@ def _checked(check: Any) -> str:
 
 def _made(options: dict[str, Any], command: str) -> Iterator[str]:
     """Give the commands, with the last parts of paths, and the versions."""
-    commands = [train_command(options)] if options else []
+    commands = [train_command(options)] if options and not _of_a_program(options) else []
     commands += [public_command(command)] if command else []
+    if options and _of_a_program(options):
+        yield (
+            "Trained by a Python program with `lite_dil.train`, which gave its own "
+            + " and ".join(_of_a_program(options))
+            + "."
+        )
     if commands:
         yield "```bash\n" + "\n".join(commands) + "\n```"
     found = [f"lite-dil {__version__}"]
@@ -280,6 +288,12 @@ def _made(options: dict[str, Any], command: str) -> Iterator[str]:
         except PackageNotFoundError:
             continue
     yield f"Versions where this was written: {', '.join(found)}."
+
+
+def _of_a_program(options: dict[str, Any]) -> list[str]:
+    """Return what a program gave to the run that no command can name."""
+    found = ["loss"] if is_own(options["loss"]) else []
+    return found + ["data"] * any(is_rows_name(str(options.get(name))) for name in ("data", "eval_data"))
 
 
 def _limits(options: dict[str, Any]) -> str:
@@ -297,5 +311,5 @@ def _limits(options: dict[str, Any]) -> str:
 
 def _citation(loss: str) -> Iterator[str]:
     if loss not in DIL_FAMILY:
-        yield f"The loss: {OBJECTIVES[loss].source}. The library is made for Direct Imitation Learning:"
+        yield f"The loss: {objective_of(loss).source}. The library is made for Direct Imitation Learning:"
     yield _BIBTEX

@@ -11,7 +11,8 @@ from typing import Any
 from lite_dil.base.formats import RUN, check_format
 from lite_dil.config.train_config import flag
 from lite_dil.data.overlap import Overlap
-from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.objectives.own import shown
+from lite_dil.objectives.table import objective_of
 from lite_dil.reports.samples import Sample, read_samples
 from lite_dil.runs.history import History, read_history
 
@@ -98,12 +99,12 @@ def what(record: Record) -> str:
     config, facts, history = record.config, record.facts, record.history
     data = record.data("training") or {}
     kinds = {"pairs": "pairs of answers", "unpaired": "good and bad answers", "demonstrations": "good answers"}
-    title = OBJECTIVES[config["loss"]].title
+    title = objective_of(config["loss"]).title
     steps = f"{history.step:,} of {facts['steps']:,} steps"
     rank = f" of rank {config['lora_r']}" if config["lora_r"] else f", gone on with from {config['init_adapter']},"
     text = (
         f"A LoRA adapter{rank} for {config['model']}, trained with the loss "
-        f"{config['loss']} ({title}) on {data.get('examples', 0):,} {kinds.get(data.get('form', ''), 'examples')} of "
+        f"{shown(config['loss'])} ({title}) on {data.get('examples', 0):,} {kinds.get(data.get('form', ''), 'examples')} of "
         f"{config['data']}, on {facts['device']}. "
     )
     states = {
@@ -180,7 +181,7 @@ def _chosen_falls(record: Record) -> str:
 def _keeps_likely(record: Record) -> str:
     """Return which loss on this data, or which constant of the run's own, holds the chosen answers' likelihood up."""
     loss, form = record.config["loss"], (record.data("training") or {}).get("form")
-    if OBJECTIVES[loss].data == "chosen":
+    if objective_of(loss).data == "chosen":
         return ""
     if loss in _LIKELIHOOD:
         return f", or a higher {flag(_LIKELIHOOD[loss])}, the weight of the chosen answers' likelihood"
@@ -257,7 +258,7 @@ def _longer(record: Record) -> str:
             f". The chosen answers of the data are longer than the rejected ones ({tokens['chosen']['mean']:.0f} against "
             f"{tokens['rejected']['mean']:.0f} tokens), which teaches that"
         )
-    if OBJECTIVES[record.config["loss"]].data == "chosen":
+    if objective_of(record.config["loss"]).data == "chosen":
         return f"{text}. What to try: shorter good answers, as it learns their lengths."
     advice = "" if record.per == "token" else ", or --logp-reduction mean"
     return f"{text}. What to try: chosen and rejected answers of like lengths{advice}."

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from lite_dil.config.train_config import FIELDS, TrainConfig, flag
+from lite_dil.objectives.own import shown
 from lite_dil.reports import outcome
 from lite_dil.reports.charts import Drawn, charts, draw
 from lite_dil.reports.outcome import Record
@@ -73,7 +74,7 @@ def render(record: Record) -> str:
     """Return the page of a run."""
     drawn = [found for chart in charts(record.per) if (found := draw(chart, record.history))]
     config = record.config
-    name = f"{config['loss']} on {config['model'].rstrip('/').rpartition('/')[2]}"
+    name = f"{shown(config['loss'])} on {config['model'].rstrip('/').rpartition('/')[2]}"
     parts = [
         f"<h1>{escaped(name)} <span class='state'>{escaped(record.facts['state'])}</span></h1>",
         f'<div class="lead"><p class="outcome">{escaped(outcome.outcome(record))}</p>'

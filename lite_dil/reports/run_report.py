@@ -11,13 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lite_dil import __version__
 from lite_dil.backends.protocol import Backend
 from lite_dil.base.disk import DiskFailed, failing
 from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.files import replace_file
 from lite_dil.base.formats import KEY, RUN
 from lite_dil.base.observer import Event, Observer
+from lite_dil.base.version import __version__
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.reports.outcome import FACTS, read_record
 from lite_dil.runs.folder import RunFolder

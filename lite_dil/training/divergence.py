@@ -14,7 +14,7 @@ from lite_dil.batching.batch import by_batch
 from lite_dil.data.encoder import Example
 from lite_dil.objectives.losses import log_ratio
 from lite_dil.objectives.options import ResolvedObjective
-from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.objectives.table import objective_of
 from lite_dil.training.step import Taken
 
 # float16's loss scale halves with each skipped step: after this many it is not the scale that is wrong.
@@ -64,7 +64,7 @@ def _farthest(taken: Taken, reduction: str) -> tuple[str, str]:
 
 
 def _advice(options: ResolvedObjective) -> list[str]:
-    objective = OBJECTIVES[options.loss]
+    objective = objective_of(options.loss)
     advice = ["a lower --learning-rate"]
     if options.logp_reduction == "sum" and objective.reduction == "mean":
         advice.append("--logp-reduction mean")

@@ -10,7 +10,7 @@ from lite_dil.batching.batch import Batch, by_batch
 from lite_dil.batching.schedule import Schedule
 from lite_dil.objectives.losses import log_ratio
 from lite_dil.objectives.options import ResolvedObjective
-from lite_dil.objectives.table import OBJECTIVES, constants
+from lite_dil.objectives.table import constants, objective_of
 from lite_dil.runs.folder import Progress
 from lite_dil.training.step import Taken
 
@@ -63,7 +63,7 @@ def answer_metrics(means: Means, policy: np.ndarray, reference: np.ndarray, batc
         means.add(f"logps/{name}", policy[index])
     for name, index in (("chosen", batch.chosen), ("rejected", batch.rejected)):
         means.add(f"log_ratio/{name}", f[index])
-    if (capped := OBJECTIVES[options.loss].capped) and (compared := capped(f, constants(options.loss, options))):
+    if (capped := objective_of(options.loss).capped) and (compared := capped(f, constants(options.loss, options))):
         value, cap = compared
         means.add("capped", value > cap)
 
@@ -86,7 +86,7 @@ def count_step(progress: Progress, taken: Taken, seconds: float, options: Resolv
     parts = (by_batch(values, batches) for values in (taken.policy, taken.reference))
     for batch, policy, reference in zip(batches, *parts, strict=True):
         answer_metrics(means, policy, reference, batch, options)
-    if OBJECTIVES[options.loss].baseline:
+    if objective_of(options.loss).baseline:
         means.add("kl", taken.baseline, number)
     for name, value in zip(_SUMS, (number, tokens, seconds, 1, int(result.skipped), taken.reference_passes), strict=True):
         means.add(name, value)

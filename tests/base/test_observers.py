@@ -15,7 +15,8 @@ from lite_dil.base.display import Silent
 from lite_dil.base.errors import TrainingDiverged
 from lite_dil.base.observer import Event, Observer, Observers
 from lite_dil.evaluation.held_out import HeldOut
-from lite_dil.recipes.preference import Run, train
+from lite_dil.recipes.preference import train
+from lite_dil.recipes.run import Run
 from lite_dil.runs.checkpoints import Checkpoints
 from lite_dil.runs.folder import Progress, RunFolder, find_checkpoint
 
@@ -73,7 +74,7 @@ def test_ones_own_observer_sees_the_whole_training(options: dict[str, Any]) -> N
     made = run(options, notes)
     steps = [("after_step", step) for step in (1, 2, 3)]
     assert notes.seen == [("started", 0), *steps, ("finished", 3)]
-    assert notes.lines == lines_of(made.folder.path)
+    assert notes.lines == lines_of(made.folder)
     assert [line["step"] for line in notes.lines] == [2, 3]  # each second step, and the last
 
 
@@ -81,9 +82,9 @@ def test_a_stop_and_going_on(options: dict[str, Any]) -> None:
     notes, after = Notes(stop_after=1), Notes()
     made = run(options, notes)
     assert made.stopped and notes.seen == [("started", 0), ("after_step", 1), ("stopped", 1)]
-    again = run(options, after, find_checkpoint(str(made.folder.path), None))
+    again = run(options, after, find_checkpoint(str(made.folder), None))
     assert not again.stopped and after.seen == [("started", 1), ("after_step", 2), ("after_step", 3), ("finished", 3)]
-    assert [line["step"] for line in lines_of(made.folder.path)] == [2, 3]
+    assert [line["step"] for line in lines_of(made.folder)] == [2, 3]
 
 
 def test_an_error_is_told_and_goes_on(options: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from lite_dil.cli.main import main
 from lite_dil.cli.progress import Terminal
 from lite_dil.data.encoder import Encoder
 from lite_dil.data.reader import Row
-from lite_dil.recipes.preference import Run
+from lite_dil.recipes.run import Run
 from lite_dil.reports.run_report import RunReport, write_report
 from lite_dil.reports.samples import Intake, SampleAnswers, read_samples
 from lite_dil.runs.folder import RunFolder
@@ -309,7 +309,7 @@ def test_the_demo_shows_what_any_loss_has(loss: str, tmp_path: Path, capsys: pyt
     from reported import make_run
 
     make_run(tmp_path, loss=loss, form="demonstrations" if loss == "sft" else "pairs", text="[bold]tea[/] :tea:")
-    show(Run(None, None, RunFolder(tmp_path), stopped=False), Terminal())  # type: ignore[arg-type]
+    show(Run(None, tmp_path, False, print, None), Terminal())  # type: ignore[arg-type]
     out = capsys.readouterr().out
     assert "[bold]tea[/] :tea:" in out
     assert "length: 20 tokens" in out

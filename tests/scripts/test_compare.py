@@ -381,7 +381,7 @@ class Stub:
 def test_an_answers_log_ratio_holds_the_end_token_that_was_drawn(tiny: str, tmp_path: Path) -> None:
     """f of an answer is then the sum of its tokens, by `Stub`; the reference's answers have none."""
     stub: Any = Stub(Encoder(load_tokenizer(tiny)))
-    stub.backend = stub
+    stub.backend = stub.policy = stub
     data = write_pairs(tmp_path / "pairs.jsonl", 3)
     probe = compare_measure.Probe(stub, config(eval_data=str(data)), 3, 4)
     (end,) = probe.ends

@@ -50,7 +50,7 @@ from lite_dil.data.mismatched import mismatched
 from lite_dil.data.options import InspectOptions
 from lite_dil.data.overlap import overlap
 from lite_dil.objectives.accepts import check_data
-from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.objectives.table import OBJECTIVES, objective_of
 
 SAMPLES = 3
 STORIES = 3
@@ -191,7 +191,7 @@ def _refusal(options: InspectOptions, data: DataSet, survey: Survey) -> str:
     """Return why the loss cannot be trained on this data, or nothing."""
     try:
         check_data(options.loss, data.form, set(data.answers), options.data, options.sample_rejected is not None)
-        if OBJECTIVES[options.loss].baseline:
+        if objective_of(options.loss).baseline:
             mismatched(survey.two_prompts, options.loss, options.max_length)
     except UserError as error:
         return str(error)
@@ -241,7 +241,7 @@ def _warnings(options: InspectOptions, found: dict[str, Any], has_template: bool
 
 
 def _length_warning(options: InspectOptions, bias: dict[str, Any]) -> str:
-    objective, loss = OBJECTIVES[options.loss], f"--loss {options.loss}"
+    objective, loss = objective_of(options.loss), f"--loss {options.loss}"
     text = (
         f"the chosen answer is the longer one in {bias['chosen_longer']:.0%} of the pairs, more than chance would have it: "
         "the model learns that longer is better, too. "
@@ -268,7 +268,7 @@ def _drawn(rows: int, seed: int) -> list[int]:
 
 def _sample(example: Example, number: int, survey: Survey, options: InspectOptions) -> dict[str, Any]:
     """Return an example of the store, the survey's row of that number, with its tokens as pieces of text."""
-    used = {CHOSEN} if OBJECTIVES[options.loss].data == "chosen" else {CHOSEN, REJECTED}
+    used = {CHOSEN} if objective_of(options.loss).data == "chosen" else {CHOSEN, REJECTED}
     parts = []
     for sign, ids, cut in zip(
         (0, *example.signs), (example.prompt, *example.responses), survey.cut(number, example), strict=True

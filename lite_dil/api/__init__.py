@@ -1,0 +1,1 @@
+"""What `import lite_dil` offers to programs."""

@@ -1,0 +1,111 @@
+"""Loading a model with its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from lite_dil.api.telling import tell
+from lite_dil.backends.options import EngineOptions, LoadOptions
+from lite_dil.base.errors import UserError, did_you_mean
+from lite_dil.base.start import start
+from lite_dil.config import adapter_source
+from lite_dil.config.options import build
+from lite_dil.config.train_config import FIELDS
+from lite_dil.generation import policy
+from lite_dil.generation.policy import AdapterSource, Policy
+from lite_dil.models.options import MODEL_FIELDS
+
+# What is decided when a model is loaded, by the names of options.
+LOADED = tuple(field.name for field in fields(LoadOptions))
+_ENGINE = (*(field.name for field in fields(EngineOptions)), "head_bits")
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    bits: int | None = None,
+    dtype: str | None = None,
+    backend: str | None = None,
+    lora_r: int | None = None,
+    lora_alpha: float | None = None,
+    target_modules: str | Sequence[str] | None = None,
+    lora_dropout: float | None = None,
+    seed: int = 0,
+    adapter: str | Path | None = None,
+    reference: str | None = None,
+    trainable: bool = True,
+    **engine: Any,
+) -> Policy:
+    """Load a model with a LoRA adapter, fresh or given; its reference is the model with the adapter off.
+
+    Args:
+        model: a folder or Hugging Face hub id; by default the adapter's own, and without one the embedded 135M model.
+        bits: 4 quantises the frozen weights; None leaves them as they are.
+        dtype: what the frozen model computes in: "bfloat16", "float16", "float32", or "auto", the default.
+        backend: "cuda", "mlx", "cpu", or "auto", the default.
+        lora_r, lora_alpha, target_modules, lora_dropout: of a fresh adapter; by default rank 16, twice the rank, all linear
+            layers of the decoder, no dropout.
+        seed: of the adapter's first weights; also of the order of the data and dropout in training.
+        adapter: a run's folder, one of its checkpoints, or a folder with an adapter in PEFT's or mlx-lm's format. The model is
+            then loaded as the run had it, where nothing else is given.
+        reference: what an `adapter` is compared with: "base" or "initial-adapter"; training asks for it.
+        trainable: False loads for inference, with nothing of what training needs.
+        **engine: how training computes, under the names of ``lite-dil train --help``: layout, gradient_checkpointing, optim,
+            max_length, max_grad_norm, weight_decay, compile, head_bits, ...
+
+    Raises:
+        UserError: something that is asked for does not go together, is not installed, or is not there.
+        OutOfMemory: the device does not hold the model.
+    """
+    start(training=trainable)
+    _check_names(engine)
+    if bits not in (None, 4):
+        raise UserError(f"dil.load: bits is {bits}; expected 4, or None for the weights as they are")
+    if target_modules is not None and not isinstance(target_modules, str):
+        target_modules = ",".join(target_modules)
+    of_model = _given(
+        model=model and str(model),
+        load_in_4bit=True if bits else None,
+        dtype=dtype,
+        backend=backend,
+        head_bits=engine.pop("head_bits", None),
+    )
+    of_adapter = _given(lora_r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=lora_dropout)
+    of_adapter |= _given(reference=reference)
+    source = adapter_source.find(None if adapter is None else str(adapter), of_model)
+    if not trainable:
+        if given := [*of_adapter, *engine]:
+            raise UserError(f"dil.load: {', '.join(given)}: of training; leave them out with trainable=False")
+        return policy.load(source, tell)
+    return policy.load(source, tell, _options(source, of_adapter | engine | {"seed": seed}))
+
+
+def _options(source: AdapterSource, given: dict[str, Any]) -> LoadOptions:
+    """Return all that a model is loaded by to be trained, checked as the command line's options are."""
+    values = {name: getattr(source.options, name) for name in MODEL_FIELDS} | given
+    if source.adapter is not None:
+        values |= {"init_adapter": str(source.adapter), "reference": given.get("reference", "base")}
+    elif "reference" in given:
+        raise UserError("dil.load: reference is of an adapter; without one the reference is the base")
+    config = build(values, {})
+    options = LoadOptions(**{name: getattr(config, name) for name in LOADED})
+    if source.adapter is not None and "reference" not in given:
+        return replace(options, reference="")  # nobody said it, which training will ask for
+    return options
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    """Raise UserError for an option that is not one of loading."""
+    for name in given:
+        if name in _ENGINE:
+            continue
+        if name in FIELDS and name not in LOADED:
+            raise UserError(f"dil.load: {name} is of training; give it to dil.train")
+        raise UserError(f"dil.load: unknown option {name!r}{did_you_mean(name, _ENGINE)}")

@@ -1,0 +1,77 @@
+"""Data for training: files, folders and hub ids, or a program's own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.errors import UserError
+from lite_dil.config.options import build
+from lite_dil.data.dataset import reader_of
+from lite_dil.data.reader import Row, refuse
+from lite_dil.data.rows import DATA, Rows
+from lite_dil.data.sources import split_sources
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data and how its rows are read; iterating over it yields the rows, checked, as training reads them.
+
+    Attributes:
+        source: the name of a file, a folder or a data set on the hub, or several with weights; or rows.
+        options: those of reading that are not at their defaults, by name.
+    """
+
+    source: str | Rows
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Yield the rows that can be used. Raises UserError at the end where others are there, as training does before."""
+        config = build(self.options, {})
+        rows = self.source if isinstance(self.source, Rows) else None
+        for name in [DATA] if isinstance(self.source, Rows) else [name for name, _ in split_sources(self.source)]:
+            reader, kept = reader_of(name, "train", config, rows), 0
+            for row in reader:
+                kept += 1
+                yield row
+            refuse(name, [] if config.skip_bad_rows and kept else reader.problems, kept)
+
+
+def read(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    data_format: str = "auto",
+    columns: Mapping[str, str] | str | None = None,
+    max_rows: int | None = None,
+    skip_bad_rows: bool = False,
+) -> Data:
+    """Return data for `lite_dil.train`: pairs, labelled answers or demonstrations. Nothing is read before it is asked for.
+
+    Args:
+        source: a file (JSON Lines, JSON, CSV, TSV, Parquet, Arrow; packed or not), a folder of them, a hub id as
+            ``owner/name[/config][:split]``, several as ``a.jsonl,b.jsonl=0.5``, or an iterable of dicts, which is read once.
+        data_format: the format of the rows; "auto" tells it from the first 100.
+        columns: for a field the column that holds it, where they differ: ``{"chosen": "good"}``.
+        max_rows: read so many of a source at most.
+        skip_bad_rows: leave rows out that cannot be used, and list them in the run's skipped_rows.jsonl, instead of stopping.
+
+    Raises:
+        UserError: an option is not known. What is wrong with the rows is raised where they are read, a line a row.
+    """
+    if isinstance(columns, Mapping):
+        columns = ",".join(f"{name}={column}" for name, column in columns.items())
+    options = {"data_format": data_format, "columns": columns, "max_rows": max_rows, "skip_bad_rows": skip_bad_rows}
+    options = {name: value for name, value in options.items() if value not in (None, False, "auto")}
+    build(options, {})
+    if isinstance(source, (str, Path)):
+        return Data(str(source), options)
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise UserError(f"dil.read: {type(source).__name__} is neither the name of data nor an iterable of rows")
+    return Data(Rows(source), options)
+
+
+def as_data(given: Any) -> Data:
+    """Return what `read` returned, or what it returns for anything else that it takes."""
+    return given if isinstance(given, Data) else read(given)

@@ -1,0 +1,22 @@
+"""Where messages for people go that no display shows."""
+
+from __future__ import annotations
+
+import logging
+
+from lite_dil.base.display import Silent
+
+_LOGGER = logging.getLogger("lite_dil")
+
+
+def tell(text: str) -> None:
+    """Log a line at INFO."""
+    _LOGGER.info(text)
+
+
+class Logged(Silent):
+    """A display that shows nothing and logs what is said."""
+
+    def say(self, text: str) -> None:
+        """Log a line."""
+        tell(text)

@@ -1,0 +1,157 @@
+"""Training a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lite_dil.api.loading import LOADED
+from lite_dil.api.reading import Data, as_data
+from lite_dil.api.telling import Logged
+from lite_dil.base.display import Display
+from lite_dil.base.errors import UserError, did_you_mean, gather
+from lite_dil.base.observer import Observer
+from lite_dil.config.options import build
+from lite_dil.config.resume import resumed, saved_config
+from lite_dil.config.train_config import FIELDS, ResolvedConfig
+from lite_dil.data.rows import DATA, Rows, is_rows_name
+from lite_dil.generation.policy import Policy
+from lite_dil.objectives.own import OwnLoss
+from lite_dil.recipes import preference
+from lite_dil.recipes.given import Given
+from lite_dil.recipes.run import Run
+from lite_dil.runs.folder import adapter_of, find_checkpoint
+
+# Options that other arguments say, or that are of the command line.
+_NOT_HERE = {
+    "data": "data is the second argument",
+    "auto": "auto is of lite-dil train; what it chooses is decided by dil.load",
+    "data_format": "give it to dil.read",
+    "columns": "give it to dil.read",
+    "max_rows": "give it to dil.read",
+    "skip_bad_rows": "give it to dil.read",
+}
+
+
+def train(
+    policy: Policy,
+    data: str | Path | Data | Iterable[Mapping[str, Any]],
+    *,
+    loss: str | OwnLoss = "lsif",
+    eval_data: str | Path | Data | Iterable[Mapping[str, Any]] | None = None,
+    observers: Sequence[Observer] = (),
+    display: Display | None = None,
+    resume: str | Path | None = None,
+    output_dir: str | Path | None = None,
+    continue_from: bool = False,
+    **options: Any,
+) -> Run:
+    """Train the policy's adapter, in place, and write a run's folder.
+
+    It is silent: what ``lite-dil train`` prints is logged at INFO by the logger "lite_dil", unless `display` shows it.
+
+    Args:
+        policy: one that no run has trained, or `fresh` again, or one that is trained on with `continue_from`.
+        data: what `lite_dil.read` returned, or anything that it takes.
+        loss: the name of an objective (docs/losses.md), or one's own, a `lite_dil.PairLoss` or `lite_dil.SideLoss`.
+        eval_data: held-out data of the same form.
+        observers: are called at the start, after each step and at the end; see `lite_dil.Observer`.
+        display: shows messages and progress, as ``lite_dil.Terminal()``.
+        resume: a run's folder, one of its checkpoints, or "auto": go on with it as if it had never stopped.
+        output_dir: the run's folder; by default a new one under runs/.
+        continue_from: train a trained policy on: this run starts from the adapter of the one before, with a new optimiser.
+        **options: others of ``lite-dil train --help``, as learning_rate, max_steps, beta, eval_steps.
+
+    Raises:
+        UserError: something that can be mended, before anything was changed, or with the last step saved.
+        TrainingDiverged: loss or gradient became non-finite; the checkpoints up to then are good.
+        OutOfMemory: the device does not hold the smallest pass of a first step.
+    """
+    loaded = _loaded(policy)
+    _check_names(options, loaded)
+    rows, eval_rows = as_data(data), None if eval_data is None else as_data(eval_data)
+    given = {name: value for name, value in options.items() if name not in LOADED}
+    own = loss if isinstance(loss, OwnLoss) else None
+    given |= {"loss": own.identity if own else loss} | rows.options | {"data": _name(rows)}
+    if eval_rows is not None:
+        if isinstance(eval_data, Data) and eval_rows.options != rows.options:
+            raise UserError("dil.train: data and eval_data are read alike; give dil.read the same options for both")
+        given["eval_data"] = _name(eval_rows)
+    if output_dir is not None:
+        given["output_dir"] = str(output_dir)
+    handed = Given(policy, own, _rows(rows), None if eval_rows is None else _rows(eval_rows))
+    if resume is not None:
+        config, checkpoint = _resumed(given, loaded, str(resume))
+    else:
+        loaded = _start(policy, loaded, continue_from)
+        config, checkpoint = build(given | loaded, {}), None
+    return preference.train(config, display or Logged(), checkpoint, None, observers, handed)
+
+
+def _loaded(policy: Policy) -> dict[str, Any]:
+    """Return the options that were decided when the policy was loaded, as its runs have them."""
+    if policy.options is None:
+        raise UserError("dil.train: this policy was loaded for inference (trainable=False); load it to be trained")
+    found = {name: getattr(policy.options, name) for name in LOADED}
+    if not found["reference"]:
+        raise UserError(
+            'dil.train: what is the policy compared with? dil.load(..., reference="initial-adapter") if the adapter belongs '
+            'to the model that you prefer to stay close to (after SFT, say), reference="base" if the bare base model is that'
+        )
+    return found | {"backend": policy.backend.name, "dtype": policy.backend.dtype_name}
+
+
+def _check_names(options: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Raise UserError for options that are not known, or that were decided when the policy was loaded."""
+    problems = []
+    for name, value in options.items():
+        if name in _NOT_HERE:
+            problems.append(f"{name}: {_NOT_HERE[name]}")
+        elif name not in FIELDS:
+            problems.append(f"unknown option {name!r}{did_you_mean(name, FIELDS)}")
+        elif name in LOADED and value != loaded[name]:
+            problems.append(f"{name} is {value!r}, but dil.load decided {loaded[name]!r}; give it to dil.load")
+    if problems:
+        raise UserError(gather(problems, "dil.train:") if len(problems) > 1 else f"dil.train: {problems[0]}")
+
+
+def _start(policy: Policy, loaded: dict[str, Any], continue_from: bool) -> dict[str, Any]:
+    """Bring the policy to where a new run starts; return the options that say where that is."""
+    if not policy.trained:
+        return loaded
+    assert policy.run is not None and policy.options is not None
+    if not continue_from:
+        raise UserError(
+            f"dil.train: {policy.run.path} has trained this policy; policy.fresh() gives it a new adapter on the same base, "
+            "and continue_from=True trains it on"
+        )
+    if policy.options.reference != "base":
+        raise UserError("dil.train: continue_from needs the base as reference; load the run's adapter with dil.load instead")
+    latest = policy.run.latest()
+    adapter = policy.run.adapter if policy.run.adapter.exists() or latest is None else adapter_of(latest)
+    if not adapter.exists():
+        raise UserError(f"dil.train: {policy.run.path} saved no adapter to go on from; policy.fresh() starts anew")
+    changed: dict[str, Any] = {"init_adapter": str(adapter), "lora_r": None, "lora_alpha": None, "target_modules": None}
+    policy.backend.renew_policy(replace(policy.options, **changed))
+    return loaded | changed
+
+
+def _resumed(given: dict[str, Any], loaded: dict[str, Any], where: str) -> tuple[ResolvedConfig, Path | None]:
+    """Return the options of a run that goes on, and its checkpoint."""
+    checkpoint = find_checkpoint(where, given.get("output_dir"))
+    if checkpoint is not None:
+        saved = saved_config(checkpoint)
+        for name in ("data", "eval_data"):  # rows are compared by their content, once they are read
+            if given.get(name) == DATA and is_rows_name(str(saved.get(name))):
+                given[name] = saved[name]
+    return resumed(given | loaded, {}, where)
+
+
+def _name(data: Data) -> str:
+    return DATA if isinstance(data.source, Rows) else data.source
+
+
+def _rows(data: Data) -> Rows | None:
+    return data.source if isinstance(data.source, Rows) else None

@@ -1,0 +1,131 @@
+"""An export from its options to a folder in its place: checked, described, and refused where it is not the trained model."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.disk import failing
+from lite_dil.base.errors import UserError, did_you_mean, gather
+from lite_dil.base.files import make_folder, move, remove, work_folder
+from lite_dil.export.exporting import Export, ExportOptions, describe
+from lite_dil.export.formats import FORMATS
+from lite_dil.generation.policy import AdapterSource
+
+# Which formats an option is of; elsewhere it would change nothing.
+_OF = {
+    "to": ("adapter",),
+    "weights_dtype": ("merged", "mlx"),
+    "merge_into": ("merged", "mlx", "gguf", "ollama"),
+    "bits": ("mlx",),
+    "outtype": ("gguf", "ollama"),
+    "llama_cpp": ("gguf", "ollama"),
+}
+_FLAGS = {"weights_dtype": "--dtype"}
+
+
+class Refused(UserError):
+    """What was made answers otherwise than the trained model."""
+
+
+def export(options: ExportOptions, source: AdapterSource, say: Callable[[str], None]) -> Path:
+    """Make what `options` say of an adapter, compare it with the trained model, and return its folder.
+
+    Raises:
+        UserError: the options do not go together, or it cannot be made.
+        Refused: it is not the trained model; it is then in OUTPUT.refused.
+    """
+    check_options(options)
+    output = options.output
+    with _work_folder(output) as work:
+        made = work / "made" / output.name
+        make_folder(made)
+        check = Export(options, source, work, made, say).make()
+        refused = check is not None and not check.ok
+        target = _refused(output) if refused else output
+        if not refused:
+            describe(made, source, options.format, check)
+        if target.exists():  # an empty folder, or what was refused before
+            remove(target)
+        move(made, target)
+    size = sum(path.stat().st_size for path in target.rglob("*")) / 1e9
+    say(f"check: {check}" if check else "check: none was made (--no-check); nobody knows whether this is the trained model")
+    if check and not check.ok:
+        # The checkpoint's weights lie on the 16-bit grid: a change of less than half a step of it is rounded away.
+        lost = check.mean <= check.tolerance and 0 < check.share < 1
+        hint = "; weights of few bits may have rounded the adapter away: try float32 ones, or --format adapter" if lost else ""
+        raise Refused(f"refused: this is not the trained model; what was made is in {target}{hint}")
+    say(f"{target}: {options.format}, {size:.2f} GB")
+    return target
+
+
+@contextlib.contextmanager
+def _work_folder(output: Path) -> Iterator[Path]:
+    """Give a hidden folder on the disk of `output`, which is gone in the end, also where SIGTERM ends the program."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    target = output.absolute()
+    before: Any = None
+    with contextlib.suppress(ValueError):  # not in the main thread, where Python allows no handlers
+        before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with (
+            work_folder(target, f"--output {output}: {target.parent}", "--output") as work,
+            failing(f"--output {output}", "--output", "Nothing of it is left there"),
+        ):
+            yield work
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def check_options(options: ExportOptions, more: Sequence[str] = ()) -> None:
+    """Raise UserError for options that do not go together, for `more` problems, and where --output is not free."""
+    if options.format not in FORMATS:
+        raise UserError(f"--format {options.format}{did_you_mean(options.format, FORMATS)} is not one of {', '.join(FORMATS)}")
+    problems = [
+        f"{flag} is of --format {' and '.join(formats)}; leave it out with {options.format}"
+        for name, formats in _OF.items()
+        if getattr(options, name) is not None and options.format not in formats
+        for flag in [_FLAGS.get(name, f"--{name.replace('_', '-')}")]
+    ]
+    if options.no_check and (options.check_rows is not None or options.check_data is not None):
+        problems.append("--no-check checks nothing; leave it out, or --check-rows and --check-data")
+    if options.check_rows is not None and options.check_rows < 1:
+        problems.append(f"--check-rows {options.check_rows}: expected at least 1; --no-check compares nothing")
+    if options.no_check and options.push_to_hub:
+        problems.append("--push-to-hub uploads what passed the check; leave --no-check out")
+    problems += more
+    if options.format in ("gguf", "ollama"):
+        from lite_dil.export.gguf import KINDS
+
+        if options.outtype is not None and options.outtype not in KINDS:
+            problems.append(f"--outtype {options.outtype}: expected one of {', '.join(KINDS)}")
+    problems += _not_free(options.output)
+    if problems:
+        raise UserError(gather(problems, "export cannot start:") if len(problems) > 1 else problems[0])
+    if options.push_to_hub:
+        from lite_dil.export.push import check as check_name
+
+        check_name(options.push_to_hub)
+
+
+def _not_free(output: Path) -> list[str]:
+    """Return what is wrong with --output: what is made there takes the place of an empty folder, and of nothing else."""
+    if output.name in ("", "..") or output.is_symlink() or output.is_mount():
+        return [f"--output {output}: expected the name of a new folder"]
+    return [
+        f"--output: {folder} is there already; give a new folder"
+        for folder, mark in ((output, ""), (_refused(output), "export.json"))
+        if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (mark and (folder / mark).is_file())))
+    ]
+
+
+def _refused(output: Path) -> Path:
+    """Return where goes what is not the trained model."""
+    return output.with_name(f"{output.name}.refused")

@@ -1,0 +1,90 @@
+"""What a training leaves to the program that asked for it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.display import Display
+from lite_dil.base.errors import UserError
+from lite_dil.base.observer import Observer
+from lite_dil.config import adapter_source
+from lite_dil.export.exporting import ExportOptions
+from lite_dil.export.making import export
+from lite_dil.generation.policy import Policy
+from lite_dil.reports.run_report import REPORT
+from lite_dil.runs.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that ended, in memory and in its folder.
+
+    Attributes:
+        policy: as it was trained.
+        folder: holds all that the run wrote: config.yaml, metrics.jsonl, checkpoints, the adapter, the report.
+        stopped: whether Ctrl-C ended it early, after saving.
+        say: takes a line for people.
+        go_on: goes on from a checkpoint as `resume` says.
+    """
+
+    policy: Policy
+    folder: Path
+    stopped: bool
+    say: Callable[[str], None] = field(repr=False)
+    go_on: Callable[[Path, Display | None, Sequence[Observer]], Run] = field(repr=False)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl in their order, those of evaluations too, whose names begin with ``eval_``.
+
+        Losses and log-ratios are means over pairs or answers, in nats; None is a figure that was not finite.
+        """
+        path = RunFolder(self.folder).metrics
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def frame(self) -> Any:
+        """Return the metrics as a pandas DataFrame, a row a line. Raises UserError where pandas is not installed."""
+        try:
+            pandas = importlib.import_module("pandas")
+        except ImportError:
+            raise UserError("a frame needs pandas: pip install pandas; the metrics are a list of dicts too") from None
+        return pandas.DataFrame(self.metrics)
+
+    @property
+    def report(self) -> Path:
+        """The page that tells what came of the run."""
+        return self.folder / REPORT
+
+    def resume(self, *, display: Display | None = None, observers: Sequence[Observer] = ()) -> Run:
+        """Go on from the newest checkpoint, as if the run had never stopped; return the run that it then is.
+
+        Rows from a generator are gone: give them to `lite_dil.train` again, with ``resume=run.folder``.
+
+        Raises UserError where there is no checkpoint.
+        """
+        checkpoint = RunFolder(self.folder).latest()
+        if checkpoint is None:
+            raise UserError(f"{self.folder} has no checkpoint to go on from")
+        return self.go_on(checkpoint, display, observers)
+
+    def export(self, folder: str | Path, *, format: str = "merged", **options: Any) -> Path:
+        """Make the adapter into what other programs load, compared with the trained model; return the folder.
+
+        It loads the trained model by itself: ``run.policy.close()`` before makes room for it.
+
+        Args:
+            folder: a new one.
+            format: "adapter", "merged", "mlx", "gguf" or "ollama".
+            **options: others of `lite_dil.export.exporting.ExportOptions`, as ``bits=4`` or ``check_rows=20``.
+
+        Raises:
+            UserError: it cannot be made, or what was made answers otherwise than the trained model, and is in FOLDER.refused.
+        """
+        return export(ExportOptions(format, Path(folder), **options), adapter_source.find(str(self.folder), {}), self.say)
