@@ -40,7 +40,8 @@ def gradient(step: int) -> np.ndarray:
 
 def by_the_book() -> np.ndarray:
     """AdamW without weight decay (Loshchilov and Hutter, 2019), in float64."""
-    weight, mean, square = start().astype(np.float64), 0.0, 0.0
+    weight = start().astype(np.float64)
+    mean, square = np.zeros_like(weight), np.zeros_like(weight)
     for step in range(1, STEPS + 1):
         g = gradient(step).astype(np.float64)
         mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g * g
