@@ -40,7 +40,8 @@ def gradient(step: int) -> np.ndarray:
 
 def by_the_book() -> np.ndarray:
     """AdamW without weight decay (Loshchilov and Hutter, 2019), in float64."""
-    weight, mean, square = start().astype(np.float64), 0.0, 0.0
+    weight = start().astype(np.float64)
+    mean, square = np.zeros_like(weight), np.zeros_like(weight)
     for step in range(1, STEPS + 1):
         g = gradient(step).astype(np.float64)
         mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g * g
@@ -108,14 +109,14 @@ def overflow(place: Place) -> list[Finding]:
     before, scale = saved_adapter(backend), backend.adapters["policy"].scaler.get_scale()
     loss = Overflowing(Criterion(place.config(), examples))
     result = backend.step(micro_batches([Batch.of(examples)], loss.criterion), loss, RATE)
-    halved = backend.adapters["policy"].scaler.get_scale() / scale
+    halved = backend.adapters["policy"].scaler.get_scale()
     far = worst(before, saved_adapter(backend))
     findings = [
         Finding(
             "ordinary steps", f"{sum(not one.skipped for one in taken)} of 12 taken", "the last one", not taken[-1].skipped
         ),
         Finding("an overflow", "skipped" if result.skipped else "taken", "skipped", result.skipped),
-        Finding("the loss scale after it", f"{halved:g} x", "0.5 x", halved == 0.5),
+        Finding("the loss scale after it", f"{halved:g}", f"{scale / 2:g}, half of before", halved == scale / 2),
         same("adapters before and after it", far == 0, far),
     ]
     with scratch() as folder:
