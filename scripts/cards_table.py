@@ -25,7 +25,7 @@ LLAMA_8B = {
     "torch_dtype": "bfloat16",
 }
 # Name, backend, GB, GB of the computer around it. A T4 has 14.6 GB, of which CUDA leaves 14.0; Colab's computer 12.7.
-MACHINES = (
+MACHINES: tuple[tuple[str, str, float, float | None], ...] = (
     ("GPU of 8 GB", "cuda", 8, None),
     ("12 GB", "cuda", 12, None),
     ("Colab's T4", "cuda", 14.6, 12.7),
@@ -45,7 +45,7 @@ def plan(model: str, backend: str, size: float, host: float | None) -> Plan:
 def main() -> None:
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
-        plans = [plan(folder, *machine[1:]) for machine in MACHINES]
+        plans = [plan(folder, backend, size, host) for _, backend, size, host in MACHINES]
     rooms = [plan.rooms[0] for plan in plans]
     rows = {
         "memory": [name for name, *_ in MACHINES],

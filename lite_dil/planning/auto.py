@@ -52,10 +52,13 @@ def choose(
         return found
     config = frugal(config, model, load, memory, given)
     least = model.estimate(config, load)
-    text = f"--auto: at least {gigabytes(least.total)} GB are needed, and {gigabytes(memory.usable)} GB are free"
-    if least.total <= memory.usable:
+    short = []
+    if least.total > memory.usable:
+        short.append(f"{gigabytes(least.total)} GB are needed, and {gigabytes(memory.usable)} GB are free")
+    if least.host > memory.host:
         needed = f"{gigabytes(least.host)} GB of the computer's own memory are needed"
-        text = f"--auto: at least {needed}, and {gigabytes(memory.host)} GB are free"
+        short.append(f"{needed}, and {gigabytes(memory.host)} GB are free")
+    text = f"--auto: at least {'; '.join(short)}"
     kept = [flag(name) for name in ("gradient_checkpointing", "row_tokens", "batch_size", *OFFLOADS) if name in given]
     if kept:
         text += f" ({', '.join(kept)} as given)"

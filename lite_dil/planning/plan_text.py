@@ -71,8 +71,8 @@ def _table(plan: Plan) -> list[str]:
     rows.append(f"  {'total':14}{estimate.total / GIB:8.2f} GB   of {plan.memory.usable / GIB:.2f} GB")
     if estimate.host:
         limit = f" of {gigabytes(plan.memory.host)}" if math.isfinite(plan.memory.host) else ""
-        listed = ", ".join(f"{gigabytes(size)} {name}" for name, size in estimate.host_parts if size)
-        rows.append(f"  and {gigabytes(estimate.host)}{limit} GB of the computer's own memory: {listed}")
+        what = ", ".join(f"{gigabytes(size)} {name}" for name, size in estimate.host_parts if size)
+        rows.append(f"  and {gigabytes(estimate.host)}{limit} GB of the computer's own memory: {what}")
     return rows
 
 

@@ -144,7 +144,7 @@ def test_no_more_goes_into_the_computer_than_it_holds() -> None:
     assert one.offload_activations and not one.offload_embeddings
     for memory, host, short in (
         (14.5, 12.5, "GB are needed, and 14.5 GB are free"),
-        (23.4, 2.5, "of the computer's own memory"),
+        (23.4, 2.5, "GB of the computer's own memory are needed, and 2.5 GB are free"),
     ):
         with pytest.raises(UserError, match=short):
             chosen(memory, asked, load, host=host)
