@@ -61,7 +61,8 @@ class TorchBackend:
         if training is not None and training.unsloth:
             base = torch_unsloth.load(model, self.dtype, self.device, options.load_in_4bit, training.max_length)
         else:
-            base = load_base(model, self.dtype, self.device, options.load_in_4bit)
+            offload = training is not None and training.offload_embeddings
+            base = load_base(model, self.dtype, self.device, options.load_in_4bit, offload, options.head_bits is not None)
         self.in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))  # also of a checkpoint that was packed before
         # A packed weight counts for two parameters a byte.
         parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
@@ -328,7 +329,7 @@ class TorchBackend:
 
     def _quantize_head(self, bits: int) -> None:
         need_bitsandbytes()
-        head = QuantizedHead(self.base.get_output_embeddings(), bits, self.dtype)
+        head = QuantizedHead(self.base.get_output_embeddings(), bits, self.dtype, self.device)
         self.base.set_output_embeddings(head)
 
     def _offload_embeddings(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,8 +17,20 @@ from lite_dil.base.errors import UserError, first_line
 from lite_dil.models import adapters
 
 
-def load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: bool) -> Any:
-    """Load a frozen model without dropout, or raise UserError with the reason."""
+def load_base(
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    in_4bit: bool,
+    table_on_host: bool = False,
+    head_on_host: bool = False,
+) -> Any:
+    """Load a frozen model without dropout, or raise UserError with the reason.
+
+    Args:
+        table_on_host: leave the embedding table in the computer's memory, and with it a head that is the same weight.
+        head_on_host: leave the output head there, unless it is a table that is not.
+    """
     quantization = None
     if in_4bit:
         quantization = BitsAndBytesConfig(
@@ -34,6 +48,7 @@ def load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: boo
                     setattr(part, name, 0.0)
         # transformers 5.17 computes Gemma 2 by SDPA, which leaves out the soft cap on its attention scores.
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+        places = device_map(config, device, table_on_host, head_on_host)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model,
             output_loading_info=True,
@@ -41,13 +56,19 @@ def load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: boo
             config=config,
             dtype=dtype,
             quantization_config=quantization,
-            device_map={"": device},
+            device_map=places,
         )
     except torch.OutOfMemoryError as error:
         raise UserError(f"--model {model}: not enough memory to load it ({first_line(error)}); try --4bit") from None
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {model}: cannot be loaded ({first_line(error)})") from None
     base, report = loaded
+    if len(places) > 1:
+        from accelerate.hooks import remove_hook_from_submodules
+
+        # transformers has accelerate move inputs to where each weight is, between layers too. Here the callers do.
+        remove_hook_from_submodules(base)
+        del base.hf_device_map
     if absent := sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"])):
         # transformers would fill them with random numbers.
         raise UserError(f"--model {model}: its files lack {len(absent)} of the model's weights, the first is {absent[0]}")
@@ -63,6 +84,34 @@ def load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: boo
                 module.compute_dtype, module.compute_type_is_set = dtype, True
     base.requires_grad_(False)
     return base
+
+
+def device_map(config: Any, device: torch.device, table: bool, head: bool) -> dict[str, torch.device]:
+    """Return where each part of a model goes: all to the device, or table and head to the computer's memory; see `load_base`.
+
+    Every module with weights is named by itself. What has no name would stay on the CPU, and accelerate moves what is below one.
+    """
+    # An object, and not "cpu": bitsandbytes refuses a model with parts on "cpu", and accelerate fetches those for each call.
+    host = torch.device("cpu")
+    if device == host or not (table or head):
+        return {"": device}
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    on_host = {id(embedding)} if table else set()
+    if head and output is not embedding:
+        on_host.add(id(output))
+    if not on_host:
+        return {"": device}
+    places: dict[str, torch.device] = {}
+    for name, module in model.named_modules():
+        own = dict(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)))
+        there = host if any(id(weight) in on_host for weight in own.values()) else device
+        if own and any(True for _ in module.children()):
+            places |= {f"{name}.{part}".removeprefix("."): there for part in own}
+        elif own:
+            places[name] = there
+    return places
 
 
 def linear_layers(base: Any) -> dict[str, tuple[int, int]]:
