@@ -141,13 +141,12 @@ class _GatedMLP(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * 6
         for tile in mlp.tiles(len(rows)):
             part = rows[tile]
-            gate, gate_low, up, up_low, *lows = _part(inside, tile) if inside else _gate_and_up(part, mlp, adapters)
+            gate, gate_low, up, up_low, *kept = _part(inside, tile) if inside else _gate_and_up(part, mlp, adapters)
             active = activation(gate)
             product = active * up
-            if inside:
-                down_low = lows[0]
-            else:
-                down_low = None if adapters[4] is None else F.linear(product, adapters[4].to(product.dtype))
+            down_low = kept[0] if kept else None
+            if not inside and adapters[4] is not None:
+                down_low = F.linear(product, adapters[4].to(product.dtype))
             grad_product, *grad_down = _linear_backward(grad[tile], product, down_low, mlp.down, *adapters[4:])
             del product
             grad_up = active.mul_(grad_product)
@@ -171,7 +170,7 @@ def _part(arrays: Sequence[Tensor | None], rows: slice) -> tuple[Any, ...]:
     return tuple(None if x is None else x[rows] for x in arrays)
 
 
-def _joined(parts: Sequence[Any]) -> Any:
+def _joined(parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
 

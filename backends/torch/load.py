@@ -40,12 +40,7 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        config = AutoConfig.from_pretrained(model)
-        for part in (config, config.get_text_config()):
-            for name, value in list(vars(part).items()):
-                # The base model's own dropout would make the log-ratio noisy, and not 0 at the start.
-                if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
-                    setattr(part, name, 0.0)
+        config = _without_dropout(AutoConfig.from_pretrained(model))
         # transformers 5.17 computes Gemma 2 by SDPA, which leaves out the soft cap on its attention scores.
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         places = device_map(config, device, table_on_host, head_on_host)
@@ -73,23 +68,37 @@ def load_base(
         # transformers would fill them with random numbers.
         raise UserError(f"--model {model}: its files lack {len(absent)} of the model's weights, the first is {absent[0]}")
     if getattr(base, "is_loaded_in_4bit", False):
-        import bitsandbytes
-
-        for module in base.modules():
-            if isinstance(module, bitsandbytes.nn.Linear4bit):
-                # On a CPU with avx512_bf16 the first forward in eval mode repacks the weights for inference, after which
-                # gradients are silently wrong.
-                module.support_avx512bf16_for_cpu = False
-                # A checkpoint packed before names a type of its own, which this machine may not have.
-                module.compute_dtype, module.compute_type_is_set = dtype, True
+        _set_up_4bit(base, dtype)
     base.requires_grad_(False)
     return base
+
+
+def _without_dropout(config: Any) -> Any:
+    """Return the config without the model's own dropout, which would make the log-ratio noisy, and not 0 at the start."""
+    for part in (config, config.get_text_config()):
+        for name, value in list(vars(part).items()):
+            if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
+
+
+def _set_up_4bit(base: Any, dtype: torch.dtype) -> None:
+    """Make every packed layer compute in `dtype`, and keep its weight as training needs it."""
+    import bitsandbytes
+
+    for module in base.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # On a CPU with avx512_bf16 the first forward in eval mode repacks the weights for inference, after which
+            # gradients are silently wrong.
+            module.support_avx512bf16_for_cpu = False
+            # A checkpoint packed before names a type of its own, which this machine may not have.
+            module.compute_dtype, module.compute_type_is_set = dtype, True
 
 
 def device_map(config: Any, device: torch.device, table: bool, head: bool) -> dict[str, torch.device]:
     """Return where each part of a model goes: all to the device, or table and head to the computer's memory; see `load_base`.
 
-    Every module with weights is named by itself. What has no name would stay on the CPU, and accelerate moves what is below one.
+    Every module with weights is named: what is not would stay on the CPU, and accelerate moves all that is below a name.
     """
     # An object, and not "cpu": bitsandbytes refuses a model with parts on "cpu", and accelerate fetches those for each call.
     host = torch.device("cpu")

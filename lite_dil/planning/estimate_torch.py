@@ -82,7 +82,7 @@ class Layer:
         return self.shape.rms and (fused or self.e == FLOAT32)
 
     def _norm(self) -> Op:
-        """_RMSNorm keeps its input and a float32 a row; its backward holds two gradients, the residual's, and a piece in float32.
+        """_RMSNorm keeps its input and a float32 a row; its backward holds two gradients, the residual's, and float32 pieces.
 
         The stock module keeps a float32 copy of its input instead, and a layer norm two.
         """
@@ -313,7 +313,7 @@ class TorchStep:
         return {"adapter": 0, "reference": 0, "optimizer": 0, "temporaries": quantising}
 
     def _beforehand(self) -> dict[str, int]:
-        """Without gradients a pass holds one layer's MLP: its input, the residual, and a piece of gate, up and their product."""
+        """Without gradients a pass holds one layer's MLP: its input, the residual, and a piece of gate, up and product."""
         s, tokens = self.shape, PRECOMPUTE_ROWS * row_tokens(self.config)
         tile = min(tokens, self.mlp_tile) if self.fused_mlp else tokens
         inside = (tokens * 3 * s.hidden + tile * 3 * s.intermediate) * self.e
@@ -347,7 +347,7 @@ class TorchStep:
         return found
 
     def _head(self, kept: int) -> dict[str, int]:
-        """Return what _TokenLogps holds at its worst moment over `kept`: a chunk of logits, what is made of it, and the sums."""
+        """Return what _TokenLogps holds at its worst moment over `kept`: a chunk of logits, what comes of it, and the sums."""
         s, e, n = self.shape, self.e, self.load.answer_tokens
         final = n * s.hidden * e
         # Gathered before the last norm or after it; the norm's result, and d logp / d hidden.

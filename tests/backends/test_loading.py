@@ -28,7 +28,10 @@ def place(places: dict[str, torch.device], name: str) -> torch.device:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_table_and_the_head_alone_stay_on_the_host(kind: str, tied: bool) -> None:
-    config, gpu = type(ARCHITECTURES[kind])(**{**ARCHITECTURES[kind].to_dict(), "tie_word_embeddings": tied}), torch.device("cuda")
+    config, gpu = (
+        type(ARCHITECTURES[kind])(**{**ARCHITECTURES[kind].to_dict(), "tie_word_embeddings": tied}),
+        torch.device("cuda"),
+    )
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     weights = [*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())]
