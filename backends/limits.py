@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from lite_dil.backends.options import EngineOptions
 from lite_dil.base.errors import UserError, gather
@@ -16,7 +16,9 @@ MAX_STRENGTH = 1.5  # of an adapter; far beyond what was trained a model falls a
 # torch
 TORCH_CHUNK = {"cpu": 2**22, "cuda": 2**24}  # logits at once: 16 or 64 MiB of float32; a GPU wants larger products
 HEAD_TILE = 2**14  # tokens of a quantised head that are unpacked at a time
-MLP_TILE = 2**25  # of one intermediate (tokens, width) array where an MLP is computed again: 64 MiB of bfloat16
+HEAD_SUMS = 2**25  # of the (tokens, width) sums that go by each time a quantised head is unpacked: 128 MiB of float32
+MLP_TILE = 2**25  # of one intermediate (tokens, width) array of an MLP that is not kept: 64 MiB of bfloat16
+NORM_TILE = {"cpu": 2**17, "cuda": 2**24}  # of a norm's float32 copies of (tokens, width): a CPU's cache, or 64 MiB
 OFFLOAD_CHUNK = 2**25  # bytes of pinned memory at a time, a power of two: torch's allocator rounds each allocation up to one
 FLEX_BLOCK = 128  # FlexAttention's blocks; rows on CUDA are padded to a multiple of it
 TORCH_QUERIES = 64  # in a block of packed attention on a CPU: its scores over some hundred keys stay in the cache
@@ -86,6 +88,11 @@ def check_trains(strength: float) -> None:
 def chunk_tokens(vocabulary: int, elements: int) -> int:
     """Return how many tokens to send through the head at once: at most `elements` logits, and at least 16 tokens."""
     return max(16, elements // vocabulary)
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    """Return the pieces of `total` rows with `size` rows each, and perhaps a last one with fewer."""
+    return (slice(start, min(start + size, total)) for start in range(0, total, max(1, size)))
 
 
 def check_name(name: str, taken: Collection[str]) -> None:

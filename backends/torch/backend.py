@@ -23,7 +23,7 @@ from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.backends.torch.adapters import Trainable
 from lite_dil.backends.torch.device import compute_dtype
 from lite_dil.backends.torch.head import QuantizedHead
-from lite_dil.backends.torch.load import linear_layers, load_base, make_optimizer, need_bitsandbytes, set_weights
+from lite_dil.backends.torch.load import linear_layers, load_model, make_optimizer, need_bitsandbytes, set_weights
 from lite_dil.backends.torch.lora import PEFT_POLICY, Switch, add_lora, add_unsloth_lora
 from lite_dil.backends.torch.offload import ActivationOffload
 from lite_dil.backends.torch.reading import Reader
@@ -61,10 +61,7 @@ class TorchBackend:
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter and adapter.init_adapter else None
         self.unsloth = training is not None and training.unsloth
-        if training is not None and training.unsloth:
-            base = torch_unsloth.load(model, self.dtype, self.device, options.load_in_4bit, training.max_length)
-        else:
-            base = load_base(model, self.dtype, self.device, options.load_in_4bit)
+        base = load_model(model, self.dtype, self.device, options, training)
         self.in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))  # also of a checkpoint that was packed before
         # A packed weight counts for two parameters a byte.
         parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
@@ -348,7 +345,7 @@ class TorchBackend:
 
     def _quantize_head(self, bits: int) -> None:
         need_bitsandbytes()
-        head = QuantizedHead(self.base.get_output_embeddings(), bits, self.dtype)
+        head = QuantizedHead(self.base.get_output_embeddings(), bits, self.dtype, self.device)
         self.base.set_output_embeddings(head)
 
     def _offload_embeddings(self) -> None:

@@ -10,7 +10,7 @@ Which adapter is on is asked at each forward. What the backward pass needs of it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lite_dil.backends.limits import MLP_TILE
+from lite_dil.backends.limits import MLP_TILE, NORM_TILE, slices
 from lite_dil.backends.torch.lora import PEFT_POLICY, PEFT_REFERENCE
 
 
@@ -102,11 +102,11 @@ class GatedMLP:
     up: Frozen
     down: Frozen
     activation: str
-    recompute: bool  # keep x only, and compute gate and up again, tile by tile
+    keep: bool  # gate x, up x and the low-rank products; else x alone, from which the backward pass computes them again
 
-    def tiles(self, tokens: int) -> Iterator[slice]:
-        """Return the pieces in which tokens go through: one where nothing is computed again."""
-        return _slices(tokens, max(16, MLP_TILE // self.gate.layer.out_features) if self.recompute else tokens)
+    def tiles(self, tokens: int) -> list[slice]:
+        """Return the pieces in which tokens go through, so that of what is not kept only a piece is there at a time."""
+        return list(slices(tokens, max(16, MLP_TILE // self.gate.layer.out_features)))
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -115,18 +115,17 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mlp: GatedMLP, *adapters: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        out = torch.empty_like(rows) if mlp.recompute else None
-        inside: tuple[Tensor | None, ...] = ()
+        activation, inside = ACTIVATIONS[mlp.activation][0], _gate_and_up(rows, mlp, adapters) if mlp.keep else ()
+        results, lows = [], []
         for tile in mlp.tiles(len(rows)):
-            gate, gate_low = _linear(rows[tile], mlp.gate, *adapters[:2])
-            up, up_low = _linear(rows[tile], mlp.up, *adapters[2:4])
-            product = ACTIVATIONS[mlp.activation][0](gate).mul_(up)
-            y, down_low = _linear(product, mlp.down, *adapters[4:])
-            if out is None:
-                out, inside = y, (gate, gate_low, up, up_low, down_low)
-            else:
-                out[tile] = y
-        assert out is not None
+            gate, _, up, _ = _part(inside, tile) if inside else _gate_and_up(rows[tile], mlp, adapters)
+            y, low = _linear(activation(gate).mul_(up), mlp.down, *adapters[4:])
+            del gate, up  # or they would live until the next ones are made
+            results.append(y)
+            lows.append(low)
+        out = _joined(results)
+        if inside:
+            inside = (*inside, _joined(lows))
         ctx.save_for_backward(x, *adapters, *inside)
         ctx.mlp = mlp
         return out.view(*x.shape[:-1], -1)
@@ -142,15 +141,12 @@ class _GatedMLP(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * 6
         for tile in mlp.tiles(len(rows)):
             part = rows[tile]
-            if inside:
-                gate, gate_low, up, up_low, down_low = inside
-            else:
-                gate, gate_low = _linear(part, mlp.gate, *adapters[:2])
-                up, up_low = _linear(part, mlp.up, *adapters[2:4])
+            gate, gate_low, up, up_low, *kept = _part(inside, tile) if inside else _gate_and_up(part, mlp, adapters)
             active = activation(gate)
             product = active * up
-            if not inside:
-                down_low = None if adapters[4] is None else F.linear(product, adapters[4].to(product.dtype))
+            down_low = kept[0] if kept else None
+            if not inside and adapters[4] is not None:
+                down_low = F.linear(product, adapters[4].to(product.dtype))
             grad_product, *grad_down = _linear_backward(grad[tile], product, down_low, mlp.down, *adapters[4:])
             del product
             grad_up = active.mul_(grad_product)
@@ -163,6 +159,19 @@ class _GatedMLP(torch.autograd.Function):
                 total = sums[i]
                 sums[i] = new if total is None or new is None else total.add_(new)
         return grad_x.view(x.shape), None, *sums
+
+
+def _gate_and_up(rows: Tensor, mlp: GatedMLP, adapters: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Return gate x, its low-rank product, up x, and its low-rank product."""
+    return *_linear(rows, mlp.gate, *adapters[:2]), *_linear(rows, mlp.up, *adapters[2:4])
+
+
+def _part(arrays: Sequence[Tensor | None], rows: slice) -> tuple[Any, ...]:
+    return tuple(None if x is None else x[rows] for x in arrays)
+
+
+def _joined(parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -195,12 +204,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _pieces(rows: Tensor) -> Iterator[slice]:
-    """Return pieces of the rows whose float32 copies stay in a CPU's cache; elsewhere all of them."""
-    return _slices(len(rows), max(1, 2**17 // rows.shape[-1]) if rows.device.type == "cpu" else len(rows))
-
-
-def _slices(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, total, max(1, size)))
+    """Return pieces of the rows whose float32 copies are small."""
+    return slices(len(rows), NORM_TILE[rows.device.type] // rows.shape[-1])
 
 
 def _name_of(layer: LoraLayer) -> str | None:
@@ -257,7 +262,8 @@ def _lora_forward(layer: Any) -> Callable[..., Tensor]:
 def _mlp_forward(module: Any, activation: str, recompute: bool) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         gate, up, down = map(_now, (module.gate_proj, module.up_proj, module.down_proj))
-        return _GatedMLP.apply(x, GatedMLP(gate[0], up[0], down[0], activation, recompute), *gate[1], *up[1], *down[1])
+        keep = torch.is_grad_enabled() and not recompute
+        return _GatedMLP.apply(x, GatedMLP(gate[0], up[0], down[0], activation, keep), *gate[1], *up[1], *down[1])
 
     return forward
 

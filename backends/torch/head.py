@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lite_dil.backends.limits import HEAD_TILE, TORCH_CHUNK, chunk_tokens
+from lite_dil.backends.limits import HEAD_SUMS, HEAD_TILE, TORCH_CHUNK, chunk_tokens, slices
 from lite_dil.models.logits import LogitTransform
 
 
 class QuantizedHead(nn.Module):
-    """A frozen output head in 8 or 4 bits (bitsandbytes' blockwise types), unpacked `HEAD_TILE` tokens at a time."""
+    """A frozen output head in 8 or 4 bits (bitsandbytes' blockwise types), unpacked `HEAD_TILE` tokens at a time.
 
-    def __init__(self, head: Any, bits: int, dtype: torch.dtype) -> None:
+    Args:
+        head: the layer that this stands for; its weight may be on another device, and goes to this one tile by tile.
+    """
+
+    def __init__(self, head: Any, bits: int, dtype: torch.dtype, device: torch.device) -> None:
         from bitsandbytes import functional
 
         super().__init__()
@@ -24,8 +28,10 @@ class QuantizedHead(nn.Module):
         self.unpack = functional.dequantize_4bit if bits == 4 else functional.dequantize_blockwise
         settings = {"blocksize": 64, "quant_type": "nf4"} if bits == 4 else {"blocksize": 64}
         self.bias, self.dtype, self.vocabulary = head.bias, dtype, len(head.weight)
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias.to(device), requires_grad=False)
         rows = head.weight.detach().split(HEAD_TILE)
-        self.packed = [quantize(part.float().contiguous(), **settings) for part in rows]
+        self.packed = [quantize(part.to(device).float().contiguous(), **settings) for part in rows]
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Return the weight (vocabulary, width) piece by piece, each with the tokens it is for."""
@@ -39,14 +45,76 @@ class QuantizedHead(nn.Module):
         return logits if self.bias is None else logits + self.bias
 
 
+def _tiles(head: Any) -> Iterator[tuple[slice, Tensor]]:
+    """Return the weight in pieces, each with the tokens it is for: one piece where it is not quantised."""
+    return head.tiles() if isinstance(head, QuantizedHead) else iter([(slice(0, len(head.weight)), head.weight)])
+
+
 def vocabulary(head: Any) -> int:
     """Return how many tokens the head knows."""
     return head.vocabulary if isinstance(head, QuantizedHead) else len(head.weight)
 
 
-def _tiles(head: Any) -> Iterator[tuple[slice, Tensor]]:
-    """Return the weight in pieces, each with the tokens it is for: one piece where it is not quantised."""
-    return head.tiles() if isinstance(head, QuantizedHead) else iter([(slice(0, len(head.weight)), head.weight)])
+def _sizes(hidden: Tensor, head: Any) -> tuple[int, int]:
+    """Return how many hidden states meet a piece of the weight at once, and how many go by each time it is unpacked."""
+    quantized = isinstance(head, QuantizedHead)
+    tile = min(vocabulary(head), HEAD_TILE) if quantized else vocabulary(head)
+    chunk = chunk_tokens(tile, TORCH_CHUNK[hidden.device.type])
+    return chunk, max(chunk, HEAD_SUMS // hidden.shape[-1]) if quantized else chunk
+
+
+class _Softmax:
+    """What is known of some tokens' log-probs after a part of the vocabulary, as in the online softmax of FlashAttention.
+
+    Args:
+        hidden: (tokens, width).
+        targets: (tokens, 1).
+        grads: where d logp / d hidden goes, (tokens, width), or None. Holds the targets' rows of the weight until `finish`.
+    """
+
+    def __init__(self, hidden: Tensor, targets: Tensor, transform: LogitTransform, grads: Tensor | None) -> None:
+        self.hidden, self.targets, self.transform, self.grads = hidden, targets, transform, grads
+        column = torch.zeros_like(targets, dtype=torch.float32)
+        # The largest logit so far and the target's; the sum of e^(logit - top); the slope of the cap at the target.
+        self.top, self.chosen = torch.full_like(column, torch.finfo(torch.float32).min), column
+        self.mass, self.own = torch.zeros_like(column), torch.ones_like(column)
+        # The sum of the weight's rows times e^(logit - top) and the slope.
+        self.sums = None if grads is None else torch.zeros_like(hidden, dtype=torch.float32)
+
+    def add(self, part: slice, first: int, weight: Tensor, bias: Tensor | None) -> None:
+        """Take in the tokens of the vocabulary from `first` on, those of `weight`, for these hidden states."""
+        logits = F.linear(self.hidden[part], weight, bias).float()
+        slope = None
+        if self.transform.scale != 1.0:
+            logits.mul_(self.transform.scale)
+        if self.transform.cap:
+            logits.div_(self.transform.cap).tanh_()
+            slope = 1 - logits.square() if self.grads is not None else None
+            logits.mul_(self.transform.cap)
+        place = self.targets[part] - first
+        here = (place >= 0) & (place < len(weight))
+        place.clamp_(0, len(weight) - 1)
+        self.chosen[part] = torch.where(here, logits.gather(-1, place), self.chosen[part])
+        top = torch.maximum(self.top[part], logits.amax(-1, keepdim=True))
+        shrink = (self.top[part] - top).exp_()
+        self.top[part] = top
+        weights = logits.sub_(top).exp_()
+        self.mass[part].mul_(shrink).add_(weights.sum(-1, keepdim=True))
+        if self.grads is None or self.sums is None:
+            return
+        self.grads[part] = torch.where(here, weight[place[:, 0]], self.grads[part])
+        if slope is not None:
+            self.own[part] = torch.where(here, slope.gather(-1, place), self.own[part])
+            weights.mul_(slope)
+        self.sums[part].mul_(shrink).add_(weights.to(weight.dtype) @ weight)
+
+    def finish(self, part: slice, logps: Tensor) -> None:
+        """Write the log-probs of these hidden states into `logps`, (tokens,), and their gradients."""
+        logps[part] = (self.chosen[part] - self.top[part] - self.mass[part].log())[:, 0]
+        if self.grads is not None and self.sums is not None:
+            # d logp / d logits = onehot(target) - softmax(logits), times what the transform adds
+            own = self.grads[part].float().mul_(self.own[part])
+            self.grads[part] = own.sub_(self.sums[part].div_(self.mass[part])).mul_(self.transform.scale)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -55,31 +123,19 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Any, targets: Tensor, transform: LogitTransform) -> Tensor:
-        needs_grad = hidden.requires_grad
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        grads = torch.empty_like(hidden) if needs_grad else None
-        size = chunk_tokens(vocabulary(head), TORCH_CHUNK[hidden.device.type])
-        for start in range(0, len(targets), size):
-            part = slice(start, start + size)
-            target = targets[part, None]
-            logits = _logits(hidden[part], head)
-            slope = None
-            if transform.scale != 1.0:
-                logits.mul_(transform.scale)
-            if transform.cap:
-                logits.div_(transform.cap).tanh_()
-                slope = 1 - logits.square() if needs_grad else None
-                logits.mul_(transform.cap)
-            chosen, top = logits.gather(-1, target), logits.amax(-1, keepdim=True)
-            weights = logits.sub_(top).exp_()
-            mass = weights.sum(-1, keepdim=True)
-            logps[part] = (chosen - top - mass.log())[:, 0]
-            if grads is not None:
-                # d logp / d logits = onehot(target) - softmax(logits), times what the transform adds
-                own = slope.gather(-1, target) if slope is not None else 1.0
-                if slope is not None:
-                    weights.mul_(slope)
-                grads[part] = (_rows(head, targets[part]) * own - _back(weights, head) / mass) * transform.scale
+        grads = torch.empty_like(hidden) if hidden.requires_grad else None
+        bias = getattr(head, "bias", None)
+        size, together = _sizes(hidden, head)
+        for block in slices(len(targets), together):
+            own = hidden[block], targets[block, None], transform, None if grads is None else grads[block]
+            softmax, parts = _Softmax(*own), list(slices(len(own[0]), size))
+            for rows, weight in _tiles(head):
+                for part in parts:
+                    softmax.add(part, rows.start, weight, None if bias is None else bias[rows])
+                del weight  # or it would live until the next one is unpacked
+            for part in parts:
+                softmax.finish(part, logps[block])
         if grads is not None:
             ctx.save_for_backward(grads)
         return logps
@@ -88,33 +144,6 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grads,) = ctx.saved_tensors
         return (grad_outputs[0][:, None] * grads).to(grads.dtype), None, None, None
-
-
-def _logits(hidden: Tensor, head: Any) -> Tensor:
-    """Return float32 logits, (tokens, vocabulary)."""
-    bias = getattr(head, "bias", None)
-    logits = torch.empty(len(hidden), vocabulary(head), dtype=torch.float32, device=hidden.device)
-    for rows, weight in _tiles(head):
-        logits[:, rows] = F.linear(hidden, weight, None if bias is None else bias[rows])
-    return logits
-
-
-def _back(weights: Tensor, head: Any) -> Tensor:
-    """Return ``weights @ W``, (tokens, width) float32, for weights (tokens, vocabulary)."""
-    parts = ((weights[:, rows].to(weight.dtype) @ weight).float() for rows, weight in _tiles(head))
-    total = next(parts)
-    for part in parts:
-        total += part
-    return total
-
-
-def _rows(head: Any, targets: Tensor) -> Tensor:
-    """Return the targets' rows of the weight, (tokens, width) float32."""
-    found: Any = 0.0
-    for rows, weight in _tiles(head):
-        here = (targets >= rows.start) & (targets < rows.stop)
-        found = found + weight[(targets - rows.start).clamp(0, len(weight) - 1)].float() * here[:, None]
-    return found
 
 
 def token_logps(hidden: Tensor, head: Any, targets: Tensor, transform: LogitTransform) -> Tensor:

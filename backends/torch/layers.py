@@ -118,8 +118,7 @@ def skip_unread(decoder: Any, last_layer: Any) -> None:
 
 
 def offload_embeddings(embedding: Any, device: torch.device) -> None:
-    """Keep the table in the computer's memory; only the rows that are looked up go to the device."""
-    embedding.to("cpu")
+    """Look up in a table that is in the computer's memory; only the rows that are looked up go to the device."""
     forward = embedding.forward
 
     def call(ids: Tensor) -> Tensor:

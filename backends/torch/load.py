@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,13 +13,36 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lite_dil.backends.options import EngineOptions
+from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.backends.torch.out_of_memory import ERRORS, conversion_report, ran_out
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.models import adapters
+from lite_dil.models.options import ModelOptions
 
 
-def load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: bool) -> Any:
+def load_model(
+    model: str, dtype: torch.dtype, device: torch.device, options: ModelOptions, training: EngineOptions | None
+) -> Any:
+    """Load a frozen model by itself or through unsloth, as the options say; errors as of `load_base`."""
+    if training is not None and training.unsloth:
+        return torch_unsloth.load(model, dtype, device, options.load_in_4bit, training.max_length)
+    offload = training is not None and training.offload_embeddings
+    return load_base(model, dtype, device, options.load_in_4bit, offload, options.head_bits is not None)
+
+
+def load_base(
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    in_4bit: bool,
+    table_on_host: bool = False,
+    head_on_host: bool = False,
+) -> Any:
     """Load a frozen model without dropout.
+
+    Args:
+        table_on_host: leave the embedding table in the computer's memory, and with it a head that is the same weight.
+        head_on_host: leave the output head there, unless it is a table that is not.
 
     Raises:
         UserError: it cannot be loaded, with the reason.
@@ -32,14 +57,10 @@ def load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: boo
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        config = AutoConfig.from_pretrained(model)
-        for part in (config, config.get_text_config()):
-            for name, value in list(vars(part).items()):
-                # The base model's own dropout would make the log-ratio noisy, and not 0 at the start.
-                if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
-                    setattr(part, name, 0.0)
+        config = _without_dropout(AutoConfig.from_pretrained(model))
         # transformers 5.17 computes Gemma 2 by SDPA, which leaves out the soft cap on its attention scores.
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+        places = device_map(config, device, table_on_host, head_on_host)
         with conversion_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 model,
@@ -48,28 +69,76 @@ def load_base(model: str, dtype: torch.dtype, device: torch.device, in_4bit: boo
                 config=config,
                 dtype=dtype,
                 quantization_config=quantization,
-                device_map={"": device},
+                device_map=places,
             )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if ran_out(error):
             raise
         raise UserError(f"--model {model}: cannot be loaded ({first_line(error)})") from None
     base, report = loaded
+    if len(places) > 1:
+        from accelerate.hooks import remove_hook_from_submodules
+
+        # transformers has accelerate move inputs to where each weight is, between layers too. Here the callers do.
+        remove_hook_from_submodules(base)
+        del base.hf_device_map
     if absent := sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"])):
         # transformers would fill them with random numbers.
         raise UserError(f"--model {model}: its files lack {len(absent)} of the model's weights, the first is {absent[0]}")
     if getattr(base, "is_loaded_in_4bit", False):
-        import bitsandbytes
-
-        for module in base.modules():
-            if isinstance(module, bitsandbytes.nn.Linear4bit):
-                # On a CPU with avx512_bf16 the first forward in eval mode repacks the weights for inference, after which
-                # gradients are silently wrong.
-                module.support_avx512bf16_for_cpu = False
-                # A checkpoint packed before names a type of its own, which this machine may not have.
-                module.compute_dtype, module.compute_type_is_set = dtype, True
+        _set_up_4bit(base, dtype)
     base.requires_grad_(False)
     return base
+
+
+def _without_dropout(config: Any) -> Any:
+    """Return the config without the model's own dropout, which would make the log-ratio noisy, and not 0 at the start."""
+    for part in (config, config.get_text_config()):
+        for name, value in list(vars(part).items()):
+            if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
+
+
+def _set_up_4bit(base: Any, dtype: torch.dtype) -> None:
+    """Make every packed layer compute in `dtype`, and keep its weight as training needs it."""
+    import bitsandbytes
+
+    for module in base.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # On a CPU with avx512_bf16 the first forward in eval mode repacks the weights for inference, after which
+            # gradients are silently wrong.
+            module.support_avx512bf16_for_cpu = False
+            # A checkpoint packed before names a type of its own, which this machine may not have.
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+
+
+def device_map(config: Any, device: torch.device, table: bool, head: bool) -> dict[str, torch.device]:
+    """Return where each part of a model goes: all to the device, or table and head to the computer's memory; see `load_base`.
+
+    Every module with weights is named: what is not would stay on the CPU, and accelerate moves all that is below a name.
+    """
+    # An object, and not "cpu": bitsandbytes refuses a model with parts on "cpu", and accelerate fetches those for each call.
+    host = torch.device("cpu")
+    if device == host or not (table or head):
+        return {"": device}
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    on_host = {id(embedding)} if table else set()
+    if head and output is not embedding:
+        on_host.add(id(output))
+    if not on_host:
+        return {"": device}
+    places: dict[str, torch.device] = {}
+    for name, module in model.named_modules():
+        own = dict(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)))
+        there = host if any(id(weight) in on_host for weight in own.values()) else device
+        if own and any(True for _ in module.children()):
+            places |= {f"{name}.{part}".removeprefix("."): there for part in own}
+        elif own:
+            places[name] = there
+    return places
 
 
 def linear_layers(base: Any) -> dict[str, tuple[int, int]]:

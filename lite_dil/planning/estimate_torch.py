@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from lite_dil.backends.limits import (
     FLEX_BLOCK,
+    HEAD_SUMS,
     HEAD_TILE,
     MLP_TILE,
+    NORM_TILE,
     OFFLOAD_CHUNK,
     TORCH_CHUNK,
     TORCH_QUERIES,
@@ -87,7 +89,7 @@ class Layer:
         return self.shape.rms and (fused or self.e == FLOAT32)
 
     def _norm(self) -> Op:
-        """_RMSNorm keeps its input and a float32 a row; its backward holds two gradients and the residual's.
+        """_RMSNorm keeps its input and a float32 a row; its backward holds two gradients, the residual's, and float32 pieces.
 
         The stock module keeps a float32 copy of its input instead, and a layer norm two.
         """
@@ -96,7 +98,8 @@ class Layer:
             return Op(2 * wide + row, 2 * self.stream + 3 * wide)
         if not self.step.config.fused_layers:
             return Op(wide + row, 2 * self.stream + 2 * wide)
-        return Op(self.stream + row, 3 * self.stream + (3 * wide if self.step.cuda else 0))
+        piece = min(wide, NORM_TILE["cuda"] * FLOAT32) if self.step.cuda else 0  # a CPU's is next to nothing
+        return Op(self.stream + row, 3 * self.stream + 3 * piece)
 
     def _linears(self, names: Sequence[str], tokens: int, shared: bool = True) -> int:
         """Return what linear layers with the same input keep: `shared` is whether nothing else keeps that input.
@@ -168,7 +171,7 @@ class Layer:
         return Op(keeps, 2 * self.stream + result + self.step.unpacked([name]))
 
     def _mlp(self) -> list[Op]:
-        """_GatedMLP keeps its input, gate, up and the low-rank products, or its input alone."""
+        """_GatedMLP keeps its input, gate, up and the low-rank products, or its input alone; the rest is there in pieces."""
         s, t, step = self.shape, self.mlp_tokens, self.step
         names = [name for name in step.linears if name.startswith("mlp.")]
         unpacked = step.unpacked(names)
@@ -183,12 +186,11 @@ class Layer:
             # torch_layers.checkpoint holds the result, computed again, beside its gradient.
             return [Op(x, sum(peak(ops)) + stream)] if step.mode == "selective" else ops
         lows = self._linears(names, t, shared=False)
-        if step.mode == "selective":
-            tile = min(t, max(16, MLP_TILE // s.intermediate))
-            inside = (5 * wide + stream + lows) * tile // t
-            return [Op(x, incoming + stream + inside + unpacked)]
+        tile = min(t, step.mlp_tile)
         # active, grad_product and grad_gate beside gate and up; the input's gradient, and the part of it from gate.
-        return [Op(x + 2 * wide + lows, incoming + 2 * stream + 3 * wide + unpacked)]
+        if step.mode == "selective":
+            return [Op(x, incoming + stream + (5 * wide + stream + lows) * tile // t + unpacked)]
+        return [Op(x + 2 * wide + lows, incoming + stream + (3 * wide + stream) * tile // t + unpacked)]
 
     def _stock_mlp(self, names: Sequence[str], incoming: int) -> list[Op]:
         """Stock modules keep the activation, and for the adapter of down the product with up."""
@@ -221,6 +223,7 @@ class TorchStep:
         self.linears = shape.linears()
         self.tensors = adapter_tensors(config, shape)
         self.targets = {".".join(name.split(".")[-2:]) for name in self.tensors}
+        self.mlp_tile = max(16, MLP_TILE // shape.intermediate)
         self.rank = next(iter(self.tensors.values()))[0][0]
         self.adapter = sum(rows * columns for pair in self.tensors.values() for rows, columns in pair) * FLOAT32
 
@@ -296,17 +299,17 @@ class TorchStep:
     def host(self, paged: int) -> tuple[tuple[str, int], ...]:
         """Return what a GPU's run has in the computer's memory, by what it is for.
 
-        While weights are loaded, the largest of them is there as its file has it.
+        While weights are loaded, the largest is there as its file has it, and a head that is yet to be quantised.
         """
         s, kept = self.shape, 0
-        table = s.table * self.e if self.config.offload_embeddings else 0
         if self.config.offload_activations and self.mode == "full":
             kept = -(-s.layers * self.tokens * s.hidden * self.e // OFFLOAD_CHUNK) * OFFLOAD_CHUNK
         largest = max([s.table, *(linear.weight for linear in self.linears.values())]) * self.e
-        loading = max(0, largest - kept - paged)
+        waiting = s.table * self.e if self.config.head_bits and not s.tied else 0
+        loading = max(0, waiting + largest - kept - paged)
         return (
             ("the process", PROCESS),
-            ("embeddings", table),
+            ("embeddings", s.table * self.e if self.config.offload_embeddings else 0),
             ("activations", kept),
             ("paged optimiser", paged),
             ("loading", loading),
@@ -323,19 +326,26 @@ class TorchStep:
         return found
 
     def _loading(self) -> dict[str, int]:
-        """Linear layers are quantised one by one, the head tile by tile from float32; the table leaves the GPU last of all."""
+        """Linear layers are quantised one by one, the head tile by tile in float32, from the computer's memory to a GPU.
+
+        A head that is the table comes from there only where the table stays there.
+        """
         s, quantising = self.shape, 0
         if self.packed4:
             quantising = max(linear.weight for linear in self.linears.values()) * (self.e + FLOAT32)
         if self.config.head_bits:
+            tile = min(s.vocabulary, HEAD_TILE) * s.hidden
             table = 0 if s.tied else s.table * self.e
-            quantising = max(quantising, table + min(s.vocabulary, HEAD_TILE) * s.hidden * FLOAT32)
-        return {"embeddings": s.table * self.e, "adapter": 0, "reference": 0, "optimizer": 0, "temporaries": quantising}
+            if self.cuda and (not s.tied or self.config.offload_embeddings):
+                table = tile * self.e
+            quantising = max(quantising, table + tile * FLOAT32)
+        return {"adapter": 0, "reference": 0, "optimizer": 0, "temporaries": quantising}
 
     def _beforehand(self) -> dict[str, int]:
-        """Without gradients a pass holds one layer's MLP: its input, the residual, gate, up and their product."""
+        """Without gradients a pass holds one layer's MLP: its input, the residual, and a piece of gate, up and product."""
         s, tokens = self.shape, PRECOMPUTE_ROWS * row_tokens(self.config)
-        inside = tokens * (3 * s.hidden + 3 * s.intermediate) * self.e
+        tile = min(tokens, self.mlp_tile) if self.fused_mlp else tokens
+        inside = (tokens * 3 * s.hidden + tile * 3 * s.intermediate) * self.e
         return {"optimizer": 0, "temporaries": inside + self.unpacked([name for name in self.linears if "mlp" in name])}
 
     def _backward(self, several: bool) -> dict[str, dict[str, int]]:
@@ -366,23 +376,25 @@ class TorchStep:
         return found
 
     def _head(self, kept: int) -> dict[str, int]:
-        """Return what _TokenLogps holds at its worst moment over `kept`: a chunk of logits, and what is made of it."""
+        """Return what _TokenLogps holds at its worst moment over `kept`: a chunk of logits, what comes of it, and the sums."""
         s, e, n = self.shape, self.e, self.load.answer_tokens
         final = n * s.hidden * e
         # Gathered before the last norm or after it; the norm's result, and d logp / d hidden.
         kept += 3 * final if self.layout == "packed" else 2 * self.tokens * s.hidden * e + 2 * final
-        c = min(n, chunk_tokens(s.vocabulary, TORCH_CHUNK["cuda" if self.cuda else "cpu"]))
-        logits = c * s.vocabulary * FLOAT32
         cast = e if e != FLOAT32 else 0
-        weight = unpacking = 0
-        tile = s.vocabulary
+        tile, weight, unpacking = s.vocabulary, 0, 0
         if self.config.head_bits:
             tile = min(tile, HEAD_TILE)
-            weight = tile * s.hidden * e
-            # bitsandbytes unpacks to float32; the tile before lives until the next is there.
-            unpacking = tile * s.hidden * (FLOAT32 + cast) + (weight if tile < s.vocabulary else 0)
-        forward = max(unpacking, weight + c * tile * e)
-        back = c * s.hidden * FLOAT32 + max(unpacking, weight + c * tile * cast + c * s.hidden * e)
+            # bitsandbytes unpacks to float32.
+            weight, unpacking = tile * s.hidden * e, tile * s.hidden * (FLOAT32 + cast)
+        c = chunk_tokens(tile, TORCH_CHUNK["cuda" if self.cuda else "cpu"])
+        together = min(n, max(c, HEAD_SUMS // s.hidden) if self.config.head_bits else c)
+        c = min(n, c)
+        logits = c * tile * FLOAT32
+        # Logits are cast to float32, their exponentials back again, and the product is added to the sums.
+        forward, back = c * tile * cast, c * tile * cast + c * s.hidden * e
         if s.transform.cap:  # its slope, a number a logit
             forward, back = max(forward, 2 * logits), back + logits
-        return {"activations": kept, "logits": logits, "temporaries": max(forward, back)}
+        # The logits of the piece before are gone when the weight is unpacked.
+        temporaries = max(unpacking - logits, weight + forward, weight + back) + together * s.hidden * FLOAT32
+        return {"activations": kept, "logits": logits, "temporaries": temporaries}

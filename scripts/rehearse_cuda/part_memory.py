@@ -58,7 +58,9 @@ def plan(case: Case, model: Path) -> tuple[ResolvedConfig, str, int, int]:
         return found.config, "", found.estimate.total, found.estimate.host
     flags = found.remedy.flags()
     if not found.remedy.fits or "max_length" in found.remedy.changes:
-        raise Failed(f"plan says that it does not fit {case.gib:g} GiB; it names {flags} ({found.remedy.estimate.total / GIB:.2f})")
+        raise Failed(
+            f"plan says that it does not fit {case.gib:g} GiB; it names {flags} ({found.remedy.estimate.total / GIB:.2f})"
+        )
     estimate = found.model.estimate(found.remedy.config, found.load)
     return found.remedy.config, flags, estimate.total, estimate.host
 

@@ -244,6 +244,18 @@ def test_an_mlp_that_is_computed_again_goes_in_tiles(tiny: str, monkeypatch: pyt
     assert max(seen.rows) == 20 < shared_tokens(data) / 4
 
 
+@pytest.mark.parametrize("mode", ["off", "full"])
+def test_an_mlp_whose_inside_is_kept_makes_the_rest_in_tiles(mode: str, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = batch(8)
+    expected = gradients(load("cpu", tiny, max_grad_norm=1e9), data)
+    monkeypatch.setattr(torch_fused, "MLP_TILE", 128 * 20)  # 20 tokens
+    rows, silu = [], torch_fused.ACTIVATIONS["silu"]
+    counting = (lambda x: rows.extend(x.shape[:-1]) or silu[0](x), silu[1])
+    monkeypatch.setitem(torch_fused.ACTIVATIONS, "silu", counting)
+    assert_same(expected, gradients(load("cpu", tiny, gradient_checkpointing=mode, max_grad_norm=1e9), data))
+    assert max(rows) == 20 < shared_tokens(data) / 4
+
+
 def test_fused_layers_keep_less(tiny: str) -> None:
     """Measured by what autograd saves, in bytes, over stock modules; and checkpointing less still."""
     kept = {}

@@ -16,11 +16,14 @@ from live_bytes import Measured, live_bytes, measure, peak_bytes, random_example
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lite_dil.backends import registry
+from lite_dil.backends.torch import fused as torch_fused
+from lite_dil.backends.torch import head as torch_head
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.schedule import Schedule
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.models.shape import FAMILIES, ModelShape, Quantization
+from lite_dil.planning import estimate_torch
 from lite_dil.planning.estimate import Load, layout_for
 from lite_dil.planning.estimate_torch import FIXED_RESERVE, RESERVE
 from lite_dil.planning.peak import estimate
@@ -204,7 +207,9 @@ def test_what_is_offloaded_is_in_the_computer() -> None:
     process, largest = 2 * 2**30, table  # while weights are loaded
     assert before.host == process + largest
     assert after.host == process + table + max(chunks, largest)
-    assert (after.phase, after.embeddings) == ("loading", table)  # before it is moved away
+    assert after.embeddings == 0  # never on the GPU
+    loading = dict(before.phases)["loading"] - dict(after.phases)["loading"]
+    assert loading == pytest.approx(table * (1 + RESERVE), rel=1e-6)
     away = dict(before.phases)["head"] - dict(after.phases)["head"]
     assert away == pytest.approx((table + inputs) * (1 + RESERVE), rel=1e-6)
     assert said("cpu", "float32").host == 0
@@ -248,14 +253,49 @@ def test_components_are_of_one_phase_and_sum_up() -> None:
     assert said("cpu", "float32").reserve == 0 < found.reserve
 
 
-def test_long_rows_of_the_selective_mode_go_through_the_mlp_in_tiles() -> None:
+def test_a_head_in_8_bits_is_quantised_on_its_way_to_the_gpu() -> None:
+    table, tile = 2 * 128256 * 4096, 2**14 * 4096
+    small = {"load_in_4bit": True, "head_bits": 8, "offload_embeddings": True}
+
+    def loading(shape: ModelShape) -> float:
+        found = estimate(config(**small), shape, "cuda", "bfloat16", LOAD)
+        return dict(found.phases)["loading"] / (1 + RESERVE) - found.linears - found.head - found.norms
+
+    assert loading(LLAMA_8B) == pytest.approx(tile * (2 + 4), rel=1e-6)
+    assert loading(replace(LLAMA_8B, tied=True)) == pytest.approx(tile * (2 + 4), rel=1e-6)
+    small["offload_embeddings"] = False
+    assert loading(LLAMA_8B) == pytest.approx(table + tile * (2 + 4), rel=1e-6)
+    # Quantised from the table, which is there anyway; a matrix of 4096 x 14336 takes more than the float32 of a tile.
+    assert loading(replace(LLAMA_8B, tied=True)) == pytest.approx(table + 4096 * 14336 * (2 + 4), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"head_bits": 8}, {"head_bits": 8, "dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+def test_a_head_in_tiles_and_chunks(models: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (torch_head, estimate_torch):
+        monkeypatch.setattr(module, "HEAD_TILE", 768)
+        monkeypatch.setattr(module, "TORCH_CHUNK", {"cpu": 768 * 100})
+        monkeypatch.setattr(module, "HEAD_SUMS", 256 * 200)
+    within(measured(models(), gradient_checkpointing="full", **options))
+
+
+@pytest.mark.parametrize("mode", ["off", "selective", "full"])
+def test_an_mlp_in_tiles(models: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (torch_fused, estimate_torch):
+        monkeypatch.setattr(module, "MLP_TILE", 704 * 150)
+    within(measured(models(), gradient_checkpointing=mode))
+
+
+@pytest.mark.parametrize(
+    ("mode", "arrays"), [("selective", 5), ("full", 3)]
+)  # gate and up are kept where all are not made again
+def test_long_rows_go_through_the_mlp_in_tiles(mode: str, arrays: int) -> None:
     def temporaries(tokens: int) -> int:
         load = Load((1,), ((tokens // 2, tokens // 2),))
-        return said(gradient_checkpointing="selective", load=load).temporaries
+        return said(gradient_checkpointing=mode, load=load).temporaries
 
     # 2^25 / 14336 = 2340 tokens go through at once; beyond them only arrays of the model's width grow.
     assert temporaries(8192) - temporaries(4096) < 4096 * 4096 * 60
-    assert temporaries(2048) - temporaries(1024) > 1024 * 14336 * 2 * 5
+    assert temporaries(2048) - temporaries(1024) > 1024 * 14336 * 2 * arrays
 
 
 def test_load_of_a_batch() -> None:
