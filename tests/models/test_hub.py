@@ -60,13 +60,14 @@ def test_model_and_data_from_the_hub(endpoint: str, tmp_path: Path, backend: str
 def test_a_config_of_a_data_set_and_its_first_rows(endpoint: str, tmp_path: Path) -> None:
     card = "---\nconfigs:\n- config_name: good\n  data_files:\n  - split: learn\n    path: train.jsonl\n---\n"
     (tmp_path / "prefs" / "README.md").write_text(card)
-    flags = ["train", "--model", "owner/tiny", "--backend", "cpu", "--max-steps", "1", "--data"]
-    first = [*flags, "owner/prefs/good:learn", "--max-rows", "3", "--output-dir", str(tmp_path / "run")]
-    second = [*flags, "owner/prefs/good", "--output-dir", str(tmp_path / "other")]
-    done, refused = new.run([first, second], variables(endpoint, tmp_path / "home"))
-    assert done.code == 0 and "owner/prefs/good:learn: 3 pairs" in done.out, done
+    flags = ["--model", "owner/tiny", "--backend", "cpu", "--data"]
+    out = train(endpoint, tmp_path / "home", *flags, "owner/prefs/good:learn", "--max-rows", "3")
+    assert "owner/prefs/good:learn: 3 pairs" in out.stdout, out.stderr
     assert not list((tmp_path / "home").glob("datasets/**/*.arrow"))  # streamed
-    assert refused.code == 2 and "owner/prefs/good:SPLIT" in refused.err and "Traceback" not in refused.err, refused
+    out = train(endpoint, tmp_path / "other", *flags, "owner/prefs/good")
+    assert out.returncode == 2
+    assert "owner/prefs/good:SPLIT" in out.stderr
+    assert "Traceback" not in out.stderr
 
 
 def test_ids_that_the_hub_does_not_have(endpoint: str, tmp_path: Path) -> None:

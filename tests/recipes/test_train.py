@@ -154,7 +154,7 @@ def test_resume_refuses_other_data(flags: list[str], tmp_path: Path, capsys: pyt
     run(flags, tmp_path / "run", "--max-steps", "1")
     write_pairs(mine, 9)
     assert main(["train", "--resume", str(tmp_path / "run")]) == 2
-    assert f"--data {mine}: " in capsys.readouterr().err
+    assert f": {mine} " in capsys.readouterr().err
 
 
 def test_a_run_is_never_written_over(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
