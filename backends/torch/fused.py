@@ -155,6 +155,7 @@ class _GatedMLP(torch.autograd.Function):
             del grad_gate, grad_product
             other_x, *grad_u = _linear_backward(grad_up, part, up_low, mlp.up, *adapters[2:4])
             grad_x[tile] = part_x.add_(other_x)
+            del gate, up, active, grad_up, part_x, other_x  # or they would live until the next ones are made
             for i, new in enumerate((*grad_g, *grad_u, *grad_down)):
                 total = sums[i]
                 sums[i] = new if total is None or new is None else total.add_(new)
