@@ -105,6 +105,9 @@ class Backend(Protocol):
     ) -> list[Answer]:
         """Continue the prompts as the policy (or the reference, inside `adapter_off`), without dropout.
 
+        A prompt that several answers are asked to comes once for each, equal ones are found and computed once: so callers keep
+        one row an answer, with its own seed, and may split a batch anywhere.
+
         Args:
             max_new_tokens: of an answer at most, its end token counted; at least 1.
             end_ids: the tokens that end an answer, at least one.

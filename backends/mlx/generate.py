@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import takewhile
@@ -11,9 +12,11 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
+from lite_dil.backends.mlx.foreign import Misfit, foreign
 from lite_dil.backends.types import Answer, Sampling, never
 
 Processor = Callable[[Any, mx.array], mx.array]
+PREFILL = 2048  # tokens of a prompt at once, as mlx-lm itself takes them
 
 
 def generate(
@@ -26,9 +29,23 @@ def generate(
     stop: Callable[[], bool] = never,
 ) -> list[Answer]:
     """Continue the prompts with an mlx-lm model; see `lite_dil.backends.protocol.Backend.generate`."""
-    batchable = all(hasattr(cache, "merge") for cache in make_prompt_cache(model))
-    run = in_a_batch if batchable else one_by_one
+    run = in_a_batch if batchable(model) else one_by_one
     return run(model, prompts, max_new_tokens, end_ids, processors_of(prompts, seeds, sampling), stop)
+
+
+def batchable(model: Any) -> bool:
+    """Return whether mlx-lm can continue several prompts side by side; building a step's graph, which is not run, tells.
+
+    Gemma 2's code cannot take a mask for each row: it raises an error, or, with as many rows as heads, mixes the two up.
+    """
+    caches, rows = make_prompt_cache(model), 13  # no model has 13 heads
+    if not all(hasattr(cache, "merge") for cache in caches):
+        return False
+    try:
+        foreign(model, mx.zeros((rows, 1), mx.int32), cache=[foreign(cache.merge, [cache] * rows) for cache in caches])
+    except Misfit:
+        return False
+    return True
 
 
 def processors_of(prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None, sampling: Sampling) -> list[Processor]:
@@ -56,7 +73,11 @@ def in_a_batch(
         prefill_batch_size=rows,
     )
     try:
-        order = generator.insert([list(prompt) for prompt in prompts], logits_processors=[[each] for each in processors])
+        order = generator.insert(
+            [list(prompt[-1:]) for prompt in prompts],
+            caches=prefilled(model, prompts),  # whose rows it copies
+            logits_processors=[[each] for each in processors],
+        )
         tokens: dict[int, list[int]] = {row: [] for row in order}
         while not stop() and (responses := generator.next_generated()):
             for response in responses:
@@ -75,18 +96,48 @@ def one_by_one(
     stop: Callable[[], bool] = never,
 ) -> list[Answer]:
     """Continue one prompt after the other, for models whose caches cannot be batched."""
-    return [
-        Answer.of(list(takewhile(lambda _: not stop(), stream(model, prompt, max_new_tokens, end_ids, processor))), end_ids)
-        for prompt, processor in zip(prompts, processors, strict=True)
-    ]
+    answers = []
+    for prompt, cache, processor in zip(prompts, prefilled(model, prompts), processors, strict=True):
+        tokens = stream(model, prompt[-1:], max_new_tokens, end_ids, processor, copy.deepcopy(cache))
+        answers.append(Answer.of(list(takewhile(lambda _: not stop(), tokens)), end_ids))
+    return answers
+
+
+def prefilled(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[Any]]:
+    """Return the cache of all tokens of each prompt but its last; equal prompts have the same one, computed once.
+
+    Each prompt by itself: beside longer ones it is padded, which the code of some models with recurrent states ignores.
+    """
+    caches = {prompt: _prefill(model, prompt[:-1]) for prompt in dict.fromkeys(map(tuple, prompts))}
+    return [caches[tuple(prompt)] for prompt in prompts]
+
+
+def _prefill(model: Any, tokens: Sequence[int]) -> list[Any]:
+    cache = make_prompt_cache(model)
+    for start in range(0, len(tokens), PREFILL):
+        model(mx.array(tokens[start : start + PREFILL])[None], cache=cache)
+        mx.eval([each.state for each in cache])  # and not the logits
+        mx.clear_cache()
+    return cache
 
 
 def stream(
-    model: Any, prompt: Sequence[int], max_new_tokens: int, end_ids: Sequence[int], processor: Processor
+    model: Any,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    processor: Processor,
+    cache: list[Any] | None = None,
 ) -> Iterator[int]:
-    """Continue one prompt token by token; see `lite_dil.backends.protocol.Backend.stream`."""
+    """Continue one prompt token by token; see `lite_dil.backends.protocol.Backend.stream`.
+
+    Args:
+        cache: of the tokens in front of `prompt`, changed by this.
+    """
     own = mx.default_stream(mx.default_device())
-    steps = generate_step(mx.array(list(prompt)), model, max_tokens=max_new_tokens, logits_processors=[processor])
+    steps = generate_step(
+        mx.array(list(prompt)), model, max_tokens=max_new_tokens, logits_processors=[processor], prompt_cache=cache
+    )
     with closing(steps):
         while True:
             # generate_step keeps its stream the default between its tokens, and two in turn would leave it behind for good.

@@ -249,7 +249,10 @@ class TorchBackend:
 
         def run() -> list[Answer]:
             with torch_unsloth.generating(self.model, max(map(len, prompts))) if self.unsloth else nullcontext():
-                return torch_generate.generate(self.base, self.device, prompts, max_new_tokens, end_ids, seeds, sampling, stop)
+                # unsloth's forward for generation makes its own cache.
+                return torch_generate.generate(
+                    self.base, self.device, prompts, max_new_tokens, end_ids, seeds, sampling, stop, share=not self.unsloth
+                )
 
         work = f"the generation of {len(prompts)} answers of up to {max_new_tokens} tokens"
         return out_of_memory.whole(work, self.device, run)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
 from lite_dil.backends.torch import out_of_memory
 from lite_dil.backends.types import Answer, Sampling, never
@@ -26,16 +26,26 @@ def generate(
     seeds: Sequence[int] | None,
     sampling: Sampling,
     stop: Callable[[], bool] = never,
+    share: bool = True,
 ) -> list[Answer]:
-    """Continue the prompts in one batch of a transformers model; see `lite_dil.backends.protocol.Backend.generate`."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[end_ids[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    """Continue the prompts in one batch of a transformers model; see `lite_dil.backends.protocol.Backend.generate`.
+
+    Args:
+        share: compute a prompt that comes several times once.
+    """
+    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    rows = torch.LongTensor([place[tuple(prompt)] for prompt in prompts])
+    longest = max(map(len, place))
+    ids = torch.tensor([[end_ids[0]] * (longest - len(prompt)) + list(prompt) for prompt in place], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in place], device=device)
     draws = _draws(seeds, sampling)
     with _plain_settings(base):
+        cache = _prefill(base, ids, mask) if share and len(place) < len(prompts) else None
+        if cache is not None:
+            cache.reorder_cache(rows)
         out = base.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
+            input_ids=ids[rows],
+            attention_mask=mask[rows],
             max_new_tokens=max_new_tokens,
             do_sample=False,  # `Draws` leaves one token to choose from
             use_cache=True,  # an empty GenerationConfig need not say so
@@ -43,8 +53,30 @@ def generate(
             stopping_criteria=[lambda rows, _: torch.full((len(rows),), stop(), device=device)],
             eos_token_id=list(end_ids),
             pad_token_id=end_ids[0],
+            **({} if cache is None else {"past_key_values": cache}),
         )
     return [Answer.of(row, end_ids) for row in out[:, longest:].tolist()]
+
+
+def _prefill(base: Any, ids: Tensor, mask: Tensor) -> DynamicCache | None:
+    """Return the cache of all tokens but each row's last, or None where it does not hold all of the model's state by rows."""
+    if ids.shape[1] == 1 or "past_key_values" not in inspect.signature(base.forward).parameters:
+        return None
+    out = base.generate(
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        max_new_tokens=1,
+        do_sample=False,
+        use_cache=True,
+        return_dict_in_generate=True,
+    )
+    cache = out.past_key_values
+    # Classes of the model's own may hold more than what `reorder_cache` knows of.
+    if type(cache) is not DynamicCache or any(type(layer).__module__ != DynamicCache.__module__ for layer in cache.layers):
+        return None
+    # RecurrentGemma keeps its recurrent states in its modules and leaves these empty.
+    whole = all(cache.has_previous_state(i) for i, linear in enumerate(cache.is_linear) if linear)
+    return cache if whole else None
 
 
 def stream(

@@ -113,8 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
     from lite_dil.batching.schedule import row_tokens
     from lite_dil.cli.progress import Terminal
-    from lite_dil.generation.batch_generator import BatchGenerator, batched
-    from lite_dil.generation.reference_samples import ROWS
+    from lite_dil.generation.batch_generator import ROWS, BatchGenerator, batched
 
     check_counts(args, "max_new_tokens", "num_answers", "rows")
     sampling = Sampling(args.temperature, args.top_p)

@@ -10,6 +10,9 @@ from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import OWN, Answer, Sampling, never
 from lite_dil.base.halving import Halving, halves
 
+# Generation keeps keys and values and no activations, so that it can take more tokens at once than a step of training.
+ROWS = 8
+
 
 class Wanted(Protocol):
     """One answer that is wanted: to the tokens of `prompt`, of at most `room` tokens, drawn with `seed`."""
@@ -33,12 +36,15 @@ W = TypeVar("W", bound=Wanted)
 def batched(wanted: Sequence[W], tokens: int, rows: int | None = None) -> list[list[W]]:
     """Group what is wanted by prompts of similar length, the longest first, by the tokens that a batch may come to.
 
+    Answers to the same prompt follow each other, since a batch computes it once. Where a batch is full they go on in the next:
+    to compute a prompt twice costs less than a batch that is not full.
+
     Args:
         tokens: of a batch at most, but for one answer alone.
         rows: answers in a batch at most.
     """
     batches: list[list[W]] = []
-    for each in sorted(wanted, key=lambda each: len(each.prompt), reverse=True):
+    for each in sorted(wanted, key=lambda each: (len(each.prompt), each.prompt), reverse=True):
         batch = batches[-1] if batches else []
         # Padded to the longest prompt, which is the first, and going on until the longest room is used up.
         if batch and (rows is None or len(batch) < rows) and _tokens([*batch, each]) <= tokens:

@@ -22,11 +22,9 @@ from lite_dil.batching.options import DrawOptions, ResolvedSchedule
 from lite_dil.batching.schedule import Schedule, row_tokens
 from lite_dil.data.encoder import Encoder, Example, continuation_text
 from lite_dil.data.options import SampleOptions
-from lite_dil.generation.batch_generator import BatchGenerator, batched
+from lite_dil.generation.batch_generator import ROWS, BatchGenerator, batched
 from lite_dil.models.find import cache_dir
 
-# Generation keeps keys and values and no activations, so that it can take more tokens at once than a step of training.
-ROWS = 8
 _VERSION = "1"
 
 

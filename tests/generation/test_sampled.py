@@ -251,6 +251,14 @@ def test_batches_keep_to_their_tokens(chosen: list[Example]) -> None:
         assert tokens <= 8 * SETTINGS["row_tokens"]
 
 
+def test_answers_to_the_same_prompt_are_drawn_together() -> None:
+    """Also where other prompts of the same length stand between them in the data."""
+    examples = [Example((5, number % 3), ((7, EOS),), (CHOSEN,)) for number in range(9)]
+    wanted = wanted_draws(examples, 2, [EOS], "a reference", config(**SETTINGS))
+    batches = batched(wanted, 10**6, rows=6)
+    assert [{draw.prompt for draw in batch} for batch in batches] == [{(5, 2)}, {(5, 1)}, {(5, 0)}]
+
+
 def test_drawn_answers_end_where_a_chat_stops(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the template's end of turn too, where EOS is another token, as with Gemma; whatever form the rows have."""
     tokenizer = byte_level_tokenizer()

@@ -1,0 +1,73 @@
+"""Answers drawn from the model with their log-probs, several to each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from lite_dil.backends.protocol import Backend
+from lite_dil.backends.types import Answer
+from lite_dil.generation.batch_generator import ROWS, BatchGenerator, batched
+from lite_dil.generation.scoring import Ids, token_logps
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A drawn answer.
+
+    Attributes:
+        ids: its tokens, the end token last unless it reached the limit first.
+        logps: of each token, (tokens,), float32, in nats.
+        ended: whether it has its end token.
+    """
+
+    ids: tuple[int, ...]
+    logps: np.ndarray
+    ended: bool
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    prompt: tuple[int, ...]
+    room: int
+    seed: int
+
+
+def rollouts(
+    backend: Backend,
+    prompts: Sequence[Ids],
+    seeds: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    say: Callable[[str], None],
+    row_tokens: int = 4096,
+) -> list[list[Rollout]]:
+    """Draw answers from exactly the distribution of whatever adapter is on, and score them in a pass as training's.
+
+    Args:
+        seeds: for each prompt those of its answers, of which there are as many.
+        max_new_tokens: of an answer at most, its end token counted; at least 1.
+        end_ids: the tokens that end an answer.
+        say: tells the user where memory holds less than a batch or a pass.
+        row_tokens: of a pass of scoring at most; a batch of answers has `ROWS` times as many.
+
+    Returns:
+        For each prompt its answers, in the order of their seeds.
+    """
+    rows = [
+        [_Wanted(tuple(prompt), max_new_tokens, seed) for seed in several]
+        for prompt, several in zip(prompts, seeds, strict=True)
+    ]
+    generator, found = BatchGenerator(backend, end_ids, say), dict[_Wanted, Answer]()  # rows that are equal have equal answers
+    for batch in batched(list(chain.from_iterable(rows)), ROWS * row_tokens):
+        found.update(zip(batch, generator.draw(batch), strict=True))
+    answers = [[found[wanted] for wanted in several] for several in rows]
+    ids = [[(*answer.ids, *(() if answer.end is None else (answer.end,))) for answer in several] for several in answers]
+    logps = token_logps(backend, prompts, ids, say, row_tokens)
+    return [
+        [Rollout(one, its_logps, answer.end is not None) for one, its_logps, answer in zip(*columns, strict=True)]
+        for columns in zip(ids, logps, answers, strict=True)
+    ]
