@@ -60,7 +60,7 @@ class TorchBackend:
         self.dtype = compute_dtype(options.dtype, device)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter and adapter.init_adapter else None
-        self.unsloth = training is not None and training.unsloth
+        self.unsloth = bool(training and training.unsloth)
         base = load_model(model, self.dtype, self.device, options, training)
         self.in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))  # also of a checkpoint that was packed before
         # A packed weight counts for two parameters a byte.
@@ -90,13 +90,12 @@ class TorchBackend:
             probe = (base, self.reader, self.token_logps, training, model, self.dtype_name)
             self.layout_reason = torch_probing.choose_layout(*probe, say or Silent().say)
         self.layout = self.reader.layout
-        bits = ", 4-bit" if self.in_4bit else ""
-        bits += f", {options.head_bits}-bit head" if options.head_bits else ""
+        bits = (", 4-bit" if self.in_4bit else "") + (f", {options.head_bits}-bit head" if options.head_bits else "")
         bits += ", unsloth" if self.unsloth else ""
         where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         self.description = f"{device} ({where}), {self.dtype_name}{bits}, {self.layout} layout"
-        kernels = " unsloth" if self.unsloth else ""
-        self.identity = f"torch {self.dtype_name}{' nf4' if self.in_4bit else ''} head {options.head_bits or 16}{kernels}"
+        self.identity = f"torch {self.dtype_name}{' nf4' if self.in_4bit else ''} head {options.head_bits or 16}"
+        self.identity += " unsloth" if self.unsloth else ""
 
     def using(self, name: str) -> AbstractContextManager[None]:
         """Compute as adapter `name` inside the block."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol, TypeVar
 
@@ -31,6 +32,15 @@ class Wanted(Protocol):
 
 
 W = TypeVar("W", bound=Wanted)
+
+
+@dataclass(frozen=True)
+class Request:
+    """An answer that is wanted, and nothing else of it; see `Wanted`."""
+
+    prompt: tuple[int, ...]
+    room: int
+    seed: int
 
 
 def batched(wanted: Sequence[W], tokens: int, rows: int | None = None) -> list[list[W]]:

@@ -49,13 +49,6 @@ class AdapterSource:
     strength: float = 1.0
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    prompt: tuple[int, ...]
-    room: int
-    seed: int
-
-
 class Policy:
     """A language model with its LoRA adapter, in memory. Its reference is the same model with the adapter off.
 
@@ -231,7 +224,7 @@ class Policy:
             UserError: a prompt that the model cannot be asked, or settings that make no sense.
             OutOfMemory: the device does not hold a single answer.
         """
-        from lite_dil.generation.batch_generator import BatchGenerator, batched
+        from lite_dil.generation.batch_generator import BatchGenerator, Request, batched
 
         if n is not None and n < 1:
             raise UserError(f"generate: n is {n}; expected at least 1")
@@ -239,7 +232,7 @@ class Policy:
             raise UserError(f"generate: {n} answers at temperature 0 are equal; give a temperature above 0")
         asked = answered(self.encoder, self.model, prompts, max_new_tokens)
         wanted = [
-            _Wanted(prompt.ids, max_new_tokens, _seed(seed, prompt, number)) for prompt in asked for number in range(n or 1)
+            Request(prompt.ids, max_new_tokens, _seed(seed, prompt, number)) for prompt in asked for number in range(n or 1)
         ]
         places = {id(each): place for place, each in enumerate(wanted)}
         generator = BatchGenerator(self.backend, self.encoder.end_ids(), self._say, Sampling(temperature, top_p))

@@ -10,7 +10,7 @@ import numpy as np
 
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Answer
-from lite_dil.generation.batch_generator import ROWS, BatchGenerator, batched
+from lite_dil.generation.batch_generator import ROWS, BatchGenerator, Request, batched
 from lite_dil.generation.scoring import Ids, token_logps
 
 
@@ -27,13 +27,6 @@ class Rollout:
     ids: tuple[int, ...]
     logps: np.ndarray
     ended: bool
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    prompt: tuple[int, ...]
-    room: int
-    seed: int
 
 
 def rollouts(
@@ -58,13 +51,13 @@ def rollouts(
         For each prompt its answers, in the order of their seeds.
     """
     rows = [
-        [_Wanted(tuple(prompt), max_new_tokens, seed) for seed in several]
+        [Request(tuple(prompt), max_new_tokens, seed) for seed in several]
         for prompt, several in zip(prompts, seeds, strict=True)
     ]
-    generator, found = BatchGenerator(backend, end_ids, say), dict[_Wanted, Answer]()  # rows that are equal have equal answers
+    generator, found = BatchGenerator(backend, end_ids, say), dict[Request, Answer]()  # rows that are equal have equal answers
     for batch in batched(list(chain.from_iterable(rows)), ROWS * row_tokens):
         found.update(zip(batch, generator.draw(batch), strict=True))
-    answers = [[found[wanted] for wanted in several] for several in rows]
+    answers = [[found[each] for each in several] for several in rows]
     ids = [[(*answer.ids, *(() if answer.end is None else (answer.end,))) for answer in several] for several in answers]
     logps = token_logps(backend, prompts, ids, say, row_tokens)
     return [
