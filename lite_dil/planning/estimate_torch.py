@@ -28,7 +28,7 @@ from lite_dil.planning.estimate import BYTES, Estimate, Load, adapter_tensors, l
 FLOAT32 = 4
 # What the allocator of a GPU cannot use between tensors, of what it reserves: with segments that grow and with those that
 # cannot, by its own books of steps of an 8B Llama (docs/LOG.md).
-RESERVE, FIXED_RESERVE = 0.045, 0.13
+RESERVE, FIXED_RESERVE = 0.0625, 0.13
 WORKSPACE = 2**24  # of cuBLAS, 8 MiB, and what is small
 PROCESS = 2 * GIB  # of the computer's memory: Python, torch and transformers, 1.2 GiB, and CUDA's part, which is a guess
 NF4_BLOCK, NF4_GROUP, NF4_TABLES = 64, 256, 16 * 4 + 256 * 4 + 4  # weights a scale, scales a second scale, bytes a layer

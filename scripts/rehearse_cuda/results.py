@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from rehearse_cuda.cases import Case
 
 from lite_dil.base.files import replace_file
+from lite_dil.base.hashing import sha256
 
 ROOT = Path(__file__).parent.parent.parent
 LIBRARIES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
@@ -56,12 +56,9 @@ class Results:
 
 def made_with() -> dict[str, str]:
     """Return what decides a result beside its case: a digest of the sources, and the libraries' versions."""
-    digest = hashlib.sha256()
-    for top in ("lite_dil", "backends", "scripts/rehearse_cuda"):
-        for path in sorted((ROOT / top).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".h"):
-                digest.update(path.read_bytes())
-    return {"sources": digest.hexdigest()[:16]} | {name: _version(name) for name in LIBRARIES}
+    files = (path for top in ("lite_dil", "backends", "scripts/rehearse_cuda") for path in sorted((ROOT / top).rglob("*")))
+    sources = (path.read_bytes() for path in files if path.suffix in (".py", ".cpp", ".h"))
+    return {"sources": sha256(sources)[:16]} | {name: _version(name) for name in LIBRARIES}
 
 
 def _version(name: str) -> str:

@@ -25,7 +25,7 @@ from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.models.shape import FAMILIES, ModelShape, Quantization
 from lite_dil.planning import estimate_torch
 from lite_dil.planning.estimate import Load, layout_for
-from lite_dil.planning.estimate_torch import FIXED_RESERVE, RESERVE
+from lite_dil.planning.estimate_torch import FIXED_RESERVE, RESERVE, WORKSPACE
 from lite_dil.planning.peak import estimate
 
 MIB = 2**20
@@ -227,12 +227,14 @@ def test_on_wsl_nothing_is_paged_and_segments_cannot_grow(release: str, monkeypa
 
 
 CASES: list[tuple[int, Any, float, float]] = [
-    (1024, {}, 6.571, 6.816),
-    (4096, {}, 9.389, 9.705),
-    (1024, {"gradient_checkpointing": "off"}, 12.616, 13.068),
-    (1024, {"gradient_checkpointing": "selective"}, 9.219, 9.414),
-    (4096, "offloads", 6.161, 6.482),
-    (20000, "offloads", 13.389, 13.947),
+    (1024, {}, 6.580, 6.818),
+    (4096, {}, 8.890, 9.207),
+    (20000, {}, 20.707, 21.395),
+    (1024, {"gradient_checkpointing": "off"}, 12.624, 13.070),
+    (1024, {"gradient_checkpointing": "selective"}, 9.228, 9.436),
+    (1024, "offloads", 4.805, 4.885),
+    (4096, "offloads", 5.662, 5.887),
+    (20000, "offloads", 10.100, 10.809),
 ]
 
 
@@ -259,7 +261,7 @@ def test_a_head_in_8_bits_is_quantised_on_its_way_to_the_gpu() -> None:
 
     def loading(shape: ModelShape) -> float:
         found = estimate(config(**small), shape, "cuda", "bfloat16", LOAD)
-        return dict(found.phases)["loading"] / (1 + RESERVE) - found.linears - found.head - found.norms
+        return dict(found.phases)["loading"] / (1 + RESERVE) - found.linears - found.head - found.norms - WORKSPACE
 
     assert loading(LLAMA_8B) == pytest.approx(tile * (2 + 4), rel=1e-6)
     assert loading(replace(LLAMA_8B, tied=True)) == pytest.approx(tile * (2 + 4), rel=1e-6)
