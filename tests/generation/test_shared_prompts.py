@@ -87,7 +87,10 @@ def test_each_answer_is_what_it_is_alone(backend_name: str, small: str, seeds: l
     for off in (True, False):
         with backend.adapter_off() if off else nullcontext():
             answers = backend.generate(PROMPTS, ROOM, ENDS, seeds)
-            alone = [backend.generate([prompt], ROOM, ENDS, seeds and [seeds[row]])[0] for row, prompt in enumerate(PROMPTS)]
+            alone = [
+                Answer.of(list(backend.stream(prompt, ROOM, ENDS, seeds and seeds[row])), ENDS)
+                for row, prompt in enumerate(PROMPTS)
+            ]
         assert answers == alone
         assert answers[2] == answers[7]  # the same prompt and seed
         assert {answer.end is None for answer in answers} == {True, False}
@@ -149,8 +152,8 @@ def test_mlx_models_that_cannot_be_batched_or_padded(name: str) -> None:
         prompts, seeds = PROMPTS[-rows:], SEEDS[-rows:]
         answers = mlx_generate.generate(model, prompts, ROOM, ENDS, seeds, OWN)
         assert answers == [
-            mlx_generate.generate(model, [prompt], ROOM, ENDS, [seed], OWN)[0]
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            Answer.of(list(mlx_generate.stream(model, prompt, ROOM, ENDS, processor)), ENDS)
+            for prompt, processor in zip(prompts, mlx_generate.processors_of(prompts, seeds, OWN), strict=True)
         ]
 
 
