@@ -105,8 +105,8 @@ class Backend(Protocol):
     ) -> list[Answer]:
         """Continue the prompts as the policy (or the reference, inside `adapter_off`), without dropout.
 
-        A prompt that several answers are asked to comes once for each, equal ones are found and computed once: so callers keep
-        one row an answer, with its own seed, and may split a batch anywhere.
+        For several answers to a prompt, repeat it: equal prompts are found and computed once, where the model's state allows
+        it, so that callers keep one row an answer, each with its seed, and may split a batch anywhere.
 
         Args:
             max_new_tokens: of an answer at most, its end token counted; at least 1.

@@ -75,11 +75,8 @@ def _prefill(base: Any, ids: Tensor, mask: Tensor) -> DynamicCache | None:
     if type(cache) is not DynamicCache or any(type(layer).__module__ != DynamicCache.__module__ for layer in cache.layers):
         return None
     # RecurrentGemma keeps its recurrent states in its modules and leaves these layers empty.
-    whole = all(
-        cache.has_previous_state(i) if linear else layer.is_initialized
-        for i, (linear, layer) in enumerate(zip(cache.is_linear, cache.layers, strict=True))
-    )
-    return cache if whole else None
+    recurrent = all(cache.has_previous_state(i) for i, linear in enumerate(cache.is_linear) if linear)
+    return cache if recurrent and all(getattr(layer, "is_initialized", True) for layer in cache.layers) else None
 
 
 def stream(

@@ -138,7 +138,7 @@ def test_transformers_models_of_any_state(name: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", MLX_MODELS)
 def test_mlx_models_that_cannot_be_batched_or_padded(name: str) -> None:
-    """Gemma 2, whose code takes the mask of a row for that of a head, and Mamba, whose code ignores padding."""
+    """Gemma 2, whose code takes a row's mask for a head's, and Mamba, whose code ignores padding."""
     import mlx.core as mx
     from mlx.utils import tree_map
 
