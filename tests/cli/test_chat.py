@@ -343,11 +343,16 @@ class Terminal:
 
     def end(self, key: str = "") -> int:
         """Return the exit code of a process that is about to leave, after `key` was pressed until something came of it."""
-        end, seen = time.monotonic() + 120, len(self.text)
+        end, seen, quiet = time.monotonic() + 120, len(self.text), 0
         self.type(key)
-        while self.read():
+        while True:
+            before = len(self.text)
+            if not self.read():
+                break
             assert time.monotonic() < end, self.plain
-            if len(self.text) == seen:
+            quiet = 0 if len(self.text) > before else quiet + 1
+            # What came may be the prompt alone, at which a key that came just before it is overlooked.
+            if quiet and (len(self.text) == seen or quiet % 10 == 0):
                 self.type(key)
         os.close(self.fd)
         return self.process.wait()

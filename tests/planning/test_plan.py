@@ -155,7 +155,7 @@ def test_the_computers_memory_is_limited_too(llama: str, capsys: pytest.CaptureF
     assert "12.8 of 11.7 GB of the computer's own memory: 2.0 the process, 1.0 embeddings, 9.8 activations" in words
     assert main(["plan", *long[:-1], "40000", *offloads, "--host-memory", "12.7"]) == 1
     words = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"fit: \d\.\d GB and \d\.\d GB of the computer's own memory are missing", words)
+    assert re.search(r"fit: [\d.]+ GB and [\d.]+ GB of the computer's own memory are missing", words)
 
 
 def test_the_mildest_remedies_come_first(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
