@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import write_pairs
-from test_train import StopAfter
+from test_api_train import StopAfter
 from trainings import metrics, same_weights
 
 import lite_dil as dil
