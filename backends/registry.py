@@ -83,12 +83,17 @@ def prepare(name: str, options: ModelOptions, training: EngineOptions | None) ->
         torch_unsloth.require()
 
 
+def module(name: str, part: str) -> Any:
+    """Import the module `part` of what backend `name` is made of, as "export" or "memory"."""
+    return importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.{part}")
+
+
 def import_library(name: str) -> str:
     """Import what backend `name` is made of, as `load` would: what it takes of the memory is not the model's.
 
     Returns a sentence for people where it cannot be set up as it should be, else nothing.
     """
-    importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.backend")
+    module(name, "backend")
     if name != "cuda":
         return ""
     from lite_dil.backends.torch.memory import expand_segments
@@ -130,11 +135,10 @@ def value_and_slope(
     Returns:
         What it returns, and the gradient of the sum of that in `policy`.
     """
-    library = importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.values")
-    found: tuple[np.ndarray, np.ndarray] = library.value_and_slope(name, function, policy, reference, inputs)
+    found: tuple[np.ndarray, np.ndarray] = module(name, "values").value_and_slope(name, function, policy, reference, inputs)
     return found
 
 
 def free(name: str) -> None:
     """Give back what nobody holds of the memory that backend `name` took."""
-    importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.memory").free()
+    module(name, "memory").free()

@@ -9,21 +9,12 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmark_models import LLAMA_8B
+
 from lite_dil.config.options import build
 from lite_dil.planning.plan import Plan, make
 
-LLAMA_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 131072,
-    "torch_dtype": "bfloat16",
-}
+CONFIG = LLAMA_8B | {"model_type": "llama", "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 # Name, backend, GB, GB of the computer around it. A T4 has 14.6 GB, of which CUDA leaves 14.0; Colab's computer 12.7.
 MACHINES: tuple[tuple[str, str, float, float | None], ...] = (
     ("GPU of 8 GB", "cuda", 8, None),
@@ -44,7 +35,7 @@ def plan(model: str, backend: str, size: float, host: float | None) -> Plan:
 
 def main() -> None:
     with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(LLAMA_8B), encoding="utf-8")
+        (Path(folder) / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
         plans = [plan(folder, backend, size, host) for _, backend, size, host in MACHINES]
     rooms = [plan.rooms[0] for plan in plans]
     rows = {

@@ -236,7 +236,7 @@ def test_modules_that_are_named_at_run_time_are_known() -> None:
         and not isinstance(node.args[0], ast.Constant)
     }
     commands, optional = "lite_dil/cli/main.py", "lite_dil/data/files.py"
-    assert found == {"lite_dil/__init__.py", commands, optional, "lite_dil/export/exporting.py", "backends/registry.py"}
+    assert found == {"lite_dil/__init__.py", commands, optional, "backends/registry.py"}
 
 
 def test_exceptions_are_few_and_have_reasons() -> None:

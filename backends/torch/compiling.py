@@ -6,8 +6,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 
-import torch
-
+from lite_dil.backends.torch.out_of_memory import ran_out
 from lite_dil.base.errors import first_line
 
 # What the originals say, and what it means with the fix.
@@ -48,7 +47,7 @@ def why_not(error: Exception) -> str:
     if large:
         return f"its kernels need {large[0]} bytes of shared memory, and this GPU has {large[1]}"
     for one in chain:
-        if isinstance(one, torch.OutOfMemoryError):
+        if ran_out(one):
             raise one
     for pattern, cause in CAUSES:
         if any(re.search(pattern, str(one)) for one in chain):

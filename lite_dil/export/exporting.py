@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import shlex
@@ -186,7 +185,7 @@ class Export:
 
     def _merge(self, checkpoint: merge.Checkpoint, loaded: Policy | None) -> None:
         """Write the merged Hugging Face folder: what is asked for, or the way to it."""
-        dense = _library(self.backend).dense(loaded.backend) if loaded else {}
+        dense = registry.module(self.backend, "export").dense(loaded.backend) if loaded else {}
         dtype = self.options.weights_dtype or (_GGUF_DTYPES.get(self._outtype()) if self.reader == "gguf" else None)
         adapter = adapter_files.float_adapter(self.files, self.source.strength)
         planned = merge.plan(checkpoint, adapter, dense, dtype, self.source.options.model)
@@ -221,7 +220,7 @@ class Export:
         strength = self.source.strength
         if self.to == "peft":
             layers = set(self.files.adapter.weights)
-            targets = _library("torch").peft_targets(self.model, layers) if _has_torch() else None
+            targets = registry.module("torch", "export").peft_targets(self.model, layers) if _has_torch() else None
             adapter_files.write_peft(self.made, self.files, strength, name, targets or sorted(layers))
         else:
             count = (config.get("text_config") or config).get("num_hidden_layers", -1)
@@ -238,7 +237,7 @@ class Export:
         """Make of the merged folder what is asked for."""
         if self.format == "mlx":
             self.say("writing the MLX model")
-            _library("mlx").write_model(self.merged, self.made, self.options.bits)
+            registry.module("mlx", "export").write_model(self.merged, self.made, self.options.bits)
             self.facts["bits"] = self.options.bits
             return
         from lite_dil.export import gguf as gguf_export
@@ -259,7 +258,7 @@ class Export:
             from lite_dil.export import gguf as gguf_export
 
             return gguf_export.token_logps(self._gguf(), trained.sequences, self.say)
-        library = _library(self.reader)
+        library = registry.module(self.reader, "export")
         if self.format != "adapter":
             return library.model_logps(self.made, trained.sequences)
         config = self.source.options if self._same_library() else replace(self.source.options, dtype="auto")
@@ -303,8 +302,3 @@ def model_config(model: str) -> dict[str, Any]:
 
 def _has_torch() -> bool:
     return all(importlib.util.find_spec(module) is not None for module in ("torch", "peft", "accelerate"))
-
-
-def _library(backend: str) -> Any:
-    """Return what an export needs of a backend's library."""
-    return importlib.import_module(f"lite_dil.backends.{'mlx' if backend == 'mlx' else 'torch'}.export")

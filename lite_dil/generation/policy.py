@@ -331,7 +331,6 @@ def load(source: AdapterSource, say: Callable[[str], None], training: LoadOption
     options = source.options
     name = registry.resolve(options.backend)
     registry.prepare(name, options, training)
-    registry.import_library(name)
     quiet_bars()
     model = resolve_model(options.model, say)
     return load_found(source, name, model, Encoder(load_tokenizer(model)), say, training)

@@ -7,15 +7,16 @@ import struct
 from pathlib import Path
 from typing import Any
 
-TINY = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "vocab_size": 128256,
+from benchmark_models import LLAMA_8B
+
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
 }
-KV_HEADS = {4: 2, 32: 8}
 
 
 def tiny(folder: Path) -> Path:
@@ -33,7 +34,6 @@ def _write(folder: Path, sizes: dict[str, int]) -> Path:
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "num_key_value_heads": KV_HEADS[sizes["num_attention_heads"]],
         "max_position_embeddings": 131072,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
         "rms_norm_eps": 1e-5,
