@@ -1,4 +1,4 @@
-"""The README cannot rot: every command in it parses, every make target exists, and its training lines run."""
+"""The README and docs/ cannot rot: every command parses, every make target and link exists, and the example data trains."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from lite_dil.cli.main import main, parsers
 from lite_dil.config.options import add_flags, build, read_yaml
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
+PAGES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+BLOCKS = {path: re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M) for path, text in PAGES.items()}
 COMMANDS = [
     line.partition("  #")[0].strip()
-    for language, block in BLOCKS
+    for blocks in BLOCKS.values()
+    for language, block in blocks
     if language == "bash"
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip() and not line.startswith("#")
@@ -68,20 +69,22 @@ def test_make_targets_and_scripts_exist() -> None:
 
 def test_extras_exist() -> None:
     project = (ROOT / "pyproject.toml").read_text()
-    for names in re.findall(r"\.\[([\w,]+)\]|lite-dil\[([\w,]+)\]", README):
+    for names in re.findall(r"\.\[([\w,]+)\]|lite-dil\[([\w,]+)\]", "".join(PAGES.values())):
         for extra in "".join(names).split(","):
             assert re.search(rf"^{extra} = \[", project, re.M), extra
 
 
 def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_readmes_data_and_yaml_train(tiny: str, tmp_path: Path) -> None:
+def test_the_example_data_and_config_train(tiny: str, tmp_path: Path) -> None:
     """The example rows and the example config, on a tiny model."""
-    pairs, *others = [block for language, block in BLOCKS if language == "json"]
-    options = next(block for language, block in BLOCKS if language == "yaml")
+    pairs, *others = [block for language, block in BLOCKS[ROOT / "docs" / "data.md"] if language == "json"]
+    assert ("json", pairs) in BLOCKS[ROOT / "README.md"]
+    options = next(block for language, block in BLOCKS[ROOT / "docs" / "training.md"] if language == "yaml")
     for number, (block, loss) in enumerate(
         [*((line, "lsif") for line in pairs.splitlines()), *zip(others, ("kto", "sft"), strict=True)]
     ):

@@ -18,6 +18,8 @@ _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZ
 _RANKS = ("MLX_RANK", "SLURM_PROCID")  # above 0 there is another process, whatever the count says
 _HOSTS = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # of mlx.launch, which sets no count: JSON files with a list, an entry a process
 
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how OpenMP waits: the standard's, GNU's and LLVM's
+
 # Where torch's allocators read their settings: up to torch 2.9 in the second, which later versions call deprecated.
 ALLOCATOR, OLD_ALLOCATOR, ROCM_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
 EXPANDABLE = "expandable_segments:True"
@@ -93,6 +95,9 @@ def _environment() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are warnings; what came of them is an error here
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # segments that grow log each lack of memory beside the error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would be left behind by a fork
+    # OpenMP's threads spin while they wait. Where another program has one of the cores, that costs most of the speed.
+    if not any(name in os.environ for name in _WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     # PEFT imports bitsandbytes, which warns on a CPU of a kernel that only inference would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
