@@ -68,6 +68,7 @@ _MODULES: tuple[str, ...] = (
     "generate",
     "label",
     "export",
+    "doctor",
 )
 
 

@@ -1,0 +1,1 @@
+"""What `lite-dil doctor` looks at: the machine, what is installed, and whether the device computes the right numbers."""

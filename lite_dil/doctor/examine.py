@@ -1,0 +1,80 @@
+"""Run the checks in a process of their own, and go on with the rest if one of them ends it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# The names of `lite_dil.doctor.checks.CHECKS`, which takes numpy to import; of CUDA's alone where a pair says so.
+NAMES = (
+    "fresh adapter",
+    "shared prompts, float32",
+    "shared prompts, 16 bits",
+    "checkpointing",
+    "4 bits",
+    "offloads",
+    "generation",
+)
+LIMIT = 600  # seconds for all checks, imports and compilers included
+
+
+class Checked(NamedTuple):
+    """A check that was made: `ok` is None where nothing was computed."""
+
+    name: str
+    ok: bool | None
+    text: str
+    seconds: float
+
+
+def names_for(backend: str, four_bits: bool) -> list[str]:
+    """Return the checks that this backend is given.
+
+    Args:
+        four_bits: whether what --4bit needs is installed.
+    """
+    left_out = {"offloads"} if backend != "cuda" else set()
+    return [name for name in NAMES if name not in left_out and (name != "4 bits" or four_bits)]
+
+
+def examine(backend: str, names: list[str]) -> Iterator[Checked]:
+    """Yield each check when it is done. One that raises or ends its process is not ok, with its last line of error."""
+    left = list(names)
+    while left:
+        done = 0
+        for checked in _in_a_process(backend, left):
+            done += 1
+            yield checked
+        left = left[done:]
+
+
+def _in_a_process(backend: str, names: list[str]) -> Iterator[Checked]:
+    """Yield at least one of the checks, and all up to the first that ends the process."""
+    command = [sys.executable, "-m", "lite_dil.doctor.worker", backend, *names]
+    running, ended = names[0], False
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8") as process:
+            limit = threading.Timer(LIMIT, process.kill)
+            limit.start()
+            try:
+                for line in process.stdout or ():
+                    said = json.loads(line)
+                    if "starts" in said:
+                        running = said["starts"]
+                    else:
+                        yield Checked(**said)
+                ended = True
+            finally:
+                limit.cancel()
+                if not ended:
+                    process.kill()
+        if process.returncode:
+            errors.seek(0)
+            lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
+            text = lines[-1] if lines else f"its process ended with code {process.returncode}, after {LIMIT} s at the latest"
+            yield Checked(running, False, text, 0.0)

@@ -1,0 +1,69 @@
+"""A Llama of random weights, small enough for any machine and made without a download."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from lite_dil.base.files import write as write_text
+from lite_dil.models.tensors import Planned, write
+
+WIDTH, INNER, LAYERS, HEADS, KEY_HEADS, VOCABULARY = 128, 256, 2, 2, 1, 256
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KEY_HEADS,
+    "head_dim": WIDTH // HEADS,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "dtype": "float32",
+}
+
+
+def weights() -> dict[str, np.ndarray]:
+    """Return the model's weights, float32. They are large enough that a wrong mask or position shows in the log-probs."""
+    keys = WIDTH // HEADS * KEY_HEADS
+    matrices = {
+        "self_attn.q_proj": (WIDTH, WIDTH),
+        "self_attn.k_proj": (keys, WIDTH),
+        "self_attn.v_proj": (keys, WIDTH),
+        "self_attn.o_proj": (WIDTH, WIDTH),
+        "mlp.gate_proj": (INNER, WIDTH),
+        "mlp.up_proj": (INNER, WIDTH),
+        "mlp.down_proj": (WIDTH, INNER),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
+    for layer in range(LAYERS):
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in matrices.items()}
+        shapes |= {f"model.layers.{layer}.{name}.weight": (WIDTH,) for name in ("input_layernorm", "post_attention_layernorm")}
+    shapes |= {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
+    draw = np.random.default_rng(0)
+    return {
+        name: np.ones(shape, np.float32) if len(shape) == 1 else draw.normal(0, 0.15, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def make(folder: Path, changed: Mapping[str, np.ndarray] | None = None) -> str:
+    """Write the model into a new folder, some of its weights replaced, and return the folder."""
+    folder.mkdir()
+    tensors = {**weights(), **(changed or {})}
+    planned = [Planned(name, "F32", value.shape, lambda value=value: [value]) for name, value in tensors.items()]  # type: ignore[misc]
+    write(folder / "model.safetensors", planned, "pt")
+    write_text(folder / "config.json", json.dumps(CONFIG, indent=1))
+    return str(folder)

@@ -1,0 +1,38 @@
+"""python -m lite_dil.doctor.worker BACKEND NAME...: make the checks of these names, and print an object of each as it is done.
+
+They run in a process of their own: whatever ends it, the checks that are left are made in another one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lite_dil.base.start import quiet_bars, start
+
+
+def main(backend: str, names: list[str]) -> None:
+    """Make the checks in order."""
+    start()
+    from lite_dil.backends.registry import import_library
+    from lite_dil.doctor.checks import CHECKS, Subject
+
+    import_library(backend)
+    quiet_bars()
+
+    with tempfile.TemporaryDirectory() as folder:
+        subject = Subject(backend, Path(folder))
+        for name in names:
+            print(json.dumps({"starts": name}), flush=True)
+            since = time.monotonic()
+            ok, text = CHECKS[name](subject)
+            print(
+                json.dumps({"name": name, "ok": ok, "text": text, "seconds": round(time.monotonic() - since, 1)}), flush=True
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
