@@ -1,4 +1,4 @@
-"""Whether a backend computes the right numbers on this machine, on a tiny model. Every way of computing has the same weights."""
+"""Whether a backend computes the right numbers here: a tiny model, computed in every way with the same weights."""
 
 from __future__ import annotations
 

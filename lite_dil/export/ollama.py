@@ -112,7 +112,7 @@ def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, defaults: Mapp
     lines = [
         f"# ollama create {name} -f Modelfile",
         f"# ollama run {name}",
-        "# Ollama does not quantise a GGUF file: for a smaller one run llama-quantize on an f16 export, and name its file in FROM.",
+        "# Ollama does not quantise GGUF files. For a smaller one, run llama-quantize on an f16 export and name it in FROM.",
     ]
     if not layout.system and layout.in_last is None:
         lines.append("# The model's chat template has no system message: one that is given is left out.")
