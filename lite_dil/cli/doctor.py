@@ -13,8 +13,8 @@ from pathlib import Path
 HELP = "check that lite-dil runs and computes the right numbers on this machine"
 DESCRIPTION = """\
 Show what is installed and what the machine has. Then check on the device, with a tiny model, that every way of computing comes
-to the same numbers. Takes a minute or two and downloads nothing. Exit code 1 if the backend cannot run or a check fails; a missing
-extra is not a failure.
+to the same numbers. Takes a minute or two and downloads nothing. Exit code 1 if the backend cannot run or a check fails; a
+missing extra is not a failure.
 
   lite-dil doctor
   lite-dil doctor --json > doctor.json  # for a bug report: no paths, names or tokens in it
