@@ -19,7 +19,7 @@ from lite_dil.base.start import quiet_bars, start
 from lite_dil.base.version import __version__
 from lite_dil.cli.own_loss import load_loss, named_file
 from lite_dil.cli.parser import Parser
-from lite_dil.config.options import add_flags, build, read_yaml
+from lite_dil.config.options import Once, add_flags, build, read_yaml
 from lite_dil.config.resume import resumed
 from lite_dil.config.train_config import FIELDS, ResolvedConfig, flag
 from lite_dil.data.sources import EMBEDDED
@@ -123,8 +123,14 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         add_flags(command, _DATA_FLAGS if name == "data" else FIELDS)
         group = command.add_argument_group("files")
         group.add_argument("--config", metavar="FILE.yaml", help="options as 'key: value' lines; flags win over them")
+        if name != "demo":
+            _add_file(command)
         if name == "data":
-            _add_data(command)
+            group.add_argument(
+                "--json",
+                action="store_true",
+                help="print one JSON object instead; lite_dil/data/inspect/findings.py describes its fields",
+            )
         elif name == "plan":
             _add_plan(command)
         else:
@@ -177,14 +183,11 @@ def _run(argv: list[str]) -> int:
     return 130 if trained.stopped else 0
 
 
-def _add_data(command: argparse.ArgumentParser) -> None:
-    """Add what `lite-dil data` takes beside flags of train."""
+def _add_file(command: argparse.ArgumentParser) -> None:
+    """Let the data be named without a flag."""
     what = FIELDS["data"].metadata["help"].partition(". lite-dil data")[0]
-    command.add_argument("data", nargs="?", metavar="FILE", default=argparse.SUPPRESS, help=f"{what} (default: {EMBEDDED})")
     command.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object instead; lite_dil/data/inspect/findings.py describes its fields",
+        "data", nargs="?", metavar="FILE", action=Once, default=argparse.SUPPRESS, help=f"{what} (default: {EMBEDDED})"
     )
 
 

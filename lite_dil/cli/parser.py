@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Any, NoReturn
 
-from lite_dil.base.errors import UserError, did_you_mean
+from lite_dil.base.errors import UserError, did_you_mean, gather
+from lite_dil.config.foreign import here
 from lite_dil.config.train_config import FIELDS, flag
+
+_OURS = set(map(flag, FIELDS))
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, with the nearest flag, as a UserError."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse a command line, of which flags of other tools are refused with the flags that they are here."""
+        if args is not None and "--loss" in self._option_string_actions:
+            found = list(self._foreign(args))
+            if len(found) == 1:
+                raise UserError(f"{found[0]}; see {self.prog} --help")
+            if found:
+                raise UserError(gather(found, f"flags of other tools; see {self.prog} --help:"))
+        return super().parse_args(args, namespace)
+
+    def _foreign(self, args: Sequence[str]) -> Iterator[str]:
+        """Yield what each flag of another tool is here."""
+        for word, behind in zip_longest(args, args[1:], fillvalue=""):
+            if word == "--":
+                return
+            name, equals, value = word.partition("=")
+            if not word.startswith("--") or name in self._option_string_actions or name in _OURS:
+                continue
+            given = value if equals else None if behind.startswith("--") or not behind else behind
+            if ours := here(name[2:], given):
+                said = f"{name} {given}" if given is not None else name
+                yield f"{said}: {ours}" if ours.startswith("leave") else f"{said} is {ours} here"
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError for what argparse found."""
@@ -21,6 +49,6 @@ class Parser(argparse.ArgumentParser):
             message = f"unknown argument {first}{did_you_mean(first, flags)}"
             if first == "--data" and files:
                 message = f"{files[0]} is named without a flag here, as in {self.prog} prefs.jsonl"
-            elif first in {"--resume", *map(flag, FIELDS)}:
+            elif first == "--resume" or first in _OURS:
                 message = f"{first} is of lite-dil train and changes nothing here{did_you_mean(first, flags)}"
         raise UserError(f"{message}; see {self.prog} --help")

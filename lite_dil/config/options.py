@@ -11,6 +11,7 @@ from typing import Any
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.formats import KEY, RUN, check_format
+from lite_dil.config.foreign import key_here
 from lite_dil.config.train_config import FIELDS, ResolvedConfig, TrainConfig, flag
 from lite_dil.objectives.own import is_own
 
@@ -56,6 +57,19 @@ def coerce(name: str, value: Any, where: str) -> Any:
     return value
 
 
+class Once(argparse.Action):
+    """Stores a value, and refuses a second one, which would silently replace it."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _: str | None = None
+    ) -> None:
+        """Store the value."""
+        if (first := getattr(namespace, self.dest, None)) is not None:
+            name = flag(self.dest)
+            parser.error(f"{name} is given twice, {first} and {values}; several sources are one list: {name} {first},{values}")
+        setattr(namespace, self.dest, values)
+
+
 def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = FIELDS) -> None:
     """Add a flag for each of the fields `names`, grouped. A flag that is not given leaves no attribute behind."""
     groups: dict[str, Any] = {}
@@ -72,6 +86,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = FIELDS) ->
         if kind is bool:
             group.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
         else:
+            common |= {"action": Once} if name in ("data", "eval_data") else {}
             metavar = "{" + ",".join(meta["choices"]) + "}" if meta["choices"] else meta["metavar"] or kind.__name__.upper()
             group.add_argument(*flags, metavar=metavar, **common)
 
@@ -96,7 +111,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         name = "load_in_4bit" if name == "4bit" else name
         if name not in FIELDS:
-            problems.append(f"unknown key {key!r}{did_you_mean(name, FIELDS)}")
+            ours = key_here(name, value)
+            problems.append(f"unknown key {key!r}{f', which is {ours} here' if ours else did_you_mean(name, FIELDS)}")
             continue
         # A list is the natural YAML for these.
         if name in ("target_modules", "data", "eval_data", "report_to") and isinstance(value, list):
