@@ -11,7 +11,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.files import write
 from lite_dil.base.formats import HEAD, KEY, check_format
 
-WEIGHTS, CONFIG = "head.safetensors", "head.json"
+HEAD_WEIGHTS, HEAD_CONFIG = "head.safetensors", "head.json"
 
 
 class HeadModule(Protocol):
@@ -23,12 +23,12 @@ class HeadModule(Protocol):
 
 def has_head(folder: Path) -> bool:
     """Whether a head was saved there."""
-    return (folder / CONFIG).is_file()
+    return (folder / HEAD_CONFIG).is_file()
 
 
 def write_config(folder: Path, head: HeadModule) -> None:
     """Say what a head is, beside its weights."""
-    write(folder / CONFIG, json.dumps({KEY: HEAD, **_described(head)}, indent=2) + "\n")
+    write(folder / HEAD_CONFIG, json.dumps({KEY: HEAD, **_described(head)}, indent=2) + "\n")
 
 
 def check_config(folder: Path, head: HeadModule | None) -> None:
@@ -40,11 +40,11 @@ def check_config(folder: Path, head: HeadModule | None) -> None:
             raise UserError(f"{folder} was saved without a head; this adapter has one")
         return
     try:
-        saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        saved = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
         check_format(saved, HEAD, f"the head in {folder}")
         same = all(saved.get(name) == value for name, value in _described(head).items())
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / CONFIG} cannot be read ({error})") from None
+        raise UserError(f"{folder / HEAD_CONFIG} cannot be read ({error})") from None
     if not same:
         raise UserError(f"{folder}: its head is {saved}; this adapter's is {_described(head)}")
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lite_dil.backends.types import OWN, POLICY, Answer, Head, MicroBatch, Sampling, StepResult, never
+from lite_dil.backends.types import OWN, POLICY, Generated, Head, MicroBatch, Sampling, StepResult, never
 
 if TYPE_CHECKING:  # the command line's help comes from here too, and numpy takes longer than the rest of it
     import numpy as np
@@ -102,7 +102,7 @@ class Backend(Protocol):
         seeds: Sequence[int] | None = None,
         sampling: Sampling = OWN,
         stop: Callable[[], bool] = never,
-    ) -> list[Answer]:
+    ) -> list[Generated]:
         """Continue the prompts as the policy (or the reference, inside `adapter_off`), without dropout.
 
         For several answers to a prompt, repeat it: equal prompts are found and computed once, where the model's state allows

@@ -98,7 +98,7 @@ def never() -> bool:
     return False
 
 
-class Answer(NamedTuple):
+class Generated(NamedTuple):
     """A generated continuation of a prompt.
 
     `ids` are the new tokens up to and without the end token; `end` is the end token that closed it, or None where it reached
@@ -110,7 +110,7 @@ class Answer(NamedTuple):
     end: int | None
 
     @classmethod
-    def of(cls, tokens: list[int], end_ids: Sequence[int]) -> Answer:
+    def of(cls, tokens: list[int], end_ids: Sequence[int]) -> Generated:
         """Cut what was generated at the first of `end_ids`."""
         at = next((i for i, token in enumerate(tokens) if token in end_ids), None)
         return cls(tokens, None) if at is None else cls(tokens[:at], tokens[at])

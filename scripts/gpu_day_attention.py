@@ -96,7 +96,7 @@ def attend(q: Any, k: Any, v: Any, layout: Packed, place: Place, of: tuple[int |
     from lite_dil.backends.torch import packed_attention
 
     window, cap = of
-    row = packed_attention.Row.of(layout, torch.device(place.device))
+    row = packed_attention.PackedRow.of(layout, torch.device(place.device))
     with packed_attention.computing(SimpleNamespace(_attn_implementation="sdpa"), row):
         function = ALL_ATTENTION_FUNCTIONS[packed_attention.NAME]
         out, _ = function(torch.nn.Identity(), q, k, v, None, scaling=q.shape[-1] ** -0.5, softcap=cap, sliding_window=window)

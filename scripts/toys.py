@@ -35,7 +35,7 @@ import numpy as np
 
 from lite_dil.objectives import table as objectives
 from lite_dil.objectives.losses import namespace
-from lite_dil.objectives.objective import Answers, Sides
+from lite_dil.objectives.objective import Responses, Sides
 from lite_dil.objectives.table import OBJECTIVES
 
 Array = Any  # a torch.Tensor or an mlx.core.array
@@ -140,11 +140,11 @@ def expected_loss(form: Sides, library: str, reference: np.ndarray, chosen: np.n
     """
     reference_logps = array(library, np.log(reference))
 
-    def side(weights: np.ndarray, of: Callable[[Answers], Array], logps: Array) -> Array:
+    def side(weights: np.ndarray, of: Callable[[Responses], Array], logps: Array) -> Array:
         drawn = slice(None) if weights.all() else np.flatnonzero(weights.any(0)).tolist()
         log_ratio = (logps - reference_logps)[:, drawn]
         logps = logps[:, drawn]
-        seen = Answers(log_ratio, logps, logps, logps, log_ratio[0, 0] * 0)
+        seen = Responses(log_ratio, logps, logps, logps, log_ratio[0, 0] * 0)
         return (array(library, weights[:, drawn]) * of(seen)).sum(-1)
 
     def loss(logits: Array) -> Array:

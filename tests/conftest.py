@@ -40,7 +40,7 @@ from lite_dil.batching.batch import Batch
 from lite_dil.cli.main import main
 from lite_dil.config.train_config import ResolvedConfig, TrainConfig
 from lite_dil.data.encoder import Example
-from lite_dil.data.messages import Answer, Message
+from lite_dil.data.messages import Completion, Message
 from lite_dil.data.reader import Row
 from lite_dil.models.find import EMBEDDED_MODEL, cache_dir, resolve_model
 from lite_dil.objectives.criterion import Criterion
@@ -324,7 +324,7 @@ def examples(pairs: int = 3, seed: int = 0, vocabulary: int = 512) -> list[Examp
     return [Example(ids(3, 12), (ids(2, 9), ids(1, 12)), (1, -1)) for _ in range(pairs)]
 
 
-def pair_row(prompt: str | list[Message], chosen: Answer, rejected: Answer, place: str = "") -> Row:
+def pair_row(prompt: str | list[Message], chosen: Completion, rejected: Completion, place: str = "") -> Row:
     """A row of a pair, as a reader makes it."""
     return Row(prompt, (chosen, rejected), (CHOSEN, REJECTED), place, "pairs")
 

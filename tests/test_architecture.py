@@ -178,6 +178,21 @@ def test_private_names_stay_in_their_file() -> None:
     report(problems)
 
 
+def test_a_public_name_means_one_thing() -> None:
+    """A class or constant is defined in one file. The backends mirror each other, and each command has two texts."""
+    defined: dict[str, set[str]] = {}
+    for source in PACKAGE.values():
+        place = re.sub(r"^backends/(torch|mlx)/", "backends/", source.place)
+        for node in source.tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [name.id for each in targets if each for name in ast.walk(each) if isinstance(name, ast.Name)]
+            for name in [node.name] if isinstance(node, ast.ClassDef) else names:
+                if name.startswith("_") or (source.room == "cli" and name in ("HELP", "DESCRIPTION")):
+                    continue
+                defined.setdefault(name, set()).add(place)
+    report([f"{name}: {', '.join(sorted(places))}" for name, places in sorted(defined.items()) if len(places) > 1])
+
+
 @pytest.mark.parametrize("library", ONLY)
 def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
     problems = []

@@ -22,7 +22,7 @@ from lite_dil.backends.types import POLICY, REFERENCE, Head
 from lite_dil.base.streams import dropout_key, named
 from lite_dil.models.adapters import Adapter
 
-HEAD = "score_head"  # the place of a head in the model
+SCORE_HEAD = "score_head"  # the place of a head in the model
 
 
 @dataclass
@@ -144,9 +144,9 @@ class Adapters:
         for path, site in self._sites.items():
             site.parent[site.key] = named.layers.get(path, site.bare)
         if named.head is not None:
-            self.model[HEAD] = named.head
+            self.model[SCORE_HEAD] = named.head
         else:
-            self.model.pop(HEAD, None)
+            self.model.pop(SCORE_HEAD, None)
         self.on = name
 
 

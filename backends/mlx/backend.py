@@ -36,10 +36,10 @@ from lite_dil.backends.mlx.load import (
     quantise,
     set_dtype,
 )
-from lite_dil.backends.mlx.prefix import Pass, Rows, applied_windows, wrap_layers
+from lite_dil.backends.mlx.prefix import Pass, RowLengths, applied_windows, wrap_layers
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tolerance
-from lite_dil.backends.types import OWN, POLICY, REFERENCE, Answer, Head, MicroBatch, Sampling, StepResult, joined, never
+from lite_dil.backends.types import OWN, POLICY, REFERENCE, Generated, Head, MicroBatch, Sampling, StepResult, joined, never
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import plain, prefix
@@ -205,7 +205,7 @@ class MLXBackend:
         seeds: Sequence[int] | None = None,
         sampling: Sampling = OWN,
         stop: Callable[[], bool] = never,
-    ) -> list[Answer]:
+    ) -> list[Generated]:
         """Continue the prompts, in one batch where the model's cache allows it."""
         self.model.eval()
         return mlx_generate.generate(self.model, prompts, max_new_tokens, end_ids, seeds, sampling, stop)
@@ -258,7 +258,7 @@ class MLXBackend:
             return inputs_of(plain(batch, multiple=self._multiple), self._multiple, head)
         layout = prefix(batch, multiple=self._multiple, own=head is not None)
         made: dict[str, Any] = inputs_of(layout, self._multiple, head)
-        return made if self.compile or self.pads_attention else made | {"rows": Rows.of(layout)}
+        return made if self.compile or self.pads_attention else made | {"rows": RowLengths.of(layout)}
 
     @property
     def _multiple(self) -> int:

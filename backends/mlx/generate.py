@@ -13,7 +13,7 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from lite_dil.backends.mlx.foreign import Misfit, foreign
-from lite_dil.backends.types import Answer, Sampling, never
+from lite_dil.backends.types import Generated, Sampling, never
 
 Processor = Callable[[Any, mx.array], mx.array]
 PREFILL = 2048  # tokens of a prompt at once, as mlx-lm itself takes them
@@ -27,7 +27,7 @@ def generate(
     seeds: Sequence[int] | None,
     sampling: Sampling,
     stop: Callable[[], bool] = never,
-) -> list[Answer]:
+) -> list[Generated]:
     """Continue the prompts with an mlx-lm model; see `lite_dil.backends.protocol.Backend.generate`."""
     run = in_a_batch if batchable(model) else one_by_one
     return run(model, prompts, max_new_tokens, end_ids, processors_of(prompts, seeds, sampling), stop)
@@ -62,7 +62,7 @@ def in_a_batch(
     end_ids: Sequence[int],
     processors: Sequence[Processor],
     stop: Callable[[], bool] = never,
-) -> list[Answer]:
+) -> list[Generated]:
     """Continue the prompts side by side."""
     rows = len(prompts)
     generator = BatchGenerator(
@@ -84,7 +84,7 @@ def in_a_batch(
                 tokens[response.uid].append(response.token)
     finally:
         generator.close()  # which gives the wired memory back
-    return [Answer.of(tokens[row], end_ids) for row in order]
+    return [Generated.of(tokens[row], end_ids) for row in order]
 
 
 def one_by_one(
@@ -94,12 +94,12 @@ def one_by_one(
     end_ids: Sequence[int],
     processors: Sequence[Processor],
     stop: Callable[[], bool] = never,
-) -> list[Answer]:
+) -> list[Generated]:
     """Continue one prompt after the other, for models whose caches cannot be batched."""
     answers = []
     for prompt, cache, processor in zip(prompts, prefilled(model, prompts), processors, strict=True):
         tokens = stream(model, prompt[-1:], max_new_tokens, end_ids, processor, copy.deepcopy(cache))
-        answers.append(Answer.of(list(takewhile(lambda _: not stop(), tokens)), end_ids))
+        answers.append(Generated.of(list(takewhile(lambda _: not stop(), tokens)), end_ids))
     return answers
 
 

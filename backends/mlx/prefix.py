@@ -79,7 +79,7 @@ def arrays(layout: Prefix, multiple: int = 1, read: np.ndarray | None = None) ->
     return made
 
 
-class Rows(NamedTuple):
+class RowLengths(NamedTuple):
     """Lengths for attention without padding: tokens of each prompt but its last, states and prompt of each response."""
 
     prompts: list[int]
@@ -87,7 +87,7 @@ class Rows(NamedTuple):
     owners: list[int]
 
     @classmethod
-    def of(cls, layout: Prefix) -> Rows:
+    def of(cls, layout: Prefix) -> RowLengths:
         """Read them from a layout."""
         return cls((layout.prompt_mask.sum(1) - 1).tolist(), layout.states.tolist(), layout.owner.tolist())
 
@@ -109,7 +109,7 @@ class Pass:
         arrays: dict[str, mx.array],
         head_axes: int = 1,
         probe: list[int | None] | None = None,
-        rows: Rows | None = None,
+        rows: RowLengths | None = None,
     ) -> None:
         self.arrays, self.head_axes, self.probe, self.rows = arrays, head_axes, probe, rows
         self._masks: dict[Any, Any] = {}
@@ -146,7 +146,7 @@ class Pass:
         if rows is not None:
             responses = Unpadded(rows.responses, [prompts.kept[owner] for owner in rows.owners], mask_of)
         else:
-            responses = Responses(self.arrays, response_mask, prompts)
+            responses = ResponseCache(self.arrays, response_mask, prompts)
         responses_out = foreign(block, x[:, split:], responses.mask, responses)
         _check_row(responses_out, x.shape[1] - split, "a layer returns")
         return responses_out if last else mx.concatenate([prompts_out, responses_out], 1)
@@ -244,7 +244,7 @@ class Unpadded:
         return self.seen
 
 
-class Responses:
+class ResponseCache:
     """The cache of a block's run on the responses: it puts the prompts' keys and values before theirs."""
 
     def __init__(self, arrays: dict[str, mx.array], mask: mx.array, prompts: Prompts) -> None:
@@ -291,7 +291,7 @@ def _attention(kind: type) -> type:
         cache = kwargs.get("cache", args[-1] if args else None)
         if isinstance(cache, Unpadded):
             return cache.attend(partial(kind.__call__, self), x)
-        if not isinstance(cache, (Prompts, Responses)):
+        if not isinstance(cache, (Prompts, ResponseCache)):
             return kind.__call__(self, x, *args, **kwargs)
         _check_row(x, None, "attention is handed")
         out = foreign(kind.__call__, self, x[0][cache.places], cache.mask, cache)

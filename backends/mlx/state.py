@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from lite_dil.backends.head_files import WEIGHTS, check_config, has_head, write_config
-from lite_dil.backends.mlx.adapters import HEAD, Adapters
+from lite_dil.backends.head_files import HEAD_WEIGHTS, check_config, has_head, write_config
+from lite_dil.backends.mlx.adapters import SCORE_HEAD, Adapters
 from lite_dil.backends.types import POLICY
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import create, make_folder, write
@@ -25,12 +25,12 @@ def save_adapter(folder: Path, adapters: Adapters, name: str) -> None:
         raise ValueError(f"{name!r} is frozen here: it has no adapter to train or save, and no head")
     with adapters.using(name):
         weights = adapters.model.trainable_parameters()
-    head = weights.pop(HEAD, None)
+    head = weights.pop(SCORE_HEAD, None)
     make_folder(folder)
     _write(folder / "adapters.safetensors", weights)
     _write_json(folder / "adapter_config.json", named.settings)
     if named.head is not None:
-        _write(folder / WEIGHTS, head)
+        _write(folder / HEAD_WEIGHTS, head)
         write_config(folder, named.head)
 
 
@@ -70,7 +70,7 @@ def _read_adapter(folder: Path) -> tuple[Any, Any]:
     """Return the trainable parameters, those of a head among them, and the optimiser's state."""
     weights = _read(folder / "adapters.safetensors")
     if has_head(folder):
-        weights[HEAD] = _read(folder / WEIGHTS)
+        weights[SCORE_HEAD] = _read(folder / HEAD_WEIGHTS)
     return weights, _read(folder / "optimizer.safetensors")
 
 

@@ -26,9 +26,9 @@ from lite_dil.backends.torch.head import QuantizedHead
 from lite_dil.backends.torch.load import linear_layers, load_model, make_optimizer, need_bitsandbytes, set_weights
 from lite_dil.backends.torch.lora import PEFT_POLICY, Switch, add_lora, add_unsloth_lora
 from lite_dil.backends.torch.offload import ActivationOffload
-from lite_dil.backends.torch.reading import Reader
+from lite_dil.backends.torch.reading import StateReader
 from lite_dil.backends.torch.score_head import ScoreHead
-from lite_dil.backends.types import OWN, POLICY, REFERENCE, Answer, Head, MicroBatch, Sampling, StepResult, joined, never
+from lite_dil.backends.types import OWN, POLICY, REFERENCE, Generated, Head, MicroBatch, Sampling, StepResult, joined, never
 from lite_dil.base.display import Silent
 from lite_dil.base.errors import OutOfMemory, UserError, first_line
 from lite_dil.base.memory import keep_freed_memory, peak_rss_mb
@@ -79,7 +79,7 @@ class TorchBackend:
         self.seed = adapter.seed if adapter else 0
         if adapter:
             self._add_policy(adapter, initial)
-        self.reader = Reader(self.decoder, self.head, logit_transform(base.config.to_dict()), self.device)
+        self.reader = StateReader(self.decoder, self.head, logit_transform(base.config.to_dict()), self.device)
         self.store: ActivationOffload | None = None
         if not self.unsloth:  # whose layers are its own
             self._arrange_layers(model)
@@ -242,11 +242,11 @@ class TorchBackend:
         seeds: Sequence[int] | None = None,
         sampling: Sampling = OWN,
         stop: Callable[[], bool] = never,
-    ) -> list[Answer]:
+    ) -> list[Generated]:
         """Continue the prompts, all of them in one batch."""
         self.model.eval()
 
-        def run() -> list[Answer]:
+        def run() -> list[Generated]:
             with torch_unsloth.generating(self.model, max(map(len, prompts))) if self.unsloth else nullcontext():
                 # unsloth's forward for generation makes its own cache.
                 return torch_generate.generate(

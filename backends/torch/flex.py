@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lite_dil.backends.limits import FLEX_BLOCK
 from lite_dil.backends.torch import compiling
-from lite_dil.backends.torch.row import Row, Scores, Unsupported
+from lite_dil.backends.torch.row import PackedRow, Scores, Unsupported
 from lite_dil.batching.layouts import Segment
 
 Blocks = dict[str, int]
@@ -32,7 +32,7 @@ BACKWARD: tuple[Blocks, ...] = tuple(
     for few, many in ((16, 32), (16, 16))
 )
 # Of BlockMask: partial and full blocks of keys for each block of queries, and the reverse.
-LISTS = (
+BLOCK_LISTS = (
     "kv_num_blocks",
     "kv_indices",
     "full_kv_num_blocks",
@@ -68,7 +68,7 @@ _kernels: dict[Kind, Kernels] = {}
 _numbers = count()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, row: Row, scores: Scores) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, scores: Scores) -> Tensor:
     """Attend over a row.
 
     Args:
@@ -145,7 +145,7 @@ def _pairs(intervals: np.ndarray) -> np.ndarray:
 
 
 def mask(segments: tuple[Segment, ...], window: int | None, tokens: int, device: torch.device) -> list[Tensor]:
-    """Return what a row hands to `_function`'s function: `seen`, then what LISTS names."""
+    """Return what a row hands to `_function`'s function: `seen`, then what BLOCK_LISTS names."""
     intervals = seen(segments, window, tokens)
     pairs = _pairs(intervals)
     full = pairs == FLEX_BLOCK**2
@@ -174,7 +174,7 @@ def _function(kind: Kind, blocks: Blocks) -> Callable[..., Tensor]:
             return ((key >= own[query]) & (key <= query)) | ((key >= first[query]) & (key < end[query]))
 
         size, sides = (FLEX_BLOCK, FLEX_BLOCK), (q.shape[2], q.shape[2])
-        named: dict[str, Any] = dict(zip(LISTS, lists, strict=True))
+        named: dict[str, Any] = dict(zip(BLOCK_LISTS, lists, strict=True))
         block_mask = BlockMask(seq_lengths=sides, BLOCK_SIZE=size, mask_mod=allowed, **named)
         change, options = capped if kind.cap else None, cast(Any, dict(blocks))
         return flex_attention(q, k, v, change, block_mask, kind.scale, enable_gqa=True, kernel_options=options)

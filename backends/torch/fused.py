@@ -40,8 +40,8 @@ class Frozen:
         return dequantize_4bit(weight.data, state).to(dtype)
 
 
-Adapter = tuple[Tensor | None, Tensor | None]  # A (rank, in) and B (out, rank), or two None where it is off
-NONE: Adapter = (None, None)
+_Adapter = tuple[Tensor | None, Tensor | None]  # A (rank, in) and B (out, rank), or two None where it is off
+_NONE: _Adapter = (None, None)
 
 
 def _linear(x: Tensor, frozen: Frozen, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -215,13 +215,13 @@ def _name_of(layer: LoraLayer) -> str | None:
     return None if layer._disable_adapters or name not in layer.lora_A else name
 
 
-def _now(layer: Any) -> tuple[Frozen, Adapter]:
+def _now(layer: Any) -> tuple[Frozen, _Adapter]:
     """Return a linear layer, adapted or not, and the adapter that is on in it just now."""
     if not isinstance(layer, LoraLayer):
-        return Frozen(layer), NONE
+        return Frozen(layer), _NONE
     name = _name_of(layer)
     if name is None:
-        return Frozen(layer.base_layer), NONE
+        return Frozen(layer.base_layer), _NONE
     a: Any = layer.lora_A[name]
     b: Any = layer.lora_B[name]
     return Frozen(layer.base_layer, layer.scaling[name]), (a.weight, b.weight)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
 from lite_dil.backends.torch import out_of_memory
-from lite_dil.backends.types import Answer, Sampling, never
+from lite_dil.backends.types import Generated, Sampling, never
 
 
 def generate(
@@ -27,7 +27,7 @@ def generate(
     sampling: Sampling,
     stop: Callable[[], bool] = never,
     share: bool = True,
-) -> list[Answer]:
+) -> list[Generated]:
     """Continue the prompts in one batch of a transformers model; see `lite_dil.backends.protocol.Backend.generate`.
 
     Args:
@@ -55,7 +55,7 @@ def generate(
             pad_token_id=end_ids[0],
             **({} if cache is None else {"past_key_values": cache}),
         )
-    return [Answer.of(row, end_ids) for row in out[:, longest:].tolist()]
+    return [Generated.of(row, end_ids) for row in out[:, longest:].tolist()]
 
 
 def _prefill(base: Any, ids: Tensor, mask: Tensor) -> DynamicCache | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lite_dil.base.errors import OutOfMemory, UserError, first_line
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 Random = tuple[Tensor, Tensor | None]  # the states of the host's generator and of the GPU's
 
 ERRORS = (RuntimeError, MemoryError)  # the types of all errors that `ran_out` knows; other errors have them too
@@ -44,7 +44,7 @@ def _line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if any(message in line for message in _MESSAGES)), "")
 
 
-def whole(work: str, device: torch.device, run: Callable[[], T]) -> T:
+def whole(work: str, device: torch.device, run: Callable[[], _T]) -> _T:
     """Return what `run` returns; where memory ends in it, raise OutOfMemory with nothing of it held any more."""
     try:
         return run()
@@ -57,7 +57,7 @@ def whole(work: str, device: torch.device, run: Callable[[], T]) -> T:
     raise OutOfMemory(work, detail)
 
 
-def loaded(model: str, device: torch.device, helps: Sequence[str], load: Callable[[], T]) -> T:
+def loaded(model: str, device: torch.device, helps: Sequence[str], load: Callable[[], _T]) -> _T:
     """Return what `load` returns; where memory ends in it, raise UserError with nothing of it held any more.
 
     Args:

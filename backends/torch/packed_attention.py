@@ -16,22 +16,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lite_dil.backends.limits import TORCH_QUERIES
 from lite_dil.backends.torch import flex
-from lite_dil.backends.torch.row import Row, Scores, Unsupported
+from lite_dil.backends.torch.row import PackedRow, Scores, Unsupported
 from lite_dil.batching.layouts import Segment
 
 NAME = "lite_dil_packed"
 
 
-_active: list[Row | None] = [None]  # a list, and not a context variable: CUDA's backward pass runs in another thread
+_active: list[PackedRow | None] = [None]  # a list, and not a context variable: CUDA's backward pass runs in another thread
 
 
-def active() -> Row | None:
+def active() -> PackedRow | None:
     """Return the row that is being computed, if any."""
     return _active[0]
 
 
 @contextmanager
-def computing(config: Any, row: Row | None) -> Iterator[None]:
+def computing(config: Any, row: PackedRow | None) -> Iterator[None]:
     """Compute a row inside the block: the model of `config` attends as its segments say, and as ever after it."""
     before, implementation = _active[0], config._attn_implementation
     _active[0] = row
@@ -195,7 +195,7 @@ class _Blocks(torch.autograd.Function):
         return grad_q, grad_k[None].to(k.dtype), grad_v[None].to(v.dtype), None, None, None
 
 
-def blockwise(q: Tensor, k: Tensor, v: Tensor, row: Row, scores: Scores, last: bool = False) -> Tensor:
+def blockwise(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, scores: Scores, last: bool = False) -> Tensor:
     """Attend over a row on the CPU, as `flex.attend` does on CUDA; `last` leaves out what nobody reads of the last layer.
 
     Args:

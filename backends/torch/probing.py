@@ -13,7 +13,7 @@ from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tolerance
 from lite_dil.backends.torch import out_of_memory, packed_attention
 from lite_dil.backends.torch.head import vocabulary
-from lite_dil.backends.torch.reading import Reader
+from lite_dil.backends.torch.reading import StateReader
 from lite_dil.backends.torch.row import Unsupported
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
@@ -23,7 +23,7 @@ Logps = Callable[[Batch], np.ndarray]
 REPEATED = "plain layout, each prompt computed for each of its answers"
 
 
-def check_head(base: Any, reader: Reader, logps: Logps, model: str, dtype_name: str) -> None:
+def check_head(base: Any, reader: StateReader, logps: Logps, model: str, dtype_name: str) -> None:
     """Compare with the model's own logits; an unknown architecture must not be trained wrongly.
 
     Args:
@@ -42,7 +42,7 @@ def check_head(base: Any, reader: Reader, logps: Logps, model: str, dtype_name: 
 
 def choose_layout(
     base: Any,
-    reader: Reader,
+    reader: StateReader,
     logps: Logps,
     training: EngineOptions,
     model: str,
@@ -66,7 +66,7 @@ def choose_layout(
     return f"{REPEATED}: {reason}" if reason else ""
 
 
-def _packed_differs(reader: Reader, logps: Logps, dtype_name: str, say: Callable[[str], None]) -> str:
+def _packed_differs(reader: StateReader, logps: Logps, dtype_name: str, say: Callable[[str], None]) -> str:
     """Compare both layouts on a few tokens, log-probs and gradients."""
     if reader.last_layer < 0:
         return "its layers are unknown"
@@ -89,7 +89,7 @@ def _packed_differs(reader: Reader, logps: Logps, dtype_name: str, say: Callable
     return ""
 
 
-def _gradient(reader: Reader, batch: Batch) -> Tensor:
+def _gradient(reader: StateReader, batch: Batch) -> Tensor:
     """Return the gradient of all log-probs' sum, by every weight that can be trained, in one float32 array on the CPU."""
     weights = [weight for weight in reader.decoder.parameters() if weight.requires_grad]
 

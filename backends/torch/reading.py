@@ -12,7 +12,7 @@ from torch import Tensor
 from lite_dil.backends.limits import FLEX_BLOCK
 from lite_dil.backends.torch import packed_attention
 from lite_dil.backends.torch.head import token_logps
-from lite_dil.backends.torch.row import Row
+from lite_dil.backends.torch.row import PackedRow
 from lite_dil.backends.torch.score_head import ScoreHead
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import Layout, Packed, Plain, packed, plain
@@ -20,7 +20,7 @@ from lite_dil.models.logits import LogitTransform
 from lite_dil.objectives.loss import SUMS
 
 
-class Reader:
+class StateReader:
     """Lays batches out and reads hidden states of a decoder, as whichever adapter is on.
 
     Args:
@@ -64,7 +64,7 @@ class Reader:
             output = self.decoder(input_ids=self.tensor(repeated.input_ids), use_cache=False)
             return output.last_hidden_state.flatten(0, 1)[self.tensor(index(repeated))], repeated
         in_row = packed(batch, multiple=FLEX_BLOCK if self.device.type == "cuda" else 1)
-        row = Row.of(in_row, self.device, self.last_layer, index(in_row))
+        row = PackedRow.of(in_row, self.device, self.last_layer, index(in_row))
         ids = self.tensor(in_row.input_ids)
         with packed_attention.computing(self.decoder.config, row):
             output = self.decoder(input_ids=ids, position_ids=row.position_ids, use_cache=False)

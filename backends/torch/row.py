@@ -25,7 +25,7 @@ class Scores(NamedTuple):
 
 
 @dataclass
-class Row:
+class PackedRow:
     """What the layers need to know of the row that is being computed.
 
     Attributes:
@@ -45,7 +45,7 @@ class Row:
     masks: dict[int | None, list[Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, layout: Packed, device: torch.device, last_layer: int = -1, wanted: np.ndarray | None = None) -> Row:
+    def of(cls, layout: Packed, device: torch.device, last_layer: int = -1, wanted: np.ndarray | None = None) -> PackedRow:
         """Put a layout on the device; `wanted` are the hidden states that are read, by default those that predict."""
         index = torch.from_numpy(layout.hidden_index if wanted is None else wanted)
         longest = max(segment.prompt + max(segment.responses, default=0) for segment in layout.segments)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lite_dil.backends.head_files import WEIGHTS, write_config
+from lite_dil.backends.head_files import HEAD_WEIGHTS, write_config
 from lite_dil.backends.types import END, Head
 from lite_dil.base.errors import UserError
 
@@ -39,15 +39,15 @@ class ScoreHead(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the weights, and a JSON file that says what they are."""
-        save_file({name: value.detach().contiguous() for name, value in self.named_parameters()}, folder / WEIGHTS)
+        save_file({name: value.detach().contiguous() for name, value in self.named_parameters()}, folder / HEAD_WEIGHTS)
         write_config(folder, self)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Take the weights that `save` wrote. Raises UserError where they cannot be read."""
         try:
-            weights = load_file(folder / WEIGHTS)
+            weights = load_file(folder / HEAD_WEIGHTS)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder / WEIGHTS} cannot be read ({error})") from None
+            raise UserError(f"{folder / HEAD_WEIGHTS} cannot be read ({error})") from None
         for name, parameter in self.named_parameters():
             parameter.copy_(weights[name])

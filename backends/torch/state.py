@@ -26,7 +26,8 @@ from lite_dil.backends.types import POLICY
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import create, make_folder, move, remove
 
-ADAPTERS, WEIGHTS, OPTIMIZER, RANDOM, OLD = "adapters", "adapter_model.safetensors", "optimizer.pt", "random.pt", "state.pt"
+ADAPTERS, ADAPTER_WEIGHTS = "adapters", "adapter_model.safetensors"
+OPTIMIZER, RANDOM, OLD = "optimizer.pt", "random.pt", "state.pt"
 
 
 def save_adapter(model: Any, adapter: Trainable, folder: Path) -> None:
@@ -91,7 +92,7 @@ def _check_names(folder: Path, saved: set[str], adapters: Mapping[str, Trainable
 @torch.no_grad()
 def _load_weights(adapter: Trainable, folder: Path) -> None:
     try:
-        saved = load_file(folder / WEIGHTS)
+        saved = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read ({error})") from None
     ending = f".{peft_name(adapter.name)}.weight"

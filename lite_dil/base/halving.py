@@ -8,11 +8,11 @@ from typing import Generic, TypeVar
 
 from lite_dil.base.errors import OutOfMemory
 
-T = TypeVar("T")
-R = TypeVar("R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
-class Halving(Generic[T]):
+class Halving(Generic[_T]):
     """Halves what memory does not hold in one piece, and from then on whatever is as large.
 
     Args:
@@ -23,12 +23,12 @@ class Halving(Generic[T]):
     """
 
     def __init__(
-        self, name: str, tokens: Callable[[T], int], halves: Callable[[T], Sequence[T]], say: Callable[[str], None]
+        self, name: str, tokens: Callable[[_T], int], halves: Callable[[_T], Sequence[_T]], say: Callable[[str], None]
     ) -> None:
         self.name, self.tokens, self.halves, self.say = name, tokens, halves, say
         self.too_large = math.inf
 
-    def run(self, work: Callable[[T], R], piece: T) -> list[R]:
+    def run(self, work: Callable[[_T], _R], piece: _T) -> list[_R]:
         """Return what `work` returns for `piece`, or for its parts in their order.
 
         Raises OutOfMemory where a part that cannot be split does not fit.
@@ -47,7 +47,7 @@ class Halving(Generic[T]):
         return [result for part in parts for result in self.run(work, part)]
 
 
-def halves(pieces: Sequence[T]) -> list[Sequence[T]]:
+def halves(pieces: Sequence[_T]) -> list[Sequence[_T]]:
     """Return a sequence in two parts, or nothing where it is one piece."""
     middle = (len(pieces) + 1) // 2
     return [pieces[:middle], pieces[middle:]] if middle < len(pieces) else []

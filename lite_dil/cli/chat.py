@@ -20,7 +20,7 @@ from lite_dil.base.signals import StopSignal
 from lite_dil.base.text import printable
 from lite_dil.cli import adapter_flags
 from lite_dil.generation import policy
-from lite_dil.generation.conversation import Conversation, Prompt, context_limit
+from lite_dil.generation.conversation import Conversation, FittedPrompt, context_limit
 from lite_dil.generation.policy import Policy
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ COMMANDS = """\
 /quit               leave; so does Ctrl-D. Ctrl-C stops an answer
 //TEXT              say /TEXT
 """
-SIDES = ("base", "tuned")
+_SIDES = ("base", "tuned")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +195,7 @@ class Chat:
             self.screen.note(f"the oldest {turns} left out: the model takes {self.talk.limit} tokens")
         self.left_out = prompt.left_out
         # Both sides draw with the same numbers: what differs is the model.
-        sides = [self._answering(prompt, side) for side in (SIDES if self.compare else SIDES[1:])]
+        sides = [self._answering(prompt, side) for side in (_SIDES if self.compare else _SIDES[1:])]
         self.answers += 1
         self._show(sides, stop)
         answer = sides[-1]
@@ -205,7 +205,7 @@ class Chat:
         self.talk.add(text, answer.text, answer.whole)
         self._figures(prompt, sides, stop)
 
-    def _answering(self, prompt: Prompt, side: str) -> Stream:
+    def _answering(self, prompt: FittedPrompt, side: str) -> Stream:
         from lite_dil.generation.stream import Stream
 
         seed = int(digest(self.seed, self.answers)[:16], 16)
@@ -214,28 +214,28 @@ class Chat:
 
     def _show(self, sides: list[Stream], stop: StopSignal) -> None:
         """Let the answers come: side by side where there is room, else one after the other."""
-        from lite_dil.cli.columns import Columns
+        from lite_dil.cli.columns import SideBySide
 
-        if len(sides) > 1 and self.screen.interactive and Columns.fit(self.screen.out):
-            with Columns(self.screen.out, SIDES) as columns:
+        if len(sides) > 1 and self.screen.interactive and SideBySide.fit(self.screen.out):
+            with SideBySide(self.screen.out, _SIDES) as columns:
                 while (going := [i for i, side in enumerate(sides) if not side.done]) and not stop.asked:
                     for i in going:
                         columns.add(i, printable(sides[i].step()))
             return
-        for title, side in zip(SIDES, sides, strict=False):
+        for title, side in zip(_SIDES, sides, strict=False):
             if len(sides) > 1:
                 self.screen.write(f"{title}: ")
             while not side.done and not stop.asked:
                 self.screen.write(printable(side.step()))
             self.screen.write("\n")
 
-    def _figures(self, prompt: Prompt, sides: list[Stream], stop: StopSignal) -> None:
+    def _figures(self, prompt: FittedPrompt, sides: list[Stream], stop: StopSignal) -> None:
         """Say how long and how fast the answers were, and what the adapter changed."""
         from lite_dil.generation.scoring import log_ratio
 
         parts = [side.figures() for side in sides]
         if len(sides) > 1:
-            parts = [f"{name} {figures}" for name, figures in zip(SIDES, parts, strict=True)]
+            parts = [f"{name} {figures}" for name, figures in zip(_SIDES, parts, strict=True)]
             if not stop.asked:
                 f = log_ratio(self.model.backend, prompt.ids, sides[-1].ids)
                 parts.append(f"log-ratio of the tuned answer {f:+.3f} nats a token")

@@ -14,7 +14,7 @@ GAP = 3
 SECONDS = 0.08  # between two drawings: as often as anyone sees
 
 
-class Columns:
+class SideBySide:
     """A column a title; a context manager. While they grow, of texts longer than the screen the ends are shown."""
 
     def __init__(self, console: Console, titles: tuple[str, ...]) -> None:
@@ -28,7 +28,7 @@ class Columns:
         """Whether there is a terminal, and a wide one."""
         return console.is_terminal and not console.is_dumb_terminal and console.width >= NARROW
 
-    def __enter__(self) -> Columns:
+    def __enter__(self) -> SideBySide:
         self._live.start()
         return self
 

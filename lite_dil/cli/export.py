@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from lite_dil.cli import adapter_flags
-from lite_dil.export.formats import FORMATS
+from lite_dil.export.formats import EXPORT_FORMATS
 from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
 from lite_dil.models.options import MODEL_FIELDS
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # --dtype is that of the weights that are written; the trained model computes as it did in training.
     adapter_flags.add_arguments(parser, flags=[name for name in MODEL_FIELDS if name != "dtype"])
     group = parser.add_argument_group("export")
-    group.add_argument("--format", choices=FORMATS, required=True, help="what to make")
+    group.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="what to make")
     group.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder for it")
     group.add_argument("--to", choices=("peft", "mlx-lm"), help="adapter: its format (default: the one it is not in now)")
     group.add_argument(

@@ -23,7 +23,7 @@ from lite_dil.generation import policy
 from lite_dil.generation.policy import AdapterSource, Policy
 
 if TYPE_CHECKING:
-    from lite_dil.backends.types import Answer
+    from lite_dil.backends.types import Generated
     from lite_dil.base.display import Display
     from lite_dil.data.encoder import Encoder
     from lite_dil.generation.batch_generator import BatchGenerator
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_common(parser: argparse.ArgumentParser, temperature: float) -> None:
     """Add what all commands take that answer files of prompts."""
-    parser.add_argument("prompts", metavar="PROMPTS", help=prompts.HELP)
+    parser.add_argument("prompts", metavar="PROMPTS", help=prompts.PROMPTS_HELP)
     adapter_flags.add_arguments(parser, required=False)
     add_flags(parser, prompts.FLAGS)
     group = parser.add_argument_group("answers")
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     if args.chat is None and not asked[0].chat and chat:
         display.say("the prompts are plain text, which the model continues as it stands; --chat asks them as messages")
     wanted = _wanted(asked, args, source)
-    answers = Answers(None if args.output == "-" else Path(args.output), wanted)
+    answers = _AnswerFile(None if args.output == "-" else Path(args.output), wanted)
     if answers.path:
         display.say(f"{len(answers)} of {len(wanted)} answers are in {answers.path}, {len(wanted) - len(answers)} to draw")
     if len(answers) < len(wanted):
@@ -165,7 +165,7 @@ def _wanted(asked: Sequence[Prompt], args: argparse.Namespace, source: AdapterSo
 
 
 def _draw(
-    batches: list[list[_Wanted]], generator: BatchGenerator, model: Policy, base: bool, answers: Answers, display: Display
+    batches: list[list[_Wanted]], generator: BatchGenerator, model: Policy, base: bool, answers: _AnswerFile, display: Display
 ) -> bool:
     """Answer all batches that are not known; return False where Ctrl-C ended it early."""
     total = sum(map(len, batches))
@@ -186,14 +186,14 @@ def _draw(
     return True
 
 
-def _row(wanted: _Wanted, found: dict[str, Answer], encoder: Encoder) -> dict[str, Any]:
+def _row(wanted: _Wanted, found: dict[str, Generated], encoder: Encoder) -> dict[str, Any]:
     """Return the row of the answers that were `found`, by their fields, each with how it ended."""
     texts = {name: wanted.asked.text(encoder, answer.ids) for name, answer in found.items()}
     ended = {_ENDED[name]: "length" if answer.end is None else "stop" for name, answer in found.items()}
     return {**wanted.asked.row(**texts), **ended, "key": wanted.key}
 
 
-class Answers:
+class _AnswerFile:
     """The rows that there are, in a file to which each batch is added at once, or for standard output.
 
     Args:

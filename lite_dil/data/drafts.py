@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lite_dil.base.errors import nearest
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.data.files import Cell, RowError
-from lite_dil.data.messages import Answer, Message, kind_of, read_answer, read_messages, read_text, read_tools
+from lite_dil.data.messages import Completion, Message, kind_of, read_answer, read_messages, read_text, read_tools
 
 Raw = Mapping[str, Any]
 
@@ -21,7 +21,7 @@ class Draft(NamedTuple):
     """
 
     prompt: str | list[Message]
-    answers: tuple[Answer, ...]
+    answers: tuple[Completion, ...]
     signs: tuple[int, ...]
     tools: list[dict[str, Any]] | None = None
     note: str = ""
@@ -34,7 +34,7 @@ _MARK = re.compile(r"\n\n(Human|Assistant):")
 # Names that lists of answers, the text of one, its score and its rank go by in the wild.
 LISTS = ("responses", "completions", "answers", "candidates", "generations", "outputs")
 _TEXTS = ("response", "completion", "answer", "text", "content", "output", "generation")
-SCORES = ("score", "overall_score", "rating", "reward")
+SCORE_FIELDS = ("score", "overall_score", "rating", "reward")
 QUESTIONS = ("prompt", "instruction", "question", "query")
 
 
@@ -90,7 +90,7 @@ def _without_prompt(draft: Draft) -> Draft:
     assert isinstance(draft.prompt, str)
     prompt = draft.prompt.rstrip()
 
-    def repeated(answer: Answer) -> bool:
+    def repeated(answer: Completion) -> bool:
         """Whether an answer begins with the prompt's whole words, and not only with its letters."""
         rest = str(answer).removeprefix(prompt)
         return len(rest) < len(str(answer)) and (not rest or rest[0].isspace() or not prompt[-1].isalnum())
@@ -298,7 +298,7 @@ def _text_of(item: Any) -> Any:
 
 def _score(row: Raw, item: Any, field: str, number: int) -> float:
     """Return how good an answer is: from the answer's own score, or a list beside the answers; a rank counts down."""
-    for name in (*SCORES, "rank"):
+    for name in (*SCORE_FIELDS, "rank"):
         if isinstance(item, dict) and name in item:
             value, where = item[name], f"{field}[{number}].{name}"
         elif isinstance(row.get(f"{name}s"), list):
@@ -315,7 +315,7 @@ def _score(row: Raw, item: Any, field: str, number: int) -> float:
         return -score if name == "rank" else score
     raise RowError(
         "scores",
-        f"{field}[{number}] has no score; expected one of {', '.join((*SCORES, 'rank'))} there, or a list "
+        f"{field}[{number}] has no score; expected one of {', '.join((*SCORE_FIELDS, 'rank'))} there, or a list "
         f"of them beside {field!r}",
     )
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 from lite_dil.base.errors import UserError, first_line
 
 # A row's place in words, "prefs.jsonl line 3", and the row: a dict if all is well, or why it could not be read.
-Record = tuple[str, Any]
+PlacedRow = tuple[str, Any]
 
 TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 COLUMNAR = (".parquet", ".arrow")
@@ -45,7 +45,7 @@ class RowError(ValueError):
         self.kind = kind
 
 
-def file_rows(path: Path) -> Iterator[Record]:
+def file_rows(path: Path) -> Iterator[PlacedRow]:
     """Read one file by what is in it and, where that does not tell, by its name."""
     with _opened(path) as (raw, start):
         if path.suffix in COLUMNAR or start[:4] == b"PAR1" or start[:6] == b"ARROW1":
@@ -59,7 +59,7 @@ def file_rows(path: Path) -> Iterator[Record]:
                 yield from _json(path, stream)
 
 
-def text_lines(path: Path) -> Iterator[Record]:
+def text_lines(path: Path) -> Iterator[PlacedRow]:
     """Yield the lines of a text file that are not blank, each with its place."""
     with _opened(path) as (raw, start), _unpacked(path, raw, start) as stream:
         for number, line in _lines(stream):
@@ -158,7 +158,7 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
                 yield number, part
 
 
-def _json(path: Path, stream: IO[bytes]) -> Iterator[Record]:
+def _json(path: Path, stream: IO[bytes]) -> Iterator[PlacedRow]:
     lines = _lines(stream)
     head = list(itertools.islice(lines, 2))
     start = head[0][1].lstrip() if head else b""
@@ -213,7 +213,7 @@ def _parse(line: bytes) -> Any:
         return RowError("not JSON", f"not usable JSON ({error})")
 
 
-def _csv(path: Path, stream: IO[bytes], tabs: bool) -> Iterator[Record]:
+def _csv(path: Path, stream: IO[bytes], tabs: bool) -> Iterator[PlacedRow]:
     """Read a table with a header; a cell that holds a JSON list or object is taken for that."""
     csv.field_size_limit(2**31 - 1)  # the default ends long answers at 128 KiB
     lines = _decoded(path, stream)
@@ -254,7 +254,7 @@ def _cell(column: str, text: str) -> Any:
     return Cell(text)
 
 
-def _columnar(path: Path, raw: IO[bytes], start: bytes) -> Iterator[Record]:
+def _columnar(path: Path, raw: IO[bytes], start: bytes) -> Iterator[PlacedRow]:
     pyarrow = _need("pyarrow", path)
     try:
         if start[:4] == b"PAR1":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lite_dil.data import drafts
-from lite_dil.data.drafts import HUMAN, LISTS, QUESTIONS, SCORES, Draft, Raw, is_pair
+from lite_dil.data.drafts import HUMAN, LISTS, QUESTIONS, SCORE_FIELDS, Draft, Raw, is_pair
 from lite_dil.data.files import RowError
 from lite_dil.data.messages import kind_of
 
@@ -65,9 +65,9 @@ FORMATS: dict[str, Format] = {
     "messages": Format("conversations, the last turn trained", ("messages",), _fits_messages, drafts.of_messages),
 }
 # Fields that --columns can name.
-FIELDS = sorted(
+ROW_FIELDS = sorted(
     {name for spec in FORMATS.values() for name in spec.fields}
-    | {*LISTS, *QUESTIONS, *(f"{name}s" for name in (*SCORES, "rank")), "input", "system", "history", "tools", "kto_tag"}
+    | {*LISTS, *QUESTIONS, *(f"{name}s" for name in (*SCORE_FIELDS, "rank")), "input", "system", "history", "tools", "kto_tag"}
 )
 
 

@@ -22,7 +22,7 @@ _KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 
 Message = dict[str, Any]
 # What the assistant says: text, or a whole message where it calls tools.
-Answer = str | Message
+Completion = str | Message
 
 
 def read_text(value: Any, field: str) -> str:
@@ -46,7 +46,7 @@ def read_messages(value: Any, field: str) -> list[Message]:
     return [_message(message, f"{field}[{index}]") for index, message in enumerate(value)]
 
 
-def read_answer(value: Any, field: str) -> Answer:
+def read_answer(value: Any, field: str) -> Completion:
     """Return what the assistant says: text, its one message, or a list of that one message."""
     if isinstance(value, str):
         return read_text(value, field)

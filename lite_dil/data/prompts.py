@@ -13,7 +13,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.data.drafts import Draft
 from lite_dil.data.encoder import Encoder, continuation_text
-from lite_dil.data.files import Record, RowError, text_lines
+from lite_dil.data.files import PlacedRow, RowError, text_lines
 from lite_dil.data.formats import format_of, read
 from lite_dil.data.messages import Message, kind_of
 from lite_dil.data.options import DataOptions
@@ -23,7 +23,7 @@ from lite_dil.models.find import load_tokenizer, resolve_model
 
 # The flags of train that say how prompts are read.
 FLAGS = ("data_format", "columns", "max_rows", "skip_bad_rows", "max_length")
-HELP = (
+PROMPTS_HELP = (
     "prompts: a .txt file of one a line, or rows (JSON Lines, JSON, CSV, ...) with 'prompt' or 'messages', or any data that "
     "lite-dil train takes, whose prompts are used"
 )
@@ -177,7 +177,7 @@ def _ids(prompt: Prompt, encoder: Encoder) -> tuple[int, ...]:
     return ids
 
 
-def _records(source: str, limit: int | None) -> Iterator[Record]:
+def _records(source: str, limit: int | None) -> Iterator[PlacedRow]:
     if Path(source).suffix != ".txt":
         yield from records(source, limit=limit)
         return

@@ -13,12 +13,12 @@ from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.data.drafts import Draft
 from lite_dil.data.files import RowError
-from lite_dil.data.formats import FIELDS, FORMATS, detect, format_of, read
-from lite_dil.data.messages import Answer, Message
+from lite_dil.data.formats import FORMATS, ROW_FIELDS, detect, format_of, read
+from lite_dil.data.messages import Completion, Message
 from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import EMBEDDED, records, split_sources
 
-__all__ = ["CHOSEN", "EMBEDDED", "REJECTED", "Answer", "Message", "Problem", "Reader", "Row", "RowError", "parse_columns"]
+__all__ = ["CHOSEN", "EMBEDDED", "REJECTED", "Completion", "Message", "Problem", "Reader", "Row", "RowError", "parse_columns"]
 
 LOOKED_AT = 100  # rows from which the format is told
 # Characters that take no room: two texts that differ in them alone are the same to a reader.
@@ -35,7 +35,7 @@ class Row:
     """
 
     prompt: str | list[Message]
-    answers: tuple[Answer, ...]
+    answers: tuple[Completion, ...]
     signs: tuple[int, ...]
     place: str
     form: str
@@ -192,15 +192,16 @@ def parse_columns(text: str | None) -> dict[str, str]:
             continue
         if not (equals and column):
             raise UserError(f"--columns {part}: expected FIELD=COLUMN, as chosen=good")
-        if name not in FIELDS:
+        if name not in ROW_FIELDS:
             raise UserError(
-                f"--columns {part}: unknown field {name!r}{did_you_mean(name, FIELDS)}; expected one of {', '.join(FIELDS)}"
+                f"--columns {part}: unknown field {name!r}{did_you_mean(name, ROW_FIELDS)}; "
+                f"expected one of {', '.join(ROW_FIELDS)}"
             )
         columns[name] = column
     return columns
 
 
-def same_text(answer: Answer) -> Any:
+def same_text(answer: Completion) -> Any:
     """Return what two answers share that look the same: without outer or invisible characters, in one Unicode form."""
     if isinstance(answer, dict):
         return {**answer, "content": same_text(answer["content"])}

@@ -8,7 +8,7 @@ from typing import Any
 
 from lite_dil.base.errors import first_line
 from lite_dil.data.files import RowError
-from lite_dil.data.messages import Answer, Message
+from lite_dil.data.messages import Completion, Message
 
 # Templates that print today's date would give other tokens tomorrow, to a run that is resumed. This is Llama 3's own fallback.
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
@@ -46,7 +46,7 @@ class Rendering:
             self._refuse_control(message)
         return self.lay_out(prompt, tools, add_generation_prompt=True)
 
-    def answer(self, prompt: str | list[Message], before: str, answer: Answer, tools: Tools = None) -> str:
+    def answer(self, prompt: str | list[Message], before: str, answer: Completion, tools: Tools = None) -> str:
         """Return an answer with what ends it, as the continuation of `before`, which `self.prompt(prompt, tools)` returned.
 
         Raises RowError with the reason where the answer or the template does not allow it.
@@ -103,7 +103,7 @@ class Rendering:
             raise RowError("control token", f"an answer holds {eos!r} before its end; remove it")
         return content + eos
 
-    def _chat_answer(self, messages: list[Message], prompt: str, answer: Answer, tools: Tools) -> str:
+    def _chat_answer(self, messages: list[Message], prompt: str, answer: Completion, tools: Tools) -> str:
         message = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
         self._refuse_control(message)
         whole = self.lay_out([*messages, message], tools, add_generation_prompt=False)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lite_dil.base.errors import UserError
-from lite_dil.data.files import Record
+from lite_dil.data.files import PlacedRow
 
 DATA = "data"  # what messages call them
 _NAME = re.compile(r"rows-[0-9a-f]{16}")
@@ -19,7 +19,7 @@ class Rows:
     def __init__(self, rows: Iterable[Any]) -> None:
         self._rows, self._taken = rows, False
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[PlacedRow]:
         """Yield the rows with their places. Raises UserError where a generator was read before."""
         if self._taken and iter(self._rows) is self._rows:
             raise UserError("these rows came from an iterator, which was read before; give them again, or a list")

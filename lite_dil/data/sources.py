@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lite_dil.base.errors import UserError, first_line
-from lite_dil.data.files import COLUMNAR, PACKED, TEXT, Record, file_rows
+from lite_dil.data.files import COLUMNAR, PACKED, TEXT, PlacedRow, file_rows
 from lite_dil.data.rows import is_rows_name
 from lite_dil.models.hub import offline
 
@@ -45,7 +45,7 @@ def split_sources(text: str) -> list[tuple[str, float]]:
     return found
 
 
-def records(source: str, split: str = "train", limit: int | None = None) -> Iterator[Record]:
+def records(source: str, split: str = "train", limit: int | None = None) -> Iterator[PlacedRow]:
     """Yield the rows of one source as they are, at most `limit` of them.
 
     Args:
@@ -83,7 +83,7 @@ def looks_like_file(source: str) -> bool:
     return Path(source).suffix in {*TEXT, *COLUMNAR, *PACKED}
 
 
-def _folder(folder: Path, split: str, named: bool) -> Iterator[Record]:
+def _folder(folder: Path, split: str, named: bool) -> Iterator[PlacedRow]:
     """Read a folder of files, or one that the datasets package saved."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
@@ -134,7 +134,7 @@ def _of_split(files: list[Path], folder: Path, split: str, named: bool) -> list[
     return [path for path in files if belongs(path) != "test"] if wanted == "train" else files
 
 
-def _hub(source: str, split: str, stream: bool) -> Iterator[Record]:
+def _hub(source: str, split: str, stream: bool) -> Iterator[PlacedRow]:
     name, _, named_split = source.partition(":")
     owner, _, rest = name.partition("/")
     name, _, config = rest.partition("/")

@@ -267,9 +267,9 @@ class Export:
     def _tolerance(self, trained: Trained) -> float:
         """Return what the mean difference may be, by what was rounded on either side."""
         if self.reader == "gguf":
-            from lite_dil.export.gguf import TOLERANCES
+            from lite_dil.export.gguf import GGUF_TOLERANCES
 
-            return TOLERANCES[self._outtype()] + tolerance(self.facts["dtype"], trained.dtype)
+            return GGUF_TOLERANCES[self._outtype()] + tolerance(self.facts["dtype"], trained.dtype)
         if self.format == "adapter":
             if self._same_library():
                 return tolerance(trained.dtype)

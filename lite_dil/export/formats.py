@@ -1,3 +1,3 @@
 """What an adapter can be made into."""
 
-FORMATS = ("adapter", "merged", "mlx", "gguf", "ollama")
+EXPORT_FORMATS = ("adapter", "merged", "mlx", "gguf", "ollama")

@@ -26,7 +26,7 @@ KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "
 # rounding is on top. Measured on SmolLM2-135M, 772 tokens, llama.cpp against float32 (transformers reads what is in the file,
 # llama.cpp computes in the file's type and caches keys and values in float16): f32 0.001, f16 0.002, bf16 0.012, q8_0 0.077.
 # About three times that, and a file with one projection wrong is off by nats.
-TOLERANCES = {"f32": 0.005, "f16": 0.01, "bf16": 0.04, "q8_0": 0.25}
+GGUF_TOLERANCES = {"f32": 0.005, "f16": 0.01, "bf16": 0.04, "q8_0": 0.25}
 # What tokenizers disagree about: contractions, digits, kinds of space, scripts, emoji of several code points, code.
 PROBES = (
     "Hello world, it's Tom's; I'LL go.\n\n\n  and   then\t\ttabs \r\n and",
@@ -37,7 +37,7 @@ PROBES = (
     'for (int i=0; i<10; i++) { x[i] += "a\\n"; }  // done',
 )
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
-Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
+_Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
 def convert(merged: Path, target: Path, kind: str, llama_cpp: Path | None, say: Callable[[str], None]) -> None:
@@ -161,7 +161,7 @@ def _stored_type(kind: str, shape: tuple[int, ...]) -> Any:
     return GGMLQuantizationType["F16" if kind == "q8_0" and shape[-1] % 32 else kind.upper()]
 
 
-def token_logps(path: Path, sequences: Sequences, say: Callable[[str], None]) -> list[np.ndarray]:
+def token_logps(path: Path, sequences: _Sequences, say: Callable[[str], None]) -> list[np.ndarray]:
     """Return the log-probs (nats) of each sequence's response tokens, (tokens,) float32, by the file itself.
 
     llama.cpp computes them where llama-cpp-python is installed, as Ollama will; else transformers, from the file's weights in
@@ -224,7 +224,7 @@ def different_tokens(path: Path, tokenizer: Any, texts: Iterable[str]) -> list[s
         file.close()
 
 
-def _by_llama_cpp(path: Path, sequences: Sequences) -> list[np.ndarray]:
+def _by_llama_cpp(path: Path, sequences: _Sequences) -> list[np.ndarray]:
     longest = max(len(prompt) + len(response) for prompt, response in sequences)
     file = open_file(path, n_ctx=longest, logits_all=True)
     try:
@@ -246,7 +246,7 @@ def _log_softmax_at(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:
     return (logits[np.arange(len(ids)), list(ids)] - total).astype(np.float32)
 
 
-def _by_transformers(path: Path, sequences: Sequences) -> list[np.ndarray]:
+def _by_transformers(path: Path, sequences: _Sequences) -> list[np.ndarray]:
     import torch
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig

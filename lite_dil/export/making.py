@@ -12,7 +12,7 @@ from lite_dil.base.disk import failing
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.files import make_folder, move, remove, work_folder
 from lite_dil.export.exporting import Export, ExportOptions, describe
-from lite_dil.export.formats import FORMATS
+from lite_dil.export.formats import EXPORT_FORMATS
 from lite_dil.generation.policy import AdapterSource
 
 # Which formats an option is of; elsewhere it would change nothing.
@@ -86,8 +86,11 @@ def _work_folder(output: Path) -> Iterator[Path]:
 
 def check_options(options: ExportOptions, more: Sequence[str] = ()) -> None:
     """Raise UserError for options that do not go together, for `more` problems, and where --output is not free."""
-    if options.format not in FORMATS:
-        raise UserError(f"--format {options.format}{did_you_mean(options.format, FORMATS)} is not one of {', '.join(FORMATS)}")
+    if options.format not in EXPORT_FORMATS:
+        raise UserError(
+            f"--format {options.format}{did_you_mean(options.format, EXPORT_FORMATS)} is not one of "
+            f"{', '.join(EXPORT_FORMATS)}"
+        )
     problems = [
         f"{flag} is of --format {' and '.join(formats)}; leave it out with {options.format}"
         for name, formats in _OF.items()

@@ -19,14 +19,14 @@ from lite_dil.data.files import RowError
 from lite_dil.data.rendering import Rendering
 from lite_dil.export.gguf_vocabulary import around
 
-Conversation = Sequence[Mapping[str, str]]
+_Messages = Sequence[Mapping[str, str]]
 # generation_config.json -> Ollama's parameters.
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
 _REFUSED = "the chat template cannot be written for Ollama: {}. Export with --format gguf, and write the Modelfile by hand"
 
 
 @dataclass(frozen=True)
-class Layout:
+class TemplateParts:
     """What a chat template puts before and after the messages of a conversation.
 
     `first_user` stands before a user's message that opens the conversation (with BOS, unless the runtime adds it, and a
@@ -45,7 +45,7 @@ class Layout:
     after_system: str = ""
     in_last: str | None = None
 
-    def render(self, messages: Conversation) -> str:
+    def render(self, messages: _Messages) -> str:
         """Return the text of a conversation that the assistant is to continue: what `go_template` makes of it in Go."""
         text = ""
         opening = messages[0]["content"] if messages[0]["role"] == "system" else None
@@ -135,7 +135,7 @@ def _sampling(defaults: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
 
 
-def probe(tokenizer: Any) -> Layout:
+def probe(tokenizer: Any) -> TemplateParts:
     """Return the layout of a tokenizer's chat template.
 
     Raises:
@@ -149,7 +149,7 @@ def probe(tokenizer: Any) -> Layout:
     _, to_answer, to_more, more_end = _cut(render([*answered, {"role": "user", "content": more}], True), user, answer, more)
     user_end = _common([_cut(render(asked, False), user)[1], to_answer, end])
     answer_end = _common([_cut(render(answered, False), user, answer)[2], to_more])
-    layout = Layout(
+    layout = TemplateParts(
         first, to_more[len(answer_end) :], user_end, to_answer[len(user_end) :], answer_end, more_end[len(user_end) :]
     )
     tries = [layout]
@@ -169,7 +169,7 @@ def probe(tokenizer: Any) -> Layout:
     raise UserError(_REFUSED.format("it does more than to put fixed text around each message"))
 
 
-def _conversations(system: bool) -> list[Conversation]:
+def _conversations(system: bool) -> list[_Messages]:
     """Return conversations of one to three turns, without and with a system message, to compare layouts by."""
     texts = ["Hello, who are you?", "A model.\nOne that answers.", "Why <b>2 + 2</b>?", "It is 4: {{ 2 + 2 }}.", "¿Qué? 你好"]
     talk = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
@@ -177,11 +177,11 @@ def _conversations(system: bool) -> list[Conversation]:
     return [*plain, *([{"role": "system", "content": "Be brief.\nBe kind."}, *each] for each in plain if system)]
 
 
-def renderer(tokenizer: Any) -> Callable[[Conversation, bool], str]:
+def renderer(tokenizer: Any) -> Callable[[_Messages, bool], str]:
     """Return what lays out a conversation as the chat template does, without the BOS token that the runtime adds itself."""
     rendering, bos = Rendering(tokenizer), tokenizer.bos_token if around(tokenizer)[0] else ""
 
-    def render(messages: Conversation, generation: bool) -> str:
+    def render(messages: _Messages, generation: bool) -> str:
         try:
             text = rendering.lay_out([dict(message) for message in messages], None, generation)
         except RowError as error:

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Protocol, TypeVar
 
 from lite_dil.backends.protocol import Backend
-from lite_dil.backends.types import OWN, Answer, Sampling, never
+from lite_dil.backends.types import OWN, Generated, Sampling, never
 from lite_dil.base.halving import Halving, halves
 
 # Generation keeps keys and values and no activations, so that it can take more tokens at once than a step of training.
@@ -85,20 +85,20 @@ class BatchGenerator:
         self.backend, self.ends, self.sampling, self.stop = backend, ends, sampling, stop
         self._halving: Halving[Sequence[Wanted]] = Halving("a batch of answers", _tokens, halves, say)
 
-    def draw(self, batch: Sequence[Wanted]) -> list[Answer]:
+    def draw(self, batch: Sequence[Wanted]) -> list[Generated]:
         """Return an answer to each; one that reached its own room has no end token, though the batch may go on."""
         found = list(chain.from_iterable(self._halving.run(self._generate, batch)))
         return [_within(answer, wanted.room) for answer, wanted in zip(found, batch, strict=True)]
 
-    def _generate(self, part: Sequence[Wanted]) -> list[Answer]:
+    def _generate(self, part: Sequence[Wanted]) -> list[Generated]:
         prompts, seeds = [each.prompt for each in part], [each.seed for each in part]
         room = max(each.room for each in part)
         return self.backend.generate(prompts, room, self.ends, seeds, self.sampling, self.stop)
 
 
-def _within(answer: Answer, room: int) -> Answer:
+def _within(answer: Generated, room: int) -> Generated:
     """Cut an answer to its own room, the end token counted."""
-    return answer if len(answer.ids) < room else Answer(answer.ids[:room], None)
+    return answer if len(answer.ids) < room else Generated(answer.ids[:room], None)
 
 
 def _tokens(batch: Sequence[Wanted]) -> int:

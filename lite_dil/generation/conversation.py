@@ -34,7 +34,7 @@ class Turn:
     saved: set[Path] = field(default_factory=set)
 
 
-class Prompt(NamedTuple):
+class FittedPrompt(NamedTuple):
     """Token ids, the tokens that an answer may have, and how many of the oldest turns were left out to make room."""
 
     ids: tuple[int, ...]
@@ -75,7 +75,7 @@ class Conversation:
         """Forget the turns."""
         self.turns, self.left_out = [], 0
 
-    def prompt(self, text: str, max_new_tokens: int) -> Prompt:
+    def prompt(self, text: str, max_new_tokens: int) -> FittedPrompt:
         """Return what the model is to continue after `text`, the oldest turns left out where they do not fit.
 
         Raises UserError where the text cannot be said, or is by itself too long.
@@ -84,9 +84,9 @@ class Conversation:
             turns = self.turns[self.left_out :]
             ids = self._layout([*_messages(self.system, turns), {"role": "user", "content": text}])
             if self.limit is None:
-                return Prompt(ids, max_new_tokens, 0)
+                return FittedPrompt(ids, max_new_tokens, 0)
             if len(ids) + min(max_new_tokens, self.limit // 4) <= self.limit:
-                return Prompt(ids, min(max_new_tokens, self.limit - len(ids)), self.left_out)
+                return FittedPrompt(ids, min(max_new_tokens, self.limit - len(ids)), self.left_out)
             if not self.is_chat or self.left_out == len(self.turns):
                 self.left_out = 0
                 raise UserError(f"the message is too long: {len(ids)} tokens with all around it, the model takes {self.limit}")

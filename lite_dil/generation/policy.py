@@ -259,11 +259,11 @@ class Policy:
 
         It goes on as the policy or as the reference, whichever it was called as.
         """
-        from lite_dil.generation.conversation import Prompt as Continued
+        from lite_dil.generation.conversation import FittedPrompt
         from lite_dil.generation.stream import Stream
 
         (asked,) = answered(self.encoder, self.model, [prompt], max_new_tokens)
-        continued = Continued(asked.ids, max_new_tokens, 0)
+        continued = FittedPrompt(asked.ids, max_new_tokens, 0)
         sampling = Sampling(temperature, top_p)
         stream = Stream(
             self.backend, self.encoder, continued, _seed(seed, asked, 0), sampling, reference=False, strip=asked.chat

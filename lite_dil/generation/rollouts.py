@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 
 from lite_dil.backends.protocol import Backend
-from lite_dil.backends.types import Answer
+from lite_dil.backends.types import Generated
 from lite_dil.generation.batch_generator import ROWS, BatchGenerator, Request, batched
 from lite_dil.generation.scoring import Ids, token_logps
 
@@ -54,7 +54,7 @@ def rollouts(
         [Request(tuple(prompt), max_new_tokens, seed) for seed in several]
         for prompt, several in zip(prompts, seeds, strict=True)
     ]
-    generator, found = BatchGenerator(backend, end_ids, say), dict[Request, Answer]()  # rows that are equal have equal answers
+    generator, found = BatchGenerator(backend, end_ids, say), dict[Request, Generated]()  # equal rows have equal responses
     for batch in batched(list(chain.from_iterable(rows)), ROWS * row_tokens):
         found.update(zip(batch, generator.draw(batch), strict=True))
     answers = [[found[each] for each in several] for several in rows]

@@ -9,7 +9,7 @@ from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Sampling
 from lite_dil.base.text import count
 from lite_dil.data.encoder import Encoder
-from lite_dil.generation.conversation import Prompt
+from lite_dil.generation.conversation import FittedPrompt
 from lite_dil.generation.text_stream import TextStream
 
 
@@ -27,7 +27,7 @@ class Stream:
         self,
         backend: Backend,
         encoder: Encoder,
-        prompt: Prompt,
+        prompt: FittedPrompt,
         seed: int,
         sampling: Sampling,
         reference: bool,

@@ -18,7 +18,6 @@ from lite_dil.models import tensors
 from lite_dil.models.adapters import Adapter
 from lite_dil.models.tensors import Planned
 
-FORMATS = ("peft", "mlx-lm")
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from lite_dil.base.signs import CHOSEN
 from lite_dil.objectives.loss import SUMS, TOKENS
 from lite_dil.objectives.losses import Array, log_ratio
-from lite_dil.objectives.objective import Answers, Pairs
+from lite_dil.objectives.objective import Pairs, Responses
 from lite_dil.objectives.options import ResolvedObjective
 from lite_dil.objectives.own import OwnLoss
 from lite_dil.objectives.table import constants, objective_of
@@ -24,7 +24,7 @@ class Signed(Protocol):
         """1 for a chosen response, -1 for a rejected one."""
 
 
-class Responses(Protocol):
+class LossBatch(Protocol):
     """A batch, as far as a loss is concerned; see `lite_dil.batching.batch.Batch`."""
 
     @property
@@ -79,7 +79,7 @@ class Criterion:
         self.chosen_weight = self.constants.get("chosen_weight", 1.0) * len(examples) / max(chosen, 1)
         self.rejected_weight = self.constants.get("rejected_weight", 1.0) * len(examples) / max(rejected, 1)
 
-    def inputs(self, batch: Responses, baseline: float = 0.0) -> dict[str, np.ndarray]:
+    def inputs(self, batch: LossBatch, baseline: float = 0.0) -> dict[str, np.ndarray]:
         """Return what the loss needs beside log-probs, as arrays for a backend to convert.
 
         Among them ``chosen`` and ``rejected``, indices into the batch's responses, of the same shape (pairs,) for an objective
@@ -126,9 +126,9 @@ class Criterion:
             "weighted_logps": weighted,
         }
 
-        def answers(index: Array) -> Answers:
+        def answers(index: Array) -> Responses:
             sides = {name: None if values is None else values[index] for name, values in figures.items()}
-            return Answers(**sides, baseline=inputs["baseline"])
+            return Responses(**sides, baseline=inputs["baseline"])
 
         chosen, rejected = answers(inputs["chosen"]), answers(inputs["rejected"])
         if isinstance(self.form, Pairs):

@@ -11,7 +11,7 @@ from lite_dil.objectives.losses import Array
 Constants = Mapping[str, Any]  # the options of an objective by name: beta, and the options that it lists
 
 
-class Answers(NamedTuple):
+class Responses(NamedTuple):
     """What an objective may see of some answers: arrays of shape (answers,), float32, in nats.
 
     Attributes:
@@ -33,15 +33,15 @@ class Answers(NamedTuple):
 class Sides:
     """A loss that is one expectation a side, so that it needs no pairs; without `rejected` it is of good answers alone."""
 
-    chosen: Callable[[Answers], Array]
-    rejected: Callable[[Answers], Array] | None = None
+    chosen: Callable[[Responses], Array]
+    rejected: Callable[[Responses], Array] | None = None
 
 
 @dataclass(frozen=True)
 class Pairs:
     """A loss of a chosen and a rejected answer to the same prompt."""
 
-    loss: Callable[[Answers, Answers], Array]
+    loss: Callable[[Responses, Responses], Array]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from lite_dil.objectives import losses, own
 from lite_dil.objectives.losses import EXPONENT_LIMIT, Array, Bregman
 from lite_dil.objectives.objective import Constants, Objective, Option, Pairs, Sides
 
-SIDES = ("chosen_weight", "rejected_weight")
+SIDE_WEIGHTS = ("chosen_weight", "rejected_weight")
 OPTIONS = {
     "basu_alpha": Option("power of Basu's divergence: towards 0 it is ukl, at 1 lsif", 0.5, low=1e-3),
     "relative_alpha": Option(
@@ -92,7 +92,7 @@ OBJECTIVES: dict[str, Objective] = {
         "`--log-ratio-cap` stops the overflow, though not the drift; rulsif is bounded.",
         source=f"{_DIL}, Table 1 and eq. 18-24; h(r) = (r - 1)^2 / 2",
         note=f"{_MEAN} {_CONSTANT} (here -1/2 at f = 0; the definition gives 1/2 more).",
-        options=("denominator", "log_ratio_cap", *SIDES),
+        options=("denominator", "log_ratio_cap", *SIDE_WEIGHTS),
         capped=_above_cap,
     ),
     "ukl": Objective(
@@ -109,7 +109,7 @@ OBJECTIVES: dict[str, Objective] = {
         note=f"{_MEAN} The authors' code uses -log pi(y_w) in place of -f_w. The two differ by the constant log pi_ref(y_w), "
         "which no gradient sees; the paper's is used here, so that the loss is 1 at the start and comparable between data "
         "sets.",
-        options=("denominator", "log_ratio_cap", *SIDES),
+        options=("denominator", "log_ratio_cap", *SIDE_WEIGHTS),
         capped=_above_cap,
     ),
     "bce": Objective(
@@ -124,7 +124,7 @@ OBJECTIVES: dict[str, Objective] = {
         "is the calmest of the family on noisy data.",
         source=f"{_DIL}, Table 1; h(r) = r log r - (r + 1) log(r + 1)",
         note=_MEAN,
-        options=("denominator", *SIDES),
+        options=("denominator", *SIDE_WEIGHTS),
     ),
     "basu": Objective(
         title="Basu's power divergence",
@@ -138,7 +138,7 @@ OBJECTIVES: dict[str, Objective] = {
         source=f"Sugiyama et al. 2012 (density-ratio matching under the Bregman divergence), within {_DIL}, eq. 18-24; "
         "h(r) = (r^(1 + alpha) - r) / alpha",
         note=f"{_MEAN} The papers give no default for alpha; 0.5 is ours.",
-        options=("basu_alpha", "denominator", "log_ratio_cap", *SIDES),
+        options=("basu_alpha", "denominator", "log_ratio_cap", *SIDE_WEIGHTS),
         capped=_above_cap,
     ),
     "rulsif": Objective(
@@ -153,7 +153,7 @@ OBJECTIVES: dict[str, Objective] = {
         "away. Where the two sides hardly overlap it is stable, and slow.",
         source="Yamada et al. 2013, arXiv 1106.4729",
         note="Not in the DIL paper, whose other choices for the reduction it shares.",
-        options=("relative_alpha", "denominator", *SIDES),
+        options=("relative_alpha", "denominator", *SIDE_WEIGHTS),
     ),
     "dpo": Objective(
         title="direct preference optimisation",
@@ -231,7 +231,7 @@ OBJECTIVES: dict[str, Objective] = {
         "the step into passes changes nothing. The paper evens out unequal numbers of good and bad answers by its lambdas, to "
         "a ratio of 1 to 4/3; here they are evened out to 1 already, and --chosen-weight and --rejected-weight are the "
         "lambdas on top.",
-        options=SIDES,
+        options=SIDE_WEIGHTS,
         baseline=True,
     ),
     "cpo": Objective(

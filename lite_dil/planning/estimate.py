@@ -17,7 +17,8 @@ from lite_dil.models.adapter_files import read_adapter
 from lite_dil.models.adapters import select_targets
 from lite_dil.models.shape import ModelShape
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FLOAT32 = 4  # bytes
+BYTES = {"float32": FLOAT32, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)

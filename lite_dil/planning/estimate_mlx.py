@@ -30,9 +30,8 @@ from lite_dil.backends.limits import BITS, COMPILED_MULTIPLE, GROUP_SIZE, MLX_CH
 from lite_dil.base.errors import UserError
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.shape import Linear, ModelShape
-from lite_dil.planning.estimate import BYTES, Estimate, Load, adapter_tensors, layout_for
+from lite_dil.planning.estimate import BYTES, FLOAT32, Estimate, Load, adapter_tensors, layout_for
 
-FLOAT32 = 4
 WIDTH = 20  # mlx/utils.h: MLX_BFS_MAX_WIDTH
 TASKS = 10  # mlx/transforms.cpp: queued before the next one waits
 CPU_DISPATCHES = 10  # mlx/backend/cpu/encoder.h: dispatches in a task; an operation is one, what it holds another, a view one
@@ -95,7 +94,7 @@ class Block(NamedTuple):
     calls: int  # how many, those of a batch counted once
 
 
-NOTHING = Work(0, 0)
+NO_WORK = Work(0, 0)
 
 
 class MLXStep:
@@ -177,17 +176,17 @@ class MLXStep:
         # Of prompts the last layer computes keys and values, since nothing reads more.
         last = [stage for block in blocks[:-1] for stage in self._stages(block)[:1]] + self._stages(blocks[-1])
         layers = [layer] * (self.shape.layers - 1) + [last]
-        yield Moment("forward", stream + self._masks(blocks), 0, NOTHING)
+        yield Moment("forward", stream + self._masks(blocks), 0, NO_WORK)
         for stages in layers:
             for again, group in self._groups(stages):
                 for stage in group:
                     made, dispatches, weights = stage.forward
                     work = Work(made + stage.keeps * again, dispatches, weights)
                     yield Moment("forward", stage.keeps * (not again), 0, work)
-            yield Moment("forward", stream * full, 0, NOTHING)  # kept is its result, the next one's input
+            yield Moment("forward", stream * full, 0, NO_WORK)  # kept is its result, the next one's input
         # An MLP, which is few operations, is computed again as soon as its result is there: the last one beside the head.
         early = 0 if full else sum(stage.keeps for again, group in self._groups(last) for stage in group if again)
-        yield Moment("head", early, 0, NOTHING)
+        yield Moment("head", early, 0, NO_WORK)
         yield from self._head()
         late = 0  # what the layer after this one left to wait
         for stages in reversed(layers):
@@ -195,11 +194,11 @@ class MLXStep:
                 if again:
                     yield from (Moment("backward", stage.keeps * (not early), 0, stage.forward) for stage in group)
                     early = 0
-                yield Moment("backward", 0, late, NOTHING)
+                yield Moment("backward", 0, late, NO_WORK)
                 yield from (Moment("backward", stage.waits, stage.keeps, stage.backward) for stage in reversed(group))
                 late = 0
             late = sum(stage.waits for stage in stages)
-            yield Moment("backward", 0, stream * full, NOTHING, self.adapter // len(layers))
+            yield Moment("backward", 0, stream * full, NO_WORK, self.adapter // len(layers))
 
     def _groups(self, stages: Sequence[Stage]) -> list[tuple[bool, list[Stage]]]:
         """Return stages in order, in groups that are computed again for the backward pass, or are not."""
@@ -250,11 +249,11 @@ class MLXStep:
         read = [self._input(qkv, attended), *(self._linear(name, attended) for name in qkv), self._rope(attended)]
         if s.joined:  # values are a view of the whole, which they keep; each part's gradient is written into zeros of it
             whole = attended * (s.queries + 2 * s.keys) * e
-            read.append(Stage(whole, NOTHING, Work(3 * whole, 12)))
+            read.append(Stage(whole, NO_WORK, Work(3 * whole, 12)))
         if s.qk_norm:
             read.append(self._norm(attended * (s.queries + s.keys)))
         if self.layout != "plain":  # calls read slices, or padded blocks: gradients are written into zeros of the whole
-            read.append(Stage(0, NOTHING, Work(block.calls * max(tokens, attended) * s.hidden * e, 0)))
+            read.append(Stage(0, NO_WORK, Work(block.calls * max(tokens, attended) * s.hidden * e, 0)))
         # Kept are gate, its sigmoid, silu and up. Each has a gradient, and the sigmoid's slope takes one more.
         numbers = tokens * s.intermediate * e
         active = Stage(4 * numbers, Work(0, 6), Work((5 + 4 * s.joined) * numbers, 16))
@@ -280,7 +279,7 @@ class MLXStep:
     def _input(self, names: Sequence[str], tokens: int, again: bool = False) -> Stage:
         """Return what linear layers read: their adapters keep it, once, and so does an MLP that is computed again."""
         kept = again or any(name in self.targets for name in names)
-        return Stage(kept * tokens * self.linears[names[0]].inputs * self.e, NOTHING, NOTHING)
+        return Stage(kept * tokens * self.linears[names[0]].inputs * self.e, NO_WORK, NO_WORK)
 
     def _linear(self, name: str, tokens: int, own: bool = False) -> Stage:
         """W x + scale x A B; with an input of its `own` it keeps that."""

@@ -23,9 +23,8 @@ from lite_dil.base.memory import GIB, expandable_segments, on_wsl
 from lite_dil.batching.schedule import PRECOMPUTE_ROWS, row_tokens
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.shape import Linear, ModelShape
-from lite_dil.planning.estimate import BYTES, Estimate, Load, adapter_tensors, layout_for
+from lite_dil.planning.estimate import BYTES, FLOAT32, Estimate, Load, adapter_tensors, layout_for
 
-FLOAT32 = 4
 # What the allocator of a GPU cannot use between tensors, of what it reserves: with segments that grow and with those that
 # cannot, by its own books of steps of an 8B Llama (docs/LOG.md).
 RESERVE, FIXED_RESERVE = 0.0625, 0.13

@@ -25,7 +25,7 @@ from lite_dil.planning import auto, fit
 from lite_dil.planning.estimate import BYTES, Estimate, Load
 from lite_dil.planning.memory import memory_here, memory_of, nvidia_smi
 
-WEIGHTS = (".safetensors", ".bin")
+_WEIGHTS = (".safetensors", ".bin")
 CARDS = (8, 12, 16, 24)
 
 
@@ -207,7 +207,7 @@ def _examples(config: ResolvedConfig) -> tuple[int, int]:
 
 def _download(name: str, shape: ModelShape) -> int | None:
     """Return the bytes of the weights on the hub, before any quantising; None where there is nothing to download."""
-    if name == EMBEDDED_MODEL or any(path.suffix in WEIGHTS for path in Path(name).glob("*")):
+    if name == EMBEDDED_MODEL or any(path.suffix in _WEIGHTS for path in Path(name).glob("*")):
         return None
     if name.count("/") == 1 and not Path(name).exists():
         from huggingface_hub import try_to_load_from_cache

@@ -10,7 +10,7 @@ from lite_dil.planning.auto import TUNABLE
 from lite_dil.planning.fit import gigabytes
 from lite_dil.planning.plan import Plan
 
-WIDTH = 100
+_WIDTH = 100
 
 
 def lines(plan: Plan) -> list[str]:
@@ -21,7 +21,7 @@ def lines(plan: Plan) -> list[str]:
 
 def _wrapped(texts: list[str]) -> list[str]:
     """Break sentences into lines, never inside a flag or a path."""
-    return [line for text in texts for line in wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False)]
+    return [line for text in texts for line in wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False)]
 
 
 def _about(plan: Plan) -> list[str]:

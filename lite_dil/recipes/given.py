@@ -25,4 +25,4 @@ class Given:
     eval_data: Rows | None = None
 
 
-NOTHING = Given()
+NOTHING_GIVEN = Given()

@@ -9,7 +9,7 @@ from pathlib import Path
 from lite_dil.base.display import Display
 from lite_dil.base.observer import Event, Observer
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.recipes.given import NOTHING, Given
+from lite_dil.recipes.given import NOTHING_GIVEN, Given
 from lite_dil.recipes.observers import observers_of
 from lite_dil.recipes.run import Run
 from lite_dil.recipes.session import open_session
@@ -23,7 +23,7 @@ def train(
     resume: Path | None = None,
     fixed: Set[str] | None = None,
     observers: Sequence[Observer] = (),
-    given: Given = NOTHING,
+    given: Given = NOTHING_GIVEN,
 ) -> Run:
     """Train an adapter as `config` says, from the start or from the checkpoint `resume`.
 

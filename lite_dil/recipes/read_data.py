@@ -16,7 +16,7 @@ from lite_dil.data.rows import DATA, Rows, rows_name
 from lite_dil.objectives.accepts import check_data
 from lite_dil.objectives.table import objective_of
 from lite_dil.recipes.given import Given
-from lite_dil.reports.samples import Intake, Prompt
+from lite_dil.reports.samples import Intake, SamplePrompt
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RunData:
     examples: Sequence[Example]
     held_out: Sequence[Example]
     skipped: list[Problem]
-    prompts: list[Prompt]
+    prompts: list[SamplePrompt]
     facts: list[dict[str, Any]]
     config: ResolvedConfig
 

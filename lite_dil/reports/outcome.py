@@ -26,7 +26,7 @@ _LIKELIHOOD = {"cpo": "cpo_lambda", "slic": "slic_lambda"}
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """All that a run's folder holds for its report: options, facts (report.json), metrics and sample answers."""
 
     folder: Path
@@ -85,16 +85,17 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path) -> RunRecord:
     """Read a run's folder: config.yaml, report.json, metrics.jsonl and report_samples.jsonl."""
     import yaml
 
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     check_format(config, RUN, folder)
-    return Record(folder, config, read_facts(folder), read_history(folder / "metrics.jsonl"), read_samples(folder / SAMPLES))
+    samples = read_samples(folder / SAMPLES)
+    return RunRecord(folder, config, read_facts(folder), read_history(folder / "metrics.jsonl"), samples)
 
 
-def what(record: Record) -> str:
+def what(record: RunRecord) -> str:
     """Say in a sentence or two what the run is and how far it came."""
     config, facts, history = record.config, record.facts, record.history
     data = record.data("training") or {}
@@ -118,7 +119,7 @@ def what(record: Record) -> str:
     return text + states[facts["state"]]
 
 
-def outcome(record: Record) -> str:
+def outcome(record: RunRecord) -> str:
     """Say what was learned, with its uncertainty."""
     parts = []
     chosen, place = record.figure("log_ratio/chosen")
@@ -143,7 +144,7 @@ def outcome(record: Record) -> str:
     return " ".join(parts) or "No step was logged yet."
 
 
-def _likelier(value: float, record: Record) -> str:
+def _likelier(value: float, record: RunRecord) -> str:
     return f"{'more' if value >= 0 else 'less'} likely by {abs(value):.3g} nats {_article(record.per)}"
 
 
@@ -151,20 +152,20 @@ def _article(unit: str) -> str:
     return f"{'an' if unit[0] in 'aeiou' else 'a'} {unit}"
 
 
-def warnings(record: Record) -> list[str]:
+def warnings(record: RunRecord) -> list[str]:
     """Return what to look at, each with what to try."""
     found = [_skipped(record), _shared(record), _chosen_falls(record), _chance(record), *_memorised(record), _longer(record)]
     found += [_cut(record), _unseen(record)]
     return [text for text in found if text]
 
 
-def _shared(record: Record) -> str:
+def _shared(record: RunRecord) -> str:
     if not (warning := shared(record.data("held out")).warning):
         return ""
     return f"{warning}. What to try: take these rows out of --data or out of --eval-data."
 
 
-def _chosen_falls(record: Record) -> str:
+def _chosen_falls(record: RunRecord) -> str:
     value, place = record.figure("log_ratio/chosen")
     if value is None or round(value, 3) >= 0:
         return ""
@@ -178,7 +179,7 @@ def _chosen_falls(record: Record) -> str:
     )
 
 
-def _keeps_likely(record: Record) -> str:
+def _keeps_likely(record: RunRecord) -> str:
     """Return which loss on this data, or which constant of the run's own, holds the chosen answers' likelihood up."""
     loss, form = record.config["loss"], (record.data("training") or {}).get("form")
     if objective_of(loss).data == "chosen":
@@ -189,7 +190,7 @@ def _keeps_likely(record: Record) -> str:
     return f", or --loss {' or '.join(others)}, with a term of the chosen answers' own likelihood"
 
 
-def _chance(record: Record) -> str:
+def _chance(record: RunRecord) -> str:
     if not record.accuracy:
         return ""
     share, _, number = record.accuracy
@@ -204,7 +205,7 @@ def _chance(record: Record) -> str:
     )
 
 
-def _memorised(record: Record) -> list[str]:
+def _memorised(record: RunRecord) -> list[str]:
     train, held_out = record.history.train, record.history.held_out
     found = []
     losses, last = held_out.get("eval_loss"), held_out.last("eval_loss")
@@ -228,7 +229,7 @@ def _memorised(record: Record) -> list[str]:
     return found
 
 
-def _skipped(record: Record) -> str:
+def _skipped(record: RunRecord) -> str:
     number = int(sum(value for value in record.history.train.get("skipped_steps") if math.isfinite(value)))
     if number <= max(3, record.history.step // 50):
         return ""
@@ -239,7 +240,7 @@ def _skipped(record: Record) -> str:
     )
 
 
-def answer_lengths(record: Record) -> tuple[float, float] | None:
+def answer_lengths(record: RunRecord) -> tuple[float, float] | None:
     """Return the mean tokens of the sample answers before and after, or None without answers."""
     samples = record.samples
     if not samples:
@@ -248,7 +249,7 @@ def answer_lengths(record: Record) -> tuple[float, float] | None:
     return before, after
 
 
-def _longer(record: Record) -> str:
+def _longer(record: RunRecord) -> str:
     if not (means := answer_lengths(record)) or means[1] <= _LONGER * max(means[0], 10):
         return ""
     tokens = (record.data("training") or {}).get("tokens", {})
@@ -264,7 +265,7 @@ def _longer(record: Record) -> str:
     return f"{text}. What to try: chosen and rejected answers of like lengths{advice}."
 
 
-def _cut(record: Record) -> str:
+def _cut(record: RunRecord) -> str:
     data = record.data("training") or {}
     prompts, answers = data.get("prompts_cut", 0), data.get("answers_cut", 0)
     if max(prompts, answers) <= _CUT * data.get("examples", 0):
@@ -276,7 +277,7 @@ def _cut(record: Record) -> str:
     )
 
 
-def _unseen(record: Record) -> str:
+def _unseen(record: RunRecord) -> str:
     if record.data("held out"):
         return ""
     return (

@@ -14,12 +14,12 @@ from lite_dil.config.train_config import FIELDS, TrainConfig, flag
 from lite_dil.objectives.own import shown
 from lite_dil.reports import outcome
 from lite_dil.reports.charts import Drawn, charts, draw
-from lite_dil.reports.outcome import Record
+from lite_dil.reports.outcome import RunRecord
 from lite_dil.reports.samples import MAX_NEW_TOKENS, Sample
 from lite_dil.runs.history import POINTS
 
-ROWS = 40  # of the table of evaluations at most
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_EVALUATIONS = 40  # of the table of evaluations at most
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1d1f; --dim: #5a5d63; --paper: #fcfcfa; --card: #fff; --soft: #f1f1ec;
   --line: #dcdcd5; --warn: #fdf3dc; --edge: #b7791f; --good: #e6f3ec; --leaf: #1e7d4f;
@@ -70,7 +70,7 @@ def escaped(value: object) -> str:
     return escape(text, quote=True)
 
 
-def render(record: Record) -> str:
+def render(record: RunRecord) -> str:
     """Return the page of a run."""
     drawn = [found for chart in charts(record.per) if (found := draw(chart, record.history))]
     config = record.config
@@ -93,7 +93,7 @@ def render(record: Record) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>lite-dil: {escaped(name)}</title>
 <style>{STYLE}</style>
@@ -106,14 +106,14 @@ def render(record: Record) -> str:
 """
 
 
-def _notes(record: Record) -> list[str]:
+def _notes(record: RunRecord) -> list[str]:
     warnings = outcome.warnings(record)
     if not warnings and record.facts["state"] == "finished":
         return ['<div class="note good">Nothing here looks wrong.</div>']
     return [f'<div class="note" role="note">{escaped(text)}</div>' for text in warnings]
 
 
-def _tiles(record: Record) -> str:
+def _tiles(record: RunRecord) -> str:
     history, tiles = record.history, []
     if record.accuracy:
         share, error, _ = record.accuracy
@@ -148,7 +148,7 @@ def _charts(drawn: Sequence[Drawn], held_out: bool) -> str:
     return f'<h2>During training</h2><div class="charts">{figures}</div><p class="dim">{escaped(note)}</p>'
 
 
-def _samples(record: Record) -> str:
+def _samples(record: RunRecord) -> str:
     samples = record.samples
     if not samples:
         return ""
@@ -188,7 +188,7 @@ def _sample(sample: Sample, max_length: int) -> str:
     return f'<div class="sample">{prompt}<div class="two">{blocks}</div></div>\n'
 
 
-def _evaluations(record: Record) -> str:
+def _evaluations(record: RunRecord) -> str:
     held_out = record.history.held_out
     names = {
         "eval_loss": "loss",
@@ -203,14 +203,14 @@ def _evaluations(record: Record) -> str:
     shown = {name: title for name, title in names.items() if name in held_out}
     if not held_out.number:
         return ""
-    every = -(-held_out.number // ROWS)
+    every = -(-held_out.number // _EVALUATIONS)
     lines = sorted({*range(held_out.number - 1, -1, -every)})
     rows = [[f"{held_out.at(i, 'step') or 0:.0f}", *(_number(held_out.at(i, name)) for name in shown)] for i in lines]
     note = f'<p class="dim">One of {every} is shown, of {held_out.number:,} evaluations.</p>' if every > 1 else ""
     return f"<h2>Evaluations</h2>{_table(['step', *shown.values()], rows)}{note}"
 
 
-def _lengths(record: Record) -> str:
+def _lengths(record: RunRecord) -> str:
     rows = [
         [f"{data['use']}: {side}", *(f"{values[name]:,.0f}" for name in ("mean", "p50", "p90", "p99", "max"))]
         for data in record.facts["data"]
@@ -225,7 +225,7 @@ def _lengths(record: Record) -> str:
     return f"<h2>Lengths in tokens</h2>{_table(['', 'mean', 'median', '90%', '99%', 'longest'], rows)}{answers}"
 
 
-def _data(record: Record) -> str:
+def _data(record: RunRecord) -> str:
     blocks = []
     for data in record.facts["data"]:
         answers = data["answers"]
@@ -250,7 +250,7 @@ def _data(record: Record) -> str:
     return f"<h2>Data</h2>{''.join(blocks)}"
 
 
-def _machine(record: Record) -> str:
+def _machine(record: RunRecord) -> str:
     facts, train = record.facts, record.history.train
     rows = [
         ["device", facts["device"]],
@@ -267,7 +267,7 @@ def _machine(record: Record) -> str:
     return f"<h2>Speed and memory</h2>{_table(None, rows)}"
 
 
-def _options(record: Record) -> str:
+def _options(record: RunRecord) -> str:
     """Return the options: first what differs from the defaults of this loss and this data."""
     config = record.config
     known = {name: value for name, value in config.items() if name in FIELDS}

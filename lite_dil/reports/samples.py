@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.backends.protocol import Backend
-from lite_dil.backends.types import Answer, never
+from lite_dil.backends.types import Generated, never
 from lite_dil.base.disk import DiskFailed, failing
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.base.files import replace_file
@@ -32,7 +32,7 @@ MAX_NEW_TOKENS = 128
 
 
 @dataclass(frozen=True)
-class Prompt:
+class SamplePrompt:
     """A prompt to answer: its token ids, what a person reads of it, text or messages, and its tokens before it was cut."""
 
     ids: tuple[int, ...]
@@ -52,7 +52,7 @@ class Intake:
         self.count, self.max_length = count, config.max_length
         self.lengths = {"prompt": array("i"), "chosen": array("i"), "rejected": array("i")}
         self._random = named("reports/prompts", config.seed)
-        self._kept: dict[tuple[int, ...], tuple[float, Prompt]] = {}
+        self._kept: dict[tuple[int, ...], tuple[float, SamplePrompt]] = {}
 
     def add(self, row: Row, whole: Example, cut: Example) -> None:
         """Take one row, its tokens, and its tokens cut to ``--max-length``."""
@@ -68,10 +68,10 @@ class Intake:
             if order >= self._kept[last][0]:
                 return
             del self._kept[last]
-        self._kept[cut.prompt] = order, Prompt(cut.prompt, row.prompt, row.place, len(whole.prompt))
+        self._kept[cut.prompt] = order, SamplePrompt(cut.prompt, row.prompt, row.place, len(whole.prompt))
 
     @property
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> list[SamplePrompt]:
         """The prompts that were kept: one without room would leave all of them no more than it has."""
         roomy = [prompt for order, prompt in self._kept.values() if order < 1]
         return roomy or [prompt for _, prompt in self._kept.values()]
@@ -132,7 +132,7 @@ class SampleAnswers(Observer):
 
     def __init__(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[SamplePrompt],
         held_out: bool,
         path: Path,
         backend: Backend,
@@ -148,7 +148,7 @@ class SampleAnswers(Observer):
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
         self.room = max(1, min(MAX_NEW_TOKENS, max_length - longest))
         self.say = say
-        self._halving: Halving[Sequence[Prompt]] = Halving("a batch of sample answers", self._tokens, halves, say)
+        self._halving: Halving[Sequence[SamplePrompt]] = Halving("a batch of sample answers", self._tokens, halves, say)
 
     def started(self, event: Event) -> None:
         """Answer in a run that took all its steps before; only the last answers are shown."""
@@ -194,24 +194,24 @@ class SampleAnswers(Observer):
             sample.prompt_tokens, sample.prompt_seen, sample.step = prompt.tokens, len(prompt.ids), step
         write_samples(self.path, found)
 
-    def _answers(self, prompts: Sequence[Prompt], stop: Callable[[], bool]) -> list[Answer]:
+    def _answers(self, prompts: Sequence[SamplePrompt], stop: Callable[[], bool]) -> list[Generated]:
         ends = self.encoder.end_ids()
 
-        def generate(part: Sequence[Prompt]) -> list[Answer]:
+        def generate(part: Sequence[SamplePrompt]) -> list[Generated]:
             return self.backend.generate([p.ids for p in part], self.room, ends, stop=stop)
 
         return [answer for part in self._halving.run(generate, prompts) for answer in part]
 
-    def _first(self, prompt: Prompt, answer: Answer) -> Sample:
+    def _first(self, prompt: SamplePrompt, answer: Generated) -> Sample:
         return Sample(self._key(prompt), prompt.shown, prompt.place, self.held_out, *self._shown(prompt, answer))
 
-    def _shown(self, prompt: Prompt, answer: Answer) -> tuple[str, int, bool]:
+    def _shown(self, prompt: SamplePrompt, answer: Generated) -> tuple[str, int, bool]:
         return self.encoder.tokenizer.decode(answer.ids).strip(), len(answer.ids), answer.end is None
 
-    def _key(self, prompt: Prompt) -> str:
+    def _key(self, prompt: SamplePrompt) -> str:
         return digest(prompt.ids, self.room)
 
-    def _tokens(self, part: Sequence[Prompt]) -> int:
+    def _tokens(self, part: Sequence[SamplePrompt]) -> int:
         return len(part) * (max(len(p.ids) for p in part) + self.room)
 
 

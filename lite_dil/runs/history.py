@@ -26,7 +26,7 @@ class Curve(NamedTuple):
         return bool(np.isfinite(self.values).any())
 
 
-class Columns:
+class MetricColumns:
     """The lines of one kind, some 8 bytes a figure, in the order of the file."""
 
     def __init__(self) -> None:
@@ -90,7 +90,7 @@ class History:
     """The training lines and the evaluations of a run."""
 
     def __init__(self) -> None:
-        self.train, self.held_out = Columns(), Columns()
+        self.train, self.held_out = MetricColumns(), MetricColumns()
 
     @property
     def step(self) -> int:

@@ -59,11 +59,11 @@ def attend(settings: Mapping[str, Any]) -> str:
     return "forward and backward fit"
 
 
-def _row(tokens: int) -> packed_attention.Row:
+def _row(tokens: int) -> packed_attention.PackedRow:
     """Return a row of one pair, in which every sequence is longer than the windows of the table."""
     ids = np.zeros(tokens // 3, np.int64)
     batch = Batch([ids], [ids, ids], np.array([0, 0]), np.array([1, -1]))
-    return packed_attention.Row.of(packed(batch, multiple=FLEX_BLOCK), torch.device("cuda"))
+    return packed_attention.PackedRow.of(packed(batch, multiple=FLEX_BLOCK), torch.device("cuda"))
 
 
 def _reason(error: BaseException) -> str:

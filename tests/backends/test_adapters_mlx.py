@@ -467,7 +467,7 @@ def test_a_mistake_of_ours_is_not_a_model_that_does_not_fit(
 ) -> None:
     """The cache's is raised in what the model's own code calls, with checkpointing from inside MLX; others beside it."""
     monkeypatch.setattr(MLXBackend, "pads_attention", pads)
-    kind = mlx_prefix.Responses if pads else mlx_prefix.Unpadded
+    kind = mlx_prefix.ResponseCache if pads else mlx_prefix.Unpadded
     expected: Any
     if place == "cache":
         monkeypatch.setattr(kind, "update_and_fetch", as_ours(misses_an_attribute))

@@ -18,7 +18,7 @@ import torch
 from conftest import load
 
 from lite_dil.backends.torch import compiling, flex, packed_attention
-from lite_dil.backends.torch.row import Row, Scores, Unsupported
+from lite_dil.backends.torch.row import PackedRow, Scores, Unsupported
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import packed
@@ -30,13 +30,13 @@ LARGE = (
 )
 
 
-def row(lengths: list[tuple[int, int, int]]) -> tuple[Row, int]:
+def row(lengths: list[tuple[int, int, int]]) -> tuple[PackedRow, int]:
     """A row of prompts with two responses each, of so many tokens, and how many tokens it has."""
     prompts = [np.zeros(one[0], np.int64) for one in lengths]
     responses = [np.zeros(length, np.int64) for one in lengths for length in one[1:]]
     owner = np.repeat(np.arange(len(lengths)), 2)
     layout = packed(Batch(prompts, responses, owner, np.tile([1, -1], len(lengths))), multiple=128)
-    return Row.of(layout, CPU), layout.input_ids.shape[1]
+    return PackedRow.of(layout, CPU), layout.input_ids.shape[1]
 
 
 @pytest.mark.parametrize("window", [None, 5, 150])
@@ -63,7 +63,7 @@ def test_the_mask_is_that_of_segments_positions_and_window(window: int | None) -
     known = torch.from_numpy(allowed)
     expected = create_block_mask(lambda b, h, q, k: known[q, k], None, None, tokens, tokens, device="cpu")
     lists = flex.mask(made.segments, window, tokens, CPU)[1:]
-    for name, ours in zip(flex.LISTS, lists, strict=True):
+    for name, ours in zip(flex.BLOCK_LISTS, lists, strict=True):
         theirs = getattr(expected, name)
         if name.endswith("num_blocks"):
             assert torch.equal(ours, theirs), name

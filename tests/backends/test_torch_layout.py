@@ -27,7 +27,7 @@ from transformers import (
 
 from lite_dil.backends.torch import flex, packed_attention
 from lite_dil.backends.torch import fused as torch_fused
-from lite_dil.backends.torch.row import Row, Scores
+from lite_dil.backends.torch.row import PackedRow, Scores
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import packed
@@ -150,14 +150,14 @@ def test_layouts_that_a_config_forbids(change: dict[str, Any], reason: str) -> N
 
 def test_a_model_whose_packed_layout_differs_gets_the_plain_one(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What no config tells, the comparison at start-up sees: here, positions that the model does not take from its caller."""
-    rotate = Row.of.__func__
+    rotate = PackedRow.of.__func__
 
-    def shifted(cls: Any, *args: Any) -> Row:
+    def shifted(cls: Any, *args: Any) -> PackedRow:
         row = rotate(cls, *args)
         row.position_ids = torch.arange(row.position_ids.shape[1])[None]
         return row
 
-    monkeypatch.setattr(Row, "of", classmethod(shifted))
+    monkeypatch.setattr(PackedRow, "of", classmethod(shifted))
     backend = load("cpu", tiny)
     assert backend.layout == "plain"
     assert "log-probs differ" in backend.layout_reason
@@ -182,7 +182,7 @@ def test_a_packed_layout_whose_gradients_differ_is_not_taken(tiny: str, monkeypa
 def test_flex_attention_of_a_packed_layout_equals_the_cpus(window: int | None, softcap: float | None) -> None:
     """The mask that CUDA's FlexAttention is given, against the CPU's own attention. There it has no backward pass."""
     layout = packed(batch(3), multiple=128)
-    row = Row.of(layout, torch.device("cpu"))
+    row = PackedRow.of(layout, torch.device("cpu"))
     draw = torch.Generator().manual_seed(0)
     tokens = layout.input_ids.shape[1]
     q, k, v = (torch.randn(1, heads, tokens, 16, generator=draw) for heads in (4, 2, 2))

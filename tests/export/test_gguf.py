@@ -30,7 +30,7 @@ from transformers import (
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.export import gguf_vocabulary
-from lite_dil.export.gguf import PROBES, TOLERANCES, convert, different_tokens, open_file, token_logps
+from lite_dil.export.gguf import GGUF_TOLERANCES, PROBES, convert, different_tokens, open_file, token_logps
 from lite_dil.models.find import load_tokenizer
 
 HAS_LLAMA_CPP = importlib.util.find_spec("llama_cpp") is not None
@@ -129,7 +129,7 @@ def test_every_kind_is_near_and_has_its_types(kind: str, reader: str, tmp_path: 
     found = np.concatenate(token_logps(tmp_path / "tiny.gguf", sequences(data), print))
     with torch.no_grad():
         expected = oracle_logps(bare_model(str(folder)), data).numpy()
-    assert 0 < np.abs(found - expected).mean() < TOLERANCES[kind]
+    assert 0 < np.abs(found - expected).mean() < GGUF_TOLERANCES[kind]
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "tiny.gguf").tensors}
     assert {types[name] for name in types if "norm" in name} == {"F32"}
     assert {types[name] for name in types if "norm" not in name} == {kind.upper()}

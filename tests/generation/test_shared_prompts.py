@@ -13,7 +13,7 @@ from conftest import bare_model, batch, criterion, load, make_checkpoint, one_st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lite_dil.backends.torch import generate as torch_generate
-from lite_dil.backends.types import OWN, Answer
+from lite_dil.backends.types import OWN, Generated
 from lite_dil.batching.batch import Batch
 from lite_dil.data.encoder import Example
 from lite_dil.generation.rollouts import rollouts
@@ -88,7 +88,7 @@ def test_each_answer_is_what_it_is_alone(backend_name: str, small: str, seeds: l
         with backend.adapter_off() if off else nullcontext():
             answers = backend.generate(PROMPTS, ROOM, ENDS, seeds)
             alone = [
-                Answer.of(list(backend.stream(prompt, ROOM, ENDS, seeds and seeds[row])), ENDS)
+                Generated.of(list(backend.stream(prompt, ROOM, ENDS, seeds and seeds[row])), ENDS)
                 for row, prompt in enumerate(PROMPTS)
             ]
         assert answers == alone
@@ -123,7 +123,7 @@ def test_transformers_models_of_any_state(name: str, monkeypatch: pytest.MonkeyP
             torch.nn.init.normal_(parameter, std=0.2)
     prompts, seeds = ([LONG] * 4 if name == "recurrent_gemma" else PROMPTS), SEEDS  # which padding changes
 
-    def answer(prompts: list[list[int]], seeds: list[int]) -> list[Answer]:
+    def answer(prompts: list[list[int]], seeds: list[int]) -> list[Generated]:
         return torch_generate.generate(model, torch.device("cpu"), prompts, ROOM, ENDS, seeds, OWN)
 
     reordered: list[Any] = []
@@ -152,7 +152,7 @@ def test_mlx_models_that_cannot_be_batched_or_padded(name: str) -> None:
         prompts, seeds = PROMPTS[-rows:], SEEDS[-rows:]
         answers = mlx_generate.generate(model, prompts, ROOM, ENDS, seeds, OWN)
         assert answers == [
-            Answer.of(list(mlx_generate.stream(model, prompt, ROOM, ENDS, processor)), ENDS)
+            Generated.of(list(mlx_generate.stream(model, prompt, ROOM, ENDS, processor)), ENDS)
             for prompt, processor in zip(prompts, mlx_generate.processors_of(prompts, seeds, OWN), strict=True)
         ]
 

@@ -11,7 +11,7 @@ import pytest
 from numeric import complex_step, constants, gradients, slope, values
 
 from lite_dil.objectives import losses
-from lite_dil.objectives.objective import Answers, Pairs, Sides
+from lite_dil.objectives.objective import Pairs, Responses, Sides
 from lite_dil.objectives.table import OBJECTIVES
 
 FIELDS = ("log_ratio", "logps", "mean_logps", "weighted_logps")
@@ -39,7 +39,7 @@ CASES = [
 ]
 
 
-def evaluate(form: Sides | Pairs, good: Answers, bad: Answers) -> Any:
+def evaluate(form: Sides | Pairs, good: Responses, bad: Responses) -> Any:
     """The loss of each pair."""
     if isinstance(form, Pairs):
         return form.loss(good, bad)
@@ -51,7 +51,7 @@ def of_stack(form: Sides | Pairs) -> Callable[[Any], Any]:
 
     def loss(x: Any) -> Any:
         baseline = x[0, 0, 0] * 0 + BASELINE
-        good, bad = (Answers(*(x[side, field] for field in range(4)), baseline) for side in range(2))
+        good, bad = (Responses(*(x[side, field] for field in range(4)), baseline) for side in range(2))
         return evaluate(form, good, bad)
 
     return loss
@@ -98,14 +98,14 @@ def f_divergence(u: Any, name: str, a: float) -> Any:
     return (u ** (1 - a) - (1 - a) * u - a) / (a * (a - 1))
 
 
-def f_dpo_oracle(good: Answers, bad: Answers, c: dict[str, Any]) -> np.ndarray:
+def f_dpo_oracle(good: Responses, bad: Responses, c: dict[str, Any]) -> np.ndarray:
     def slope(f: np.ndarray) -> np.ndarray:
         return complex_step(lambda u: f_divergence(u, c["divergence"], c["divergence_alpha"]), np.exp(f))
 
     return -log_sigmoid(c["beta"] * (slope(good.log_ratio) - slope(bad.log_ratio)))
 
 
-def bpo_oracle(good: Answers, bad: Answers, c: dict[str, Any]) -> np.ndarray:
+def bpo_oracle(good: Responses, bad: Responses, c: dict[str, Any]) -> np.ndarray:
     ratio, power = (np.exp(bad.log_ratio) / np.exp(good.log_ratio)) ** c["beta"], c["bpo_lambda"]
     return ratio ** (1 + power) / (4 * (1 + power)) - 1 / (4 * power * ratio**power)
 
@@ -143,7 +143,7 @@ ORACLES: dict[str, Callable[..., np.ndarray]] = {
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_values_equal_the_oracle(name: str, options: dict[str, Any]) -> None:
     c, x = constants(name, options), inputs()
-    good, bad = (Answers(*x[side], np.array(BASELINE)) for side in range(2))
+    good, bad = (Responses(*x[side], np.array(BASELINE)) for side in range(2))
     expected = ORACLES[name](good, bad, c)
     found = values(of_stack(OBJECTIVES[name].form(c)), x)
     np.testing.assert_allclose(found["numpy"], expected, rtol=1e-11, atol=1e-12)
@@ -169,8 +169,8 @@ def test_gradients_equal_finite_differences(name: str, options: dict[str, Any]) 
 def test_values_at_0_by_hand() -> None:
     """f = 0 on both sides and z0 = 0; the reference-free ones at log-probs (sum, mean, weighted) -2, -0.5, -1.5 and -3."""
     zero = np.zeros(1)
-    good = Answers(zero, zero - 2, zero - 0.5, zero - 1.5, np.array(0.0))
-    bad = Answers(zero, zero - 3, zero - 1, zero - 2, np.array(0.0))
+    good = Responses(zero, zero - 2, zero - 0.5, zero - 1.5, np.array(0.0))
+    bad = Responses(zero, zero - 3, zero - 1, zero - 2, np.array(0.0))
     found = {name: evaluate(row.form(constants(name, {})), good, bad).item() for name, row in OBJECTIVES.items()}
     assert found == pytest.approx(
         {

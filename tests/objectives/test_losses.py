@@ -14,7 +14,7 @@ from numeric import complex_step, constants, gradients, slope, values
 
 from lite_dil.objectives import losses
 from lite_dil.objectives.losses import EXPONENT_LIMIT, Bregman
-from lite_dil.objectives.objective import Answers, Sides
+from lite_dil.objectives.objective import Responses, Sides
 from lite_dil.objectives.table import OBJECTIVES, OPTIONS
 
 F = np.linspace(-3, 3, 25)  # float64, 0 among them
@@ -154,7 +154,7 @@ def test_the_cap_is_of_beta_f(name: str) -> None:
     form, member = OBJECTIVES[name].form(c), CAPPED["basu-0.5" if name == "basu" else name](2.0)
     assert isinstance(form, Sides) and form.rejected is not None
     f = np.array([-3.0, 3.99, 4.5])
-    seen = Answers(f, f, f, None, f * 0)
+    seen = Responses(f, f, f, None, f * 0)
     np.testing.assert_array_equal(form.chosen(seen), member.chosen(f / 2))
     np.testing.assert_array_equal(form.rejected(seen), member.rejected(f / 2))
     count = OBJECTIVES[name].capped

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import toys
 
-from lite_dil.objectives.objective import Answers, Pairs
+from lite_dil.objectives.objective import Pairs, Responses
 from lite_dil.objectives.table import OBJECTIVES
 
 LIBRARIES = ["torch", "mlx"]
@@ -155,7 +155,7 @@ def train_dpo(library: str, reference: np.ndarray, weights: np.ndarray, beta: fl
 
     def loss(logits: Any) -> Any:
         f = toys.log_softmax(logits) - reference_logps
-        good, bad = (Answers(side, side, side, None, f[0] * 0) for side in (f[:, None], f[None, :]))
+        good, bad = (Responses(side, side, side, None, f[0] * 0) for side in (f[:, None], f[None, :]))
         return (pairs * form.loss(good, bad)).sum()
 
     return softmax(toys.adam(library, loss, np.log(reference), steps=400, rate=0.2)[0])

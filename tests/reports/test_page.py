@@ -16,7 +16,7 @@ from lite_dil.objectives.table import OBJECTIVES
 from lite_dil.reports.outcome import outcome, read_record, warnings, what
 from lite_dil.reports.page import escaped, render
 from lite_dil.reports.run_report import write_report
-from lite_dil.runs.history import POINTS, Columns, read_history
+from lite_dil.runs.history import POINTS, MetricColumns, read_history
 
 FINE = 'class="note good"'  # what stands in the place of warnings
 VOID = {"meta", "br", "path", "use", "rect"}
@@ -104,7 +104,7 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
 
 
 def test_a_curve_of_many_lines_is_their_means() -> None:
-    columns = Columns()
+    columns = MetricColumns()
     for step in range(1, 2 * POINTS + 2):
         columns.add({"step": step, "a": None if step in (1, 3, 4) else step, **({"late": 1.0} if step > 9 else {})})
     curve = columns.curve("a")

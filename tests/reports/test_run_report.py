@@ -17,7 +17,7 @@ from conftest import byte_level_tokenizer, config, load, write_pairs
 from safetensors.numpy import load_file
 from trainings import metrics
 
-from lite_dil.backends.types import Answer
+from lite_dil.backends.types import Generated
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.base.files import partial
 from lite_dil.base.observer import Event, Observers
@@ -202,11 +202,11 @@ class Small:
         yield
         self.off = False
 
-    def generate(self, prompts: Sequence[Sequence[int]], limit: int, ends: Sequence[int], stop: Any) -> list[Answer]:
+    def generate(self, prompts: Sequence[Sequence[int]], limit: int, ends: Sequence[int], stop: Any) -> list[Generated]:
         self.calls.append(len(prompts))
         if len(prompts) > self.most:
             raise OutOfMemory("generating", "the library's words")
-        return [Answer([] if self.off else [prompt[0]], ends[0]) for prompt in prompts]
+        return [Generated([] if self.off else [prompt[0]], ends[0]) for prompt in prompts]
 
 
 def intake(count: int, rows: int = 30, **options: Any) -> Intake:

@@ -21,7 +21,7 @@ from compare import main
 from compare_settings import Comparison
 from conftest import bare_model, config, oracle_logps, write_pairs
 
-from lite_dil.backends.types import Answer
+from lite_dil.backends.types import Generated
 from lite_dil.batching.batch import Batch
 from lite_dil.config.options import build
 from lite_dil.config.train_config import TrainConfig
@@ -374,9 +374,9 @@ class Stub:
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         return np.array([self.factor * response.sum() for response in batch.responses])
 
-    def generate(self, prompts: Any, limit: int, ends: Any, seeds: Any) -> list[Answer]:
+    def generate(self, prompts: Any, limit: int, ends: Any, seeds: Any) -> list[Generated]:
         self.asked += seeds
-        return [Answer([7, 8], ends[0]) if i == 0 else Answer([5] * limit, None) for i in range(len(prompts))]
+        return [Generated([7, 8], ends[0]) if i == 0 else Generated([5] * limit, None) for i in range(len(prompts))]
 
 
 def test_an_answers_log_ratio_holds_the_end_token_that_was_drawn(tiny: str, tmp_path: Path) -> None:

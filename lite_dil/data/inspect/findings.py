@@ -52,7 +52,7 @@ from lite_dil.data.overlap import overlap
 from lite_dil.objectives.accepts import check_data
 from lite_dil.objectives.table import OBJECTIVES, objective_of
 
-SAMPLES = 3
+_SAMPLES = 3
 STORIES = 3
 SIDES = {CHOSEN: "chosen", REJECTED: "rejected"}
 
@@ -263,7 +263,7 @@ def _length_warning(options: InspectOptions, bias: dict[str, Any]) -> str:
 
 def _drawn(rows: int, seed: int) -> list[int]:
     random = named("data/samples", seed)
-    return sorted(int(i) for i in random.choice(rows, min(SAMPLES, rows), replace=False))
+    return sorted(int(i) for i in random.choice(rows, min(_SAMPLES, rows), replace=False))
 
 
 def _sample(example: Example, number: int, survey: Survey, options: InspectOptions) -> dict[str, Any]:
