@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.torch import unsloth as torch_unsloth
-from lite_dil.backends.torch.out_of_memory import ERRORS, conversion_report, ran_out
+from lite_dil.backends.torch.out_of_memory import conversion_report, ran_out
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.models import adapters
 from lite_dil.models.options import ModelOptions
@@ -189,7 +189,7 @@ def make_optimizer(parameters: list[Tensor], config: EngineOptions, in_4bit: boo
 
 
 def create_states(optimizer: Any) -> None:
-    """Create the state of each parameter that has none yet, whole or not at all.
+    """Create the state of each parameter that has none yet.
 
     The optimisers would do it in their first update: bitsandbytes' between the updates of others, where memory may run out.
     """
@@ -203,12 +203,8 @@ def create_states(optimizer: Any) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
-                continue
-            try:
+            else:
                 optimizer.init_state(group, parameter, g, i)
-            except ERRORS:
-                optimizer.state.pop(parameter, None)
-                raise
 
 
 def load_states(optimizer: Any, saved: Any) -> None:
