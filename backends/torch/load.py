@@ -87,8 +87,8 @@ def load_base(
         raise UserError(f"--model {model}: its files lack {len(absent)} of the model's weights, the first is {absent[0]}")
     if _is_packed(base.get_output_embeddings()):
         raise UserError(
-            f"{'--head-bits' if head_on_host else '--model'}: the output head of {model} is packed in its checkpoint, and this "
-            "backend needs it in 16 bits; take a checkpoint that leaves the head as it is, or one in 16 bits with --4bit"
+            f"{'--head-bits' if head_on_host else '--model'}: the output head of {model} is packed in its checkpoint, where "
+            "this backend needs 16 bits; take a checkpoint that leaves the head as it is, or one in 16 bits with --4bit"
         )
     if getattr(base, "is_loaded_in_4bit", False):
         _set_up_4bit(base, dtype)

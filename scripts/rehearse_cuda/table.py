@@ -9,7 +9,7 @@ from rehearse_cuda.cases import BRAIN, CARDS, HALF, WIDTHS, Case, cases
 from rehearse_cuda.results import Result, Results
 
 LEGEND = """Forward / backward: `own` is torch's own blocks, two numbers are smaller blocks of queries x keys, `plain` is the
-plain layout. With a soft cap after the semicolon, where it differs. A window changes nothing: the same kernels take it as data."""
+plain layout; with a soft cap after the semicolon, where it differs. A window changes nothing: the kernels take it as data."""
 Place = tuple[int, str, int, bool]  # card, type, width, and whether there is a soft cap
 
 
