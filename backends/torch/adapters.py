@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lite_dil.backends.torch.load import create_states, load_states
 from lite_dil.backends.torch.lora import peft_name
+from lite_dil.backends.torch.out_of_memory import ERRORS
 from lite_dil.backends.torch.score_head import ScoreHead
 
 
@@ -77,15 +78,22 @@ class Trainable:
             return norm, False
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        scale = self.scaler.get_scale()
-        create_states(self.optimizer)
-        self.scaler.step(self.optimizer)
+        scale, first = self.scaler.get_scale(), not self.optimizer.state
+        try:
+            create_states(self.optimizer)
+            self.scaler.step(self.optimizer)
+        except ERRORS:
+            # The states of a first step that failed go with it. What bitsandbytes has paged stays taken: it frees none.
+            if first:
+                del self.optimizer
+            raise
         self.scaler.update()
         return norm, self.scaler.get_scale() < scale
 
     def forget_gradients(self) -> None:
         """Let go of the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def undo(self) -> None:
         """Go back to before a step that failed ahead of its update."""

@@ -82,13 +82,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, scores: Scores) -> T
     """
     tokens = q.shape[2]
     kind = Kind(q.shape[1], k.shape[1], q.shape[3], v.shape[3], scores.scale, scores.cap, q.dtype, q.device)
-    if kind not in _kernels:
-        _kernels[kind] = compiled(kind) if q.is_cuda else Kernels(_function(kind, {}), {})
+    run = kernels(kind).run
     blocks = max(2, tokens // FLEX_BLOCK)  # torch would compile a single one anew
     if scores.window not in row.masks:
         row.masks[scores.window] = mask(row.segments, scores.window, blocks * FLEX_BLOCK, q.device)
-    out = call(_kernels[kind].run, (q, k, v), row.masks[scores.window])
-    return out.transpose(1, 2)[:, :tokens]
+    return call(run, (q, k, v), row.masks[scores.window]).transpose(1, 2)[:, :tokens]
+
+
+def kernels(kind: Kind) -> Kernels:
+    """Return what computes a kind of layer; on CUDA it is compiled the first time. Raises Unsupported as `attend` does."""
+    if kind not in _kernels:
+        _kernels[kind] = compiled(kind) if kind.device.type == "cuda" else Kernels(_function(kind, {}), {})
+    return _kernels[kind]
 
 
 def call(run: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor], lists: list[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.torch import unsloth as torch_unsloth
-from lite_dil.backends.torch.out_of_memory import ERRORS, conversion_report, ran_out
+from lite_dil.backends.torch.out_of_memory import conversion_report, ran_out
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.models import adapters
 from lite_dil.models.options import ModelOptions
@@ -85,10 +85,23 @@ def load_base(
     if absent := sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"])):
         # transformers would fill them with random numbers.
         raise UserError(f"--model {model}: its files lack {len(absent)} of the model's weights, the first is {absent[0]}")
+    if _is_packed(base.get_output_embeddings()):
+        raise UserError(
+            f"{'--head-bits' if head_on_host else '--model'}: the output head of {model} is packed in its checkpoint, where "
+            "this backend needs 16 bits; take a checkpoint that leaves the head as it is, or one in 16 bits with --4bit"
+        )
     if getattr(base, "is_loaded_in_4bit", False):
         _set_up_4bit(base, dtype)
     base.requires_grad_(False)
     return base
+
+
+def _is_packed(head: Any) -> bool:
+    """Return whether an output head has no matrix in numbers of 16 bits or more."""
+    weight = getattr(head, "weight", None)  # some formats have none
+    if weight is None or weight.element_size() < 2:
+        return True
+    return isinstance(head, torch.nn.Linear) and weight.shape != (head.out_features, head.in_features)
 
 
 def _without_dropout(config: Any) -> Any:
@@ -189,7 +202,7 @@ def make_optimizer(parameters: list[Tensor], config: EngineOptions, in_4bit: boo
 
 
 def create_states(optimizer: Any) -> None:
-    """Create the state of each parameter that has none yet, whole or not at all.
+    """Create the state of each parameter that has none yet.
 
     The optimisers would do it in their first update: bitsandbytes' between the updates of others, where memory may run out.
     """
@@ -203,12 +216,8 @@ def create_states(optimizer: Any) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
-                continue
-            try:
+            else:
                 optimizer.init_state(group, parameter, g, i)
-            except ERRORS:
-                optimizer.state.pop(parameter, None)
-                raise
 
 
 def load_states(optimizer: Any, saved: Any) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lite_dil.backends.limits import OFFLOAD_CHUNK
+from lite_dil.backends.torch.out_of_memory import ERRORS, ran_out
+from lite_dil.base.errors import first_line
 
 
 class Span(NamedTuple):
@@ -19,6 +21,19 @@ class Span(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     bytes: int
+
+
+class HostMemoryError(MemoryError):
+    """The computer's memory does not hold what is to be offloaded to it."""
+
+
+def _chunk(pinned: bool) -> Tensor:
+    try:
+        return torch.empty(OFFLOAD_CHUNK, dtype=torch.uint8, pin_memory=pinned)
+    except ERRORS as error:
+        if not ran_out(error):
+            raise
+        raise HostMemoryError(f"offloading activations: {first_line(error)}") from None
 
 
 class Arena:
@@ -36,7 +51,7 @@ class Arena:
         flat = x.contiguous().view(-1).view(torch.uint8)
         span = Span(start, x.shape, x.dtype, flat.numel())
         while len(self.chunks) * OFFLOAD_CHUNK < start + span.bytes:
-            self.chunks.append(torch.empty(OFFLOAD_CHUNK, dtype=torch.uint8, pin_memory=self.pinned))
+            self.chunks.append(_chunk(self.pinned))
         for here, there in self._pieces(span):
             here.copy_(flat[there], non_blocking=True)
         return span

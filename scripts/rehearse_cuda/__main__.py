@@ -2,7 +2,8 @@
 
     make rehearse-cuda                                        # everything, in an environment of its own
     .venv-cuda/bin/python scripts/rehearse_cuda train memory  # some parts: train, attention, out-of-memory, memory, fallbacks
-    .venv-cuda/bin/python scripts/rehearse_cuda attention --all --only sm_75
+    .venv-cuda/bin/python scripts/rehearse_cuda attention --all --only sm_75   # the whole table of attention, or a part of it
+    .venv-cuda/bin/python scripts/rehearse_cuda --table                        # as far as it was made
 
 Allocators, streams, autograd's threads, Inductor, Triton and ptxas are real, as are a card's limits; kernels and products do
 nothing, and what is read back is zeros. So it shows what is placed, allocated, compiled, refused and undone, and the memory
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # scripts/, where this pa
 from rehearse_cuda.cases import PARTS, Case, cases
 from rehearse_cuda.results import ROOT, Result, Results, heading, line, summary
 from rehearse_cuda.stand_in import build, clean, environment
+from rehearse_cuda.table import attention_table
 
 from lite_dil.base.errors import UserError
 
@@ -46,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if args.list:
         print("\n".join(case.title for case in wanted))
+        return 0
+    if args.table:
+        print(attention_table(Results(args.output / "results")))
         return 0
     try:
         if not wanted:
@@ -69,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="attention: the whole table of widths, windows, caps and types")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their part, card or name")
     parser.add_argument("--list", action="store_true", help="print the cases and run none")
+    parser.add_argument("--table", action="store_true", help="print what `attention --all` has found so far, and run none")
     parser.add_argument("--jobs", type=int, default=2, help="cases at once, each on a core or two and 2 GB (default: 2)")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "rehearse_cuda", help="folder of results and caches")
     return parser

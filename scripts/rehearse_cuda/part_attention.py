@@ -10,57 +10,70 @@ from typing import Any
 import numpy as np
 import torch
 from rehearse_cuda.cases import Case
-from rehearse_cuda.failed import Failed
+from rehearse_cuda.failed import Failed, require
 from rehearse_cuda.stand_in import Doors
 
 from lite_dil.backends.limits import FLEX_BLOCK
-from lite_dil.backends.torch import packed_attention
+from lite_dil.backends.torch import flex, packed_attention
+from lite_dil.backends.torch.row import Unsupported
 from lite_dil.base.errors import first_line
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import packed
 
 
 def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
-    """Attend over a row, forward and backward; return what was seen."""
-    doors = Doors()
-    before = doors.work()["launch"]
+    """Attend over rows, forward and backward; return what was seen."""
+    doors, settings = Doors(), case.settings
+    dtype, device, width = getattr(torch, settings["dtype"]), torch.device("cuda", 0), settings["width"]
+    cap = settings.get("cap") or 0.0
+    kind = flex.Kind(settings["heads"], settings["kv_heads"], width, width, width**-0.5, cap, dtype, device)
     try:
-        text = attend(case.settings)
-    except packed_attention.Unsupported as error:
+        blocks = flex.kernels(kind).blocks
+    except Unsupported as error:
         return f"falls back: {first_line(error)}", {"fits": False}
     except (RuntimeError, ImportError) as error:  # of dynamo, Inductor and Triton, which have many
         raise Failed(_reason(error)) from None
+    before, compiled = doors.work()["launch"], variants()
+    for window in settings.get("windows", [None]):
+        attend(kind, window)
     launches = doors.work()["launch"] - before
-    return text, {"fits": True, "launches": launches}
+    require(launches > 0, "attention launched nothing")
+    require(variants() == compiled, f"{variants() - compiled} variants were compiled after the first")
+    sizes = [_size(blocks, "fwd_BLOCK_M", "fwd_BLOCK_N"), _size(blocks, "bwd_BLOCK_M1", "bwd_BLOCK_N1")]
+    return f"fits, forward by {sizes[0]}, backward by {sizes[1]}", {"fits": True, "launches": launches, "blocks": blocks}
 
 
-def attend(settings: Mapping[str, Any]) -> str:
-    """Compute packed attention as the layers of a model do, and its gradients; return a few words on what was compiled.
-
-    The one place here that knows how the product computes it.
-
-    Args:
-        settings: width, heads, kv_heads, dtype, tokens; window and cap where there are any.
-    """
-    row = _row(settings["tokens"])
-    tokens, dtype = row.position_ids.shape[1], getattr(torch, settings["dtype"])
-
-    def heads(count: int) -> torch.Tensor:
-        return torch.zeros(1, count, tokens, settings["width"], dtype=dtype, device="cuda", requires_grad=True)
-
-    q, k, v = heads(settings["heads"]), heads(settings["kv_heads"]), heads(settings["kv_heads"])
+def attend(kind: flex.Kind, window: int | None) -> None:
+    """Compute packed attention over rows of two lengths as the layers of a model do, with its gradients and without."""
     config: Any = SimpleNamespace(_attn_implementation="sdpa")
-    with packed_attention.computing(config, row):
-        out, _ = packed_attention.attention(
-            torch.nn.Identity(), q, k, v, None, softcap=settings.get("cap"), sliding_window=settings.get("window")
+    for tokens in (512, 2 * window if window else 768):  # a row whose sequences are longer than the window
+        row = _row(tokens)
+        q, k, v = (
+            torch.zeros(1, heads, row.position_ids.shape[1], kind.width, dtype=kind.dtype, device=kind.device).requires_grad_()
+            for heads in (kind.heads, kind.key_heads, kind.key_heads)
         )
-        out.sum().backward()
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), packed_attention.computing(config, row):
+                out, _ = packed_attention.attention(
+                    torch.nn.Identity(), q, k, v, None, softcap=kind.cap or None, sliding_window=window
+                )
+            if gradients:
+                out.sum().backward()
     torch.cuda.synchronize()
-    return "forward and backward fit"
+
+
+def variants() -> int:
+    """Return how many functions torch's compiler has compiled in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _size(blocks: Mapping[str, int], queries: str, keys: str) -> str:
+    """Return blocks of queries and keys, in words."""
+    return f"{blocks[queries]} x {blocks[keys]}" if queries in blocks else "torch's own blocks"
 
 
 def _row(tokens: int) -> packed_attention.PackedRow:
-    """Return a row of one pair, in which every sequence is longer than the windows of the table."""
+    """Return a row of one pair: a prompt and two answers of as many tokens each."""
     ids = np.zeros(tokens // 3, np.int64)
     batch = Batch([ids], [ids, ids], np.array([0, 0]), np.array([1, -1]))
     return packed_attention.PackedRow.of(packed(batch, multiple=FLEX_BLOCK), torch.device("cuda"))

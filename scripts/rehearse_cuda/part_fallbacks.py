@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rehearse_cuda.stepping import Stepper, loaded, resolved
 from lite_dil.base.errors import first_line
 
 COMPILERS = ("CC", "CXX")  # by which Triton and Inductor are told of one
+FIXES = {"compiler": "apt install gcc", "triton": "pip install triton"}  # what the reason must name
 
 
 def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
@@ -24,7 +26,8 @@ def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
     except (RuntimeError, ImportError) as error:
         raise Failed(f"a traceback instead of the plain layout: {first_line(error)[:160]}") from None
     require(backend.layout == "plain", f"{backend.layout} layout; it cannot have been compiled")
-    require(bool(backend.layout_reason), "the plain layout was taken and no reason given")
+    fix = FIXES[case.settings["without"]]
+    require(fix in backend.layout_reason, f"no word of {fix!r}: {backend.layout_reason or 'no reason was given'}")
     Stepper(resolved(folder / "model", {"dtype": "bfloat16"})).step(backend)
     return backend.layout_reason, {}
 
@@ -40,7 +43,14 @@ def take_away(what: str, folder: Path) -> None:
         for name in COMPILERS:
             os.environ.pop(name, None)
         return
-    import sys
-
     assert "triton" not in sys.modules, "Triton has been imported already"
-    sys.modules["triton"] = None  # type: ignore[assignment]  # what makes an import of it an ImportError
+    sys.meta_path.insert(0, WithoutTriton())
+
+
+class WithoutTriton:
+    """Makes an import of Triton fail as where it is not installed."""
+
+    def find_spec(self, name: str, *args: Any) -> None:
+        """Raise for Triton; leave every other module to those that follow."""
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")

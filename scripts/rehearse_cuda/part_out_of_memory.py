@@ -148,7 +148,9 @@ class Rehearsal:
         self.place.now = "forward"
         try:
             self.stepper.step(self.backend)
-        except OutOfMemory:
+        except OutOfMemory as error:
+            offloading = "--no-offload-activations" in str(error)
+            require(offloading == (self.where == "pinned"), f"the remedies are of another memory: {first_line(error)}")
             return self.place.now
         except RuntimeError as error:  # torch's own, which the backend must not let through
             raise Failed(f"{type(error).__name__} in {self.place.now}: {first_line(error)[:160]}") from None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import shutil
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,11 @@ def _command(model: Path, folder: Path) -> tuple[str, dict[str, Any]]:
     out = folder / "out"
     flags = ["--model", str(model), "--backend", "cuda", "--max-rows", "8", "--max-steps", "3", "--save-steps", "1"]
     flags += ["--max-length", "256", "--report-samples", "0", "--reference-cache", str(folder / "cache"), "--4bit"]
-    require(main(["train", *flags, "--output-dir", str(out)]) == 0, "the command failed")
+    with redirect_stdout(StringIO()) as said:
+        code = main(["train", *flags, "--output-dir", str(out)])
+    print(said.getvalue())  # for the log
+    require(code == 0, "the command failed")
+    require("compiling FlexAttention" in said.getvalue(), "no word of the compilation that the start waits for")
     for step in (2, 3):
         shutil.rmtree(out / "checkpoints" / f"step-{step}")
     require(main(["train", "--resume", str(out / "checkpoints" / "step-1")]) == 0, "going on from a checkpoint failed")

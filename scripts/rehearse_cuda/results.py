@@ -45,6 +45,11 @@ class Results:
         same = kept["made_with"] == self._made_with and kept["case"] == json.loads(json.dumps(asdict(case)))
         return Result(**kept["result"]) if same and kept["result"]["ok"] else None
 
+    def latest(self, case: Case) -> Result | None:
+        """Return the result of an earlier run, whatever it was made with."""
+        path = self._path(case)
+        return Result(**json.loads(path.read_text(encoding="utf-8"))["result"]) if path.exists() else None
+
     def keep(self, case: Case, result: Result) -> None:
         """Write a result."""
         content = {"case": asdict(case), "result": asdict(result), "made_with": self._made_with}

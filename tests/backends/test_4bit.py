@@ -156,3 +156,16 @@ def test_a_checkpoint_packed_by_bitsandbytes_trains_as_with_the_flag(tiny: str, 
         assert one.loss == two.loss
     with pytest.raises(UserError, match="bitsandbytes"):
         load("mlx", str(tmp_path))
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16"])
+def test_a_head_that_is_packed_in_the_checkpoint_is_refused(tiny: str, tmp_path: Path, storage: str) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["none"], bnb_4bit_quant_storage=storage)
+    ready = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=settings, dtype=torch.float32)
+    assert "quant_state" in vars(ready.lm_head.weight)
+    ready.save_pretrained(tmp_path)
+    for options, flag in (({}, "--model"), ({"head_bits": 8}, "--head-bits")):
+        with pytest.raises(UserError, match=f"^{flag}: the output head of {tmp_path} is packed in its checkpoint.*$"):
+            load("cpu", str(tmp_path), **options)

@@ -13,6 +13,7 @@ import torch
 from conftest import batch, criterion, load, one_step, write_pairs
 
 from lite_dil.backends.limits import OFFLOAD_CHUNK
+from lite_dil.backends.torch import offload
 from lite_dil.backends.torch.offload import Arena
 from lite_dil.backends.torch.out_of_memory import ran_out, whole
 from lite_dil.base.errors import OutOfMemory, UserError
@@ -132,6 +133,19 @@ def test_what_else_transformers_cannot_convert_is_no_lack_of_memory(
     monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", fail)
     with pytest.raises(UserError, match="cannot be loaded"):
         load("cpu", tiny, load_in_4bit=True)
+
+
+def test_activations_that_the_computers_memory_does_not_hold(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offloading is what takes it, so that it is no remedy."""
+    monkeypatch.setattr(offload, "OFFLOAD_CHUNK", 2**60)
+    backend: Any = load("cpu", tiny)
+    arena = Arena(pinned=False)
+    backend.decoder.layers[1].mlp.register_forward_hook(lambda module, inputs, out: arena.put(out, 0) and None)
+    with pytest.raises(OutOfMemory, match="you tried to allocate") as caught:
+        one_step(backend, [batch()], criterion(), 1e-3)
+    helps = str(caught.value).partition("What helps: ")[2]
+    assert helps == "a shorter --max-length, --no-offload-activations, more memory in the computer"
+    assert caught.value.micro_batch == 0
 
 
 def test_offloaded_arrays_take_their_bytes_and_no_more() -> None:

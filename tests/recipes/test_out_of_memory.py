@@ -150,7 +150,9 @@ def take(backend: Any, steps: int, fault: Fault | None = None) -> list[Any]:
         if failed:
             assert failed.__context__ is None
             assert fault is not None
-            assert all(parameter.grad is None for parameter in backend.adapters["policy"].parameters)
+            policy = backend.adapters["policy"]
+            assert all(parameter.grad is None for parameter in policy.parameters)
+            assert bool(policy.optimizer.state) == bool(results), "a first step that failed has no optimiser's state"
             assert not any(canary() for canary in fault.canaries)
             with backend.adapter_off():
                 assert is_reference(backend)

@@ -73,7 +73,8 @@ def test_attention_has_what_models_are_shipped_with_and_the_whole_table() -> Non
     assert len(shipped) == 12
     assert {case["width"] for case in shipped} == {64, 96, 128, 256, 512}
     table = cases(("attention",), everything=True)
-    assert len(table) == 7 * 4 * (2 * 5 + 1)  # widths, windows and caps, and types by card
+    assert len(table) == 7 * 2 * (2 * 5 + 1)  # widths, caps, and types by card
+    assert all(case.settings["windows"] == [None, 256] for case in table)
     assert not [case for case in table if case.card == 75 and case.settings["dtype"] == "bfloat16"]
     assert all(case.settings["heads"] % case.settings["kv_heads"] == 0 for case in [*cases(("attention",)), *table])
 
@@ -137,6 +138,29 @@ def test_only_what_passed_with_the_same_sources_is_kept(tmp_path: Path) -> None:
     assert Results(tmp_path).passed(case) is None
     results.keep(case, replace(good, ok=False))
     assert Results(tmp_path).passed(case) is None
+
+
+def test_the_table_of_attention_is_made_of_the_results_so_far(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = {
+        (c.card, c.settings["dtype"], c.settings["width"], bool(c.settings["cap"])): c for c in cases(("attention",), True)
+    }
+    forward, backward = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32}, {"bwd_BLOCK_M1": 16, "bwd_BLOCK_N1": 32}
+    for card, width, cap, figures in (
+        (75, 64, False, {"fits": True, "blocks": {}}),
+        (75, 64, True, {"fits": True, "blocks": {}}),
+        (75, 80, False, {"fits": True, "blocks": forward}),
+        (75, 80, True, {"fits": True, "blocks": forward | backward}),
+        (75, 96, False, {"fits": False}),
+        (75, 96, True, None),
+    ):
+        result = Result(figures is not None, "", figures or {}, 1.0)
+        Results(tmp_path / "results").keep(table[card, "float16", width, cap], result)
+    assert program.main(["--table", "--output", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| | 64 | 80 | 96 | 128 | 192 | 256 | 512 |"
+    row = "| sm_75, fp16 | own | 64 x 32 / own; 64 x 32 / 16 x 32 | plain; FAILED | ? | ? | ? | ? |"
+    assert lines[2] == row
+    assert len(lines) == 2 + 11 + 1 + 2 + 1 and lines[-1] == "148 of 154 cases have no result yet."
 
 
 def test_a_case_that_fails_is_exit_1_and_what_it_said_is_shown(
