@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from cpu_time import CpuTime
+from markupsafe import Markup
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -188,7 +189,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def undrawn() -> Iterator[None]:
     """Charts without curves: drawing them is four fifths of what a run of a tiny model takes, in every test that trains."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(charts, "svg", lambda make, salt="", text="": f'<svg data-chart="{salt}"></svg>')
+        patch.setattr(charts, "svg", lambda make, salt="", text="": Markup(f'<svg data-chart="{salt}"></svg>'))
         yield
 
 

@@ -44,6 +44,8 @@ def test_wheel_in_an_empty_environment(tmp_path: Path) -> None:
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "lite_dil").rglob("*.py")} <= set(names)
     assert {f"lite_dil/{path.relative_to(ROOT)}" for path in (ROOT / "backends").rglob("*.py")} <= set(names)
     assert {f"lite_dil/data/short_answers/{split}.jsonl" for split in ("train", "test")} <= set(names)
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "lite_dil" / "reports" / "templates").iterdir()}
+    assert "lite_dil/reports/templates/report.html" in templates <= set(names)
     assert "lite_dil/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests/", "scripts/", "backends/")) for name in names)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 import platform
 import sys
-from pathlib import Path
 from typing import NamedTuple
-
-from lite_dil.base.errors import UserError
 
 GIB = 2**30
 
@@ -81,17 +76,6 @@ class Memory(NamedTuple):
 
 def available() -> int:
     """Return the bytes of the computer's memory that are free or can be freed."""
-    if importlib.util.find_spec("psutil") is not None:
-        import psutil
+    import psutil
 
-        return int(psutil.virtual_memory().available)
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 2**10
-    except OSError:
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on Windows, not on macOS
-        raise UserError("how much memory is free cannot be found out without psutil: pip install psutil") from None
+    return int(psutil.virtual_memory().available)

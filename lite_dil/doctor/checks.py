@@ -24,8 +24,8 @@ from lite_dil.training.step import micro_batches
 
 NEAR = 2.0  # two ways of rounding to 16 bits are equally far from float32, but for chance
 RELATIVE = 1e-3  # of gradients in float32
-RATE, STEPS, TRIES = 1e-2, 3, 20
-TOKENS = 12
+RATE, STEPS, _TRIES = 1e-2, 3, 20
+_TOKENS = 12
 
 
 class Finding(NamedTuple):
@@ -117,13 +117,13 @@ def fresh(subject: Subject) -> Finding:
     """Expect an untrained model to be its own reference, and to learn."""
     backend = subject.load(dtype=subject.dtype, layout="auto")
     taken: list[StepResult] = []
-    for _ in range(TRIES):
+    for _ in range(_TRIES):
         result = subject.step(backend, subject.pairs, RATE)
         taken += [] if result.skipped else [result]  # float16 may have to lower its loss scale first
         if len(taken) == STEPS:
             break
     else:
-        return Finding(False, f"gradients overflow: {len(taken)} of {TRIES} steps were taken")
+        return Finding(False, f"gradients overflow: {len(taken)} of {_TRIES} steps were taken")
     far = float(np.abs(taken[0].policy - taken[0].reference).max())
     text = f"log-ratio {far:g} at first; loss {taken[0].loss:.3f} to {taken[-1].loss:.3f} in {len(taken)} steps"
     return Finding(far == 0 and taken[-1].loss < taken[0].loss, text)
@@ -181,10 +181,10 @@ def generation(subject: Subject) -> Finding:
     """Compare answers in a batch with streamed ones, and the first token with the log-probs of all."""
     backend = subject.load(init_adapter=subject.adapter, reference="base")
     prompts = [list(pair.prompt) for pair in subject.pairs]
-    greedy = [answer.ids for answer in backend.generate(prompts, TOKENS, [1])]
-    streamed = [[token for token in backend.stream(prompt, TOKENS, [1]) if token != 1] for prompt in prompts]
+    greedy = [answer.ids for answer in backend.generate(prompts, _TOKENS, [1])]
+    streamed = [[token for token in backend.stream(prompt, _TOKENS, [1]) if token != 1] for prompt in prompts]
     drawn = [
-        [a.ids for a in backend.generate(prompts, TOKENS, [1], seeds=[1, 2, 3, 4], sampling=Sampling())] for _ in range(2)
+        [a.ids for a in backend.generate(prompts, _TOKENS, [1], seeds=[1, 2, 3, 4], sampling=Sampling())] for _ in range(2)
     ]
     every = np.arange(tiny_model.VOCABULARY)
     answers = [np.array([token]) for token in every]

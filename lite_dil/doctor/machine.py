@@ -15,7 +15,7 @@ from lite_dil.base.version import __version__
 from lite_dil.models.find import cache_dir
 from lite_dil.planning.memory import memory_here
 
-PACKAGES = (
+_PACKAGES = (
     "torch",
     "transformers",
     "peft",
@@ -28,7 +28,7 @@ PACKAGES = (
     "huggingface-hub",
 )
 # What an option needs that may not be installed: module, what for, and how to get it.
-EXTRAS = (
+_EXTRAS = (
     ("bitsandbytes", "--4bit on cuda and cpu", 'pip install -e ".[cpu]"'),
     ("pyarrow", "Parquet and Arrow files", 'pip install -e ".[data]"'),
     ("zstandard", ".zst files", 'pip install -e ".[data]"'),
@@ -67,8 +67,8 @@ def look(backend: str) -> Machine:
         __version__,
         f"{platform.python_version()} {platform.python_implementation()}",
         f"{platform.system()} {platform.release()} {platform.machine()}",
-        {name: version for name in PACKAGES if (version := _version(name))},
-        [(what, command) for module, what, command in EXTRAS if util.find_spec(module) is None],
+        {name: version for name in _PACKAGES if (version := _version(name))},
+        [(what, command) for module, what, command in _EXTRAS if util.find_spec(module) is None],
         found,
         device,
         round(shutil.disk_usage(_existing(cache_dir())).free / GIB, 1),

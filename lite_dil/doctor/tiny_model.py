@@ -11,16 +11,16 @@ import numpy as np
 from lite_dil.base.files import write as write_text
 from lite_dil.models.tensors import Planned, write
 
-WIDTH, INNER, LAYERS, HEADS, KEY_HEADS, VOCABULARY = 128, 256, 2, 2, 1, 256
+_WIDTH, _INNER, _LAYERS, _HEADS, _KEY_HEADS, VOCABULARY = 128, 256, 2, 2, 1, 256
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": WIDTH,
-    "intermediate_size": INNER,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KEY_HEADS,
-    "head_dim": WIDTH // HEADS,
+    "hidden_size": _WIDTH,
+    "intermediate_size": _INNER,
+    "num_hidden_layers": _LAYERS,
+    "num_attention_heads": _HEADS,
+    "num_key_value_heads": _KEY_HEADS,
+    "head_dim": _WIDTH // _HEADS,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
@@ -37,21 +37,21 @@ CONFIG = {
 
 def weights() -> dict[str, np.ndarray]:
     """Return the model's weights, float32. They are large enough that a wrong mask or position shows in the log-probs."""
-    keys = WIDTH // HEADS * KEY_HEADS
+    keys = _WIDTH // _HEADS * _KEY_HEADS
     matrices = {
-        "self_attn.q_proj": (WIDTH, WIDTH),
-        "self_attn.k_proj": (keys, WIDTH),
-        "self_attn.v_proj": (keys, WIDTH),
-        "self_attn.o_proj": (WIDTH, WIDTH),
-        "mlp.gate_proj": (INNER, WIDTH),
-        "mlp.up_proj": (INNER, WIDTH),
-        "mlp.down_proj": (WIDTH, INNER),
+        "self_attn.q_proj": (_WIDTH, _WIDTH),
+        "self_attn.k_proj": (keys, _WIDTH),
+        "self_attn.v_proj": (keys, _WIDTH),
+        "self_attn.o_proj": (_WIDTH, _WIDTH),
+        "mlp.gate_proj": (_INNER, _WIDTH),
+        "mlp.up_proj": (_INNER, _WIDTH),
+        "mlp.down_proj": (_WIDTH, _INNER),
     }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, WIDTH)}
-    for layer in range(LAYERS):
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, _WIDTH)}
+    for layer in range(_LAYERS):
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in matrices.items()}
-        shapes |= {f"model.layers.{layer}.{name}.weight": (WIDTH,) for name in ("input_layernorm", "post_attention_layernorm")}
-    shapes |= {"model.norm.weight": (WIDTH,), "lm_head.weight": (VOCABULARY, WIDTH)}
+        shapes |= {f"model.layers.{layer}.{name}.weight": (_WIDTH,) for name in ("input_layernorm", "post_attention_layernorm")}
+    shapes |= {"model.norm.weight": (_WIDTH,), "lm_head.weight": (VOCABULARY, _WIDTH)}
     draw = np.random.default_rng(0)
     return {
         name: np.ones(shape, np.float32) if len(shape) == 1 else draw.normal(0, 0.15, shape).astype(np.float32)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
+import shutil
+from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import GIB, Memory, available
@@ -62,26 +63,47 @@ def _cuda_memory() -> Memory:
 
         if seen := cuda_memory():
             return seen
-    if found := nvidia_smi():
+    if found := nvidia_gpu():
         name, free, total = found
         text = f"{name}, {free / GIB:.1f} of {total / GIB:.1f} GB free, about 0.6 GB of it for CUDA itself"
         return Memory(max(0, free - CUDA_CONTEXT), text)
     raise UserError("no NVIDIA GPU is found here; say how much memory the card has with --memory GB")
 
 
-def nvidia_smi() -> tuple[str, int, int] | None:
-    """Return name, free and total bytes of the GPU that CUDA would take first, as nvidia-smi says; None where it cannot."""
+def nvidia_gpu() -> tuple[str, int, int] | None:
+    """Return name, free and total bytes of the GPU that CUDA would take first, as its driver says; None where it has none.
+
+    Raises UserError where there is a driver but not nvidia-ml-py, which asks it.
+    """
     # CUDA takes the devices up to the first that does not exist: none of "", "-1" or "none".
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
-    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.free,memory.total,name", "--format=csv,noheader,nounits"]
-    try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+    if importlib.util.find_spec("pynvml") is None:
+        if first and shutil.which("nvidia-smi"):
+            raise UserError("nvidia-ml-py tells how much memory the GPU has: pip install nvidia-ml-py, or give --memory GB")
         return None
-    for line in out.stdout.splitlines() if first and not out.returncode else ():
-        parts = line.strip().split(", ", 4)
-        if len(parts) != 5 or not (parts[2].isdigit() and parts[3].isdigit()):
-            continue
-        if first == parts[0] or (first.startswith("GPU-") and parts[1].startswith(first)):  # its start is enough for CUDA
-            return parts[4], int(parts[2]) * 2**20, int(parts[3]) * 2**20
-    return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            gpu = _gpu(first)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+            return pynvml.nvmlDeviceGetName(gpu), memory.free, memory.total
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:  # no driver, or no device of that name
+        return None
+
+
+def _gpu(name: str) -> Any:
+    """Return the device of an entry of CUDA_VISIBLE_DEVICES. Raises NVMLError where there is none."""
+    import pynvml
+
+    if name.startswith("MIG-"):
+        return pynvml.nvmlDeviceGetHandleByUUID(name)
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+        # The start of a UUID is enough for CUDA.
+        if name == str(index) or (name.startswith("GPU-") and pynvml.nvmlDeviceGetUUID(gpu).startswith(name)):
+            return gpu
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)

@@ -23,7 +23,7 @@ from lite_dil.models.shape import ModelShape, read_shape
 from lite_dil.objectives.table import objective_of
 from lite_dil.planning import auto, fit
 from lite_dil.planning.estimate import BYTES, Estimate, Load
-from lite_dil.planning.memory import memory_here, memory_of, nvidia_smi
+from lite_dil.planning.memory import memory_here, memory_of, nvidia_gpu
 
 _WEIGHTS = (".safetensors", ".bin")
 CARDS = (8, 12, 16, 24)
@@ -178,9 +178,9 @@ def planned_backend(name: str, memory_given: bool) -> tuple[str, str]:
     try:
         here = registry.resolve("auto")
     except UserError:  # none is installed, which planning does not need
-        here = "cuda" if nvidia_smi() else "cpu"
+        here = "cuda" if not memory_given and nvidia_gpu() else "cpu"
     if here == "cpu" and memory_given:
-        return "cuda", " (there is no GPU here; --backend cpu or mlx plans for those)"
+        return "cuda", " (nothing here uses a GPU yet; --backend cpu or mlx plans for those)"
     return here, ""
 
 

@@ -83,7 +83,7 @@ def write_card(folder: Path, source: AdapterSource, format: str, check: Any, com
     base = _EMBEDDED if model == EMBEDDED_MODEL else ({"base_model": model} if is_hub_id(model) else {}) | _license(model)
     facts = _facts(source.run) if source.run else {}
     parts = [
-        "---\n" + _front_matter(kind, base, options) + "---",
+        f"---\n{_front_matter(kind, base, options)}\n---",
         *_introduction(kind, model, base, options, source.strength),
         "## Use",
         how_to_use(
@@ -100,29 +100,25 @@ def write_card(folder: Path, source: AdapterSource, format: str, check: Any, com
     replace_file(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
-def _front_matter(kind: str, base: dict[str, str], options: dict[str, Any]) -> str:
+def _front_matter(kind: str, base: dict[str, Any], options: dict[str, Any]) -> str:
     """Return the YAML that the hub reads."""
-    import yaml
+    from huggingface_hub import ModelCardData
 
     loss = options.get("loss")
-    family = ["dil"] if loss in DIL_FAMILY else []
-    preference = ["preference"] if loss and objective_of(loss).data != "chosen" else []
-    data = {
+    tags = ["lite-dil"]
+    if loss:
+        tags += [*(["dil"] if loss in DIL_FAMILY else []), shown(loss)]
+    tags += ["lora", *(["preference"] if loss and objective_of(loss).data != "chosen" else [])]
+    tags += ["gguf"] if kind in ("gguf", "ollama") else []
+    relation = "adapter" if kind in ("peft", "mlx-lm") else "finetune"
+    return ModelCardData(
         **base,
-        "base_model_relation": ("adapter" if kind in ("peft", "mlx-lm") else "finetune") if "base_model" in base else None,
-        "library_name": _LIBRARIES.get(kind),
-        "pipeline_tag": "text-generation",
-        "datasets": public_sources(options.get("data", ""))[1],
-        "tags": [
-            "lite-dil",
-            *family,
-            *([shown(loss)] if loss else []),
-            "lora",
-            *preference,
-            *(["gguf"] if kind in ("gguf", "ollama") else []),
-        ],
-    }
-    return yaml.safe_dump({key: value for key, value in data.items() if value}, sort_keys=False, allow_unicode=True)
+        base_model_relation=relation if "base_model" in base else None,
+        library_name=_LIBRARIES.get(kind),
+        pipeline_tag="text-generation",
+        datasets=public_sources(options.get("data", ""))[1] or None,
+        tags=tags,
+    ).to_yaml()
 
 
 def _license(model: str) -> dict[str, str]:

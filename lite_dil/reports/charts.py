@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from lite_dil.runs.history import Curve, History
 
@@ -32,8 +33,10 @@ def inked(ink: str) -> dict[Any, Any]:
     return {**dict.fromkeys(_INKED, ink), "axes.spines.top": False, "axes.spines.right": False}
 
 
-def svg(make: Callable[[str], Any], salt: str = "lite-dil", text: str = "path") -> str:
+def svg(make: Callable[[str], Any], salt: str = "lite-dil", text: str = "path") -> Markup:
     """Return the figure that `make` draws in a given ink, as an SVG element in the colour of the text around it.
+
+    It is markup: a page shows it unescaped.
 
     Args:
         salt: decides the names inside the SVG, so that the same numbers make the same file.
@@ -49,7 +52,7 @@ def svg(make: Callable[[str], Any], salt: str = "lite-dil", text: str = "path") 
     found = found[found.index("<svg") :].replace(INK, "currentColor")
     for pattern, instead in _NOT_OURS:
         found = re.sub(pattern, instead, found)
-    return found
+    return Markup(found)
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Drawn:
     """A chart's SVG, and a sentence of its figures for those who cannot see it."""
 
     chart: Chart
-    svg: str
+    svg: Markup
     sentence: str
     bin: int
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import re
 from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from reported import HOSTILE, make_run
 
 from lite_dil.objectives.table import OBJECTIVES
+from lite_dil.reports import html
 from lite_dil.reports.outcome import outcome, read_record, warnings, what
-from lite_dil.reports.page import escaped, render
+from lite_dil.reports.page import render
 from lite_dil.reports.run_report import write_report
 from lite_dil.runs.history import POINTS, MetricColumns, read_history
 
@@ -205,7 +208,7 @@ def test_what_max_length_cuts_is_said(tmp_path: Path) -> None:
 
 def test_a_sample_prompt_that_was_cut_says_so(tmp_path: Path) -> None:
     blocks = make_run(tmp_path, max_length=900, samples=2).split('<div class="sample">')[1:]
-    said = "cut at its start by --max-length 900: the model saw 1,011 of the prompt&#x27;s 1,012 tokens"
+    said = "cut at its start by --max-length 900: the model saw 1,011 of the prompt&#39;s 1,012 tokens"
     assert [said in block for block in blocks] == [False, True]
     assert blocks[1].index(said) < blocks[1].index("before, 20 tokens")
     path = tmp_path / "report_samples.jsonl"  # of an earlier version, which did not count
@@ -308,7 +311,18 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     assert page.count("</style>") == page.count("</title>") == 1
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", page)
     assert tags.text.count("<script>window.hit=1</script>") > 20  # as text
-    assert escaped("'\"<&\ud800") == "&#x27;&quot;&lt;&amp;\ufffd"
+    assert "\ufffd[31m\ufffd \ufffd https:" in tags.text  # what was no character, two controls and half a pair
+
+
+def test_templates_vouch_for_no_text() -> None:
+    """No filter lifts the escaping, one function makes markup, and a name that is missing ends the page."""
+    folder = Path(html.__file__).parent
+    for path in (folder / "templates").iterdir():
+        assert not re.search(r"\bsafe\b|autoescape", path.read_text(encoding="utf-8")), path
+    sources = chain(folder.parent.rglob("*.py"), (folder.parents[1] / "scripts").rglob("*.py"))
+    assert [path.name for path in sources if "Markup(" in path.read_text(encoding="utf-8")] == ["charts.py"]
+    with pytest.raises(UndefinedError, match="name"):
+        html.render("report.html")
 
 
 @pytest.mark.usefixtures("drawn")

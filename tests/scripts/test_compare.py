@@ -20,6 +20,7 @@ import pytest
 from compare import main
 from compare_settings import Comparison
 from conftest import bare_model, config, oracle_logps, write_pairs
+from markupsafe import Markup
 
 from lite_dil.backends.types import Generated
 from lite_dil.batching.batch import Batch
@@ -278,7 +279,7 @@ def test_the_page_escapes_what_data_and_models_say(tmp_path: Path) -> None:
     comparison = Comparison(tmp_path, {"lsif": options}, [0], 1, 1, 1, hostile)
     samples = {"lsif": [dict.fromkeys(("prompt", "before", "after"), hostile)]}
     page = compare_page.render(
-        comparison, ["loss", hostile], [[hostile, hostile]], [hostile], [hostile], "<svg></svg>", samples
+        comparison, ["loss", hostile], [[hostile, hostile]], [hostile], [hostile], Markup("<svg></svg>"), samples
     )
     tags = Tags()
     tags.feed(page)
