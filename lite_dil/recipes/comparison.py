@@ -1,87 +1,114 @@
-"""Train several losses from the same start on the same data, and see side by side what each does to the model.
-
-    python scripts/compare.py --data prefs.jsonl --losses lsif,ukl,bce,dpo,simpo
-    python scripts/compare.py --data prefs.jsonl --eval-data held_out.jsonl --losses lsif,dpo --seeds 0,1,2 --max-steps 200
-
-Takes the flags of train beside its own. Writes into --output: index.html (one page with everything), table.md, table.json,
-figure2.png and curves.json (log-probs of held-out answers during training), and the runs. Interrupted, the same command with
-the same --output goes on where it was.
-"""
+"""Several losses from the same start on the same data: each trained, then measured, and laid side by side."""
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from compare_settings import Comparison, read
-
-from lite_dil.base.errors import TrainingDiverged, UserError
+from lite_dil.backends import registry
+from lite_dil.backends.options import LoadOptions
+from lite_dil.base.display import Display
+from lite_dil.base.errors import TrainingDiverged
 from lite_dil.base.files import replace_file
-from lite_dil.base.start import quiet_bars, start
 from lite_dil.config.resume import check_same_run, saved_config
 from lite_dil.config.train_config import ResolvedConfig
+from lite_dil.evaluation.comparison.measure import Probe, measure, measure_reference
+from lite_dil.evaluation.comparison.report import RESULT, Findings, report
+from lite_dil.evaluation.comparison.settings import Comparison
+from lite_dil.generation import policy as policies
+from lite_dil.generation.policy import AdapterSource, Policy
+from lite_dil.recipes.given import Given
+from lite_dil.recipes.preference import train
+from lite_dil.recipes.run import Run
 from lite_dil.runs.folder import RunFolder
 
-RESULT = "result.json"  # a run that has it is finished: trained and measured, or diverged
+# What the policy itself says, or what a fresh adapter is given anew.
+_NOT_COMPARED = {"backend", "dtype", "seed"}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a comparison; return 0, 2 for the user's errors, 130 when stopped."""
-    again = ""
+def compare(comparison: Comparison, display: Display, policy: Policy | None = None) -> Findings | None:
+    """Train and measure what is not done yet, and report; return None where Ctrl-C ended it early.
+
+    All runs share one base in memory, each with a fresh adapter, unless --auto chooses for each run how its model is loaded.
+
+    Args:
+        policy: whose base and adapter are used; it is left with a fresh adapter. None loads one, and closes it at the end.
+
+    Raises:
+        UserError: as training does; what is finished is kept.
+    """
+    base = _Base(policy, display)
     try:
-        start(training=True)
-        comparison = read(sys.argv[1:] if argv is None else argv, __doc__ or "", lambda text: print(text, flush=True))
-        again = comparison.again
-        if compare(comparison):
-            return 0
-    except UserError as error:
-        print(f"compare: {error}", file=sys.stderr)
-        if again:  # what is done is kept; options that change no result, as --row-tokens, may differ
-            print(f"compare: when that is mended, go on with: {again}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        pass
-    print(f"compare: stopped; go on with: {again}" if again else "compare: stopped", file=sys.stderr)
-    return 130
+        runs = [(loss, seed) for seed in comparison.seeds for loss in comparison.configs]
+        for number, (loss, seed) in enumerate(runs, 1):
+            name = f"{loss}, seed {seed} ({number} of {len(runs)})"
+            if (Path(comparison.run(loss, seed).output_dir or "") / RESULT).exists():
+                display.say(f"{name}: done before")
+                continue
+            display.say(f"\n{name}")
+            if not _run(comparison, loss, seed, base, display):
+                return None
+    finally:
+        base.leave()
+    return report(comparison)
 
 
-def compare(comparison: Comparison) -> bool:
-    """Train and measure what is not done yet, and report; return False where a signal ended it early."""
-    from lite_dil.backends.registry import prepare
+class _Base:
+    """The base that the runs share: it gives each run a policy that nothing has trained."""
 
-    first = next(iter(comparison.configs.values()))
-    prepare(first.backend, first, first)
-    quiet_bars()
-    from compare_report import report
+    def __init__(self, policy: Policy | None, display: Display) -> None:
+        self._own, self._policy, self._display = policy is None, policy, display
+        self._seed = policy.options.seed if policy and policy.options else 0
 
-    from lite_dil.cli.progress import Terminal
+    def policy(self, config: ResolvedConfig) -> Policy | None:
+        """Return the policy to train; None where --auto is to decide first how it is loaded."""
+        if self._own and self._policy and (config.auto or not _loaded_alike(self._policy, config)):
+            self._close()
+        if config.auto:
+            return None
+        if self._policy is None:
+            self._policy = policies.load(AdapterSource(None, None, config), self._display.say, config)
+        registry.forget_peak(self._policy.backend.name)
+        return self._policy.fresh(config.seed)
 
-    display = Terminal()
-    runs = [comparison.run(loss, seed) for seed in comparison.seeds for loss in comparison.configs]
-    for number, config in enumerate(runs, 1):
-        name = f"{config.loss}, seed {config.seed} ({number} of {len(runs)})"
-        if (Path(config.output_dir or "") / RESULT).exists():
-            display.say(f"{name}: done before")
-            continue
-        display.say(f"\n{name}")
-        _forget()
-        if not run_one(comparison, config, display):
-            return False
-    report(comparison, display)
-    return True
+    def take(self, run: Run) -> None:
+        """Keep the policy of a run that loaded it itself."""
+        self._policy = run.policy
+
+    def leave(self) -> None:
+        """Close the policy, or leave the one that was given as it was."""
+        if self._own:
+            self._close()
+        elif self._policy is not None:
+            self._policy.fresh(self._seed)
+
+    def _close(self) -> None:
+        if self._policy is not None:
+            self._policy.close()
+            self._policy = None
 
 
-def run_one(comparison: Comparison, config: ResolvedConfig, display: Any) -> bool:
+def _loaded_alike(policy: Policy, config: ResolvedConfig) -> bool:
+    """Return whether loading by `config` would make the policy that is in memory, but for its first weights."""
+    assert policy.options is not None  # it was loaded to be trained
+    backend, dtype = policy.backend.name, policy.backend.dtype_name
+    return (
+        registry.resolve(config.backend) == backend
+        and config.dtype in (policy.options.dtype, dtype)
+        and all(
+            getattr(policy.options, each.name) == getattr(config, each.name)
+            for each in fields(LoadOptions)
+            if each.name not in _NOT_COMPARED
+        )
+    )
+
+
+def _run(comparison: Comparison, loss: str, seed: int, base: _Base, display: Display) -> bool:
     """Train one loss, from its newest checkpoint where there is one, and measure it; return False where it was stopped."""
-    from compare_measure import Probe, measure, measure_reference
-
-    from lite_dil.recipes.preference import train
-
+    config = comparison.run(loss, seed)
     folder = RunFolder(Path(config.output_dir or ""))
     checkpoint = folder.latest()
     if checkpoint:
@@ -90,37 +117,27 @@ def run_one(comparison: Comparison, config: ResolvedConfig, display: Any) -> boo
         check_same_run(config, saved, str(checkpoint))
     elif folder.path.exists():  # killed before its first checkpoint
         shutil.rmtree(folder.path)
-    result: dict[str, Any] = {"loss": config.loss, "seed": config.seed, "learning_rate": config.learning_rate}
+    result: dict[str, Any] = {"loss": loss, "seed": seed, "learning_rate": config.learning_rate}
+    diverged = ""
     try:
-        trained = train(config, display, checkpoint)
+        trained = train(config, display, checkpoint, given=Given(base.policy(config), comparison.own.get(loss)))
     except TrainingDiverged as error:
-        display.say(f"{config.loss} diverged; the comparison goes on. {error}")
-        _write(folder.path / RESULT, result | {"diverged": str(error)})
+        diverged = str(error)
+    if diverged:  # out of the handler, where the error lets go of a model that the run had loaded itself
+        registry.free(registry.resolve(config.backend))
+        display.say(f"{loss} diverged; the comparison goes on. {diverged}")
+        _write(folder.path / RESULT, result | {"diverged": diverged})
         return True
+    base.take(trained)
     if trained.stopped:
         return False
-    probe = Probe(trained, config, comparison.sample_prompts, comparison.sample_tokens)
+    probe = Probe(trained.policy, config, comparison.sample_prompts, comparison.sample_tokens)
     display.say(f"drawing an answer to each of {len(probe.prompts)} held-out prompts ...")
     reference = measure_reference(probe, comparison.reference, comparison.seeds[0])
-    figures = measure(probe, reference, folder.path, config.seed)
+    figures = measure(probe, reference, folder.path, seed)
     _write(folder.path / RESULT, result | {"diverged": None, **figures})
     return True
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     replace_file(path, json.dumps(content, indent=1) + "\n")
-
-
-def _forget() -> None:
-    """Free the last run's model, and let the next one's memory peak be its own (a CPU's is the process's, and stays)."""
-    gc.collect()
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    if mx := sys.modules.get("mlx.core"):
-        mx.clear_cache()
-        mx.reset_peak_memory()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

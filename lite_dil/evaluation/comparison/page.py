@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compare_settings import Comparison
-
+from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.reports.charts import COLOURS, inked, svg
 from lite_dil.reports.page import escaped
 
