@@ -97,7 +97,6 @@ def settle(asked: Asked, say: Callable[[str], None]) -> Comparison:
     """
     _check(asked)
     given, base = asked.given, asked.base
-    own = {loss.identity: loss for loss in asked.losses if isinstance(loss, OwnLoss)}
     losses = _losses([loss if isinstance(loss, str) else loss.identity for loss in asked.losses])
     seeds = [coerce("seed", seed, "--seeds") for seed in _once(asked.seeds, "--seeds")]
 
@@ -139,8 +138,8 @@ def settle(asked: Asked, say: Callable[[str], None]) -> Comparison:
     again = asked.again(output)
     _write_folder(output, {"again": again, "settings": settings})
     if written:
-        for path, part in zip(files, (rows, held_out), strict=True):
-            replace_file(path, "".join(map(as_json, part)))
+        replace_file(files[0], "".join(map(as_json, rows)))
+        replace_file(files[1], "".join(map(as_json, held_out)))
         configs = {name: dataclasses.replace(config, **OWN_FILES) for name, config in configs.items()}
     if eval_source is None:
         say(
@@ -149,8 +148,8 @@ def settle(asked: Asked, say: Callable[[str], None]) -> Comparison:
         )
     _, steps = steps_of(first, len(rows))
     configs = _planned(configs, steps, len(rows), len(held_out), "precompute_reference" in given | base, say)
-    mine = {name: own[config.loss] for name, config in configs.items() if config.loss in own}
-    return Comparison(output, configs, seeds, asked.sample_prompts, asked.sample_tokens, steps, again, mine)
+    own = {loss.name: loss for loss in asked.losses if isinstance(loss, OwnLoss)}
+    return Comparison(output, configs, seeds, asked.sample_prompts, asked.sample_tokens, steps, again, own)
 
 
 def _check(asked: Asked) -> None:
