@@ -142,3 +142,8 @@ def value_and_slope(
 def free(name: str) -> None:
     """Give back what nobody holds of the memory that backend `name` took."""
     module(name, "memory").free()
+
+
+def forget_peak(name: str) -> None:
+    """Let `Backend.peak_memory_mb` be the peak from here on; on a CPU it is the process's, and stays."""
+    module(name, "memory").forget_peak()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lite_dil.base.version import __version__
 
 if TYPE_CHECKING:
+    from lite_dil.api.comparing import Compared, compare
     from lite_dil.api.loading import load
     from lite_dil.api.reading import Data, read
     from lite_dil.api.training import train
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lite_dil.recipes.run import Run
 else:
     _PLACES = {
+        "Compared": "lite_dil.api.comparing",
         "Data": "lite_dil.api.reading",
         "Event": "lite_dil.base.observer",
         "Observer": "lite_dil.base.observer",
@@ -37,6 +39,7 @@ else:
         "Terminal": "lite_dil.cli.progress",
         "TrainingDiverged": "lite_dil.base.errors",
         "UserError": "lite_dil.base.errors",
+        "compare": "lite_dil.api.comparing",
         "load": "lite_dil.api.loading",
         "read": "lite_dil.api.reading",
         "train": "lite_dil.api.training",
@@ -56,6 +59,7 @@ else:
 
 
 __all__ = [
+    "Compared",
     "Data",
     "Event",
     "Observer",
@@ -68,6 +72,7 @@ __all__ = [
     "TrainingDiverged",
     "UserError",
     "__version__",
+    "compare",
     "load",
     "read",
     "train",

@@ -48,7 +48,7 @@ default of its own paper.
 - **Good answers alone:** sft, or sft-occupancy; or the DIL family with `--sample-rejected 1`, which draws the rejected side
   from the model itself.
 - **To compare with others' results:** dpo, simpo, cpo, ipo, kto, slic with their papers' constants below.
-- **Not sure:** `scripts/compare.py` trains several on your data from the same start and lays the results side by side; what
+- **Not sure:** `lite-dil compare` trains several on your data from the same start and lays the results side by side; what
   it showed on HH helpful is in [results.md](results.md).
 
 ## What the theory promises, and what not

@@ -125,6 +125,7 @@ class MLXBackend:
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter.init_adapter else None
         first = adapters.choose(adapter, self.adapters.shapes, initial, self.adapters.base)
         self.adapters.add(POLICY, first, adapter.lora_dropout)
+        self.seed = adapter.seed
         self.adapters.switch_to(self.adapters.on)
         self._compiled.clear()  # traces hold the strength and scale of the adapter that was
 

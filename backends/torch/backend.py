@@ -132,12 +132,11 @@ class TorchBackend:
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter.init_adapter else None
         first = adapters.choose(adapter, self.linear, initial, self.base.name_or_path)
         if adapters.layout(first) != self.policy_layout:
-            raise UserError(
-                f"adapter {adapter.init_adapter}: its rank, scale or layers are not the policy's; load it with the model"
-            )
+            raise UserError(f"adapter {adapter.init_adapter}: its rank, scale or layers are not the policy's; load it anew")
         set_weights(self.model, PEFT_POLICY, first)
         self._trainable(POLICY).set_state(None)
         self.set_strength(1.0)
+        self.seed = adapter.seed
         torch.manual_seed(self.seed)
 
     def token_logps(self, batch: Batch) -> np.ndarray:

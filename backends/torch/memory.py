@@ -45,3 +45,9 @@ def expand_segments() -> str:
 def free() -> None:
     """Give back what nobody holds, garbage in cycles too."""
     out_of_memory.free(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def forget_peak() -> None:
+    """Let the peak be that from here on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()

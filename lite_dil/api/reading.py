@@ -27,12 +27,21 @@ class Data:
     source: str | Rows
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """What options and messages call it."""
+        return DATA if isinstance(self.source, Rows) else self.source
+
+    @property
+    def rows(self) -> Rows | None:
+        """A program's own rows."""
+        return self.source if isinstance(self.source, Rows) else None
+
     def __iter__(self) -> Iterator[Row]:
         """Yield the rows that can be used. Raises UserError at the end where others are there, as training does before."""
         config = build(self.options, {})
-        rows = self.source if isinstance(self.source, Rows) else None
         for name in [DATA] if isinstance(self.source, Rows) else [name for name, _ in split_sources(self.source)]:
-            reader, kept = reader_of(name, "train", config, rows), 0
+            reader, kept = reader_of(name, "train", config, self.rows), 0
             for row in reader:
                 kept += 1
                 yield row
@@ -72,6 +81,14 @@ def read(
     return Data(Rows(source), options)
 
 
-def as_data(given: Any) -> Data:
-    """Return what `read` returned, or what it returns for anything else that it takes."""
-    return given if isinstance(given, Data) else read(given)
+def as_data(data: Any, eval_data: Any, where: str) -> tuple[Data, Data | None]:
+    """Return what `read` returned, or what it returns for anything else that it takes; held-out data may be None.
+
+    Raises UserError, as of the function `where`, where both are not read alike: a run has one set of options for it.
+    """
+    rows, eval_rows = (given if given is None or isinstance(given, Data) else read(given) for given in (data, eval_data))
+    if rows is None:
+        raise UserError(f"{where}: there is no data")
+    if isinstance(eval_data, Data) and eval_data.options != rows.options:
+        raise UserError(f"{where}: data and eval_data are read alike; give dil.read the same options for both")
+    return rows, eval_rows

@@ -16,7 +16,7 @@ from lite_dil.base.observer import Observer
 from lite_dil.config.options import build
 from lite_dil.config.resume import resumed, saved_config
 from lite_dil.config.train_config import FIELDS, ResolvedConfig
-from lite_dil.data.rows import DATA, Rows, is_rows_name
+from lite_dil.data.rows import DATA, is_rows_name
 from lite_dil.generation.policy import Policy
 from lite_dil.objectives.own import OwnLoss
 from lite_dil.recipes import preference
@@ -24,15 +24,11 @@ from lite_dil.recipes.given import Given
 from lite_dil.recipes.run import Run
 from lite_dil.runs.folder import adapter_of, find_checkpoint
 
-# Options that other arguments say, or that are of the command line.
-_NOT_HERE = {
-    "data": "data is the second argument",
-    "auto": "auto is of lite-dil train; what it chooses is decided by dil.load",
-    "data_format": "give it to dil.read",
-    "columns": "give it to dil.read",
-    "max_rows": "give it to dil.read",
-    "skip_bad_rows": "give it to dil.read",
-}
+# Options that other arguments say.
+_NOT_HERE = {"data": "data is the second argument"} | dict.fromkeys(
+    ("data_format", "columns", "max_rows", "skip_bad_rows"), "give it to dil.read"
+)
+_AUTO = {"auto": "auto is of lite-dil train; what it chooses is decided by dil.load"}
 
 
 def train(
@@ -69,19 +65,17 @@ def train(
         TrainingDiverged: loss or gradient became non-finite; the checkpoints up to then are good.
         OutOfMemory: the device does not hold the smallest pass of a first step.
     """
-    loaded = _loaded(policy)
-    _check_names(options, loaded)
-    rows, eval_rows = as_data(data), None if eval_data is None else as_data(eval_data)
+    loaded = decided(policy, "dil.train")
+    check_names(options, loaded, "dil.train")
+    rows, eval_rows = as_data(data, eval_data, "dil.train")
     given = {name: value for name, value in options.items() if name not in LOADED}
     own = loss if isinstance(loss, OwnLoss) else None
-    given |= {"loss": own.identity if own else loss} | rows.options | {"data": _name(rows)}
+    given |= {"loss": own.identity if own else loss} | rows.options | {"data": rows.name}
     if eval_rows is not None:
-        if isinstance(eval_data, Data) and eval_rows.options != rows.options:
-            raise UserError("dil.train: data and eval_data are read alike; give dil.read the same options for both")
-        given["eval_data"] = _name(eval_rows)
+        given["eval_data"] = eval_rows.name
     if output_dir is not None:
         given["output_dir"] = str(output_dir)
-    handed = Given(policy, own, _rows(rows), None if eval_rows is None else _rows(eval_rows))
+    handed = Given(policy, own, rows.rows, None if eval_rows is None else eval_rows.rows)
     if resume is not None:
         config, checkpoint = _resumed(given, loaded, str(resume))
     else:
@@ -90,31 +84,31 @@ def train(
     return preference.train(config, display or Logged(), checkpoint, None, observers, handed)
 
 
-def _loaded(policy: Policy) -> dict[str, Any]:
+def decided(policy: Policy, where: str) -> dict[str, Any]:
     """Return the options that were decided when the policy was loaded, as its runs have them."""
     if policy.options is None:
-        raise UserError("dil.train: this policy was loaded for inference (trainable=False); load it to be trained")
+        raise UserError(f"{where}: this policy was loaded for inference (trainable=False); load it to be trained")
     found = {name: getattr(policy.options, name) for name in LOADED}
     if not found["reference"]:
         raise UserError(
-            'dil.train: what is the policy compared with? dil.load(..., reference="initial-adapter") if the adapter belongs '
+            f'{where}: what is the policy compared with? dil.load(..., reference="initial-adapter") if the adapter belongs '
             'to the model that you prefer to stay close to (after SFT, say), reference="base" if the bare base model is that'
         )
     return found | {"backend": policy.backend.name, "dtype": policy.backend.dtype_name}
 
 
-def _check_names(options: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """Raise UserError for options that are not known, or that were decided when the policy was loaded."""
-    problems = []
+def check_names(options: dict[str, Any], loaded: dict[str, Any], where: str) -> None:
+    """Raise UserError for options that are not known, or that were decided when the policy was loaded, if it was."""
+    problems, not_here = [], _NOT_HERE | (_AUTO if loaded else {})
     for name, value in options.items():
-        if name in _NOT_HERE:
-            problems.append(f"{name}: {_NOT_HERE[name]}")
+        if name in not_here:
+            problems.append(f"{name}: {not_here[name]}")
         elif name not in FIELDS:
             problems.append(f"unknown option {name!r}{did_you_mean(name, FIELDS)}")
-        elif name in LOADED and value != loaded[name]:
+        elif name in loaded and value != loaded[name]:
             problems.append(f"{name} is {value!r}, but dil.load decided {loaded[name]!r}; give it to dil.load")
     if problems:
-        raise UserError(gather(problems, "dil.train:") if len(problems) > 1 else f"dil.train: {problems[0]}")
+        raise UserError(gather(problems, f"{where}:") if len(problems) > 1 else f"{where}: {problems[0]}")
 
 
 def _start(policy: Policy, loaded: dict[str, Any], continue_from: bool) -> dict[str, Any]:
@@ -147,11 +141,3 @@ def _resumed(given: dict[str, Any], loaded: dict[str, Any], where: str) -> tuple
             if given.get(name) == DATA and is_rows_name(str(saved.get(name))):
                 given[name] = saved[name]
     return resumed(given | loaded, {}, where)
-
-
-def _name(data: Data) -> str:
-    return DATA if isinstance(data.source, Rows) else data.source
-
-
-def _rows(data: Data) -> Rows | None:
-    return data.source if isinstance(data.source, Rows) else None

@@ -64,6 +64,7 @@ _DATA_FLAGS = (
 # Commands in modules of their own, each with HELP (a line), DESCRIPTION, add_arguments(parser) and run(args), which returns
 # the exit code. They import nothing heavy before `run`.
 _MODULES: tuple[str, ...] = (
+    "compare",
     "chat",
     "generate",
     "label",
@@ -157,7 +158,8 @@ def _run(argv: list[str]) -> int:
     # Given to the sub-parser itself, so that an unknown flag is compared with that command's flags.
     chosen = commands.get(name)
     args = chosen.parse_args(argv[1:]) if chosen else parser.parse_args(argv)
-    start(training=name in ("train", "demo"))
+    start(training=name in ("train", "demo", "compare"))
+    args.argv = argv
     if name in _MODULES:
         return int(_module(name).run(args))
     args.own_loss = _own_loss(args)

@@ -50,7 +50,9 @@ def weights() -> dict[str, np.ndarray]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, _WIDTH)}
     for layer in range(_LAYERS):
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in matrices.items()}
-        shapes |= {f"model.layers.{layer}.{name}.weight": (_WIDTH,) for name in ("input_layernorm", "post_attention_layernorm")}
+        shapes |= {
+            f"model.layers.{layer}.{name}.weight": (_WIDTH,) for name in ("input_layernorm", "post_attention_layernorm")
+        }
     shapes |= {"model.norm.weight": (_WIDTH,), "lm_head.weight": (VOCABULARY, _WIDTH)}
     draw = np.random.default_rng(0)
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -290,14 +290,16 @@ class Policy:
         replace_folder(path, self.backend.save_adapter)
         return path
 
-    def fresh(self) -> Policy:
+    def fresh(self, seed: int | None = None) -> Policy:
         """Give the policy the adapter that it had when it was loaded, on the same base, which stays in memory; return it.
 
-        What was trained since is kept nowhere but in the folders of its runs. Raises UserError where it was loaded for
-        inference.
+        With a `seed` the adapter is the one that a load with that seed has. What was trained since is kept nowhere but in the
+        folders of its runs. Raises UserError where it was loaded for inference.
         """
         if self.options is None:
             raise UserError("this policy was loaded for inference (trainable=False); load it to be trained")
+        if seed is not None:
+            self.options = replace(self.options, seed=seed)
         self.backend.renew_policy(self.options)
         self.trained, self.run = False, None
         return self

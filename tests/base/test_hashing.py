@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import compare_settings
 from conftest import config, pair_row
 
 import lite_dil
@@ -13,6 +12,7 @@ from lite_dil import backends
 from lite_dil.base import hashing
 from lite_dil.batching.batch import Batch
 from lite_dil.data.encoder import Example, fingerprint
+from lite_dil.evaluation.comparison import settings
 from lite_dil.generation import policy
 from lite_dil.models.fingerprint import fingerprint as weights_fingerprint
 from lite_dil.training import reference_cache as reference
@@ -52,7 +52,7 @@ def test_the_names_of_weights(tmp_path: Path) -> None:
 
 def test_the_name_of_a_comparisons_rows() -> None:
     rows = [pair_row("a", "b", "c", "x 1"), pair_row("ü", "b", "d", "x 2")]
-    assert compare_settings._digest(rows) == "05b6ab792344ff403b16cbcc501e3a64"
+    assert settings.digest_of(rows) == "05b6ab792344ff403b16cbcc501e3a64"
 
 
 def test_a_file_is_read_in_pieces(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_file_is_read_in_pieces(tmp_path: Path) -> None:
 
 def test_no_other_module_hashes() -> None:
     roots = [Path(package.__file__).parent for package in (lite_dil, backends) if package.__file__]
-    scripts = Path(compare_settings.__file__).parent
+    scripts = Path(__file__).parents[2] / "scripts"
     users = set()
     for path in (path for root in [*roots, scripts] for path in root.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -16,7 +16,7 @@ from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import load
 from lite_dil.data.encoder import Example
-from lite_dil.recipes.run import Run
+from lite_dil.generation.policy import Policy
 
 TOGETHER = 8  # prompts that are answered in one go: what was answered is kept, and a GPU has room for their keys and values
 
@@ -31,8 +31,8 @@ class Probe:
         tokens: of an answer at most; one that has not ended by then is cut.
     """
 
-    def __init__(self, run: Run, config: ResolvedConfig, prompts: int, tokens: int) -> None:
-        self.backend, self.encoder, self.tokens = run.policy.backend, run.policy.encoder, tokens
+    def __init__(self, policy: Policy, config: ResolvedConfig, prompts: int, tokens: int) -> None:
+        self.backend, self.encoder, self.tokens = policy.backend, policy.encoder, tokens
         self.together = config.batch_size
         assert config.eval_data is not None  # a comparison always has one
         self.examples = load(config.eval_data, "test", self.encoder, config).examples

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compare_settings import Comparison
 from markupsafe import Markup
 
+from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.reports import html
 from lite_dil.reports.charts import COLOURS, inked, svg
 

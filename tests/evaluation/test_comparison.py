@@ -1,9 +1,10 @@
-"""scripts/compare.py: several losses on tiny models, stopped and gone on with, and what it says of its numbers."""
+"""lite-dil compare: several losses on tiny models, stopped and gone on with, and what it says of its numbers."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,29 +12,35 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import compare_measure
-import compare_page
-import compare_settings
-import compare_table
 import numpy as np
 import pytest
-from compare import main
-from compare_settings import Comparison
 from conftest import bare_model, config, oracle_logps, write_pairs
 from markupsafe import Markup
 
 from lite_dil.backends.types import Generated
 from lite_dil.batching.batch import Batch
+from lite_dil.cli import compare
+from lite_dil.cli import main as command_line
+from lite_dil.cli.progress import Terminal
 from lite_dil.config.options import build
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.dataset import load
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.reader import read_rows
+from lite_dil.evaluation.comparison import measure as compare_measure
+from lite_dil.evaluation.comparison import page as compare_page
+from lite_dil.evaluation.comparison import settings as compare_settings
+from lite_dil.evaluation.comparison import table as compare_table
+from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.models.find import load_tokenizer
 from lite_dil.reports.charts import INK
 from lite_dil.runs.folder import RunFolder
 
 STEPS, PROMPTS, TOKENS = 4, 9, 6
+
+
+def main(argv: list[str]) -> int:
+    return command_line.main(["compare", *argv])
 
 
 @pytest.fixture(scope="module", params=["cpu", "mlx"])
@@ -383,7 +390,7 @@ class Stub:
 def test_an_answers_log_ratio_holds_the_end_token_that_was_drawn(tiny: str, tmp_path: Path) -> None:
     """f of an answer is then the sum of its tokens, by `Stub`; the reference's answers have none."""
     stub: Any = Stub(Encoder(load_tokenizer(tiny)))
-    stub.backend = stub.policy = stub
+    stub.backend = stub
     data = write_pairs(tmp_path / "pairs.jsonl", 3)
     probe = compare_measure.Probe(stub, config(eval_data=str(data)), 3, 4)
     (end,) = probe.ends
@@ -397,7 +404,7 @@ def test_an_answers_log_ratio_holds_the_end_token_that_was_drawn(tiny: str, tmp_
 
 def test_constants_go_to_the_losses_that_have_them() -> None:
     given = {"simpo_gamma": "0.5", "beta": "2", "log_ratio_cap": "3", "lora_r": "1", "bpo_lambda": None}
-    mine = {loss: compare_settings._of_loss(given, loss, ["lsif", "simpo", "slic"]) for loss in ("lsif", "simpo", "slic")}
+    mine = {loss: compare_settings.of_loss(given, loss, ["lsif", "simpo", "slic"]) for loss in ("lsif", "simpo", "slic")}
     assert mine["lsif"].keys() == {"beta", "log_ratio_cap", "lora_r", "bpo_lambda"}
     assert mine["simpo"].keys() == {"beta", "simpo_gamma", "lora_r", "bpo_lambda"}
     assert mine["slic"].keys() == {"lora_r", "bpo_lambda"}
@@ -425,14 +432,17 @@ def test_rows_are_written_as_they_were_read(tmp_path: Path) -> None:
 def test_options_of_a_config_file_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "options.yaml"
     path.write_text("seed: 3\nmax_steps: 16\n")
-    lines: list[str] = []
     data = str(write_pairs(tmp_path / "pairs.jsonl", 300))
     argv = ["--config", str(path), "--losses", "lsif", "--data", data, "--output", str(tmp_path / "out")]
-    made = compare_settings.read(argv, "", lines.append)
+    _, commands = command_line.parsers()
+    args = commands["compare"].parse_args(argv)
+    args.argv = ["compare", *argv]
+    made = compare.settled(args, Terminal())
     assert (made.seeds, made.steps, made.configs["lsif"].eval_steps) == ([3], 16, 2)
     assert made.run("lsif", 3) == build(
         {"seed": 3, "max_steps": 16, "eval_steps": 2, "loss": "lsif", "report_samples": 0}
         | {"data": str(tmp_path / "out/data/train.jsonl"), "eval_data": str(tmp_path / "out/data/held_out.jsonl")},
         {"output_dir": str(tmp_path / "out" / "runs" / "lsif-seed3")},
     )
-    assert "the last 30 of 300 rows" in lines[0]
+    assert made.again == shlex.join(["lite-dil", "compare", *argv])
+    assert "the last 30 of 300 rows" in capsys.readouterr().out

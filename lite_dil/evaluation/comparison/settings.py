@@ -1,14 +1,13 @@
-"""The settings of a comparison: read from the command line and checked as a whole before anything is trained."""
+"""The settings of a comparison, checked as a whole before anything is trained."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import datetime
 import json
 import math
-import shlex
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,17 @@ from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.files import replace_file
 from lite_dil.base.hashing import blake2
 from lite_dil.batching.schedule import examples_per_step, steps_of
-from lite_dil.cli.parser import Parser
-from lite_dil.config.options import add_flags, build, coerce, read_yaml
-from lite_dil.config.train_config import FIELDS, FREE_ON_RESUME, ResolvedConfig, flag
-from lite_dil.data.reader import Row, parse_columns, read_rows
+from lite_dil.config.options import build, coerce
+from lite_dil.config.train_config import FREE_ON_RESUME, ResolvedConfig, flag
+from lite_dil.data.dataset import reader_of
+from lite_dil.data.reader import Row, refuse
+from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import EMBEDDED, split_sources
 from lite_dil.objectives.accepts import check_data
-from lite_dil.objectives.table import OBJECTIVES, OPTIONS
+from lite_dil.objectives.own import OwnLoss, shown
+from lite_dil.objectives.table import OBJECTIVES, OPTIONS, objective_of
 from lite_dil.runs.folder import RUNS, unused
 
-COMMAND = "python scripts/compare.py"
 POINTS = 8  # evaluations over a run, unless --eval-steps says otherwise
 # What is held out where --eval-data is not given: a tenth of the data, within these bounds, and half of what a run trains on:
 # it is evaluated several times, and more would take longer than the training.
@@ -39,6 +39,34 @@ OWN = {"loss": "--losses", "output_dir": "--output", "report_samples": "--sample
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What somebody wants compared, not yet checked.
+
+    Attributes:
+        losses: names of the table's, or one's own.
+        rates: learning rates of single losses, by the loss's name.
+        sample_prompts: held-out prompts that every trained model answers.
+        sample_tokens: of such an answer at most.
+        output: the comparison's folder; None makes a new one under runs/.
+        given: options of training by name, which win over those of `base`.
+        rows, eval_rows: a program's own, read instead of what the options `data` and `eval_data` say.
+        again: says how to go on with the comparison in a folder.
+    """
+
+    losses: Sequence[str | OwnLoss]
+    seeds: Sequence[Any]
+    rates: Mapping[str, Any]
+    sample_prompts: int
+    sample_tokens: int
+    output: Path | None
+    given: dict[str, Any]
+    base: dict[str, Any]
+    again: Callable[[Path], str]
+    rows: Rows | None = None
+    eval_rows: Rows | None = None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """A checked comparison. `configs` holds each loss's resolved options, still without the run's folder and seed."""
 
@@ -48,7 +76,8 @@ class Comparison:
     sample_prompts: int
     sample_tokens: int
     steps: int
-    again: str  # the command that goes on with it
+    again: str  # how to go on with it
+    own: dict[str, OwnLoss] = field(default_factory=dict)
 
     def run(self, loss: str, seed: int) -> ResolvedConfig:
         """Return the options of one run."""
@@ -61,145 +90,113 @@ class Comparison:
         return self.output / "reference"
 
 
-def read(argv: list[str], description: str, say: Any) -> Comparison:
-    """Read the command line, hold data out where need be, and write compare.json or check that it is the same.
+def settle(asked: Asked, say: Callable[[str], None]) -> Comparison:
+    """Check what is asked for, hold data out where need be, and write compare.json or check that it is the same.
 
     Raises UserError for everything that the user can mend, in one message.
     """
-    args = _parser(description).parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if name in FIELDS}
-    base = read_yaml(Path(args.config)) if args.config else {}
-    own = [f"{flag(name)} is given by {instead} here" for name, instead in OWN.items() if name in given or name in base]
-    if own:
-        raise UserError("; ".join(own))
-    losses = _losses(args.losses)
-    seeds = _seeds(args.seeds or given.pop("seed", base.pop("seed", "0")))
-    rates = _rates(args.learning_rates, losses)
+    _check(asked)
+    given, base = asked.given, asked.base
+    losses = _losses([loss if isinstance(loss, str) else loss.identity for loss in asked.losses])
+    seeds = [coerce("seed", seed, "--seeds") for seed in _once(asked.seeds, "--seeds")]
 
-    output = Path(args.output) if args.output else unused(RUNS / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    source = coerce("data", given.get("data", base.get("data", EMBEDDED)), "--data")
-    eval_source = given.get("eval_data", base.get("eval_data")) or (EMBEDDED if source == EMBEDDED else None)
+    output = asked.output or unused(RUNS / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    source = DATA if asked.rows else coerce("data", given.get("data", base.get("data", EMBEDDED)), "--data")
+    eval_source = DATA if asked.eval_rows else given.get("eval_data", base.get("eval_data"))
+    eval_source = eval_source or (EMBEDDED if source == EMBEDDED else None)
     files = [output / "data" / name for name in ("train.jsonl", "held_out.jsonl")]
-    if eval_source is None and any(weight != 1 for _, weight in split_sources(source)):
-        raise UserError(f"--data {source}: to weigh sources, give --eval-data, the rows to hold out")
-    asked = {"data": source, "eval_data": eval_source}
-    fixed = asked if eval_source else {"data": str(files[0]), "eval_data": str(files[1])}
+    names = {"data": source, "eval_data": eval_source}
+    # What is split here, and rows that no file holds, are written into the folder, where all runs read them.
+    written = eval_source is None or DATA in names.values()
+    if written and any(weight != 1 for _, weight in split_sources(source)):
+        raise UserError(f"--data {source}: to weigh sources, give --eval-data, a file of the rows to hold out")
+    fixed = {"data": str(files[0]), "eval_data": str(files[1])} if written else names
     # One reference for all, shared even where nothing is to be kept elsewhere.
     if given.get("reference_cache", base.get("reference_cache")) == "off":
         fixed |= {"reference_cache": str(output / "reference-cache")}
-    configs = _configs(given | fixed, base, losses, rates)
+    configs = _configs(given | fixed, base, losses, _rates(asked.rates, losses))
 
-    first = configs[losses[0]]
-    rows = _rows(source, "train", first)
-    held_out = _rows(eval_source, "test", first) if eval_source else []
+    first = next(iter(configs.values()))
+    rows = _rows(source, "train", first, asked.rows)
+    held_out = _rows(eval_source, "test", first, asked.eval_rows) if eval_source else []
     settings = {
         "losses": losses,
         "seeds": seeds,
-        "sample_prompts": args.sample_prompts,
-        "sample_tokens": args.sample_tokens,
-        "contents": _digest([*rows, *held_out]),
-        "options": _decisive(configs, asked),
+        "sample_prompts": asked.sample_prompts,
+        "sample_tokens": asked.sample_tokens,
+        "contents": digest_of([*rows, *held_out]),
+        "options": _decisive(configs, names),
     }
     _check_folder(output, settings)
+    whole = len(rows)
     if eval_source is None:
         rows, held_out = _split(rows, source, first)
     signs = {sign for row in rows for sign in row.signs}
     for config in configs.values():
         check_data(config.loss, rows[0].form, signs, source, config.sample_rejected is not None)
 
-    again = [*argv, *([] if args.output else ["--output", str(output)])]
-    _write_folder(output, {"command": again, "settings": settings})
+    again = asked.again(output)
+    _write_folder(output, {"again": again, "settings": settings})
+    if written:
+        replace_file(files[0], "".join(map(as_json, rows)))
+        replace_file(files[1], "".join(map(as_json, held_out)))
+        configs = {name: dataclasses.replace(config, **OWN_FILES) for name, config in configs.items()}
     if eval_source is None:
-        for path, part in zip(files, (rows, held_out), strict=True):
-            replace_file(path, "".join(map(as_json, part)))
-        configs = {loss: dataclasses.replace(config, **OWN_FILES) for loss, config in configs.items()}
         say(
-            f"no --eval-data: the last {len(held_out)} of {len(rows) + len(held_out)} rows of {source} are held out, "
-            f"the same for every loss ({files[1]})"
+            f"no --eval-data: the last {len(held_out)} of {whole} rows of {source} are held out, the same for every loss "
+            f"({files[1]})"
         )
     _, steps = steps_of(first, len(rows))
     configs = _planned(configs, steps, len(rows), len(held_out), "precompute_reference" in given | base, say)
-    return Comparison(output, configs, seeds, args.sample_prompts, args.sample_tokens, steps, f"{COMMAND} {shlex.join(again)}")
+    own = {loss.name: loss for loss in asked.losses if isinstance(loss, OwnLoss)}
+    return Comparison(output, configs, seeds, asked.sample_prompts, asked.sample_tokens, steps, again, own)
 
 
-def _parser(description: str) -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="compare.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    group = parser.add_argument_group("comparison")
-    group.add_argument("--losses", default="lsif,ukl,bce,dpo,simpo", help="what is compared (default: lsif,ukl,bce,dpo,simpo)")
-    group.add_argument("--seeds", help="train every loss with each of these seeds, as 0,1,2 (default: 0, or --seed)")
-    group.add_argument(
-        "--learning-rates", help="rates of single losses, as lsif=1e-4,dpo=5e-5 (default: --learning-rate, or each loss's own)"
-    )
-    group.add_argument(
-        "--sample-prompts",
-        type=_count,
-        default=32,
-        metavar="N",
-        help="held-out prompts that every trained model answers (default: 32)",
-    )
-    group.add_argument(
-        "--sample-tokens", type=_count, default=128, metavar="N", help="tokens of such an answer at most (default: 128)"
-    )
-    group.add_argument(
-        "--output", metavar="DIR", help="folder of the comparison; an interrupted one goes on (default: new, under runs/)"
-    )
-    group.add_argument("--config", metavar="FILE.yaml", help="options of train as 'key: value' lines; flags win over them")
-    add_flags(parser)
-    return parser
+def _check(asked: Asked) -> None:
+    """Raise UserError for options that others stand for here, and for counts that are none."""
+    given = asked.given | asked.base
+    if taken := [f"{flag(name)} is given by {instead} here" for name, instead in OWN.items() if name in given]:
+        raise UserError("; ".join(taken))
+    for name in ("sample_prompts", "sample_tokens"):
+        if getattr(asked, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(asked, name)}; expected at least 1")
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _names(text: str, where: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
+def _once(values: Sequence[Any], where: str) -> Sequence[Any]:
+    if not values:
         raise UserError(f"{where}: none are given")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted({str(value) for value in values if values.count(value) > 1}):
         raise UserError(f"{where}: {', '.join(twice)} is given twice")
-    return names
+    return values
 
 
-def _losses(text: str) -> list[str]:
-    names = _names(text, "--losses")
-    for name in names:
-        if name not in OBJECTIVES:
-            raise UserError(f"--losses: {name!r}{did_you_mean(name, OBJECTIVES)} is not one of {', '.join(OBJECTIVES)}")
-    return names
+def _losses(identities: list[str]) -> list[str]:
+    """Check that all are known, and that no two have one name."""
+    _once([shown(loss) for loss in identities], "--losses")
+    for loss in identities:
+        if loss == shown(loss) and loss not in OBJECTIVES:
+            raise UserError(f"--losses: {loss!r}{did_you_mean(loss, OBJECTIVES)} is not one of {', '.join(OBJECTIVES)}")
+    return identities
 
 
-def _seeds(value: Any) -> list[int]:
-    return [coerce("seed", seed, "--seeds") for seed in _names(str(value), "--seeds")]
-
-
-def _rates(text: str | None, losses: list[str]) -> dict[str, float]:
-    rates: dict[str, float] = {}
-    for item in _names(text, "--learning-rates") if text else []:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"--learning-rates: {item!r} is not of the form loss=rate")
-        if name not in losses:
-            raise UserError(
-                f"--learning-rates: {name!r}{did_you_mean(name, losses)} is not one of --losses {','.join(losses)}"
-            )
-        rates[name] = coerce("learning_rate", value, f"--learning-rates {name}")
-    return rates
+def _rates(rates: Mapping[str, Any], losses: list[str]) -> dict[str, float]:
+    names = list(map(shown, losses))
+    for name in rates:
+        if name not in names:
+            raise UserError(f"--learning-rates: {name!r}{did_you_mean(name, names)} is not one of --losses {','.join(names)}")
+    return {name: coerce("learning_rate", value, f"--learning-rates {name}") for name, value in rates.items()}
 
 
 def _configs(
     given: dict[str, Any], base: dict[str, Any], losses: list[str], rates: dict[str, float]
 ) -> dict[str, ResolvedConfig]:
-    """Return each loss's checked options, or raise one UserError with the problems of all."""
+    """Return each loss's checked options by its name, or raise one UserError with the problems of all."""
     configs, problems = {}, []
     for loss in losses:
-        mine = {"loss": loss} | ({"learning_rate": rates[loss]} if loss in rates else {})
+        name = shown(loss)
+        mine = {"loss": loss} | ({"learning_rate": rates[name]} if name in rates else {})
         try:
-            configs[loss] = build(_of_loss(given, loss, losses) | mine, _of_loss(base, loss, losses))
+            configs[name] = build(of_loss(given, loss, losses) | mine, of_loss(base, loss, losses))
         except UserError as error:
             problems += [problem for problem in str(error).splitlines() if problem not in problems]
     if problems:
@@ -208,10 +205,11 @@ def _configs(
 
 
 def _has(loss: str, option: str) -> bool:
-    return OBJECTIVES[loss].beta is not None if option == "beta" else option in OBJECTIVES[loss].options
+    objective = objective_of(loss)
+    return objective.beta is not None if option == "beta" else option in objective.options
 
 
-def _of_loss(options: dict[str, Any], loss: str, losses: list[str]) -> dict[str, Any]:
+def of_loss(options: dict[str, Any], loss: str, losses: list[str]) -> dict[str, Any]:
     """Leave out the constants that only others of the compared losses have. Raises UserError for one that none has."""
     constants = [name for name in ("beta", *OPTIONS) if options.get(name) is not None]
     for name in constants:
@@ -231,15 +229,15 @@ def _decisive(configs: dict[str, ResolvedConfig], asked: dict[str, Any]) -> dict
     }
 
 
-def _rows(source: str, split: str, config: ResolvedConfig) -> list[Row]:
-    return read_rows(
-        source,
-        split,
-        format=config.data_format,
-        columns=parse_columns(config.columns),
-        limit=config.max_rows,
-        skip=config.skip_bad_rows,
-    )
+def _rows(source: str, split: str, config: ResolvedConfig, own: Rows | None) -> list[Row]:
+    """Read and check all rows of a source, or a program's own."""
+    found = []
+    for name, _ in [(DATA, 1)] if own else split_sources(source):
+        reader = reader_of(name, split, config, own)
+        rows = list(reader)
+        refuse(name, [] if config.skip_bad_rows and rows else reader.problems, len(rows))
+        found += rows
+    return found
 
 
 def _split(rows: list[Row], source: str, config: ResolvedConfig) -> tuple[list[Row], list[Row]]:
@@ -264,12 +262,13 @@ def as_json(row: Row) -> str:
     return json.dumps({"prompt": row.prompt, **fields, **tools}, ensure_ascii=False) + "\n"
 
 
-def _digest(rows: list[Row]) -> str:
+def digest_of(rows: list[Row]) -> str:
+    """Return a name for the rows, by their content."""
     return blake2(as_json(row).encode() for row in rows).hex()
 
 
 def _planned(
-    configs: dict[str, ResolvedConfig], steps: int, rows: int, held_out: int, asked: bool, say: Any
+    configs: dict[str, ResolvedConfig], steps: int, rows: int, held_out: int, asked: bool, say: Callable[[str], None]
 ) -> dict[str, ResolvedConfig]:
     """Return the options with what depends on the length of a run filled in.
 

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
-from typing import Any
-
-import compare_page as page
-import compare_table as tables
-from compare import RESULT
-from compare_settings import Comparison
+from dataclasses import dataclass
+from pathlib import Path
 
 from lite_dil.base.files import replace_file
+from lite_dil.evaluation.comparison import page
+from lite_dil.evaluation.comparison import table as tables
+from lite_dil.evaluation.comparison.settings import Comparison
+
+RESULT = "result.json"  # a run that has it is finished: trained and measured, or diverged
+PAGE = "index.html"
 
 
-def report(comparison: Comparison, display: Any) -> None:
-    """Write table.md, table.json, curves.json, figure2.png and index.html, and print the table and what it says."""
-    from rich.box import SIMPLE
-    from rich.table import Table
+@dataclass(frozen=True)
+class Findings:
+    """What a comparison came to: a row a loss, the same as cells for people, and sentences."""
 
+    rows: list[tables.Row]
+    headings: list[str]
+    cells: list[list[str]]
+    sentences: list[str]
+    page: Path
+
+
+def report(comparison: Comparison) -> Findings:
+    """Write table.md, table.json, curves.json, figure2.png and index.html; return what they say."""
     output = comparison.output
     runs = tables.read_runs(comparison, RESULT)
     measured = comparison.reference / "reference.json"
@@ -37,18 +47,8 @@ def report(comparison: Comparison, display: Any) -> None:
     replace_file(output / "curves.json", json.dumps(curves, indent=1) + "\n")
     svg = page.draw(curves, output / "figure2.png")
     html = page.render(comparison, headings, cells, sentences, remarks, svg, _samples(comparison, runs))
-    replace_file(output / "index.html", html)
-
-    # Losses side by side: a row a loss would be wider than a terminal.
-    title = f"{comparison.steps} steps, seeds {', '.join(map(str, comparison.seeds))}"
-    table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for number, line in enumerate([headings[:1], *([line[0]] for line in cells)]):
-        table.add_column(line[0], justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
-    for number, heading in enumerate(headings[1:], 1):
-        table.add_row(heading, *(line[number] for line in cells))
-    display.console.print(table)
-    for text in [*sentences, "", f"all of it on one page: {output / 'index.html'}"]:
-        display.say(text)
+    replace_file(output / PAGE, html)
+    return Findings(rows, headings, cells, sentences, output / PAGE)
 
 
 def _samples(comparison: Comparison, runs: list[tables.Run]) -> dict[str, list[dict[str, str]]]:

@@ -8,9 +8,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from compare_settings import Comparison
-
 from lite_dil.base.text import count
+from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.objectives.table import DIL_FAMILY
 
 Run = dict[str, Any]  # result.json and what metrics.jsonl adds to it

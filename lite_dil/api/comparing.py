@@ -1,0 +1,122 @@
+"""Comparing losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lite_dil.api.reading import Data, as_data
+from lite_dil.api.telling import Logged
+from lite_dil.api.training import check_names, decided
+from lite_dil.base.display import Display
+from lite_dil.base.errors import UserError
+from lite_dil.base.start import start
+from lite_dil.evaluation.comparison import LOSSES, SAMPLE_PROMPTS, SAMPLE_TOKENS
+from lite_dil.evaluation.comparison.report import PAGE
+from lite_dil.evaluation.comparison.settings import Asked, settle
+from lite_dil.generation.policy import Policy
+from lite_dil.objectives.own import OwnLoss
+from lite_dil.recipes import comparison
+
+_WHERE = "dil.compare"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison came to.
+
+    Attributes:
+        rows: a dict a loss, as table.json has them: "loss", "seeds", "diverged" (by seed, why), and "figures", by name their
+            "mean" over seeds, its "std" over seeds and its standard "error" over held-out answers, each None where there is
+            none. Log-probs and log-ratios are in nats; docs/results.md says what each figure is.
+        verdict: the same in sentences.
+        folder: holds the page, table.md, table.json, curves.json, figure2.png and the runs.
+        stopped: whether Ctrl-C ended it early, with what was done saved; rows and verdict are then empty.
+    """
+
+    rows: list[dict[str, Any]]
+    verdict: list[str]
+    folder: Path
+    stopped: bool
+
+    @property
+    def page(self) -> Path:
+        """One page with everything; it is there once the comparison has not been stopped."""
+        return self.folder / PAGE
+
+
+def compare(
+    policy: Policy | str | Path,
+    data: str | Path | Data | Iterable[Mapping[str, Any]],
+    *,
+    losses: Sequence[str | OwnLoss] = LOSSES,
+    seeds: Sequence[int] | None = None,
+    eval_data: str | Path | Data | Iterable[Mapping[str, Any]] | None = None,
+    learning_rates: Mapping[str, float] | None = None,
+    sample_prompts: int = SAMPLE_PROMPTS,
+    sample_tokens: int = SAMPLE_TOKENS,
+    output_dir: str | Path | None = None,
+    display: Display | None = None,
+    **options: Any,
+) -> Compared:
+    """Train several losses from the same start on the same data, each with a fresh adapter on one base, and measure each.
+
+    Args:
+        policy: one that no run has trained, which is left with a fresh adapter; or the name of a model, loaded for this.
+        data: what `lite_dil.read` returned, or anything that it takes.
+        losses: names of objectives (docs/losses.md), and losses of one's own.
+        seeds: each loss is trained with each; by default with the policy's alone.
+        eval_data: held-out data of the same form; without it the last tenth of the data is held out, 20 to 200 rows.
+        learning_rates: of single losses, by name; the others have learning_rate, or their own.
+        sample_prompts: held-out prompts that every trained model answers.
+        sample_tokens: tokens of such an answer at most.
+        output_dir: the comparison's folder; by default a new one under runs/. The same call goes on with one that was stopped.
+        display: shows messages and progress, as ``lite_dil.Terminal()``.
+        **options: others of ``lite-dil train --help``, for all losses; with the name of a model also how it is loaded.
+
+    Raises:
+        UserError: something that can be mended; runs that are finished are kept.
+        OutOfMemory: the device does not hold the smallest pass of a first step.
+    """
+    rows, eval_rows = as_data(data, eval_data, _WHERE)
+    mine = policy if isinstance(policy, Policy) else None
+    given = _of_policy(mine, options) if mine else _of_model(str(policy), options)
+    given |= rows.options | {"data": rows.name} | ({} if eval_rows is None else {"eval_data": eval_rows.name})
+    seed = given.pop("seed", 0)
+    asked = Asked(
+        losses=losses,
+        seeds=[seed] if seeds is None else list(seeds),
+        rates=learning_rates or {},
+        sample_prompts=sample_prompts,
+        sample_tokens=sample_tokens,
+        output=None if output_dir is None else Path(output_dir),
+        given=given,
+        base={},
+        again=lambda output: f'dil.compare(..., output_dir="{output}")',
+        rows=rows.rows,
+        eval_rows=None if eval_rows is None else eval_rows.rows,
+    )
+    display = display or Logged()
+    settled = settle(asked, display.say)
+    found = comparison.compare(settled, display, mine)
+    if found is None:
+        return Compared([], [], settled.output, stopped=True)
+    return Compared(found.rows, found.sentences, settled.output, stopped=False)
+
+
+def _of_policy(policy: Policy, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of all runs where the policy decides how its model is loaded."""
+    loaded = decided(policy, _WHERE)
+    check_names(options, loaded, _WHERE)
+    if policy.trained:
+        raise UserError(f"{_WHERE}: a run has trained this policy; policy.fresh() gives it a new adapter on the same base")
+    return options | loaded
+
+
+def _of_model(model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of all runs where they say how the model is loaded."""
+    start(training=True)
+    check_names(options, {}, _WHERE)
+    return options | {"model": model}

@@ -1,0 +1,153 @@
+"""``lite-dil compare``: several losses from the same start on the same data, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lite_dil.base.errors import UserError
+from lite_dil.cli.own_loss import load_loss, named_file
+from lite_dil.config.options import add_flags, read_yaml
+from lite_dil.config.train_config import FIELDS
+from lite_dil.evaluation.comparison import LOSSES, SAMPLE_PROMPTS, SAMPLE_TOKENS
+
+if TYPE_CHECKING:
+    from lite_dil.cli.progress import Terminal
+    from lite_dil.evaluation.comparison.report import Findings
+    from lite_dil.evaluation.comparison.settings import Comparison
+    from lite_dil.objectives.own import OwnLoss
+
+HELP = "train several losses from the same start and see them side by side"
+DESCRIPTION = """\
+Train several losses from the same start on the same data, and see side by side what each does to the model.
+
+  lite-dil compare --data prefs.jsonl --losses lsif,ukl,bce,dpo,simpo
+  lite-dil compare --data prefs.jsonl --eval-data held_out.jsonl --losses lsif,dpo --seeds 0,1,2 --max-steps 200
+
+Takes the flags of train beside its own. Writes into --output: index.html (one page with everything), table.md, table.json,
+figure2.png and curves.json (log-probs of held-out answers during training), and the runs. Interrupted, the same command with
+the same --output goes on where it was.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    group = parser.add_argument_group("comparison")
+    losses = ",".join(LOSSES)
+    group.add_argument(
+        "--losses", default=losses, help=f"what is compared: names, and FILE.py:NAME for one of your own (default: {losses})"
+    )
+    group.add_argument("--seeds", help="train every loss with each of these seeds, as 0,1,2 (default: 0, or --seed)")
+    group.add_argument(
+        "--learning-rates", help="rates of single losses, as lsif=1e-4,dpo=5e-5 (default: --learning-rate, or each loss's own)"
+    )
+    group.add_argument(
+        "--sample-prompts",
+        type=_count,
+        default=SAMPLE_PROMPTS,
+        metavar="N",
+        help=f"held-out prompts that every trained model answers (default: {SAMPLE_PROMPTS})",
+    )
+    group.add_argument(
+        "--sample-tokens",
+        type=_count,
+        default=SAMPLE_TOKENS,
+        metavar="N",
+        help=f"tokens of such an answer at most (default: {SAMPLE_TOKENS})",
+    )
+    group.add_argument(
+        "--output", metavar="DIR", help="folder of the comparison; an interrupted one goes on (default: new, under runs/)"
+    )
+    group.add_argument("--config", metavar="FILE.yaml", help="options of train as 'key: value' lines; flags win over them")
+    add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a comparison; return 0, or 130 when it was stopped."""
+    from lite_dil.cli.progress import Terminal
+    from lite_dil.recipes.comparison import compare
+
+    display = Terminal()
+    comparison = settled(args, display)
+    try:
+        findings = compare(comparison, display)
+    except UserError as error:  # what is done is kept; options that change no result, as --row-tokens, may differ
+        raise UserError(f"{error}\nwhen that is mended, go on with: {comparison.again}") from error
+    except KeyboardInterrupt:
+        findings = None
+    if findings is None:
+        print(f"lite-dil: stopped; go on with: {comparison.again}", file=sys.stderr)
+        return 130
+    _show(comparison, findings, display)
+    return 0
+
+
+def settled(args: argparse.Namespace, display: Terminal) -> Comparison:
+    """Return the comparison that the command line asks for, checked."""
+    from lite_dil.evaluation.comparison.settings import Asked, settle
+
+    given = {name: value for name, value in vars(args).items() if name in FIELDS}
+    base = read_yaml(Path(args.config)) if args.config else {}
+    seed = given.pop("seed", base.pop("seed", "0"))
+
+    def again(output: Path) -> str:
+        return shlex.join(["lite-dil", *args.argv, *([] if args.output else ["--output", str(output)])])
+
+    asked = Asked(
+        losses=[_loss(name) for name in _names(args.losses)],
+        seeds=_names(str(args.seeds or seed)),
+        rates=_rates(args.learning_rates),
+        sample_prompts=args.sample_prompts,
+        sample_tokens=args.sample_tokens,
+        output=Path(args.output) if args.output else None,
+        given=given,
+        base=base,
+        again=again,
+    )
+    return settle(asked, display.say)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _loss(name: str) -> str | OwnLoss:
+    found = named_file(name)
+    return load_loss(*found) if found else name
+
+
+def _rates(text: str | None) -> dict[str, Any]:
+    rates = {}
+    for item in _names(text or ""):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--learning-rates: {item!r} is not of the form loss=rate")
+        if name in rates:
+            raise UserError(f"--learning-rates: {name} is given twice")
+        rates[name] = value
+    return rates
+
+
+def _show(comparison: Comparison, findings: Findings, display: Terminal) -> None:
+    """Print the table, losses side by side: a row a loss would be wider than a terminal."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    title = f"{comparison.steps} steps, seeds {', '.join(map(str, comparison.seeds))}"
+    table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, line in enumerate([findings.headings[:1], *([line[0]] for line in findings.cells)]):
+        table.add_column(line[0], justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
+    for number, heading in enumerate(findings.headings[1:], 1):
+        table.add_row(heading, *(line[number] for line in findings.cells))
+    display.console.print(table)
+    for text in [*findings.sentences, "", f"all of it on one page: {findings.page}"]:
+        display.say(text)

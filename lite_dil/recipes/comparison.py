@@ -1,0 +1,143 @@
+"""Several losses from the same start on the same data: each trained, then measured, and laid side by side."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from lite_dil.backends import registry
+from lite_dil.backends.options import LoadOptions
+from lite_dil.base.display import Display
+from lite_dil.base.errors import TrainingDiverged
+from lite_dil.base.files import replace_file
+from lite_dil.config.resume import check_same_run, saved_config
+from lite_dil.config.train_config import ResolvedConfig
+from lite_dil.evaluation.comparison.measure import Probe, measure, measure_reference
+from lite_dil.evaluation.comparison.report import RESULT, Findings, report
+from lite_dil.evaluation.comparison.settings import Comparison
+from lite_dil.generation import policy as policies
+from lite_dil.generation.policy import AdapterSource, Policy
+from lite_dil.recipes.given import Given
+from lite_dil.recipes.preference import train
+from lite_dil.recipes.run import Run
+from lite_dil.runs.folder import RunFolder
+
+# What the policy itself says, or what a fresh adapter is given anew.
+_NOT_COMPARED = {"backend", "dtype", "seed"}
+
+
+def compare(comparison: Comparison, display: Display, policy: Policy | None = None) -> Findings | None:
+    """Train and measure what is not done yet, and report; return None where Ctrl-C ended it early.
+
+    All runs share one base in memory, each with a fresh adapter, unless --auto chooses for each run how its model is loaded.
+
+    Args:
+        policy: whose base and adapter are used; it is left with a fresh adapter. None loads one, and closes it at the end.
+
+    Raises:
+        UserError: as training does; what is finished is kept.
+    """
+    base = _Base(policy, display)
+    try:
+        runs = [(loss, seed) for seed in comparison.seeds for loss in comparison.configs]
+        for number, (loss, seed) in enumerate(runs, 1):
+            name = f"{loss}, seed {seed} ({number} of {len(runs)})"
+            if (Path(comparison.run(loss, seed).output_dir or "") / RESULT).exists():
+                display.say(f"{name}: done before")
+                continue
+            display.say(f"\n{name}")
+            if not _run(comparison, loss, seed, base, display):
+                return None
+    finally:
+        base.leave()
+    return report(comparison)
+
+
+class _Base:
+    """The base that the runs share: it gives each run a policy that nothing has trained."""
+
+    def __init__(self, policy: Policy | None, display: Display) -> None:
+        self._own, self._policy, self._display = policy is None, policy, display
+        self._seed = policy.options.seed if policy and policy.options else 0
+
+    def policy(self, config: ResolvedConfig) -> Policy | None:
+        """Return the policy to train; None where --auto is to decide first how it is loaded."""
+        if self._own and self._policy and (config.auto or not _loaded_alike(self._policy, config)):
+            self._close()
+        if config.auto:
+            return None
+        if self._policy is None:
+            self._policy = policies.load(AdapterSource(None, None, config), self._display.say, config)
+        registry.forget_peak(self._policy.backend.name)
+        return self._policy.fresh(config.seed)
+
+    def take(self, run: Run) -> None:
+        """Keep the policy of a run that loaded it itself."""
+        self._policy = run.policy
+
+    def leave(self) -> None:
+        """Close the policy, or leave the one that was given as it was."""
+        if self._own:
+            self._close()
+        elif self._policy is not None:
+            self._policy.fresh(self._seed)
+
+    def _close(self) -> None:
+        if self._policy is not None:
+            self._policy.close()
+            self._policy = None
+
+
+def _loaded_alike(policy: Policy, config: ResolvedConfig) -> bool:
+    """Return whether loading by `config` would make the policy that is in memory, but for its first weights."""
+    assert policy.options is not None  # it was loaded to be trained
+    backend, dtype = policy.backend.name, policy.backend.dtype_name
+    return (
+        registry.resolve(config.backend) == backend
+        and config.dtype in (policy.options.dtype, dtype)
+        and all(
+            getattr(policy.options, each.name) == getattr(config, each.name)
+            for each in fields(LoadOptions)
+            if each.name not in _NOT_COMPARED
+        )
+    )
+
+
+def _run(comparison: Comparison, loss: str, seed: int, base: _Base, display: Display) -> bool:
+    """Train one loss, from its newest checkpoint where there is one, and measure it; return False where it was stopped."""
+    config = comparison.run(loss, seed)
+    folder = RunFolder(Path(config.output_dir or ""))
+    checkpoint = folder.latest()
+    if checkpoint:
+        saved = saved_config(checkpoint)
+        config = replace(config, backend=saved["backend"], dtype=saved["dtype"])  # what auto came to
+        check_same_run(config, saved, str(checkpoint))
+    elif folder.path.exists():  # killed before its first checkpoint
+        shutil.rmtree(folder.path)
+    result: dict[str, Any] = {"loss": loss, "seed": seed, "learning_rate": config.learning_rate}
+    diverged = ""
+    try:
+        trained = train(config, display, checkpoint, given=Given(base.policy(config), comparison.own.get(loss)))
+    except TrainingDiverged as error:
+        diverged = str(error)
+    if diverged:  # out of the handler, where the error lets go of a model that the run had loaded itself
+        registry.free(registry.resolve(config.backend))
+        display.say(f"{loss} diverged; the comparison goes on. {diverged}")
+        _write(folder.path / RESULT, result | {"diverged": diverged})
+        return True
+    base.take(trained)
+    if trained.stopped:
+        return False
+    probe = Probe(trained.policy, config, comparison.sample_prompts, comparison.sample_tokens)
+    display.say(f"drawing an answer to each of {len(probe.prompts)} held-out prompts ...")
+    reference = measure_reference(probe, comparison.reference, comparison.seeds[0])
+    figures = measure(probe, reference, folder.path, seed)
+    _write(folder.path / RESULT, result | {"diverged": None, **figures})
+    return True
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    replace_file(path, json.dumps(content, indent=1) + "\n")
