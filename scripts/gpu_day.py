@@ -4,33 +4,45 @@
     python scripts/gpu_day.py correctness                       # or memory, or speed
     python scripts/gpu_day.py correctness --device cpu --tiny   # the same checks on toys, to see that they run
 
-Called again it goes on where it was: what passed or failed before is not repeated (--again: all; --again failed: those). A
-model of the shape of Llama 3.1 8B is made on the card, a layer at a time, of random weights in 4 bits; nothing is downloaded.
-Needs what `pip install -e ".[cuda]"` installs; trl, datasets, liger-kernel and unsloth are measured too where they are.
-Exit code: 1 where a check failed, 2 for errors.
+Needs what `pip install -e ".[cuda]"` installs, and a C compiler, as training does. Where torch, transformers, PEFT and accelerate
+are there and nothing can be downloaded, carry the wheels of bitsandbytes, platformdirs, rich, markdown-it-py, mdurl and pygments
+in a folder WHEELS, and run in the repository
+
+    pip install --no-index --no-deps WHEELS/*.whl && pip install --no-index --no-deps --no-build-isolation -e .
+
+trl, datasets, liger-kernel and unsloth are measured too where they are installed. A model of the shape of Llama 3.1 8B is made
+on the card, a layer at a time, of random weights in 4 bits (5.7 GB in --folder); nothing is downloaded.
+
+Each check has a process and a time limit of its own; several run at a time, but for those of `speed`. What came of each is in the
+JSON file as soon as it is known. The same command goes on where it was: what passed or failed is not repeated (--again: all;
+--again failed: those), what was left out for time is done then: on an H200 a second call for a third of `speed`. The table is
+printed at the end, and kept beside the JSON file as .txt. Exit code: 1 where a check failed, 2 for errors.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
+import json
 import os
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from gpu_day_costs import CORES_A_CHECK, RATE
 from gpu_day_record import FAILED, LEFT_OUT, NOT_RUN, PASSED, Check, Record, status_of, table
+from gpu_day_run import Run
 
 from lite_dil.base.errors import UserError, first_line
-from lite_dil.base.start import quiet_bars, start
+from lite_dil.base.start import start
 
 PARTS = ("correctness", "memory", "speed")
-PATIENCE = 5  # a check may take so many times what it is said to take, and at least LEAST seconds
-LEAST = 120.0
-TIME_UP = "not done when the part's time was up"
+AT_A_TIME = {"correctness": 8, "memory": 4, "speed": 1}  # checks, at most, where there are cores for them
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,22 +54,26 @@ def main(argv: list[str] | None = None) -> int:
         if options.worker:
             work(options)
             return 0
-        record = Record.open(Path(options.json), machine_of(options))
+        card = Card.here() if options.device == "cuda" else Card("CPU", 0.0, True, RATE)
+        record = Record.open(Path(options.json), machine_of(options, card))
         shown: list[str] = []
         for part in [options.part] if options.part else PARTS:
-            shown += run_part(part, options, record, argv if options.part else [part, *argv])
+            shown += run_part(part, options, card, record, argv if options.part else [part, *argv])
     except UserError as error:
         print(f"gpu_day: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("gpu_day: stopped; the same command goes on", file=sys.stderr)
         return 130
-    print(", ".join(f"{name} {value}" for name, value in record.machine.items()))
-    print(table(record, shown))
+    text = "\n".join(
+        [", ".join(f"{name} {value}" for name, value in record.machine.items()), card.warning, table(record, shown)]
+    )
+    record.path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    print(text)
     return 1 if any(record.checks.get(key, {}).get("status") == FAILED for key in shown) else 0
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="gpu_day.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,145 +91,145 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--json", default="gpu_day.json", metavar="FILE", help="what came of the checks (default: gpu_day.json)"
     )
     parser.add_argument("--folder", metavar="FOLDER", help="where models that are made are kept (default: the cache folder)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="checks at a time, but in speed (default: by cores and memory)")
+    parser.add_argument(
+        "--patience", type=float, metavar="TIMES", help="lengthen the checks' time limits (default: 1, on a CPU 5)"
+    )
     parser.add_argument("--python", nargs="+", default=[], metavar="NAME=PATH", help="speed: another interpreter for a peer")
-    parser.add_argument("--worker", type=float, metavar="UNTIL", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, metavar=("CHECK", "RESULT", "LIMIT"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.device == "cpu" and not options.tiny:
         parser.error("--device cpu is for --tiny: what a GPU takes seconds for would take hours")
+    options.patience = options.patience or (5.0 if options.device == "cpu" else 1.0)
     if any("=" not in pair for pair in options.python):
         parser.error("--python: expected NAME=PATH, as unsloth-best=FOLDER/bin/python")
     return options
 
 
-def machine_of(options: argparse.Namespace) -> dict[str, str]:
+class Card(NamedTuple):
+    """The card: its name, its memory, whether it adds 1 and 1, and how fast it multiplies matrices in 16 bits."""
+
+    name: str
+    gib: float
+    computes: bool
+    flops: float
+
+    @classmethod
+    def here(cls) -> Card:
+        """Ask in a process of its own: a context in this one would hold memory that is to be measured."""
+        asked = subprocess.run([sys.executable, "-c", _CARD], capture_output=True, text=True, check=False)
+        if asked.returncode:
+            last = (asked.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            raise UserError(f"torch finds no CUDA GPU here ({last}); --device cpu --tiny runs the same checks on toys")
+        return cls(*json.loads(asked.stdout.strip().splitlines()[-1]))
+
+    @property
+    def slower(self) -> float:
+        """How many times longer a check takes than on an H200."""
+        return max(1.0, RATE / max(self.flops, 1.0))
+
+    @property
+    def warning(self) -> str:
+        """What is to be said above the table."""
+        if not self.computes:
+            return "THIS DEVICE DOES NOT ADD 1 AND 1: no figure below that comes of arithmetic, or of time, means anything."
+        return (
+            f"matrix products: {self.flops / 1e12:.0f} TFLOP/s" if self.gib else "on a CPU: no figure of time means anything"
+        )
+
+
+_CARD = """import json, time, torch
+_, total = torch.cuda.mem_get_info()
+computes = bool((torch.ones(8, device="cuda") + 1 == 2).all())
+a = torch.ones(4096, 4096, device="cuda", dtype=torch.float16)
+for repeats in (3, 20):
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        a @ a
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - begun) / repeats
+print(json.dumps([torch.cuda.get_device_name(), total / 2**30, computes, 2 * 4096**3 / seconds]))"""
+
+
+def machine_of(options: argparse.Namespace, card: Card) -> dict[str, str]:
     """Return what figures depend on: the device, the libraries, and whether the models are tiny."""
-    found = {"device": "CPU", "models": "tiny" if options.tiny else "8B"}
+    device = f"{card.name}, {card.gib:.1f} GiB" if card.gib else card.name
+    found = {"device": device, "models": "tiny" if options.tiny else "8B"}
     for name in ("lite-dil", "torch", "transformers", "peft", "bitsandbytes"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "none"
-    if options.device == "cuda":  # asked in a process of its own: a context here would hold memory that is to be measured
-        asked = subprocess.run([sys.executable, "-c", _CARD], capture_output=True, text=True, check=False)
-        if asked.returncode:
-            raise UserError("torch finds no CUDA GPU here; --device cpu --tiny runs the same checks on toys")
-        found["device"] = asked.stdout.strip()
     return found
 
 
-_CARD = """import torch
-_, total = torch.cuda.mem_get_info()
-print(f"{torch.cuda.get_device_name()}, {total / 2**30:.1f} GiB")"""
-
-
 def checks_of(part: str, options: argparse.Namespace) -> dict[str, Check]:
-    """Return a part's checks that are asked for, by their names in the record."""
+    """Return a part's checks that are asked for, by their names in the record; what others need is always among them."""
     module = importlib.import_module(f"gpu_day_{part}")
     named = {f"{part}: {check.name}": check for check in module.CHECKS}
-    return {key: check for key, check in named.items() if not options.only or any(text in key for text in options.only)}
+    return {
+        key: check
+        for key, check in named.items()
+        if check.first or not options.only or any(text in key for text in options.only)
+    }
 
 
-def run_part(part: str, options: argparse.Namespace, record: Record, argv: list[str]) -> list[str]:
-    """Run a part's checks, in processes of their own, until its time is over; return the names of all of them."""
-    until, record.running = time.time() + 60 * options.minutes, None
-    checks = checks_of(part, options)
+def run_part(part: str, options: argparse.Namespace, card: Card, record: Record, argv: list[str]) -> list[str]:
+    """Run a part's checks until its time is over; return the names of all of them."""
+    from gpu_day_models import Place
+
+    place, checks = Place(options), checks_of(part, options)
     if options.again:
-        record.forget(list(checks), (PASSED, FAILED) if options.again == "all" else (FAILED,))
-    record.forget(list(checks), (NOT_RUN, LEFT_OUT))
+        record.forget(checks, (PASSED, FAILED) if options.again == "all" else (FAILED,))
+    record.forget(checks, (NOT_RUN, LEFT_OUT))
+    record.forget([key for key, check in checks.items() if check.there and not check.there(place)], (PASSED, FAILED))
     before = sum(key in record.checks for key in checks)
-    say(f"{part}: {len(checks)} checks, {before} of them done before")
-    for key, check in checks.items():
-        if key not in record.checks and check.cuda and options.device == "cpu":
-            record.end(key, NOT_RUN, reason="needs a GPU")
-    while left := [key for key in checks if key not in record.checks]:
-        if time.time() > until:
-            for key in left:
-                record.end(key, LEFT_OUT, reason="no time was left")
-            break
-        supervise(argv, record, checks, until)
-        if left == [key for key in checks if key not in record.checks]:
-            raise UserError(f"{part}: the process of the checks does nothing; see {log_of(record)}")
+    jobs = jobs_of(part, options)
+    say(f"{part}: {len(checks)} checks, {before} of them done before, {jobs} at a time")
+    left = {key: check for key, check in checks.items() if key not in record.checks}
+    for key in [key for key, check in left.items() if check.cuda and options.device == "cpu"]:
+        del left[key]
+        record.end(key, NOT_RUN, reason="needs a GPU")
+    Run(options, record, [sys.executable, __file__, *argv], card.slower, card.gib, jobs, say).all(left)
     return list(checks)
 
 
-def supervise(argv: list[str], record: Record, checks: dict[str, Check], until: float) -> None:
-    """Start a process that runs checks, and watch it: what ends it, or takes too long, is that check's failure."""
-    log, shown = log_of(record), len(record.checks)
-    command = [sys.executable, __file__, *argv, "--worker", str(until)]
-    with log.open("w", encoding="utf-8") as out:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
-        cut = ""
-        try:
-            while process.poll() is None and not cut:
-                time.sleep(0.2)
-                record.read()
-                shown = tell(record, shown)
-                cut = overdue(record, checks, until)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with what it started itself
-            process.wait()
-    record.read()
-    shown = tell(record, shown)
-    if record.running:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
-        reason = cut or f"its process ended with code {process.returncode}: {lines[-1]}"
-        record.end(record.running["check"], LEFT_OUT if cut == TIME_UP else FAILED, reason=reason)
-        tell(record, shown)
-    elif process.returncode:
-        raise UserError(f"the process of the checks ended with code {process.returncode}; see {log}")
+def jobs_of(part: str, options: argparse.Namespace) -> int:
+    """Return how many checks are made at a time."""
+    from lite_dil.base.memory import GIB, available
 
-
-def overdue(record: Record, checks: dict[str, Check], until: float) -> str:
-    """Return why the running check is to be stopped, or nothing."""
-    if record.running is None:
-        return ""
-    limit = max(LEAST, PATIENCE * checks[record.running["check"]].seconds)
-    if time.time() - record.running["since"] > limit:
-        return f"not done after {limit:.0f} s"
-    return TIME_UP if time.time() > until else ""
-
-
-def tell(record: Record, shown: int) -> int:
-    """Say what came of the checks after the first `shown`; return how many there are."""
-    for key in list(record.checks)[shown:]:
-        found = record.checks[key]
-        say(f"  {key}: {found['status']}, {found['seconds']:.0f} s {found['reason']}".rstrip())
-    return len(record.checks)
+    if part == "speed" or options.device == "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = available() // (6 * GIB)  # a process with a model that passes through the computer's memory
+    return options.jobs or max(1, min(AT_A_TIME[part], cores // CORES_A_CHECK, room))
 
 
 def work(options: argparse.Namespace) -> None:
-    """Run the checks that have no result yet, in this process; one that is to be alone ends it."""
+    """Make one check, in this process; write each finding as it is found, then what came of it."""
     from gpu_day_models import NotRun, Place
 
-    quiet_bars()
-    place, ran, record = Place(options), 0, Record(Path(options.json), {})
-    record.read()
-    for key, check in checks_of(options.part, options).items():
-        if key in record.checks:
-            continue
-        if check.alone and ran:
-            return
-        needed, left = place.needs(check.seconds), options.worker - time.time()
-        if left < needed:
-            record.end(key, LEFT_OUT, reason=f"needs about {needed:.0f} s, and {max(0.0, left):.0f} s are left")
-            continue
-        record.begin(key)
+    key, result, limit = options.worker[0], Path(options.worker[1]), float(options.worker[2])
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(0.9 * limit)  # says where it is, before it is stopped
+    with result.open("w", encoding="utf-8") as out:
+
+        def write(line: dict[str, Any]) -> None:
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+
+        verdicts: list[bool | None] = []
         try:
-            findings = check.run(place)
-            record.end(key, status_of(findings), findings)
+            for finding in checks_of(options.part, options)[key].run(Place(options)):
+                write(asdict(finding))
+                verdicts.append(finding.passed)
+            write({"status": status_of(verdicts), "reason": ""})
         except NotRun as reason:
-            record.end(key, NOT_RUN, reason=str(reason))
+            write({"status": status_of(verdicts), "reason": str(reason)})
         except UserError as error:
-            record.end(key, FAILED, reason=first_line(error))
-        ran += 1
-        if check.alone:
-            return
-
-
-def log_of(record: Record) -> Path:
-    """Return where the processes of the checks write what they say."""
-    return record.path.with_suffix(".log")
+            write({"status": FAILED, "reason": first_line(error)})
+    faulthandler.cancel_dump_traceback_later()
 
 
 def say(text: str) -> None:

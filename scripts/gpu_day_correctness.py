@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import gpu_day_attention as attention
 import gpu_day_training as training
 import numpy as np
 from benchmark_cases import EOS, read_config
+from gpu_day_costs import COMPILE, LOAD, MAKE, START
 from gpu_day_models import STOCK, Measured, Place
 from gpu_day_record import Check, Finding, at_most, same
 
@@ -55,11 +57,13 @@ def as_near(name: str, one: Measured, other_name: str, other: Measured, exact: M
 def offload(place: Place, **option: bool) -> list[Finding]:
     """Expect what is kept in the computer's memory to come back as it was."""
     here = {"dtype": place.dtype, "layout": "packed", "gradient_checkpointing": "full"}
-    one, other = place.measured(**here), place.measured(**here, **option)
-    return [
-        same("log-probs", bool((one.logps == other.logps).all()), float(np.abs(one.logps - other.logps).max())),
-        same("gradients", bool((one.vector() == other.vector()).all()), float(np.abs(one.vector() - other.vector()).max())),
-    ]
+    one, again, other = place.measured(**here), place.measured(**here, seed=1), place.measured(**here, **option)
+    findings = []
+    # Without the first two a difference of the others might be one that every two runs on this device have.
+    for name, found in (("without it, twice", again), ("with it", other)):
+        for what, left, right in (("log-probs", one.logps, found.logps), ("gradients", one.vector(), found.vector())):
+            findings.append(same(f"{what}, {name}", np.array_equal(left, right), float(np.abs(left - right).max())))
+    return findings
 
 
 def fresh_adapter(place: Place) -> list[Finding]:
@@ -94,6 +98,12 @@ def nf4(place: Place) -> list[Finding]:
         at_most("dequantised, from the definition in numpy", relative, 2**-21, "a few roundings of float32"),
         at_most("quantising error by the block's largest", gap, 0.17, "half of NF4's largest gap is 0.152, and 8-bit scales"),
     ]
+    half = getattr(torch, place.dtype)
+    state.dtype = half  # what it comes to; the packed weights stay
+    rounded = dequantize_4bit(packed, state).float().cpu().numpy().ravel()
+    far = float((np.abs(rounded - here) / np.maximum(np.abs(here), 1e-30)).max())
+    findings.append(at_most("dequantised to 16 bits, from that", far, torch.finfo(half).eps / 2, "one rounding"))
+    state.dtype = torch.float32
     if place.device == "cuda":
         state.to("cpu")
         cpu = dequantize_4bit(packed.cpu(), state).float().numpy().ravel()
@@ -102,26 +112,30 @@ def nf4(place: Place) -> list[Finding]:
     return findings
 
 
-def generation(place: Place) -> list[Finding]:
+def generation(place: Place) -> Iterator[Finding]:
     """Compare answers in batches, streamed, and drawn with seeds, and greedy ones with the logits of a plain forward pass."""
     backend = generator(place, "float32")
-    prompts = [list(pair.prompt) for pair in place.pairs(3)]
+    prompts, seeds = [list(pair.prompt) for pair in place.pairs(6)], list(range(1, 7))
     count = 8 if place.tiny else 32
-    greedy = [answer.ids for answer in backend.generate(prompts, count, [EOS])]
-    drawn = [answer.ids for answer in backend.generate(prompts, count, [EOS], seeds=[1, 2, 3])]
-    again = [answer.ids for answer in backend.generate(prompts, count, [EOS], seeds=[1, 2, 3])]
-    likeliest = backend.generate(prompts, count, [EOS], seeds=[1, 2, 3], sampling=Sampling(temperature=0.0))
+
+    def answers(**options: Any) -> list[list[int]]:
+        return [answer.ids for answer in backend.generate(prompts, count, [EOS], **options)]
+
+    greedy = answers()
     behind, _ = chosen(backend, prompts, greedy)
-    return [
-        equal("greedy, streamed", greedy, [streamed(backend, prompt, count) for prompt in prompts]),
-        equal("seeded, drawn again", drawn, again),
-        equal(
-            "seeded, streamed", drawn, [streamed(backend, p, count, seed) for p, seed in zip(prompts, (1, 2, 3), strict=True)]
-        ),
-        equal("seeded at temperature 0, greedy", [answer.ids for answer in likeliest], greedy),
-        Finding("seeds draw other answers", "no" if drawn == greedy else "yes", "yes", drawn != greedy),
-        at_most("greedy, behind a forward pass's largest logit", behind, 1e-4, "float32; a tie may fall either way", " nats"),
-    ]
+    why = "float32; a tie may fall either way"
+    yield at_most("greedy, behind a forward pass's largest logit", behind, 1e-4, why, " nats")
+    yield equal("greedy, streamed", greedy, [streamed(backend, prompt, count) for prompt in prompts])
+    drawn = answers(seeds=seeds)
+    yield equal("seeded, drawn again", drawn, answers(seeds=seeds))
+    # By arithmetic one answer in a hundred: a number within 1e-8 of the border of two of 32,768 tokens, in one of 32 draws.
+    one_by_one = [streamed(backend, p, count, seed) for p, seed in zip(prompts, seeds, strict=True)]
+    yield equal("seeded, streamed", drawn, one_by_one, allowed=0 if place.tiny else 1)
+    yield equal("seeded at temperature 0, greedy", answers(seeds=seeds, sampling=Sampling(temperature=0.0)), greedy)
+    different = sum(a != b for a, b in zip(drawn, greedy, strict=True))
+    yield Finding(
+        "seeds draw others than greedy", f"{different} of {len(drawn)}", "more than half", different > len(drawn) / 2
+    )
 
 
 def generation_in_4_bits(place: Place) -> list[Finding]:
@@ -161,13 +175,13 @@ def chosen(backend: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Seq
     return float(every.max()), float((every == 0).mean())
 
 
-def equal(what: str, one: list[list[int]], other: list[list[int]]) -> Finding:
-    """Expect the same tokens."""
+def equal(what: str, one: list[list[int]], other: list[list[int]], allowed: int = 0) -> Finding:
+    """Expect the same tokens, in all answers but `allowed`."""
     different = sum(a != b for a, b in zip(one, other, strict=True))
     tokens = sum(map(len, one))
-    return Finding(
-        what, f"{different} of {len(one)} answers differ ({tokens} tokens)", "none differ", not different and tokens > 0
-    )
+    expected = f"{f'at most {allowed} differs' if allowed else 'none differ'}, some tokens"
+    text = f"{different} of {len(one)} answers differ ({tokens} tokens)"
+    return Finding(what, text, expected, different <= allowed and tokens > 0)
 
 
 def head(place: Place) -> list[Finding]:
@@ -181,23 +195,24 @@ def head(place: Place) -> list[Finding]:
     return [at_most("log-probs with an 8-bit head", far, limit, "the type's largest step, on states of size 1", " nats")]
 
 
-SHIPPED, OTHERS = attention.checks()
+# A model of 0.2e9 parameters, read or made in a second: each load of it compiles its attention, or finds that compiled.
+ONE, TWO, THREE = START + COMPILE + 5, START + COMPILE + 10, START + COMPILE + 15
 CHECKS = [
-    Check("NF4", nf4, 5),
-    *SHIPPED[:3],
-    Check("packed = plain, 16 bits", packed_is_plain, 30),
-    Check("packed = plain, NF4", lambda place: packed_is_plain(place, load_in_4bit=True), 30),
-    Check("checkpointing selective", lambda place: computed_again(place, "selective"), 15),
-    Check("checkpointing full", lambda place: computed_again(place, "full"), 15),
-    Check("--offload-activations", lambda place: offload(place, offload_activations=True), 15, cuda=True),
-    Check("--offload-embeddings", lambda place: offload(place, offload_embeddings=True), 15, cuda=True),
-    Check("8-bit AdamW", training.adamw_8bit, 5),
-    Check("resumed, NF4", training.resumed, 20),
-    Check("fp16, overflow", training.overflow, 20, cuda=True),
-    Check("generation", generation, 20),
-    Check("generation, NF4", generation_in_4_bits, 15),
-    Check("8-bit head", head, 15),
-    Check("fresh adapter, NF4", fresh_adapter, 40),
-    *SHIPPED[3:],
-    *OTHERS,
+    Check("the models", Place.make_all, START + MAKE + 15, gib=16.0, first=True, there=Place.has_all),
+    Check("NF4", nf4, START + 3),
+    *attention.checks("", cuda=False),
+    Check("packed = plain, 16 bits", packed_is_plain, THREE),
+    Check("packed = plain, NF4", partial(packed_is_plain, load_in_4bit=True), THREE),
+    Check("checkpointing selective", partial(computed_again, mode="selective"), THREE),
+    Check("checkpointing full", partial(computed_again, mode="full"), THREE),
+    Check("--offload-activations", partial(offload, offload_activations=True), THREE, cuda=True),
+    Check("--offload-embeddings", partial(offload, offload_embeddings=True), THREE, cuda=True),
+    Check("8-bit AdamW", training.adamw_8bit, START + 5),
+    Check("resumed, NF4", training.resumed, TWO),
+    Check("fp16, overflow", training.overflow, TWO, cuda=True),
+    Check("generation", generation, START + 25),  # 32 tokens, 21 times over, of 4 layers: launches
+    Check("generation, NF4", generation_in_4_bits, START + 10),
+    Check("8-bit head", head, TWO),
+    Check("fresh adapter, NF4", fresh_adapter, START + LOAD + COMPILE + 5, gib=20.0),
+    *attention.checks("float16", cuda=True),
 ]

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,9 +15,11 @@ import numpy as np
 from benchmark_cases import HH, Job, read_config, steps_of
 from benchmark_models import LLAMA_8B, TINY, make_llama
 from benchmark_worker import NotRun, sixteen_bit
+from gpu_day_record import Finding, at_most, between
 
 from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
+from lite_dil.base.start import quiet_bars
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import ResolvedConfig, TrainConfig
 from lite_dil.data.encoder import Example
@@ -56,49 +54,79 @@ class Measured(NamedTuple):
 
 
 class Place:
-    """Where checks are made: a device, the models, the time that is left."""
+    """Where checks are made: a device, the models, what was found before."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         from lite_dil.models.find import cache_dir
 
-        self.device, self.tiny, self.until = options.device, options.tiny, options.worker
+        self.device, self.tiny = options.device, options.tiny
         self.folder = Path(options.folder) if options.folder else cache_dir()
         self.python = dict(pair.split("=", 1) for pair in options.python)
+        self.record = Path(options.json)
+        self.limit = float(options.worker[2]) if options.worker else 0.0
         self._measured: dict[str, Measured] = {}
-
-    def needs(self, seconds: float) -> float:
-        """Return the seconds that a check takes here, of those it takes on an H200."""
-        return min(seconds, 10.0) if self.tiny else seconds
-
-    def left(self) -> float:
-        """Return the seconds that the part has left."""
-        return self.until - time.time()
 
     @cached_property
     def dtype(self) -> str:
         """The 16-bit type that this device computes in; bfloat16 on a CPU, which is slow there and right."""
         return sixteen_bit("cuda") if self.device == "cuda" else "bfloat16"
 
-    @cached_property
+    @property
     def small(self) -> str:
         """A float32 model."""
-        return make_llama(self.folder / f"gpu-day-{'tiny' if self.tiny else 'slice'}", self._small, nf4=False)
+        return self._made(self._small)
 
     @property
-    def _small(self) -> dict[str, int]:
-        return TINY if self.tiny else SLICE
-
-    @cached_property
     def large(self) -> str:
         """A model of Llama 3.1 8B's shape, in 4 bits."""
-        shape, name = (TINY, "benchmark-tiny-nf4") if self.tiny else (LLAMA_8B, "benchmark-llama-8b-nf4")
-        script, folder = Path(__file__).with_name("benchmark.py"), str(self.folder / name)
-        # In a process of its own, whose share of the card is not measured.
-        command = [sys.executable, str(script), "_make", folder, json.dumps(shape), self.device]
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
-        if made.returncode:
-            raise UserError(f"the model could not be made in {folder}: {made.stderr.strip().splitlines()[-1]}")
-        return folder
+        return self._made(self._large)
+
+    @property
+    def adapter(self) -> str:
+        """A folder with an adapter of the small model that changes something: three steps were taken."""
+        return self._made(self._small / "adapter", "adapter_config.json")
+
+    @property
+    def _small(self) -> Path:
+        return self.folder / f"gpu-day-{'tiny' if self.tiny else 'slice'}"
+
+    @property
+    def _large(self) -> Path:
+        return self.folder / f"benchmark-{'tiny' if self.tiny else 'llama-8b'}-nf4"
+
+    def _made(self, folder: Path, last: str = "config.json") -> str:
+        if not (folder / last).is_file():
+            raise UserError(f"{folder} is not there: the check that makes the models failed")
+        return str(folder)
+
+    def has_large(self) -> bool:
+        """Return whether the large model is there."""
+        return (self._large / "config.json").is_file()
+
+    def has_all(self) -> bool:
+        """Return whether all models are there."""
+        return self.has_large() and (self._small / "adapter" / "adapter_config.json").is_file()
+
+    def make_large(self) -> list[Finding]:
+        """Make the large model on the device."""
+        shape = TINY if self.tiny else LLAMA_8B
+        make_llama(self._large, shape, nf4=True, device=self.device)
+        size = sum(file.stat().st_size for file in self._large.glob("*.safetensors"))
+        expected = bytes_in_4_bits(shape)
+        if self.tiny:
+            return [Finding("size of its files", f"{size / 1e6:.1f} MB", "of 8B alone: a toy's are headers")]
+        return [between("size of its files", size / 1e9, expected / 1e9, 1.02 * expected / 1e9, "by its shape", " GB")]
+
+    def make_all(self) -> Iterator[Finding]:
+        """Make the large model, the small one and its adapter."""
+        yield from self.make_large()
+        make_llama(self._small, TINY if self.tiny else SLICE, nf4=False)
+        folder = self._small / "adapter"
+        backend = self.load(**STOCK)
+        losses = [self.step(backend, self.pairs(seed=1), 0.01).loss for _ in range(3)]
+        folder.mkdir(exist_ok=True)
+        backend.save_adapter(folder)
+        yield at_most("loss after two steps less that before, lsif", losses[2] - losses[0], 0.0, "it was trained on")
 
     def vocabulary(self, model: str) -> int:
         """Return how many tokens a model knows."""
@@ -121,6 +149,7 @@ class Place:
         """Load a backend as in a new process: torch keeps eight variants of a compiled function, and one run has fewer."""
         import torch
 
+        quiet_bars()
         torch.compiler.reset()
         self.free()
         return registry.load(self.device, config, config.model, config, config)
@@ -144,18 +173,6 @@ class Place:
         """Take a step of lsif, all examples in one pass."""
         criterion = Criterion(self.config(), examples)
         return backend.step(micro_batches([Batch.of(examples)], criterion), criterion, rate)
-
-    @cached_property
-    def adapter(self) -> str:
-        """A folder with an adapter of the small model that changes something: three steps were taken."""
-        folder = Path(self.small) / "adapter"
-        if not (folder / "adapter_config.json").is_file():
-            backend = self.load(**STOCK)
-            for _ in range(3):
-                self.step(backend, self.pairs(seed=1), 0.01)
-            folder.mkdir(exist_ok=True)
-            backend.save_adapter(folder)
-        return str(folder)
 
     def measured(self, **changes: Any) -> Measured:
         """Return log-probs and gradients on the trained adapter under these options; computed once a process."""
@@ -201,6 +218,15 @@ def scratch() -> Iterator[Path]:
 def saved_adapter(backend: Any) -> dict[str, np.ndarray]:
     """Return the policy's weights, as they would be saved."""
     return {name: weight.detach().float().cpu().numpy().copy() for name, weight in backend.adapters["policy"].weights.items()}
+
+
+def bytes_in_4_bits(shape: dict[str, Any]) -> float:
+    """Return the bytes of a Llama's weights in NF4: table, head and norms have two each."""
+    hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
+    keys = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    linear = layers * hidden * (2 * hidden + 2 * keys + 3 * inner)
+    # Half a byte, a byte of scale for 64 weights, and four of that scale's own for 256 of these.
+    return linear * (1 / 2 + 1 / 64 + 4 / 64 / 256) + 2 * hidden * (2 * shape["vocab_size"] + 2 * layers + 1)
 
 
 def worst(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:

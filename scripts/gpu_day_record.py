@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import replace_file
 
-PASSED, FAILED, NOT_RUN, LEFT_OUT = "passed", "FAILED", "not run", "left out"
+PASSED, FAILED, NOT_RUN, LEFT_OUT = "ok", "FAILED", "not run", "left out"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A figure beside what was expected of it; `passed` is None where it could not be had, and `measured` says why."""
+    """A figure beside what was expected of it.
+
+    Attributes:
+        passed: None where the figure could not be had, and `measured` says why.
+        value: the figure itself, for a check that compares with it.
+    """
 
     what: str
     measured: str
-    expected: str = ""
+    expected: str
     passed: bool | None = None
+    value: float | None = None
 
 
 def at_most(what: str, value: float, limit: float, why: str, unit: str = "") -> Finding:
     """Expect a figure of at most `limit`; NaN is above every limit."""
-    return Finding(what, f"{value:.3g}{unit}", f"at most {limit:.3g}{unit}: {why}", bool(value <= limit))
+    return Finding(what, f"{value:.3g}{unit}", f"at most {limit:.3g}{unit}: {why}", bool(value <= limit), value)
 
 
-def between(what: str, value: float, low: float, high: float, why: str) -> Finding:
+def between(what: str, value: float, low: float, high: float, why: str, unit: str = "") -> Finding:
     """Expect a figure from `low` to `high`; NaN is in no range."""
-    return Finding(what, f"{value:.3f}", f"{low:g} to {high:g}: {why}", bool(low <= value <= high))
+    return Finding(what, f"{value:.3f}{unit}", f"{low:.3g} to {high:.3g}{unit}: {why}", bool(low <= value <= high), value)
 
 
 def same(what: str, equal: bool, difference: float = math.nan) -> Finding:
@@ -44,30 +49,34 @@ def same(what: str, equal: bool, difference: float = math.nan) -> Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to find out.
+    """One thing to find out, in a process of its own.
 
     Attributes:
-        run: returns the findings; raises NotRun where it cannot be done here.
-        seconds: what it takes on an H200, about; it is left out where less is left.
+        run: returns or yields the findings; raises NotRun where it cannot be done here. What was yielded before its process
+            ended, for whatever reason, is kept.
+        seconds: what it takes on an H200 by itself: see gpu_day_costs.py. It is left out where less is left.
         cuda: whether it has no counterpart on a CPU.
-        alone: whether it has a process of its own on a GPU: for what a process sets once, and for a clean allocator.
+        gib: of the card's memory that it takes at most, so that no more are started at a time than have room.
+        first: the others need what it makes: it comes before them, alone.
+        there: of a `first` one, whether what it makes is still there.
     """
 
     name: str
-    run: Callable[[Any], Sequence[Finding]]
+    run: Callable[[Any], Iterable[Finding]]
     seconds: float
     cuda: bool = False
-    alone: bool = False
+    gib: float = 8.0
+    first: bool = False
+    there: Callable[[Any], bool] | None = None
 
 
 @dataclass
 class Record:
-    """The file: of which machine it is, what came of each check, and which one is running since when."""
+    """The file: of which machine it is, and what came of each check. One process writes it, others may read it."""
 
     path: Path
     machine: dict[str, str]
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    running: dict[str, Any] | None = None
 
     @classmethod
     def open(cls, path: Path, machine: dict[str, str]) -> Record:
@@ -82,54 +91,59 @@ class Record:
             raise UserError(f"--json {path}: it was made with {was}, and here is {now}; name another file")
         return record
 
-    def read(self) -> None:
-        """Take what the file says now, which another process may have written."""
-        if not self.path.exists():
-            return
+    def read(self) -> Record:
+        """Take what the file says now."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            self.machine, self.checks, self.running = found["machine"], found["checks"], found["running"]
+            self.machine, self.checks = found["machine"], found["checks"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"--json {self.path}: cannot be read ({error!r}); name another file") from None
+        return self
 
-    def begin(self, key: str) -> None:
-        """Note that a check is running."""
-        self.running = {"check": key, "since": time.time()}
-        self.write()
-
-    def end(self, key: str, status: str, findings: Sequence[Finding] = (), reason: str = "") -> None:
-        """Note what came of a check."""
-        since = self.running["since"] if self.running and self.running["check"] == key else time.time()
+    def end(
+        self,
+        key: str,
+        status: str,
+        findings: Sequence[dict[str, Any]] = (),
+        reason: str = "",
+        seconds: float = 0.0,
+        log: str = "",
+    ) -> None:
+        """Note what came of a check, on the disk at once; `log` is the end of what a failed one printed."""
+        self.checks.pop(key, None)  # a repeated one comes last, as it was done last
         self.checks[key] = {
             "status": status,
             "reason": reason,
-            "seconds": round(time.time() - since, 1),
-            "findings": [asdict(finding) for finding in findings],
+            "seconds": round(seconds, 1),
+            "findings": list(findings),
+            **({"log": log} if log else {}),
         }
-        self.running = None
         self.write()
 
-    def forget(self, keys: Sequence[str], statuses: Sequence[str]) -> None:
+    def forget(self, keys: Iterable[str], statuses: Sequence[str]) -> None:
         """Forget what came of these checks, where it is one of `statuses`."""
         for key in keys:
             if self.checks.get(key, {}).get("status") in statuses:
                 del self.checks[key]
         self.write()
 
+    def value(self, key: str, what: str) -> float | None:
+        """Return the figure of a finding, None where there is none."""
+        found = (one["value"] for one in self.checks.get(key, {}).get("findings", ()) if one["what"] == what)
+        return next(found, None)
+
     def write(self) -> None:
         """Write the file, whole or not at all."""
-        content = {"machine": self.machine, "running": self.running, "checks": self.checks}
-        replace_file(self.path, json.dumps(content, indent=1) + "\n")
+        replace_file(self.path, json.dumps({"machine": self.machine, "checks": self.checks}, indent=1) + "\n")
 
 
-def status_of(findings: Sequence[Finding]) -> str:
+def status_of(verdicts: Sequence[bool | None]) -> str:
     """Return what findings come to: failed by one, passed by one where none failed."""
-    verdicts = [finding.passed for finding in findings]
     return FAILED if False in verdicts else PASSED if True in verdicts else NOT_RUN
 
 
 def table(record: Record, keys: Sequence[str]) -> str:
-    """Return a line for each finding of these checks: what, measured, expected, verdict."""
+    """Return a line for each finding of these checks: what, measured, expected, verdict; then how many there are of each."""
     rows: list[tuple[str, str, str, str]] = []
     for key in keys:
         found = record.checks.get(key)
@@ -137,10 +151,15 @@ def table(record: Record, keys: Sequence[str]) -> str:
             continue
         for finding in found["findings"]:
             verdict = {True: PASSED, False: FAILED, None: NOT_RUN}[finding["passed"]]
-            rows.append((f"{key}: {finding['what']}", verdict, finding["measured"], finding["expected"]))
+            rows.append((f"{key}: {finding['what']}", finding["measured"], finding["expected"], verdict))
         if not found["findings"] or found["reason"]:
-            rows.append((key, found["status"], found["reason"], ""))
-    heading = ("check", "verdict", "measured", "expected")
-    widths = [max(len(row[column]) for row in [heading, *rows]) for column in range(3)]
-    return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
-                     for row in [heading, *rows])  # fmt: skip
+            rows.append((key, found["reason"], "done" if found["status"] == FAILED else "-", found["status"]))
+    heading = ("check", "measured", "expected", "verdict")
+    lines = [" | ".join(row) for row in [heading, *rows]]
+    counts = {status: [key for key in keys if record.checks.get(key, {}).get("status") == status] for status in STATUSES}
+    lines += [f"{status}: {len(those)} checks" for status, those in counts.items() if those]
+    lines += [f"  {key}" for status in (FAILED, LEFT_OUT) for key in counts[status]]
+    return "\n".join(lines)
+
+
+STATUSES = (PASSED, FAILED, NOT_RUN, LEFT_OUT)
