@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_an_own_loss_trains_as_the_table_s(policy: dil.Policy, data: Path, tmp_p
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
     assert yaml.safe_load((found.folder / "config.yaml").read_text())["loss"] == ones_own.identity
     assert "def dpo(chosen" in (found.folder / "loss_source.txt").read_text()
-    assert "dpo (a loss of one's own)" in found.report.read_text().replace("&#x27;", "'")
+    assert "dpo (a loss of one's own)" in unescape(found.report.read_text())
     card = (found.folder / "adapter" / "README.md").read_text()
     assert "Trained by a Python program with `lite_dil.train`, which gave its own loss." in card
     sides = dil.SideLoss(lambda f: -f, lambda f: library(f).exp(f), name="ukl")

@@ -236,7 +236,8 @@ def test_what_cannot_be_used_is_one_line_and_trains_nothing(
     write_pairs(tmp_path / "pairs.jsonl", 40)
     singles = [{"prompt": f"{i}", "completion": "yes", "label": i % 2 == 0} for i in range(40)]
     (tmp_path / "unpaired.jsonl").write_text("".join(json.dumps(row) + "\n" for row in singles))
-    assert main(["--losses", "lsif,dpo", "--data", "pairs.jsonl", "--model", "nowhere", *more]) == 2
+    data = [] if "--data" in more else ["--data", "pairs.jsonl"]
+    assert main(["--losses", "lsif,dpo", *data, "--model", "nowhere", *more]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"few.jsonl", "pairs.jsonl", "unpaired.jsonl"}
