@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping, MutableMapping
 from importlib import metadata
 
@@ -93,6 +94,8 @@ def _environment() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are warnings; what came of them is an error here
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # segments that grow log each lack of memory beside the error
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would be left behind by a fork
+    # tqdm, in a notebook without ipywidgets: its bars are text then, which is all that the warning comes to.
+    warnings.filterwarnings("ignore", "IProgress not found")
     # PEFT imports bitsandbytes, which warns on a CPU of a kernel that only inference would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
