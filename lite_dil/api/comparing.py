@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lite_dil.api.notebook import display_of
 from lite_dil.api.reading import Data, as_data
-from lite_dil.api.telling import Logged
 from lite_dil.api.training import check_names, decided
+from lite_dil.base import html
 from lite_dil.base.display import Display
 from lite_dil.base.errors import UserError
 from lite_dil.base.start import start
@@ -45,6 +46,11 @@ class Compared:
     def page(self) -> Path:
         """One page with everything; it is there once the comparison has not been stopped."""
         return self.folder / PAGE
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of it."""
+        said: dict[str, object] = {row["loss"]: line for row, line in zip(self.rows, self.verdict, strict=False)}
+        return html.facts("Stopped, and saved" if self.stopped else "Compared", said | {"page": html.Link(self.page)})
 
 
 def compare(
@@ -98,7 +104,7 @@ def compare(
         rows=rows.rows,
         eval_rows=None if eval_rows is None else eval_rows.rows,
     )
-    display = display or Logged()
+    display = display_of(display)
     settled = settle(asked, display.say)
     found = comparison.compare(settled, display, mine)
     if found is None:

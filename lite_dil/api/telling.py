@@ -20,3 +20,7 @@ class Logged(Silent):
     def say(self, text: str) -> None:
         """Log a line."""
         tell(text)
+
+    def stopping(self, text: str) -> None:
+        """Log that a stop was asked for."""
+        tell(text)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.api.loading import LOADED
+from lite_dil.api.notebook import display_of
 from lite_dil.api.reading import Data, as_data
-from lite_dil.api.telling import Logged
 from lite_dil.base.display import Display
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.observer import Observer
@@ -46,7 +46,8 @@ def train(
 ) -> Run:
     """Train the policy's adapter, in place, and write a run's folder.
 
-    It is silent: what ``lite-dil train`` prints is logged at INFO by the logger "lite_dil", unless `display` shows it.
+    It is silent: what ``lite-dil train`` prints is logged at INFO by the logger "lite_dil", unless `display` shows it. In a
+    notebook progress and messages are shown below the cell.
 
     Args:
         policy: one that no run has trained, or `fresh` again, or one that is trained on with `continue_from`.
@@ -54,7 +55,7 @@ def train(
         loss: the name of an objective (docs/losses.md), or one's own, a `lite_dil.PairLoss` or `lite_dil.SideLoss`.
         eval_data: held-out data of the same form.
         observers: are called at the start, after each step and at the end; see `lite_dil.Observer`.
-        display: shows messages and progress, as ``lite_dil.Terminal()``.
+        display: shows messages and progress, as ``lite_dil.Terminal()``, also in a notebook.
         resume: a run's folder, one of its checkpoints, or "auto": go on with it as if it had never stopped.
         output_dir: the run's folder; by default a new one under runs/.
         continue_from: train a trained policy on: this run starts from the adapter of the one before, with a new optimiser.
@@ -81,7 +82,7 @@ def train(
     else:
         loaded = _start(policy, loaded, continue_from)
         config, checkpoint = build(given | loaded, {}), None
-    return preference.train(config, display or Logged(), checkpoint, None, observers, handed)
+    return preference.train(config, display_of(display), checkpoint, None, observers, handed)
 
 
 def decided(policy: Policy, where: str) -> dict[str, Any]:

@@ -32,6 +32,9 @@ class Display(Protocol):
     def bar(self, steps: int, done: int, first: str = "") -> AbstractContextManager[Bar]:
         """Show the progress of `steps` steps, `done` of them already behind, with the text `first` until the next is done."""
 
+    def stopping(self, text: str) -> None:
+        """Show, out of a signal's handler, that a stop was asked for."""
+
 
 class Silent:
     """A display that shows nothing, for programs that call this one; it is its own bar."""
@@ -49,6 +52,9 @@ class Silent:
         """Run the block with a bar that shows nothing."""
         yield self
 
+    def stopping(self, text: str) -> None:
+        """Drop the line."""
+
     def update(self, step: int, line: dict[str, Any] | None) -> None:
         """Drop the step."""
 
@@ -59,3 +65,23 @@ class Silent:
 
     def evaluation(self, metrics: dict[str, float]) -> None:
         """Drop the figures."""
+
+
+def status(line: dict[str, Any]) -> str:
+    """Return a line of metrics in a few words."""
+    unit = "pairs" if "rewards/accuracies" in line else "answers"
+    return f"{figures(line, 2)}  {line['examples_per_second']:.2f} {unit}/s  {line['peak_memory_mb']:.0f} MB"
+
+
+def figures(line: dict[str, Any], digits: int) -> str:
+    """Lay out what there is: single answers have no accuracy, demonstrations no rejected side."""
+    text = f"loss {line['loss']:.4f}"
+    if "rewards/accuracies" in line:
+        text += f"  accuracy {line['rewards/accuracies']:.{digits}f}"
+    sides = [f"{side} {line[name]:+.3f}" for side in ("chosen", "rejected") if (name := f"log_ratio/{side}") in line]
+    return f"{text}  log-ratio {' '.join(sides)}"
+
+
+def held_out(line: dict[str, Any]) -> str:
+    """Return held-out figures in a few words."""
+    return f"held out: {figures({name.removeprefix('eval_'): value for name, value in line.items()}, 3)}"

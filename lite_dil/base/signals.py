@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
+
+
+def to_stderr(text: str) -> None:
+    """Write a line to standard error, without print: the signal may have come in the middle of one."""
+    os.write(2, f"\n{text}\n".encode())
 
 
 class StopSignal:
     """Turns the first of `signals` into a request to stop after the step; a second Ctrl-C stops at once.
 
-    `text` is said when it comes, unless it is empty.
+    `text` is told when it comes, unless it is empty.
     """
 
     def __init__(
         self,
         text: str = "stopping after this step, and saving",
         signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+        tell: Callable[[str], None] = to_stderr,
     ) -> None:
-        self.asked, self.text, self.signals = False, text, signals
+        self.asked, self.text, self.signals, self.tell = False, text, signals, tell
 
     def __enter__(self) -> StopSignal:
         self._before = {}
@@ -38,5 +44,5 @@ class StopSignal:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
-        if self.text:  # not print: the signal may have come in the middle of one
-            os.write(2, f"\n{self.text}; Ctrl-C again stops at once\n".encode())
+        if self.text:
+            self.tell(f"{self.text}; Ctrl-C again stops at once")

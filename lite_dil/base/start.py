@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Mapping, MutableMapping
 from importlib import metadata
 
@@ -98,6 +99,8 @@ def _environment() -> None:
     # OpenMP's threads spin while they wait. Where another program has one of the cores, that costs most of the speed.
     if not any(name in os.environ for name in _WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    # tqdm, in a notebook without ipywidgets: its bars are text then, which is all that the warning comes to.
+    warnings.filterwarnings("ignore", "IProgress not found")
     # PEFT imports bitsandbytes, which warns on a CPU of a kernel that only inference would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

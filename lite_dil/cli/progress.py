@@ -11,6 +11,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from lite_dil.base.display import held_out, status
+from lite_dil.base.signals import to_stderr
+
 
 class Terminal:
     """The `lite_dil.base.display.Display` of the command line, on standard output unless `console` says otherwise."""
@@ -31,6 +34,10 @@ class Terminal:
             return
         with self.console.status(escape(text)):
             yield
+
+    def stopping(self, text: str) -> None:
+        """Write the line to standard error, whatever is being printed."""
+        to_stderr(text)
 
     @contextmanager
     def bar(self, steps: int, done: int, first: str = "") -> Iterator[TerminalBar]:
@@ -61,11 +68,11 @@ class TerminalBar:
         """Move to `step`, with the line of metrics where one was logged."""
         if self.live:
             if line:
-                self.status = _status(line)
+                self.status = status(line)
             self.live.update(self.live.task_ids[0], completed=step, status=self.status)
         elif line:
             seconds = (self.steps - step) * line["seconds_per_step"]
-            self.display.say(f"step {step}/{self.steps}  {_status(line)}  {seconds / 60:.1f} min left")
+            self.display.say(f"step {step}/{self.steps}  {status(line)}  {seconds / 60:.1f} min left")
 
     @contextmanager
     def doing(self, text: str, last: bool) -> Iterator[None]:
@@ -84,18 +91,4 @@ class TerminalBar:
 
     def evaluation(self, metrics: dict[str, float]) -> None:
         """Print the held-out figures."""
-        self.display.say(f"held out: {_figures({n.removeprefix('eval_'): value for n, value in metrics.items()}, 3)}")
-
-
-def _status(line: dict[str, Any]) -> str:
-    unit = "pairs" if "rewards/accuracies" in line else "answers"
-    return f"{_figures(line, 2)}  {line['examples_per_second']:.2f} {unit}/s  {line['peak_memory_mb']:.0f} MB"
-
-
-def _figures(line: dict[str, Any], digits: int) -> str:
-    """Lay out what there is: single answers have no accuracy, demonstrations no rejected side."""
-    text = f"loss {line['loss']:.4f}"
-    if "rewards/accuracies" in line:
-        text += f"  accuracy {line['rewards/accuracies']:.{digits}f}"
-    sides = [f"{side} {line[name]:+.3f}" for side in ("chosen", "rejected") if (name := f"log_ratio/{side}") in line]
-    return f"{text}  log-ratio {' '.join(sides)}"
+        self.display.say(held_out(metrics))

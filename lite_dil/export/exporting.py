@@ -21,7 +21,7 @@ from lite_dil.base.version import __version__
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.export import merge
 from lite_dil.export.check import Check, Trained, held_out, measure, tolerance
-from lite_dil.generation import policy
+from lite_dil.generation import policy as policies
 from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models import adapter_files
 from lite_dil.models.find import folder_of, load_tokenizer, resolve_model
@@ -69,12 +69,20 @@ class ExportOptions:
 class Export:
     """One export: `make` fills the folder `made`; `work`, around it, is for what is needed on the way.
 
+    `policy` is the source's model and adapter, where they are in memory.
+
     Raises:
         UserError: what is asked for cannot be made of this adapter, or with what is installed.
     """
 
     def __init__(
-        self, options: ExportOptions, source: AdapterSource, work: Path, made: Path, say: Callable[[str], None]
+        self,
+        options: ExportOptions,
+        source: AdapterSource,
+        work: Path,
+        made: Path,
+        say: Callable[[str], None],
+        policy: Policy | None = None,
     ) -> None:
         assert source.adapter is not None  # the bare model is no adapter to export
         self.options, self.work, self.made, self.say = options, work, made, say
@@ -94,6 +102,7 @@ class Export:
         if self.checkpoint is not None and self.reader == "gguf":
             self._check_gguf(self.checkpoint)
         self.source = self._as_exported(source)
+        self.policy = policy if self.source is source else None  # which is of another base then
         self.facts: dict[str, Any] = {
             "lite_dil": __version__,
             "format": self.format,
@@ -176,7 +185,7 @@ class Export:
         loaded: Policy | None = None
         quantised = checkpoint is not None and (config.load_in_4bit or config.head_bits or checkpoint.packed)
         if quantised or rows:
-            loaded = policy.load(self.source, self.say)
+            loaded = self.policy or policies.load(self.source, self.say)
         if checkpoint is None:
             self._write_adapter()
         else:

@@ -13,7 +13,7 @@ from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.files import make_folder, move, remove, work_folder
 from lite_dil.export.exporting import Export, ExportOptions, describe
 from lite_dil.export.formats import EXPORT_FORMATS
-from lite_dil.generation.policy import AdapterSource
+from lite_dil.generation.policy import AdapterSource, Policy
 
 # Which formats an option is of; elsewhere it would change nothing.
 _OF = {
@@ -31,8 +31,11 @@ class Refused(UserError):
     """What was made answers otherwise than the trained model."""
 
 
-def export(options: ExportOptions, source: AdapterSource, say: Callable[[str], None]) -> Path:
+def export(options: ExportOptions, source: AdapterSource, say: Callable[[str], None], trained: Policy | None = None) -> Path:
     """Make what `options` say of an adapter, compare it with the trained model, and return its folder.
+
+    Args:
+        trained: the source's model and adapter in memory, which stay there; None loads them for a while.
 
     Raises:
         UserError: the options do not go together, or it cannot be made.
@@ -43,7 +46,7 @@ def export(options: ExportOptions, source: AdapterSource, say: Callable[[str], N
     with _work_folder(output) as work:
         made = work / "made" / output.name
         make_folder(made)
-        check = Export(options, source, work, made, say).make()
+        check = Export(options, source, work, made, say, trained).make()
         refused = check is not None and not check.ok
         target = _refused(output) if refused else output
         if not refused:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 from lite_dil.backends import registry
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import POLICY, REFERENCE, Sampling
+from lite_dil.base import html
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import replace_folder
 from lite_dil.base.hashing import digest, file_pieces, sha256
@@ -90,10 +91,33 @@ class Policy:
             raise UserError(_CLOSED)
         return self._backend
 
+    @property
+    def open(self) -> bool:
+        """Whether it was not closed."""
+        return self._backend is not None
+
     def __repr__(self) -> str:
         state = "closed" if self._backend is None else self.backend.description
         adapter = ", trained" if self.trained else f", adapter {self.source.adapter}" if self.source.adapter else ""
         return f"<Policy {self.source.options.model} on {state}{adapter}>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of it."""
+        if self._backend is None:
+            return html.facts("Policy", {"model": self.source.options.model, "state": "closed; load it again with dil.load"})
+        state = f"trained by {self.run.path}" if self.run else "not trained since it was loaded or made anew"
+        rows = {"model": self.source.options.model, "computes on": self._backend.description, "adapter": self._adapter()}
+        rows |= {"state": state, "memory": f"at most {self._backend.peak_memory_mb():,.0f} MB so far"}
+        return html.facts("Policy", rows)
+
+    def _adapter(self) -> str:
+        """Say which adapter it has."""
+        if self.source.adapter:
+            return str(self.source.adapter)
+        if self.options is None:
+            return "none: the bare model"
+        options = self.options
+        return options.init_adapter or f"LoRA on {options.target_modules}, rank {options.lora_r}, alpha {options.lora_alpha:g}"
 
     def __enter__(self) -> Policy:
         return self

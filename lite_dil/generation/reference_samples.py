@@ -84,7 +84,8 @@ def add_samples(
     if file.ignored:
         display.say(f"{path}: {file.ignored} lines ignored, which were edited or damaged")
     generator = BatchGenerator(backend, ends, display.say)
-    with StopSignal("stopping after these answers; what was drawn is kept") as stop, display.bar(len(batches), 0) as bar:
+    signal = StopSignal("stopping after these answers; what was drawn is kept", tell=display.stopping)
+    with signal as stop, display.bar(len(batches), 0) as bar:
         for number, batch in enumerate(batches, 1):
             if stop.asked:
                 return None

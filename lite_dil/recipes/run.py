@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lite_dil.base import html
 from lite_dil.base.display import Display
 from lite_dil.base.errors import UserError
 from lite_dil.base.observer import Observer
@@ -18,6 +19,10 @@ from lite_dil.export.making import export
 from lite_dil.generation.policy import Policy
 from lite_dil.reports.run_report import REPORT
 from lite_dil.runs.folder import RunFolder
+
+# Figures that a notebook shows, the last of each.
+_FIGURES = ["loss", "rewards/accuracies", "log_ratio/chosen", "log_ratio/rejected"]
+_SHOWN = ["step", *_FIGURES, *(f"eval_{name}" for name in _FIGURES)]
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,19 @@ class Run:
         """The page that tells what came of the run."""
         return self.folder / REPORT
 
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows of it."""
+        rows: dict[str, object] = {"folder": self.folder, "state": "stopped, and saved" if self.stopped else "finished"}
+        last: dict[str, Any] = {}
+        for line in self.metrics:
+            last |= line
+        for name in _SHOWN:
+            if last.get(name) is not None:
+                rows[name] = f"{last[name]:,.4g}"
+        if self.report.is_file():
+            rows["report"] = html.Link(self.report)
+        return html.facts("Run", rows)
+
     def resume(self, *, display: Display | None = None, observers: Sequence[Observer] = ()) -> Run:
         """Go on from the newest checkpoint, as if the run had never stopped; return the run that it then is.
 
@@ -77,7 +95,8 @@ class Run:
     def export(self, folder: str | Path, *, format: str = "merged", **options: Any) -> Path:
         """Make the adapter into what other programs load, compared with the trained model; return the folder.
 
-        It loads the trained model by itself: ``run.policy.close()`` before makes room for it.
+        The trained model is the policy, where that is open and still as this run left it; else it is loaded for a while. The
+        check loads what was made beside it: ``run.policy.close()`` before makes room.
 
         Args:
             folder: a new one.
@@ -87,4 +106,13 @@ class Run:
         Raises:
             UserError: it cannot be made, or what was made answers otherwise than the trained model, and is in FOLDER.refused.
         """
-        return export(ExportOptions(format, Path(folder), **options), adapter_source.find(str(self.folder), {}), self.say)
+        made = ExportOptions(format, Path(folder), **options)
+        return export(made, adapter_source.find(str(self.folder), {}), self.say, self._trained())
+
+    def _trained(self) -> Policy | None:
+        """Return the policy where it is what an export would load: unsloth and embeddings kept elsewhere change its layers."""
+        policy, options = self.policy, self.policy.options
+        same = policy.open and policy.trained and policy.run is not None and policy.run.path == self.folder
+        if not same or options is None or options.unsloth or options.offload_embeddings or policy.backend.strength != 1:
+            return None
+        return policy

@@ -100,6 +100,7 @@ def open_session(
         config.logging_steps,
         bool(config.lora_dropout),
         display.say,
+        display.stopping,
     )
     if resume:
         _go_on(session, training, resume)
@@ -189,7 +190,8 @@ def _precompute(passes: Passes, parts: Sequence[Sequence[Example]], config: Reso
     """Fill the cache with the reference's log-probs of all examples; return False where Ctrl-C ended it early."""
     total, count = sum(map(len, parts)), sum(1 for _ in missing(passes, parts))
     display.say(f"reference: {total - count} of {total} pairs are cached, {count} to compute")
-    with StopSignal("stopping after this batch; what was computed is kept") as stop, display.bar(count, 0) as bar:
+    signal = StopSignal("stopping after this batch; what was computed is kept", tell=display.stopping)
+    with signal as stop, display.bar(count, 0) as bar:
         for done in precompute(passes, parts, config):
             bar.update(done, None)
             if stop.asked and done < count:

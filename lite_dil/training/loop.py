@@ -11,7 +11,7 @@ from typing import Any
 
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.base.observer import Event, Observers
-from lite_dil.base.signals import StopSignal
+from lite_dil.base.signals import StopSignal, to_stderr
 from lite_dil.batching.schedule import LargestPass, Schedule
 from lite_dil.data.encoder import Example
 from lite_dil.objectives.criterion import Criterion
@@ -34,6 +34,7 @@ class Training:
         logging_steps: steps of a line of metrics.
         dropout: whether the split of a step decides what is drawn, for the message where it changes.
         say: tells the user.
+        stopping: tells the user, out of a signal's handler, that a stop was asked for.
     """
 
     passes: Passes
@@ -46,6 +47,7 @@ class Training:
     logging_steps: int
     dropout: bool
     say: Callable[[str], None]
+    stopping: Callable[[str], None] = to_stderr
 
     @property
     def finished(self) -> bool:
@@ -88,7 +90,7 @@ def loop(training: Training, observers: Observers, keep: Callable[[], Path]) -> 
         UserError: memory does not hold a step or an evaluation; the last step is saved.
     """
     finite = Finite()
-    with _kept_where_memory_ends(training.progress, keep), StopSignal() as stop:
+    with _kept_where_memory_ends(training.progress, keep), StopSignal(tell=training.stopping) as stop:
         observers.started(training.event(stop))
         for step in training.remaining_steps(stop):
             began = time.perf_counter()

@@ -16,6 +16,7 @@ from conftest import write_pairs
 from trainings import metrics, run, same_weights
 
 import lite_dil as dil
+from lite_dil.backends import registry
 from lite_dil.cli.main import main
 
 OPTIONS = {"learning_rate": 1e-2, "max_steps": 3, "report_samples": 0}
@@ -79,12 +80,21 @@ def test_train_is_the_command(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_stopped_run_goes_on(load: Any, rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    """In the same policy, and in another one that was trained meanwhile; other rows are refused."""
+def test_a_stopped_run_goes_on(
+    load: Any,
+    rows: list[dict[str, Any]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In the same policy, and in another one that was trained meanwhile; other rows are refused. Ctrl-C is a log record."""
+    caplog.set_level(logging.INFO, "lite_dil")
     whole = dil.train(load(), rows, output_dir=tmp_path / "whole", **OPTIONS)
     policy = load()
     part = dil.train(policy, rows, output_dir=tmp_path / "part", observers=[StopAfter(1)], **OPTIONS)
     assert part.stopped and [line["step"] for line in part.metrics] == [1]
+    assert capfd.readouterr() == ("", "")
+    assert "stopping after this step, and saving; Ctrl-C again stops at once" in caplog.messages
     more = part.resume(observers=[StopAfter(2)])
     assert more.stopped and [line["step"] for line in more.metrics] == [1, 2]
     dil.train(policy.fresh(), rows, loss="ukl", output_dir=tmp_path / "other", **OPTIONS)
@@ -147,8 +157,12 @@ def test_messages_figures_and_exports(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Messages are log records; the run is a frame, and becomes what transformers loads, checked on rows of this package."""
+    """Messages are log records; the run is a frame, and becomes what transformers loads, checked on rows of this package.
+
+    Nothing is loaded again for it where the policy is as the run left it.
+    """
     caplog.set_level(logging.INFO, "lite_dil")
     pairs = dil.read(rows, skip_bad_rows=True, max_rows=8)
     done = dil.train(load(), pairs, output_dir=tmp_path / "run", **OPTIONS)
@@ -159,10 +173,17 @@ def test_messages_figures_and_exports(
     frame = done.frame()
     assert isinstance(frame, pandas.DataFrame)
     np.testing.assert_array_equal(frame["loss"], [line["loss"] for line in done.metrics])
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "load", None)
+        made = done.export(tmp_path / "merged", format="merged", check_rows=2)
+        done.policy.backend.set_strength(0.5)
+        with pytest.raises(TypeError):  # it would load the model as the run left it
+            done.export(tmp_path / "again", format="merged", check_rows=2)
+    check = json.loads((made / "export.json").read_text())["check"]
+    assert (made / "config.json").is_file() and check["rows"] == 2 and check["mean"] < 1e-4
     done.policy.close()
     assert main(["train", "--resume", str(done.folder)]) == 2
     assert "rows that a program gave and no file holds" in capsys.readouterr().err
-    made = done.export(tmp_path / "merged", format="merged", check_rows=2)
-    assert (made / "config.json").is_file() and json.loads((made / "export.json").read_text())["check"]["rows"] == 2
+    assert (done.export(tmp_path / "alone", format="adapter", check_rows=1) / "export.json").is_file()
     with pytest.raises(dil.UserError, match="is there already"):
         done.export(tmp_path / "merged")

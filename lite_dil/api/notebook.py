@@ -1,0 +1,134 @@
+"""Training in a notebook: one place below the cell that shows progress and messages, by IPython's own display call."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lite_dil.api.telling import Logged, tell
+from lite_dil.base import display
+from lite_dil.base.html import text
+
+SECONDS = 0.2  # between two updates, each of which is a message to the browser
+
+
+def in_notebook() -> bool:
+    """Return whether this process is a notebook's kernel, whose cells show HTML; IPython in a terminal is not."""
+    return hasattr(_shell(), "kernel")
+
+
+def display_of(given: display.Display | None) -> display.Display:
+    """Return the display that was given, else a notebook's in a notebook, else one that logs."""
+    return given or (Notebook() if in_notebook() else Logged())
+
+
+class Notebook:
+    """The `lite_dil.base.display.Display` of a notebook, and its own bar. Messages are logged too."""
+
+    def __init__(self) -> None:
+        self._place: Any = None  # IPython's handle of what is updated
+        self._cell = -1
+        self._clear()
+
+    def _clear(self) -> None:
+        self._messages: list[str] = []
+        self._bar: tuple[int, int] | None = None
+        self._status = self._doing = self._held_out = ""
+        self._shown = 0.0
+
+    def say(self, line: str) -> None:
+        """Add a line to the messages."""
+        tell(line)
+        self._renew()
+        self._messages.append(line)
+        self._show()
+
+    def stopping(self, line: str) -> None:
+        """Log that a stop was asked for; the next step shows it."""
+        tell(line)
+        self._doing = line
+
+    @contextmanager
+    def status(self, line: str) -> Iterator[None]:
+        """Show what takes a while in the block."""
+        self._renew()
+        with self.doing(line, last=False):
+            yield
+
+    @contextmanager
+    def bar(self, steps: int, done: int, first: str = "") -> Iterator[Notebook]:
+        """Show the progress of `steps` steps."""
+        self._renew()
+        self._bar, self._status, self._held_out = (done, steps), first, ""
+        self._show()
+        try:
+            yield self
+        finally:
+            self._doing = ""
+            self._show()
+
+    def update(self, step: int, line: dict[str, Any] | None) -> None:
+        """Move to `step`, with the line of metrics where one was logged."""
+        steps = self._bar[1] if self._bar else step
+        self._bar = (step, steps)
+        if line:
+            left = (steps - step) * line["seconds_per_step"] / 60
+            self._status = display.status(line) + (f"  {left:.1f} min left" if step < steps else "")
+        if step == steps or time.monotonic() - self._shown >= SECONDS:
+            self._show()
+
+    @contextmanager
+    def doing(self, line: str, last: bool) -> Iterator[None]:
+        """Show what takes a while in the block, if `line` says something."""
+        before, self._doing = self._doing, line and f"{line} ..."
+        self._show()
+        try:
+            yield
+        finally:
+            self._doing = before
+            self._show()
+
+    def evaluation(self, metrics: dict[str, float]) -> None:
+        """Show the held-out figures."""
+        self._held_out = display.held_out(metrics)
+        self._show()
+
+    def _renew(self) -> None:
+        """Take a new place where another cell runs than before, as when a run is resumed."""
+        cell = getattr(_shell(), "execution_count", -1)
+        if cell != self._cell:
+            self._place, self._cell = None, cell
+            self._clear()
+
+    def _show(self) -> None:
+        from IPython.display import HTML
+        from IPython.display import display as show
+
+        self._shown = time.monotonic()
+        page = HTML(self.html())
+        if self._place is None:
+            self._place = show(page, display_id=True)
+        else:
+            self._place.update(page)
+
+    def html(self) -> str:
+        """Return what is shown."""
+        parts = []
+        if self._bar:
+            done, steps = self._bar
+            parts.append(f'<progress value="{done}" max="{steps}" style="width: 20em"></progress> {done}/{steps}')
+        parts += [text(line) for line in (self._status, self._held_out, self._doing) if line]
+        if self._messages:
+            lines = "\n".join(map(text, self._messages))
+            title = text(self._messages[-1])
+            parts.append(f'<details><summary>{title}</summary><pre style="white-space: pre-wrap">{lines}</pre></details>')
+        return f'<div style="font-variant-numeric: tabular-nums">{"<br>".join(parts)}</div>'
+
+
+def _shell() -> Any:
+    """Return the running IPython, or None: never imported here, as a notebook has done so."""
+    module = sys.modules.get("IPython")
+    return module.get_ipython() if module else None
