@@ -85,23 +85,22 @@ def load_base(
     if absent := sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"])):
         # transformers would fill them with random numbers.
         raise UserError(f"--model {model}: its files lack {len(absent)} of the model's weights, the first is {absent[0]}")
-    if _is_packed(base.get_output_embeddings()):
-        raise UserError(
-            f"{'--head-bits' if head_on_host else '--model'}: the output head of {model} is packed in its checkpoint, where "
-            "this backend needs 16 bits; take a checkpoint that leaves the head as it is, or one in 16 bits with --4bit"
-        )
+    _check_head(base.get_output_embeddings(), f"{'--head-bits' if head_on_host else '--model'}: the output head of {model}")
     if getattr(base, "is_loaded_in_4bit", False):
         _set_up_4bit(base, dtype)
     base.requires_grad_(False)
     return base
 
 
-def _is_packed(head: Any) -> bool:
-    """Return whether an output head has no matrix in numbers of 16 bits or more."""
-    weight = getattr(head, "weight", None)  # some formats have none
-    if weight is None or weight.element_size() < 2:
-        return True
-    return isinstance(head, torch.nn.Linear) and weight.shape != (head.out_features, head.in_features)
+def _check_head(head: Any, what: str) -> None:
+    """Raise UserError for an output head without a matrix in numbers of 16 bits or more."""
+    weight: Any = getattr(head, "weight", None)  # some formats have none
+    packed = weight is None or weight.element_size() < 2
+    if packed or (isinstance(head, torch.nn.Linear) and weight.shape != (head.out_features, head.in_features)):
+        raise UserError(
+            f"{what} is packed in its checkpoint, where this backend needs 16 bits; take a checkpoint that leaves the head as "
+            "it is, or one in 16 bits with --4bit"
+        )
 
 
 def _without_dropout(config: Any) -> Any:
