@@ -82,31 +82,25 @@ def load_base(
         # transformers has accelerate move inputs to where each weight is, between layers too. Here the callers do.
         remove_hook_from_submodules(base)
         del base.hf_device_map
-    _check_loaded(model, base, report, head_on_host)
+    if absent := sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"])):
+        # transformers would fill them with random numbers.
+        raise UserError(f"--model {model}: its files lack {len(absent)} of the model's weights, the first is {absent[0]}")
+    _check_head(base.get_output_embeddings(), f"{'--head-bits' if head_on_host else '--model'}: the output head of {model}")
     if getattr(base, "is_loaded_in_4bit", False):
         _set_up_4bit(base, dtype)
     base.requires_grad_(False)
     return base
 
 
-def _check_loaded(model: str, base: Any, report: dict[str, Any], head_bits: bool) -> None:
-    """Raise UserError unless the checkpoint has every weight, and an output head that this backend computes with."""
-    if absent := sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"])):
-        # transformers would fill them with random numbers.
-        raise UserError(f"--model {model}: its files lack {len(absent)} of the model's weights, the first is {absent[0]}")
-    if _is_packed(base.get_output_embeddings()):
+def _check_head(head: Any, what: str) -> None:
+    """Raise UserError for an output head without a matrix in numbers of 16 bits or more."""
+    weight: Any = getattr(head, "weight", None)  # some formats have none
+    packed = weight is None or weight.element_size() < 2
+    if packed or (isinstance(head, torch.nn.Linear) and weight.shape != (head.out_features, head.in_features)):
         raise UserError(
-            f"{'--head-bits' if head_bits else '--model'}: the output head of {model} is packed in its checkpoint, where "
-            "this backend needs 16 bits; take a checkpoint that leaves the head as it is, or one in 16 bits with --4bit"
+            f"{what} is packed in its checkpoint, where this backend needs 16 bits; take a checkpoint that leaves the head as "
+            "it is, or one in 16 bits with --4bit"
         )
-
-
-def _is_packed(head: Any) -> bool:
-    """Return whether an output head has no matrix in numbers of 16 bits or more."""
-    weight = getattr(head, "weight", None)  # some formats have none
-    if weight is None or weight.element_size() < 2:
-        return True
-    return isinstance(head, torch.nn.Linear) and weight.shape != (head.out_features, head.in_features)
 
 
 def _without_dropout(config: Any) -> Any:
