@@ -4,19 +4,19 @@
     python scripts/gpu_day.py correctness                       # or memory, or speed
     python scripts/gpu_day.py correctness --device cpu --tiny   # the same checks on toys, to see that they run
 
-Needs what `pip install -e ".[cuda]"` installs, and a C compiler, as training does. Where torch, transformers, PEFT and accelerate
-are there and nothing can be downloaded, carry the wheels of bitsandbytes, platformdirs, rich, markdown-it-py, mdurl and pygments
-in a folder WHEELS, and run in the repository
+Needs what `pip install -e ".[cuda]"` installs, and a C compiler, as training does. Where torch, transformers, PEFT and
+accelerate are there and nothing can be downloaded, carry the wheels of bitsandbytes, platformdirs, rich, markdown-it-py, mdurl
+and pygments in a folder WHEELS, and run in the repository
 
     pip install --no-index --no-deps WHEELS/*.whl && pip install --no-index --no-deps --no-build-isolation -e .
 
 trl, datasets, liger-kernel and unsloth are measured too where they are installed. A model of the shape of Llama 3.1 8B is made
 on the card, a layer at a time, of random weights in 4 bits (5.7 GB in --folder); nothing is downloaded.
 
-Each check has a process and a time limit of its own; several run at a time, but for those of `speed`. What came of each is in the
-JSON file as soon as it is known. The same command goes on where it was: what passed or failed is not repeated (--again: all;
---again failed: those), what was left out for time is done then: on an H200 a second call for a third of `speed`. The table is
-printed at the end, and kept beside the JSON file as .txt. Exit code: 1 where a check failed, 2 for errors.
+Each check has a process and a time limit of its own; several run at a time, but for those of `speed`. What came of each is in
+the JSON file as soon as it is known. The same command goes on where it was: what passed or failed is not repeated (but with
+--again all, or --again failed), what was left out for time is done then: with peers to measure, `speed` takes two calls on an
+H200. The table is printed at the end, and kept beside the JSON file as .txt. Exit code: 1 where a check failed, 2 for errors.
 """
 
 from __future__ import annotations
@@ -165,14 +165,12 @@ def machine_of(options: argparse.Namespace, card: Card) -> dict[str, str]:
 
 
 def checks_of(part: str, options: argparse.Namespace) -> dict[str, Check]:
-    """Return a part's checks that are asked for, by their names in the record; what others need is always among them."""
+    """Return a part's checks that are asked for, by their names in the record, and what they need."""
     module = importlib.import_module(f"gpu_day_{part}")
     named = {f"{part}: {check.name}": check for check in module.CHECKS}
-    return {
-        key: check
-        for key, check in named.items()
-        if check.first or not options.only or any(text in key for text in options.only)
-    }
+    asked = {key for key in named if not options.only or any(text in key for text in options.only)}
+    needed = any(named[key].models for key in asked)
+    return {key: check for key, check in named.items() if key in asked or (check.first and needed)}
 
 
 def run_part(part: str, options: argparse.Namespace, card: Card, record: Record, argv: list[str]) -> list[str]:

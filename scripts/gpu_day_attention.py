@@ -25,7 +25,9 @@ SECONDS = START + 2 * COMPILE + 6  # without and with a soft cap; windows are da
 def checks(dtype: str, cuda: bool) -> list[Check]:
     """Return a check for each width in this type, "" for the device's own 16-bit one."""
     return [
-        Check(f"attention {width}, {dtype or '16 bits'}", partial(of_width, width, dtype), SECONDS, cuda, gib=2.0)
+        Check(
+            f"attention {width}, {dtype or '16 bits'}", partial(of_width, width, dtype), SECONDS, cuda, gib=2.0, models=False
+        )
         for width in WIDTHS
     ]
 

@@ -199,7 +199,7 @@ def head(place: Place) -> list[Finding]:
 ONE, TWO, THREE = START + COMPILE + 5, START + COMPILE + 10, START + COMPILE + 15
 CHECKS = [
     Check("the models", Place.make_all, START + MAKE + 15, gib=16.0, first=True, there=Place.has_all),
-    Check("NF4", nf4, START + 3),
+    Check("NF4", nf4, START + 3, models=False),
     *attention.checks("", cuda=False),
     Check("packed = plain, 16 bits", packed_is_plain, THREE),
     Check("packed = plain, NF4", partial(packed_is_plain, load_in_4bit=True), THREE),
@@ -207,7 +207,7 @@ CHECKS = [
     Check("checkpointing full", partial(computed_again, mode="full"), THREE),
     Check("--offload-activations", partial(offload, offload_activations=True), THREE, cuda=True),
     Check("--offload-embeddings", partial(offload, offload_embeddings=True), THREE, cuda=True),
-    Check("8-bit AdamW", training.adamw_8bit, START + 5),
+    Check("8-bit AdamW", training.adamw_8bit, START + 5, models=False),
     Check("resumed, NF4", training.resumed, TWO),
     Check("fp16, overflow", training.overflow, TWO, cuda=True),
     Check("generation", generation, START + 25),  # 32 tokens, 21 times over, of 4 layers: launches

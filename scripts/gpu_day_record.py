@@ -57,7 +57,8 @@ class Check:
         seconds: what it takes on an H200 by itself: see gpu_day_costs.py. It is left out where less is left.
         cuda: whether it has no counterpart on a CPU.
         gib: of the card's memory that it takes at most, so that no more are started at a time than have room.
-        first: the others need what it makes: it comes before them, alone.
+        models: whether it needs what the first check makes.
+        first: it makes the models: it comes before the others, alone.
         there: of a `first` one, whether what it makes is still there.
     """
 
@@ -66,6 +67,7 @@ class Check:
     seconds: float
     cuda: bool = False
     gib: float = 8.0
+    models: bool = True
     first: bool = False
     there: Callable[[Any], bool] | None = None
 

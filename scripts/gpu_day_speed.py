@@ -245,7 +245,7 @@ def beside(case: Case) -> list[Check]:
 
 CHECKS = [
     Check("the model", Place.make_large, START + MAKE, gib=12.0, first=True, there=Place.has_large),
-    Check("FlexAttention compiled cold", cold, START + COMPILE, cuda=True),
+    Check("FlexAttention compiled cold", cold, START + COMPILE, cuda=True, models=False),
     Check(MATMUL, matmul, START + 4),
     *beside(HH),
     Check(HH.of(f"{OURS}, 8-bit head"), partial(head, HH), LITE_DIL),
