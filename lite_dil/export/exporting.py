@@ -25,8 +25,8 @@ from lite_dil.generation import policy as policies
 from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models import adapter_files
 from lite_dil.models.find import folder_of, load_tokenizer, resolve_model
+from lite_dil.models.hub import fetch_config
 from lite_dil.models.names import public_name
-from lite_dil.models.shape import fetch_config
 
 CHECK_ROWS = 8
 OUTTYPE = "q8_0"

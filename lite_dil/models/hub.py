@@ -1,11 +1,12 @@
-"""Whether the Hugging Face hub answers, asked once: its libraries alone would try for a minute before they gave up."""
+"""The Hugging Face Hub: whether it answers, asked once, since its libraries would try for a minute; and what it refuses."""
 
 from __future__ import annotations
 
 import os
 from functools import cache
+from pathlib import Path
 
-from lite_dil.base.errors import first_line
+from lite_dil.base.errors import UserError, first_line
 
 _SECONDS = 10.0  # to wait for an answer
 
@@ -29,3 +30,34 @@ def offline() -> str:
         constants.HF_HUB_OFFLINE = True
         return f"{constants.ENDPOINT} does not answer: {first_line(error)}"
     return ""
+
+
+def fetch_config(name: str) -> Path:
+    """Return the config.json of a hub id, from the cache or fetched."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(f"--model {name}: {refusal(name, error)}") from None
+
+
+def refusal(name: str, error: Exception) -> str:
+    """Return why the Hub did not give a file of the model `name`, and what to do, from its library's error."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return f"it is gated: accept its licence at https://huggingface.co/{name} and log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has no such model, or it is private: log in with `hf auth login`"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "it is not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
+    if isinstance(error, EntryNotFoundError):
+        return "it has no config.json on the hub"
+    return first_line(error)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
+from lite_dil.models.hub import fetch_config
 from lite_dil.models.logits import LogitTransform, logit_transform
 
 # What prepare_embedded writes, as far as it matters here; the folder need not be made for it.
@@ -274,33 +275,6 @@ def read_shape(model: str) -> ModelShape:
     if not isinstance(config, dict):
         raise UserError(f"--model {model}: {path.name} is not a model's config")
     return ModelShape.of(config, f"--model {model}")
-
-
-def fetch_config(name: str) -> Path:
-    """Return the config.json of a hub id, from the cache or fetched."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(hf_hub_download(name, "config.json"))
-    except GatedRepoError:
-        reason = f"it is gated: ask for access at https://huggingface.co/{name} and log in with `hf auth login`"
-    except RepositoryNotFoundError:
-        reason = "the hub has no such model, or it is private: log in with `hf auth login`"
-    except LocalEntryNotFoundError:
-        reason = "its config.json is not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
-    except EntryNotFoundError:
-        reason = "it has no config.json on the hub"
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = first_line(error)
-    raise UserError(f"--model {name}: {reason}")
 
 
 def _quantization(config: dict[str, Any], where: str) -> Quantization | None:
