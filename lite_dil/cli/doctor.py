@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     done: list[Checked] = []
     if not args.json:
         print(f"lite-dil {machine.lite_dil}, Python {machine.python}, {machine.system}")
-        print(f"backend   {machine.backend}: {machine.device}" if machine.backend else f"backend   none: {machine.device}")
+        print(f"backend   {machine.backend or 'none'}: {machine.device}")
+        if machine.driver:
+            print(f"driver    {machine.driver}")
         print(f"disk      {machine.disk_free_gb:g} GB free for models")
         print(f"packages  {', '.join(f'{name} {version}' for name, version in machine.packages.items())}")
         if machine.missing:

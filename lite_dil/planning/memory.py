@@ -95,6 +95,22 @@ def nvidia_gpu() -> tuple[str, int, int] | None:
         return None
 
 
+def nvidia_driver() -> str:
+    """Return the version of the NVIDIA driver, or nothing where there is none or nvidia-ml-py is not installed."""
+    if importlib.util.find_spec("pynvml") is None:
+        return ""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return ""
+
+
 def _gpu(name: str) -> Any:
     """Return the device of an entry of CUDA_VISIBLE_DEVICES. Raises NVMLError where there is none."""
     import pynvml
