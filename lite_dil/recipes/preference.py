@@ -37,11 +37,12 @@ def train(
         TrainingDiverged: loss or gradient became non-finite; the checkpoints up to then are good.
     """
     session = open_session(config, display, resume, fixed, given)
-    training, folder, policy = session.training, session.folder, session.policy
+    training, folder, policy, taken = session.training, session.folder, session.policy, session.config
 
     def ended(stopped: bool) -> Run:
+        # It holds nothing of the session: a policy that is closed gives its memory back.
         def go_on(checkpoint: Path, other: Display | None, watching: Sequence[Observer]) -> Run:
-            return train(session.config, other or display, checkpoint, fixed, watching, replace(given, policy=policy))
+            return train(taken, other or display, checkpoint, fixed, watching, replace(given, policy=policy))
 
         return Run(policy, folder.path, stopped, display.say, go_on)
 

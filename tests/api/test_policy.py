@@ -131,13 +131,17 @@ def test_fresh_is_a_second_load(policy: dil.Policy, tiny: str, tmp_path: Path) -
         policy.save(saved)
 
 
-def test_closing_gives_the_memory_back(tiny: str, backend_name: str) -> None:
+def test_closing_gives_the_memory_back(tiny: str, backend_name: str, tmp_path: Path) -> None:
+    """Also where its run is still at hand."""
+    rows = [{"prompt": f"what is {i}", "chosen": "tea", "rejected": "bread"} for i in range(4)]
     with dil.load(tiny, backend=backend_name, dtype="float32", lora_r=4) as policy:
         policy.generate("tea", max_new_tokens=2)
         assert list(policy.stream("tea", max_new_tokens=2)) is not None
         policy.log_ratio("tea", "bread")
+        run = dil.train(policy, rows, max_steps=1, report_samples=0, output_dir=tmp_path / "run")
         held = weakref.ref(policy.backend), weakref.ref(policy.backend.model)  # type: ignore[attr-defined]
-    assert [ref() for ref in held] == [None, None]
+    gc.collect()
+    assert [ref() for ref in held] == [None, None] and run.policy is policy
     policy.close()
     assert "closed" in repr(policy)
     with pytest.raises(dil.UserError, match="was closed"):
