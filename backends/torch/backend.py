@@ -25,7 +25,7 @@ from lite_dil.backends.torch.device import compute_dtype
 from lite_dil.backends.torch.head import QuantizedHead
 from lite_dil.backends.torch.load import linear_layers, load_model, make_optimizer, need_bitsandbytes, set_weights
 from lite_dil.backends.torch.lora import PEFT_POLICY, Switch, add_lora, add_unsloth_lora
-from lite_dil.backends.torch.offload import ActivationOffload, HostMemoryError
+from lite_dil.backends.torch.offload import ActivationOffload
 from lite_dil.backends.torch.reading import StateReader
 from lite_dil.backends.torch.score_head import ScoreHead
 from lite_dil.backends.types import OWN, POLICY, REFERENCE, Generated, Head, MicroBatch, Sampling, StepResult, joined, never
@@ -183,14 +183,14 @@ class TorchBackend:
         except out_of_memory.ERRORS as error:
             if not out_of_memory.ran_out(error):
                 raise
-            detail, offloading = first_line(error), isinstance(error, HostMemoryError)
+            detail = first_line(error)
+            helps = out_of_memory.helps(error, self.device, self.checkpointing, self.store is not None)
         else:
             trained.forget_gradients()
             return result
         # Not in the except block: as this error's context, that one would keep its frames, and with them all activations.
         self._undo(trained, random, chunks)
-        failed = len(done) if len(done) < len(passes) else None
-        raise OutOfMemory("a training step", detail, True, failed, offloading)
+        raise OutOfMemory("a training step", detail, helps, len(done) if len(done) < len(passes) else None)
 
     def _gradients(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lite_dil.backends.limits import OFFLOAD_CHUNK
-from lite_dil.backends.torch.out_of_memory import ERRORS, ran_out
+from lite_dil.backends.torch.out_of_memory import ERRORS, HostMemoryError, ran_out
 from lite_dil.base.errors import first_line
 
 
@@ -21,10 +21,6 @@ class Span(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     bytes: int
-
-
-class HostMemoryError(MemoryError):
-    """The computer's memory does not hold what is to be offloaded to it."""
 
 
 def _chunk(pinned: bool) -> Tensor:

@@ -28,6 +28,10 @@ _MESSAGES = (
 )
 
 
+class HostMemoryError(MemoryError):
+    """The computer's memory does not hold the activations that --offload-activations keeps there."""
+
+
 def ran_out(error: BaseException) -> bool:
     """Return whether `error` says that memory ran out: the GPU's, pinned memory or the computer's.
 
@@ -55,6 +59,20 @@ def whole(work: str, device: torch.device, run: Callable[[], _T]) -> _T:
     # Not in the except block: as this error's context, that one would keep its frames, and with them all activations.
     free(device)
     raise OutOfMemory(work, detail)
+
+
+def helps(error: BaseException, device: torch.device, checkpointing: str, offloading: bool) -> list[str]:
+    """Return what helps a step that ran out of memory: of what it does not do already, what needs less of that memory.
+
+    Args:
+        checkpointing: its mode.
+        offloading: whether activations are offloaded.
+    """
+    if isinstance(error, HostMemoryError):
+        return ["a shorter --max-length", "--no-offload-activations", "more memory in the computer"]
+    found = [] if checkpointing == "full" else ["--gradient-checkpointing full"]
+    found += ["--offload-activations"] if device.type == "cuda" and not offloading else []
+    return [*found, *OutOfMemory.HELPS]
 
 
 def loaded(model: str, device: torch.device, helps: Sequence[str], load: Callable[[], _T]) -> _T:

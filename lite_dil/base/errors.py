@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -16,19 +16,14 @@ class OutOfMemory(UserError):
     Args:
         work: what was done, for people.
         detail: the library's own words.
-        training: whether it was a step, with gradients.
+        helps: what needs less of that memory.
         micro_batch: the number, from 0, of the step's micro-batch that did not fit; None where it was in none of them.
-        offloading: whether it was the computer's own memory, for activations that were to be kept there.
     """
 
-    def __init__(
-        self, work: str, detail: str, training: bool = False, micro_batch: int | None = None, offloading: bool = False
-    ) -> None:
+    HELPS = ("--4bit", "--head-bits 4", "a shorter --max-length")
+
+    def __init__(self, work: str, detail: str, helps: Sequence[str] = HELPS, micro_batch: int | None = None) -> None:
         self.micro_batch = micro_batch
-        helps = ["--gradient-checkpointing full", "--offload-activations"] if training else []
-        helps += ["--4bit", "--head-bits 4", "a shorter --max-length"]
-        if offloading:
-            helps = ["a shorter --max-length", "--no-offload-activations", "more memory in the computer"]
         super().__init__(f"out of memory in {work} ({detail}). What helps: {', '.join(helps)}")
 
 

@@ -126,7 +126,7 @@ CAPACITIES = 16
 def _out_of_memory() -> Iterator[Case]:
     long = {"max_length": 512, "gradient_checkpointing": "off"}
     again = {"max_length": 512, "gradient_checkpointing": "full"}
-    away = again | {"offload_activations": True}
+    away = again | {"offload_activations": True, "batch_size": 40}  # in two chunks of pinned memory
     wide = {"max_length": 64, "lora_r": 512, "gradient_checkpointing": "full", "optim": "adamw"}
     for layout in ("plain", "packed"):
         for name, where, options in (

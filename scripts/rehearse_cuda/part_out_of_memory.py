@@ -101,7 +101,9 @@ class Rehearsal:
         self.backend, self.stepper, self.place = self._fresh()
 
     def _free(self) -> None:
-        """Give both allocators' caches back, so that the next step takes from the card again what it needs."""
+        """Give caches and offloaded activations' chunks back, so that the next step takes what it needs again."""
+        if self.backend.store is not None:
+            self.backend.store.clear(0)
         held()
         torch.cuda.empty_cache()
 
@@ -149,12 +151,18 @@ class Rehearsal:
         try:
             self.stepper.step(self.backend)
         except OutOfMemory as error:
-            offloading = "--no-offload-activations" in str(error)
-            require(offloading == (self.where == "pinned"), f"the remedies are of another memory: {first_line(error)}")
+            self._advises(str(error).partition("What helps: ")[2].split(", "))
             return self.place.now
         except RuntimeError as error:  # torch's own, which the backend must not let through
             raise Failed(f"{type(error).__name__} in {self.place.now}: {first_line(error)[:160]}") from None
         return None
+
+    def _advises(self, helps: list[str]) -> None:
+        """Require that the remedies are of the memory that ran out."""
+        offloads = self.config.offload_activations
+        require(("--offload-activations" in helps) != offloads, f"what helps: {helps}, offloading is on: {offloads}")
+        if self.place.now == "forward":  # later it is a scalar's pinned memory, which is told as any other
+            require(("--no-offload-activations" in helps) == (self.where == "pinned"), f"what helps: {helps}")
 
     def _is_as_before(self, when: str, before: tuple[int, int], failed: bool) -> None:
         """Require that nothing is held that was not, and that the next step does what a step does."""
