@@ -37,6 +37,7 @@ from rehearse_cuda.table import attention_table
 
 from lite_dil.base.errors import UserError
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run cases; return 0, 1 where one failed, 2 for the user's errors, 130 when stopped."""
     args = _parser().parse_args(argv)
