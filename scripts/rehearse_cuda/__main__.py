@@ -37,8 +37,6 @@ from rehearse_cuda.table import attention_table
 
 from lite_dil.base.errors import UserError
 
-LIMIT = 900  # seconds of a case
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run cases; return 0, 1 where one failed, 2 for the user's errors, 130 when stopped."""
@@ -55,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not wanted:
             raise UserError(f"--only {args.only!r}: no case has this in its part, card or name; --list shows them")
-        found = _run_all(wanted, args.output.resolve(), args.jobs)
+        found = _run_all(wanted, args.output.resolve(), args.jobs, args.limit)
     except UserError as error:
         print(f"rehearse_cuda: {error}", file=sys.stderr)
         return 2
@@ -76,18 +74,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="print the cases and run none")
     parser.add_argument("--table", action="store_true", help="print what `attention --all` has found so far, and run none")
     parser.add_argument("--jobs", type=int, default=2, help="cases at once, each on a core or two and 2 GB (default: 2)")
+    parser.add_argument("--limit", type=int, default=900, help="seconds that a case may take (default: 900)")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "rehearse_cuda", help="folder of results and caches")
     return parser
 
 
-def _run_all(wanted: Sequence[Case], output: Path, jobs: int) -> list[Result]:
+def _run_all(wanted: Sequence[Case], output: Path, jobs: int, limit: int) -> list[Result]:
     """Run the cases, a few at once, and print each line in the order of the cases."""
     library, results = build(output), Results(output / "results")
     print(heading(), flush=True)
     found = []
     with ThreadPoolExecutor(max(1, jobs)) as pool:
         kept = {case.key: results.passed(case) for case in wanted}
-        started = [None if kept[case.key] else pool.submit(run, case, library, output) for case in wanted]
+        started = [None if kept[case.key] else pool.submit(run, case, library, output, limit) for case in wanted]
         try:
             for case, future in zip(wanted, started, strict=True):
                 result = kept[case.key] or (future.result() if future else None)
@@ -101,7 +100,7 @@ def _run_all(wanted: Sequence[Case], output: Path, jobs: int) -> list[Result]:
     return found
 
 
-def run(case: Case, library: Path, output: Path) -> Result:
+def run(case: Case, library: Path, output: Path, limit: int) -> Result:
     """Run a case in a process of its own."""
     folder = output / "cases" / case.key
     shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
@@ -113,9 +112,9 @@ def run(case: Case, library: Path, output: Path) -> Result:
     began, log = time.perf_counter(), folder / "log.txt"
     with log.open("w", encoding="utf-8") as out:
         try:
-            code = subprocess.run(command, env=env, stdout=out, stderr=out, timeout=LIMIT).returncode
+            code = subprocess.run(command, env=env, stdout=out, stderr=out, timeout=limit).returncode
         except subprocess.TimeoutExpired:
-            return Result(False, f"not done after {LIMIT} s; {log}", {}, LIMIT)
+            return Result(False, f"not done after {limit} s; {log}", {}, limit)
     seconds = round(time.perf_counter() - began, 1)
     if files[1].exists():
         return Result(**json.loads(files[1].read_text(encoding="utf-8")), seconds=seconds)

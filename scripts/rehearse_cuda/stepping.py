@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from live_bytes import random_examples
+from rehearse_cuda.failed import require
 from rehearse_cuda.stand_in import Doors
 
 from lite_dil.backends import registry
@@ -34,7 +35,12 @@ def resolved(model: Path, options: Mapping[str, Any]) -> ResolvedConfig:
 def loaded(config: ResolvedConfig) -> Any:
     """Load the model for training. cuDNN has no stand-in: SDPA, which takes it on sm_90, takes another kernel."""
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return registry.load("cuda", config, config.model, config, config)
+    backend: Any = registry.load("cuda", config, config.model, config, config)
+    layer = backend.decoder.layers[0]
+    fused = all("forward" in vars(module) for module in (layer.mlp, layer.input_layernorm))
+    # They are taken where they compute the same, which zeros always are: unless a comparison is made on the card.
+    require(fused or not config.fused_layers, "stock layers in place of the fused ones")
+    return backend
 
 
 @dataclass(frozen=True)
