@@ -34,7 +34,9 @@ class Show:
             self._line()
             for source in held_out["sources"]:
                 self._source(source, ", held out")
-            if not held_out["in_training"]["prompts"]:
+            if not held_out["sources"]:
+                self._line(f"{held_out['in_training']['of']} of these rows would be held out, whole prompts (--eval-fraction)")
+            elif not held_out["in_training"]["prompts"]:
                 self._line("no held-out prompt is in the training data")
         if found["form"]:
             self._answers(found)

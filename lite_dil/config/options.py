@@ -106,6 +106,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if path.name == "config.yaml":  # a run's own
         check_format(values, RUN, path.parent)
         values.pop(KEY, None)
+        values.setdefault("eval_fraction", 0.0)  # of a version that held out what it was given alone
     problems, checked = [], {}
     for key, value in values.items():
         name = str(key).replace("-", "_")

@@ -77,8 +77,10 @@ class TrainConfig(
             problems.append(f"--unsloth has kernels for the plain layout only, not for --layout {self.layout}")
         if self.init_adapter is None and self.reference == "initial-adapter":
             problems.append("--reference initial-adapter needs --init-adapter DIR")
-        if self.eval_steps and not self.eval_data and self.data != EMBEDDED:
-            problems.append("--eval-steps needs --eval-data, the data to evaluate on")
+        if self.eval_steps and self.eval_fraction == 0 and not self.eval_data and self.data != EMBEDDED:
+            problems.append("--eval-steps needs held-out data: give --eval-data, or another --eval-fraction than 0")
+        if self.eval_fraction and self.eval_data:
+            problems.append("--eval-fraction holds rows of --data out, and --eval-data is held-out data: give one of them")
         if self.init_adapter is not None and self.reference is None:
             problems.append(
                 "--init-adapter needs --reference: initial-adapter if the adapter belongs to the model that you prefer to "
@@ -137,7 +139,7 @@ class TrainConfig(
             rank = self.lora_r or DEFAULT_RANK
             fill |= {"reference": "base", "lora_r": rank, "lora_alpha": 2.0 * rank, "target_modules": ALL_LINEAR}
         if self.data == EMBEDDED:
-            fill |= {"eval_data": EMBEDDED, "learning_rate": EMBEDDED_RATE}
+            fill |= {"learning_rate": EMBEDDED_RATE} | ({} if self.eval_fraction else {"eval_data": EMBEDDED})
         given = self.as_dict()
         return ResolvedConfig(**given | {name: value for name, value in fill.items() if given[name] is None})
 
@@ -155,6 +157,7 @@ _BIG = 1e18
 _RANGES = [
     ("max_length", 2, _BIG),
     ("max_rows", 1, _BIG),
+    ("eval_fraction", 0, 0.5),
     ("sample_rejected", 1, 1000),
     ("sample_max_tokens", 1, _BIG),
     ("lora_r", 1, 1024),

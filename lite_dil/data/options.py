@@ -38,9 +38,15 @@ class DataOptions(Lengths, Seeded):
     eval_data: str | None = option(
         "data",
         None,
-        f"held-out data in the same form (default: none, or the test split with --data {EMBEDDED})",
+        f"held-out data in the same form (default: --eval-fraction of --data, or the test split with --data {EMBEDDED})",
         metavar="FILE_OR_HUB_ID",
         kind=READ,
+    )
+    eval_fraction: float | None = option(
+        "data",
+        None,
+        "share of --data that is held out, by prompt, where there is no --eval-data; 0 for none (default: 0.05, at most 200 "
+        "rows, and none of fewer than 200)",
     )
     data_format: str = option(
         "data", "auto", "the format of the rows; auto tells it from the first 100", choices=("auto", *FORMATS)

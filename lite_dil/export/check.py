@@ -17,9 +17,10 @@ from lite_dil.base.errors import UserError, first_line
 from lite_dil.batching.batch import Batch
 from lite_dil.config.options import read_yaml
 from lite_dil.config.train_config import TrainConfig
-from lite_dil.data.dataset import reader_of
+from lite_dil.data.dataset import load, reader_of
 from lite_dil.data.encoder import Encoder, Example, truncate
 from lite_dil.data.files import RowError
+from lite_dil.data.held_out import split
 from lite_dil.data.options import DataOptions
 from lite_dil.data.sources import EMBEDDED, split_sources
 from lite_dil.generation.policy import AdapterSource
@@ -176,6 +177,9 @@ def measure(backend: Backend, examples: list[Example], data: str) -> Trained:
     return Trained(examples, data, policy, bare, change, backend.dtype_name)
 
 
+_HELD_OUT = "held out"  # in place of a split: what the run held out of its training data
+
+
 def held_out(
     source: AdapterSource, encoder: Encoder, rows: int, data: str | None, say: Callable[[str], None]
 ) -> tuple[list[Example], str]:
@@ -183,9 +187,13 @@ def held_out(
 
     Where the run held nothing out they are of its training data, and where that is gone of the pairs in this package.
     """
-    for name, split, options in _sources(source, data):
+    for name, part, options in _sources(source, data):
         try:
-            examples = list(_first(name, split, options, encoder, rows))
+            if part == _HELD_OUT:
+                _, of = split(load(name, "train", encoder, options, strict=False), options.eval_fraction)
+                examples = list(of.examples[:rows]) if of else []
+            else:
+                examples = list(_first(name, part, options, encoder, rows))
         except UserError as error:
             if data:
                 raise
@@ -207,6 +215,8 @@ def _sources(source: AdapterSource, data: str | None) -> Iterator[tuple[str, str
     if source.run:
         if options.eval_data:
             yield options.eval_data, "test", options
+        elif options.eval_fraction != 0:
+            yield options.data, _HELD_OUT, options
         if options.data != EMBEDDED:
             yield options.data, "train", options
     yield EMBEDDED, "test", DataOptions()

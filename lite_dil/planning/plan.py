@@ -16,6 +16,7 @@ from lite_dil.base.memory import Memory
 from lite_dil.base.signs import CHOSEN
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import epoch_rows, reader_of
+from lite_dil.data.held_out import wanted
 from lite_dil.data.reader import refuse
 from lite_dil.data.sources import EMBEDDED, is_local, looks_like_file, split_sources
 from lite_dil.models.find import EMBEDDED_MODEL
@@ -202,7 +203,7 @@ def _examples(config: ResolvedConfig) -> tuple[int, int]:
         refuse(name, [] if config.skip_bad_rows and kept else reader.problems, kept)
         whole, rest = epoch_rows(kept, weight)
         total += whole * kept + rest
-    return total, answers
+    return total - (0 if config.eval_data else wanted(total, config.eval_fraction)), answers
 
 
 def _download(name: str, shape: ModelShape) -> int | None:

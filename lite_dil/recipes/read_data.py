@@ -6,17 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lite_dil.base.errors import UserError
 from lite_dil.base.signs import CHOSEN
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import DataSet, describe, load, remarks
 from lite_dil.data.encoder import Encoder, Example, fingerprint
-from lite_dil.data.overlap import overlap
+from lite_dil.data.held_out import split
+from lite_dil.data.overlap import Overlap, overlap
 from lite_dil.data.reader import Problem
 from lite_dil.data.rows import DATA, Rows, rows_name
 from lite_dil.objectives.accepts import check_data
 from lite_dil.objectives.table import objective_of
 from lite_dil.recipes.given import Given
-from lite_dil.reports.samples import Intake, SamplePrompt
+from lite_dil.reports.samples import Intake, SamplePrompt, part_facts
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ def read_data(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], Non
     """Read the training data, and the held-out data where there is any."""
     data, intake, name = _load(given.data or config.data, "train", encoder, config, say)
     config = replace(config, data=name)
-    facts = [intake.facts("training", name, data)]
     if not config.eval_data:
-        return RunData(data.examples, [], data.problems, intake.prompts, facts, config)
+        return _held_out_of(data, intake, name, config, say)
+    facts = [intake.facts("training", name, data)]
     held_out, seen, name = _load(given.eval_data or config.eval_data, "test", encoder, config, say)
     config = replace(config, eval_data=name)
     shared = overlap(data, held_out)
@@ -48,6 +50,25 @@ def read_data(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], Non
         say(f"warning: {shared.warning}")
     facts.append(seen.facts("held out", name, held_out) | {"in_training": shared._asdict()})
     return RunData(data.examples, held_out.examples, data.problems + held_out.problems, seen.prompts, facts, config)
+
+
+def _held_out_of(data: DataSet, intake: Intake, name: str, config: ResolvedConfig, say: Callable[[str], None]) -> RunData:
+    """Hold a part of the training data out, where it is large enough or the user says so."""
+    rows = len(data.examples)
+    data, held_out = split(data, config.eval_fraction)
+    facts = [intake.facts("training", name, data)]
+    if held_out is None:
+        if config.eval_steps:
+            raise UserError(
+                f"--eval-steps: nothing is held out of {rows} rows; give --eval-data, or --eval-fraction 0.1, or leave it out"
+            )
+        return RunData(data.examples, [], data.problems, intake.prompts, facts, config)
+    number = len(held_out.examples)
+    say(f"held-out data: {number} of these rows, whole prompts, which are not trained on (--eval-fraction, --eval-data)")
+    facts.append(part_facts(name, held_out) | {"in_training": Overlap(number, 0, 0)._asdict()})
+    among = {example.prompt for example in held_out.examples}
+    prompts = [prompt for prompt in intake.prompts if prompt.ids in among]
+    return RunData(data.examples, held_out.examples, data.problems, prompts or intake.prompts, facts, config)
 
 
 def _load(

@@ -193,7 +193,7 @@ def _training(options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iter
     steps = f"{options['max_steps']} steps" if options.get("max_steps") else f"{options['epochs']:g} times the data"
     lines = [
         f"data: {_data(options['data'], facts.get('training'))}",
-        f"held-out data: {_data(options['eval_data'], facts.get('held out')) if options.get('eval_data') else 'none'}",
+        f"held-out data: {_held_out(options.get('eval_data'), facts.get('held out'))}",
         f"loss: {code(shown(loss))}, {objective.title}: {code(objective.formula)}",
         f"source of the loss: {objective.source}",
         f"constants: {', '.join([*constants, 'log-ratio: ' + str(options['logp_reduction']) + ' over the tokens'])}",
@@ -208,6 +208,13 @@ def _training(options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iter
     if options.get("sample_rejected"):
         lines.insert(1, f"rejected answers: {options['sample_rejected']} a prompt, drawn from the base model")
     yield "\n".join(f"- {line}" for line in lines)
+
+
+def _held_out(text: str | None, facts: dict[str, Any] | None) -> str:
+    """Name the held-out data: a set of its own, or a part of the training data that was not trained on."""
+    if text:
+        return _data(text, facts)
+    return f"{facts['examples']:,} rows of this data, whole prompts, which were not trained on" if facts else "none"
 
 
 def _data(text: str, facts: dict[str, Any] | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ from lite_dil.base.disk import DiskFailed, failing
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.base.files import replace_file
 from lite_dil.base.halving import Halving, halves
-from lite_dil.base.hashing import digest
+from lite_dil.base.hashing import digest, tokens_digest
 from lite_dil.base.observer import Event, Observer
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.base.streams import named
@@ -52,6 +53,7 @@ class Intake:
         self.count, self.max_length = count, config.max_length
         self.lengths = {"prompt": array("i"), "chosen": array("i"), "rejected": array("i")}
         self._random = named("reports/prompts", config.seed)
+        self._splits = not config.eval_data and config.eval_fraction != 0
         self._kept: dict[tuple[int, ...], tuple[float, SamplePrompt]] = {}
 
     def add(self, row: Row, whole: Example, cut: Example) -> None:
@@ -61,8 +63,10 @@ class Intake:
             self.lengths[{CHOSEN: "chosen", REJECTED: "rejected"}[sign]].append(len(response))
         if not self.count or cut.prompt in self._kept:
             return
-        # The rows with the smallest random numbers, so that one pass over the data is enough.
-        order = self._random.random() + (len(cut.prompt) + MAX_NEW_TOKENS > self.max_length)
+        # The rows with the smallest numbers, so that one pass over the data is enough: random ones, or the digests of the
+        # prompts, of which the smallest are held out.
+        order = _share(whole.prompt) if self._splits else self._random.random()
+        order += len(cut.prompt) + MAX_NEW_TOKENS > self.max_length
         if len(self._kept) == self.count:
             last = max(self._kept, key=lambda ids: self._kept[ids][0])
             if order >= self._kept[last][0]:
@@ -90,6 +94,31 @@ class Intake:
             "answers_cut": data.responses_cut,
             "tokens": {name: lengths(values) for name, values in self.lengths.items() if values},
         }
+
+
+def _share(prompt: tuple[int, ...]) -> float:
+    """Return the prompt's digest, as `lite_dil.data.dataset.load` has it, on a scale from 0 to 1."""
+    return int.from_bytes(tokens_digest(prompt)[:8], sys.byteorder) / 2**64
+
+
+def part_facts(source: str, data: DataSet) -> dict[str, Any]:
+    """Return what the report says of a part of the training data `source` that is held out."""
+    sides: dict[str, list[int]] = {"prompt": [len(example.prompt) for example in data.examples], "chosen": [], "rejected": []}
+    for example in data.examples:
+        for sign, response in zip(example.signs, example.responses, strict=True):
+            sides[{CHOSEN: "chosen", REJECTED: "rejected"}[sign]].append(len(response))
+    return {
+        "use": "held out",
+        "source": f"a part of {source}",
+        "examples": len(data.examples),
+        "form": data.form,
+        "chat": data.chat,
+        "answers": {"chosen": data.answers[CHOSEN], "rejected": data.answers[REJECTED]},
+        "sources": [],
+        "prompts_cut": 0,
+        "answers_cut": 0,
+        "tokens": {name: lengths(array("i", values)) for name, values in sides.items() if values},
+    }
 
 
 @dataclass

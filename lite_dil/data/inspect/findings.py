@@ -23,9 +23,10 @@
 * ``samples``: up to 3 examples as they are trained on: ``place`` and ``parts``, each with its ``side`` ("prompt", "chosen",
   "rejected"), ``trained``, ``ids``, ``text`` and ``pieces``, which are [text, number of tokens, whether a control token], one
   a token except where several make one character; ``cut``: tokens that --max-length took off.
-* ``held_out``: null without ``--eval-data``, else what that holds: ``data`` (the option), ``form``, ``chat``, ``sources`` and
-  ``answers``, as above; ``in_training``: of so many held-out rows (``of``) how many are training rows too, with the same
-  prompt and answers (``rows``), or have at least the prompt of one (``prompts``), those counted that a loss leaves out.
+* ``held_out``: null where nothing is held out, else what is: ``data`` (the option), ``form``, ``chat``, ``sources`` (none
+  where it is a part of the training data) and ``answers``, as above; ``in_training``: of so many held-out rows (``of``) how
+  many are training rows too, with the same prompt and answers (``rows``), or have at least the prompt of one (``prompts``),
+  those counted that a loss leaves out.
 * ``warnings``: what may spoil the training, or its figures, in words.
 * ``stops``: for each reason why ``lite-dil train`` would stop, ``why`` and how to ``mend`` it; empty where it would go on.
 
@@ -44,11 +45,12 @@ from lite_dil.base.streams import named
 from lite_dil.base.text import count
 from lite_dil.data.dataset import DataSet, Source, load
 from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.held_out import split
 from lite_dil.data.inspect.pieces import pieces
 from lite_dil.data.inspect.survey import Survey, enough_for, length_bias, lengths
 from lite_dil.data.mismatched import mismatched
 from lite_dil.data.options import InspectOptions
-from lite_dil.data.overlap import overlap
+from lite_dil.data.overlap import Overlap, overlap
 from lite_dil.objectives.accepts import check_data
 from lite_dil.objectives.table import OBJECTIVES, objective_of
 
@@ -79,6 +81,13 @@ def report(options: InspectOptions, encoder: Encoder) -> dict[str, Any]:
         if refusal := _refusal(options, data, survey):
             stops.append({"why": refusal, "mend": _mend(data, found["losses"])})
     found["warnings"] = _warnings(options, found, bool(encoder.tokenizer.chat_template)) if len(survey) else []
+    if not options.eval_data and len(survey) and not stops:
+        _, part = split(data, options.eval_fraction)
+        found["held_out"] = part and {
+            "data": options.data,
+            **_read(part),
+            "in_training": Overlap(len(part.examples), 0, 0)._asdict(),
+        }
     if options.eval_data:
         survey = Survey(encoder)
         held_out = load(options.eval_data, "test", encoder, options, watch=survey.add, strict=False)
