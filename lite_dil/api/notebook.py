@@ -75,8 +75,7 @@ class Notebook:
         steps = self._bar[1] if self._bar else step
         self._bar = (step, steps)
         if line:
-            left = (steps - step) * line["seconds_per_step"] / 60
-            self._status = display.status(line) + (f"  {left:.1f} min left" if step < steps else "")
+            self._status = "  ".join(display.parts(step, steps, line)[1:])
         if step == steps or time.monotonic() - self._shown >= SECONDS:
             self._show()
 

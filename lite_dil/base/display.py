@@ -67,21 +67,33 @@ class Silent:
         """Drop the figures."""
 
 
-def status(line: dict[str, Any]) -> str:
-    """Return a line of metrics in a few words."""
+def parts(step: int, steps: int, line: dict[str, Any]) -> list[str]:
+    """Return what there is to say of a step and its line of metrics, what matters most first."""
+    found = [f"step {step}/{steps}"]
+    if step < steps:
+        found.append(f"{duration((steps - step) * line['seconds_per_step'])} left")
     unit = "pairs" if "rewards/accuracies" in line else "answers"
-    return f"{figures(line, 2)}  {line['examples_per_second']:.2f} {unit}/s  {line['peak_memory_mb']:.0f} MB"
+    found += [*figures(line, 2), f"{line['examples_per_second']:.2f} {unit}/s", f"{line['peak_memory_mb']:.0f} MB"]
+    return found
 
 
-def figures(line: dict[str, Any], digits: int) -> str:
-    """Lay out what there is: single answers have no accuracy, demonstrations no rejected side."""
-    text = f"loss {line['loss']:.4f}"
+def duration(seconds: float) -> str:
+    """Return a time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def figures(line: dict[str, Any], digits: int) -> list[str]:
+    """Return the figures that there are: single answers have no accuracy, demonstrations no rejected side."""
+    found = [f"loss {line['loss']:.4f}"]
     if "rewards/accuracies" in line:
-        text += f"  accuracy {line['rewards/accuracies']:.{digits}f}"
+        found.append(f"accuracy {line['rewards/accuracies']:.{digits}f}")
     sides = [f"{side} {line[name]:+.3f}" for side in ("chosen", "rejected") if (name := f"log_ratio/{side}") in line]
-    return f"{text}  log-ratio {' '.join(sides)}"
+    return [*found, f"log-ratio {' '.join(sides)}"] if sides else found
 
 
 def held_out(line: dict[str, Any]) -> str:
-    """Return held-out figures in a few words."""
-    return f"held out: {figures({name.removeprefix('eval_'): value for name, value in line.items()}, 3)}"
+    """Return held-out figures, and after which step they were computed."""
+    found = figures({name.removeprefix("eval_"): value for name, value in line.items()}, 3)
+    return f"held out, step {line['step']}: {'  '.join(found)}"

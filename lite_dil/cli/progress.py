@@ -8,11 +8,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
-from lite_dil.base.display import held_out, status
+from lite_dil.base.display import held_out, parts
 from lite_dil.base.signals import to_stderr
+
+_BAR = 12  # characters of a bar
 
 
 class Terminal:
@@ -45,34 +48,42 @@ class Terminal:
         if not self.console.is_terminal:
             yield TerminalBar(self, steps, None)
             return
-        columns = (
-            BarColumn(16),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-        )
-        with RichProgress(*columns, console=self.console) as live:
-            live.add_task("", total=steps, completed=done, status=first)
+        with RichProgress(SpinnerColumn(), BarColumn(_BAR), _Fitted(self.console), console=self.console) as live:
+            live.add_task("", total=steps, completed=done, parts=[f"step {done}/{steps}", first])
             yield TerminalBar(self, steps, live)
+
+
+class _Fitted(ProgressColumn):
+    """As many of a task's parts as one line holds beside the spinner and the bar, those that matter most first."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def render(self, task: Task) -> Text:
+        """Return the line; one part is always there, and a part that does not fit leaves its place to the next."""
+        text, *others = task.fields["parts"]
+        for part in others:
+            if part and len(text) + 2 + len(part) <= self.console.width - _BAR - 3:
+                text += f"  {part}"
+        return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 class TerminalBar:
     """The progress of one run: `lite_dil.base.display.Bar`."""
 
     def __init__(self, display: Terminal, steps: int, live: RichProgress | None) -> None:
-        self.display, self.steps, self.live, self.status = display, steps, live, ""
+        self.display, self.steps, self.live = display, steps, live
+        self.line: dict[str, Any] | None = None
 
     def update(self, step: int, line: dict[str, Any] | None) -> None:
         """Move to `step`, with the line of metrics where one was logged."""
+        self.line = line or self.line
+        shown = parts(step, self.steps, self.line) if self.line else [f"step {step}/{self.steps}"]
         if self.live:
-            if line:
-                self.status = status(line)
-            self.live.update(self.live.task_ids[0], completed=step, status=self.status)
+            self.live.update(self.live.task_ids[0], completed=step, parts=shown)
         elif line:
-            seconds = (self.steps - step) * line["seconds_per_step"]
-            self.display.say(f"step {step}/{self.steps}  {status(line)}  {seconds / 60:.1f} min left")
+            self.display.say("  ".join(shown))
 
     @contextmanager
     def doing(self, text: str, last: bool) -> Iterator[None]:
@@ -84,10 +95,10 @@ class TerminalBar:
             yield
         else:
             task = self.live.tasks[0]
-            before = task.fields["status"]
-            self.live.update(task.id, status=f"{text} ...")
+            before = task.fields["parts"]
+            self.live.update(task.id, parts=[before[0], f"{text} ..."])
             yield
-            self.live.update(task.id, status=before)
+            self.live.update(task.id, parts=before)
 
     def evaluation(self, metrics: dict[str, float]) -> None:
         """Print the held-out figures."""

@@ -122,8 +122,10 @@ def _load(
     start(training=True)
     trackers.check(config)
     config, policy = replace(config, backend=registry.resolve(config.backend)), given.policy
-    registry.prepare(config.backend, config, config)
-    quiet_bars()
+    with display.status(f"importing {'MLX' if config.backend == 'mlx' else 'torch'}"):
+        registry.prepare(config.backend, config, config)
+        quiet_bars()
+        registry.module(config.backend, "backend")
     if given.loss:
         try_out(given.loss, config.backend)
     elif is_own(config.loss):
@@ -139,7 +141,8 @@ def _load(
         config, chosen = fitted(config, data.examples, fixed)
         display.say(chosen)
     if policy is None:
-        policy = load_found(AdapterSource(None, None, config), config.backend, model, encoder, display.say, config)
+        with display.status(f"loading {config.model}"):
+            policy = load_found(AdapterSource(None, None, config), config.backend, model, encoder, display.say, config)
     if policy.backend.layout_reason:
         display.say(policy.backend.layout_reason)
     return TrainingSession(config, folder, policy, data, given.loss), progress

@@ -58,7 +58,7 @@ def test_the_five_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (place,) = [output for output in five if output.output_type == "display_data"]  # one, updated in place
     shown = Shown(place.data["text/html"])
     assert ("progress", {"value": "2", "max": "2", "style": "width: 20em"}) in shown.tags
-    assert "held out: loss" in shown.text and "adapter in run" in shown.text and "pairs/s" in shown.text
+    assert "held out, step 2: loss" in shown.text and "adapter in run" in shown.text and "pairs/s" in shown.text
     said = Shown(policy[0].data["text/html"]).text
     assert EMBEDDED_MODEL in said and "cpu (CPU" in said and "trained by run" in said and "rank 16" in said
     shown = Shown(run[0].data["text/html"])

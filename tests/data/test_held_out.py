@@ -80,7 +80,7 @@ def test_a_run_evaluates_on_what_it_does_not_train_on(tiny: str, tmp_path: Path,
     flags += ["--report-samples", "2"]
     assert main([*flags, "--save-steps", "1", "--output-dir", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
-    assert "held-out data: 11 of these rows" in said and "held out:" in said
+    assert "held-out data: 11 of these rows" in said and "held out, step 2: loss" in said
     facts = json.loads((tmp_path / "run" / "report.json").read_text())["data"]
     assert [(part["use"], part["examples"]) for part in facts] == [("training", 209), ("held out", 11)]
     last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]

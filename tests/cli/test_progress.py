@@ -1,0 +1,80 @@
+"""The progress line: what matters most is there at any width, and a pipe gets whole lines."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lite_dil.base.display import duration, held_out
+from lite_dil.cli.progress import Terminal
+
+LINE = {
+    "loss": -0.51234,
+    "rewards/accuracies": 0.75,
+    "log_ratio/chosen": 0.123,
+    "log_ratio/rejected": -0.456,
+    "examples_per_second": 1.234,
+    "peak_memory_mb": 1234.5,
+    "seconds_per_step": 3.0,
+}
+STEP, LEFT, LOSS, ACCURACY = "step 40/200", "8.0 min left", "loss -0.5123", "accuracy 0.75"
+RATIOS, SPEED, MEMORY = "log-ratio chosen +0.123 rejected -0.456", "1.23 pairs/s", "1234 MB"
+
+
+def shown(width: int, line: dict[str, Any] | None = LINE, doing: str = "") -> str:
+    """Return the last line on a terminal of this width."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, color_system=None, soft_wrap=True, legacy_windows=False)
+    with Terminal(console).bar(200, 39, "the first step takes longest") as bar:
+        bar.update(40, line)
+        if doing:
+            with bar.doing(doing, False):
+                bar.live.refresh()  # type: ignore[union-attr]
+                return last(file.getvalue())
+    return last(file.getvalue())
+
+
+def last(text: str) -> str:
+    """Return the last line that says something, without control codes."""
+    return [line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)) if line.strip()][-1]
+
+
+@pytest.mark.parametrize(
+    ("width", "there"),
+    [
+        (60, [STEP, LEFT, LOSS]),
+        (80, [STEP, LEFT, LOSS, ACCURACY, MEMORY]),
+        (110, [STEP, LEFT, LOSS, ACCURACY, RATIOS]),
+        (200, [STEP, LEFT, LOSS, ACCURACY, RATIOS, SPEED, MEMORY]),
+    ],
+)
+def test_as_much_as_fits_the_most_important_first(width: int, there: list[str]) -> None:
+    line = shown(width)
+    assert line.rstrip().endswith("  ".join(there))
+    assert len(line.rstrip()) <= width
+
+
+def test_what_is_being_done_stands_beside_the_step() -> None:
+    assert "step 40/200  evaluating ..." in shown(80, doing="evaluating")
+
+
+def test_a_pipe_gets_a_line_a_step() -> None:
+    file = io.StringIO()
+    with Terminal(Console(file=file, width=80, soft_wrap=True)).bar(200, 39) as bar:
+        bar.update(40, LINE)
+        bar.update(41, None)
+    assert file.getvalue() == "  ".join([STEP, LEFT, LOSS, ACCURACY, RATIOS, SPEED, MEMORY]) + "\n"
+
+
+def test_demonstrations_have_no_rejected_side() -> None:
+    line = {"step": 7, "eval_loss": 1.5, "eval_log_ratio/chosen": 0.25}
+    assert held_out(line) == "held out, step 7: loss 1.5000  log-ratio chosen +0.250"
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0, "0 s"), (89, "89 s"), (90, "1.5 min"), (5399, "90.0 min"), (5400, "1.5 h")])
+def test_durations(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
