@@ -1,4 +1,4 @@
-"""What a run says while it goes: the protocol that a terminal, a notebook or a test fulfils, and one that shows nothing."""
+"""What a run shows while it trains: the protocol of terminals, notebooks and tests, and a display that shows nothing."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any, Protocol
 
 
 class Bar(Protocol):
-    """The progress of one piece of work."""
+    """A progress bar."""
 
     def update(self, step: int, line: dict[str, Any] | None) -> None:
-        """Move to `step`, with the line of metrics where one was logged."""
+        """Move to `step`, with its line of metrics if one was logged."""
 
     def doing(self, text: str, last: bool) -> AbstractContextManager[None]:
-        """Say what takes a while in the block, if `text` says something; `last` tells that the last step is done."""
+        """Show `text`, unless it is empty, while the block runs; `last` is true once the last step is done."""
 
     def evaluation(self, metrics: dict[str, float]) -> None:
         """Show the held-out figures."""
 
 
 class Display(Protocol):
-    """Speaks to the user."""
+    """Shows text and progress to the user."""
 
     def say(self, text: str) -> None:
-        """Show one line of text as it stands."""
+        """Show one line of text."""
 
     def status(self, text: str) -> AbstractContextManager[None]:
-        """Show what takes a while in the block."""
+        """Show `text` while the block runs."""
 
     def bar(self, steps: int, done: int, first: str = "") -> AbstractContextManager[Bar]:
-        """Show the progress of `steps` steps, `done` of them already behind, with the text `first` until the next is done."""
+        """Show a progress bar of `steps` steps, `done` of them already taken, with `first` until the next one is done."""
 
 
 class Silent:
-    """A display that shows nothing, for programs that call this one; it is its own bar."""
+    """A display that shows nothing, for programs that call this one; it is also its own bar."""
 
     def say(self, text: str) -> None:
-        """Drop the line."""
+        """Ignore the line."""
 
     @contextmanager
     def status(self, text: str) -> Iterator[None]:
@@ -50,7 +50,7 @@ class Silent:
         yield self
 
     def update(self, step: int, line: dict[str, Any] | None) -> None:
-        """Drop the step."""
+        """Ignore the step."""
 
     @contextmanager
     def doing(self, text: str, last: bool) -> Iterator[None]:
@@ -58,4 +58,4 @@ class Silent:
         yield
 
     def evaluation(self, metrics: dict[str, float]) -> None:
-        """Drop the figures."""
+        """Ignore the figures."""

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub answers, asked once: its libraries alone would try for a minute before they gave up."""
+"""Check once whether the Hugging Face hub answers: its libraries would retry for a minute before giving up."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from functools import cache
 
 from lite_dil.base.errors import first_line
 
-_SECONDS = 10.0  # to wait for an answer
+_SECONDS = 10.0  # to wait for a response
 
 
 @cache
 def offline() -> str:
     """Return why the hub cannot be reached, or an empty string.
 
-    Where it cannot, its libraries take what is in their caches from then on, and do not ask it.
+    If it cannot, its libraries use their caches from then on and do not try to reach it.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
@@ -23,9 +23,9 @@ def offline() -> str:
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     try:
-        get_session().head(constants.ENDPOINT, timeout=_SECONDS)  # whatever it answers
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)  # any status will do
     except (HTTPError, OSError) as error:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are not imported yet
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries not imported yet
         constants.HF_HUB_OFFLINE = True
         return f"{constants.ENDPOINT} does not answer: {first_line(error)}"
     return ""
