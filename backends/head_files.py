@@ -1,4 +1,4 @@
-"""The files of an adapter's head, the same on every backend: its weights, and a JSON file that says what they are."""
+"""The files of an adapter's head, the same on every backend: its weights, and a JSON file that describes them."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ HEAD_WEIGHTS, HEAD_CONFIG = "head.safetensors", "head.json"
 
 
 class HeadModule(Protocol):
-    """A head of either backend: what it is, and the width of the hidden states that it reads."""
+    """A head of either backend: its specification, and the width of the hidden states that it reads."""
 
     spec: Head
     width: int
 
 
 def has_head(folder: Path) -> bool:
-    """Whether a head was saved there."""
+    """Return whether a folder holds a saved head."""
     return (folder / HEAD_CONFIG).is_file()
 
 
 def write_config(folder: Path, head: HeadModule) -> None:
-    """Say what a head is, beside its weights."""
+    """Write a head's description, next to its weights."""
     write(folder / HEAD_CONFIG, json.dumps({KEY: HEAD, **_described(head)}, indent=2) + "\n")
 
 
 def check_config(folder: Path, head: HeadModule | None) -> None:
-    """Raise UserError unless the same head, or none where `head` is None, was saved there."""
+    """Raise UserError unless the same head, or none if `head` is None, was saved there."""
     if head is None or not has_head(folder):
         if has_head(folder):
             raise UserError(f"{folder} was saved with a head; this adapter has none")

@@ -24,46 +24,46 @@ class EngineOptions(Lengths):
     layout: str = option(
         "engine",
         "auto",
-        "how a pass is laid out; none changes a result. plain: each prompt before each of its answers; packed (cuda, cpu): "
-        "each prompt once, pairs end to end in one row without padding; prefix (mlx): prompts in one block, answers in "
-        "another. auto takes the sharing one unless the model's layers forbid it, and says which",
+        "layout of a pass; none changes a result. plain: each prompt before each of its responses; packed (cuda, cpu): "
+        "each prompt once, pairs end to end in one row without padding; prefix (mlx): prompts in one block, responses in "
+        "another. auto takes the one that shares prompts unless the model's layers forbid it, and says which",
         choices=("auto", "plain", "packed", "prefix"),
         kind=FREE,
     )
     gradient_checkpointing: str = option(
         "engine",
         "auto",
-        "what is computed again for the backward pass instead of kept. selective: the MLP's inside, a third of the "
-        "activations for about a twentieth more time; full: all but each layer's input, a fifth to a quarter of the memory "
-        "for a quarter to a third more time; auto is full from a billion parameters, else off",
+        "what to recompute in the backward pass instead of keeping. selective: inside the MLP, which saves a third of the "
+        "activations for about a twentieth more time; full: all but each layer's input, which leaves a fifth to a quarter of "
+        "the memory for a quarter to a third more time; auto is full from a billion parameters, else off",
         choices=("auto", "off", "selective", "full"),
         kind=FREE,
     )
     offload_activations: bool = option(
         "engine",
         False,
-        "keep what full checkpointing stores in the computer's memory, copied while the GPU computes (cuda): saves layers x "
-        "tokens x width x 2 bytes of GPU memory, costs little time on rows of thousands of tokens",
+        "store what full checkpointing keeps in the computer's memory, copied while the GPU computes (cuda): saves layers x "
+        "tokens x width x 2 bytes of GPU memory, and costs little time on rows of thousands of tokens",
         kind=FREE,
     )
     offload_embeddings: bool = option(
         "engine",
         False,
         "keep the embedding table in the computer's memory and look tokens up there (cuda): saves vocabulary x width x 2 "
-        "bytes of GPU memory; a table that is also the output head must be quantised with --head-bits for it",
+        "bytes of GPU memory; if the table is also the output head, it needs --head-bits",
         kind=FREE,
     )
     fused_layers: bool = option(
         "engine",
         True,
-        "this library's own LoRA, gated MLP and norm layers (cuda, cpu), which keep less for the backward pass; layers of an "
-        "unknown kind are left as they are",
+        "this library's own LoRA, gated MLP and norm layers (cuda, cpu), which keep less for the backward pass; unknown kinds "
+        "of layers stay as they are",
         kind=FREE,
     )
     compile: bool | None = option(
         "engine",
         None,
-        "compile the step of mlx: faster once a shape was seen, slow at first (default: on with Metal)",
+        "compile the step (mlx): faster once a shape was seen, slow at first (default: on with Metal)",
         kind=FREE,
     )
     unsloth: bool = option(
@@ -73,4 +73,4 @@ class EngineOptions(Lengths):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(EngineOptions, ResolvedAdapter, ModelOptions, Lengths, Seeded):
-    """All that a backend is made by."""
+    """All options that load a backend for training."""

@@ -1,4 +1,4 @@
-"""The tokens that are tried at start-up, shared by the backends, and how far two ways to compute may be apart."""
+"""Tokens for the backends' start-up checks, and how far two ways to compute may differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lite_dil.batching.batch import Batch
 
 
 def tolerance(dtype_name: str) -> float:
-    """Return how far two ways of computing the same log-probs may be apart in this type, in nats."""
+    """Return how far two computations of the same log-probs may differ in this dtype, in nats."""
     return 1e-3 if dtype_name == "float32" else 0.3
 
 
@@ -31,6 +31,6 @@ class HeadMismatch(UserError):
 
     def __init__(self, model: str, difference: float) -> None:
         super().__init__(
-            f"{model}: log-probs from the hidden states differ from the model's own by up to {difference:.3g} nats a token; "
+            f"{model}: log-probs from the hidden states differ from the model's own by up to {difference:.3g} nats per token; "
             "this architecture does something after its output head that lite-dil does not know. Please report it."
         )

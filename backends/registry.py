@@ -1,4 +1,4 @@
-"""Which backends this machine has, and loading one of them; what it is made of is imported only then."""
+"""Find the backends of this machine and load one; a backend's modules are imported only then."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INSTALL = {
 
 
 def resolve(name: str) -> str:
-    """Return the backend that `name` stands for on this machine, or raise UserError with the fix."""
+    """Return the backend that `name` means on this machine, or raise UserError with the fix."""
     if name == "auto":
         return _best()
     if name == "mlx":
@@ -59,7 +59,7 @@ def _has_cuda() -> bool:
 
 
 def auto_dtype(name: str, here: bool = True) -> str:
-    """Return what ``--dtype auto`` is on backend `name`, as far as can be told; a Mac that is not `here` has bfloat16."""
+    """Return the dtype of ``--dtype auto`` on backend `name`, as far as known; a Mac other than this machine has bfloat16."""
     if here and name == "mlx" and importlib.util.find_spec("mlx") is not None:
         from lite_dil.backends.mlx import device
 
@@ -72,9 +72,9 @@ def auto_dtype(name: str, here: bool = True) -> str:
 
 
 def prepare(name: str, options: ModelOptions, training: EngineOptions | None) -> None:
-    """Import what must come before transformers, that is unsloth, if the run on backend `name` asks for it.
+    """Import unsloth, which must come before transformers, if the run on backend `name` uses it.
 
-    Raises UserError where it cannot be used.
+    Raises UserError if it cannot be used.
     """
     if training is not None and training.unsloth:
         from lite_dil.backends.torch import unsloth as torch_unsloth
@@ -84,14 +84,14 @@ def prepare(name: str, options: ModelOptions, training: EngineOptions | None) ->
 
 
 def module(name: str, part: str) -> Any:
-    """Import the module `part` of what backend `name` is made of, as "export" or "memory"."""
+    """Import the module `part` of backend `name`, such as "export" or "memory"."""
     return importlib.import_module(f"lite_dil.backends.{'mlx' if name == 'mlx' else 'torch'}.{part}")
 
 
 def import_library(name: str) -> str:
-    """Import what backend `name` is made of, as `load` would: what it takes of the memory is not the model's.
+    """Import backend `name` as `load` does, so that its memory is not counted as the model's.
 
-    Returns a sentence for people where it cannot be set up as it should be, else nothing.
+    Returns a sentence for the user if part of the setup fails, else an empty string.
     """
     module(name, "backend")
     if name != "cuda":
@@ -112,9 +112,9 @@ def load(
     """Load `model` (a folder or hub id) on backend `name`, "cuda", "cpu" or "mlx".
 
     Args:
-        adapter: the policy's adapter; None for the bare base, which the policy then is.
-        training: how it is trained; None to load it for inference, with nothing of what training needs.
-        say: takes a line for people before what takes long and shows nothing; on MLX there is no such thing.
+        adapter: the policy's adapter; None makes the bare base the policy.
+        training: options for training; None loads it for inference, without what only training needs.
+        say: shows a line to the user before slow work without progress; MLX has none.
     """
     prepare(name, options, training)
     import_library(name)
@@ -133,14 +133,14 @@ def value_and_slope(
     """Call ``function(policy, reference, inputs)`` on arrays of the library and the device of backend `name`.
 
     Returns:
-        What it returns, and the gradient of the sum of that in `policy`.
+        Its result, and the gradient of the result's sum with respect to `policy`.
     """
     found: tuple[np.ndarray, np.ndarray] = module(name, "values").value_and_slope(name, function, policy, reference, inputs)
     return found
 
 
 def free(name: str) -> None:
-    """Give back what nobody holds of the memory that backend `name` took."""
+    """Free the unused memory of backend `name`."""
     module(name, "memory").free()
 
 

@@ -1,4 +1,4 @@
-"""What goes into a backend and what comes out of it: results of a step, sampling, answers."""
+"""Inputs and outputs of a backend: heads, micro-batches, step results, sampling, generated responses."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lite_dil.base.errors import UserError
 
-if TYPE_CHECKING:  # the command line's help comes from here too, and numpy takes longer than the rest of it
+if TYPE_CHECKING:  # --help imports this file, and importing numpy takes longer than all the rest
     import numpy as np
 
     from lite_dil.batching.batch import Batch
 
 
-POLICY, REFERENCE = "policy", "reference"  # the adapter that training starts with, and what it is compared with
-END, EACH = "end", "each"  # where a head reads
+POLICY, REFERENCE = "policy", "reference"  # the first adapter to train, and what it is compared with
+END, EACH = "end", "each"  # the states that a head reads, see `Head`
 
 
 @dataclass(frozen=True)
 class Head:
-    """A linear map from hidden states to `outputs` numbers, float32, on an adapter of its own.
+    """A linear map from hidden states to `outputs` numbers, float32, that belongs to an adapter.
 
-    It reads the state at each response's last token (`END`), or at every response token (`EACH`), each token's own state and
-    not the one that predicts it.
+    It reads the state of each response's last token (`END`), or of every response token (`EACH`): each token's own state, not
+    the one that predicts it.
     """
 
     outputs: int
@@ -38,8 +38,8 @@ class Head:
 class MicroBatch(NamedTuple):
     """One forward and backward pass of a step.
 
-    `inputs` are the loss's own, as numpy arrays. `reference` is what the loss reads of the reference, None where the step
-    computes it.
+    `inputs` are the loss's own inputs, as numpy arrays. `reference` is what the loss reads of the reference, or None if the
+    step should compute it.
     """
 
     batch: Batch
@@ -49,12 +49,12 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimiser step leaves for the metrics.
+    """The results of an optimiser step, for the metrics.
 
-    `policy` and `reference` are what the loss read, float32, in the order of the batches: log-probs in nats, summed,
-    (responses,), or of each token, (tokens,), or the scores of a head; `reference` is None where the loss reads nothing of it.
-    `loss` is the mean over the examples; `grad_norm` is taken before clipping; `skipped` is true, and `grad_norm` 0, where
-    float16's loss scaling found an overflow and left the weights alone.
+    `policy` and `reference` are what the loss read, float32, in the order of the batches: log-probs in nats, summed
+    (responses,) or per token (tokens,), or the scores of a head; `reference` is None if the loss does not read it. `loss` is
+    the mean over examples; `grad_norm` is measured before clipping; `skipped` is true, and `grad_norm` 0, if float16 loss
+    scaling found an overflow and left the weights unchanged.
     """
 
     loss: float
@@ -65,7 +65,7 @@ class StepResult:
 
 
 def joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """Return what was read of all passes, or None where nothing was."""
+    """Return the concatenated results of all passes, or None if there are none."""
     import numpy as np
 
     found = [part for part in parts if part is not None]
@@ -74,10 +74,10 @@ def joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from the model's distribution.
+    """How to draw a token from the model's distribution.
 
-    The logits are divided by `temperature`, of which 0 takes the likeliest token; then only the likeliest tokens are kept, the
-    fewest whose probability reaches `top_p`. The defaults draw from exactly the model's own distribution.
+    The logits are divided by `temperature`; 0 takes the most likely token. Then only the most likely tokens are kept, the
+    fewest whose total probability reaches `top_p`. The defaults sample from the model's exact distribution.
     """
 
     temperature: float = 1.0
@@ -85,25 +85,24 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"--temperature {self.temperature:g}: expected at least 0, which takes the likeliest token")
+            raise UserError(f"--temperature {self.temperature:g}: expected at least 0, which takes the most likely token")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p:g}: expected above 0 and at most 1, which cuts nothing off")
+            raise UserError(f"--top-p {self.top_p:g}: expected above 0 and at most 1, which keeps all tokens")
 
 
 OWN = Sampling()  # the model's own distribution
 
 
 def never() -> bool:
-    """Return false: nothing stops a generation."""
+    """Return false, so that nothing stops a generation."""
     return False
 
 
 class Generated(NamedTuple):
     """A generated continuation of a prompt.
 
-    `ids` are the new tokens up to and without the end token; `end` is the end token that closed it, or None where it reached
-    the limit first. The end token is one of the new tokens that the limit counts, so `end` is None exactly where there are as
-    many `ids` as the limit allows.
+    `ids` are the new tokens without the end token; `end` is the end token, or None if the limit came first. The limit counts
+    the end token, so `end` is None exactly when there are as many `ids` as the limit allows.
     """
 
     ids: list[int]
@@ -111,18 +110,18 @@ class Generated(NamedTuple):
 
     @classmethod
     def of(cls, tokens: list[int], end_ids: Sequence[int]) -> Generated:
-        """Cut what was generated at the first of `end_ids`."""
+        """Cut generated tokens at the first of `end_ids`."""
         at = next((i for i, token in enumerate(tokens) if token in end_ids), None)
         return cls(tokens, None) if at is None else cls(tokens[:at], tokens[at])
 
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """A weight that training had in fewer bits: its shape, (out, in), and what makes it in float32."""
+    """A weight that training had in fewer bits: its shape, (out, in), and a function that returns it in float32."""
 
     shape: tuple[int, ...]
     make: Callable[[], np.ndarray]
 
 
-# Prompt and response of each answer, for what reads exported files.
+# Prompt and response ids of each response, for the readers of exported files.
 Sequences = list[tuple[tuple[int, ...], tuple[int, ...]]]

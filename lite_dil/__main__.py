@@ -1,4 +1,4 @@
-"""The program: ``lite-dil``, or ``python -m lite_dil``. Ctrl-C ends it quietly, also while Python still reads the modules."""
+"""The program: ``lite-dil``, or ``python -m lite_dil``. Ctrl-C ends it quietly, even while Python is importing modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main() -> int:
     try:
         return run()
     finally:
-        _at_ctrl_c(_leave, heard)  # what is left is Python's own end
+        _at_ctrl_c(_leave, heard)  # only Python's own shutdown is left
 
 
 def _at_ctrl_c(do: Callable[[int, FrameType | None], None], heard: bool) -> None:

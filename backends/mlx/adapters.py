@@ -1,7 +1,7 @@
-"""Named adapters on one frozen model. The one that is on is in the model, and the others' modules lie beside it.
+"""Named adapters on one frozen model. The active adapter's modules are in the model; the others are kept outside it.
 
-So off is the bare model, whatever an adapter holds; what is not on has no part in a pass; and the model's trainable parameters
-are those of the adapter that is on, in mlx-lm's own names.
+So with adapters off it is exactly the bare model, inactive adapters take no part in a pass, and the model's trainable
+parameters are those of the active adapter, under mlx-lm's own names.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from lite_dil.backends.types import POLICY, REFERENCE, Head
 from lite_dil.base.streams import dropout_key, named
 from lite_dil.models.adapters import Adapter
 
-SCORE_HEAD = "score_head"  # the place of a head in the model
+SCORE_HEAD = "score_head"  # a head's name in the model
 
 
 @dataclass
 class Named:
-    """An adapter and what belongs to it.
+    """An adapter with its state.
 
     Attributes:
-        layers: by the place in the model.
+        layers: its layers, by their place in the model.
         settings: mlx-lm's adapter_config.json.
-        passes: how many have drawn dropout masks.
+        passes: how many passes have drawn dropout masks.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Named:
         self.passes += 1
         if self.name == POLICY:
             return dropout_key(seed, self.passes)
-        # 64 bits are a key that the policy's 32 never are, but for one in four billion.
+        # 64 bits, so that it equals one of the policy's 32-bit keys only once in four billion.
         return int(named("dropout", seed, self.name, str(self.passes)).integers(2**64, dtype=np.uint64))
 
     @property
     def scores(self) -> ScoreHead:
-        """Its head. Raises ValueError where it has none."""
+        """Its head. Raises ValueError if it has none."""
         if self.head is None:
             raise ValueError(f"adapter {self.name!r} has no head; add_adapter takes one")
         return self.head
@@ -68,7 +68,7 @@ class _Site(NamedTuple):
 
 
 class Adapters:
-    """The adapters of a model, which is frozen here; the policy must be added before the model runs.
+    """The adapters of a model, which this class freezes; the policy must be added before the model runs.
 
     Args:
         base: the model's name, for adapter_config.json.
@@ -81,7 +81,7 @@ class Adapters:
         self.shapes, self.on = linear_layers(model), REFERENCE
         self.width = shape_of(output_head(model)[1])[1]
         self._sites = {path: _site(model, path) for path in self.shapes}
-        # The layers' names within a block are what mlx-lm's adapter_config.json wants.
+        # mlx-lm's adapter_config.json needs the layers' names within a block.
         blocks = next(name for name, module in model.named_modules() if module is model.layers[0]).rpartition("0")[0]
         self._short = {path: path.removeprefix(blocks).partition(".")[2] for path in self.shapes}
         self._named = {REFERENCE: Named(REFERENCE, {}, Shared(), {}, optimizer())}
@@ -93,11 +93,11 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """The names of all, the reference's among them."""
+        """The names of all adapters, including the reference."""
         return list(self._named)
 
     def is_trained(self, name: str) -> bool:
-        """Whether there is something to train: the reference is frozen, and without layers it is the bare base."""
+        """Return whether an adapter can be trained: the reference is frozen, and one without layers is the bare base."""
         return name != REFERENCE and bool(self[name].layers)
 
     def trainable(self) -> list[Named]:
@@ -105,7 +105,7 @@ class Adapters:
         return [each for name, each in self._named.items() if name != REFERENCE]
 
     def add(self, name: str, adapter: Adapter, dropout: float = 0.0, head: Head | None = None) -> None:
-        """Put an adapter beside the others; the reference, which is the bare model without one, is frozen."""
+        """Add an adapter; one named as the reference is frozen (without one the reference is the bare model)."""
         shared = Shared()
         layers = {
             path: LoRALinear(self._sites[path].bare, a, b, adapter.scale, dropout, shared, index)
@@ -130,7 +130,7 @@ class Adapters:
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """Have `name` on inside the block, and what was on before after it."""
+        """Activate `name` inside the block, and the previous adapter after it."""
         named, before = self[name], self[self.on]
         try:
             self.switch_to(named.name)
@@ -139,7 +139,7 @@ class Adapters:
             self.switch_to(before.name)
 
     def switch_to(self, name: str) -> None:
-        """Put an adapter into the model. To repeat it mends what an exception left half done."""
+        """Put an adapter into the model. Calling it again repairs a state that an exception left half done."""
         named = self[name]
         for path, site in self._sites.items():
             site.parent[site.key] = named.layers.get(path, site.bare)

@@ -53,10 +53,10 @@ INFERENCE = EngineOptions(layout="plain", gradient_checkpointing="off")
 
 
 class MLXBackend:
-    """A causal language model of mlx-lm with named LoRA adapters; see `lite_dil.backends.protocol.Backend`."""
+    """An mlx-lm causal language model with named LoRA adapters; see `lite_dil.backends.protocol.Backend`."""
 
     name = "mlx"
-    pads_attention = mx.metal.is_available()  # a GPU wants few large products, a CPU little work
+    pads_attention = mx.metal.is_available()  # a GPU prefers few large products, a CPU less work
 
     def __init__(
         self, options: ModelOptions, model: str, adapter: ResolvedAdapter | None, training: EngineOptions | None
@@ -99,11 +99,11 @@ class MLXBackend:
         self.description = ", ".join(filter(None, [f"mlx ({device})", self.dtype_name, quantised, f"{self.layout} layout"]))
 
     def using(self, name: str) -> AbstractContextManager[None]:
-        """Compute as adapter `name` inside the block."""
+        """Activate adapter `name` inside the block."""
         return self.adapters.using(name)
 
     def adapter_off(self) -> AbstractContextManager[None]:
-        """Make the model the reference inside the block."""
+        """Activate the reference inside the block."""
         return self.using(REFERENCE)
 
     def add_adapter(
@@ -115,19 +115,19 @@ class MLXBackend:
         dropout: float = 0.0,
         head: Head | None = None,
     ) -> None:
-        """Put a fresh, trainable adapter on the same base."""
+        """Add a new, trainable adapter on the same base."""
         check_name(name, self.adapters.names)
         shapes = adapters.select_targets(self.adapters.shapes, targets)
         self.adapters.add(name, adapters.fresh(shapes, rank, alpha / rank, self.seed, name), dropout, head)
 
     def renew_policy(self, adapter: ResolvedAdapter) -> None:
-        """Give the policy its first weights, and start its training anew."""
+        """Reset the policy to its initial weights and training state."""
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter.init_adapter else None
         first = adapters.choose(adapter, self.adapters.shapes, initial, self.adapters.base)
         self.adapters.add(POLICY, first, adapter.lora_dropout)
         self.seed = adapter.seed
         self.adapters.switch_to(self.adapters.on)
-        self._compiled.clear()  # traces hold the strength and scale of the adapter that was
+        self._compiled.clear()  # traces contain the old adapter's strength and scale
 
     @property
     def optimizer(self) -> optimizers.Optimizer:
@@ -148,14 +148,14 @@ class MLXBackend:
         return np.array(self._read(self._arrays(batch), SUMS))
 
     def scores(self, batch: Batch, adapter: str) -> np.ndarray:
-        """Return what an adapter's head makes of a batch, without dropout: (responses, outputs) or (tokens, outputs)."""
+        """Return the outputs of an adapter's head, without dropout: (responses, outputs) or (tokens, outputs)."""
         head = self.adapters[adapter].scores.spec
         with self.using(adapter):
             self.model.eval()
             return cut(self._read(self._arrays(batch, head), SCORES), batch)
 
     def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float, adapter: str = POLICY) -> StepResult:
-        """Take one AdamW step of an adapter, and of its head, on the mean loss over all examples of `passes`."""
+        """Take one AdamW step of an adapter and its head on the mean loss over all examples of `passes`."""
         if adapter == REFERENCE:
             raise ValueError("the reference is never trained")
         if not self.adapters[adapter].layers:
@@ -167,8 +167,8 @@ class MLXBackend:
         optimizer, examples = self.adapters[adapter].optimizer, sum(one.batch.examples for one in passes)
         head = self.adapters[adapter].scores.spec if loss.reads == SCORES else None
         total, grads, policies, references = 0.0, None, [], []
-        with self.using(adapter):  # all of it: checkpointed layers are traced again for the backward pass
-            optimizer.init(self.model.trainable_parameters())  # what is not there yet: inference never needs it
+        with self.using(adapter):  # all of it, since checkpointed layers are traced again for the backward pass
+            optimizer.init(self.model.trainable_parameters())  # state not there yet, since inference does not need it
             self.model.train()
             for one in passes:
                 reference = self._reference(one, loss)
@@ -207,7 +207,7 @@ class MLXBackend:
         sampling: Sampling = OWN,
         stop: Callable[[], bool] = never,
     ) -> list[Generated]:
-        """Continue the prompts, in one batch where the model's cache allows it."""
+        """Continue the prompts, in one batch if the model's cache allows it."""
         self.model.eval()
         return mlx_generate.generate(self.model, prompts, max_new_tokens, end_ids, seeds, sampling, stop)
 
@@ -226,24 +226,24 @@ class MLXBackend:
 
     @property
     def strength(self) -> float:
-        """What the policy's adapter is multiplied by."""
+        """The factor on the policy's adapter."""
         return self.adapters[POLICY].shared.strength
 
     def set_strength(self, value: float) -> None:
         """Multiply the policy's adapter."""
         self.adapters[POLICY].shared.strength = check_strength(value)
-        self._compiled.clear()  # it is baked into the traces
+        self._compiled.clear()  # the traces contain it
 
     def save_adapter(self, folder: Path, adapter: str = POLICY) -> None:
-        """Write an adapter in mlx-lm's format, and its head beside it."""
+        """Write an adapter in mlx-lm's format, with its head."""
         mlx_state.save_adapter(folder, self.adapters, adapter)
 
     def save_state(self, folder: Path) -> None:
-        """Write adapters, heads, optimisers and how many passes have drawn dropout masks."""
+        """Write adapters, heads, optimisers and the number of passes that drew dropout masks."""
         mlx_state.save_state(folder, self.adapters)
 
     def load_state(self, folder: Path) -> None:
-        """Go on exactly where `save_state` was called."""
+        """Restore the state of `save_state` exactly."""
         mlx_state.load_state(folder, self.adapters)
 
     def peak_memory_mb(self) -> float:
@@ -251,9 +251,9 @@ class MLXBackend:
         return mx.get_peak_memory() / 2**20
 
     def _arrays(self, batch: Batch, head: Head | None = None) -> dict[str, Any]:
-        """Lay the batch out as this backend does, for log-probs or for a head; what a pure function of it takes.
+        """Return the batch in this backend's layout, for log-probs or for a head, as inputs of a pure function.
 
-        Compiled ones get arrays alone.
+        Compiled functions get only arrays.
         """
         if self.layout != "prefix":
             return inputs_of(plain(batch, multiple=self._multiple), self._multiple, head)
@@ -273,7 +273,7 @@ class MLXBackend:
         reference: mx.array | None,
         examples: int,
     ) -> tuple[mx.array, mx.array, Any]:
-        """Return the loss, what it read, and the gradients of the adapter that is on and of its head."""
+        """Return the loss, what it read, and the gradients of the active adapter and its head."""
         draw = self.adapters[self.adapters.on].draw(self.seed)
 
         def run(weights: Any, arrays: Any, reference: mx.array | None, inputs: Any, share: mx.array, key: mx.array) -> Any:
@@ -287,7 +287,7 @@ class MLXBackend:
 
         given = {}
         for name, array in inputs.items():
-            if name in loss.token_inputs:  # tokens that fill up are behind the others
+            if name in loss.token_inputs:  # padding comes after the tokens
                 array = filled(array, self._multiple)
             given[name] = as_mlx(array)
         if loss.reads == TOKENS:
@@ -297,7 +297,7 @@ class MLXBackend:
         return value, policy, grads
 
     def _read(self, arrays: dict[str, mx.array], what: str) -> mx.array:
-        """Return what `_compute` does, without a gradient and without dropout."""
+        """Return the result of `_compute`, without a gradient and without dropout."""
 
         def run(weights: Any, arrays: Any) -> mx.array:
             with self._borrowed(None):
@@ -307,9 +307,9 @@ class MLXBackend:
         return self._pure(what, run)(self.model.trainable_parameters(), arrays)
 
     def _pure(self, name: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function of arrays alone, compiled if asked; a trace bakes in which adapter is on, so there is one each.
+        """Return a function of arrays only, compiled if requested; a trace contains the active adapter, so each has its own.
 
-        The adapter that is on is the one that is trained, and its weights are among the arrays; no other has a part in it.
+        The active adapter is the trained one, and its weights are among the arrays; no other adapter takes part.
         """
         if not self.compile:
             return function
@@ -317,7 +317,7 @@ class MLXBackend:
 
     @contextmanager
     def _borrowed(self, key: mx.array | None) -> Iterator[None]:
-        """Let a trace put its own arrays into the model, and the model's back after it."""
+        """Let a trace put its own arrays into the model; restore the model's arrays afterwards."""
         own, shared = self.model.trainable_parameters(), self.adapters[self.adapters.on].shared
         shared.key = key
         try:
@@ -327,17 +327,17 @@ class MLXBackend:
             shared.key = None
 
     def _compute(self, inputs: dict[str, mx.array], what: str, with_grad: bool) -> mx.array:
-        """Return summed log-probs, (responses,); those of the tokens and of what fills them up; or scores of either kind."""
+        """Return summed log-probs, (responses,); those of the tokens, with padding; or scores of either kind."""
         if what == SCORES:
             return self.adapters[self.adapters.on].scores(self._states(inputs))
         logps = self._token_logps(inputs, with_grad)
         if what == SUMS:
             return sums(logps, inputs)
-        # What fills the tokens up has log-probs too, of token 0, which no loss may see.
+        # The padding has log-probs too, of token 0, which no loss may see.
         return mx.where(mx.arange(logps.size) < inputs["token_mask"].sum(), logps, 0.0)
 
     def _token_logps(self, inputs: dict[str, mx.array], with_grad: bool) -> mx.array:
-        """Return the log-probs of the response tokens, and of those that fill up."""
+        """Return the log-probs of the response tokens, with padding."""
         hidden = self._states(inputs)
         return token_logps(hidden, self._project, inputs["targets"], self.vocabulary, self.transform, with_grad)
 
@@ -348,7 +348,7 @@ class MLXBackend:
             handed["cache"] = [Pass(inputs, self.head_axes, rows=inputs.get("rows"))] * len(self.model.layers)
         hidden = foreign(decoder, inputs["ids"], **handed)
         if not isinstance(hidden, mx.array):
-            raise Misfit("its decoder returns something else than hidden states")
+            raise Misfit("its decoder returns something other than hidden states")
         hidden = hidden.reshape(-1, hidden.shape[-1])
         return hidden[inputs["read_index"]] if "read_index" in inputs else hidden
 
@@ -357,7 +357,7 @@ class MLXBackend:
         return head(hidden) if "lm_head" in causal_lm(self.model) else head.as_linear(hidden)
 
     def _choose_layout(self, asked: str, model: str) -> None:
-        """Take the prefix layout where it agrees with the plain one on a few tokens, and say why not elsewhere."""
+        """Take the prefix layout if it agrees with the plain one on a few tokens; otherwise store the reason."""
         if asked == "plain":
             return
         batch = layout_probe(self.vocabulary)
@@ -374,16 +374,16 @@ class MLXBackend:
         self.layout = "plain"
         self.layout_reason = f"plain layout: {reason}"
         if asked == "prefix":
-            raise UserError(f"--layout prefix cannot be had for {model}: {reason}; use --layout plain")
+            raise UserError(f"--layout prefix does not work with {model}: {reason}; use --layout plain")
 
     def _check_head(self, model: str) -> None:
-        """Compare with the model's own logits on a few tokens; an unknown architecture must not be trained wrongly."""
+        """Compare log-probs with the model's own logits on a few tokens, since an unknown architecture would train wrongly."""
         batch = head_probe(self.vocabulary)
         ids = np.concatenate([*batch.prompts, *batch.responses])
         try:
             logits = foreign(self.model, mx.array(ids[None, :-1]))[0].astype(mx.float32)
             here = self.token_logps(batch)
-        except Misfit as error:  # some of mlx-lm's older models insist on a cache
+        except Misfit as error:  # some older mlx-lm models need a cache
             raise UserError(
                 f"--model {model}: mlx-lm builds this architecture in a way that lite-dil does not know: {error}"
             ) from None

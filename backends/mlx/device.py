@@ -1,4 +1,4 @@
-"""What MLX finds on this machine."""
+"""Properties of this machine for MLX."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import mlx.core as mx
 
 
 def auto_dtype() -> str:
-    """Return what ``--dtype auto`` is here."""
+    """Return the dtype of ``--dtype auto`` here."""
     return "bfloat16" if mx.metal.is_available() else "float32"

@@ -24,7 +24,7 @@ from lite_dil.models.options import ModelOptions
 
 
 def dense(backend: Any) -> dict[str, DenseWeight]:
-    """Return the weights that the backend's model has in fewer bits, by the layer's name, as it computes with them."""
+    """Return the quantised weights of the backend's model, dequantised, by layer name."""
     found: dict[str, DenseWeight] = {}
     for name, module in backend.model.named_modules():
         if "scales" in module:
@@ -35,7 +35,7 @@ def dense(backend: Any) -> dict[str, DenseWeight]:
 
 
 def _unpack(module: Any) -> np.ndarray:
-    # In the scales' own 16-bit type the weights would be rounded before the adapter is added, and again after it.
+    # In the scales' 16-bit type the weights would be rounded before the adapter is added, and again afterwards.
     scales = module.scales if module.mode != "affine" else module.scales.astype(mx.float32)
     biases = module.get("biases")
     weight = mx.dequantize(
@@ -50,7 +50,7 @@ def _unpack(module: Any) -> np.ndarray:
 
 
 def write_model(merged: Path, target: Path, bits: int | None) -> None:
-    """Write a merged Hugging Face folder as one of mlx-lm, its layers in `bits` of bits where that is given.
+    """Write a merged Hugging Face folder as an mlx-lm folder, quantised to `bits` bits if given.
 
     Raises:
         UserError: mlx-lm does not know the architecture.
@@ -58,11 +58,11 @@ def write_model(merged: Path, target: Path, bits: int | None) -> None:
     try:
         model, config = load_model(merged, lazy=True)
         if bits:
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints how many bits a weight came to
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints the bits per weight
                 model, config = quantize_model(model, config, GROUP_SIZE, bits)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"--format mlx: mlx-lm cannot load this model ({first_line(error)})") from None
-    for path in merged.iterdir():  # the tokenizer and what else belongs to it
+    for path in merged.iterdir():  # the tokenizer and other files
         if path.is_dir() or not (path.name.startswith("model") or path.name == "config.json"):
             copy(path, target / path.name)
     save_model(target, model, donate_model=True)
@@ -70,29 +70,29 @@ def write_model(merged: Path, target: Path, bits: int | None) -> None:
 
 
 def model_logps(folder: Path, sequences: Sequences) -> list[np.ndarray]:
-    """Return the log-probs of each response by a folder as mlx-lm itself loads it."""
+    """Return the log-probs of each response under a folder loaded by plain mlx-lm."""
     try:
         model, *_ = load_folder(str(folder), lazy=True)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"mlx-lm cannot load what was exported ({first_line(error)})") from None
+        raise UserError(f"mlx-lm cannot load the export ({first_line(error)})") from None
     if not mx.metal.is_available():
-        model.set_dtype(mx.float32)  # the same numbers; a CPU is many times slower with packed weights in bfloat16
+        model.set_dtype(mx.float32)  # the same numbers; on a CPU, quantised weights in bfloat16 are many times slower
     return _logps(model, sequences)
 
 
 def adapter_logps(model: str, folder: Path, config: ModelOptions, sequences: Sequences) -> list[np.ndarray]:
-    """Return the log-probs of each response by the base, quantised as `config` says, with an adapter as mlx-lm loads it."""
+    """Return the log-probs of each response under the base, quantised by `config`, with an adapter loaded by plain mlx-lm."""
     base, loaded, bits = load(folder_of(model), model, config)
     set_dtype(base, config.dtype, pre_quantised=bool(bits))
     base, _ = quantise(base, loaded, config, model, bits)
     try:
         return _logps(load_adapters(base, str(folder)), sequences)
     except (ValueError, KeyError) as error:
-        raise UserError(f"mlx-lm cannot load what was exported ({first_line(error)})") from None
+        raise UserError(f"mlx-lm cannot load the export ({first_line(error)})") from None
 
 
 def _logps(model: Any, sequences: Sequences) -> list[np.ndarray]:
-    """Compute by the model's own logits, one answer at a time: another way than training's."""
+    """Compute from the model's own logits, one response at a time, independently of training's code."""
     model.eval()
     found = []
     for prompt, response in sequences:

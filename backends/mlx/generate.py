@@ -1,4 +1,4 @@
-"""Generation on MLX: mlx-lm's batches, and draws from exactly the model's own distribution."""
+"""Generation on MLX: mlx-lm's batches, and samples from the model's exact distribution."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lite_dil.backends.mlx.foreign import Misfit, foreign
 from lite_dil.backends.types import Generated, Sampling, never
 
 Processor = Callable[[Any, mx.array], mx.array]
-PREFILL = 2048  # tokens of a prompt at once, as mlx-lm itself takes them
+PREFILL = 2048  # prompt tokens at once, as in mlx-lm
 
 
 def generate(
@@ -34,9 +34,9 @@ def generate(
 
 
 def batchable(model: Any) -> bool:
-    """Return whether mlx-lm can continue several prompts side by side; building a step's graph, which is not run, tells.
+    """Return whether mlx-lm can continue several prompts in a batch, by building a step's graph without running it.
 
-    Gemma 2's code cannot take a mask for each row: it raises an error, or, with as many rows as heads, mixes the two up.
+    Gemma 2's code cannot take a mask per row: it raises an error or, with as many rows as heads, mixes up the two.
     """
     caches, rows = make_prompt_cache(model), 13  # no model has 13 heads
     if not all(hasattr(cache, "merge") for cache in caches):
@@ -49,7 +49,7 @@ def batchable(model: Any) -> bool:
 
 
 def processors_of(prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None, sampling: Sampling) -> list[Processor]:
-    """Return what is done to the logits of each prompt before the largest is taken."""
+    """Return the processors of each prompt's logits, applied before taking the largest."""
     if seeds is None or sampling.temperature == 0:
         return [_in_float32 for _ in prompts]
     return [_draws(seed, sampling) for seed in seeds]
@@ -63,7 +63,7 @@ def in_a_batch(
     processors: Sequence[Processor],
     stop: Callable[[], bool] = never,
 ) -> list[Generated]:
-    """Continue the prompts side by side."""
+    """Continue the prompts in one batch."""
     rows = len(prompts)
     generator = BatchGenerator(
         model,
@@ -75,7 +75,7 @@ def in_a_batch(
     try:
         order = generator.insert(
             [list(prompt[-1:]) for prompt in prompts],
-            caches=prefilled(model, prompts),  # whose rows it copies
+            caches=prefilled(model, prompts),  # it copies their rows
             logits_processors=[[each] for each in processors],
         )
         tokens: dict[int, list[int]] = {row: [] for row in order}
@@ -83,7 +83,7 @@ def in_a_batch(
             for response in responses:
                 tokens[response.uid].append(response.token)
     finally:
-        generator.close()  # which gives the wired memory back
+        generator.close()  # frees the wired memory
     return [Generated.of(tokens[row], end_ids) for row in order]
 
 
@@ -104,9 +104,9 @@ def one_by_one(
 
 
 def prefilled(model: Any, prompts: Sequence[Sequence[int]]) -> list[list[Any]]:
-    """Return the cache of all tokens of each prompt but its last; equal prompts have the same one, computed once.
+    """Return a cache of all tokens of each prompt but its last; equal prompts share one, computed once.
 
-    Each prompt by itself: beside longer ones it is padded, which the code of some models with recurrent states ignores.
+    Each prompt is computed by itself: in a batch it would be padded, which some models with recurrent states ignore.
     """
     caches = {prompt: _prefill(model, prompt[:-1]) for prompt in dict.fromkeys(map(tuple, prompts))}
     return [caches[tuple(prompt)] for prompt in prompts]
@@ -116,7 +116,7 @@ def _prefill(model: Any, tokens: Sequence[int]) -> list[Any]:
     cache = make_prompt_cache(model)
     for start in range(0, len(tokens), PREFILL):
         model(mx.array(tokens[start : start + PREFILL])[None], cache=cache)
-        mx.eval([each.state for each in cache])  # and not the logits
+        mx.eval([each.state for each in cache])  # not the logits
         mx.clear_cache()
     return cache
 
@@ -132,7 +132,7 @@ def stream(
     """Continue one prompt token by token; see `lite_dil.backends.protocol.Backend.stream`.
 
     Args:
-        cache: of the tokens in front of `prompt`, changed by this.
+        cache: the cache of the tokens before `prompt`; changed in place.
     """
     own = mx.default_stream(mx.default_device())
     steps = generate_step(
@@ -140,7 +140,7 @@ def stream(
     )
     with closing(steps):
         while True:
-            # generate_step keeps its stream the default between its tokens, and two in turn would leave it behind for good.
+            # generate_step leaves its stream as the default between tokens; with two in turn it would stay so for good.
             with mx.stream(own):
                 step = next(steps, None)
             if step is None:
@@ -152,23 +152,23 @@ def stream(
 
 
 def _in_float32(_: Any, logits: mx.array) -> mx.array:
-    """In bfloat16, where mlx-lm would normalise them, logits that differ become equal."""
+    """Cast to float32: mlx-lm would normalise in bfloat16, where different logits become equal."""
     return logits.astype(mx.float32)
 
 
 def _draws(seed: int, sampling: Sampling) -> Processor:
-    """Return a processor that adds Gumbel noise to one row's logits: their maximum is then a draw from the softmax.
+    """Return a processor that adds Gumbel noise to one row's logits, so that their maximum is a sample from the softmax.
 
-    The noise comes from a key of the row's own; MLX's random state is not touched. It is -log(E), E exponential: -log1p(-u)
-    and not -log(u), because a uniform number of 32 bits in float32 has them all near 0 and only 24 near 1, and it is with a
-    small E that the rare tokens of a large vocabulary win.
+    The noise comes from the row's own key; MLX's random state does not change. It is -log(E), E exponential: -log1p(-u) and
+    not -log(u), because a 32-bit uniform number in float32 keeps all its bits near 0 but only 24 near 1, and the rare tokens
+    of a large vocabulary win with a small E.
     """
     state = mx.random.key(seed)
 
     def add_noise(_: Any, logits: mx.array) -> mx.array:
         nonlocal state
         state, key = mx.random.split(state)
-        uniform = mx.maximum(mx.random.uniform(shape=logits.shape, key=key), 2.0**-33)  # 0 would win over every logit
+        uniform = mx.maximum(mx.random.uniform(shape=logits.shape, key=key), 2.0**-33)  # 0 would beat every logit
         logits = logits.astype(mx.float32) / sampling.temperature
         if sampling.top_p < 1:
             logits = _nucleus(logits, sampling.top_p)
@@ -178,8 +178,8 @@ def _draws(seed: int, sampling: Sampling) -> Processor:
 
 
 def _nucleus(logits: mx.array, top_p: float) -> mx.array:
-    """Keep the fewest likeliest tokens whose probability reaches `top_p`; the others become minus infinity."""
+    """Keep the fewest most likely tokens whose total probability reaches `top_p`; set the others to minus infinity."""
     order = mx.argsort(-logits, axis=-1)
     shares = mx.softmax(mx.take_along_axis(logits, order, -1), -1)
-    kept = mx.cumsum(shares, -1) - shares < top_p  # what comes before a token does not reach it yet
+    kept = mx.cumsum(shares, -1) - shares < top_p  # the tokens before it do not reach top_p
     return mx.where(mx.put_along_axis(mx.zeros_like(kept), order, kept, -1), logits, -mx.inf)

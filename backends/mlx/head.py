@@ -30,7 +30,7 @@ def token_logps(
     parts: list[mx.array] = []
     for start in range(0, len(targets), size):
         chunk = hidden[start : start + size]
-        if parts:  # MLX is free to run chunks side by side, and would then hold the logits of all of them
+        if parts:  # else MLX may run chunks at the same time, and hold the logits of all of them
             (chunk,) = mx.depends([chunk], [parts[-1]])
         parts.append(_chunk(chunk, project, targets[start : start + size, None], transform, with_grad))
     return mx.concatenate(parts)
@@ -48,7 +48,7 @@ def _chunk(
         return logits
 
     def logps_of(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        # logsumexp and softmax from one exp, which is what MLX is slow at on a CPU
+        # logsumexp and softmax from one exp, which is slow in MLX on a CPU
         logits = logits - logits.max(-1, keepdims=True)
         powers = mx.exp(logits)
         total = powers.sum(-1, keepdims=True)
@@ -63,7 +63,7 @@ def _chunk(
         # d logp / d logits = onehot(target) - softmax(logits), and a token's log-prob depends on its own hidden state only.
         slope = mx.put_along_axis(powers * (-1 / total), targets, 1 - mx.exp(values[:, None]), -1)
         _, (slope,) = mx.vjp(logits_of, [hidden], [slope])
-        (values,) = mx.depends([values], [slope])  # so that the next chunk waits for the whole of this one
+        (values,) = mx.depends([values], [slope])  # so that the next chunk waits for all of this one
         return values, slope
 
     @value_and_slope.vjp

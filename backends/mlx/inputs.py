@@ -1,4 +1,4 @@
-"""A layout as the arrays that a pass takes, filled up so that a compiled pass sees few shapes."""
+"""Turn a layout into the arrays of a pass, padded so that a compiled pass sees few shapes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lite_dil.batching.layouts import Layout, Plain, Prefix
 def inputs_of(layout: Plain | Prefix, multiple: int, head: Head | None) -> dict[str, mx.array]:
     """Return the arrays of a pass for log-probs, or for a head.
 
-    `ids`, and `read_index`, the states that are read of all that come out; for log-probs `targets`, `token_index` and
-    `token_mask`. The prefix layout has what `prefix.arrays` says besides.
+    They are `ids` and `read_index`, the indices of the states to read; for log-probs also `targets`, `token_index` and
+    `token_mask`. The prefix layout adds those of `prefix.arrays`.
     """
     read = None if head is None else _read_index(head, layout, multiple)
     if isinstance(layout, Prefix):
@@ -30,12 +30,12 @@ def inputs_of(layout: Plain | Prefix, multiple: int, head: Head | None) -> dict[
 
 
 def as_mlx(array: np.ndarray) -> mx.array:
-    """Return the array with integers of 32 bits."""
+    """Return the array in MLX, with 32-bit integers."""
     return mx.array(array.astype(np.int32) if array.dtype == np.int64 else array)
 
 
 def filled(array: np.ndarray, multiple: int) -> np.ndarray:
-    """Fill the last axis up with zeros to a multiple of so many."""
+    """Pad the last axis with zeros to a multiple of `multiple`."""
     return np.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, -array.shape[-1] % multiple)])
 
 
@@ -50,5 +50,5 @@ def sums(logps: mx.array, inputs: dict[str, mx.array]) -> mx.array:
 
 
 def cut(values: mx.array, batch: Batch) -> np.ndarray:
-    """Return what was read as numpy has it, without what fills the tokens up; there are never more responses than tokens."""
+    """Return the values in numpy without padding; there are never more responses than tokens."""
     return np.array(values)[: int(batch.lengths.sum())]

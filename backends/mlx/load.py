@@ -1,4 +1,4 @@
-"""Loading for MLX: mlx-lm's models as their config means them, quantised as asked, and what the machine's memory allows."""
+"""Load models for MLX: mlx-lm's models, quantised on request, with checks of windows and memory limits."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _CACHE_LIMIT = 4 * 2**30
 
 
 def load(folder: Path, name: str, config: ModelOptions) -> tuple[Any, dict[str, Any], int]:
-    """Return the model, its config and the bits that the checkpoint is quantised to (0 where it is not)."""
+    """Return the model, its config and the bits that the checkpoint is quantised to (0 if it is not)."""
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (method := (raw.get("quantization_config") or {}).get("quant_method")) == "bitsandbytes":
-        raise UserError(f"--model {name}: its weights are packed by {method}, for CUDA; give the 16-bit model, with --4bit")
+        raise UserError(f"--model {name}: its weights are quantised by {method}, for CUDA; give the 16-bit model, with --4bit")
     try:
         model, loaded = load_model(folder, lazy=True, model_config=rope_config(raw))
     except FileNotFoundError:
@@ -40,14 +40,14 @@ def load(folder: Path, name: str, config: ModelOptions) -> tuple[Any, dict[str, 
 
 
 def set_dtype(model: Any, name: str, pre_quantised: bool) -> mx.Dtype:
-    """Cast the floating weights (lazily) and return the type that the model computes in."""
+    """Cast the floating-point weights (lazily) and return the compute dtype."""
     if name == "auto":
         # On a CPU, MLX multiplies in bfloat16 up to ten times slower than in float32.
         dtype = getattr(mx, auto_dtype())
         if pre_quantised:
             own = next(value.dtype for key, value in tree_flatten(model.parameters()) if key.endswith("scales"))
-            # A quantised checkpoint keeps its scales: rounding them would be another model. float32 holds them all exactly;
-            # float16 alone would need loss scaling.
+            # A quantised checkpoint keeps its scales, since rounding them would change the model. float32 holds them exactly;
+            # float16 would need loss scaling.
             dtype = dtype if own == mx.bfloat16 else mx.float32
     else:
         dtype = getattr(mx, name)
@@ -56,12 +56,12 @@ def set_dtype(model: Any, name: str, pre_quantised: bool) -> mx.Dtype:
 
 
 def quantise(model: Any, config: dict[str, Any], options: ModelOptions, name: str, bits: int) -> tuple[Any, str]:
-    """Quantise as --4bit and --head-bits ask, and return the model and what it came to, in words.
+    """Quantise by --4bit and --head-bits; return the model and a description.
 
-    A tied head is the embedding table: quantised once, it serves as both, and no 16-bit copy stays.
+    A tied head is the embedding table: it is quantised once for both, and no 16-bit copy is kept.
 
     Args:
-        bits: what the checkpoint is quantised to already, or 0.
+        bits: the bits that the checkpoint is already quantised to, or 0.
     """
     inner = causal_lm(model)
     if "model" not in inner or not ("lm_head" in inner or "embed_tokens" in inner.model) or not hasattr(model, "layers"):
@@ -76,10 +76,10 @@ def quantise(model: Any, config: dict[str, Any], options: ModelOptions, name: st
     group = (config.get("quantization") or {}).get("group_size", GROUP_SIZE)
     if options.load_in_4bit and not bits:
         bits = BITS
-        # An own predicate of the model is for mixed precision, as with MoE gates.
+        # A model's own predicate is for mixed precision, as for MoE gates.
         base = getattr(model, "quant_predicate", None) or (lambda path, module: True)
         special = {"group_size": GROUP_SIZE, "bits": wanted or BITS}
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints how many bits a weight came to
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the bits per weight
             model, _ = quantize_model(
                 model, config, GROUP_SIZE, BITS, quant_predicate=lambda p, m: special if p == path and wanted else base(p, m)
             )
@@ -91,19 +91,19 @@ def quantise(model: Any, config: dict[str, Any], options: ModelOptions, name: st
 
 
 def causal_lm(model: Any) -> Any:
-    """Return the text model: mlx-lm wraps that of a multimodal checkpoint once more."""
+    """Return the text model, which mlx-lm wraps once more in multimodal checkpoints."""
     return getattr(model, "language_model", model)
 
 
 def output_head(model: Any) -> tuple[str, Any]:
-    """Return the output head, or the embedding table where it is tied to that, and its name in the model."""
+    """Return the name and module of the output head, or of the embedding table if they are tied."""
     inner = causal_lm(model)
     head = inner.lm_head if "lm_head" in inner else inner.model.embed_tokens
     return next(name for name, module in model.named_modules() if module is head), head
 
 
 def windows(config: dict[str, Any]) -> list[int | None]:
-    """Return how many tokens back each layer is meant to see, from a config.json; None for all of them."""
+    """Return each layer's attention window in tokens, from a config.json; None for unlimited."""
     config = config.get("text_config") or config
     layers, window = int(config.get("num_hidden_layers") or 0), config.get("sliding_window")
     if not window or config.get("use_sliding_window") is False:
@@ -120,25 +120,26 @@ def windows(config: dict[str, Any]) -> list[int | None]:
 
 
 def check_windows(config: dict[str, Any], applied: list[int | None] | None, max_length: int, name: str) -> None:
-    """Raise UserError where a row may be longer than a window that mlx-lm does not apply.
+    """Raise UserError if a row may exceed an attention window that mlx-lm does not apply.
 
     Args:
-        applied: each layer's window in mlx-lm, or None where that cannot be told.
+        applied: each layer's window in mlx-lm, or None if unknown.
     """
     meant = windows(config)
     wrong = [w for i, w in enumerate(meant) if w and (applied is None or i >= len(applied) or applied[i] != w)]
     if wrong and min(wrong) < max_length:
         raise UserError(
-            f"--model {name}: its attention is meant to see {min(wrong)} tokens back, which mlx-lm does not do for it; "
+            f"--model {name}: its attention window is {min(wrong)} tokens, which mlx-lm does not apply to this model; "
             f"take --max-length {min(wrong)} or less, or another --backend"
         )
 
 
 def memory_limits(info: dict[str, Any]) -> tuple[int, int]:
-    """Return how many bytes to keep wired and how many freed ones to keep cached, from mx.device_info().
+    """Return the limits of wired and of cached memory in bytes, from mx.device_info().
 
-    Wired: what macOS recommends, at most three quarters of the memory, so that the system has 2 of 8, 4 of 16, 6 of 24 GB.
-    Cached: a sixteenth, at most 4 GiB; batches of changing shapes would otherwise fill the memory with buffers of no use.
+    Wired: macOS's recommendation, at most three quarters of the memory, which leaves the system 2 of 8, 4 of 16, 6 of 24 GB.
+    Cached (freed buffers): a sixteenth, at most 4 GiB; batches of changing shapes would otherwise fill memory with useless
+    buffers.
     """
     memory = int(info["memory_size"])
     wired = min(int(info.get("max_recommended_working_set_size") or memory), memory * 3 // 4)
@@ -146,7 +147,7 @@ def memory_limits(info: dict[str, Any]) -> tuple[int, int]:
 
 
 def limit_memory() -> None:
-    """Set the limits of `memory_limits` where there is Metal."""
+    """Set the limits of `memory_limits` if there is Metal."""
     if mx.metal.is_available():
         wired, cache = memory_limits(mx.device_info())
         mx.set_wired_limit(wired)

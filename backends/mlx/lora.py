@@ -8,10 +8,10 @@ import numpy as np
 
 
 class Shared:
-    """What all the layers of an adapter share.
+    """State shared by all layers of an adapter.
 
-    `strength`: what the adapter is multiplied by. `key`: of a pass's dropout masks, an array, so that a layer that is computed
-    again for the backward pass drops the same, and a compiled step does not drop the same every time; None drops nothing.
+    `strength` multiplies the adapter. `key` is the key of a pass's dropout masks: an array, so that a layer recomputed for the
+    backward pass drops the same values, and a compiled step does not drop the same values every time. None drops nothing.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class LoRALinear(nn.Module):
         """Apply the layer."""
         y, strength = self.linear(x), self.shared.strength
         if not strength:
-            return y  # not y + 0 * z: that would cost as much, and let an inf or NaN of the adapter through
+            return y  # not y + 0 * z, which costs as much and lets the adapter's inf or NaN through
         z = times(self._dropped(x), self.lora_a) @ self.lora_b
         return y + (self.scale * strength * z).astype(x.dtype)
 
@@ -45,16 +45,16 @@ class LoRALinear(nn.Module):
         if self.shared.key is None or not self.dropout:
             return x
         keep = 1 - self.dropout
-        # A layer runs on prompts and responses apart: their sizes keep the two from dropping alike.
+        # A layer runs on prompts and responses separately: their sizes give them different masks.
         key = self.shared.key + mx.array([x.size, self.index], mx.uint32)
         mask = mx.random.bernoulli(keep, x.shape, key=key)
         return mask * x / keep
 
 
 def times(x: mx.array, a: mx.array) -> mx.array:
-    """Return ``x A`` in float32, and keep x for the backward pass in the type that it has.
+    """Return ``x A`` in float32, and keep x for the backward pass in its own type.
 
-    MLX alone would keep the float32 copy that it multiplies, one for each adapter, beside an x that is kept anyway.
+    MLX by itself would keep the float32 copy that it multiplies, one per adapter, besides an x that is kept anyway.
     """
     return x @ a if x.dtype == mx.float32 else _widened_times(x, a)
 
@@ -67,7 +67,7 @@ def _widened_times(x: mx.array, a: mx.array) -> mx.array:
 @_widened_times.vjp
 def _widened_times_vjp(primals: tuple[mx.array, mx.array], slope: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     x, a = primals
-    (late,) = mx.depends([x], [slope])  # else mx.compile takes the forward pass's copy, and so keeps it
+    (late,) = mx.depends([x], [slope])  # else mx.compile uses, and so keeps, the forward pass's copy
     wide = late.astype(mx.float32).reshape(-1, x.shape[-1])
     return (slope @ a.T).astype(x.dtype), wide.T @ slope.reshape(-1, slope.shape[-1])
 

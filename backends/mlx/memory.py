@@ -1,4 +1,4 @@
-"""The memory of the GPU that MLX sees."""
+"""The memory of Apple's GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lite_dil.base.memory import GIB, Memory
 
 
 def metal_memory() -> Memory | None:
-    """Return what macOS recommends to take for the GPU, or None where there is no Metal."""
+    """Return the memory that macOS recommends for the GPU, or None if there is no Metal."""
     if not mx.metal.is_available():
         return None
     info = mx.device_info()
@@ -19,7 +19,7 @@ def metal_memory() -> Memory | None:
 
 
 def free() -> None:
-    """Give back what nobody holds, garbage in cycles too."""
+    """Free unused memory, including garbage in reference cycles."""
     gc.collect()
     mx.clear_cache()
 

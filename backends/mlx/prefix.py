@@ -1,15 +1,15 @@
-"""The prefix layout on mlx-lm's unmodified models: a prompt is computed once, and only what is read is computed after it.
+"""The prefix layout on unmodified mlx-lm models: a prompt is computed once, and after it only the states that are read.
 
-The decoder's own loop runs once, over one row of all real tokens: those of the prompts, then those of the responses. Its
-layers are handed a `Pass` in the place of a cache. A layer runs on the prompts, hands their keys and values to the responses
-and runs on these: one pure function a layer, which can be checkpointed. Norms, MLPs and adapters see no padding; attention
-alone sees blocks, (prompts, columns) padded on the left and (responses, columns) padded on the right. On a CPU, which spends
-its time on the softmax, it sees no padding either: each prompt and each response goes by itself, some queries at a time.
+The decoder's own loop runs once, over one row of all real tokens: first the prompts', then the responses'. Its layers get a
+`Pass` in place of a cache. A layer runs on the prompts, passes their keys and values to the responses and runs on these: one
+pure function per layer, which can be checkpointed. Norms, MLPs and adapters see no padding; only attention sees padded blocks,
+(prompts, columns) padded on the left and (responses, columns) padded on the right. On a CPU, where the softmax takes most
+time, attention sees no padding either: it runs on each prompt and each response separately, some queries at a time.
 
 The responses' part of a row holds, for each response token, the token before it: the last prompt token, then the response
-without its last token. So it is exactly what is read, in the last layer nothing else is computed beyond the prompts' keys and
-values (MLX computes nothing whose result is not used), and the hidden states come out in the order of the response tokens.
-Where a head reads tokens' own states, the last token of each response is there too.
+without its last token. So all its states are read, the last layer computes nothing else but the prompts' keys and values (MLX
+computes nothing whose result is unused), and the hidden states come out in the order of the response tokens. If a head reads
+tokens' own states, the last token of each response is included too.
 """
 
 from __future__ import annotations
@@ -32,29 +32,30 @@ MLP = ("mlp", "block_sparse_moe", "feed_forward")
 
 
 class Window(NamedTuple):
-    """What stands for a mask in the model's own loop: how far back a token sees, or None for all of it."""
+    """A placeholder for a mask in the model's own loop: how far back a token sees, or None for unlimited."""
 
     size: int | None
 
 
 def arrays(layout: Prefix, multiple: int = 1, read: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Turn a prefix layout into the arrays of a `Pass`; rows are filled up to a multiple of this many tokens.
+    """Turn a prefix layout into the arrays of a `Pass`; rows are padded to a multiple of `multiple` tokens.
 
     Args:
-        read: flat indices of the own states that are read, of a layout that has them; where nothing is given, the states
-            that predict the response tokens are what comes out.
+        read: flat indices of the own states to read, in a layout that has them; by default the states that predict the
+            response tokens come out.
 
     Returns:
         ids: (1, Tp + Tr), prompts without their last tokens, then the token before each response token (and the last one of
-            each response, where own states are read).
-        prompt_from: (B, columns), which of the Tp tokens is where in the prompts' block; prompt_mask: true on tokens.
+            each response, if own states are read).
+        prompt_from: (B, columns), the index among the Tp tokens for each place of the prompts' block; prompt_mask: true on
+            tokens.
         prompt_at: (Tp,), the flat place of each token in that block.
         response_at: (Tr,), the same in the (n, R) block; `token_index`, (n, R), is its inverse.
-        owner: (n,), the prompt of each response; left out where each prompt has the same number of them, in order.
-        targets, token_mask: as in the layout, filled up; or read_index, which of the Tr states are read.
+        owner: (n,), the prompt of each response; left out if every prompt has the same number of responses, in order.
+        targets, token_mask: as in the layout, padded; or read_index, the indices of the Tr states to read.
     """
     mask = layout.prompt_mask[:, :-1]
-    if not mask.any():  # prompts of a single token each, which belongs to the responses' part
+    if not mask.any():  # prompts of one token, which belongs to the responses' part
         mask = np.zeros((len(mask), 1), bool)
     prompt_ids, prompt_at = layout.prompt_ids[:, :-1][layout.prompt_mask[:, :-1]], np.flatnonzero(mask)
     before = np.concatenate([layout.prompt_ids[layout.owner, -1:], layout.response_ids[:, :-1]], 1)
@@ -80,7 +81,7 @@ def arrays(layout: Prefix, multiple: int = 1, read: np.ndarray | None = None) ->
 
 
 class RowLengths(NamedTuple):
-    """Lengths for attention without padding: tokens of each prompt but its last, states and prompt of each response."""
+    """Lengths for attention without padding: tokens of each prompt but its last, and states and prompt of each response."""
 
     prompts: list[int]
     responses: list[int]
@@ -93,16 +94,16 @@ class RowLengths(NamedTuple):
 
 
 class Pass:
-    """One pass through the decoder, in the place of each layer's cache.
+    """One pass through the decoder; it takes the place of each layer's cache.
 
     Args:
-        arrays: what `arrays` returns, as MLX arrays.
-        head_axes: how many axes of heads the model's scores have between batch and tokens: 1, or 2 (Gemma 2).
-        probe: a list that collects each layer's `Window`; no layer computes anything then.
+        arrays: the result of `arrays`, as MLX arrays.
+        head_axes: the number of head axes between batch and tokens in the model's scores: 1, or 2 (Gemma 2).
+        probe: a list that collects each layer's `Window`; then no layer computes anything.
         rows: attend by these lengths, without padding.
     """
 
-    offset = 0  # the loops of some models ask for it
+    offset = 0  # some models' loops read it
 
     def __init__(
         self,
@@ -115,13 +116,13 @@ class Pass:
         self._masks: dict[Any, Any] = {}
 
     def make_mask(self, *_: Any, window_size: int | None = None, **__: Any) -> Window:
-        """Answer mlx-lm's create_attention_mask."""
+        """Called by mlx-lm's create_attention_mask."""
         return Window(window_size)
 
     def run(self, block: Callable[..., mx.array], x: mx.array, window: Any, last: bool) -> mx.array:
-        """Run the model's decoder block on (1, Tp + Tr, width); the last one returns the responses' part alone."""
+        """Run the model's decoder block on (1, Tp + Tr, width); the last block returns only the responses' part."""
         if not isinstance(window, Window):
-            raise Misfit("the model makes its attention masks itself")
+            raise Misfit("the model makes its own attention masks")
         if self.probe is not None:
             self.probe.append(window.size)
             return x
@@ -152,15 +153,15 @@ class Pass:
         return responses_out if last else mx.concatenate([prompts_out, responses_out], 1)
 
     def causal(self, queries: int, keys: int, window: int | None, dtype: mx.Dtype) -> mx.array:
-        """Return which keys the last `queries` of `keys` tokens see, to be added to scores."""
+        """Return the mask of the keys that the last `queries` of `keys` tokens see, to be added to scores."""
         if (mask := self._masks.get((queries, keys, window))) is None:
             mask = self._masks[queries, keys, window] = _additive(_causal(queries, keys, window), dtype)
         return mask
 
     def masks(self, window: int | None, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-        """Return who sees whom: (B, 1, columns, columns) and (n, 1, R, columns + R), to be added to scores.
+        """Return the masks (B, 1, columns, columns) and (n, 1, R, columns + R), to be added to scores.
 
-        Sums are many times faster than a choice by a bool mask on a CPU, and as fast on Metal.
+        Adding is many times faster than selecting by a boolean mask on a CPU, and as fast on Metal.
         """
         if window not in self._masks:
             keys = self.arrays["prompt_mask"]
@@ -175,7 +176,7 @@ class Pass:
 
 
 class Prompts:
-    """The cache of a block's run on the prompts: it remembers their keys and values."""
+    """The cache of a block's run on the prompts: it stores their keys and values."""
 
     offset = 0
 
@@ -186,11 +187,11 @@ class Prompts:
 
     @property
     def attended(self) -> bool:
-        """Whether the block's attention has asked for keys."""
+        """Whether the block's attention has run."""
         return self.keys is not None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Answer the model's attention."""
+        """Called by the model's attention."""
         if self.keys is not None:
             raise Misfit("a layer attends more than once")
         _check_keys((keys, values), *self.places.shape)
@@ -202,14 +203,14 @@ Keys = tuple[mx.array, ...]  # keys and values
 
 
 class Unpadded:
-    """The cache of a block's run on sequences that attend one after the other; it remembers their keys and values.
+    """The cache of a block's run on sequences that attend one after the other; it stores their keys and values.
 
     Args:
         lengths: tokens of each sequence.
         before: keys and values that come before each, or None.
     """
 
-    mask = None  # it hands each call its own
+    mask = None  # each call gets its own
 
     def __init__(self, lengths: list[int], before: list[Keys | None], mask_of: Callable[[int, int], mx.array]) -> None:
         self.lengths, self.before, self.mask_of = lengths, before, mask_of
@@ -233,11 +234,11 @@ class Unpadded:
                     raise Misfit("a layer does not attend once over keys and values")
             self.kept.append(self.seen)
             at += length
-        parts.append(mx.zeros((1, x.shape[1] - at, x.shape[2]), x.dtype))  # what fills up
+        parts.append(mx.zeros((1, x.shape[1] - at, x.shape[2]), x.dtype))  # padding
         return mx.concatenate(parts, 1)
 
     def update_and_fetch(self, *new: mx.array) -> Keys:
-        """Answer the model's attention, which is to see all keys and values so far."""
+        """Called by the model's attention; return all keys and values so far."""
         self.attended = True
         _check_keys(new, 1, self.queries)
         self.seen = new if self.seen is None else tuple(mx.concatenate(two, 2) for two in zip(self.seen, new, strict=True))
@@ -253,30 +254,30 @@ class ResponseCache:
         self.offset = prompts.places.shape[1]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Answer the model's attention."""
+        """Called by the model's attention."""
         _check_keys((keys, values), *self.places.shape)
         past = [_to_responses(array, self.arrays) for array in (self.prompts.keys, self.prompts.values)]
         return mx.concatenate([past[0], keys], 2), mx.concatenate([past[1], values], 2)
 
 
 def applied_windows(model: Any) -> list[int | None] | None:
-    """Return the window that mlx-lm gives each layer, or None where that cannot be told; layers must know a `Pass`."""
+    """Return the window that mlx-lm gives each layer, or None if unknown; the layers must be wrapped."""
     probe: list[int | None] = []
     layers = len(model.layers)
     try:
         foreign(causal_lm(model).model, mx.array([[0, 1]]), cache=[Pass({}, probe=probe)] * layers)
-    except Misfit:  # a loop that does more than run its layers
+    except Misfit:  # the loop does more than run its layers
         return None
     return probe if len(probe) == layers else None
 
 
 def wrap_layers(model: nn.Module, checkpointing: str) -> None:
-    """Teach each decoder block to run a `Pass`, and to keep as little for the backward pass as asked.
+    """Wrap each decoder block so that it can run a `Pass`, and recomputes for the backward pass as requested.
 
     Args:
-        checkpointing: "off"; "selective", a block's MLP is computed again; "full", a block keeps only its input.
+        checkpointing: "off"; "selective", a block's MLP is recomputed; "full", a block keeps only its input.
 
-    Instances get a class of their own: mlx-lm's grad_checkpoint patches the class for the whole process.
+    Instances get their own class, since mlx-lm's grad_checkpoint patches the class for the whole process.
     """
     for layer in model.layers:
         if name := next((name for name in ATTENTION if name in layer), None):
@@ -296,7 +297,7 @@ def _attention(kind: type) -> type:
         _check_row(x, None, "attention is handed")
         out = foreign(kind.__call__, self, x[0][cache.places], cache.mask, cache)
         if not isinstance(out, mx.array) or out.shape[:2] != cache.places.shape:
-            raise Misfit("attention returns something else than a state for each token")
+            raise Misfit("attention returns something other than a state for each token")
         return out.reshape(-1, out.shape[-1])[cache.back][None]
 
     return type(kind.__name__, (kind,), {"__call__": call})
@@ -330,9 +331,9 @@ def _checkpointed(kind: type) -> type:
 
 
 def _check_row(x: Any, tokens: int | None, where: str) -> None:
-    """Raise Misfit unless the model's code gave (1, tokens, width), of any number of tokens where that is None."""
+    """Raise Misfit unless the model's code gave (1, tokens, width); `tokens` None allows any number."""
     if not isinstance(x, mx.array) or x.ndim != 3 or x.shape[0] != 1 or x.shape[1] != (tokens or x.shape[1]):
-        raise Misfit(f"{where} something else than a state for each token")
+        raise Misfit(f"{where} something other than a state for each token")
 
 
 def _check_keys(arrays: tuple[Any, ...], rows: int, tokens: int) -> None:
@@ -342,21 +343,21 @@ def _check_keys(arrays: tuple[Any, ...], rows: int, tokens: int) -> None:
 
 
 def _to_responses(of_prompts: mx.array, arrays: dict[str, mx.array]) -> mx.array:
-    """Repeat what belongs to each prompt, (B, ...), for each of its responses, (n, ...)."""
+    """Repeat the values of each prompt, (B, ...), for each of its responses, (n, ...)."""
     if "owner" in arrays:
         return of_prompts[arrays["owner"]]
     return mx.repeat(of_prompts, arrays["token_index"].shape[0] // of_prompts.shape[0], 0)
 
 
 def _causal(queries: int, keys: int, window: int | None) -> mx.array:
-    """(queries, keys) bool: the queries are the last of the keys."""
+    """Return a causal mask, (queries, keys) bool; the queries are the last of the keys."""
     query, key = mx.arange(keys - queries, keys)[:, None], mx.arange(keys)
     seen = query >= key
     return seen if window is None else seen & (query < key + window)
 
 
 def _additive(mask: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Turn "is seen" into what is added to scores."""
+    """Turn a boolean mask into one that is added to scores."""
     return mx.where(mask, mx.array(0, dtype), mx.array(mx.finfo(dtype).min, dtype))
 
 

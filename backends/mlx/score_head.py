@@ -1,4 +1,4 @@
-"""Heads: a few numbers from hidden states, on an adapter of their own."""
+"""Heads: a few numbers from hidden states; each belongs to an adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lite_dil.batching.layouts import Layout
 
 
 class ScoreHead(nn.Module):
-    """``W h + b`` in float32, W (outputs, width) and b (outputs,), at first 0."""
+    """``W h + b`` in float32, W (outputs, width) and b (outputs,), initially 0."""
 
     def __init__(self, spec: Head, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Adapters, heads, optimisers and random state on disk."""
+"""Save and load adapters, heads, optimisers and random state."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lite_dil.backends.types import POLICY
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import create, make_folder, write
 
-_OLD = "state.safetensors"  # the policy's adapter and optimiser, and passes, of runs from when there was but one adapter
+_OLD = "state.safetensors"  # the policy's adapter, optimiser and passes in runs from when there was only one adapter
 
 
 def save_adapter(folder: Path, adapters: Adapters, name: str) -> None:
-    """Write an adapter in mlx-lm's format, and its head beside it."""
+    """Write an adapter in mlx-lm's format, with its head."""
     named = adapters[name]
     if not adapters.is_trained(name):
-        raise ValueError(f"{name!r} is frozen here: it has no adapter to train or save, and no head")
+        raise ValueError(f"{name!r} is frozen: it has no adapter to train or save, and no head")
     with adapters.using(name):
         weights = adapters.model.trainable_parameters()
     head = weights.pop(SCORE_HEAD, None)
@@ -35,7 +35,7 @@ def save_adapter(folder: Path, adapters: Adapters, name: str) -> None:
 
 
 def save_state(folder: Path, adapters: Adapters) -> None:
-    """Write all adapters with their optimisers, and how many passes of each have drawn dropout masks."""
+    """Write all adapters with their optimisers, and how many passes of each drew dropout masks."""
     for named in adapters.trainable():
         own = folder / "adapters" / named.name
         save_adapter(own, adapters, named.name)
@@ -44,9 +44,9 @@ def save_state(folder: Path, adapters: Adapters) -> None:
 
 
 def load_state(folder: Path, adapters: Adapters) -> None:
-    """Go on where `save_state` was called: `adapters` must have the same adapters and heads.
+    """Restore the state of `save_state`: `adapters` must have the same adapters and heads.
 
-    Raises UserError where it has others.
+    Raises UserError if it has others.
     """
     if (folder / _OLD).is_file():
         state = _read(folder / _OLD)
@@ -67,7 +67,7 @@ def load_state(folder: Path, adapters: Adapters) -> None:
 
 
 def _read_adapter(folder: Path) -> tuple[Any, Any]:
-    """Return the trainable parameters, those of a head among them, and the optimiser's state."""
+    """Return the trainable parameters, including a head's, and the optimiser's state."""
     weights = _read(folder / "adapters.safetensors")
     if has_head(folder):
         weights[SCORE_HEAD] = _read(folder / HEAD_WEIGHTS)
@@ -75,10 +75,10 @@ def _read_adapter(folder: Path) -> tuple[Any, Any]:
 
 
 def _check(folder: Path, name: str, here: Any, saved: Any) -> None:
-    """Raise UserError unless an adapter has the same arrays here: MLX itself takes any shape, and what is missing."""
+    """Raise UserError unless the saved arrays match the adapter's: MLX itself accepts any shape and missing arrays."""
     shapes = [{path: value.shape for path, value in tree_flatten(tree)} for tree in (here, saved)]
     if shapes[0] != shapes[1]:
-        raise UserError(f"{folder}: adapter {name!r} is another one there: its rank, targets or head differ")
+        raise UserError(f"{folder}: adapter {name!r} differs there in rank, targets or head")
 
 
 def _read(path: Path) -> Any:

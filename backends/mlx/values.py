@@ -1,4 +1,4 @@
-"""A function of arrays on MLX, without a model."""
+"""Evaluate a function of arrays on MLX, without a model."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What every room stands on: errors, files, hashing, JSON Lines, signals, memory."""
+"""What every room builds on: errors, files, hashing, JSON Lines, signals, memory."""

@@ -1,4 +1,4 @@
-"""Disks that fail, full, read-only, broken or gone: what was written, why it failed and the fix, in one message.
+"""Disk failures (full, read-only, broken, gone): what was being written, why it failed and the fix, in one message.
 
 Files are written by `lite_dil.base.files`.
 """
@@ -17,7 +17,7 @@ from lite_dil.base.errors import UserError, first_line
 
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
-# The last two are of folders of a network, a mounted Google Drive for one.
+# The last two come from network folders, such as a mounted Google Drive.
 _BROKEN = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ENOTCONN, getattr(errno, "ESTALE", errno.EIO)}
 
 
@@ -25,10 +25,11 @@ class DiskFailed(UserError):
     """A file that cannot be written.
 
     Args:
-        what: was written, as a rule its path; or whatever `verb` says.
-        error: the system's.
-        place: the option or variable that names another place for it, if there is one.
-        safe: what is not lost, for people, if there is something to say.
+        what: what could not be written, usually a path.
+        error: the system's error.
+        place: the option or variable that sets another place for it, if there is one.
+        safe: a sentence on what is not lost, if there is one.
+        verb: what failed, by default "written".
     """
 
     def __init__(self, what: str | Path, error: OSError, place: str = "", safe: str = "", verb: str = "written") -> None:
@@ -38,16 +39,16 @@ class DiskFailed(UserError):
         elif error.errno in _REFUSED:
             fixes.append("make it writable")
         elif error.errno in _BROKEN:
-            fixes.append("check whether its disk is full, failing or gone")
+            fixes.append("check whether its disk is full, failing or disconnected")
         if place:
-            fixes.append(f"name another place with {place}")
+            fixes.append(f"choose another place with {place}")
         text = f"{what}: cannot be {verb} ({error.strerror or first_line(error)})"
         super().__init__("; ".join([text, *([", or ".join(fixes)] if fixes else [])]) + (f". {safe}" if safe else ""))
 
 
 @contextmanager
 def writing(what: str | Path, place: str = "", safe: str = "") -> Iterator[None]:
-    """Raise DiskFailed where the block, which writes files and does nothing else, meets an error of the system."""
+    """Raise DiskFailed if the block, which only writes files, meets a system error."""
     try:
         yield
     except _raised() as error:
@@ -58,10 +59,10 @@ def writing(what: str | Path, place: str = "", safe: str = "") -> Iterator[None]
 
 @contextmanager
 def failing(what: str | Path = "", place: str = "", safe: str = "") -> Iterator[None]:
-    """Raise DiskFailed where the disk fails in the block; errors that may be the program's own, as of a missing file, stay.
+    """Raise DiskFailed if the disk fails in the block; errors that may be the program's own (a missing file) pass through.
 
     Args:
-        what: the block writes; where nothing is given, the file that the error names, or standard output.
+        what: what the block writes; by default the file that the error names, or standard output.
     """
     try:
         yield
@@ -70,23 +71,23 @@ def failing(what: str | Path = "", place: str = "", safe: str = "") -> Iterator[
         if cause is None or cause.errno not in _FULL | _REFUSED | _BROKEN:
             raise
         verb = "written"
-        if cause.errno not in _FULL | {errno.EROFS}:  # the others are of a file that is read, too
+        if cause.errno not in _FULL | {errno.EROFS}:  # the other errors may come from reading
             if cause.filename:
                 what, verb = cause.filename, "read or written"
-            elif not what and not output_fails():  # of something else than a file
+            elif not what and not output_fails():  # not a file
                 raise
         what = what or cause.filename or ("standard output" if output_fails() else "standard output or a temporary file")
         raise DiskFailed(what, cause, place, safe, verb) from None
 
 
 def _raised() -> tuple[type[Exception], ...]:
-    """Return what is raised where a disk fails: by Python, by torch and MLX, and by safetensors."""
-    # One that is not imported, or only in part, has raised nothing; `--help` does without it.
+    """Return the exceptions that a disk failure raises: in Python, in torch and MLX, and in safetensors."""
+    # Safetensors may not be imported, or only in part; then it has raised nothing.
     return (OSError, RuntimeError, getattr(sys.modules.get("safetensors"), "SafetensorError", OSError))
 
 
 def _cause(error: BaseException) -> OSError | None:
-    """Return the system's error behind that of a library, or None where there is none."""
+    """Return the system error behind a library's error, or None."""
     if isinstance(error, OSError):
         return error
     if found := re.search(r"\(os error (\d+)\)", str(error)):  # as Rust writes it
@@ -97,7 +98,7 @@ def _cause(error: BaseException) -> OSError | None:
 
 
 def _before(error: BaseException) -> OSError | None:
-    """Return the system's error after which torch complained of the file that a failed write left, or None."""
+    """Return the system error that made torch complain about the file left by a failed write, or None."""
     before = error.__context__ if type(error) is RuntimeError else None
     while before is not None and not (isinstance(before, OSError) and before.errno in _FULL | _REFUSED | _BROKEN):
         before = before.__context__
@@ -105,7 +106,7 @@ def _before(error: BaseException) -> OSError | None:
 
 
 def output_fails() -> bool:
-    """Return whether what was printed cannot be written."""
+    """Return whether standard output cannot be written."""
     try:
         flush()
     except OSError:
@@ -114,6 +115,6 @@ def output_fails() -> bool:
 
 
 def flush() -> None:
-    """Write what was printed, where there is an output."""
+    """Flush standard output, if there is one."""
     if sys.stdout is not None:
         sys.stdout.flush()

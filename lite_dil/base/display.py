@@ -1,4 +1,4 @@
-"""What a run says while it goes: the protocol that a terminal, a notebook or a test fulfils, and one that shows nothing."""
+"""What a run shows while it trains: the protocol of terminals, notebooks and tests, and a display that shows nothing."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from typing import Any, Protocol
 
 
 class Bar(Protocol):
-    """The progress of one piece of work."""
+    """A progress bar."""
 
     def update(self, step: int, line: dict[str, Any] | None) -> None:
-        """Move to `step`, with the line of metrics where one was logged."""
+        """Move to `step`, with its line of metrics if one was logged."""
 
     def doing(self, text: str, last: bool) -> AbstractContextManager[None]:
-        """Say what takes a while in the block, if `text` says something; `last` tells that the last step is done."""
+        """Show `text`, unless it is empty, while the block runs; `last` is true once the last step is done."""
 
     def evaluation(self, metrics: dict[str, float]) -> None:
         """Show the held-out figures."""
 
 
 class Display(Protocol):
-    """Speaks to the user."""
+    """Shows text and progress to the user."""
 
     def say(self, text: str) -> None:
-        """Show one line of text as it stands."""
+        """Show one line of text."""
 
     def status(self, text: str) -> AbstractContextManager[None]:
-        """Show what takes a while in the block."""
+        """Show `text` while the block runs."""
 
     def bar(self, steps: int, done: int, first: str = "") -> AbstractContextManager[Bar]:
-        """Show the progress of `steps` steps, `done` of them already behind, with the text `first` until the next is done."""
+        """Show a progress bar of `steps` steps, `done` of them already taken, with `first` until the next one is done."""
 
     def stopping(self, text: str) -> None:
         """Show, out of a signal's handler, that a stop was asked for."""
 
 
 class Silent:
-    """A display that shows nothing, for programs that call this one; it is its own bar."""
+    """A display that shows nothing, for programs that call this one; it is also its own bar."""
 
     def say(self, text: str) -> None:
-        """Drop the line."""
+        """Ignore the line."""
 
     @contextmanager
     def status(self, text: str) -> Iterator[None]:
@@ -53,10 +53,10 @@ class Silent:
         yield self
 
     def stopping(self, text: str) -> None:
-        """Drop the line."""
+        """Ignore the line."""
 
     def update(self, step: int, line: dict[str, Any] | None) -> None:
-        """Drop the step."""
+        """Ignore the step."""
 
     @contextmanager
     def doing(self, text: str, last: bool) -> Iterator[None]:
@@ -64,11 +64,11 @@ class Silent:
         yield
 
     def evaluation(self, metrics: dict[str, float]) -> None:
-        """Drop the figures."""
+        """Ignore the figures."""
 
 
 def parts(step: int, steps: int, line: dict[str, Any]) -> list[str]:
-    """Return what there is to say of a step and its line of metrics, what matters most first."""
+    """Return the parts of a progress line for a step and its metrics, the most important first."""
     found = [f"step {step}/{steps}"]
     if step < steps:
         found.append(f"{duration((steps - step) * line['seconds_per_step'])} left")
@@ -78,14 +78,14 @@ def parts(step: int, steps: int, line: dict[str, Any]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it."""
+    """Return a duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def figures(line: dict[str, Any], digits: int) -> list[str]:
-    """Return the figures that there are: single answers have no accuracy, demonstrations no rejected side."""
+    """Return the figures that exist: single responses have no accuracy, demonstrations no rejected side."""
     found = [f"loss {line['loss']:.4f}"]
     if "rewards/accuracies" in line:
         found.append(f"accuracy {line['rewards/accuracies']:.{digits}f}")
@@ -94,6 +94,6 @@ def figures(line: dict[str, Any], digits: int) -> list[str]:
 
 
 def held_out(line: dict[str, Any]) -> str:
-    """Return held-out figures, and after which step they were computed."""
+    """Return a line of held-out figures with their step."""
     found = figures({name.removeprefix("eval_"): value for name, value in line.items()}, 3)
     return f"held out, step {line['step']}: {'  '.join(found)}"

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear message, exit code 2, no traceback."""
+"""Errors that the user can fix: one clear message, exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """What is wrong, where, what was expected and how to mend it, in words for the person who typed the command."""
+    """What is wrong, where, what was expected and how to fix it, for the person who typed the command."""
 
 
 class OutOfMemory(UserError):
-    """The device's memory did not hold a piece of work, and everything is as it was before that.
+    """The device's memory did not hold a piece of work; everything is as it was before.
 
     Args:
-        work: what was done, for people.
-        detail: the library's own words.
-        helps: what needs less of that memory.
-        micro_batch: the number, from 0, of the step's micro-batch that did not fit; None where it was in none of them.
+        work: what was being done, for people.
+        detail: the library's own message.
+        helps: options that need less of that memory.
+        micro_batch: the number, from 0, of the step's micro-batch that did not fit, or None if it was in none of them.
     """
 
     HELPS = ("--4bit", "--head-bits 4", "a shorter --max-length")
@@ -32,7 +32,7 @@ class TrainingDiverged(RuntimeError):
 
 
 def nearest(word: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return the allowed name nearest to `word`, or an empty string where none is as near as `cutoff`, between 0 and 1."""
+    """Return the allowed name nearest to `word`, or an empty string if none is within `cutoff` (0 to 1)."""
     return next(iter(get_close_matches(word, list(allowed), n=1, cutoff=cutoff)), "")
 
 

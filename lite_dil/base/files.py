@@ -1,7 +1,7 @@
-"""Every file that the product writes, by one module: what is to hold of all of them is said and done here alone.
+"""All writing of files goes through this module, so that its guarantees hold for every file.
 
-`replace_file`, `replace_folder` and `work_folder` raise DiskFailed. The other functions raise the system's OSError; they are
-called within `lite_dil.base.disk.writing`, which knows what the file is for.
+`replace_file`, `replace_folder` and `work_folder` raise DiskFailed. The other functions raise OSError and are called within
+`lite_dil.base.disk.writing`, which knows what the file is for.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import IO, BinaryIO
 
 from lite_dil.base.disk import writing
 
-# A new file or folder appears whole: it is made under a hidden name beside its own, then renamed.
+# A new file or folder appears complete or not at all: it is written under a hidden name next to its own, then renamed.
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file, whole or not at all. Raises DiskFailed."""
+    """Write a file completely or not at all. Raises DiskFailed."""
     with writing(path), replacing(path) as part:
         write(part, content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give the name of a file that takes the place of `path` when the block ends well, and is gone where it does not.
+    """Yield a temporary path that replaces `path` when the block succeeds and is deleted when it fails.
 
-    For what opens its file itself, as libraries and other programs do.
+    For libraries and programs that open the file themselves.
     """
     _sweep(path)
     part = partial(path)
@@ -43,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what processes that were killed left of `path`."""
+    """Remove the temporary files of `path` that killed processes left."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         number = left.name.removesuffix(".partial").rpartition(".")[2]
         if number.isdecimal() and not _runs(int(number)):
@@ -51,7 +51,7 @@ def _sweep(path: Path) -> None:
 
 
 def _runs(number: int) -> bool:
-    """Return whether a process of this number runs, as far as can be told."""
+    """Return whether a process with this id is running, as far as this system can tell."""
     if os.name != "posix":
         return True
     try:
@@ -64,12 +64,12 @@ def _runs(number: int) -> bool:
 
 
 def partial(path: Path) -> Path:
-    """Return the name under which this process makes the file `path`."""
+    """Return the temporary name under which this process writes `path`."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Write a folder by `fill`, whole or not at all; the one that was there is not lost before. Raises DiskFailed."""
+    """Write a folder by `fill`, completely or not at all; an existing one is kept until then. Raises DiskFailed."""
     new, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
     with writing(target):
         if old.exists() and not target.exists():  # a process was killed between the two renames below
@@ -85,15 +85,15 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
         finally:
             if old.exists() and not target.exists():
                 old.rename(target)
-            for left in (new, old):  # what was not finished takes no room
+            for left in (new, old):  # leave nothing unfinished
                 shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
 def work_folder(target: Path, what: str | Path = "", place: str = "") -> Iterator[Path]:
-    """Give a new hidden folder on the disk of `target`, beside it, which is gone when the block ends.
+    """Yield a new hidden folder next to `target`, on its disk, that is deleted when the block ends.
 
-    Raises DiskFailed of `what`, `target` where nothing is given, if it cannot be made; `place` as for `writing`.
+    Raises DiskFailed, about `what` or by default `target`, if it cannot be made; `place` as for `writing`.
     """
     with writing(what or target, place):
         make_folder(target.parent)
@@ -105,16 +105,16 @@ def work_folder(target: Path, what: str | Path = "", place: str = "") -> Iterato
 
 
 def scratch_file(folder: Path) -> IO[bytes]:
-    """Return a file in `folder`, to write and read, that has no name and is gone when it is closed."""
+    """Return an unnamed file in `folder`, to write and read, that is deleted when closed."""
     make_folder(folder)
     return tempfile.TemporaryFile(dir=folder)
 
 
-# Files in a folder that is not in its place yet, or that nobody reads back.
+# Files in a folder that is renamed later, or that are never read back.
 
 
 def write(path: Path, content: str | bytes, sync: bool = False) -> None:
-    """Write a file, text as UTF-8 with line feeds; with `sync` it is on the disk on return."""
+    """Write a file, text as UTF-8 with line feeds; with `sync` it is on disk on return."""
     with create(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
         if sync:
@@ -124,13 +124,13 @@ def write(path: Path, content: str | bytes, sync: bool = False) -> None:
 
 @contextmanager
 def create(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write it from its start, for libraries that stream; Python's own says why where it cannot be written."""
+    """Open a new file for a library that streams into it; Python's own open says why a file cannot be written."""
     with path.open("wb") as file:
         yield file
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy what a file holds, or a whole folder."""
+    """Copy a file's content, or a whole folder."""
     if source.is_dir():
         shutil.copytree(source, target)
     else:
@@ -142,16 +142,16 @@ def copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def appending(path: Path, read: bool = False) -> Iterator[io.FileIO]:
-    """Open a file for `append`, and with `read` to read it too."""
+    """Open a file for `append`; with `read`, for reading too."""
     with path.open("a+b" if read else "ab", buffering=0) as file:
         yield file
 
 
 def append(file: io.FileIO, data: bytes, sync: bool = False) -> None:
-    """Append all of `data`, or nothing, to a file of `appending`; with `sync` it is on the disk on return."""
+    """Append all of `data`, or nothing, to a file from `appending`; with `sync` it is on disk on return."""
     written = 0
     try:
-        while written < len(data):  # a disk that is nearly full takes a part, and says why only the next time
+        while written < len(data):  # a nearly full disk takes a part, and raises only at the next write
             written += file.write(data[written:])
         if sync:
             os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Numbers of the file formats, so that a version that is too old for a file says so."""
+"""Version numbers of the file formats, so that a lite-dil too old for a file says so."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 from lite_dil.base.errors import UserError
 
-KEY = "format"  # in the file; one without it is of format 1
-RUN = 2  # config.yaml, progress.json and report.json; from 2 on a checkpoint holds adapters/NAME
+KEY = "format"  # the key in the file; without it the format is 1
+RUN = 2  # config.yaml, progress.json and report.json; since 2 a checkpoint holds adapters/NAME
 HEAD = 1  # head.json and head.safetensors of an adapter
-CACHE = 1  # a file of the reference's log-probs
+CACHE = 1  # a file of reference log-probs
 
 
 def check_format(content: Mapping[str, Any], known: int, place: str | Path) -> None:
-    """Raise UserError where `content` was written in a later format than this version knows.
+    """Raise UserError if `content` has a later format than this version knows.
 
     Args:
-        content: of the file, by name.
-        known: the latest format of such a file, `RUN` or `CACHE`.
-        place: what the message names: a run's folder, or a file.
+        content: the file's fields.
+        known: the latest known format of such a file: `RUN`, `HEAD` or `CACHE`.
+        place: the run's folder or the file, for the message.
     """
     found = content.get(KEY, 1)
     if not isinstance(found, int) or found < 1:
-        raise UserError(f"{place}: format {found!r} is not a number of a format; this lite-dil writes {known}")
+        raise UserError(f"{place}: format {found!r} is not a format number; this lite-dil writes {known}")
     if found > known:
         raise UserError(
             f"{place} was made by a newer lite-dil (format {found}; this one knows up to {known}); pip install -U lite-dil"

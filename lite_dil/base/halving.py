@@ -1,4 +1,4 @@
-"""Retry in smaller pieces where memory runs out: the same work, with the same result."""
+"""Retry in smaller pieces when memory runs out: the same work, with the same result."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _R = TypeVar("_R")
 
 
 class Halving(Generic[_T]):
-    """Halves what memory does not hold in one piece, and from then on whatever is as large.
+    """Halves any piece that memory does not hold, and from then on every piece of that size or more.
 
     Args:
-        name: of a piece of this work, for people.
+        name: what a piece of this work is called in messages.
         tokens: returns the size of a piece.
-        halves: returns the two halves of a piece, or nothing where it cannot be split.
-        say: tells the user.
+        halves: returns the two halves of a piece, or nothing if it cannot be split.
+        say: shows a line to the user.
     """
 
     def __init__(
@@ -29,9 +29,9 @@ class Halving(Generic[_T]):
         self.too_large = math.inf
 
     def run(self, work: Callable[[_T], _R], piece: _T) -> list[_R]:
-        """Return what `work` returns for `piece`, or for its parts in their order.
+        """Return the results of `work` for `piece`, or for its parts in order.
 
-        Raises OutOfMemory where a part that cannot be split does not fit.
+        Raises OutOfMemory if a part that cannot be split does not fit.
         """
         size = self.tokens(piece)
         parts = self.halves(piece) if size >= self.too_large else ()
@@ -48,6 +48,6 @@ class Halving(Generic[_T]):
 
 
 def halves(pieces: Sequence[_T]) -> list[Sequence[_T]]:
-    """Return a sequence in two parts, or nothing where it is one piece."""
+    """Return the two halves of a sequence, or nothing if it has one element."""
     middle = (len(pieces) + 1) // 2
     return [pieces[:middle], pieces[middle:]] if middle < len(pieces) else []

@@ -1,4 +1,4 @@
-"""A file of JSON Lines that grows, and that a crash leaves whole."""
+"""An append-only file of JSON Lines that survives crashes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import append, appending, cut, make_folder, replacing, write
 
-_SAFE = "What was there before is whole, and the same command goes on from it"
+_SAFE = "What was there before is intact, and the same command continues from it"
 
 
 class JSONLines:
-    """An append-only file, one JSON value a line. What `add` was given is on disk when it returns, or nothing of it is.
+    """An append-only file, one JSON value per line. When `add` returns, all of its rows are on disk; if it fails, none is.
 
-    A last line that was cut off, when a process was killed or the disk was full, is removed; one that lacks nothing but its
-    line feed, as editors leave it, gets that.
+    A last line that was cut off, by a killed process or a full disk, is removed; one that lacks only its line feed, as
+    editors leave it, gets one.
 
     Args:
-        path: made by the first `add`, with its folders made at once.
+        path: the first `add` creates it; its folders are created at once.
         use: what the file is for, for messages.
-        alone: whether nobody else may write to it meanwhile, which is then refused.
+        alone: whether to refuse when another process writes to the file meanwhile.
 
     Attributes:
-        lines: those that were there, without their ends.
-        size: of the file, in bytes.
+        lines: the lines that were there, without line ends.
+        size: the file's size in bytes.
     """
 
     def __init__(self, path: Path, use: str, alone: bool = False) -> None:
@@ -38,13 +38,13 @@ class JSONLines:
             make_folder(path.parent)
             if not os.access(
                 path if path.exists() else path.parent, os.W_OK
-            ):  # found now, and not after the first work is done
+            ):  # fails now rather than after the first work is done
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             content = path.read_bytes() if path.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
             if tail := content[len(whole) :]:
                 if not tail.lstrip().startswith(b"{"):
-                    raise UserError(f"{path}: holds something else than JSON Lines; give another file for {use}")
+                    raise UserError(f"{path}: not JSON Lines; give another file for {use}")
                 if _is_json(tail):
                     with appending(path) as file:
                         append(file, b"\n")
@@ -65,7 +65,7 @@ class JSONLines:
         self.size = before + len(data)
 
     def cut(self, size: int) -> None:
-        """Take back what was added since the file had `size` bytes."""
+        """Cut the file back to `size` bytes."""
         if size == self.size:
             return
         with writing(self.path):
@@ -75,12 +75,12 @@ class JSONLines:
 
     def _same(self, size: int) -> None:
         if self.alone and size != self.size:
-            raise UserError(f"{self.path}: was changed by another program meanwhile; start again to go on with it")
+            raise UserError(f"{self.path}: another program changed it meanwhile; start again to continue with it")
 
     def rewrite(self, rows: list[Any]) -> None:
-        """Put `rows` in the place of everything that is there, in one go."""
+        """Replace the whole content with `rows`, in one step."""
         data = _encoded(rows)
-        # Of a link, its target is replaced.
+        # A link stays: its target is replaced.
         with writing(self.path, safe=_SAFE), replacing(self.path.resolve()) as part:
             write(part, data, sync=True)
         self.size = len(data)

@@ -1,4 +1,4 @@
-"""Observers of a training: they write, show and measure while the loop goes on, and change nothing of it."""
+"""Observers of a training: they write, show and measure while it runs, and do not change it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def _never() -> bool:
 
 @dataclass(frozen=True)
 class Event:
-    """Where a training stands when an observer is called.
+    """The state of a training when an observer is called.
 
-    Its figures are numbers that were reduced already, so that one process can write what several have computed.
+    Figures are already reduced over processes, so that one process can write what several have computed.
 
     Attributes:
-        step: steps that are done.
-        steps: of the whole training.
-        line: the line of metrics that ends with this step; None between lines.
-        stop: asked in what takes long, which ends early where it returns true.
+        step: the number of steps done.
+        steps: the number of steps of the whole training.
+        line: the line of metrics logged at this step, or None.
+        stop: long work calls it and ends early if it returns true.
     """
 
     step: int
@@ -33,55 +33,55 @@ class Event:
 
     @property
     def last(self) -> bool:
-        """Whether no step is left."""
+        """Whether this was the last step."""
         return self.step == self.steps
 
     def due(self, every: int | None) -> bool:
-        """Return whether the step is a multiple of `every`, or the last one; with None, the last one only."""
+        """Return whether the step is a multiple of `every`, or the last one; with None, only the last one."""
         return self.last or (self.step > 0 and bool(every) and self.step % (every or 1) == 0)
 
 
 class Observer(Protocol):
-    """Is called at the moments of a training, and decides itself whether it is due; a subclass defines those it needs.
+    """Is called at each event of a training and decides itself whether to act; a subclass defines the methods it needs.
 
     Attributes:
-        writes: whether it writes files. Where several processes train together, the first one alone has those that do.
-        left_out: whether something was left out because a stop was asked for; a training that is resumed makes up for it.
+        writes: whether it writes files. If several processes train together, only the first has observers that write.
+        left_out: whether work was skipped because a stop was requested; a resumed training catches up on it.
     """
 
     writes: bool = False
     left_out: bool = False
 
     def started(self, event: Event) -> None:
-        """Take the start of the loop; in a resumed training, make up for what is missing of `event.step`."""
+        """Called at the start of the loop; in a resumed training, catch up on what `event.step` lacks."""
         return
 
     def after_step(self, event: Event) -> None:
-        """Take a step, its weights changed and its loss finite."""
+        """Called after a step that changed the weights and had a finite loss."""
         return
 
     def stopped(self, event: Event) -> None:
-        """Take the end of a training that was asked to stop before its last step."""
+        """Called when the training stops on request before its last step."""
         return
 
     def finished(self, event: Event) -> None:
-        """Take the end of a training that took all its steps."""
+        """Called at the end of a training that took all its steps."""
         return
 
     def failed(self, error: BaseException) -> None:
-        """Take the error that ends the training. It is raised again afterwards."""
+        """Called with the error that ends the training; it is raised again afterwards."""
         return
 
 
 class Observers:
-    """Several observers, called in their order; in a ``with`` block they hear of the error that ends it."""
+    """Several observers, called in order; in a ``with`` block, an error that ends the block goes to their `failed`."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = list(observers)
 
     @property
     def left_out(self) -> bool:
-        """Whether one of them left something out."""
+        """Whether any of them skipped work."""
         return any(observer.left_out for observer in self._observers)
 
     def started(self, event: Event) -> None:
@@ -109,6 +109,6 @@ class Observers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            with ExitStack() as all_hear:  # also where one of them fails at it
+            with ExitStack() as all_hear:  # even if one of them fails
                 for observer in reversed(self._observers):
                     all_hear.callback(observer.failed, error)

@@ -1,11 +1,11 @@
-"""Declaring an option: a dataclass field that carries its help, its flags, and what it may change in a run that goes on."""
+"""Declare an option: a dataclass field with its help, its flags, and whether it may change when a run is resumed."""
 
 from __future__ import annotations
 
 from dataclasses import field
 from typing import Any
 
-# What an option is to a run that is resumed.
+# What an option means when a run is resumed.
 READ = "read"  # a path that is read: its content decides what is learned
 WRITTEN = "written"  # a path that is written; free on resume
 LEARNED = "learned"  # changes what is learned: must be the same on resume
@@ -22,13 +22,13 @@ def option(
     metavar: str = "",
     kind: str = LEARNED,
 ) -> Any:
-    """Return a dataclass field with what the command line, YAML files and resuming need to know of it.
+    """Return a dataclass field with what the command line, YAML files and resuming need to know.
 
     Args:
         group: the heading in ``--help``.
-        default: None stands for "decided by another option or by the model", as the help says.
-        flags: further flags; the first is the one that messages name.
-        choices: the values that are allowed; empty for all of the field's type.
+        default: None means "decided by another option or by the model", as the help says.
+        flags: further flags; messages use the first.
+        choices: the allowed values; empty allows all of the field's type.
         kind: `READ`, `WRITTEN`, `LEARNED` or `FREE`.
     """
     metadata = {"group": group, "help": help, "flags": flags, "choices": choices, "metavar": metavar, "kind": kind}

@@ -1,4 +1,4 @@
-"""Ctrl-C as a request to stop at a good place."""
+"""Ctrl-C as a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def to_stderr(text: str) -> None:
 
 
 class StopSignal:
-    """Turns the first of `signals` into a request to stop after the step; a second Ctrl-C stops at once.
+    """Turns the first of `signals` into a request to stop after the step; a second Ctrl-C stops immediately.
 
-    `text` is told when it comes, unless it is empty.
+    `text` is printed when the signal comes, unless it is empty.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a process sets up before torch, MLX or transformers are imported; every door calls `start` first."""
+"""Process setup before torch, MLX or transformers are imported; every entry point calls `start` first."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from importlib import metadata
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import expandable_segments
 
-# The number of processes by each launcher: torchrun and accelerate, Open MPI, MPICH and Intel's, MVAPICH, mlx.launch on CUDA,
-# and srun. A batch script of Slurm's that starts one program has SLURM_NTASKS too, but no step.
+# The number of processes, as each launcher sets it: torchrun and accelerate, Open MPI, MPICH and Intel MPI, MVAPICH,
+# mlx.launch on CUDA, srun. A Slurm batch script that starts one program has SLURM_NTASKS too, but no step.
 _COUNTS = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "MLX_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-_RANKS = ("MLX_RANK", "SLURM_PROCID")  # above 0 there is another process, whatever the count says
-_HOSTS = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # of mlx.launch, which sets no count: JSON files with a list, an entry a process
+_RANKS = ("MLX_RANK", "SLURM_PROCID")  # above 0 there are several processes, whatever the count says
+_HOSTS = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")  # mlx.launch sets no count: JSON files with a list, one entry per process
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how OpenMP waits: the standard's, GNU's and LLVM's
 
-# Where torch's allocators read their settings: up to torch 2.9 in the second, which later versions call deprecated.
+# Variables from which torch's allocators read their settings; the second is for torch up to 2.9 and deprecated later.
 ALLOCATOR, OLD_ALLOCATOR, ROCM_ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
 EXPANDABLE = "expandable_segments:True"
 
 
 def start(training: bool = False) -> None:
-    """Set up the process. Called again, it changes nothing.
+    """Set up the process. Further calls change nothing.
 
-    Raises UserError where `training` is one of several processes.
+    Raises UserError if `training` is one of several processes.
     """
     if training:
         check_alone()
@@ -39,14 +39,14 @@ def start(training: bool = False) -> None:
 
 
 def check_alone(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise UserError where a launcher started this process as one of several, of which each would train the same."""
+    """Raise UserError if a launcher started this process as one of several, each of which would train the same."""
     several = [name for name in _COUNTS if _number(environment, name) > 1]
     several += [name for name in _RANKS if _number(environment, name) > 0]
     several += [name for name in _HOSTS if name in environment and _entries(environment[name]) > 1]
     if several:
         name = several[0]
         raise UserError(
-            f"training runs in one process, and {name}={environment[name]} says that there are several; start it without "
+            f"training runs in one process, but {name}={environment[name]} says that there are several; start it without "
             "torchrun, accelerate launch, mlx.launch, mpirun or srun"
         )
 
@@ -65,15 +65,15 @@ def _entries(path: str) -> int:
 
 
 def allocator_is_set(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether the environment says how torch allocates."""
+    """Return whether the environment has settings for torch's allocator."""
     return any(name in environment for name in (ALLOCATOR, OLD_ALLOCATOR, ROCM_ALLOCATOR))
 
 
 def set_allocator(environment: MutableMapping[str, str], version: str) -> None:
-    """Let segments of a GPU's memory grow, by the name that torch of this version reads, unless the user set anything there.
+    """Make GPU memory segments expandable, through the variable that this torch version reads, unless the user set one.
 
-    Without it 4 to 13 % of what is reserved lies between tensors where none fits, with it about 4 %. Setting one option resets
-    the others, so that what the user wrote is never added to.
+    Without it, fragmentation takes 4 to 13 % of the reserved memory; with it, about 4 %. Setting one option resets the others,
+    so the user's own settings are never extended.
     """
     numbers = version.split(".")[:2]
     if allocator_is_set(environment) or "rocm" in version or len(numbers) < 2 or not all(map(str.isdecimal, numbers)):
@@ -90,26 +90,26 @@ def _torch_version() -> str:
 
 
 def _environment() -> None:
-    """Switch off what libraries read from the environment when they are imported, and their notices."""
+    """Set the environment variables that libraries read at import, mostly to silence notices."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are warnings; what came of them is an error here
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # segments that grow log each lack of memory beside the error
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would be left behind by a fork
-    # OpenMP's threads spin while they wait. Where another program has one of the cores, that costs most of the speed.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # retries are warnings; a final failure is an error here
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # expandable segments log every out-of-memory besides raising it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    # OpenMP's threads spin while they wait, which costs most of the speed if another program uses a core.
     if not any(name in os.environ for name in _WAITING):
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    # tqdm, in a notebook without ipywidgets: its bars are text then, which is all that the warning comes to.
+    # tqdm warns so in a notebook without ipywidgets; its bars are text there.
     warnings.filterwarnings("ignore", "IProgress not found")
-    # PEFT imports bitsandbytes, which warns on a CPU of a kernel that only inference would use.
+    # PEFT imports bitsandbytes, which warns on a CPU about a kernel that only inference uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def quiet_bars() -> None:
-    """Leave out the bars of transformers. It is imported here, so what must come before it has been."""
+    """Hide transformers' progress bars. This imports transformers, so `start` must have been called."""
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # of loading weights, and, without being asked, of downloads
+    disable_progress_bar()  # loading weights; it disables those of downloads too
     from huggingface_hub.utils import enable_progress_bars
 
     enable_progress_bars()

@@ -1,22 +1,22 @@
-"""Anybody's text where people read it: nothing that a terminal would obey, numbers with their nouns, one line of many."""
+"""Text for people: without control characters, on one line, and numbers with their nouns."""
 
 from __future__ import annotations
 
-# What a terminal would obey or the eye would not see: control characters but tab and line feed, and changes of direction.
+# What a terminal would act on or the eye would miss: control characters (except tab and line feed), direction marks.
 _CONTROL = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 _ESCAPED = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROL if chr(code) not in "\t\n"}
 
 
 def printable(text: str) -> str:
-    """Return a text to be read, as an answer of a model, with its control characters as codes; all else stays as it is."""
+    """Return a text for reading, such as a model's response, with control characters escaped and the rest unchanged."""
     return text.translate(_ESCAPED)
 
 
 def visible(text: str, lines: bool = False) -> str:
-    """Return a text to be looked at, as data is, with every character that is not printable as its code.
+    """Return a text for inspection, such as data, with every character that is not printable escaped.
 
-    Those are control characters, and characters that take no room or turn the direction of writing. With `lines`, a line feed
-    ends a line, after a mark; otherwise it is written out as well.
+    That covers control characters, zero-width characters and direction marks. With `lines`, a line feed is marked and kept;
+    otherwise it is escaped as well.
     """
     if text.isprintable():
         return text
@@ -24,10 +24,10 @@ def visible(text: str, lines: bool = False) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a text to be published, as a name is, on one line and without the characters that are not printable."""
+    """Return a text for publishing, such as a name, on one line and without characters that are not printable."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is one."""
+    """Return a number with its noun, plural unless the number is 1."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -1,4 +1,4 @@
-"""A batch is ragged and free of any layout; lite_dil.batching.layouts turns it into arrays."""
+"""A batch: ragged and independent of layout; lite_dil.batching.layouts turns it into arrays."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lite_dil.data.encoder import Example
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts, and responses that name their prompt.
+    """Prompts, and responses with the index of their prompt.
 
-    prompts=[p0, p1], responses=[w0, l0, w1, l1], prompt_of=[0, 0, 1, 1], signs=[1, -1, 1, -1] are two pairs. Answers without
-    a partner are prompts with one response. `places` says where each prompt's example came from.
+    prompts=[p0, p1], responses=[w0, l0, w1, l1], prompt_of=[0, 0, 1, 1], signs=[1, -1, 1, -1] are two pairs. Unpaired
+    responses are prompts with one response. `places` says where each prompt's example came from.
     """
 
     prompts: list[np.ndarray]
@@ -27,7 +27,7 @@ class Batch:
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Batch:
-        """Collect examples, their responses in order."""
+        """Make a batch of examples, with their responses in order."""
         return cls(
             prompts=[np.array(example.prompt, np.int64) for example in examples],
             responses=[np.array(response, np.int64) for example in examples for response in example.responses],
@@ -41,7 +41,7 @@ class Batch:
         return np.add.reduceat(values, np.cumsum([0, *self.lengths[:-1]]).astype(np.int64))
 
     def halves(self) -> tuple[Batch, ...]:
-        """Split it between its examples into two, or into nothing where it has but one; for batches made by `of`."""
+        """Return the two halves of its examples, or nothing if it has only one; for batches made by `of`."""
         middle = (self.examples + 1) // 2
         if middle == self.examples:
             return ()
@@ -72,19 +72,19 @@ class Batch:
 
     @property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the chosen and of the rejected response of every pair: the two have one prompt."""
+        """Indices of the chosen and of the rejected response of every pair (two responses to one prompt)."""
         same = self.prompt_of[self.chosen][:, None] == self.prompt_of[self.rejected]
         first, second = np.nonzero(same)
         return self.chosen[first], self.rejected[second]
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each response, float32."""
+        """Number of tokens of each response, float32."""
         return np.array([len(response) for response in self.responses], np.float32)
 
     @property
     def answer_lengths(self) -> list[list[int]]:
-        """For each prompt the tokens of each of its responses."""
+        """For each prompt, the number of tokens of each of its responses."""
         found: list[list[int]] = [[] for _ in self.prompts]
         for prompt, response in zip(self.prompt_of, self.responses, strict=True):
             found[prompt].append(len(response))
@@ -92,15 +92,15 @@ class Batch:
 
     @property
     def examples(self) -> int:
-        """How many prompts there are, each with its responses."""
+        """Number of examples: prompts with their responses."""
         return len(self.prompts)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all the sequences, each response counted with its prompt, without padding."""
+        """Number of tokens of all sequences, each response counted with its prompt, without padding."""
         return sum(len(response) + len(self.prompts[p]) for response, p in zip(self.responses, self.prompt_of, strict=True))
 
 
 def by_batch(values: np.ndarray, batches: Sequence[Batch]) -> list[np.ndarray]:
-    """Cut a step's values of all responses, (responses,), into those of each batch."""
+    """Split a step's values, (responses,) over all batches, into those of each batch."""
     return np.split(values, np.cumsum([len(batch.responses) for batch in batches[:-1]], dtype=np.int64))

@@ -1,7 +1,7 @@
-"""Layouts: a ragged batch as arrays that a forward pass can take. They cost differently and mean the same.
+"""Layouts: a ragged batch as arrays for a forward pass. They give the same results at different cost.
 
-*plain* repeats each prompt before each of its answers and pads. *packed* writes each prompt once, its answers after it, and
-many pairs in one row. *prefix* holds prompts in one block and answers in another. Pure numpy, shared by the backends.
+*plain* repeats each prompt before each of its responses and pads. *packed* puts many prompts in one row, each followed by its
+responses. *prefix* holds prompts in one block and responses in another. Pure numpy, shared by the backends.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from lite_dil.batching.batch import Batch
 
 @dataclass(frozen=True)
 class Layout:
-    """What every layout tells about the response tokens.
+    """What every layout says about the response tokens.
 
     Attributes:
         hidden_index: (tokens,) int64, for each response token the flat index of the hidden state that predicts it (for the
-            first token of each response, that of the last prompt token).
-        own_index: (tokens,) index of each response token's own hidden state, flat as hidden_index.
+            first token of a response, the state of the last prompt token).
+        own_index: (tokens,), the flat index of each response token's own hidden state.
         targets: (tokens,) int64, the response tokens themselves.
-        token_index: (responses, longest) int64, which of the `tokens` each response is made of; 0 where `token_mask` is 0.
-        token_mask: (responses, longest) float32, 1 on tokens, 0 behind a response's end.
+        token_index: (responses, longest) int64, the indices of each response's tokens; 0 where `token_mask` is 0.
+        token_mask: (responses, longest) float32, 1 on tokens, 0 after a response's end.
     """
 
     hidden_index: np.ndarray
@@ -34,16 +34,16 @@ class Layout:
 
     @property
     def end_index(self) -> np.ndarray:
-        """Which of the `tokens` is the last of each response, (responses,) int64."""
+        """Index of each response's last token, (responses,) int64."""
         return self.token_index.max(-1)
 
 
 @dataclass(frozen=True)
 class Plain(Layout):
-    """A row a response; hidden states are numbered row * columns + column.
+    """One row per response; hidden states are numbered row * columns + column.
 
     Attributes:
-        input_ids: (responses, columns) int64, padded on the right. Attention is causal, so that a pad is seen by no token.
+        input_ids: (responses, columns) int64, padded on the right. Attention is causal, so no token sees a pad.
     """
 
     input_ids: np.ndarray
@@ -51,7 +51,7 @@ class Plain(Layout):
 
 @dataclass(frozen=True)
 class Segment:
-    """One prompt and its responses in a packed row: tokens start .. start + prompt, then each response in turn."""
+    """A prompt and its responses in a packed row: the prompt at start .. start + prompt, then each response in turn."""
 
     start: int
     prompt: int
@@ -60,14 +60,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class Packed(Layout):
-    """One row of all tokens; hidden states are numbered by their place in it.
+    """One row with all tokens; hidden states are numbered by their place in it.
 
-    A response token attends causally to its own response and to its whole prompt, and its position continues from the prompt.
+    A response token attends causally to its own response and to its whole prompt; its position continues from the prompt.
 
     Attributes:
         input_ids: (1, tokens of the row) int64.
         position_ids: (1, tokens of the row) int64.
-        segments: where each prompt and its responses lie.
+        segments: the places of each prompt and its responses.
     """
 
     input_ids: np.ndarray
@@ -79,10 +79,9 @@ class Packed(Layout):
 class Prefix(Layout):
     """Prompts (B, P), padded on the left, and responses (n, R), padded on the right.
 
-    Hidden states are numbered row * R + column of an (n, R) block: the one that predicts token `column` of response `row`. A
-    response's last token, which predicts nothing, has one only where own states were asked for, and `own_index` is empty where
-    they were not.
-    Positions are counted with the pads: prompts end at P - 1 and responses start at P, which only relative positions (rope)
+    Hidden states are numbered row * R + column in an (n, R) block: the state that predicts token `column` of response `row`.
+    The state of a response's last token, which predicts nothing, is included only on request (`own`); otherwise `own_index`
+    is empty. Positions count the pads: prompts end at P - 1 and responses start at P, which only relative positions (rope)
     allow.
 
     Attributes:
@@ -90,7 +89,7 @@ class Prefix(Layout):
         prompt_mask: (B, P) bool, true on tokens.
         response_ids: (n, R) int64.
         owner: (n,) int64, the prompt of each response.
-        states: (n,) int64, how many of each row's hidden states are of use.
+        states: (n,) int64, how many hidden states of each row are used.
     """
 
     prompt_ids: np.ndarray
@@ -101,10 +100,10 @@ class Prefix(Layout):
 
 
 def plain(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Plain:
-    """Lay a batch out with a row a response, its prompt repeated before it. The oracle for every other layout.
+    """Return a batch with one row per response, its prompt repeated before it. The oracle for the other layouts.
 
     Args:
-        pad_id: the id that fills rows up; it has no influence on any result.
+        pad_id: the padding id; it does not affect any result.
         multiple: rows are padded to a multiple of this many tokens.
     """
     prompts = [batch.prompts[i] for i in batch.prompt_of]
@@ -120,10 +119,10 @@ def plain(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Plain:
 
 
 def packed(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Packed:
-    """Lay a batch out in one row, each prompt once and its responses after it.
+    """Return a batch as one row: each prompt once, followed by its responses.
 
     Args:
-        pad_id: the id that fills the row up at its end; it has no influence on any result.
+        pad_id: the padding id at the row's end; it does not affect any result.
         multiple: the row is padded to a multiple of this many tokens.
     """
     ids: list[np.ndarray] = []
@@ -162,12 +161,12 @@ def packed(batch: Batch, pad_id: int = 0, multiple: int = 1) -> Packed:
 
 
 def prefix(batch: Batch, pad_id: int = 0, multiple: int = 1, own: bool = False) -> Prefix:
-    """Lay a batch out with its prompts in one block and its responses in another.
+    """Return a batch with its prompts in one block and its responses in another.
 
     Args:
-        pad_id: the id that fills rows up; it has no influence on any result.
+        pad_id: the padding id; it does not affect any result.
         multiple: both blocks are padded to a multiple of this many tokens.
-        own: whether each response token's own hidden state is there, that of a response's last token among them.
+        own: whether to include every response token's own hidden state, also that of the last token.
     """
     starts, lengths = _lengths(batch.prompts), _lengths(batch.responses)
     states = lengths + own
@@ -203,7 +202,7 @@ def _rounded(length: int, multiple: int) -> int:
 
 
 def _tokens(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return token_index and token_mask (bool) of responses of these lengths, and the column of each of their tokens."""
+    """Return token_index and token_mask (bool) for responses of these lengths, and the column of each token."""
     column = np.arange(lengths.max())
     mask = column < lengths[:, None]
     first = np.concatenate([[0], np.cumsum(lengths)[:-1]])

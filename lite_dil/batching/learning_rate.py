@@ -8,7 +8,7 @@ from lite_dil.batching.options import ResolvedSchedule
 
 
 def learning_rate(options: ResolvedSchedule, steps: int, step: int) -> float:
-    """Return the rate of step 1, 2, ... of `steps`: a linear rise over the warm-up, then the decay, never 0 in the run."""
+    """Return the rate of step 1, 2, ... of `steps`: a linear warm-up, then the decay; never 0 within the run."""
     peak, warmup = options.learning_rate, math.ceil(options.warmup_ratio * steps)
     if step <= warmup:
         return peak * step / warmup

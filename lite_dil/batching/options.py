@@ -1,4 +1,4 @@
-"""Options that decide what a step takes, and its rate."""
+"""Options that decide the examples and the learning rate of a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lite_dil.data.sources import EMBEDDED
 from lite_dil.models.options import Seeded
 from lite_dil.objectives.options import per_loss
 
-# The embedded pairs are few and easy: at the general rates one pass leaves the answers half-changed (docs/LOG.md).
+# The embedded pairs are few and easy: at the general rates one epoch changes the responses only halfway (docs/LOG.md).
 EMBEDDED_RATE = 2e-4
 
 
@@ -30,29 +30,29 @@ class ScheduleOptions(Lengths, Seeded):
     batch_size: int = option(
         "optimisation",
         2,
-        "pairs (or single answers) in one forward and backward pass; --row-tokens may split it, with the same result",
+        "pairs (or single responses) in one forward and backward pass; --row-tokens may split it, with the same result",
     )
     gradient_accumulation_steps: int = option(
-        "optimisation", 2, "passes an optimiser step; any split of the same data gives the same step"
+        "optimisation", 2, "passes per optimiser step; any split of the same examples gives the same step"
     )
     epochs: float = option("optimisation", 1.0, "passes over the data")
     max_steps: int | None = option("optimisation", None, "stop after this many optimiser steps instead of after --epochs")
     row_tokens: int | None = option(
         "engine",
         None,
-        "tokens in one pass at most, padding included: pairs of a batch beyond it take another pass, with the same result. "
-        "Less saves memory, more is faster on a large GPU (default: twice --max-length, what the longest pair may need)",
+        "maximum tokens in one pass, padding included: further pairs of a batch go into another pass, with the same result. "
+        "Less saves memory, more is faster on a large GPU (default: twice --max-length, enough for the longest pair)",
         kind=FREE,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSchedule(ScheduleOptions):
-    """A schedule whose learning rate is known."""
+    """Schedule options with the learning rate resolved."""
 
     learning_rate: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOptions(ResolvedSchedule, SampleOptions, Lengths, Seeded):
-    """What decides which answers are drawn for a data set, and in what batches."""
+    """Options that decide which responses are drawn for a data set, and in which batches."""

@@ -1,4 +1,4 @@
-"""Which examples a step takes, and at what rate: pure functions of the step, so a resumed run needs no more than it."""
+"""The examples and the learning rate of each step: pure functions of the step number, which is all that resuming needs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lite_dil.data.encoder import Example
 
 
 def examples_per_step(options: ScheduleOptions) -> int:
-    """Return how many examples an optimiser step takes, its passes together."""
+    """Return the number of examples of an optimiser step, over all its passes."""
     return options.batch_size * options.gradient_accumulation_steps
 
 
 def steps_of(options: ScheduleOptions, examples: int) -> tuple[int, int]:
-    """Return the steps of an epoch over so many examples, the short last one counted, and those of the whole run."""
+    """Return the number of steps of an epoch over `examples` examples, including a short last one, and of the whole run."""
     per_epoch = math.ceil(examples / examples_per_step(options))
     return per_epoch, options.max_steps or math.ceil(options.epochs * per_epoch)
 
 
 class Limits(NamedTuple):
-    """How large a pass may be at most; its tokens are those that its layout computes, padding included."""
+    """The largest allowed pass; tokens are those that its layout computes, padding included."""
 
     examples: int
     tokens: int
@@ -38,10 +38,10 @@ class Limits(NamedTuple):
 
 
 class Schedule:
-    """The plan of a run over `examples`: each epoch a new order, drawn from the seed; a short last batch is taken as it is.
+    """The plan of a run over `examples`: each epoch has a new order, drawn from the seed; a short last batch is used too.
 
     Args:
-        others: for each example one that goes with it wherever it goes (kto's rows for z0), or none at all.
+        others: for each example one that accompanies it in every step (kto's rows for z0), or empty.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class Schedule:
         self._shuffled = lru_cache(1)(self._draw)
 
     def batches(self, step: int) -> list[Batch]:
-        """Return the micro-batches of step 1, 2, ..., which depend on the layout; their examples together do not."""
+        """Return the micro-batches of step 1, 2, ...; the layout decides the split, but not the step's examples."""
         return self._planned(self.examples, step)
 
     def others(self, step: int) -> list[Batch]:
-        """Return batches of what goes with the step's examples."""
+        """Return batches of the examples in `others` that accompany the step's examples."""
         return self._planned(self._others, step) if self._others else []
 
     def halve(self, batches: Sequence[Batch]) -> bool:
-        """Plan passes of at most half of the largest of `batches` from here on; False where that is a single example."""
+        """Plan passes of at most half of the largest of `batches` from now on; return False if that is a single example."""
         tokens, examples = max((batch_tokens(batch, self.layout), batch.examples) for batch in batches)
         if examples == 1:
             return False
@@ -92,10 +92,10 @@ class Schedule:
 
 
 class LargestPass:
-    """Remembers the largest pass of a training: that with the most tokens, and of those with the longest answers.
+    """Remembers the largest pass of a training: the one with the most tokens and, among equals, the longest responses.
 
     Attributes:
-        batch: that pass; None before the first step.
+        batch: the largest pass, or None before the first step.
     """
 
     def __init__(self, layout: str) -> None:
@@ -104,27 +104,27 @@ class LargestPass:
         self._size = (0, 0)
 
     def add(self, batches: Sequence[Batch]) -> None:
-        """Look at the passes of a step."""
+        """Take the passes of a step into account."""
         for batch in batches:
             size = (batch_tokens(batch, self.layout), sum(map(len, batch.responses)))
             if size > self._size:
                 self.batch, self._size = batch, size
 
 
-# A pass without gradients keeps next to nothing, so that it can take more tokens than one of training.
+# A pass without gradients keeps almost nothing, so it can take more tokens than a training pass.
 PRECOMPUTE_ROWS = 4
-OPEN_ROWS = 8  # how many unfilled rows first-fit looks at, so that a whole data set is planned in no time
+OPEN_ROWS = 8  # unfilled rows that first-fit considers, so that planning a whole data set is fast
 
 
 def row_tokens(options: ScheduleOptions) -> int:
-    """Return the tokens of a pass at most: as asked, or what the longest pair that --max-length allows needs in any layout."""
+    """Return the maximum tokens of a pass: the option, or enough for the longest pair under --max-length in any layout."""
     return options.row_tokens or 2 * options.max_length
 
 
 def plan(examples: Sequence[Example], layout: str, count: int, tokens: int) -> list[Batch]:
-    """Group examples into batches of at most `count` examples and `tokens` tokens, padding counted; a longer one goes alone.
+    """Group examples into batches of at most `count` examples and `tokens` tokens with padding; a longer one gets its own.
 
-    First-fit over the examples from the longest to the shortest, which pads little and fills rows well.
+    First-fit from the longest example to the shortest, which pads little and fills rows well.
     """
     rows: list[list[Example]] = []
     for example in sorted(examples, key=lambda e: len(e.prompt) + max(map(len, e.responses)), reverse=True):

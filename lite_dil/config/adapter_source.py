@@ -1,4 +1,4 @@
-"""Which adapter a name stands for, and how its model is loaded: as the run did that made it, unless told otherwise."""
+"""Find an adapter by name, and how to load its model: by default as in the run that made it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lite_dil.runs.folder import RunFolder, adapter_of, checkpoint_of
 
 
 def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> AdapterSource:
-    """Return what the options name, without loading anything but small files.
+    """Return the adapter and model that the options name, reading only small files.
 
     Args:
         adapter: a run's folder, one of its checkpoints, or an adapter's folder; None for the bare model.
-        given: options by field name, as text or as values; others than `MODEL_FIELDS` are left alone.
+        given: options by field name, as text or values; only `MODEL_FIELDS` are used.
 
     Raises:
         UserError: there is no adapter, or nothing says which model it belongs to.
@@ -28,7 +28,7 @@ def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> A
     given = {name: value for name, value in given.items() if name in MODEL_FIELDS}
     if adapter is None:
         if strength != 1:
-            raise UserError(f"--strength {strength:g} is of an adapter; give --adapter too")
+            raise UserError(f"--strength {strength:g} needs an adapter; give --adapter too")
         return AdapterSource(None, None, build(given, {}))
     folder, run = _locate(Path(adapter))
     saved = read_yaml(run.path / "config.yaml") if run else {}
@@ -36,7 +36,7 @@ def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> A
     if "backend" not in given and "backend" in saved:
         base["backend"] = _usable(saved["backend"])
     same = given.get("backend", base.get("backend")) == saved.get("backend")
-    # Another backend has another 16-bit type, and perhaps no head of fewer bits.
+    # Another backend may have another 16-bit type, and no quantised head.
     names = [name for name in MODEL_FIELDS if name in saved and (same or name in ("model", "load_in_4bit"))]
     base |= {name: saved[name] for name in names if name != "backend"}
     if "model" not in base:
@@ -50,7 +50,7 @@ def _locate(path: Path) -> tuple[Path, RunFolder | None]:
         if (folder / "adapter_config.json").is_file():
             return folder, _run_of(folder.absolute())
     run = RunFolder(path)
-    if latest := run.latest():  # of a run that is still going on, or was stopped
+    if latest := run.latest():  # the run is still going on, or was stopped
         return adapter_of(latest), run
     raise UserError(
         f"--adapter {path}: no adapter there; give a run's folder, one of its checkpoints, or a folder that holds "
@@ -59,14 +59,14 @@ def _locate(path: Path) -> tuple[Path, RunFolder | None]:
 
 
 def _run_of(adapter: Path) -> RunFolder | None:
-    """Return the run in one of whose places an adapter lies; a config.yaml elsewhere above it is some other program's."""
+    """Return the run that an adapter's folder belongs to; a config.yaml elsewhere above it is another program's."""
     checkpoint = checkpoint_of(adapter)
     above = checkpoint.parent.parent if checkpoint else adapter.parent
     return RunFolder(above) if (checkpoint or adapter.name == "adapter") and (above / "config.yaml").is_file() else None
 
 
 def _usable(backend: str) -> str:
-    """Return the run's own backend where this machine has it, else auto."""
+    """Return the run's own backend if this machine has it, else auto."""
     try:
         return registry.resolve(backend)
     except UserError:

@@ -1,4 +1,4 @@
-"""Options from outside: flags and YAML files, checked and turned into a TrainConfig."""
+"""Read flags and YAML files, check them and build a TrainConfig."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _types(name: str) -> tuple[type, bool]:
 
 
 def coerce(name: str, value: Any, where: str) -> Any:
-    """Return `value` as the field's type, or raise UserError. YAML reads 1e-5 as text, and text is what flags are."""
+    """Return `value` converted to the field's type, or raise UserError. Flags are text, and YAML reads 1e-5 as text."""
     kind, optional = _types(name)
     if value is None and optional:
         return None
@@ -71,7 +71,7 @@ class Once(argparse.Action):
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = FIELDS) -> None:
-    """Add a flag for each of the fields `names`, grouped. A flag that is not given leaves no attribute behind."""
+    """Add a flag for each of the fields `names`, in groups. A flag that is not given sets no attribute."""
     groups: dict[str, Any] = {}
     for name in names:
         spec = FIELDS[name]
@@ -92,7 +92,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str] = FIELDS) ->
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a config file whose keys are the flags' names with underscores; a run's own has a number of its format too."""
+    """Read a config file whose keys are flag names with underscores; a run's config.yaml also has a format number."""
     import yaml
 
     try:
@@ -103,7 +103,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of the form 'key: value'")
-    if path.name == "config.yaml":  # a run's own
+    if path.name == "config.yaml":  # may be a run's own
         check_format(values, RUN, path.parent)
         values.pop(KEY, None)
         values.setdefault("eval_fraction", 0.0)  # of a version that held out what it was given alone
@@ -115,7 +115,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             ours = key_here(name, value)
             problems.append(f"unknown key {key!r}{f', which is {ours} here' if ours else did_you_mean(name, FIELDS)}")
             continue
-        # A list is the natural YAML for these.
+        # These may be YAML lists.
         if name in ("target_modules", "data", "eval_data", "report_to") and isinstance(value, list):
             value = ",".join(map(str, value))
         if name in ("columns", "data", "eval_data") and isinstance(value, dict):
@@ -130,7 +130,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def build(given: dict[str, Any], base: dict[str, Any]) -> ResolvedConfig:
-    """Return the checked, resolved config: flags (as text) over `base` (from YAML or a resumed run) over the defaults."""
+    """Return the checked, resolved config: flags (text) override `base` (YAML or a resumed run), which overrides defaults."""
     problems, values = [], dict(base)
     for name, value in given.items():
         try:

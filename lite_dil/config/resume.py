@@ -1,4 +1,4 @@
-"""Going on with a run: with its own options, but for those that change nothing of what is learned."""
+"""Resume a run with its own options; only those that do not change what is learned may differ."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lite_dil.runs.folder import RunFolder, find_checkpoint
 
 
 def saved_config(checkpoint: Path) -> dict[str, Any]:
-    """Return the resolved options of the run that a checkpoint belongs to."""
+    """Return the resolved options of a checkpoint's run."""
     return read_yaml(checkpoint.parent.parent / "config.yaml")
 
 
 def resumed(given: dict[str, Any], base: dict[str, Any], where: str) -> tuple[ResolvedConfig, Path | None]:
-    """Return the options of a run that goes on, and its newest checkpoint; of a new run, where "auto" finds none.
+    """Return the options of a resumed run and its newest checkpoint, or those of a new run if "auto" finds none.
 
     Args:
-        given: options by name that win over those of `base`, and these over the run's own.
+        given: options by name; they override `base`, which overrides the run's own.
         where: a run's folder, a checkpoint or "auto"; see `lite_dil.runs.folder.find_checkpoint`.
 
     Raises:
@@ -35,18 +35,18 @@ def resumed(given: dict[str, Any], base: dict[str, Any], where: str) -> tuple[Re
         return build(given, base), None
     saved, run = saved_config(checkpoint), checkpoint.parent.parent
     if output_dir and Path(output_dir).resolve() != run.resolve():
-        raise UserError(f"--resume {where} goes on in {run}; leave --output-dir {output_dir} out")
-    # "auto" asks for what the run already found to be best.
+        raise UserError(f"--resume {where} continues in {run}; leave --output-dir {output_dir} out")
+    # "auto" stands for what the run already chose.
     given, base = ({n: v for n, v in options.items() if v != "auto" and n != "output_dir"} for options in (given, base))
-    # What --auto chose is saved with the rest; it chooses again only where it is given again.
+    # The choices of --auto are saved; it chooses again only if it is given again.
     config = build(given, saved | {"auto": False} | base | {"output_dir": str(run)})
     check_same_run(config, saved, where)
     return config, checkpoint
 
 
 def check_same_run(config: ResolvedConfig, saved: dict[str, Any], where: str) -> None:
-    """Raise UserError if an option that decides what is learned differs from the run that is resumed."""
-    # How a step is split decides what dropout draws, and nothing else.
+    """Raise UserError if an option that decides what is learned differs from the resumed run."""
+    # The split of a step affects only what dropout draws.
     free = FREE_ON_RESUME if config.lora_dropout else FREE_ON_RESUME | SPLIT
     problems = [
         f"{flag(name)} is {value}, but the run has {saved[name]}"
@@ -58,4 +58,4 @@ def check_same_run(config: ResolvedConfig, saved: dict[str, Any], where: str) ->
         names = " x ".join(map(flag, sorted(SPLIT)))
         problems.append(f"{names} makes steps of {examples} examples, but the run has steps of {before}")
     if problems:
-        raise UserError(gather(problems, f"--resume {where} goes on with the run's own options; start a new run to change:"))
+        raise UserError(gather(problems, f"--resume {where} keeps the run's own options; start a new run to change:"))

@@ -1,4 +1,4 @@
-"""One dataclass is the source of the flags, the YAML keys, the validation and the help; its fields are the rooms' options."""
+"""All options of a training in one dataclass, the source of flags, YAML keys, validation and help."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ class TrainConfig(
     Lengths,
     Seeded,
 ):
-    """Everything that decides a run. None means "decided by another option or by the model", as the help says.
+    """All options of a run. None means "decided by another option or by the model", as the help says.
 
-    Inherited, so that the names stay flat in flags and YAML while each room declares its own, and takes no more than those.
+    It inherits from the rooms' options: names stay flat in flags and YAML, while each room declares and takes only its own.
     """
 
     auto: bool = option(
         "engine",
         False,
-        "choose how a step is split, --gradient-checkpointing and the offloads so that training is as fast as the memory that "
-        "is free allows, by estimate; a step keeps its --batch-size x --gradient-accumulation-steps examples, so the result "
-        "is the same (but for what --lora-dropout draws). What is given as a flag stays as given",
+        "choose the split of a step, --gradient-checkpointing and the offloads for the fastest training that free memory "
+        "allows, by estimate; a step keeps its --batch-size x --gradient-accumulation-steps examples, so the result is the "
+        "same (except for what --lora-dropout draws). Flags that are given keep their values",
         kind=FREE,
     )
 
     def check(self) -> None:
-        """Raise one UserError that names every value out of range, its place and what was expected."""
+        """Raise one UserError that lists every invalid value, its option and what was expected."""
         problems = []
         for name, low, high in _RANGES:
             value = getattr(self, name)
@@ -70,9 +70,9 @@ class TrainConfig(
         if self.head_bits not in (None, 4, 8):
             problems.append(f"--head-bits is {self.head_bits}; expected 8 or 4, or leave it out for 16 bits")
         if self.precompute_reference and self.reference_cache == "off":
-            problems.append("--precompute-reference fills the cache that --reference-cache off switches off")
+            problems.append("--precompute-reference fills the cache, which --reference-cache off disables")
         if self.offload_activations and self.gradient_checkpointing in ("off", "selective"):
-            problems.append("--offload-activations stores what --gradient-checkpointing full keeps; ask for that, or auto")
+            problems.append("--offload-activations stores what --gradient-checkpointing full keeps; give that, or auto")
         if self.unsloth and self.layout in ("packed", "prefix"):
             problems.append(f"--unsloth has kernels for the plain layout only, not for --layout {self.layout}")
         if self.init_adapter is None and self.reference == "initial-adapter":
@@ -83,8 +83,8 @@ class TrainConfig(
             problems.append("--eval-fraction holds rows of --data out, and --eval-data is held-out data: give one of them")
         if self.init_adapter is not None and self.reference is None:
             problems.append(
-                "--init-adapter needs --reference: initial-adapter if the adapter belongs to the model that you prefer to "
-                "stay close to (after SFT, say), base if the bare base model is that"
+                "--init-adapter needs --reference, the model to stay close to: initial-adapter (for example after SFT), or "
+                "base for the bare base model"
             )
         if self.init_adapter is not None:
             given = [flag(n) for n in ("lora_r", "lora_alpha", "target_modules") if getattr(self, n) is not None]
@@ -94,7 +94,7 @@ class TrainConfig(
             raise UserError(gather(problems, "these options cannot be used:") if len(problems) > 1 else problems[0])
 
     def _objective_problems(self) -> list[str]:
-        """Return what is wrong with the objective's constants: those of another objective, or out of range."""
+        """Return the problems with the objective's constants: of another objective, or out of range."""
         loss, objective = self.loss, objective_of(self.loss)
         problems = []
         for name, spec in OPTIONS.items():
@@ -107,24 +107,26 @@ class TrainConfig(
             elif not spec.choices and not spec.low <= value <= spec.high:
                 problems.append(f"{flag(name)} is {value:g}; expected {_between(spec.low, spec.high)}")
         if objective.beta is None and self.beta not in (None, 1.0):
-            problems.append(f"--beta: {shown(loss)} has none; leave it out")
+            problems.append(f"--beta: {shown(loss)} has no beta; leave it out")
         if is_own(loss) and self.logp_reduction not in (None, objective.reduction):
             problems.append(
-                f"--logp-reduction {self.logp_reduction}: {shown(loss)} itself says {objective.reduction}; leave it out"
+                f"--logp-reduction {self.logp_reduction}: {shown(loss)} has its own, {objective.reduction}; leave it out"
             )
         if objective.token_weights and self.logp_reduction == "mean":
-            problems.append(f"--logp-reduction mean: {loss} weighs the tokens of a sum; leave it out")
+            problems.append(f"--logp-reduction mean: {loss} is a weighted sum over tokens; leave it out")
         if self.sample_rejected is not None and objective.data == "chosen":
-            problems.append(f"--sample-rejected: {loss} trains on good answers alone; leave it out")
+            problems.append(f"--sample-rejected: {loss} trains on chosen responses only; leave it out")
         for name in ("sample_file", "sample_max_tokens"):
             if getattr(self, name) is not None and self.sample_rejected is None:
-                problems.append(f"{flag(name)} is of --sample-rejected; give that too")
+                problems.append(f"{flag(name)} needs --sample-rejected; give that too")
         if objective.baseline and self.batch_size * self.gradient_accumulation_steps < 2:
-            problems.append(f"--loss {loss} compares the answers of a step; --batch-size 2 or --gradient-accumulation-steps 2")
+            problems.append(
+                f"--loss {loss} compares the responses of a step; --batch-size 2 or --gradient-accumulation-steps 2"
+            )
         return problems
 
     def resolved(self) -> ResolvedConfig:
-        """Return a copy with the defaults that depend on other options filled in."""
+        """Return a copy with all defaults that depend on other options filled in."""
         objective = objective_of(self.loss)
         fill: dict[str, Any] = {
             "logp_reduction": objective.reduction,
@@ -150,7 +152,7 @@ class TrainConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(LoadOptions, DrawOptions, InspectOptions, TrainConfig):
-    """The options of a run with every default that depends on another option filled in."""
+    """The options of a run with all defaults that depend on other options filled in."""
 
 
 _BIG = 1e18
@@ -183,14 +185,14 @@ def _between(low: float, high: float) -> str:
 
 _GROUPS = ("model", "data", "objective", "adapter", "optimisation", "engine", "run")
 FIELDS = {f.name: f for f in sorted(dataclasses.fields(TrainConfig), key=lambda f: _GROUPS.index(f.metadata["group"]))}
-# What may differ from the run that is resumed, because it does not change what is learned.
+# What may differ in a resumed run, because it does not change what is learned.
 FREE_ON_RESUME = {name for name, field in FIELDS.items() if field.metadata["kind"] in (FREE, WRITTEN)}
-# How a step is split into passes; only their product decides what is learned.
+# The split of a step into passes; only the product decides what is learned.
 SPLIT = {"batch_size", "gradient_accumulation_steps"}
 
 
 def tracker_names(report_to: str | None) -> list[str]:
-    """Return the trackers that ``--report-to`` names, each once; raise UserError for one that is not known."""
+    """Return the trackers in ``--report-to``, each once; raise UserError for an unknown one."""
     names = [name.strip() for name in (report_to or "none").split(",")]
     if names == ["none"]:
         return []

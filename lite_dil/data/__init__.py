@@ -1,1 +1,1 @@
-"""From a row of somebody's file to an Example: sources, formats, messages, tokens."""
+"""From a row of a data file to an Example: sources, formats, messages, tokens."""

@@ -1,4 +1,4 @@
-"""A data set ready for training: read, checked, tokenised and cut row by row, its tokens in a file and not in memory."""
+"""A data set ready for training: read, checked, tokenised and cut row by row, with its tokens in a file, not in memory."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from lite_dil.models.find import cache_dir
 
 
 class ExampleStore(Sequence[Example]):
-    """Examples in a file that vanishes with the process; one is made again, of 4 bytes a token, when it is asked for.
+    """Examples in a temporary file, 4 bytes per token; indexing reads an example back.
 
-    Memory holds some 40 bytes an example, so that a data set may be larger than memory.
+    Memory holds about 40 bytes per example, so a data set may be larger than memory.
     """
 
     def __init__(self) -> None:
@@ -42,12 +42,12 @@ class ExampleStore(Sequence[Example]):
         self._tokens: np.ndarray | None = None
         self._starts = array("q", [0])
         self._sources: dict[str, int] = {}
-        self._names: list[str] = []  # of the sources, by their numbers
-        # For each example: its source, the number of its row there, and how many responses it has.
+        self._names: list[str] = []  # the sources' names, by number
+        # For each example: its source, its row's number there, and its number of responses.
         self._rows = array("q")
 
     def append(self, example: Example) -> None:
-        """Add an example at the end; all of them before the first is read."""
+        """Add an example at the end; all must be added before the first is read."""
         source, _, number = example.place.rpartition(" ")
         lengths = [len(example.prompt), *map(len, example.responses)]
         record = [*lengths, *example.signs, *example.prompt]
@@ -92,12 +92,12 @@ class ExampleStore(Sequence[Example]):
 
 
 def _close(file: IO[bytes]) -> None:
-    with suppress(OSError):  # of tokens that a full disk did not take, which has been said
+    with suppress(OSError):  # unwritten tokens on a full disk, which was reported before
         file.close()
 
 
 class Picked(Sequence[Example]):
-    """Examples of a store in another order, some perhaps left out or several times there."""
+    """Examples of a store in another order; some may be left out or repeated."""
 
     def __init__(self, examples: Sequence[Example], order: np.ndarray) -> None:
         self.examples, self.order = examples, order
@@ -122,10 +122,10 @@ class Source:
 
     Attributes:
         weight: how often an epoch takes each of its rows.
-        kept: how many rows were good.
+        kept: how many rows are usable.
         format: the name of its format, in `lite_dil.data.formats.FORMATS`.
         problems: the rows that were left out, and why.
-        notes: what was done to rows that their owner should know, and to how many.
+        notes: changes to rows that their owner should know about, and to how many rows.
     """
 
     name: str
@@ -138,16 +138,16 @@ class Source:
 
 @dataclass
 class DataSet:
-    """A data set as one epoch takes it.
+    """A data set as one epoch uses it.
 
     Attributes:
         form: "pairs", "unpaired" or "demonstrations".
         chat: whether prompts are chat messages.
-        answers: how many of each sign were read.
-        prompts_cut, responses_cut: how many examples `max_length` touched.
+        responses: how many of each sign were read.
+        prompts_cut, responses_cut: in how many examples `max_length` cut the prompt, and a response.
         store: every example once, in the order of the data.
-        names: (examples, 2) uint64, for each example what names its prompt, and its prompt with its answers in any order,
-            before they were cut.
+        names: (examples, 2) uint64, for each example a hash of its prompt, and of its prompt with its responses in any order,
+            before cutting.
     """
 
     examples: Sequence[Example]
@@ -162,12 +162,12 @@ class DataSet:
 
     @property
     def problems(self) -> list[Problem]:
-        """The rows that were left out, of all sources."""
+        """The rows left out, of all sources."""
         return [problem for source in self.sources for problem in source.problems]
 
 
 def reader_of(name: str, split: str, options: DataOptions, rows: Rows | None = None) -> Reader:
-    """Return the reader of one source, or of a program's rows, with the settings of `options`."""
+    """Return the reader for one source, or for a program's rows, with the settings of `options`."""
     columns = parse_columns(options.columns)
     return Reader(name, split, format=options.data_format, columns=columns, limit=options.max_rows, rows=rows)
 
@@ -184,14 +184,14 @@ def load(
     """Read, check, tokenise and cut all rows of `data`.
 
     Args:
-        data: one source or several, see `lite_dil.data.sources.split_sources`; or rows.
-        split: the split to take where a source names none, "train" or "test".
-        watch: called for each good row with the row, its tokens, and its tokens cut to ``--max-length``.
-        good_only: leave bad answers without a partner out of the examples, for objectives that train on good ones alone.
-        strict: raise UserError for rows that cannot be used (unless ``--skip-bad-rows``), and for a source without good ones.
+        data: one or several sources, see `lite_dil.data.sources.split_sources`; or rows.
+        split: the split to take if a source names none, "train" or "test".
+        watch: called for each usable row with the row, its tokens, and its tokens cut to ``--max-length``.
+        good_only: leave unpaired rejected responses out, for objectives that train on chosen ones only.
+        strict: raise UserError for unusable rows (unless ``--skip-bad-rows``), and for a source without usable rows.
 
     Raises:
-        UserError: a source cannot be read, or has data of another kind than the one before it; or as `strict` says.
+        UserError: a source cannot be read, or its kind of data differs from the source before it; or as `strict` says.
     """
     store, answers, names = ExampleStore(), Counter[int](), bytearray()
     sources: list[Source] = []
@@ -246,29 +246,29 @@ def _kind(form: str, chat: bool) -> str:
 
 
 def epoch_rows(rows: int, weight: float) -> tuple[int, int]:
-    """Return how many times an epoch takes all of a source's rows, and how many of them once more.
+    """Return how many times an epoch takes all rows of a source, and how many rows it takes once more.
 
-    A source that is named is in every epoch, with one row at least.
+    Every named source gives at least one row to every epoch.
     """
     whole = int(weight)
     return whole, min(rows, max(int(whole == 0), round((weight - whole) * rows)))
 
 
 def _often(rows: np.ndarray, weight: float, random: np.random.Generator) -> np.ndarray:
-    """Return the rows as often as an epoch takes them, a random share of them for what is less than all."""
+    """Return the rows, each as often as an epoch takes it; a fraction is a random sample."""
     whole, rest = epoch_rows(len(rows), weight)
     return np.concatenate([np.tile(rows, whole), np.sort(random.permutation(rows)[:rest])])
 
 
 def describe(data: DataSet) -> str:
-    """Say in a line what the rows were taken for."""
+    """Return a line that says how the rows were read."""
     formats = dict.fromkeys(source.format for source in data.sources)
     titles = "; ".join(f"{FORMATS[name].title} ({name})" for name in formats)
     return f"{'chat messages' if data.chat else 'plain text, no chat template'}, read as {titles}"
 
 
 def remarks(data: DataSet) -> list[str]:
-    """Return what the owner of the data should know: rows left out, and what was done to others."""
+    """Return what the owner of the data should know: rows left out, and changes to others."""
     lines = []
     for source in data.sources:
         if source.weight != 1:

@@ -1,6 +1,6 @@
-"""Reading one file of rows of any common kind: JSON Lines, JSON, CSV, Parquet and Arrow, compressed or not.
+"""Read a file of rows: JSON Lines, JSON, CSV, Parquet or Arrow, compressed or not.
 
-All is read a row at a time, but for JSON arrays, which are read whole.
+Rows are read one at a time, except from JSON arrays, which are read whole.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import IO, Any
 
 from lite_dil.base.errors import UserError, first_line
 
-# A row's place in words, "prefs.jsonl line 3", and the row: a dict if all is well, or why it could not be read.
+# A row's place in words, "prefs.jsonl line 3", and the row: a dict, or a RowError that says why it could not be read.
 PlacedRow = tuple[str, Any]
 
 TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 COLUMNAR = (".parquet", ".arrow")
 PACKED = (".gz", ".zst")
-# Columns of a table that hold lists as JSON; other cells are text, also where it looks like JSON: an answer may be just that.
+# Table columns that hold lists as JSON; other cells are text even if it looks like JSON, since a response may be JSON.
 _LIST_COLUMNS = {
     *("tools", "history", "conversations", "messages", "responses", "completions", "answers", "candidates", "generations"),
     *("outputs", "scores", "overall_scores", "ratings", "rewards", "ranks"),
@@ -34,11 +34,11 @@ _LIST_COLUMNS = {
 
 
 class Cell(str):
-    """The text of a cell of a CSV table, where numbers and booleans are text as well."""
+    """The text of a CSV cell; numbers and booleans are text there."""
 
 
 class RowError(ValueError):
-    """Why one row cannot be trained on: `kind` in a few words, the same for all rows that have it, and the whole story."""
+    """Why a row cannot be used: `kind`, a few words shared by all such rows, and the full message."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -46,7 +46,7 @@ class RowError(ValueError):
 
 
 def file_rows(path: Path) -> Iterator[PlacedRow]:
-    """Read one file by what is in it and, where that does not tell, by its name."""
+    """Read a file in the format that its content shows or, failing that, its name."""
     with _opened(path) as (raw, start):
         if path.suffix in COLUMNAR or start[:4] == b"PAR1" or start[:6] == b"ARROW1":
             yield from _columnar(path, raw, start)
@@ -60,7 +60,7 @@ def file_rows(path: Path) -> Iterator[PlacedRow]:
 
 
 def text_lines(path: Path) -> Iterator[PlacedRow]:
-    """Yield the lines of a text file that are not blank, each with its place."""
+    """Yield the non-blank lines of a text file, each with its place."""
     with _opened(path) as (raw, start), _unpacked(path, raw, start) as stream:
         for number, line in _lines(stream):
             try:
@@ -71,7 +71,7 @@ def text_lines(path: Path) -> Iterator[PlacedRow]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], bytes]]:
-    """Open a file that may be data; with it come its first bytes."""
+    """Open a data file; yield it and its first bytes."""
     try:
         with path.open("rb") as raw:
             start = raw.read(200)
@@ -81,7 +81,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], bytes]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); is it whole? Then copy or download it again") from None
+        raise UserError(f"{path}: cannot be read ({error}); if it is incomplete, copy or download it again") from None
 
 
 def _not_utf8(error: UnicodeDecodeError) -> RowError:
@@ -89,7 +89,7 @@ def _not_utf8(error: UnicodeDecodeError) -> RowError:
 
 
 def _refuse(path: Path, start: bytes) -> None:
-    """Raise UserError for files that are something else than their names say."""
+    """Raise UserError for files that are not data: empty, Git LFS pointers, archives, web pages, UTF-16."""
     if not start:
         raise UserError(f"{path}: no rows; the file is empty")
     if start.startswith(b"version https://git-lfs"):
@@ -103,7 +103,7 @@ def _refuse(path: Path, start: bytes) -> None:
 
 
 class _Zstandard(io.RawIOBase):
-    """Reads what is inside a .zst file, and raises OSError where it ends too early; zstandard's own reader would not."""
+    """Decompresses a .zst file and raises OSError if it is truncated; zstandard's own reader does not."""
 
     def __init__(self, zstandard: Any, raw: IO[bytes]) -> None:
         self.zstandard, self.raw = zstandard, raw
@@ -118,7 +118,7 @@ class _Zstandard(io.RawIOBase):
             packed = (self.frame.unused_data if self.frame and self.frame.eof else b"") or self.raw.read(2**17)
             if not packed:
                 if self.frame and not self.frame.eof:
-                    raise EOFError("the compressed file ends too early")
+                    raise EOFError("the compressed file is truncated")
                 return 0
             if self.frame is None or self.frame.eof:
                 self.frame = self.zstandard.ZstdDecompressor().decompressobj()
@@ -133,7 +133,7 @@ class _Zstandard(io.RawIOBase):
 
 @contextlib.contextmanager
 def _unpacked(path: Path, raw: IO[bytes], start: bytes) -> Iterator[IO[bytes]]:
-    """Open what is inside a compressed file, which is known by its first bytes, also under another name."""
+    """Open the content of a compressed file, recognised by its first bytes whatever its name."""
     if start.startswith(b"\x1f\x8b"):
         with gzip.open(raw) as stream:
             yield io.BufferedReader(stream)
@@ -144,9 +144,9 @@ def _unpacked(path: Path, raw: IO[bytes], start: bytes) -> Iterator[IO[bytes]]:
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not blank with their numbers; they end at a line feed, a carriage return, or both.
+    """Yield the non-blank lines with their numbers; a line ends at a line feed, a carriage return, or both.
 
-    Neither can be inside a JSON string. U+2028 and its like can, and are no ends.
+    Neither occurs inside a JSON string. U+2028 and the like may, and do not end a line.
     """
     number = 0
     for line in stream:
@@ -163,7 +163,7 @@ def _json(path: Path, stream: IO[bytes]) -> Iterator[PlacedRow]:
     head = list(itertools.islice(lines, 2))
     start = head[0][1].lstrip() if head else b""
     if start[:1] == b"[" or len(head) == 1 or start.rstrip() in (b"{", b'{"'):
-        # Perhaps one value over the whole file: an array of rows, or an object that holds one.
+        # The whole file may be one value: an array of rows, or an object that holds one.
         whole = b"\n".join(line for _, line in itertools.chain(head, lines))
         rows = _array(path, whole)
         if rows is not None:
@@ -171,15 +171,15 @@ def _json(path: Path, stream: IO[bytes]) -> Iterator[PlacedRow]:
             return
         if len(head) > 1:
             raise UserError(
-                f"{path}: a JSON object goes over several lines; put each on a line of its own (jq -c . FILE), or all of "
-                "them in one array: [...]"
+                f"{path}: a JSON object spans several lines; put each object on its own line (jq -c . FILE), or all of them "
+                "in one array: [...]"
             )
     for number, line in itertools.chain(head, lines):
         yield f"{path} line {number}", _parse(line)
 
 
 def _array(path: Path, text: bytes) -> list[Any] | None:
-    """Return the rows of an array, or of an object that has a list of rows and nothing else; None where it is neither."""
+    """Return the rows of a JSON array, or of an object that holds only a list of rows; None for anything else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -188,7 +188,7 @@ def _array(path: Path, text: bytes) -> list[Any] | None:
         return None
     if isinstance(value, dict):
         lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
-        # A single row has one such list too where it is of the format "messages".
+        # A single row of the format "messages" holds such a list too.
         return lists[0] if len(value) == len(lists) == 1 and not {"role", "from"} & lists[0][0].keys() else None
     return value if isinstance(value, list) else None
 
@@ -201,12 +201,12 @@ def _parse(line: bytes) -> Any:
     except json.JSONDecodeError as error:
         hint = ""
         if line.lstrip().startswith(b"{'"):
-            hint = "; this is how Python prints a dict: write rows with json.dumps"
+            hint = "; it looks like a printed Python dict: write rows with json.dumps"
         elif not line.lstrip().startswith(b"{") and b"," in line:
             hint = "; if the file is CSV, call it .csv"
         return RowError(
             "not JSON",
-            f"not valid JSON ({error.msg} at column {error.colno}); expected one whole JSON object a line, or one JSON "
+            f"not valid JSON ({error.msg} at column {error.colno}); expected one JSON object per line, or one JSON "
             f"array{hint}",
         )
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, nesting of thousands of levels
@@ -214,16 +214,16 @@ def _parse(line: bytes) -> Any:
 
 
 def _csv(path: Path, stream: IO[bytes], tabs: bool) -> Iterator[PlacedRow]:
-    """Read a table with a header; a cell that holds a JSON list or object is taken for that."""
-    csv.field_size_limit(2**31 - 1)  # the default ends long answers at 128 KiB
+    """Read a table with a header; see `_cell` for cells that hold JSON."""
+    csv.field_size_limit(2**31 - 1)  # the default is 128 KiB, too small for long responses
     lines = _decoded(path, stream)
     header = next(lines, "")
-    delimiter = "\t" if tabs else max(",;\t", key=header.count)  # spreadsheets of half of Europe write semicolons
+    delimiter = "\t" if tabs else max(",;\t", key=header.count)  # many European spreadsheets write semicolons
     reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(reader, [])]
         if double := [name for name, count in Counter(names).items() if count > 1]:
-            raise UserError(f"{path}: two columns have the name {double[0]!r}; rename one")
+            raise UserError(f"{path}: two columns are named {double[0]!r}; rename one")
         started = reader.line_num + 1
         for cells in reader:
             place, started = f"{path} line {started}", reader.line_num + 1
@@ -244,7 +244,7 @@ def _decoded(path: Path, stream: IO[bytes]) -> Iterator[str]:
 
 
 def _cell(column: str, text: str) -> Any:
-    """Return a cell's text; or what it is the JSON of, where that is messages, or the column is one of lists."""
+    """Return a cell's text, or the value that its JSON encodes if that is messages or the column holds lists."""
     if text.lstrip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text)

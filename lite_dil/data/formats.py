@@ -1,4 +1,4 @@
-"""The formats that preference data comes in, and how the format of a row is known."""
+"""The formats of preference data, and how to detect the format of a row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lite_dil.data.messages import kind_of
 
 @dataclass(frozen=True)
 class Format:
-    """One format: `fields` are those that a row needs, named where some are lacking; `fits` looks at a whole row."""
+    """One format: `fields` are the required fields, for messages; `fits` recognises a row."""
 
     title: str
     fields: tuple[str, ...]
@@ -57,9 +57,9 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format("ShareGPT / LLaMA-Factory conversations", ("conversations",), _fits_sharegpt, drafts.of_sharegpt),
     "alpaca": Format("Alpaca instructions", ("instruction", "output"), _fits_alpaca, drafts.of_alpaca),
     "preference": Format("chosen and rejected", ("prompt", "chosen", "rejected"), is_pair, drafts.of_preference),
-    "unpaired": Format("single answers with a label", ("prompt", "completion", "label"), _fits_unpaired, drafts.of_unpaired),
+    "unpaired": Format("single responses with a label", ("prompt", "completion", "label"), _fits_unpaired, drafts.of_unpaired),
     "ranked": Format(
-        "several answers with scores, best against worst", ("prompt", "responses"), _fits_ranked, drafts.of_ranked
+        "several responses with scores, best against worst", ("prompt", "responses"), _fits_ranked, drafts.of_ranked
     ),
     "completion": Format("prompt and completion", ("prompt", "completion"), _fits_completion, drafts.of_completion),
     "messages": Format("conversations, the last turn trained", ("messages",), _fits_messages, drafts.of_messages),
@@ -72,18 +72,18 @@ ROW_FIELDS = sorted(
 
 
 def detect(rows: Iterable[Any]) -> str:
-    """Return the format that most of these rows have, and "preference" where they have none: its errors are the clearest."""
+    """Return the format of most of these rows, or "preference" if they have none: its errors are the clearest."""
     found = Counter(name for row in rows if isinstance(row, dict) and (name := format_of(row)))
     return found.most_common(1)[0][0] if found else "preference"
 
 
 def format_of(row: Raw) -> str:
-    """Return the format of one row, or an empty string where it has none."""
+    """Return the format of one row, or an empty string if it has none."""
     return next((name for name, spec in FORMATS.items() if spec.fits(row)), "")
 
 
 def read(row: Any, name: str) -> Draft:
-    """Read one row in the format of that name. Raises RowError."""
+    """Read a row in the format `name`. Raises RowError."""
     spec = FORMATS[name]
     if not isinstance(row, dict):
         raise RowError(

@@ -1,4 +1,4 @@
-"""Chat messages, answers and texts, as rows of every format have them; each reader raises RowError for what is none."""
+"""Read chat messages, completions and texts from rows of every format; each function raises RowError for anything else."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from lite_dil.base.errors import did_you_mean
 from lite_dil.data.files import RowError
 
 ROLES = ("system", "user", "assistant", "tool")
-# How ShareGPT and its kin call them.
+# Their names in ShareGPT and similar formats.
 _SPEAKERS = {
     "system": "system",
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function"), "tool"),
 }
-# What a chat template may want of a message beside its role and content.
+# Fields of a message that a chat template may read besides role and content.
 _KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 
 Message = dict[str, Any]
-# What the assistant says: text, or a whole message where it calls tools.
+# What the assistant says: text, or a whole message with tool calls.
 Completion = str | Message
 
 
 def read_text(value: Any, field: str) -> str:
-    """Return a text that can be encoded."""
+    """Return `value` if it is text that UTF-8 can encode."""
     if not isinstance(value, str):
         raise RowError("wrong type", f"field {field!r} is {kind_of(value)}; expected text, or chat messages")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise RowError(
-            "half a character", f"field {field!r} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+            "half a character",
+            f"field {field!r} holds half of a surrogate pair (\\ud800 to \\udfff), which is not a character",
         ) from None
     return value
 
@@ -47,15 +48,15 @@ def read_messages(value: Any, field: str) -> list[Message]:
 
 
 def read_answer(value: Any, field: str) -> Completion:
-    """Return what the assistant says: text, its one message, or a list of that one message."""
+    """Return a completion: text, the assistant's message, or a list with that one message."""
     if isinstance(value, str):
         return read_text(value, field)
     if isinstance(value, list) and not value:
-        raise RowError("empty answer", f"field {field!r} is an empty list; expected one assistant message")
+        raise RowError("empty response", f"field {field!r} is an empty list; expected one assistant message")
     messages = read_messages([value] if isinstance(value, dict) else value, field)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise RowError(
-            "not one answer",
+            "not one response",
             f"field {field!r} has the roles {[m['role'] for m in messages]}; expected one assistant message, with everything "
             "before it in 'prompt'",
         )
@@ -63,7 +64,7 @@ def read_answer(value: Any, field: str) -> Completion:
 
 
 def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the tools of a row, a list of JSON schemas or the JSON text of one, or None where it has none."""
+    """Return a row's tools, given as a list of JSON schemas or its JSON text, or None if it has none."""
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
@@ -95,7 +96,7 @@ def _message(value: Any, where: str) -> Message:
 
 
 def _spoken(value: Mapping[str, Any], where: str) -> Message:
-    """Read a message of ShareGPT: from and value; 'function_call' holds the JSON of the calls."""
+    """Read a ShareGPT message: from and value; 'function_call' holds the calls as JSON."""
     if "value" not in value:
         raise RowError("message without role or content", f"{where} has no 'value'; expected 'from' and 'value'")
     speaker, text = value["from"], read_text(value["value"], f"{where}.value")
@@ -112,7 +113,7 @@ def _spoken(value: Mapping[str, Any], where: str) -> Message:
 
 
 def _content(value: Any, where: str) -> str:
-    """Return a message's text, also where it is a list of blocks of text."""
+    """Return a message's text, which may be a list of text blocks."""
     if not isinstance(value, list):
         return read_text(value, where)
     texts = []
@@ -126,7 +127,7 @@ def _content(value: Any, where: str) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """Return what a JSON value is, in words."""
+    """Return a description of a JSON value's type."""
     if value is None:
         return "null"
     if isinstance(value, (list, dict)) and not value:

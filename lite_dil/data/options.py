@@ -1,4 +1,4 @@
-"""Options that decide what is read."""
+"""Options that decide which data is read."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from lite_dil.objectives.options import ResolvedObjective
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """How long a prompt and its answer may be."""
+    """How long a prompt and its response may be."""
 
     max_length: int = option(
         "data",
         1024,
-        "longest prompt plus answer, in tokens; the prompt is cut from the left first, and an answer is never cut to nothing",
+        "longest prompt plus response, in tokens; the prompt is cut first, from the left; a response keeps at least a token",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Lengths, Seeded):
-    """What is read, and how."""
+    """Which data is read, and how."""
 
     data: str = option(
         "data",
         EMBEDDED,
-        "pairs, labelled answers or demonstrations: a file (JSON Lines, JSON, CSV, TSV, Parquet, Arrow; .gz, .zst), a folder "
-        "of them, or a hub id owner/name[/config][:split]; several as a.jsonl,b.jsonl=0.5, which takes half of b's rows an "
-        f"epoch; {EMBEDDED} is the set of pairs inside this package. lite-dil data FILE shows what is trained on",
+        "pairs, labelled responses or demonstrations: a file (JSON Lines, JSON, CSV, TSV, Parquet, Arrow; .gz, .zst), a "
+        "folder of them, or a hub id owner/name[/config][:split]; several as a.jsonl,b.jsonl=0.5, which takes half of b's "
+        f"rows per epoch; {EMBEDDED} is the set of pairs in this package. lite-dil data FILE shows what is trained on",
         metavar="FILE_OR_HUB_ID",
         kind=READ,
     )
@@ -49,38 +49,38 @@ class DataOptions(Lengths, Seeded):
         "rows, and none of fewer than 200)",
     )
     data_format: str = option(
-        "data", "auto", "the format of the rows; auto tells it from the first 100", choices=("auto", *FORMATS)
+        "data", "auto", "the format of the rows; auto detects it from the first 100", choices=("auto", *FORMATS)
     )
     columns: str | None = option(
         "data",
         None,
-        "columns with other names than the format's fields, as chosen=good,rejected=bad",
+        "columns whose names differ from the format's fields, such as chosen=good,rejected=bad",
         metavar="FIELD=COLUMN,...",
     )
     max_rows: int | None = option(
         "data",
         None,
-        "read this many rows of a source at most, from its start; of a hub id no more is downloaded than they need",
+        "read at most this many rows of each source, from its start; from a hub id only these are downloaded",
     )
     skip_bad_rows: bool = option(
         "data",
         False,
-        "leave out the rows that cannot be used, count them and list them in skipped_rows.jsonl, instead of stopping",
+        "leave out unusable rows, count them and list them in skipped_rows.jsonl, instead of stopping",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(DataOptions):
-    """Data, and the rejected answers that --sample-rejected draws for it."""
+    """Data options, with those of --sample-rejected."""
 
     sample_rejected: int | None = option(
         "data",
         None,
-        "for data of good answers alone: draw this many rejected answers a prompt from the model with its adapter off, which "
-        "is what the DIL family assumes of them, once, into a file that later runs read",
+        "for demonstrations: draw this many rejected responses per prompt from the model with its adapter off, as the DIL "
+        "family assumes; done once, into a file that later runs read",
     )
     sample_max_tokens: int | None = option(
-        "data", None, "tokens of an answer of --sample-rejected at most; a longer one is cut there (default: 256)"
+        "data", None, "maximum tokens of a --sample-rejected response; a longer one is cut there (default: 256)"
     )
     sample_file: str | None = option(
         "data",
@@ -93,4 +93,4 @@ class SampleOptions(DataOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(ResolvedObjective, SampleOptions, ModelOptions, Lengths, Seeded):
-    """What decides which rows are read, and what the loss makes of them."""
+    """Options that decide which rows are read, and what the loss does with them."""

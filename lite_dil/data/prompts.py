@@ -1,4 +1,4 @@
-"""Prompts to be answered: from files of prompts alone, or from any data that could be trained on."""
+"""Read prompts for generation, from files of prompts or from any training data."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lite_dil.data.reader import Problem, check_prompt, parse_columns, refuse, r
 from lite_dil.data.sources import records, split_sources
 from lite_dil.models.find import load_tokenizer, resolve_model
 
-# The flags of train that say how prompts are read.
+# The flags of train that decide how prompts are read.
 FLAGS = ("data_format", "columns", "max_rows", "skip_bad_rows", "max_length")
 PROMPTS_HELP = (
-    "prompts: a .txt file of one a line, or rows (JSON Lines, JSON, CSV, ...) with 'prompt' or 'messages', or any data that "
-    "lite-dil train takes, whose prompts are used"
+    "prompts: a .txt file with one per line, or rows (JSON Lines, JSON, CSV, ...) with 'prompt' or 'messages', or the prompts "
+    "of any data that lite-dil train takes"
 )
 _EXPECTED = "prompt, as text or messages; messages, or conversations; or the rows of any data that lite-dil train takes"
 _KINDS = {False: "plain text", True: "chat messages"}
@@ -34,7 +34,7 @@ _ASSISTANT = {"role": "assistant", "content": "x"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as its row has it, text or chat messages; `place` is where it came from and `ids` are its tokens."""
+    """A prompt, text or chat messages; `place` is where it came from and `ids` are its tokens."""
 
     prompt: str | list[Message]
     place: str
@@ -48,41 +48,41 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """A name for it that is the same wherever it comes from."""
+        """A hash of it that does not depend on where it came from."""
         return key_of(self.row())
 
     def row(self, **answers: str) -> dict[str, Any]:
-        """Return a row of data with this prompt and `answers` by field, in the prompt's own form."""
+        """Return a data row with this prompt and `answers` by field, in the prompt's own form."""
         said = {name: [{"role": "assistant", "content": text}] if self.chat else text for name, text in answers.items()}
         return {"prompt": self.prompt, **said, **({"tools": self.tools} if self.tools else {})}
 
     def text(self, encoder: Encoder, ids: Sequence[int]) -> str:
-        """Return the text of an answer, without control tokens; of a chat's without the space around it."""
+        """Return a response's text without control tokens; in a chat, also without surrounding space."""
         text = continuation_text(encoder.tokenizer, self.ids, ids, plain=True)
         return text.strip() if self.chat else text
 
 
 def key_of(row: dict[str, Any]) -> str:
-    """Return what `Prompt.key` is for the prompt of a row that `Prompt.row` made."""
+    """Return the `Prompt.key` of the prompt in a row made by `Prompt.row`."""
     return digest(json.dumps([row["prompt"], row.get("tools")], sort_keys=True))
 
 
 def read_prompts(source: str, options: DataOptions, chat: bool, say: Callable[[str], None]) -> list[Prompt]:
-    """Read all prompts of one or several sources, each once, in their order.
+    """Read all prompts of one or several sources, each once, in order.
 
     Args:
-        source: see `lite_dil.data.sources.records`; a file whose name ends in .txt has a prompt a line.
-        options: whose `FLAGS` say how rows are read.
-        chat: whether prompts of plain text become user messages.
+        source: see `lite_dil.data.sources.records`; a .txt file has one prompt per line.
+        options: the options in `FLAGS` decide how rows are read.
+        chat: whether plain-text prompts become user messages.
 
     Raises:
-        UserError: naming the rows that cannot be used, unless `options.skip_bad_rows` leaves them out, or that there are none.
+        UserError: some rows are unusable, unless `options.skip_bad_rows` leaves them out, or there are none.
     """
     found: dict[str, Prompt] = {}
     columns, notes, repeats, first = parse_columns(options.columns), Counter[str](), 0, None
     for name, times in split_sources(source):
         if times != 1:
-            raise UserError(f"{source}: prompts are taken once; leave ={times:g} out")
+            raise UserError(f"{source}: each prompt is used once; leave ={times:g} out")
         problems: list[Problem] = []
         kept = 0
         for place, value in _records(name, options.max_rows):
@@ -115,18 +115,17 @@ def read_prompts(source: str, options: DataOptions, chat: bool, say: Callable[[s
     for note, count in (+notes).items():
         say(f"{count} {note}")
     if repeats:
-        say(f"{repeats} prompt{'s repeat' if repeats > 1 else ' repeats'} an earlier one: each is taken once")
+        say(f"{repeats} prompt{'s repeat' if repeats > 1 else ' repeats'} an earlier one: each is used once")
     return list(found.values())
 
 
 def encode_prompts(
     prompts: Sequence[Prompt], encoder: Encoder, options: DataOptions, room: int, say: Callable[[str], None]
 ) -> list[Prompt]:
-    """Return the prompts with their tokens, cut from the left where they leave no `room` in ``--max-length``.
+    """Return the prompts with their tokens, cut from the left if they do not leave `room` in ``--max-length``.
 
     Raises:
-        UserError: naming the prompts that the model's template or tokenizer refuses, unless `options.skip_bad_rows` leaves
-            them out.
+        UserError: the model's template or tokenizer refuses some prompts, unless `options.skip_bad_rows` leaves them out.
     """
     limit = options.max_length - room
     if limit < 1:
@@ -154,11 +153,12 @@ def encode_prompts(
 def read_and_encode(
     source: str, options: DataOptions, model: str, chat: bool | None, room: int, say: Callable[[str], None]
 ) -> tuple[list[Prompt], bool]:
-    """Read the prompts and tokenise them for `model`, of which only the tokenizer is loaded.
+    """Read prompts and tokenise them for `model`; only its tokenizer is loaded.
 
     Args:
-        chat: whether prompts of plain text become user messages; None is for the lines of .txt files, where the model chats.
-        room: tokens of an answer at most.
+        chat: whether plain-text prompts become user messages; None means only the lines of .txt files, if the model has a
+            chat template.
+        room: maximum tokens of a response.
 
     Returns:
         The prompts, and whether the model has a chat template.
@@ -173,7 +173,7 @@ def read_and_encode(
 def _ids(prompt: Prompt, encoder: Encoder) -> tuple[int, ...]:
     ids = encoder.prompt(prompt.prompt, prompt.tools)
     if not ids:
-        raise RowError("empty prompt", "the prompt has no token, so nothing predicts the first token of an answer")
+        raise RowError("empty prompt", "the prompt has no token, so nothing predicts the first token of a response")
     return ids
 
 
@@ -188,7 +188,7 @@ def _records(source: str, limit: int | None) -> Iterator[PlacedRow]:
 
 
 def _draft(row: Any, format: str) -> Draft:
-    """Read a row in its format. One that has no answer is given one for that, which nobody reads."""
+    """Read a row in its format. A row without a response gets a placeholder, which is not used."""
     if not isinstance(row, dict):
         raise RowError("not an object", f"expected a JSON object with 'prompt' or 'messages', found {kind_of(row)}")
     known = format_of(row)

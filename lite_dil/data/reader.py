@@ -1,4 +1,4 @@
-"""Reading data: every row is checked at the door, and every problem names its file, line, field and fix."""
+"""Read data: every row is checked at once, and every problem names its file, line, field and fix."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from lite_dil.data.sources import EMBEDDED, records, split_sources
 
 __all__ = ["CHOSEN", "EMBEDDED", "REJECTED", "Completion", "Message", "Problem", "Reader", "Row", "RowError", "parse_columns"]
 
-LOOKED_AT = 100  # rows from which the format is told
-# Characters that take no room: two texts that differ in them alone are the same to a reader.
+LOOKED_AT = 100  # rows from which the format is detected
+# Zero-width characters: two texts that differ only in them look the same to a reader.
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a prompt and the answers to it, each ``CHOSEN`` (good) or ``REJECTED`` (bad) by its sign.
+    """One row: a prompt and its responses, each with the sign ``CHOSEN`` or ``REJECTED``.
 
-    A pair has one of each, an unpaired row a single answer, a demonstration a single good one. With `chat` the prompt is a
-    list of messages, to be laid out by the model's chat template with the `tools` that it may call; otherwise it is plain text
-    that the answers continue as it stands. `place` is where the row came from, for error messages.
+    A pair has one of each, an unpaired row a single response, a demonstration a single chosen one. With `chat` the prompt is a
+    list of messages, rendered by the model's chat template with the `tools`; otherwise it is plain text that the responses
+    continue. `place` is where the row came from, for error messages.
     """
 
     prompt: str | list[Message]
@@ -48,7 +48,7 @@ class Row:
 
 
 class Problem(NamedTuple):
-    """Why one row is left out: a few words that such rows share, where it is, and the whole story."""
+    """Why a row is left out: a few words shared by all such rows, where it is, and the full message."""
 
     kind: str
     place: str
@@ -56,25 +56,25 @@ class Problem(NamedTuple):
 
 
 class Reader:
-    """Reads one source, row by row; iterate over it once.
+    """Reads one source, row by row; iterate over it only once.
 
-    Rows that cannot be used are left out and added to `problems`. All rows have one form, that of the first good one, and are
-    all chat messages or all plain text.
+    Unusable rows are left out and added to `problems`. All rows must have the form of the first usable one, and be all chat
+    messages or all plain text.
 
     Args:
         source: see `lite_dil.data.sources.records`.
-        split: the split to take where `source` names none.
-        format: the name of one of `lite_dil.data.formats.FORMATS`, or "auto" to tell it from the first rows.
-        columns: for a field the column to read it from, where they differ; see `parse_columns`.
+        split: the split to take if `source` names none.
+        format: a name in `lite_dil.data.formats.FORMATS`, or "auto" to detect it from the first rows.
+        columns: the column to read a field from, if their names differ; see `parse_columns`.
         limit: read at most this many rows.
-        rows: what is read instead of `source`, which is then what messages call it.
+        rows: rows to read instead of `source`, which then names them in messages.
 
     Attributes:
         format: the name of the format, once a row was read.
         form: "pairs", "unpaired" or "demonstrations", of the rows read so far.
         chat: whether prompts are chat messages.
         problems: what was left out and why, in the order of the source.
-        notes: what was done to rows that their owner should know, and to how many.
+        notes: changes to rows that their owner should know about, and to how many rows.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Reader:
 
 
 def renamed(value: Any, columns: dict[str, str]) -> Any:
-    """Return a row with its columns under the names of fields, as `parse_columns` has them. Raises RowError."""
+    """Return a row with its columns renamed to fields by the map of `parse_columns`. Raises RowError."""
     if not columns or not isinstance(value, dict):
         return value
     for column in columns.values():
@@ -155,7 +155,7 @@ def read_rows(source: str, split: str = "train", *, skip: bool = False, **settin
     """Read and check all rows of a source, or of several, with the `settings` of `Reader`.
 
     Raises:
-        UserError: naming the rows that cannot be used, unless `skip` leaves them out, or that there are none.
+        UserError: some rows are unusable, unless `skip` leaves them out, or there are none.
     """
     found = []
     for name, _ in split_sources(source):
@@ -167,14 +167,14 @@ def read_rows(source: str, split: str = "train", *, skip: bool = False, **settin
 
 
 def refuse(source: str, problems: list[Problem], kept: int, expected: str = "") -> None:
-    """Raise UserError where rows cannot be used, or where there are none; `expected` is what is read, by default data."""
+    """Raise UserError if rows are unusable or there are none; `expected` describes valid rows, by default training data."""
     expected = expected or _known()
     if problems:
         lines = [f"{problem.place}: {problem.message}" for problem in problems]
         heading = f"{source}: {len(problems)} of {kept + len(problems)} rows cannot be used (--skip-bad-rows leaves them out):"
         kinds = Counter(problem.kind for problem in problems).most_common()
         counts = "" if len(problems) == 1 else f"\n{', '.join(f'{count} {kind}' for kind, count in kinds)}"
-        raise UserError(gather(lines, heading) + counts + ("" if kept else f"\nWhat is read: {expected}"))
+        raise UserError(gather(lines, heading) + counts + ("" if kept else f"\nExpected: {expected}"))
     if not kept:
         raise UserError(f"{source}: no rows; expected {expected}")
 
@@ -184,14 +184,14 @@ def _known() -> str:
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
-    """Return for each field the column that holds it: ``chosen=good,rejected=bad``."""
+    """Return the column of each field from text such as ``chosen=good,rejected=bad``."""
     columns: dict[str, str] = {}
     for part in (text or "").split(","):
         name, equals, column = (piece.strip() for piece in part.partition("="))
         if not part.strip():
             continue
         if not (equals and column):
-            raise UserError(f"--columns {part}: expected FIELD=COLUMN, as chosen=good")
+            raise UserError(f"--columns {part}: expected FIELD=COLUMN, such as chosen=good")
         if name not in ROW_FIELDS:
             raise UserError(
                 f"--columns {part}: unknown field {name!r}{did_you_mean(name, ROW_FIELDS)}; "
@@ -202,21 +202,21 @@ def parse_columns(text: str | None) -> dict[str, str]:
 
 
 def same_text(answer: Completion) -> Any:
-    """Return what two answers share that look the same: without outer or invisible characters, in one Unicode form."""
+    """Return a form that is equal for responses that look the same: stripped, without zero-width characters, normalised."""
     if isinstance(answer, dict):
         return {**answer, "content": same_text(answer["content"])}
     return unicodedata.normalize("NFC", answer.translate(_INVISIBLE)).strip()
 
 
 def check_prompt(prompt: str | list[Message]) -> None:
-    """Raise RowError for a prompt that asks nothing, or that ends in an answer."""
+    """Raise RowError for an empty prompt, or one that ends in a response."""
     if isinstance(prompt, str):
         if not same_text(prompt):
             raise RowError("empty prompt", "field 'prompt' is empty; write one or remove the row")
     else:
         if prompt[-1]["role"] == "assistant":
             raise RowError(
-                "prompt ends in an answer", "the prompt ends with the assistant's turn; expected the user's (or a tool's)"
+                "prompt ends in a response", "the prompt ends with the assistant's turn; expected the user's (or a tool's)"
             )
         for number, message in enumerate(prompt):
             if message["role"] == "user" and not same_text(message["content"]):
@@ -224,15 +224,15 @@ def check_prompt(prompt: str | list[Message]) -> None:
 
 
 def _checked(draft: Draft, place: str) -> Row:
-    """Make a row of what was read, or raise RowError where nothing can be learned from it."""
+    """Return a draft as a row, or raise RowError if nothing can be learned from it."""
     check_prompt(draft.prompt)
     for answer, sign in zip(draft.answers, draft.signs, strict=True):
         if isinstance(answer, str) and not same_text(answer):
             side = "" if len(draft.signs) == 1 else "chosen " if sign == CHOSEN else "rejected "
-            raise RowError("empty answer", f"the {side}answer is empty; write one or remove the row")
+            raise RowError("empty response", f"the {side}response is empty; write one or remove the row")
     form = "pairs" if len(draft.signs) > 1 else "unpaired" if draft.labelled else "demonstrations"
     if form == "pairs" and same_text(draft.answers[0]) == same_text(draft.answers[1]):
         raise RowError(
-            "identical answers", "'chosen' and 'rejected' are the same text: no preference to learn; remove the row"
+            "identical responses", "'chosen' and 'rejected' are the same text: no preference to learn; remove the row"
         )
     return Row(draft.prompt, draft.answers, draft.signs, place, form, draft.tools)

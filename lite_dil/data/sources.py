@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders of them, and the Hugging Face hub."""
+"""Sources of rows: files, folders of files, and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from lite_dil.data.rows import is_rows_name
 from lite_dil.models.hub import offline
 
 EMBEDDED = "short-answers"
-# What lies beside the data in a folder of the hub or of the datasets package.
+# Other files in a data folder of the hub or of the datasets package.
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"}
 _HELD_OUT = {"test", "tests", "eval", "evaluation", "val", "valid", "validation", "dev", "heldout"}
 
 
 def split_sources(text: str) -> list[tuple[str, float]]:
-    """Return the sources that ``--data`` names, with the times that an epoch takes the rows of each.
+    """Return the sources in ``--data``, each with how many times an epoch takes its rows.
 
-    ``a.jsonl,b.jsonl=0.5`` is all of a and half of b. A file whose name has a comma or an equals sign is found too, alone.
+    ``a.jsonl,b.jsonl=0.5`` is all of a and half of b. A file whose name has a comma or an equals sign works too, if it is the
+    only source.
     """
     if is_local(text):
         return [(text, 1.0)]
@@ -46,14 +47,14 @@ def split_sources(text: str) -> list[tuple[str, float]]:
 
 
 def records(source: str, split: str = "train", limit: int | None = None) -> Iterator[PlacedRow]:
-    """Yield the rows of one source as they are, at most `limit` of them.
+    """Yield the rows of one source unchanged, at most `limit` of them.
 
     Args:
-        source: a file, a folder, ``folder:split``, ``short-answers``, or a hub id as ``owner/name[/config][:split]``.
-        split: the split to take where `source` names none: "train" or "test".
+        source: a file, a folder, ``folder:split``, ``short-answers``, or a hub id ``owner/name[/config][:split]``.
+        split: the split to take if `source` names none: "train" or "test".
 
     Raises:
-        UserError: the source as a whole cannot be read; what is wrong with one row is yielded as its RowError.
+        UserError: the source as a whole cannot be read; an unreadable row is yielded as its RowError.
     """
     if source == EMBEDDED:
         found = file_rows(Path(__file__).parent / "short_answers" / f"{split}.jsonl")
@@ -64,27 +65,27 @@ def records(source: str, split: str = "train", limit: int | None = None) -> Iter
     elif is_local(before := source.rpartition(":")[0]) and Path(before).is_dir():
         found = _folder(Path(before), source.rpartition(":")[2], named=True)
     elif is_rows_name(source):
-        raise UserError(f"{source}: rows that a program gave and no file holds; it gives them to dil.train again")
+        raise UserError(f"{source}: rows that a program passed and no file holds; pass them to dil.train again")
     else:
         found = _hub(source, split, stream=limit is not None)
     return itertools.islice(found, limit)
 
 
 def is_local(source: str) -> bool:
-    """Whether a source is a file or a folder here, or the embedded set."""
+    """Return whether a source is a local file or folder, or the embedded set."""
     try:
-        return source == EMBEDDED or (source != "" and Path(source).exists())  # Path("") is the folder that we are in
+        return source == EMBEDDED or (source != "" and Path(source).exists())  # Path("") is the current folder
     except OSError:  # too long for a name
         return False
 
 
 def looks_like_file(source: str) -> bool:
-    """Whether a source is named as a file is, be it there or not."""
+    """Return whether a source looks like a file name, whether or not the file exists."""
     return Path(source).suffix in {*TEXT, *COLUMNAR, *PACKED}
 
 
 def _folder(folder: Path, split: str, named: bool) -> Iterator[PlacedRow]:
-    """Read a folder of files, or one that the datasets package saved."""
+    """Read a folder of files, or one saved by the datasets package."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
         if split not in splits:
@@ -95,7 +96,7 @@ def _folder(folder: Path, split: str, named: bool) -> Iterator[PlacedRow]:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             files = [folder / entry["filename"] for entry in state["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'state.json'}: not as the datasets package writes it ({first_line(error)})") from None
+            raise UserError(f"{folder / 'state.json'}: not written by the datasets package ({first_line(error)})") from None
     else:
         files = _of_split([path for path in sorted(folder.rglob("*")) if _is_data(path, folder)], folder, split, named)
     if not files:
@@ -111,9 +112,9 @@ def _is_data(path: Path, folder: Path) -> bool:
 
 
 def _of_split(files: list[Path], folder: Path, split: str, named: bool) -> list[Path]:
-    """Leave out the files that their names give to another split: training must not read what it is tested on.
+    """Leave out files whose names belong to another split: training must not read its test data.
 
-    A file's own name decides before those of its folders.
+    A file's own name counts before its folders' names.
     """
 
     def belongs(path: Path) -> str:
@@ -144,7 +145,7 @@ def _hub(source: str, split: str, stream: bool) -> Iterator[PlacedRow]:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise UserError(f'{source}: data sets from the hub need the datasets package: pip install "lite-dil[hub]"') from None
-    unreachable = offline()  # what was had from the hub before may be in the cache
+    unreachable = offline()  # earlier downloads may be in the cache
     try:
         rows = datasets.load_dataset(f"{owner}/{name}", config or None, split=named_split or split, streaming=stream)
         for number, row in enumerate(rows, 1):

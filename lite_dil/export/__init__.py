@@ -1,1 +1,1 @@
-"""Merging an adapter, checking the result, GGUF, Ollama, the hub."""
+"""Merge an adapter, check the result, convert to GGUF and Ollama, push to the hub."""

@@ -1,4 +1,4 @@
-"""Does the exported model answer as the trained one did? Log-probs of the same tokens by both, compared."""
+"""Check that an exported model equals the trained one, by the log-probs of the same tokens under both."""
 
 from __future__ import annotations
 
@@ -25,36 +25,35 @@ from lite_dil.data.options import DataOptions
 from lite_dil.data.sources import EMBEDDED, split_sources
 from lite_dil.generation.policy import AdapterSource
 
-# How far from 1 the exported share of the adapter's effect may be, beyond what chance does to the estimate. Rounding loses
-# some: 0.06 in bfloat16 and 8 bits, 0.33 in 4 bits, measured as above.
+# How far from 1 the exported share of the adapter's effect may be, beyond chance. Rounding loses some: 0.06 in bfloat16 and
+# 8 bits, 0.33 in 4 bits, measured as above.
 SHARE, SHARE_4BIT = 0.25, 0.45
 CHANCE = 3.0  # standard errors
 
 
-# Mean |difference| of log-probs, nats a token, that may come of rounding. Measured on the embedded 135M model with the demo's
-# adapter: 0.037 where only the trained side computes in bfloat16, 0.07 (0.08 of NF4) where the merged weights are rounded
-# to it as well, 0.09 in 8 bits, 0.86 in 4, which such a small model bears badly; larger ones lose less. In float32 tiny
-# models differ by 1e-6 to 1e-4.
+# Allowed mean |difference| of log-probs by rounding, in nats per token. Measured on the embedded 135M model with the demo's
+# adapter: 0.037 if only the trained side computes in bfloat16, 0.07 (0.08 for NF4) if the merged weights are rounded to it as
+# well, 0.09 in 8 bits, 0.86 in 4, which hurts so small a model most. In float32 tiny models differ by 1e-6 to 1e-4.
 TOLERANCES = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15, "8-bit": 0.25, "4-bit": 1.5}
 
 
 def tolerance(*rounded: str) -> float:
-    """Return what the mean difference may be where either side was computed or written in these types."""
+    """Return the allowed mean difference if a side was computed or written in these types."""
     return max(TOLERANCES[name] for name in rounded)
 
 
 @dataclass(frozen=True)
 class Check:
-    """Figures of a comparison, in nats a token.
+    """Figures of a comparison, in nats per token.
 
     Attributes:
         rows, tokens: how many held-out rows, and response tokens in them, were compared.
         data: where the rows are from.
-        mean, max: of |exported - trained| log-prob over the tokens.
-        tolerance: what `mean` may be.
-        effect: mean of |trained - bare model|: what the adapter does to these tokens.
-        share: how much of that the exported model does: (exported - bare) over (trained - bare), see `Trained.compare`. 1
-            where it is the trained model, 0 where the adapter was lost, 2 where it was merged twice.
+        mean, max: mean and maximum of |exported - trained| log-prob over the tokens.
+        tolerance: the allowed `mean`.
+        effect: mean of |trained - bare model|, the adapter's effect on these tokens.
+        share: the share of that effect in the exported model, (exported - bare) over (trained - bare); see `Trained.compare`.
+            It is 1 for the trained model, 0 if the adapter was lost, 2 if it was merged twice.
         share_error: standard error of `share`.
     """
 
@@ -70,44 +69,44 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether the exported model is the trained one, as far as these tokens tell."""
+        """Whether the exported model is the trained one, as far as these tokens show."""
         whole = not self._outweighs or abs(self.share - 1) <= self._allowed
-        return bool(self.mean <= self.tolerance and whole)  # NaN is not
+        return bool(self.mean <= self.tolerance and whole)  # false for NaN
 
     @property
     def conclusive(self) -> bool:
-        """Whether `share` would have told of a lost adapter. One that is barely trained may do less than rounding does."""
+        """Whether `share` would reveal a lost adapter. A barely trained one may have less effect than rounding."""
         return bool(self._outweighs and self._allowed < 1)
 
     @property
     def _outweighs(self) -> bool:
-        """Whether the adapter does enough: below, rounding of 8 bits moved `share` to 2 by more errors than chance has."""
+        """Whether the effect is large enough: below this, 8-bit rounding moved `share` to 2, beyond its standard error."""
         return self.effect > self.tolerance / 2
 
     @property
     def _allowed(self) -> float:
-        """How far from 1 `share` may be."""
+        """The allowed distance of `share` from 1."""
         return (SHARE_4BIT if self.tolerance >= TOLERANCES["4-bit"] else SHARE) + CHANCE * self.share_error
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures for export.json; what is not finite becomes None."""
+        """Return the figures for export.json; figures that are not finite become None."""
         figures = asdict(self) | {"ok": self.ok, "conclusive": self.conclusive}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
     def __str__(self) -> str:
-        doubt = "" if self.conclusive else "; too little to tell whether it is there at all: compare more rows (--check-rows)"
+        doubt = "" if self.conclusive else "; too small to tell whether the adapter is there: compare more rows (--check-rows)"
         return (
-            f"{self.tokens} tokens of {self.rows} rows of {self.data}: log-probs differ by {self.mean:.2g} nats a token on "
+            f"{self.tokens} tokens of {self.rows} rows of {self.data}: log-probs differ by {self.mean:.2g} nats per token on "
             f"average (at most {self.tolerance:g} allowed), {self.max:.2g} at worst; the adapter changes them by "
-            f"{self.effect:.2g}, of which {self.share:.2f} +- {self.share_error:.2f} is there (1 is all of it){doubt}"
+            f"{self.effect:.2g}, of which the share {self.share:.2f} +- {self.share_error:.2f} is there (expected 1){doubt}"
         )
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained model's figures: log-probs of the rows' response tokens with the adapter and without it, (tokens,).
+    """The trained model's figures: log-probs of the response tokens with the adapter and without it, (tokens,).
 
-    `change` is how they change with the adapter's strength, measured at two others.
+    `change` is how they change with the adapter's strength, measured at two other strengths.
     """
 
     examples: list[Example]
@@ -115,28 +114,29 @@ class Trained:
     policy: np.ndarray
     bare: np.ndarray
     change: np.ndarray
-    dtype: str  # that it computes in
+    dtype: str  # in which it computes
 
     @property
     def sequences(self) -> Sequences:
-        """Every answer with its prompt, in the order of the figures."""
+        """Every response with its prompt, in the order of the figures."""
         return [(example.prompt, response) for example in self.examples for response in example.responses]
 
     def compare(self, exported: Sequence[np.ndarray], tolerance: float) -> Check:
         """Compare with the exported model's log-probs of `sequences`.
 
-        The share of the effect is not the plain slope of (exported - bare) over (trained - bare). Both of these differences,
-        and the one to `policy`, hold the rounding of the trained model's own passes, which pulls that slope to 1/2 where an
-        adapter does no more than rounding: what is right would be refused. `change` goes with the adapter's effect and was
-        rounded in passes of its own, so it serves as the instrumental variable: share = 1 + cov(change, exported - trained) /
-        cov(change, trained - bare). The standard error does not take the tokens for equally noisy (White, 1980).
+        The share of the effect is not the plain slope of (exported - bare) over (trained - bare). Both differences contain the
+        rounding of the trained model's own passes, which pulls that slope towards 1/2 if the adapter's effect is no larger
+        than rounding, so a correct export would be refused. `change` correlates with the adapter's effect and was rounded in
+        other passes, so it serves as an instrumental variable: share = 1 + cov(change, exported - trained) / cov(change,
+            trained -
+        bare). The standard error allows unequal noise per token (White, 1980).
         """
         there = np.concatenate(exported).astype(np.float64)
         difference = there - self.policy
         effect = self.policy - self.bare
         x, y, z = (values - values.mean() for values in (effect, difference, self.change))
         common = abs(float(z @ x))
-        # Without an effect that varies, all of it is there and nothing can be told.
+        # Without an effect that varies, the share is 1 and the check is inconclusive.
         slope = float(z @ y) / float(z @ x) if common else 0.0
         error = float(np.linalg.norm(z * (y - slope * x))) / common if common else float("inf")
         return Check(
@@ -165,13 +165,13 @@ def measure(backend: Backend, examples: list[Example], data: str) -> Trained:
         return np.concatenate([backend.token_logps(Batch.of([example])) for example in examples]).astype(np.float64)
 
     policy, bare = logps(1), logps(0)
-    # On both sides of the strength that is asked for, so that their rounding has as much to do with that of `policy`.
+    # At strengths on both sides of the requested one, so that their rounding correlates equally with that of `policy`.
     more, less = (1.5, 0.5) if 1.5 * strength <= MAX_STRENGTH else (0.75, 0.25)
     change = logps(more) - logps(less)
     backend.set_strength(strength)
     if not np.isfinite(policy).all():
         raise UserError(
-            "the trained model's own log-probs are not finite numbers, so there is nothing to compare with; its training may "
+            "the trained model's own log-probs are not finite, so there is nothing to compare with; its training may "
             "have diverged: export an earlier checkpoint"
         )
     return Trained(examples, data, policy, bare, change, backend.dtype_name)
@@ -183,9 +183,9 @@ _HELD_OUT = "held out"  # in place of a split: what the run held out of its trai
 def held_out(
     source: AdapterSource, encoder: Encoder, rows: int, data: str | None, say: Callable[[str], None]
 ) -> tuple[list[Example], str]:
-    """Return the first `rows` usable rows of `data`, or of what the run held out, and what they are called.
+    """Return the first `rows` usable rows of `data`, by default of the run's held-out data, and their name.
 
-    Where the run held nothing out they are of its training data, and where that is gone of the pairs in this package.
+    Without held-out data they come from the training data and, if that is gone, from the pairs in this package.
     """
     for name, part, options in _sources(source, data):
         try:
@@ -201,11 +201,11 @@ def held_out(
             continue
         if examples:
             return examples, _short(name)
-    raise UserError("the check finds no row that this model's tokenizer can read; give some with --check-data FILE")
+    raise UserError("the check found no row that this model's tokenizer can read; give some with --check-data FILE")
 
 
 def _sources(source: AdapterSource, data: str | None) -> Iterator[tuple[str, str, DataOptions]]:
-    """Return where rows may come from, the best first, with the split and the settings to read them by."""
+    """Yield possible sources of rows, the best first, with the split and the options to read them."""
     options = DataOptions()
     if source.run:
         options = TrainConfig(**read_yaml(source.run.path / "config.yaml"))
@@ -238,5 +238,5 @@ def _first(name: str, split: str, options: DataOptions, encoder: Encoder, rows: 
 
 
 def _short(name: str) -> str:
-    """Return a source's name without the folders of this machine."""
+    """Return a source's name without local folders."""
     return ", ".join(Path(part).name if Path(part).exists() else part for part, _ in split_sources(name))

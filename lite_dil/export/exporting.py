@@ -1,4 +1,4 @@
-"""What ``lite-dil export`` does: the trained model measured and merged, converted, and what was made measured too."""
+"""What ``lite-dil export`` does: measure the trained model, merge, convert, and measure the result."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from lite_dil.models.names import public_name
 
 CHECK_ROWS = 8
 OUTTYPE = "q8_0"
-# So that a weight is rounded once, and to q8_0 by way of the finer of the 16-bit types: bfloat16 rounds small changes away.
+# So that a weight is rounded only once, and for q8_0 through float16, since bfloat16 rounds small changes away.
 _GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is made, and how it is checked; None stands for the format's own default.
+    """What to make, and how to check it; None means the format's default.
 
     Attributes:
         format: "adapter", "merged", "mlx", "gguf" or "ollama".
-        output: the folder that is made.
-        to: of an adapter: "peft" or "mlx-lm"; by default the one it is not in now.
-        weights_dtype: type of the weights that are written, by default the checkpoint's own.
+        output: the folder to make.
+        to: an adapter's new format, "peft" or "mlx-lm"; by default the one it is not in.
+        weights_dtype: the type of the written weights, by default the checkpoint's.
         merge_into: "trained", the weights as training had them, or "original".
-        bits: of an MLX model, 4 or 8.
-        outtype: of a GGUF file: f32, f16, bf16 or q8_0.
-        llama_cpp: folder of llama.cpp, whose converter is used.
-        check_rows, check_data: how many held-out rows are compared, and where they are from.
-        no_check: compare nothing.
-        push_to_hub: the repository it will be uploaded to.
+        bits: bits of an MLX model, 4 or 8.
+        outtype: the type of a GGUF file: f32, f16, bf16 or q8_0.
+        llama_cpp: the folder of llama.cpp with the converter to use.
+        check_rows, check_data: how many held-out rows to compare, and their source.
+        no_check: skip the comparison.
+        push_to_hub: the repository to upload to.
     """
 
     format: str
@@ -67,12 +67,12 @@ class ExportOptions:
 
 
 class Export:
-    """One export: `make` fills the folder `made`; `work`, around it, is for what is needed on the way.
+    """One export: `make` fills the folder `made`; `work`, around it, holds intermediate files.
 
     `policy` is the source's model and adapter, where they are in memory.
 
     Raises:
-        UserError: what is asked for cannot be made of this adapter, or with what is installed.
+        UserError: this adapter, or what is installed, does not allow the export.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Export:
         say: Callable[[str], None],
         policy: Policy | None = None,
     ) -> None:
-        assert source.adapter is not None  # the bare model is no adapter to export
+        assert source.adapter is not None  # the bare model has no adapter to export
         self.options, self.work, self.made, self.say = options, work, made, say
         self.format: str = options.format
-        # Both are called as --output is: llama.cpp's converter takes a folder's name for the model's.
+        # Both are named like --output, since llama.cpp's converter takes the folder's name as the model's.
         self.merged = made if self.format == "merged" else work / "merged" / made.name
         self.backend = registry.resolve(source.options.backend)
         self.to: str | None = None
@@ -111,10 +111,10 @@ class Export:
         }
 
     def make(self) -> Check | None:
-        """Fill the folder; return the comparison with the trained model, None where none was asked for."""
+        """Fill the folder; return the comparison with the trained model, or None with --no-check."""
         trained = self._from_trained()
         if trained is not None:
-            registry.free(self.backend)  # the trained model is gone, and what was made is not loaded yet
+            registry.free(self.backend)  # between the trained model and the made one
         if self.format in ("mlx", "gguf", "ollama"):
             self._convert()
         check = None
@@ -138,13 +138,13 @@ class Export:
         if not installed and (self.format == "mlx" or not self.options.no_check):
             what = f"--to {self.to}" if self.to else f"--format {self.format}"
             needed = "mlx-lm" if reader == "mlx" else "torch, peft and accelerate"
-            instead = "" if self.format == "mlx" else ", or compare nothing, with --no-check"
+            instead = "" if self.format == "mlx" else ", or skip the check with --no-check"
             fix = registry.INSTALL["mlx" if reader == "mlx" else "cpu"]
-            raise UserError(f"{what} is checked by {needed}: {fix}{instead}" if instead else f"{what} needs {needed}: {fix}")
+            raise UserError(f"{what} is checked with {needed}: {fix}{instead}" if instead else f"{what} needs {needed}: {fix}")
         return reader
 
     def _check_gguf(self, checkpoint: merge.Checkpoint) -> None:
-        """Raise UserError, before the work, where the model cannot be made into a GGUF file, or its template into Ollama's."""
+        """Raise UserError early if the model cannot become a GGUF file, or its template an Ollama one."""
         from lite_dil.export import gguf as gguf_export
 
         gguf_export.check(checkpoint.folder, checkpoint.tensors, self.options.llama_cpp, logps=not self.options.no_check)
@@ -154,7 +154,7 @@ class Export:
             probe(load_tokenizer(str(checkpoint.folder)))
 
     def _as_exported(self, source: AdapterSource) -> AdapterSource:
-        """Return the source with the model that is merged into, and say where that is not the one that was trained."""
+        """Return the source with the model to merge into; tell the user if that differs from the trained one."""
         config, checkpoint = source.options, self.checkpoint
         if self.options.merge_into == "original":
             if checkpoint is not None and checkpoint.packed:
@@ -162,24 +162,24 @@ class Export:
                     f"--merge-into original: {config.model} itself is quantised; give the 16-bit model with --model"
                 )
             if config.load_in_4bit or config.head_bits:
-                self.say("--merge-into original: training had these weights in fewer bits, so what is made is another model")
+                self.say("--merge-into original: training used these weights in fewer bits, so the result is another model")
             return replace(source, options=replace(config, load_in_4bit=False, head_bits=None))
         if config.head_bits:
             why = ""
             if checkpoint is None and not self.backend == self.reader == "mlx":
-                why = f"where {self.to} loads the adapter it is whole"
+                why = f"with {self.to} it has full precision"
             elif checkpoint is not None and checkpoint.tied and self.backend != "mlx":
-                why = "it is the embedding table too and stays whole"
+                why = "it is also the embedding table and keeps full precision"
             if why:
-                self.say(f"the output head had {config.head_bits} bits in training; {why}, also for the check")
+                self.say(f"the output head had {config.head_bits} bits in training; {why}, also in the check")
                 return replace(source, options=replace(config, head_bits=None))
         return source
 
     def _from_trained(self) -> Trained | None:
-        """Write what is made of the trained model itself, and return its figures; it is out of memory after that."""
+        """Do the work that needs the trained model in memory, and return its figures; then free it."""
         config, checkpoint = self.source.options, self.checkpoint
         rows: tuple[list[Example], str] | None = None
-        if not self.options.no_check:  # before the model is loaded, which takes long
+        if not self.options.no_check:  # before loading the model, which is slow
             encoder = Encoder(load_tokenizer(self.model))
             rows = held_out(self.source, encoder, self.options.check_rows or CHECK_ROWS, self.options.check_data, self.say)
         loaded: Policy | None = None
@@ -193,7 +193,7 @@ class Export:
         return measure(loaded.backend, *rows) if loaded and rows else None
 
     def _merge(self, checkpoint: merge.Checkpoint, loaded: Policy | None) -> None:
-        """Write the merged Hugging Face folder: what is asked for, or the way to it."""
+        """Write the merged Hugging Face folder, the result or an intermediate step."""
         dense = registry.module(self.backend, "export").dense(loaded.backend) if loaded else {}
         dtype = self.options.weights_dtype or (_GGUF_DTYPES.get(self._outtype()) if self.reader == "gguf" else None)
         adapter = adapter_files.float_adapter(self.files, self.source.strength)
@@ -205,26 +205,26 @@ class Export:
         self.facts |= {"dtype": dtype or checkpoint.dtype, "dequantised_weights": len(dense)}
 
     def _need_disk(self, merged: int) -> None:
-        """Raise UserError where the disk has no room for the merged weights, and for what is made of them."""
+        """Raise UserError if the disk has no room for the merged weights and what is made from them."""
         second = {"merged": 0.0, "mlx": (self.options.bits + 0.5) / 16 if self.options.bits else 1.0}.get(self.format, 1.0)
         needed, free = merged * (1 + second) * 1.02, shutil.disk_usage(self.work).free
         if free < needed:
-            beside = ", as the merged model lies beside what is made of it for a while" if second else ""
+            beside = ", for the merged model and what is made from it" if second else ""
             raise UserError(
-                f"--output {self.options.output}: {needed / 1e9:.1f} GB are needed there{beside}, {free / 1e9:.1f} GB are free"
+                f"--output {self.options.output}: {needed / 1e9:.1f} GB are needed there{beside}; {free / 1e9:.1f} GB are free"
             )
 
     def _write_adapter(self) -> None:
-        """Write the adapter in the format that is asked for, and read it back."""
+        """Write the adapter in the requested format, and read it back."""
         name, config = self.source.options.model, model_config(self.model)
         method = (config.get("quantization_config") or {}).get("quant_method")
         packed_for = "peft" if method else "mlx-lm" if config.get("quantization") else self.to
         if packed_for != self.to:
-            raise UserError(f"--to {self.to}: {name} is quantised for {packed_for} alone; give the 16-bit model with --model")
+            raise UserError(f"--to {self.to}: {name} is quantised for {packed_for} only; give the 16-bit model with --model")
         if Path(name).is_dir():
             if self.options.push_to_hub:
                 name = public_name(name)
-            path = "" if self.options.push_to_hub else ", a path of yours"
+            path = "" if self.options.push_to_hub else ", a path on this machine"
             self.say(f"adapter_config.json will name the model as {name}{path}")
         strength = self.source.strength
         if self.to == "peft":
@@ -235,15 +235,15 @@ class Export:
             count = (config.get("text_config") or config).get("num_hidden_layers", -1)
             adapter_files.write_mlx(self.made, self.files, strength, name, count)
             if config.get("rope_parameters") and "rope_theta" not in config:
-                self.say(f"beware: mlx-lm alone does not read the rope_parameters of {name}; --format mlx makes what it reads")
+                self.say(f"warning: plain mlx-lm does not read the rope_parameters of {name}; use --format mlx")
         again = adapter_files.read_files(self.made).adapter
         for layer, pair in self.files.adapter.weights.items():
             if not all(map(np.array_equal, pair, again.weights[layer])):
-                raise AssertionError(f"{layer} was not written as it was read")
+                raise AssertionError(f"{layer} was written with other numbers than it was read")
         self.facts["to"] = self.to
 
     def _convert(self) -> None:
-        """Make of the merged folder what is asked for."""
+        """Convert the merged folder to the requested format."""
         if self.format == "mlx":
             self.say("writing the MLX model")
             registry.module("mlx", "export").write_model(self.merged, self.made, self.options.bits)
@@ -262,7 +262,7 @@ class Export:
             write_modelfile(self.made, file.name, load_tokenizer(str(self.merged)), settings)
 
     def _logps(self, trained: Trained) -> list[np.ndarray]:
-        """Return the log-probs by what was made, loaded by the programs that it is for."""
+        """Return the made model's log-probs, loaded by the libraries that it is for."""
         if self.reader == "gguf":
             from lite_dil.export import gguf as gguf_export
 
@@ -274,7 +274,7 @@ class Export:
         return library.adapter_logps(self.model, self.made, config, trained.sequences)
 
     def _tolerance(self, trained: Trained) -> float:
-        """Return what the mean difference may be, by what was rounded on either side."""
+        """Return the allowed mean difference, given the rounding on both sides."""
         if self.reader == "gguf":
             from lite_dil.export.gguf import GGUF_TOLERANCES
 

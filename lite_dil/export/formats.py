@@ -1,3 +1,3 @@
-"""What an adapter can be made into."""
+"""The export formats."""
 
 EXPORT_FORMATS = ("adapter", "merged", "mlx", "gguf", "ollama")

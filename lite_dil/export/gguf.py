@@ -1,4 +1,4 @@
-"""A model folder made into a GGUF file, for llama.cpp, Ollama and LM Studio, and the file's own log-probs, to check it by."""
+"""Convert a model folder to a GGUF file (for llama.cpp, Ollama, LM Studio), and compute the file's log-probs for the check."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lite_dil.export import gguf_vocabulary, gguf_weights
 from lite_dil.models.find import load_tokenizer
 from lite_dil.models.tensors import Stored
 
-# Kind of numbers -> its name in a GGUF file's general.file_type. All are what llama.cpp's converter makes too.
+# Type of the numbers -> its name in a GGUF file's general.file_type. llama.cpp's converter makes the same types.
 KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-# How far a token's log-prob may be from the trained model's, in nats, on average over held-out answers; its compute type's own
-# rounding is on top. Measured on SmolLM2-135M, 772 tokens, llama.cpp against float32 (transformers reads what is in the file,
-# llama.cpp computes in the file's type and caches keys and values in float16): f32 0.001, f16 0.002, bf16 0.012, q8_0 0.077.
-# About three times that, and a file with one projection wrong is off by nats.
+# Allowed mean difference of a token's log-prob from the trained model's, in nats, over held-out responses; the rounding of the
+# trained side's compute type is added. Measured on SmolLM2-135M, 772 tokens, llama.cpp against float32 (transformers reads the
+# file's numbers, llama.cpp computes in the file's type and caches keys and values in float16): f32 0.001, f16 0.002, bf16
+# 0.012, q8_0 0.077. The limits are about three times that; a file with one wrong projection is off by nats.
 GGUF_TOLERANCES = {"f32": 0.005, "f16": 0.01, "bf16": 0.04, "q8_0": 0.25}
-# What tokenizers disagree about: contractions, digits, kinds of space, scripts, emoji of several code points, code.
+# Texts on which tokenizers disagree: contractions, digits, kinds of space, scripts, emoji of several code points, code.
 PROBES = (
     "Hello world, it's Tom's; I'LL go.\n\n\n  and   then\t\ttabs \r\n and",
     "12345 3.14 1,000,000 a1b22c333 ½",
@@ -41,19 +41,19 @@ _Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
 def convert(merged: Path, target: Path, kind: str, llama_cpp: Path | None, say: Callable[[str], None]) -> None:
-    """Make the GGUF file `target` of the model folder `merged`, whole or not at all.
+    """Make the GGUF file `target` from the model folder `merged`, completely or not at all.
 
-    llama.cpp's own converter does it where it is found: in the folder `llama_cpp`, in $LLAMA_CPP_DIR or on the PATH. Else it
-    is done here, for the architectures and tokenizers that come out exactly. Where llama-cpp-python is installed, hard texts
-    must come out as the same tokens.
+    It uses llama.cpp's own converter if that is found in the folder `llama_cpp`, in $LLAMA_CPP_DIR or on the PATH. Otherwise
+    the file is written here, for the architectures and tokenizers that can be written exactly. If llama-cpp-python is
+    installed, `PROBES` must give the same tokens.
 
     Args:
         merged: a Hugging Face folder with weights of 16 or 32 bits, without an adapter.
         kind: one of ``KINDS``, the type of the matrices; vectors stay float32.
-        say: takes a line for people.
+        say: shows a line to the user.
 
     Raises:
-        UserError: the model or its tokenizer cannot be written so, a package is missing, or the converter failed.
+        UserError: the model or its tokenizer cannot be written exactly, a package is missing, or the converter failed.
     """
     converter = find_converter(llama_cpp)
     make_folder(target.parent)
@@ -67,12 +67,12 @@ def convert(merged: Path, target: Path, kind: str, llama_cpp: Path | None, say: 
 
 
 def check(model: Path, found: Mapping[str, Stored], llama_cpp: Path | None, logps: bool) -> None:
-    """Raise UserError where `convert` would refuse a model, as far as that can be known before its merged weights are there.
+    """Raise UserError if `convert` would refuse a model, as far as that is known before the merge.
 
     Args:
         model: the folder of the model, not merged yet.
         found: the tensors in it.
-        logps: whether `token_logps` is to follow.
+        logps: whether `token_logps` will follow.
     """
     if find_converter(llama_cpp) is None:
         _need_gguf()
@@ -83,10 +83,10 @@ def check(model: Path, found: Mapping[str, Stored], llama_cpp: Path | None, logp
 
 
 def find_converter(llama_cpp: Path | None) -> Path | None:
-    """Return llama.cpp's converter, or None where there is none.
+    """Return llama.cpp's converter, or None if there is none.
 
     Raises:
-        UserError: it is not in the folder where it was said to be.
+        UserError: it is not in the given folder.
     """
     origin = "--llama-cpp" if llama_cpp else "$LLAMA_CPP_DIR"
     if folder := llama_cpp or os.environ.get("LLAMA_CPP_DIR"):
@@ -116,7 +116,7 @@ def _write(merged: Path, made: Path, kind: str, name: str, say: Callable[[str], 
     rows = gguf_weights.vocabulary_rows(found)
     vocabulary = gguf_vocabulary.read(load_tokenizer(str(merged)), rows, say)
     if getattr(config, "sliding_window", None) and config.model_type == "mistral":
-        say(f"note: the format has no sliding window for this model; beyond {config.sliding_window} tokens it would differ")
+        say(f"note: the format has no sliding window for this model; results differ beyond {config.sliding_window} tokens")
     writer = gguf.GGUFWriter(made, gguf_weights.ARCHITECTURES[config.model_type])
     try:
         gguf_weights.write_config(config, name, rows, writer)
@@ -134,7 +134,7 @@ def _write(merged: Path, made: Path, kind: str, name: str, say: Callable[[str], 
             values = tensor.read()
             stored = _stored_type(kind, tensor.shape)
             if stored == gguf.GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
-                raise UserError(f"{target} holds numbers too large for f16; take bf16 or q8_0")
+                raise UserError(f"{target} has numbers too large for f16; take bf16 or q8_0")
             writer.write_tensor_data(gguf.quantize(values, stored))
     finally:
         writer.close()
@@ -142,18 +142,18 @@ def _write(merged: Path, made: Path, kind: str, name: str, say: Callable[[str], 
 
 def _need_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise UserError('GGUF files are written with the gguf package: pip install "lite-dil[gguf]"')
+        raise UserError('writing GGUF files needs the gguf package: pip install "lite-dil[gguf]"')
 
 
 def _check_tokens(made: Path, merged: Path) -> None:
     if importlib.util.find_spec("llama_cpp") is None:
         return
     if different := different_tokens(made, load_tokenizer(str(merged)), PROBES):
-        raise UserError(f"llama.cpp would read {different[0]!r} as other tokens than the model's own tokenizer does")
+        raise UserError(f"llama.cpp reads {different[0]!r} as other tokens than the model's own tokenizer")
 
 
 def _stored_type(kind: str, shape: tuple[int, ...]) -> Any:
-    """Return the type of a tensor in a file of a kind: vectors are few and matter, and a q8_0 block is 32 numbers of a row."""
+    """Return a tensor's type in a file of a kind: vectors are small and sensitive, and a q8_0 block is 32 numbers of a row."""
     from gguf import GGMLQuantizationType
 
     if len(shape) == 1:
@@ -162,13 +162,13 @@ def _stored_type(kind: str, shape: tuple[int, ...]) -> Any:
 
 
 def token_logps(path: Path, sequences: _Sequences, say: Callable[[str], None]) -> list[np.ndarray]:
-    """Return the log-probs (nats) of each sequence's response tokens, (tokens,) float32, by the file itself.
+    """Return the log-probs (nats) of each sequence's response tokens, (tokens,) float32, under the file's model.
 
-    llama.cpp computes them where llama-cpp-python is installed, as Ollama will; else transformers, from the file's weights in
-    float32 (4 bytes of memory a parameter).
+    llama.cpp, which Ollama uses, computes them if llama-cpp-python is installed; else transformers does, from the file's
+    weights in float32 (4 bytes of memory per parameter).
 
     Args:
-        sequences: (prompt ids, response ids) of each answer; no list is empty.
+        sequences: (prompt ids, response ids) of each response; no list may be empty.
 
     Raises:
         UserError: neither is installed, or the file cannot be loaded.
@@ -181,16 +181,16 @@ def token_logps(path: Path, sequences: _Sequences, say: Callable[[str], None]) -
 
 
 def _reader() -> str:
-    """Return what reads GGUF files here. Raises UserError where nothing does."""
+    """Return the installed reader of GGUF files. Raises UserError if there is none."""
     if importlib.util.find_spec("llama_cpp") is not None:
         return "llama.cpp"
     if any(importlib.util.find_spec(module) is None for module in ("torch", "gguf", "accelerate")):
-        raise UserError("a GGUF file is checked with llama-cpp-python, or with torch: pip install llama-cpp-python")
+        raise UserError("checking a GGUF file needs llama-cpp-python or torch: pip install llama-cpp-python")
     return "transformers"
 
 
 def open_file(path: Path, **options: Any) -> Any:
-    """Open a GGUF file in llama.cpp, in silence. `options` are llama_cpp.Llama's."""
+    """Open a GGUF file in llama.cpp without its log. `options` are llama_cpp.Llama's."""
     from llama_cpp import Llama, llama_log_set
 
     llama_log_set(_silence(), None)  # type: ignore[arg-type]
@@ -202,16 +202,16 @@ def open_file(path: Path, **options: Any) -> Any:
 
 @cache
 def _silence() -> Any:
-    """Return a receiver of llama.cpp's log that drops it; made once and kept, as the library calls it to the end."""
+    """Return a log callback for llama.cpp that drops everything; it is kept alive, since the library calls it until exit."""
     from llama_cpp import llama_log_callback
 
     return llama_log_callback(lambda level, text, data: None)
 
 
 def different_tokens(path: Path, tokenizer: Any, texts: Iterable[str]) -> list[str]:
-    """Return those of `texts` that llama.cpp, with the file's own tokenizer, makes other tokens of than `tokenizer` does.
+    """Return the `texts` that llama.cpp, with the file's tokenizer, splits into other tokens than `tokenizer`.
 
-    Nothing is added to the texts, and control tokens written in them are control tokens. Needs llama-cpp-python.
+    Nothing is added to the texts, and control tokens in them are read as such. Needs llama-cpp-python.
     """
     file = open_file(path, vocab_only=True)
     try:
@@ -239,7 +239,7 @@ def _by_llama_cpp(path: Path, sequences: _Sequences) -> list[np.ndarray]:
 
 
 def _log_softmax_at(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """Return the log-probs of `ids` (tokens,) by `logits` (tokens, vocabulary)."""
+    """Return the log-probs of `ids` (tokens,) under `logits` (tokens, vocabulary)."""
     logits = logits.astype(np.float64)
     top = logits.max(-1)
     total = top + np.log(np.exp(logits - top[:, None]).sum(-1))
@@ -255,7 +255,7 @@ def _by_transformers(path: Path, sequences: _Sequences) -> list[np.ndarray]:
     fields = {key.partition(".")[2]: field.contents() for key, field in file.fields.items()}
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        # What transformers overlooks: the size of Qwen 3's heads, and how the rope is scaled.
+        # transformers ignores the head size of Qwen 3 and the rope scaling in the file.
         config.head_dim = fields.get("attention.key_length", gguf_weights.head_size(config))
         if (factor := fields.get("rope.scaling.factor")) is not None:
             config.rope_parameters |= {"rope_type": fields["rope.scaling.type"], "factor": factor}

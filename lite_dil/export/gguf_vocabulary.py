@@ -1,6 +1,6 @@
-"""A tokenizer as llama.cpp's metadata: tokens, their kinds, merges or scores, and how a text is split before them.
+"""A tokenizer as llama.cpp metadata: tokens, their kinds, merges or scores, and the pre-tokenizer.
 
-What llama.cpp would tokenise otherwise than the tokenizer itself is refused, never guessed.
+A tokenizer that llama.cpp would not reproduce exactly is refused.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 from lite_dil.base.errors import UserError
 
-# The token kinds of the format.
+# The format's token kinds.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-# How a text is split before byte pairs are merged -> (llama.cpp's name of it, whether it then takes whole words of the
-# vocabulary without merging). None is ByteLevel's own pattern, GPT-2's.
+# Pre-tokenizer pattern -> (its name in llama.cpp, whether whole words of the vocabulary are then taken without merging). None
+# is ByteLevel's own pattern, GPT-2's.
 _SPLITS: dict[tuple[str | None, ...], tuple[str, bool]] = {
     (None,): ("gpt-2", False),
     ("digits", None): ("smollm", False),
@@ -34,7 +34,7 @@ _SPLITS: dict[tuple[str | None, ...], tuple[str, bool]] = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file holds of a tokenizer.
+    """A tokenizer's content in a GGUF file.
 
     `model` is "gpt2" (byte-level BPE, with `merges`) or "llama" (SentencePiece, with `scores`); `special` maps bos, eos, unk
     and pad to their ids.
@@ -82,14 +82,14 @@ def read(tokenizer: Any, rows: int, say: Callable[[str], None]) -> Vocabulary:
     if model["type"] != "BPE":
         raise _unknown(f"its model is {model['type']}, not BPE")
     if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise _unknown("its BPE has dropout or marks parts of words")
+        raise _unknown("its BPE has dropout or subword marks")
     added = {token["id"]: token for token in state["added_tokens"]}
     vocabulary = model["vocab"] | {token["content"]: index for index, token in added.items()}
     if max(vocabulary.values()) >= rows:
-        raise UserError(f"the tokenizer has tokens up to {max(vocabulary.values())}, and the model's table {rows} rows")
+        raise UserError(f"the tokenizer has token ids up to {max(vocabulary.values())}, but the model's table has {rows} rows")
     for token in added.values():
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise _unknown(f"its token {token['content']!r} takes the space around it (lstrip, rstrip or single_word)")
+            raise _unknown(f"its token {token['content']!r} strips surrounding space (lstrip, rstrip or single_word)")
 
     tokens = [f"[PAD{index}]" for index in range(rows)]
     types = [UNUSED] * rows
@@ -114,7 +114,7 @@ def read(tokenizer: Any, rows: int, say: Callable[[str], None]) -> Vocabulary:
     scores = _scores(tokens, model["vocab"], {token["content"] for token in added.values()}, merges)
     for byte in range(256):
         if (index := model["vocab"].get(f"<0x{byte:02X}>")) is None:
-            raise _unknown("it falls back to bytes and has not all 256 of them")
+            raise _unknown("it falls back to bytes but lacks some of the 256")
         types[index] = BYTE
     if (unknown := model["vocab"].get(model.get("unk_token"))) is not None:
         types[unknown] = UNKNOWN
@@ -134,22 +134,22 @@ def around(tokenizer: Any) -> tuple[bool, bool]:
     whole = tokenizer("a").input_ids
     bos, eos = whole[:1] == [tokenizer.bos_token_id] != plain[:1], whole[-1:] == [tokenizer.eos_token_id] != plain[-1:]
     if whole != [tokenizer.bos_token_id] * bos + plain + [tokenizer.eos_token_id] * eos:
-        raise _unknown(f"it puts {whole} around {plain}, not BOS and EOS")
+        raise _unknown(f"it puts {whole} around {plain} instead of BOS and EOS")
     return bos, eos
 
 
 def _parts(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-    """Return the steps of a normalizer or pre-tokenizer, sequences laid flat."""
+    """Return the steps of a normalizer or pre-tokenizer, with sequences flattened."""
     if step is None:
         return []
     return [part for each in step[inner] for part in _parts(each, inner)] if step["type"] == "Sequence" else [step]
 
 
 def _byte_level_pre(tokenizer: Any, state: dict[str, Any]) -> str:
-    """Return llama.cpp's name for how a byte-level BPE splits a text."""
-    # llama.cpp has no NFC for the models that have it (Qwen's); texts are nearly always composed already.
+    """Return llama.cpp's name for a byte-level BPE's pre-tokenizer."""
+    # llama.cpp skips the NFC normalisation of some models (Qwen); texts are nearly always composed already.
     if any(part["type"] != "NFC" for part in _parts(state["normalizer"], "normalizers")):
-        raise _unknown("it normalises texts in a way that byte-level models do not")
+        raise _unknown("its normalizer is not one that llama.cpp has for byte-level models")
     splits: list[str | None] = []
     byte_level = False
     for part in _parts(state["pre_tokenizer"], "pretokenizers"):
@@ -161,17 +161,17 @@ def _byte_level_pre(tokenizer: Any, state: dict[str, Any]) -> str:
             byte_level = True
             splits += [None] if part["use_regex"] else []
         else:
-            raise _unknown(f"no name is known for its pre-tokenizer {part}")
+            raise _unknown(f"llama.cpp has no name for its pre-tokenizer {part}")
     if not byte_level or tuple(splits) not in _SPLITS:
-        raise _unknown(f"no name is known for how it splits texts ({splits})")
+        raise _unknown(f"llama.cpp has no name for its splitting pattern ({splits})")
     name, whole_words = _SPLITS[tuple(splits)]
     if bool(state["model"].get("ignore_merges")) != whole_words and not _merges_reach(tokenizer):
-        raise _unknown(f"ignore_merges is not {whole_words}, as it is for {name!r}, and some of its words cannot be merged")
+        raise _unknown(f"its ignore_merges is not {whole_words} as for {name!r}, and some of its words cannot be merged")
     return name
 
 
 def _merges_reach(tokenizer: Any) -> bool:
-    """Return whether merging alone makes every token, so that taking whole words at once changes nothing."""
+    """Return whether merges alone produce every token, so that taking whole words changes nothing."""
     from tokenizers import Tokenizer
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -197,9 +197,9 @@ def _sentencepiece_prefix(state: dict[str, Any], say: Callable[[str], None]) -> 
 
 
 def _scores(tokens: list[str], vocab: dict[str, int], added: Iterable[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """Return SentencePiece's scores, by which llama.cpp merges: any two neighbours that make a token, the highest score first.
+    """Return SentencePiece scores, by which llama.cpp merges any two neighbours that make a token, the highest score first.
 
-    That is what the list of merges does only if it has every way to make a token, and all ways to make one together.
+    That equals the list of merges only if it has every way to make a token, and lists all ways to make one token together.
     """
     rank: dict[str, int] = {}
     last = ""
@@ -214,5 +214,5 @@ def _scores(tokens: list[str], vocab: dict[str, int], added: Iterable[str], merg
         for cut in range(1, len(token)):
             pair = token[:cut], token[cut:]
             if pair not in known and pair[0] in plain and pair[1] in plain and not token.startswith("<0x"):
-                raise _unknown(f"its merges lack a way to make {token!r}, which SentencePiece would take")
+                raise _unknown(f"its merges lack a way to make {token!r} that SentencePiece would use")
     return [-float(rank[token]) if token in rank else 0.0 for token in tokens]

@@ -1,4 +1,4 @@
-"""A model folder's weights and shape as a GGUF file's: names, numbers and types, one tensor in memory at a time."""
+"""A model folder's weights and shape for a GGUF file: names, numbers and types, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Tensor:
     """A tensor of a safetensors file, not read yet."""
 
     stored: Stored
-    heads: int | None = None  # of a projection whose outputs llama.cpp has in another order
+    heads: int | None = None  # heads of a projection whose outputs llama.cpp orders differently
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -31,7 +31,7 @@ class Tensor:
 
     @property
     def count(self) -> int:
-        """The number of its values."""
+        """Number of values."""
         return math.prod(self.shape)
 
     def read(self) -> np.ndarray:
@@ -58,12 +58,12 @@ def tensors(folder: Path) -> dict[str, Stored]:
 
 
 def vocabulary_rows(found: Mapping[str, Stored]) -> int:
-    """Return how many tokens a model's embedding table is for."""
+    """Return the number of rows of a model's embedding table."""
     return next(tensor.shape[0] for name, tensor in found.items() if name.endswith("embed_tokens.weight"))
 
 
 def read_config(folder: Path) -> Any:
-    """Return the folder's transformers config, of a model that is written here exactly.
+    """Return the folder's transformers config, if its model can be written here exactly.
 
     Raises:
         UserError: it is another kind of model.
@@ -82,14 +82,14 @@ def read_config(folder: Path) -> Any:
     elif config.rope_parameters["rope_type"] not in ("default", "linear", "llama3"):
         problem = f"a rope of type {config.rope_parameters['rope_type']!r}"
     elif config.rope_parameters.get("partial_rotary_factor", 1) != 1:
-        problem = "a rope over a part of each head"
+        problem = "a rope over part of each head"
     else:
         more = ("use_sliding_window", "mlp_bias", *(["attention_bias"] if ARCHITECTURES[config.model_type] == "llama" else []))
         problem = next((name for name in more if getattr(config, name, False)), "")
     if problem:
         raise UserError(
-            f"{problem} is not among what lite-dil writes into GGUF files ({', '.join(ARCHITECTURES)}); llama.cpp's own "
-            "converter may do it: get llama.cpp and give --llama-cpp DIR"
+            f"{problem} is not supported by lite-dil's GGUF writer ({', '.join(ARCHITECTURES)}); llama.cpp's own "
+            "converter may support it: get llama.cpp and give --llama-cpp DIR"
         )
     return config
 
@@ -125,7 +125,7 @@ def head_size(config: Any) -> int:
 
 @dataclass(frozen=True)
 class Made:
-    """A tensor that is in the config alone."""
+    """A tensor made from the config alone."""
 
     values: np.ndarray
 
@@ -136,7 +136,7 @@ class Made:
 
     @property
     def count(self) -> int:
-        """The number of its values."""
+        """Number of values."""
         return self.values.size
 
     def read(self) -> np.ndarray:
@@ -163,25 +163,25 @@ def plan(config: Any, found: Mapping[str, Stored]) -> dict[str, Tensor | Made]:
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise UserError(f"{tensor.path}: {name} has no place in a GGUF file of a {config.model_type} model")
+            raise UserError(f"{tensor.path}: {name} does not belong in a GGUF file of a {config.model_type} model")
         planned[target] = Tensor(tensor, _rotated_heads(config, name) if architecture == "llama" else None)
     _complete(config, planned)
     return planned
 
 
 def _complete(config: Any, planned: dict[str, Any]) -> None:
-    """Raise where a tensor is missing: the file would load, and say nonsense or end the program that loads it."""
+    """Raise UserError if a tensor is missing: the file would load, then generate nonsense or crash the program."""
     parts = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
     if config.model_type == "qwen3":
         parts += ["attn_q_norm", "attn_k_norm"]
     needed = {f"blk.{layer}.{part}.weight" for layer in range(config.num_hidden_layers) for part in parts}
     needed |= {"token_embd.weight", "output_norm.weight"} | (set() if config.tie_word_embeddings else {"output.weight"})
     if missing := sorted(needed - planned.keys()):
-        raise UserError(f"the model folder's weights lack {len(missing)} tensors, {missing[0]} (its GGUF name) among them")
+        raise UserError(f"the model folder lacks {len(missing)} tensors, among them {missing[0]} (its GGUF name)")
 
 
 def _rotated_heads(config: Any, name: str) -> int | None:
-    """Return the number of heads of a projection that rope turns; None for other tensors."""
+    """Return the number of heads of a projection under rope; None for other tensors."""
     projection = name.split(".")[-2]
     return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(projection)
 
@@ -189,16 +189,16 @@ def _rotated_heads(config: Any, name: str) -> int | None:
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
     """Reorder a projection's outputs, (heads x channels, ...).
 
-    Rope turns channels i and i + half of a head together in transformers, 2i and 2i + 1 in llama.cpp.
+    Rope rotates channels i and i + half of a head together in transformers, 2i and 2i + 1 in llama.cpp.
     """
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def rope_factors(config: Any) -> np.ndarray:
-    """Return what Llama 3.1's rope divides each frequency by, (channels / 2,): slow turns are slowed down, fast ones left."""
+    """Return Llama 3.1's divisor of each rope frequency, (channels / 2,): low ones are scaled down, high ones are kept."""
     rope = config.rope_parameters
     turns = rope["original_max_position_embeddings"] / (2 * np.pi)
-    turns = turns * rope["rope_theta"] ** (-np.arange(0, head_size(config), 2) / head_size(config))  # in the original context
+    turns = turns * rope["rope_theta"] ** (-np.arange(0, head_size(config), 2) / head_size(config))  # original context length
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     fast = np.clip((turns - low) / (high - low), 0, 1)
     return (1 / ((1 - fast) / rope["factor"] + fast)).astype(np.float32)

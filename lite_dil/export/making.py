@@ -1,4 +1,4 @@
-"""An export from its options to a folder in its place: checked, described, and refused where it is not the trained model."""
+"""Run an export from options to the finished folder: checked, described, and refused if it is not the trained model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lite_dil.export.exporting import Export, ExportOptions, describe
 from lite_dil.export.formats import EXPORT_FORMATS
 from lite_dil.generation.policy import AdapterSource, Policy
 
-# Which formats an option is of; elsewhere it would change nothing.
+# The formats that an option applies to.
 _OF = {
     "to": ("adapter",),
     "weights_dtype": ("merged", "mlx"),
@@ -28,18 +28,18 @@ _FLAGS = {"weights_dtype": "--dtype"}
 
 
 class Refused(UserError):
-    """What was made answers otherwise than the trained model."""
+    """The exported model differs from the trained one."""
 
 
 def export(options: ExportOptions, source: AdapterSource, say: Callable[[str], None], trained: Policy | None = None) -> Path:
-    """Make what `options` say of an adapter, compare it with the trained model, and return its folder.
+    """Export an adapter by `options`, compare the result with the trained model, and return its folder.
 
     Args:
         trained: the source's model and adapter in memory, which stay there; None loads them for a while.
 
     Raises:
-        UserError: the options do not go together, or it cannot be made.
-        Refused: it is not the trained model; it is then in OUTPUT.refused.
+        UserError: the options conflict, or the export cannot be made.
+        Refused: the result differs from the trained model; it is left in OUTPUT.refused.
     """
     check_options(options)
     output = options.output
@@ -51,23 +51,23 @@ def export(options: ExportOptions, source: AdapterSource, say: Callable[[str], N
         target = _refused(output) if refused else output
         if not refused:
             describe(made, source, options.format, check)
-        if target.exists():  # an empty folder, or what was refused before
+        if target.exists():  # an empty folder, or an earlier refused export
             remove(target)
         move(made, target)
     size = sum(path.stat().st_size for path in target.rglob("*")) / 1e9
-    say(f"check: {check}" if check else "check: none was made (--no-check); nobody knows whether this is the trained model")
+    say(f"check: {check}" if check else "check: skipped (--no-check); whether this is the trained model is unknown")
     if check and not check.ok:
-        # The checkpoint's weights lie on the 16-bit grid: a change of less than half a step of it is rounded away.
+        # The checkpoint's weights lie on the 16-bit grid: a change of less than half a grid step is rounded away.
         lost = check.mean <= check.tolerance and 0 < check.share < 1
-        hint = "; weights of few bits may have rounded the adapter away: try float32 ones, or --format adapter" if lost else ""
-        raise Refused(f"refused: this is not the trained model; what was made is in {target}{hint}")
+        hint = "; rounding may have erased the adapter: try float32 weights, or --format adapter" if lost else ""
+        raise Refused(f"refused: this is not the trained model; the result is in {target}{hint}")
     say(f"{target}: {options.format}, {size:.2f} GB")
     return target
 
 
 @contextlib.contextmanager
 def _work_folder(output: Path) -> Iterator[Path]:
-    """Give a hidden folder on the disk of `output`, which is gone in the end, also where SIGTERM ends the program."""
+    """Yield a hidden folder on the disk of `output` that is deleted at the end, even if SIGTERM ends the program."""
 
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -88,24 +88,24 @@ def _work_folder(output: Path) -> Iterator[Path]:
 
 
 def check_options(options: ExportOptions, more: Sequence[str] = ()) -> None:
-    """Raise UserError for options that do not go together, for `more` problems, and where --output is not free."""
+    """Raise UserError if options conflict, for the problems in `more`, and if --output is taken."""
     if options.format not in EXPORT_FORMATS:
         raise UserError(
             f"--format {options.format}{did_you_mean(options.format, EXPORT_FORMATS)} is not one of "
             f"{', '.join(EXPORT_FORMATS)}"
         )
     problems = [
-        f"{flag} is of --format {' and '.join(formats)}; leave it out with {options.format}"
+        f"{flag} is for --format {' and '.join(formats)}; leave it out with {options.format}"
         for name, formats in _OF.items()
         if getattr(options, name) is not None and options.format not in formats
         for flag in [_FLAGS.get(name, f"--{name.replace('_', '-')}")]
     ]
     if options.no_check and (options.check_rows is not None or options.check_data is not None):
-        problems.append("--no-check checks nothing; leave it out, or --check-rows and --check-data")
+        problems.append("--no-check skips the check; leave it out, or --check-rows and --check-data")
     if options.check_rows is not None and options.check_rows < 1:
-        problems.append(f"--check-rows {options.check_rows}: expected at least 1; --no-check compares nothing")
+        problems.append(f"--check-rows {options.check_rows}: expected at least 1; --no-check skips the check")
     if options.no_check and options.push_to_hub:
-        problems.append("--push-to-hub uploads what passed the check; leave --no-check out")
+        problems.append("--push-to-hub uploads only what passed the check; leave --no-check out")
     problems += more
     if options.format in ("gguf", "ollama"):
         from lite_dil.export.gguf import KINDS
@@ -122,16 +122,16 @@ def check_options(options: ExportOptions, more: Sequence[str] = ()) -> None:
 
 
 def _not_free(output: Path) -> list[str]:
-    """Return what is wrong with --output: what is made there takes the place of an empty folder, and of nothing else."""
+    """Return the problems with --output: an export replaces only an empty folder."""
     if output.name in ("", "..") or output.is_symlink() or output.is_mount():
         return [f"--output {output}: expected the name of a new folder"]
     return [
-        f"--output: {folder} is there already; give a new folder"
+        f"--output: {folder} already exists; give a new folder"
         for folder, mark in ((output, ""), (_refused(output), "export.json"))
         if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (mark and (folder / mark).is_file())))
     ]
 
 
 def _refused(output: Path) -> Path:
-    """Return where goes what is not the trained model."""
+    """Return the folder for a refused export."""
     return output.with_name(f"{output.name}.refused")

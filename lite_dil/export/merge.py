@@ -1,7 +1,7 @@
-"""A LoRA adapter merged into a checkpoint: a new Hugging Face folder, written tensor by tensor from the old one's files.
+"""Merge a LoRA adapter into a checkpoint: a new Hugging Face folder, written tensor by tensor from the old one's files.
 
-The files are walked as they lie on the disk, so that everything the adapter does not touch, names, biases and tied embeddings,
-stays as it is, and memory holds one tensor. Weights that training had in 4 or 8 bits come from the backend, dequantised.
+Everything that the adapter does not touch, such as names, biases and tied embeddings, stays as it is in the files, and memory
+holds one tensor at a time. Weights that training had in 4 or 8 bits come dequantised from the backend.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lite_dil.models.find import rope_config
 from lite_dil.models.tensors import CODES, FLOATS, Planned, Stored, encode
 
 SHARD_BYTES = 5 * 10**9
-# What belongs to a model beside its weights and config.json.
+# Files of a model besides its weights and config.json.
 _BESIDE = (
     *("generation_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
@@ -33,12 +33,12 @@ _BESIDE = (
 )
 
 
-Dense = Mapping[str, DenseWeight]  # by the layer's name
+Dense = Mapping[str, DenseWeight]  # by layer name
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's folder: its config.json and where each of its tensors is."""
+    """A model's folder: its config.json and the place of each tensor."""
 
     folder: Path
     config: dict[str, Any]
@@ -46,14 +46,14 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Checkpoint:
-        """Read the headers of a folder's files; `name` is what the user calls the model.
+        """Read the headers of a folder's files; `name` is the user's name for the model.
 
         Raises:
-            UserError: it has no safetensors files, or not all of them.
+            UserError: safetensors files are missing.
         """
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         index = folder / "model.safetensors.index.json"
-        if (folder / "model.safetensors").is_file():  # in the order of loaders, so that no second copy is taken
+        if (folder / "model.safetensors").is_file():  # in the loaders' order, so as not to take a second copy
             files = ["model.safetensors"]
         elif index.is_file():
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -62,7 +62,7 @@ class Checkpoint:
         if not files:
             raise UserError(
                 f"--model {name}: no model*.safetensors in {folder}; weights in other files (.bin) cannot be merged. Load it "
-                "by transformers, save it with save_pretrained, which writes safetensors, and give that folder as --model"
+                "in transformers, save it with save_pretrained, which writes safetensors, and give that folder as --model"
             )
         found: dict[str, Stored] = {}
         for file in files:
@@ -71,12 +71,12 @@ class Checkpoint:
 
     @property
     def packed(self) -> bool:
-        """Whether its weights are quantised in its files."""
+        """Whether the weights in its files are quantised."""
         return bool(self.config.get("quantization_config") or self.config.get("quantization"))
 
     @property
     def code(self) -> str:
-        """The type of its floating weights: as its config says, else that of most of them."""
+        """Its floating-point type: the config's, else the type of most weights."""
         text = self.config.get("text_config") or {}
         for name in (source.get(key) for source in (self.config, text) for key in ("dtype", "torch_dtype")):
             if name in CODES:
@@ -85,14 +85,14 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The name of that type."""
+        """That type's name."""
         return FLOATS[self.code]
 
     @property
     def tied(self) -> bool:
         """Whether its output head is its embedding table."""
         tied = (self.config.get("text_config") or self.config).get("tie_word_embeddings")
-        # Without the key it is the default of the model's class, which files without a head tell.
+        # Without the key the model class decides; files without a head mean that it is.
         return not any(_core(key) == "lm_head.weight" for key in self.tensors) if tied is None else bool(tied)
 
 
@@ -100,10 +100,10 @@ def plan(checkpoint: Checkpoint, adapter: Adapter, dense: Dense, dtype: str | No
     """Return the tensors of the merged model, in the order of the checkpoint's.
 
     Args:
-        adapter: with the scale it is merged by.
-        dense: weights to be taken instead of the checkpoint's.
-        dtype: "float32", "float16" or "bfloat16" for all floating tensors; None leaves each its own.
-        name: what the user calls the model.
+        adapter: the adapter, with the scale to merge it by.
+        dense: weights to use instead of the checkpoint's.
+        dtype: "float32", "float16" or "bfloat16" for all floating-point tensors; None keeps each tensor's type.
+        name: the user's name for the model.
 
     Raises:
         UserError: a layer of the adapter, or of `dense`, is not in the files, or has another shape there.
@@ -112,14 +112,14 @@ def plan(checkpoint: Checkpoint, adapter: Adapter, dense: Dense, dtype: str | No
     planned, left = [], set(adapter.weights) | set(dense)
     ours = {_core(layer): layer for layer in left}
     if len(ours) != len(left):
-        raise UserError(f"--model {name}: its layers' names do not tell them apart; cannot be merged")
+        raise UserError(f"--model {name}: its layer names are ambiguous; cannot be merged")
     for key, stored in checkpoint.tensors.items():
         layer, _, leaf = key.rpartition(".")
         own = ours.get(_core(layer))
         if checkpoint.packed and not (leaf == "weight" and own) and _packing(key, dense, ours):
             continue
         if checkpoint.tied and _core(layer) == "lm_head":
-            continue  # loaders take the embedding table
+            continue  # loaders use the embedding table
         if own is None or leaf != "weight":
             if checkpoint.packed and not stored.floating:
                 raise UserError(f"--model {name}: {key} is quantised in a way that lite-dil does not know; cannot be merged")
@@ -133,18 +133,18 @@ def plan(checkpoint: Checkpoint, adapter: Adapter, dense: Dense, dtype: str | No
     if left:
         raise UserError(
             f"--model {name}: its files have no weight of {min(left)}, so the adapter cannot be merged into them; "
-            "--format adapter can be had"
+            "--format adapter still works"
         )
     return planned
 
 
 def _core(layer: str) -> str:
-    """Return a layer's name without what libraries wrap a language model in, each in its own way."""
+    """Return a layer's name without the library-specific prefixes around a language model."""
     return ".".join(part for part in layer.split(".") if part not in ("model", "language_model"))
 
 
 def _packing(key: str, dense: Dense, ours: dict[str, str]) -> bool:
-    """Whether a tensor of a quantised checkpoint is no weight but how one is packed."""
+    """Return whether a tensor of a quantised checkpoint describes how a weight is packed."""
     layer, _, leaf = key.rpartition(".")
     if leaf in ("scales", "biases") and ours.get(_core(layer)) in dense:  # MLX
         return True
@@ -161,7 +161,7 @@ def _merged(key: str, stored: Stored, adapter: Adapter, weight: DenseWeight, lay
     pair = adapter.weights.get(layer)
     if pair and (pair[1].shape[0], pair[0].shape[1]) != weight.shape:
         rows, columns = pair[1].shape[0], pair[0].shape[1]
-        raise UserError(f"{stored.path.name}: {key} is {weight.shape}, its adapter for {rows, columns}; cannot be merged")
+        raise UserError(f"{stored.path.name}: {key} is {weight.shape}, its adapter is for {rows, columns}; cannot be merged")
 
     def pieces() -> Iterator[np.ndarray]:
         values = weight.make()
@@ -173,7 +173,7 @@ def _merged(key: str, stored: Stored, adapter: Adapter, weight: DenseWeight, lay
 
 
 def write(folder: Path, planned: list[Planned], checkpoint: Checkpoint, dtype: str | None) -> None:
-    """Write the planned tensors, and all else that makes a model's folder, into `folder`."""
+    """Write the planned tensors and the model's other files into `folder`."""
     for pattern in _BESIDE:
         for path in checkpoint.folder.glob(pattern):
             if path.is_file():
@@ -209,11 +209,11 @@ def _shards(planned: list[Planned]) -> list[list[Planned]]:
 
 
 def _config(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Any]:
-    """Return the merged model's config.json: not quantised, and with its rope as every reader knows it."""
+    """Return the merged model's config.json: not quantised, and with the rope in every reader's spelling."""
     config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "quantization", "_name_or_path")}
     if dtype or checkpoint.packed:
         parts = [config, config["text_config"]] if "text_config" in config else [config]
         for part in parts:
             part |= {key: dtype or checkpoint.dtype for key in ("dtype", "torch_dtype") if key in part}
-    # mlx-lm, transformers 4 and those who learned from it read rope_theta, and take 10000 where there is none.
+    # mlx-lm, transformers 4 and programs modelled on it read rope_theta, and use 10000 if it is missing.
     return config | {key: value for key, value in rope_config(checkpoint.config).items() if value is not None}

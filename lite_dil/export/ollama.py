@@ -1,7 +1,7 @@
-"""A Modelfile for Ollama: the chat template in Go's text/template, the stop tokens and the model's own sampling.
+"""Write a Modelfile for Ollama: the chat template in Go's text/template, the stop tokens and the model's sampling.
 
-Ollama runs no Jinja. What the model's template puts around messages is found by rendering conversations of marker messages,
-laid out again as a Go template, and kept only if other conversations come out as the same text.
+Ollama does not run Jinja. Rendering conversations of marker messages shows what the model's template puts around messages;
+this is written as a Go template, and accepted only if other conversations render to the same text.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _REFUSED = "the chat template cannot be written for Ollama: {}. Export with --fo
 
 @dataclass(frozen=True)
 class TemplateParts:
-    """What a chat template puts before and after the messages of a conversation.
+    """The text that a chat template puts before and after the messages of a conversation.
 
-    `first_user` stands before a user's message that opens the conversation (with BOS, unless the runtime adds it, and a
-    system prompt of the template's own), `after_system` before one that follows the system message. `system` is what stands
-    around that message, None where the template has none; `in_last` what stands after it where a template (Mistral's) moves
-    it in front of the last user's text.
+    `first_user` comes before a user message that opens the conversation (with BOS, unless the runtime adds it, and the
+    template's own system prompt), `after_system` before one that follows the system message. `system` is the text around the
+    system message, None if the template has none; `in_last` the text after it if a template (Mistral's) moves it in front of
+    the last user message.
     """
 
     first_user: str
@@ -46,7 +46,7 @@ class TemplateParts:
     in_last: str | None = None
 
     def render(self, messages: _Messages) -> str:
-        """Return the text of a conversation that the assistant is to continue: what `go_template` makes of it in Go."""
+        """Return the prompt text of a conversation, the same that `go_template` renders in Go."""
         text = ""
         opening = messages[0]["content"] if messages[0]["role"] == "system" else None
         for i, message in enumerate(messages):
@@ -63,7 +63,7 @@ class TemplateParts:
         return text
 
     def go_template(self) -> str:
-        """Return it as a Go template. Every piece is a quoted string in an action, so nothing in it is taken for more."""
+        """Return it as a Go template. Every piece is a quoted string in an action, so that none is read as template code."""
         opened = '(eq (index $.Messages 0).Role "system")'
         before = f"{{{{ if eq $i 0 }}}}{_quoted(self.first_user)}"
         if self.system or self.in_last is not None:
@@ -89,22 +89,22 @@ class TemplateParts:
 
 
 def _quoted(text: str) -> str:
-    """Return an action that prints `text`. It never holds three quotes in a row, which would end a Modelfile's string."""
+    """Return an action that prints `text`, without three quotes in a row, which would end a Modelfile's string."""
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
 
 
 def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, defaults: Mapping[str, Any] | None) -> None:
-    """Write `folder`/Modelfile for the GGUF file `gguf_name` beside it.
+    """Write `folder`/Modelfile for the GGUF file `gguf_name` in the same folder.
 
     Args:
         tokenizer: the model's fast tokenizer, with its chat template.
-        defaults: the object of the model's generation_config.json, where it has one; nothing else sets sampling.
+        defaults: the content of the model's generation_config.json, if it has one; nothing else sets sampling.
 
     Raises:
-        UserError: the template cannot be expressed; nothing is written then.
+        UserError: the template cannot be expressed in Go; nothing is written.
     """
     if not tokenizer.chat_template:
-        raise UserError("the model has no chat template, so Ollama could not chat with it; export with --format gguf")
+        raise UserError("the model has no chat template, so Ollama cannot chat with it; export with --format gguf")
     if "\n" in gguf_name or "\r" in gguf_name or '"' in gguf_name:
         raise UserError(f"a Modelfile cannot name the file {gguf_name!r}: it has a quote or a line break in its name")
     layout = probe(tokenizer)
@@ -115,7 +115,7 @@ def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, defaults: Mapp
         "# Ollama does not quantise GGUF files. For a smaller one, run llama-quantize on an f16 export and name it in FROM.",
     ]
     if not layout.system and layout.in_last is None:
-        lines.append("# The model's chat template has no system message: one that is given is left out.")
+        lines.append("# The model's chat template has no system message: a given one is ignored.")
     ends = dict.fromkeys(end for end in (tokenizer.eos_token, layout.assistant_end.strip()) if end)
     lines += [f"FROM ./{gguf_name}", "", f'TEMPLATE """{layout.go_template()}"""', ""]
     lines += [f'PARAMETER stop "{end}"' for end in ends if '"' not in end and end.isprintable()]
@@ -124,22 +124,22 @@ def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, defaults: Mapp
 
 
 def model_name(gguf_name: str) -> str:
-    """Return a name that Ollama takes for the model of a GGUF file."""
+    """Return a valid Ollama model name for a GGUF file."""
     return re.sub(r"[^a-z0-9._-]+", "-", gguf_name.lower().removesuffix(".gguf")).strip("-._") or "model"
 
 
 def _sampling(defaults: Mapping[str, Any]) -> dict[str, float]:
-    """Return the model's own sampling in Ollama's words; without do_sample its temperature means nothing."""
+    """Return the model's own sampling as Ollama parameters; without do_sample its temperature does not apply."""
     names = _SAMPLING if defaults.get("do_sample") else {}
     found = {ours: defaults.get(theirs) for theirs, ours in (names | {"repetition_penalty": "repeat_penalty"}).items()}
     return {name: value for name, value in found.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
 
 
 def probe(tokenizer: Any) -> TemplateParts:
-    """Return the layout of a tokenizer's chat template.
+    """Return the parts of a tokenizer's chat template.
 
     Raises:
-        UserError: what it does is more than to put fixed text around messages.
+        UserError: it does more than put fixed text around messages.
     """
     render = renderer(tokenizer)
     user, answer, more, rules = ("Xquestionx", "Xanswerx", "Xmorex", "Xrulesx")
@@ -166,11 +166,11 @@ def probe(tokenizer: Any) -> TemplateParts:
     for candidate in tries:
         if all(candidate.render(talk) == render(talk, True) for talk in _conversations(bool(rules in ruled))):
             return candidate
-    raise UserError(_REFUSED.format("it does more than to put fixed text around each message"))
+    raise UserError(_REFUSED.format("it does more than put fixed text around each message"))
 
 
 def _conversations(system: bool) -> list[_Messages]:
-    """Return conversations of one to three turns, without and with a system message, to compare layouts by."""
+    """Return conversations of one to three turns, without and with a system message, to compare renderings."""
     texts = ["Hello, who are you?", "A model.\nOne that answers.", "Why <b>2 + 2</b>?", "It is 4: {{ 2 + 2 }}.", "¿Qué? 你好"]
     talk = [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
     plain = [talk[:turns] for turns in (1, 3, 5)]
@@ -178,7 +178,7 @@ def _conversations(system: bool) -> list[_Messages]:
 
 
 def renderer(tokenizer: Any) -> Callable[[_Messages, bool], str]:
-    """Return what lays out a conversation as the chat template does, without the BOS token that the runtime adds itself."""
+    """Return a function that renders a conversation with the chat template, without the BOS token that the runtime adds."""
     rendering, bos = Rendering(tokenizer), tokenizer.bos_token if around(tokenizer)[0] else ""
 
     def render(messages: _Messages, generation: bool) -> str:
@@ -192,13 +192,13 @@ def renderer(tokenizer: Any) -> Callable[[_Messages, bool], str]:
 
 
 def _common(texts: list[str]) -> str:
-    """Return what all texts begin with."""
+    """Return the common start of all texts."""
     shortest = min(texts, key=len)
     return shortest[: next((i for i, char in enumerate(shortest) if any(text[i] != char for text in texts)), len(shortest))]
 
 
 def _cut(text: str, *marks: str) -> list[str]:
-    """Return what stands before, between and after the marks, each of which must be there once and in this order."""
+    """Return the text before, between and after the marks, each of which must occur once and in this order."""
     parts = []
     for mark in marks:
         before, found, text = text.partition(mark)

@@ -1,4 +1,4 @@
-"""Exported folders on the Hugging Face hub. The login is huggingface_hub's own: never an option, never shown or saved here."""
+"""Upload exports to the Hugging Face hub. The login is huggingface_hub's: never an option, never shown or saved here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from lite_dil.base.errors import UserError, first_line
 
-# What an export is made of. Whatever else lies in the folder (an optimiser's state, a .env, a key) must not get out.
+# The files of an export. Anything else in the folder (optimiser state, a .env, a key) must not be uploaded.
 PUBLISHED = (
     *("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "export.json", "Modelfile", "*.gguf"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
@@ -23,7 +23,7 @@ _LOGIN = "`hf auth login`, or set HF_TOKEN, with a token that may write (https:/
 
 
 def check(repo: str) -> None:
-    """Raise UserError where `repo` is no OWNER/NAME or nobody is logged in: what can be known before the work is done."""
+    """Raise UserError if `repo` is not OWNER/NAME or there is no login, before the work is done."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -37,14 +37,14 @@ def check(repo: str) -> None:
     if constants.is_offline_mode():
         raise UserError("--push-to-hub: HF_HUB_OFFLINE is set; unset it")
     if not get_token():
-        raise UserError(f"--push-to-hub {repo}: nobody is logged in to the hub; {_LOGIN}")
+        raise UserError(f"--push-to-hub {repo}: not logged in to the hub; {_LOGIN}")
 
 
 def push(folder: Path, repo: str, private: bool, say: Callable[[str], None]) -> str:
-    """Upload an exported folder to `repo`, OWNER/NAME, which is made where it is not there; return its address.
+    """Upload an exported folder to `repo`, OWNER/NAME, which is created if necessary; return its URL.
 
     Raises:
-        UserError: a file that no export makes, no login or not the right one, or no connection; the folder stays as it is.
+        UserError: the folder has a file that no export makes, the login is missing or wrong, or there is no connection.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
@@ -54,15 +54,15 @@ def push(folder: Path, repo: str, private: bool, say: Callable[[str], None]) -> 
     say(f"uploading {folder} ({size / 1e6:,.1f} MB) to {repo}")
     api = HfApi()
     try:
-        url = api.create_repo(repo, private=private or None, exist_ok=True)  # None is what the owner has set for new ones
+        url = api.create_repo(repo, private=private or None, exist_ok=True)  # None: the owner's default
         if private and not api.model_info(repo).private:
             raise UserError(
-                f"--push-to-hub {repo}: it is there already and public, so nothing was uploaded; leave --private out"
+                f"--push-to-hub {repo}: it already exists and is public, so nothing was uploaded; leave --private out"
             )
         api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message="Upload by lite-dil", allow_patterns=list(PUBLISHED)
         )
-    # huggingface_hub's own errors are OSErrors; hf_xet's, and those of answers that make no sense, are the last two.
+    # huggingface_hub's errors are OSErrors; the last two come from hf_xet and from malformed HTTP responses.
     except (OSError, HTTPError, ValueError, RuntimeError) as error:
         _explain(error, folder, repo)
     return str(url)
@@ -80,8 +80,8 @@ def _files(folder: Path) -> list[str]:
     ]
     if strange:
         raise UserError(
-            f"--push-to-hub: {folder} holds what no export makes, so nothing was uploaded: {', '.join(strange[:5])}; "
-            "move it away"
+            f"--push-to-hub: {folder} has files that are not an export's, so nothing was uploaded: {', '.join(strange[:5])}; "
+            "move them away"
         )
     if not names:
         raise UserError(f"--push-to-hub: {folder} holds no files")
@@ -97,16 +97,16 @@ def _explain(error: Exception, folder: Path, repo: str) -> NoReturn:
     if status == 401:
         what = f"the hub does not accept this login; {_LOGIN}"
     elif status in (403, 404):
-        what = f"this login may not write there; name another OWNER, or {_LOGIN}"
+        what = f"this login may not write there; give another OWNER, or {_LOGIN}"
     elif status is not None:
         what = f"the hub refused it ({scrub(getattr(cause, 'server_message', None) or first_line(error))})"
     else:
-        what = f"the upload failed ({scrub(first_line(error))}); is there a connection? The same upload again goes on"
-    raise UserError(f"--push-to-hub {repo}: {what}. {folder} stays; `hf upload {repo} {folder}` uploads it too") from None
+        what = f"the upload failed ({scrub(first_line(error))}); check the connection. Uploading again continues it"
+    raise UserError(f"--push-to-hub {repo}: {what}. {folder} is kept; `hf upload {repo} {folder}` uploads it too") from None
 
 
 def scrub(text: str) -> str:
-    """Return text without anything that looks like a token."""
+    """Return text without anything that looks like an access token."""
     from huggingface_hub import get_token
 
     token = get_token()

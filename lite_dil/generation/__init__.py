@@ -1,1 +1,1 @@
-"""A loaded model with its adapter, and the answers it gives."""
+"""A loaded model with its adapter, and the responses that it generates."""

@@ -1,4 +1,4 @@
-"""What a program asks a policy: texts and messages, one or a list, as tokens."""
+"""Tokenise the prompts that a program gives a policy: text or messages, one or a list."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lite_dil.data.prompts import Prompt
 from lite_dil.data.reader import Row, check_prompt
 from lite_dil.generation.conversation import context_limit
 
-# A text, which is one user turn where the model has a chat template and else continued as it stands; or chat messages.
+# A prompt: text, which is a user turn if the model has a chat template and is otherwise continued; or chat messages.
 Asked: TypeAlias = str | list[Message]
 Several: TypeAlias = list[str] | list[list[Message]] | list[Asked]
 
 
 def is_one(prompts: Asked | Several) -> bool:
-    """Return whether this is a prompt, and not a list of them: text, or messages, which are mappings."""
+    """Return whether this is one prompt (text, or messages, which are mappings) and not a list of prompts."""
     return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], Mapping))
 
 
-def scored(encoder: Encoder, prompts: Asked | Several, responses: str | list[str]) -> list[Example]:
-    """Tokenise prompts and responses: one example with all responses to one prompt, or an example a prompt.
+def encode_responses(encoder: Encoder, prompts: Asked | Several, responses: str | list[str]) -> list[Example]:
+    """Tokenise prompts and responses: one example with all responses to one prompt, or one example per prompt.
 
-    Raises UserError where the model cannot be asked that, or the lists differ in length.
+    Raises UserError if the model cannot take a prompt, or the lists differ in length.
     """
     texts, rows = [responses] if isinstance(responses, str) else list(responses), list[tuple[Any, list[str]]]()
     if is_one(prompts):
@@ -48,10 +48,10 @@ def scored(encoder: Encoder, prompts: Asked | Several, responses: str | list[str
     return found
 
 
-def answered(encoder: Encoder, model: str, prompts: Asked | Several, room: int) -> list[Prompt]:
-    """Tokenise prompts that are to be answered with at most `room` tokens by `model`, as `resolve_model` returned it.
+def encode_requests(encoder: Encoder, model: str, prompts: Asked | Several, room: int) -> list[Prompt]:
+    """Tokenise prompts for responses of at most `room` tokens by `model`, a result of `resolve_model`.
 
-    Raises UserError where the model cannot be asked that.
+    Raises UserError if the model cannot take a prompt.
     """
     if room < 1:
         raise UserError(f"max_new_tokens is {room}; expected at least 1")
@@ -64,13 +64,13 @@ def answered(encoder: Encoder, model: str, prompts: Asked | Several, room: int) 
         except RowError as error:
             raise UserError(f"prompt {number}: {error}") from None
         if limit is not None and len(ids) >= limit:
-            raise UserError(f"prompt {number} has {len(ids)} tokens; the model takes {limit}, the answer's among them")
+            raise UserError(f"prompt {number} has {len(ids)} tokens; the model takes {limit}, including the response")
         found.append(Prompt(asked, f"prompt {number}", ids=ids))
     return found
 
 
 def _asked(encoder: Encoder, prompt: Any) -> str | list[Message]:
-    """Return a prompt as the encoder takes it: messages where the model chats. Raises RowError."""
+    """Return a prompt for the encoder: as messages if the model has a chat template. Raises RowError."""
     if not isinstance(prompt, str):
         return read_messages(prompt, "prompt")
     text = read_text(prompt, "prompt")

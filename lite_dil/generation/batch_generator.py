@@ -1,4 +1,4 @@
-"""Answers from the model for many prompts: in batches of similar length that memory holds."""
+"""Generate responses to many prompts, in batches of similar length that memory holds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import OWN, Generated, Sampling, never
 from lite_dil.base.halving import Halving, halves
 
-# Generation keeps keys and values and no activations, so that it can take more tokens at once than a step of training.
+# Generation keeps keys and values but no activations, so a batch can have more tokens than a training pass.
 ROWS = 8
 
 
 class Wanted(Protocol):
-    """One answer that is wanted: to the tokens of `prompt`, of at most `room` tokens, drawn with `seed`."""
+    """A response to generate: to the tokens of `prompt`, with at most `room` tokens, drawn with `seed`."""
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -24,7 +24,7 @@ class Wanted(Protocol):
 
     @property
     def room(self) -> int:
-        """At least 1; the end token is counted."""
+        """At least 1; counts the end token."""
 
     @property
     def seed(self) -> int:
@@ -36,7 +36,7 @@ W = TypeVar("W", bound=Wanted)
 
 @dataclass(frozen=True)
 class Request:
-    """An answer that is wanted, and nothing else of it; see `Wanted`."""
+    """The plainest `Wanted`."""
 
     prompt: tuple[int, ...]
     room: int
@@ -44,19 +44,19 @@ class Request:
 
 
 def batched(wanted: Sequence[W], tokens: int, rows: int | None = None) -> list[list[W]]:
-    """Group what is wanted by prompts of similar length, the longest first, by the tokens that a batch may come to.
+    """Group the wanted responses into batches of prompts of similar length, the longest first.
 
-    Answers to the same prompt follow each other, since a batch computes it once. Where a batch is full they go on in the next:
-    to compute a prompt twice costs less than a batch that is not full.
+    Responses to the same prompt are adjacent, since a batch computes it once. If the batch is full, the rest go into the next:
+    computing a prompt twice costs less than a batch that is not full.
 
     Args:
-        tokens: of a batch at most, but for one answer alone.
-        rows: answers in a batch at most.
+        tokens: maximum tokens of a batch, prompt and room; a single response may exceed it.
+        rows: maximum responses in a batch.
     """
     batches: list[list[W]] = []
     for each in sorted(wanted, key=lambda each: (len(each.prompt), each.prompt), reverse=True):
         batch = batches[-1] if batches else []
-        # Padded to the longest prompt, which is the first, and going on until the longest room is used up.
+        # A batch is padded to its longest prompt, the first, and may run until the largest room is used up.
         if batch and (rows is None or len(batch) < rows) and _tokens([*batch, each]) <= tokens:
             batch.append(each)
         else:
@@ -65,13 +65,13 @@ def batched(wanted: Sequence[W], tokens: int, rows: int | None = None) -> list[l
 
 
 class BatchGenerator:
-    """Draws batches of answers, in halves where memory does not hold a whole one.
+    """Generates batches of responses, in halves if memory does not hold a whole batch.
 
     Args:
-        ends: the tokens that end an answer.
-        say: tells the user.
+        ends: the tokens that end a response.
+        say: shows a line to the user.
         sampling: how the next token is drawn.
-        stop: asked between tokens; where it returns true the answers end as they are.
+        stop: called between tokens; if it returns true, the responses end there.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class BatchGenerator:
         stop: Callable[[], bool] = never,
     ) -> None:
         self.backend, self.ends, self.sampling, self.stop = backend, ends, sampling, stop
-        self._halving: Halving[Sequence[Wanted]] = Halving("a batch of answers", _tokens, halves, say)
+        self._halving: Halving[Sequence[Wanted]] = Halving("a batch of responses", _tokens, halves, say)
 
     def draw(self, batch: Sequence[Wanted]) -> list[Generated]:
-        """Return an answer to each; one that reached its own room has no end token, though the batch may go on."""
+        """Return the wanted responses; one that fills its own room has no end token, even if the batch runs longer."""
         found = list(chain.from_iterable(self._halving.run(self._generate, batch)))
         return [_within(answer, wanted.room) for answer, wanted in zip(found, batch, strict=True)]
 
@@ -97,7 +97,7 @@ class BatchGenerator:
 
 
 def _within(answer: Generated, room: int) -> Generated:
-    """Cut an answer to its own room, the end token counted."""
+    """Cut a response to its own room, which counts the end token."""
     return answer if len(answer.ids) < room else Generated(answer.ids[:room], None)
 
 

@@ -1,4 +1,4 @@
-"""A conversation with a model: its turns, the prompt that they make, and the rows that they leave for training."""
+"""A conversation with a model: its turns, the prompt that they make, and the training rows saved from them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lite_dil.data.files import RowError
 from lite_dil.data.messages import Message, read_text
 from lite_dil.models.find import model_folder
 
-# How configs name the longest sequence that a model was made for.
+# Config keys for the longest sequence that a model was made for.
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 @dataclass
 class Turn:
-    """What was said and answered, and the system message of that time.
+    """A message, its answer, and the system message at that time.
 
-    `whole` is false where the answer was stopped; `saved` are the files that hold it.
+    `whole` is false if the answer was stopped; `saved` are the files that hold the turn.
     """
 
     user: str
@@ -35,7 +35,7 @@ class Turn:
 
 
 class FittedPrompt(NamedTuple):
-    """Token ids, the tokens that an answer may have, and how many of the oldest turns were left out to make room."""
+    """A prompt that fits the context: its token ids, the tokens left for the answer, and how many old turns were left out."""
 
     ids: tuple[int, ...]
     room: int
@@ -43,10 +43,10 @@ class FittedPrompt(NamedTuple):
 
 
 class Conversation:
-    """Turns under a system message; without a chat template each text is continued by itself.
+    """Turns under a system message; without a chat template each text is continued on its own.
 
     Args:
-        limit: tokens that the model takes, or None where nobody knows.
+        limit: the model's context length in tokens, or None if unknown.
     """
 
     def __init__(self, encoder: Encoder, limit: int | None, system: str = "") -> None:
@@ -55,19 +55,19 @@ class Conversation:
         self.set_system(system)
 
     def set_system(self, text: str) -> None:
-        """Set the system message from here on, or remove it. Raises UserError where the model cannot have one."""
+        """Set the system message from here on, or remove it. Raises UserError if the model cannot have one."""
         if text and not self.is_chat:
             raise UserError("a system message needs a chat template, which this model lacks")
-        if text:  # what the template refuses must not spoil every message after it
+        if text:  # try it now, or every later message would be refused
             self._layout([{"role": "system", "content": text}, {"role": "user", "content": "x"}])
         self.system, self.left_out = text, 0
 
     def add(self, user: str, answer: str, whole: bool) -> None:
-        """Add a turn, its answer as the model gave it."""
+        """Add a turn, with the answer as the model gave it."""
         self.turns.append(Turn(user, answer.rstrip() if self.is_chat else answer, whole, self.system))
 
     def undo(self) -> Turn | None:
-        """Take the last turn back and return it, or None where there is none."""
+        """Remove the last turn and return it, or None if there is none."""
         self.left_out = 0
         return self.turns.pop() if self.turns else None
 
@@ -76,9 +76,9 @@ class Conversation:
         self.turns, self.left_out = [], 0
 
     def prompt(self, text: str, max_new_tokens: int) -> FittedPrompt:
-        """Return what the model is to continue after `text`, the oldest turns left out where they do not fit.
+        """Return the prompt that ends in the message `text`; the oldest turns are left out if they do not fit.
 
-        Raises UserError where the text cannot be said, or is by itself too long.
+        Raises UserError if the template refuses the text, or if it is too long by itself.
         """
         while True:
             turns = self.turns[self.left_out :]
@@ -89,11 +89,11 @@ class Conversation:
                 return FittedPrompt(ids, min(max_new_tokens, self.limit - len(ids)), self.left_out)
             if not self.is_chat or self.left_out == len(self.turns):
                 self.left_out = 0
-                raise UserError(f"the message is too long: {len(ids)} tokens with all around it, the model takes {self.limit}")
+                raise UserError(f"the message is too long: {len(ids)} tokens with its template, the model takes {self.limit}")
             self.left_out += 1
 
     def save(self, path: Path) -> int:
-        """Append a row for each whole answer that the file does not hold yet; return how many.
+        """Append a row for each complete answer that the file lacks; return how many.
 
         A row is ``messages`` up to the answer, or ``prompt`` and ``completion`` without a chat template: demonstrations.
         """
@@ -101,7 +101,7 @@ class Conversation:
         new = [i for i, turn in enumerate(self.turns) if turn.whole and path not in turn.saved]
         lines = "".join(json.dumps(self._row(i), ensure_ascii=False) + "\n" for i in new)
         with writing(path), appending(path, read=True) as file:
-            if file.tell():  # a last line that somebody left without its end
+            if file.tell():  # the last line may lack its line feed
                 file.seek(-1, 2)
                 lines = lines if file.read(1) == b"\n" else "\n" + lines
             append(file, lines.encode())
@@ -116,7 +116,7 @@ class Conversation:
         return {"messages": _messages(turn.system, self.turns[: index + 1])}
 
     def _layout(self, messages: list[Message]) -> tuple[int, ...]:
-        """Tokenise what leads up to an answer."""
+        """Tokenise the messages up to the start of the answer."""
         try:
             read_text(messages[-1]["content"], "message")
             return self.encoder.prompt(messages if self.is_chat else messages[-1]["content"])
@@ -132,7 +132,7 @@ def _messages(system: str, turns: Sequence[Turn]) -> list[Message]:
 
 
 def context_limit(model: str) -> int | None:
-    """Return the tokens that a loaded model was made for, by its config.json, or None where that does not say."""
+    """Return a loaded model's context length, by its config.json, or None if that does not say."""
     config = json.loads((model_folder(model) / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config", config)
     return next((int(text[name]) for name in _LIMITS if text.get(name)), None)

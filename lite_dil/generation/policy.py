@@ -1,4 +1,4 @@
-"""A model with its adapter, loaded to be used: where it comes from, and both in memory."""
+"""A model with its adapter, in memory: load it, score and generate responses, save it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lite_dil.base.hashing import digest, file_pieces, sha256
 from lite_dil.base.memory import peak_rss_mb
 from lite_dil.base.start import quiet_bars
 from lite_dil.data.encoder import Encoder
-from lite_dil.generation.asked import Asked, Several, answered, is_one, scored
+from lite_dil.generation.asked import Asked, Several, encode_requests, encode_responses, is_one
 from lite_dil.models.find import load_tokenizer, resolve_model
 from lite_dil.models.options import ModelOptions, ResolvedAdapter
 from lite_dil.runs.folder import RunFolder, checkpoint_of
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from lite_dil.data.encoder import Example
     from lite_dil.data.prompts import Prompt
 
-_BATCH_TOKENS = 16384  # prompts and room of the answers that are generated at once
-_CLOSED = "this policy was closed, and its memory given back; load it again with dil.load"
+_BATCH_TOKENS = 16384  # prompts plus room for responses, generated in one batch
+_CLOSED = "this policy was closed and its memory freed; load it again with dil.load"
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Which adapter, on which model.
+    """An adapter and the model it is on.
 
     Attributes:
-        adapter: the folder of the adapter's files, None for the bare model.
-        run: the run that made it, where it lies in one's folder.
+        adapter: the folder of the adapter's files, or None for the bare model.
+        run: the run that made it, if it lies in a run's folder.
         options: how the model is loaded.
         strength: multiplies the adapter.
     """
@@ -51,20 +51,20 @@ class AdapterSource:
 
 
 class Policy:
-    """A language model with its LoRA adapter, in memory. Its reference is the same model with the adapter off.
+    """A language model with its LoRA adapter, in memory. The reference is the same model with the adapter off.
 
-    `lite_dil.load` makes one. A prompt is a text, which is one user turn where the model has a chat template and otherwise
-    continued as it stands, or a list of chat messages with "role" and "content". In a ``with`` block it is closed at the end.
+    `lite_dil.load` returns one. A prompt is text, which is one user turn if the model has a chat template and is otherwise
+    continued as it is, or a list of chat messages with "role" and "content". A ``with`` block closes the policy at its end.
 
     Args:
-        model: what `resolve_model` returned.
-        options: by name, all that it was loaded with to be trained; None where it was loaded for inference.
-        memory_before: MiB that the process had before the model was loaded.
-        say: takes a line for people.
+        model: the result of `resolve_model`.
+        options: the options by name that it was loaded with for training; None if it was loaded for inference.
+        memory_before: MiB that the process used before the model was loaded.
+        say: shows a line to the user.
 
     Attributes:
         source: where the adapter comes from.
-        trained: whether a run has trained the adapter since it was loaded or made anew.
+        trained: whether a run has trained the adapter since it was loaded or renewed.
         run: the folder of that run.
     """
 
@@ -86,7 +86,7 @@ class Policy:
 
     @property
     def backend(self) -> Backend:
-        """What computes. Raises UserError where the policy was closed."""
+        """The backend. Raises UserError if the policy is closed."""
         if self._backend is None:
             raise UserError(_CLOSED)
         return self._backend
@@ -126,7 +126,7 @@ class Policy:
         self.close()
 
     def close(self) -> None:
-        """Give the memory of the model and its adapter back; whatever else of the policy is asked for raises UserError."""
+        """Free the memory of the model and its adapter; any later use of the policy raises UserError."""
         if self._backend is not None:
             name, self._backend = self._backend.name, None
             registry.free(name)
@@ -136,18 +136,18 @@ class Policy:
     @overload
     def logps(self, prompts: Asked | Several, responses: list[str]) -> list[float]: ...
     def logps(self, prompts: Asked | Several, responses: str | list[str]) -> float | list[float]:
-        """Return log pi(response | prompt) in nats, summed over the response's tokens, its end token among them.
+        """Return log pi(response | prompt) in nats, summed over the response's tokens including its end token.
 
         Args:
-            prompts: one prompt, or a list of as many as there are responses.
-            responses: a text, for which a number is returned, or a list of texts, for which a list is returned. Those to one
-                prompt are computed with it once.
+            prompts: one prompt, or a list of one prompt per response.
+            responses: a text, which returns a number, or a list of texts, which returns a list. Responses to one prompt share
+                its computation.
 
         Raises:
-            UserError: the model cannot be asked this, as its template refuses it, or the lists differ in length.
-            OutOfMemory: the device does not hold the longest of them alone.
+            UserError: the model's template refuses a prompt or response, or the lists differ in length.
+            OutOfMemory: the device does not hold the longest of them by itself.
         """
-        found = self._sums(scored(self.encoder, prompts, responses))
+        found = self._sums(encode_responses(self.encoder, prompts, responses))
         return found[0] if isinstance(responses, str) else found
 
     @overload
@@ -155,11 +155,11 @@ class Policy:
     @overload
     def log_ratio(self, prompts: Asked | Several, responses: list[str]) -> list[float]: ...
     def log_ratio(self, prompts: Asked | Several, responses: str | list[str]) -> float | list[float]:
-        """Return log pi(response | prompt) - log pi_ref(response | prompt) in nats, summed; arguments as of `logps`.
+        """Return log pi(response | prompt) - log pi_ref(response | prompt) in nats, summed; arguments as for `logps`.
 
-        It is the policy's also inside `as_reference`, and exactly 0 before training.
+        It compares the policy with the reference even inside `as_reference`, and is exactly 0 before training.
         """
-        examples, values = scored(self.encoder, prompts, responses), []
+        examples, values = encode_responses(self.encoder, prompts, responses), []
         for name in (POLICY, REFERENCE):
             with self.backend.using(name):
                 values.append(self._sums(examples))
@@ -168,7 +168,7 @@ class Policy:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Compute as the reference inside the block: `logps`, `generate` and `stream`."""
+        """Make `logps`, `generate` and `stream` use the reference inside the block."""
         before, self._reference = self._reference, True
         try:
             with self.backend.adapter_off():
@@ -230,31 +230,31 @@ class Policy:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> str | list[str] | list[list[str]]:
-        """Answer a prompt, or a list of them, in batches that memory holds.
+        """Generate responses to a prompt, or to a list of prompts, in batches that memory holds.
 
-        An answer is decided by its prompt, its number and the seed, not by the other prompts (but for rounding), and is that
+        A response depends on its prompt, its number and the seed, not on other prompts (except for rounding), and equals that
         of ``lite-dil generate --chat`` with the same settings.
 
         Args:
-            n: answers a prompt; where it is given, each prompt has a list of so many, else one text.
-            max_new_tokens: of an answer at most, its end token counted.
-            temperature: 0 takes the likeliest token each time, 1 draws as the model has it.
-            top_p: draw from the likeliest tokens up to this share.
+            n: responses per prompt; if given, each prompt gets a list of `n` texts, else one text.
+            max_new_tokens: maximum tokens of a response, including its end token.
+            temperature: 0 always takes the most likely token, 1 samples from the model's distribution.
+            top_p: sample from the most likely tokens up to this total probability.
 
         Returns:
             The texts, without control tokens, in the order of the prompts.
 
         Raises:
-            UserError: a prompt that the model cannot be asked, or settings that make no sense.
-            OutOfMemory: the device does not hold a single answer.
+            UserError: the model cannot take a prompt, or a setting is invalid.
+            OutOfMemory: the device does not hold a single response.
         """
         from lite_dil.generation.batch_generator import BatchGenerator, Request, batched
 
         if n is not None and n < 1:
             raise UserError(f"generate: n is {n}; expected at least 1")
         if n is not None and n > 1 and temperature == 0:
-            raise UserError(f"generate: {n} answers at temperature 0 are equal; give a temperature above 0")
-        asked = answered(self.encoder, self.model, prompts, max_new_tokens)
+            raise UserError(f"generate: {n} responses at temperature 0 are all the same; give a temperature above 0")
+        asked = encode_requests(self.encoder, self.model, prompts, max_new_tokens)
         wanted = [
             Request(prompt.ids, max_new_tokens, _seed(seed, prompt, number)) for prompt in asked for number in range(n or 1)
         ]
@@ -279,14 +279,14 @@ class Policy:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[str]:
-        """Answer one prompt, and yield its text in pieces as they come; arguments and errors as of `generate`.
+        """Generate a response to one prompt and yield its text in pieces; arguments and errors as for `generate`.
 
-        It goes on as the policy or as the reference, whichever it was called as.
+        It continues as the policy or as the reference, whichever it was at the call.
         """
         from lite_dil.generation.conversation import FittedPrompt
         from lite_dil.generation.stream import Stream
 
-        (asked,) = answered(self.encoder, self.model, [prompt], max_new_tokens)
+        (asked,) = encode_requests(self.encoder, self.model, [prompt], max_new_tokens)
         continued = FittedPrompt(asked.ids, max_new_tokens, 0)
         sampling = Sampling(temperature, top_p)
         stream = Stream(
@@ -302,26 +302,26 @@ class Policy:
                 yield piece
 
     def save(self, folder: str | Path) -> Path:
-        """Write the adapter into a new folder, in PEFT's format or mlx-lm's, whichever is the backend's own; return it.
+        """Write the adapter into a new folder, in the backend's own format (PEFT's or mlx-lm's), and return the folder.
 
-        Raises UserError where there is no adapter, or where something is in the folder already.
+        Raises UserError if there is no adapter, or if the folder already exists.
         """
         path = Path(folder)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} is there already; give a new folder")
+            raise UserError(f"{path} already exists; give a new folder")
         if self.options is None and self.source.adapter is None:
             raise UserError("this policy is the bare model, without an adapter to save")
         replace_folder(path, self.backend.save_adapter)
         return path
 
     def fresh(self, seed: int | None = None) -> Policy:
-        """Give the policy the adapter that it had when it was loaded, on the same base, which stays in memory; return it.
+        """Reset the adapter to what it was when the policy was loaded, and return the policy; the base stays in memory.
 
-        With a `seed` the adapter is the one that a load with that seed has. What was trained since is kept nowhere but in the
-        folders of its runs. Raises UserError where it was loaded for inference.
+        With a `seed`, the adapter is the one of a load with that seed. What was trained since remains only in the run
+        folders. Raises UserError if the policy was loaded for inference.
         """
         if self.options is None:
-            raise UserError("this policy was loaded for inference (trainable=False); load it to be trained")
+            raise UserError("this policy was loaded for inference (trainable=False); load it for training")
         if seed is not None:
             self.options = replace(self.options, seed=seed)
         self.backend.renew_policy(self.options)
@@ -329,7 +329,7 @@ class Policy:
         return self
 
     def begin_training(self, run: RunFolder) -> None:
-        """Note that a run changes the adapter from here on."""
+        """Note that a run changes the adapter from now on."""
         self.trained, self.run = True, run
 
     def _sums(self, examples: list[Example]) -> list[float]:
@@ -345,15 +345,15 @@ def _seed(seed: int, prompt: Prompt, number: int) -> int:
 
 
 def load(source: AdapterSource, say: Callable[[str], None], training: LoadOptions | None = None) -> Policy:
-    """Load the model and put the adapter on it.
+    """Load the model with its adapter.
 
     Args:
-        say: takes a line for people.
-        training: how it is trained, its first adapter among that; None loads it for inference, with the source's adapter.
+        say: shows a line to the user.
+        training: options for training, including the initial adapter; None loads it for inference, with the source's adapter.
     """
     checkpoint = checkpoint_of(source.adapter) if source.adapter else None
     if checkpoint and source.run and not source.run.adapter.exists() and checkpoint == source.run.latest():
-        say(f"{source.run.path} has not ended: its newest checkpoint, {checkpoint.name}, is used")
+        say(f"{source.run.path} has not finished: using its newest checkpoint, {checkpoint.name}")
     options = source.options
     name = registry.resolve(options.backend)
     registry.prepare(name, options, training)
@@ -370,7 +370,7 @@ def load_found(
     say: Callable[[str], None],
     training: LoadOptions | None,
 ) -> Policy:
-    """Do the last part of `load`: its `model`, as `resolve_model` returned it, was found and its tokenizer loaded."""
+    """Finish `load` after `model`, a result of `resolve_model`, was found and its tokenizer loaded."""
     if remark := registry.import_library(backend):
         say(remark)
     before = peak_rss_mb()
@@ -387,7 +387,7 @@ def _adapter(source: AdapterSource) -> ResolvedAdapter | None:
 
 
 def identity(source: AdapterSource) -> str:
-    """Return a name for what answers: "base", or "tuned-" and 8 digits that name the adapter's weights and its strength."""
+    """Return a name for the model that responds: "base", or "tuned-" and 8 digits of a hash of adapter and strength."""
     if source.adapter is None:
         return "base"
     weights = (file_pieces(path) for path in sorted(source.adapter.glob("*.safetensors")))

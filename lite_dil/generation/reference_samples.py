@@ -1,6 +1,6 @@
-"""Rejected answers drawn from the reference itself, once, into a file that can be read.
+"""Draw rejected responses from the reference, once, into a readable file.
 
-DIL's derivation takes the rejected side for draws from pi_ref. Written answers of some other origin are not; these are.
+DIL's derivation assumes that rejected responses are drawn from pi_ref. Those of a data set rarely are; these are.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _VERSION = "1"
 
 @dataclass(frozen=True)
 class Draw:
-    """One answer that is wanted: the draw number `sample` for the prompt of `example`.
+    """One response to draw: number `sample` for the prompt of `example`.
 
-    `room` is how many tokens the answer may have. `key` names all that decides it.
+    `room` is its maximum number of tokens. `key` is a hash of everything that decides it.
     """
 
     example: Example
@@ -57,34 +57,34 @@ def add_samples(
     options: DrawOptions,
     display: Display,
 ) -> list[Example] | None:
-    """Add `count` answers drawn from the reference to each example, as rejected ones behind the answers that it has.
+    """Append to each example `count` rejected responses drawn from the reference.
 
-    An answer is exactly what was drawn: temperature 1, nothing cut off, its own end token last, or cut at `sample_max_tokens`,
-    or at `max_length` as a chosen answer would be. It may happen to be one of the example's other answers.
+    A response is used exactly as drawn: temperature 1, no truncated distribution, ending in its own end token unless it was
+    cut at `sample_max_tokens`, or at `max_length` like a chosen response. It may equal another response of the example.
 
     Args:
-        examples: fitted into `options.max_length` tokens.
-        path: a JSON Lines file, one line a draw, to which those that are not in it yet are added. The token ids in it are
-            what is trained on; a line whose text is not that of its ids is ignored.
-        reference: what `reference_digest` returned; draws from another reference are not taken for this one's.
+        examples: already cut to `options.max_length` tokens.
+        path: a JSON Lines file, one line per draw, to which missing draws are added. Its token ids are trained on; a line
+            whose text does not match its ids is ignored.
+        reference: the result of `reference_digest`; draws from another reference are not used.
 
     Returns:
-        The examples in the same order, or None where Ctrl-C ended it early; what was drawn up to then is in the file.
+        The examples in the same order, or None if Ctrl-C ended it early; the draws so far are in the file.
     """
     ends = encoder.end_ids()
     wanted = draws(examples, count, ends, reference, options)
     file = SampleFile(path, wanted, ends, encoder.tokenizer)
-    # Whole batches, also where some of their lines are there: a run that goes on then computes what one in a go would have.
+    # Whole batches, even if some of their lines exist: an interrupted run then computes the same as an uninterrupted one.
     batches = [
         batch for batch in batched(wanted, ROWS * row_tokens(options)) if any(draw.key not in file.known for draw in batch)
     ]
     keys = {draw.key for draw in wanted}
     found = len(keys & file.known.keys())
-    display.say(f"rejected answers from the reference: {found} of {len(keys)} are in {path}, {len(keys) - found} to draw")
+    display.say(f"rejected responses from the reference: {found} of {len(keys)} are in {path}, {len(keys) - found} to draw")
     if file.ignored:
-        display.say(f"{path}: {file.ignored} lines ignored, which were edited or damaged")
+        display.say(f"{path}: ignored {file.ignored} edited or damaged lines")
     generator = BatchGenerator(backend, ends, display.say)
-    signal = StopSignal("stopping after these answers; what was drawn is kept", tell=display.stopping)
+    signal = StopSignal("stopping after these responses; what was drawn is kept", tell=display.stopping)
     with signal as stop, display.bar(len(batches), 0) as bar:
         for number, batch in enumerate(batches, 1):
             if stop.asked:
@@ -107,34 +107,34 @@ def add_samples(
 
 
 def reference_digest(key: dict[str, str]) -> str:
-    """Return what names the reference that is drawn from; `key` is what `reference_key` returned."""
+    """Return a hash of the reference to draw from; `key` is the result of `reference_key`."""
     return digest(sorted(key.items()))
 
 
 def sample_path(options: SampleOptions, reference: str) -> Path:
-    """Return the file of the draws: as asked for, or one in the cache folder for this data and this reference."""
+    """Return the file of the draws: the option, or one in the cache folder for this data and reference."""
     if options.sample_file:
         return Path(options.sample_file)
     return cache_dir() / "sampled" / f"{Path(options.data).stem}-{reference[:12]}.jsonl"
 
 
 def needed(options: ResolvedSchedule, examples: Sequence[Example]) -> list[Example]:
-    """Return those that a run with `--max-steps` comes to, in the order of the data; drawing takes longer than training."""
+    """Return the examples that a run with `--max-steps` uses, in data order, since drawing takes longer than training."""
     schedule = Schedule(options, examples)
     count = schedule.steps * schedule.examples_per_step
     if options.max_steps is None or count >= len(examples):
         return list(examples)
-    return [examples[i] for i in sorted(schedule.order(0)[:count].tolist())]  # a longer run needs these and more
+    return [examples[i] for i in sorted(schedule.order(0)[:count].tolist())]  # a longer run uses these and more
 
 
 def draws(examples: Sequence[Example], count: int, ends: Sequence[int], reference: str, options: DrawOptions) -> list[Draw]:
-    """Return what is to be drawn, `count` a example, in their order; a prompt that comes twice has draws of its own twice."""
+    """Return the draws to make, `count` per example, in order; a repeated prompt gets its own draws each time."""
     longest = options.sample_max_tokens or options.max_length
     wanted: list[Draw] = []
     seen: Counter[tuple[int, ...]] = Counter()
     for example in examples:
         for sample in range(seen[example.prompt], seen[example.prompt] + count):
-            # The seed is the prompt's and the number's alone: not of its neighbours in a batch, nor of where a run stopped.
+            # The seed depends only on the prompt and the number, not on the batch or on where a run stopped.
             seed = int(digest(options.seed, example.prompt, sample)[:16], 16)
             key = digest(_VERSION, reference, options.seed, options.max_length, longest, tuple(ends), example.prompt, sample)
             wanted.append(Draw(example, sample, min(longest, options.max_length - len(example.prompt)), seed, key))
@@ -143,13 +143,13 @@ def draws(examples: Sequence[Example], count: int, ends: Sequence[int], referenc
 
 
 class SampleFile:
-    """The answers that were drawn, in one append-only file of JSON Lines: preference data of plain text, and the ids.
+    """The drawn responses in an append-only JSON Lines file: plain-text preference data with token ids.
 
-    `read_rows` reads it too, but for an answer that ended at once, whose text is empty.
-    Lines that cannot be used are left where they are and counted in `ignored`.
+    `read_rows` can read it, except responses with an empty text, which ended immediately. Unusable lines stay in the file and
+    are counted in `ignored`.
 
     Args:
-        wanted: the draws that are looked for.
+        wanted: the draws to look for.
         ends: the end tokens, which the text leaves out.
     """
 
@@ -157,17 +157,17 @@ class SampleFile:
         self.ends, self.tokenizer = set(ends), tokenizer
         self.known: dict[str, tuple[int, ...]] = {}
         self.ignored = 0
-        self.file = JSONLines(path, "the answers that are drawn")
+        self.file = JSONLines(path, "the responses that are drawn")
         by_key = {draw.key: draw for draw in wanted}
         for line in self.file.lines:
             try:
                 row = json.loads(line)
-                ids, draw = tuple(row["rejected_ids"]), by_key.get(row["key"])  # None is of a longer run, or other settings
-                # Ids that belong to another text were edited by someone who should hear that they are what counts, or damaged.
+                ids, draw = tuple(row["rejected_ids"]), by_key.get(row["key"])  # None: a longer run, or other settings
+                # Ids that do not match the text were damaged, or the text was edited; the ids are what is trained on.
                 believed = draw is None or (
                     row["rejected"] == self._text(draw.example.prompt, ids) and 0 < len(ids) <= draw.room
                 )
-            except (ValueError, KeyError, TypeError, OverflowError):  # not JSON, no key, or ids that are no ids
+            except (ValueError, KeyError, TypeError, OverflowError):  # not JSON, no key, or invalid ids
                 draw, believed = None, False
             if not believed:
                 self.ignored += 1
@@ -175,7 +175,7 @@ class SampleFile:
                 self.known.setdefault(draw.key, ids)
 
     def add(self, draw: Draw, ids: tuple[int, ...]) -> None:
-        """Remember an answer, unless it is known. It is on disk when this returns."""
+        """Save a response unless it is known; it is on disk on return."""
         if draw.key in self.known:
             return
         self.file.add(self._row(draw, ids))
@@ -194,7 +194,7 @@ class SampleFile:
         }
 
     def _text(self, prompt: tuple[int, ...], ids: tuple[int, ...]) -> str:
-        """Return the text of an answer."""
+        """Return the text of a response."""
         return continuation_text(self.tokenizer, prompt, ids[:-1] if ids and ids[-1] in self.ends else ids)
 
     def _decode(self, ids: tuple[int, ...]) -> str:

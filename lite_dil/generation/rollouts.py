@@ -1,4 +1,4 @@
-"""Answers drawn from the model with their log-probs, several to each prompt."""
+"""Sample several responses to each prompt, with their log-probs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lite_dil.generation.scoring import Ids, token_logps
 
 @dataclass(frozen=True)
 class Rollout:
-    """A drawn answer.
+    """A sampled response.
 
     Attributes:
-        ids: its tokens, the end token last unless it reached the limit first.
-        logps: of each token, (tokens,), float32, in nats.
+        ids: its tokens, with the end token last unless it reached the limit first.
+        logps: the log-prob of each token, (tokens,), float32, in nats.
         ended: whether it has its end token.
     """
 
@@ -38,17 +38,17 @@ def rollouts(
     say: Callable[[str], None],
     row_tokens: int = 4096,
 ) -> list[list[Rollout]]:
-    """Draw answers from exactly the distribution of whatever adapter is on, and score them in a pass as training's.
+    """Sample responses from the exact distribution of the active adapter, and score them in a pass like training's.
 
     Args:
-        seeds: for each prompt those of its answers, of which there are as many.
-        max_new_tokens: of an answer at most, its end token counted; at least 1.
-        end_ids: the tokens that end an answer.
-        say: tells the user where memory holds less than a batch or a pass.
-        row_tokens: of a pass of scoring at most; a batch of answers has `ROWS` times as many.
+        seeds: for each prompt, one seed per response.
+        max_new_tokens: maximum tokens of a response including its end token; at least 1.
+        end_ids: the tokens that end a response.
+        say: tells the user if memory holds less than a batch or a pass.
+        row_tokens: maximum tokens of a scoring pass; a generation batch has `ROWS` times as many.
 
     Returns:
-        For each prompt its answers, in the order of their seeds.
+        For each prompt, its responses in the order of their seeds.
     """
     rows = [
         [Request(tuple(prompt), max_new_tokens, seed) for seed in several]

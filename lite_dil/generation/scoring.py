@@ -1,4 +1,4 @@
-"""Log-probs of given responses: of lists of prompts, each with several responses that share it."""
+"""Log-probs of given responses, for lists of prompts with several responses each."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def token_logps(
     say: Callable[[str], None],
     row_tokens: int = 4096,
 ) -> list[list[np.ndarray]]:
-    """Return the log-probs of all responses' tokens in nats, by whatever adapter is on.
+    """Return the log-probs of all response tokens in nats, under the active adapter.
 
-    They come from a pass as training's: those that a sampler has at hand differ from them by rounding, which a log-ratio of
-    the two would take for a difference between the models.
+    They come from a pass like training's: a sampler's own log-probs differ by rounding, which a log-ratio of the two would
+    mistake for a difference between the models.
 
     Args:
         responses: for each prompt its responses, token ids with their end token; a prompt is computed once for all of them
-            where the model's layout shares prompts.
-        say: tells the user where memory holds less than a pass.
-        row_tokens: of a pass at most.
+            if the layout shares prompts.
+        say: tells the user if memory holds less than a pass.
+        row_tokens: maximum tokens of a pass.
 
     Returns:
-        For each prompt and response an array (tokens,), float32.
+        For each prompt and response, an array (tokens,), float32.
     """
     wanted = [
         Example(tuple(prompt), tuple(map(tuple, several)), (CHOSEN,) * len(several), str(number))
@@ -53,7 +53,7 @@ def token_logps(
 
 
 def log_ratio(backend: Backend, prompt: Ids, response: Ids) -> float:
-    """Return the log-ratio of a response, policy to reference, in nats a token."""
+    """Return the log-ratio of a response, policy to reference, in nats per token."""
 
     def logps() -> np.ndarray:
         return token_logps(backend, [prompt], [[response]], lambda _: None)[0][0]

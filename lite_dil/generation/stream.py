@@ -1,4 +1,4 @@
-"""One answer while it is made."""
+"""An answer while it is generated."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lite_dil.generation.text_stream import TextStream
 
 
 class Stream:
-    """The continuation of a prompt, a token a step.
+    """The continuation of a prompt, one token per step.
 
-    `ids` and `text` are what there is of it; `done`: nothing more comes; `whole`: it came to its end token, the last of `ids`.
+    `ids` and `text` are the answer so far; `done` means that it ended; `whole` that it ended in its end token, the last id.
 
     Args:
         reference: whether the adapter is off.
-        strip: leave out white space in front of the text.
+        strip: drop white space at the start of the text.
     """
 
     def __init__(
@@ -39,10 +39,10 @@ class Stream:
         self.decoded = TextStream(encoder.tokenizer, prompt.ids)
         self.ids: list[int] = []
         self.text, self.done, self.whole = "", False, False
-        self.seconds = 0.0  # of all tokens but the first, which waits for the prompt
+        self.seconds = 0.0  # for all tokens but the first, which waits for the prompt
 
     def step(self) -> str:
-        """Make a token; return the text that came with it."""
+        """Generate a token; return the text that it adds."""
         start = time.perf_counter()
         with self.backend.adapter_off() if self.reference else nullcontext():
             token = next(self.tokens, None)
@@ -58,6 +58,6 @@ class Stream:
         return text
 
     def figures(self) -> str:
-        """Return length and speed, for people."""
+        """Return its length and speed, for people."""
         speed = f", {(len(self.ids) - 1) / self.seconds:.1f} tokens/s" if len(self.ids) > 1 else ""
         return f"{count(len(self.ids), 'token')}{speed}"

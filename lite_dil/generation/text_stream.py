@@ -1,19 +1,19 @@
-"""Text from a model, token by token: no half characters, no wrong spaces."""
+"""Decode a model's text token by token, without broken characters or wrong spaces."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-CONTEXT = 8  # tokens before the first one, by which a tokenizer decides on the space between
+CONTEXT = 8  # preceding tokens, on which the space before the first token may depend
 
 
 class TextStream:
-    """The text of what follows `prompt`, token by token, without special tokens.
+    """Decodes the continuation of `prompt` token by token, without special tokens.
 
-    A token's text is what it adds to the text of the few before it, because some tokenizers drop the space in front of a text
-    (SentencePiece), and some tokens are part of a character. tokenizers' DecodeStream does this too, but ends in an exception
-    where bytes make no character, which a model is free to say.
+    A token's text is what it adds to the text of the few tokens before it, because some tokenizers (SentencePiece) drop the
+    space in front of a text, and some tokens are part of a character. The tokenizers library's DecodeStream does this too, but
+    raises on invalid bytes, which a model may produce.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
@@ -22,7 +22,7 @@ class TextStream:
         self.start, self.read = 0, len(self.ids)  # the tokens looked back at, and those whose text is out
 
     def add(self, token: int) -> str:
-        """Return the text that is sure now, which may be none."""
+        """Return the text that is now certain, perhaps empty."""
         self.ids.append(token)
         before, now = self._decode(self.ids[self.start : self.read]), self._decode(self.ids[self.start :])
         if now.endswith("\ufffd") or len(now) <= len(before):  # the first bytes of a character, or a special token

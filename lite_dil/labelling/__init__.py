@@ -1,1 +1,1 @@
-"""Labels, the pairs on offer, and their file."""
+"""Labelling: draw two answers, keep the user's choices in a file."""

@@ -1,4 +1,4 @@
-"""The file of labels: preference pairs that train as they are, and beside it the answers that were bad."""
+"""The file of labels: preference pairs ready for training, and next to it the answers labelled bad."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lite_dil.data.reader import same_text
 
 @dataclass(frozen=True)
 class Candidate:
-    """An answer that may be taken: its text, whose it is ("base", "tuned-...", "typed"), and whether it was cut short."""
+    """An answer to choose from: its text, its origin ("base", "tuned-...", "typed"), and whether it was cut short."""
 
     text: str
     origin: str
@@ -26,23 +26,23 @@ class Candidate:
 
 
 class Mark(NamedTuple):
-    """Where both files stood before a decision: sizes in bytes, and rows."""
+    """The state of both files before a decision: sizes in bytes, and rows."""
 
     sizes: tuple[int, int]
     rows: tuple[int, int]
 
 
 class Labels:
-    """Pairs in one JSON Lines file, bad answers without a better one in a second, ``labels.bad.jsonl`` beside labels.jsonl.
+    """Pairs in one JSON Lines file, and bad answers without a better one in a second, ``labels.bad.jsonl`` for labels.jsonl.
 
-    Each decision is on disk when its method returns. Beside what training reads, a row tells in 'from' whose its answers are;
-    'earlier' is for pairs with an answer that was called bad before, and was not shown with the one that was taken.
+    Each decision is on disk when its method returns. Besides the training fields, a row has the origins of its answers in
+    'from'; 'earlier' marks pairs whose rejected answer was labelled bad before, not shown next to the chosen one.
 
     Attributes:
-        rows: of pairs, those that were there before too.
-        bad_rows: likewise.
+        rows: number of pairs, including those from before.
+        bad_rows: number of bad answers, likewise.
 
-    Raises UserError where the files hold other rows.
+    Raises UserError if the files hold other rows.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,29 +53,29 @@ class Labels:
         self._index()
 
     def check_kind(self, chat: bool) -> None:
-        """Raise UserError where the files hold prompts of the other kind, which could not be trained on together."""
+        """Raise UserError if the files hold prompts of the other kind, which cannot be trained on together."""
         for file, rows in ((self.pairs, self.rows), (self.bad, self.bad_rows)):
             if rows and isinstance(rows[0]["prompt"], str) == chat:
                 kinds = ("plain text", "chat messages")
                 raise UserError(
-                    f"{file.path}: its prompts are {kinds[not chat]}, and those to be labelled are {kinds[chat]}; keep one "
+                    f"{file.path}: its prompts are {kinds[not chat]}, and those to label are {kinds[chat]}; keep one "
                     "kind in a file: give another --output, or --chat"
                 )
 
     def is_done(self, prompt: Prompt) -> bool:
-        """Whether an answer to it was taken."""
+        """Return whether an answer to it was chosen."""
         return prompt.key in self._done
 
     def bad_of(self, prompt: Prompt) -> list[Candidate]:
-        """Return the answers to it that were called bad."""
+        """Return its answers labelled bad."""
         return self._bad_of.get(prompt.key, [])
 
     def mark(self) -> Mark:
-        """Return what `undo` takes back to."""
+        """Return the state that `undo` restores."""
         return Mark((self.pairs.size, self.bad.size), (len(self.rows), len(self.bad_rows)))
 
     def take(self, prompt: Prompt, winner: Candidate, shown: Sequence[Candidate]) -> int:
-        """Add the pairs of `winner` against the others that were shown, and against those called bad; return how many."""
+        """Add the pairs of `winner` against the other answers shown and those labelled bad; return how many."""
         new, seen = [], {same_text(winner.text)}
         for loser, earlier in [*((each, False) for each in shown), *((each, True) for each in self.bad_of(prompt))]:
             if same_text(loser.text) in seen:
@@ -90,21 +90,21 @@ class Labels:
         return len(new)
 
     def reject(self, prompt: Prompt, shown: Sequence[Candidate]) -> None:
-        """Add answers none of which is good."""
+        """Add answers of which none is good."""
         new = [{**prompt.row(completion=each.text), "label": False, "from": each.origin} for each in shown]
         self.bad.add(*new)
         self.bad_rows += new
         self._index()
 
     def undo(self, mark: Mark) -> None:
-        """Take back everything since `mark`."""
+        """Undo everything since `mark`."""
         for file, size in zip((self.pairs, self.bad), mark.sizes, strict=True):
             file.cut(size)
         del self.rows[mark.rows[0] :], self.bad_rows[mark.rows[1] :]
         self._index()
 
     def wins(self, one: str, other: str) -> tuple[int, int]:
-        """Return how often an answer of `one` was taken before one of `other` shown with it, and how often they met."""
+        """Return how often an answer of `one` was preferred to one of `other` shown with it, and how often they met."""
         met = [row["from"] for row in self.rows if isinstance(row.get("from"), dict) and not row.get("earlier")]
         won = sum(sides == {"chosen": one, "rejected": other} for sides in met)
         return won, won + sum(sides == {"chosen": other, "rejected": one} for sides in met)
@@ -117,7 +117,7 @@ class Labels:
 
 
 def interval(won: int, of: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of `of` trials, by Wilson's score, which holds for few of them too."""
+    """Return the 95 % Wilson score interval of a share of `of` trials, which is valid for few trials too."""
     z = 1.959964
     share, spread = won / of, z * z / of
     middle = (share + spread / 2) / (1 + spread)
@@ -126,16 +126,14 @@ def interval(won: int, of: int) -> tuple[float, float]:
 
 
 def _rows(file: JSONLines, format: str) -> list[dict[str, Any]]:
-    """Return the rows of a file, each checked as training would."""
+    """Return the rows of a file, each checked as training would check it."""
     rows = []
     for number, line in enumerate(file.lines, 1):
         try:
             rows.append(json.loads(line))
             read(rows[-1], format)
         except ValueError as error:  # not JSON, or a RowError
-            raise UserError(
-                f"{file.path} line {number}: {error}; mend the line, remove it, or give another --output"
-            ) from None
+            raise UserError(f"{file.path} line {number}: {error}; fix the line, remove it, or give another --output") from None
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Two different answers to choose from, drawn ahead while the user reads."""
+"""Draw two different answers to choose from, ahead of time while the user reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lite_dil.generation.batch_generator import BatchGenerator
 from lite_dil.generation.policy import Policy
 from lite_dil.labelling.labels import Candidate
 
-TRIES = 8  # pairs of draws until two usable, different answers are there
+TRIES = 8  # pairs of draws to find two usable, different answers
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,13 @@ class _Draw:
 
 
 class Offers:
-    """Draws the answers to be compared. Only its one thread uses the model, so that the user can read and press meanwhile.
+    """Draws the answers to compare. Only its own thread uses the model, so that the user can read and press keys meanwhile.
 
-    An offer is decided by the seed, the prompt and the answers to avoid, and not by what was drawn before: the same one comes
-    again after a restart.
+    An offer depends on the seed, the prompt and the answers to avoid, not on earlier draws: after a restart it is the same.
 
     Args:
-        origins: whose the two answers are, by name; "base" is the model with the adapter off.
-        room: tokens of an answer at most.
+        origins: the origins of the two answers; "base" is the model with the adapter off.
+        room: maximum tokens of an answer.
     """
 
     def __init__(
@@ -47,26 +46,26 @@ class Offers:
         self._generator = BatchGenerator(tuned.backend, tuned.encoder.end_ids(), say, sampling, self._stopped.is_set)
         self._thread = ThreadPoolExecutor(1)
         self._begun: dict[tuple[str, frozenset[str]], Future[list[Candidate]]] = {}
-        self._tokenizer = threading.Lock()  # a fast tokenizer is not to be used by two threads at once
+        self._tokenizer = threading.Lock()  # two threads must not use a fast tokenizer at once
 
     def ahead(self, prompt: Prompt, avoid: frozenset[str] = frozenset()) -> None:
-        """Begin to draw for a prompt, unless that was begun."""
+        """Start to draw for a prompt, unless started before."""
         if (prompt.key, avoid) not in self._begun:
             self._begun[prompt.key, avoid] = self._thread.submit(self._offer, prompt, avoid)
 
     def take(self, prompt: Prompt, avoid: frozenset[str] = frozenset()) -> list[Candidate]:
-        """Return two answers that differ from each other and from `avoid`; none where the model has no such two.
+        """Return two answers that differ from each other and from `avoid`, or none if no such two were found.
 
         Args:
-            avoid: texts as `same_text` has them.
+            avoid: texts, as results of `same_text`.
         """
-        if (prompt.key, avoid) not in self._begun:  # what is wanted now comes first
+        if (prompt.key, avoid) not in self._begun:  # the current prompt comes first
             self._begun = {key: future for key, future in self._begun.items() if not future.cancel()}
         self.ahead(prompt, avoid)
         return self._begun.pop((prompt.key, avoid)).result()
 
     def problem(self, prompt: Prompt, text: str) -> str:
-        """Return why an answer could not be trained on, or nothing."""
+        """Return why an answer cannot be trained on, or an empty string."""
         if not same_text(text):
             return "the answer is empty"
         try:
@@ -78,7 +77,7 @@ class Offers:
         return ""
 
     def close(self) -> None:
-        """Stop what is being drawn."""
+        """Stop drawing."""
         self._stopped.set()
         self._thread.shutdown(cancel_futures=True)
 
@@ -92,13 +91,13 @@ class Offers:
             if one and two:
                 if same_text(one.text) != same_text(two.text):
                     return [two, one] if int(digest(self.seed, prompt.key, "order", number)[:8], 16) % 2 else [one, two]
-                found = [None, None]  # both again: to keep one would favour it where the two are of different models
+                found = [None, None]  # draw both again: keeping one would favour its model
             if self._stopped.is_set():
                 break
         return []
 
     def _draw(self, prompt: Prompt, sides: Sequence[int], number: int) -> dict[int, Candidate]:
-        """Draw an answer for each of `sides`, in one batch where they come from the same model."""
+        """Draw an answer for each of `sides`, in one batch if they come from the same model."""
         groups = [list(sides)] if self.origins[0] == self.origins[1] else [[side] for side in sides]
         out: dict[int, Candidate] = {}
         for group in groups:

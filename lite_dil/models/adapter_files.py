@@ -1,4 +1,4 @@
-"""Adapters on disk, in PEFT's format or mlx-lm's: read for either backend, and converted number for number."""
+"""Adapter files in PEFT's and mlx-lm's formats: read for either backend, and converted exactly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TensorLoader = Callable[[Path], dict[str, np.ndarray]]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read an adapter's adapter_config.json. Raises UserError where there is none, or something else."""
+    """Read an adapter's adapter_config.json. Raises UserError if it is missing or not an adapter's."""
     where = f"adapter {folder}"
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -39,7 +39,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def is_peft(config: dict[str, Any]) -> bool:
-    """Whether an adapter_config.json is of PEFT's format, and not of mlx-lm's."""
+    """Return whether an adapter_config.json is in PEFT's format rather than mlx-lm's."""
     return "peft_type" in config
 
 
@@ -47,10 +47,10 @@ def read_adapter(folder: str, load: TensorLoader = tensors.load_float32) -> Adap
     """Read a LoRA adapter in PEFT's or mlx-lm's format.
 
     Args:
-        load: reads a safetensors file; numbers of another type than float32 are those of the adapter then.
+        load: reads a safetensors file; the adapter gets the numeric type that it returns.
 
     Raises:
-        UserError: the folder holds no adapter, or one that is more than plain LoRA on linear layers.
+        UserError: the folder holds no adapter, or one that is not plain LoRA on linear layers.
     """
     path, where = Path(folder), f"adapter {folder}"
     config = read_config(path)
@@ -72,13 +72,13 @@ def read_adapter(folder: str, load: TensorLoader = tensors.load_float32) -> Adap
         layers.setdefault(layer, {})[side.lower()] = value if peft else np.ascontiguousarray(value.T)
     for layer, sides in layers.items():
         if len(sides) != 2 or sides["lora_a"].shape[0] != rank or sides["lora_b"].shape[1] != rank:
-            raise UserError(f"{where}: {layer} has not both matrices of rank {rank}")
+            raise UserError(f"{where}: {layer} lacks a matrix of rank {rank}; expected lora_a and lora_b")
     if not layers:
         raise UserError(f"{where}: it holds no LoRA weights")
     return Adapter(rank, scale, {layer: (sides["lora_a"], sides["lora_b"]) for layer, sides in layers.items()})
 
 
-# Options of PEFT that make more of an adapter than W x + scale B A x on linear layers.
+# PEFT options with which an adapter is more than W x + scale B A x on linear layers.
 _PEFT_VARIANTS = (
     "alora_invocation_tokens",
     "alpha_pattern",
@@ -100,12 +100,12 @@ def _peft_scale(config: dict[str, Any], where: str) -> tuple[int, float]:
     refused = {name: config.get(name) for name in _PEFT_VARIANTS} | {
         "peft_type": config["peft_type"] != "LORA",
         "bias": config.get("bias", "none") != "none",
-        # Others (pissa, olora, ...) rewrite the base weights, so that "adapter off" would no longer be the base model.
+        # Others (pissa, olora, ...) change the base weights, so that "adapter off" would not be the base model.
         "init_lora_weights": config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"),
     }
     for name, bad in refused.items():
         if bad:
-            raise UserError(f"{where}: {name} = {config[name]!r} is not supported; plain LoRA is")
+            raise UserError(f"{where}: {name} = {config[name]!r} is not supported; only plain LoRA is")
     rank = config["r"]
     return rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
 
@@ -119,7 +119,7 @@ def _mlx_scale(config: dict[str, Any], where: str) -> tuple[int, float]:
 
 @dataclass(frozen=True)
 class Files:
-    """An adapter's numbers as they are saved: `code` is their type in safetensors' words, bfloat16 kept as its bits."""
+    """An adapter as it is saved: `code` is its safetensors dtype; bfloat16 is kept as raw bits."""
 
     adapter: Adapter
     code: str
@@ -127,18 +127,18 @@ class Files:
 
 
 def format_of(folder: Path) -> str:
-    """Return the format of an adapter's folder."""
+    """Return an adapter folder's format, "peft" or "mlx-lm"."""
     return "peft" if is_peft(read_config(folder)) else "mlx-lm"
 
 
 def read_files(folder: Path) -> Files:
-    """Read an adapter's folder. Raises UserError as `lite_dil.models.adapter_files.read_adapter` does."""
+    """Read an adapter's folder. Raises UserError as `read_adapter` does."""
     codes: set[str] = set()
 
     def load(path: Path) -> dict[str, np.ndarray]:
         stored = tensors.read_floats(path)
         codes.update(tensor.code for tensor in stored.values())
-        # Of several types the widest holds all numbers exactly.
+        # float32 holds the numbers of mixed types exactly.
         return {name: t.raw() if len(codes) == 1 else t.float32() for name, t in stored.items()}
 
     adapter, config = read_adapter(str(folder), load), read_config(folder)
@@ -147,7 +147,7 @@ def read_files(folder: Path) -> Files:
 
 
 def float_adapter(files: Files, strength: float = 1.0) -> Adapter:
-    """Return the adapter in float32, `strength` in its scale."""
+    """Return the adapter in float32, with its scale multiplied by `strength`."""
     weights = {
         layer: (tensors.to_float32(a, files.code), tensors.to_float32(b, files.code))
         for layer, (a, b) in files.adapter.weights.items()
@@ -160,7 +160,7 @@ def write_peft(folder: Path, files: Files, strength: float, model: str, targets:
 
     Args:
         model: the base model's name.
-        targets: names by which PEFT finds exactly the adapted layers.
+        targets: names that match exactly the adapted layers in PEFT.
     """
     adapter = files.adapter
     alpha, root = _alpha(adapter.scale * strength, adapter.rank)
@@ -190,15 +190,15 @@ def write_mlx(folder: Path, files: Files, strength: float, model: str, layers: i
 
     Args:
         model: the base model's name.
-        layers: how many layers the model has; mlx-lm takes -1 for all.
+        layers: the model's number of layers; mlx-lm takes -1 for all.
 
     Raises:
-        UserError: a layer lies outside of the model's blocks, where mlx-lm puts no adapter.
+        UserError: a layer lies outside the model's blocks, where mlx-lm puts no adapter.
     """
     adapter = files.adapter
     found = {layer: _BLOCK.search(layer) for layer in adapter.weights}
     if outside := [layer for layer, match in found.items() if match is None]:
-        raise UserError(f"--to mlx-lm: {outside[0]} lies outside of the model's layers, where mlx-lm puts no adapter")
+        raise UserError(f"--to mlx-lm: {outside[0]} lies outside the model's layers, where mlx-lm puts no adapter")
     config = {
         "fine_tune_type": "lora",
         "num_layers": layers,
@@ -206,7 +206,7 @@ def write_mlx(folder: Path, files: Files, strength: float, model: str, layers: i
             "rank": adapter.rank,
             "scale": adapter.scale * strength,
             "dropout": files.dropout,
-            # Where not all layers have all of them, mlx-lm adds ones that do nothing: its B starts at 0.
+            # For layers that lack some of these, mlx-lm adds adapters that do nothing: B starts at 0.
             "keys": sorted({match.group(2) for match in found.values() if match}),
         },
         "model": model,
@@ -229,9 +229,9 @@ def _write(folder: Path, file: str, sides: dict[str, np.ndarray], code: str, con
 
 
 def _alpha(scale: float, rank: int) -> tuple[float, bool]:
-    """Return the alpha of which PEFT makes `scale` again, to the last bit, and whether it divides by the rank's root (rsLoRA).
+    """Return the alpha from which PEFT computes exactly `scale`, and whether it divides by the root of the rank (rsLoRA).
 
-    Not every number is another one divided by the rank; what PEFT made by the root it makes by the root again.
+    In floating point not every scale is some alpha divided by the rank; one that came from the root is reached by the root.
     """
     for root in (False, True):
         divisor = rank**0.5 if root else rank

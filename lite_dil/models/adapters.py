@@ -1,4 +1,4 @@
-"""LoRA adapters as plain arrays, which either backend takes: fresh ones, and which layers they are on."""
+"""LoRA adapters as plain arrays, which either backend takes: new ones, and their target layers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lite_dil.models.options import ALL_LINEAR, AdapterOptions
 
 @dataclass(frozen=True)
 class Adapter:
-    """``W x + scale B A x`` for each named linear layer.
+    """A LoRA adapter: ``W x + scale B A x`` for each named linear layer.
 
-    `weights` maps a layer's name in the model, as ``model.layers.0.self_attn.q_proj``, to A (rank, in) and B (out, rank),
+    `weights` maps a layer's name in the model, such as ``model.layers.0.self_attn.q_proj``, to A (rank, in) and B (out, rank),
     float32.
     """
 
@@ -25,14 +25,14 @@ class Adapter:
 
 
 def layout(adapter: Adapter) -> tuple[int, float, frozenset[str]]:
-    """Return what must be alike of two adapters for one to take the other's weights: rank, scale and layers."""
+    """Return what two adapters must share for one to load the other's weights: rank, scale and layers."""
     return adapter.rank, adapter.scale, frozenset(adapter.weights)
 
 
 def fresh(shapes: dict[str, tuple[int, int]], rank: int, scale: float, seed: int, adapter: str = "policy") -> Adapter:
     """Return a new adapter for layers of the given (out, in) shapes: A uniform in +-1/sqrt(in), B zero, as PEFT and mlx-lm do.
 
-    Drawn by numpy from the seed, the layer's name and the adapter's, so that every backend starts from the same numbers.
+    numpy draws them from the seed, the layer's name and the adapter's name, so every backend starts from the same numbers.
     """
     weights = {}
     for name, (outputs, inputs) in shapes.items():
@@ -43,14 +43,14 @@ def fresh(shapes: dict[str, tuple[int, int]], rank: int, scale: float, seed: int
 
 
 def choose(options: AdapterOptions, linear: dict[str, tuple[int, int]], initial: Adapter | None, model: str) -> Adapter:
-    """Return the adapter that training starts from: `initial`, if it fits the model, or a new one on the target layers.
+    """Return the adapter that training starts from: `initial`, after a check against the model, or a new one.
 
     Args:
         linear: the (out, in) shapes of the decoder's linear layers, by name.
-        model: the base, for messages.
+        model: the base model's name, for messages.
     """
     if not linear:
-        raise UserError(f"--model {model}: its decoder has no linear layers that LoRA could adapt")
+        raise UserError(f"--model {model}: its decoder has no linear layers that LoRA can adapt")
     if initial is not None:
         match(initial, linear, options.init_adapter or "")
         return initial
@@ -63,16 +63,16 @@ def match(adapter: Adapter, shapes: dict[str, tuple[int, int]], folder: str) -> 
     """Raise UserError unless every layer of the adapter is a linear layer of the model with the right shape."""
     for name, (a, b) in adapter.weights.items():
         if name not in shapes:
-            raise UserError(f"adapter {folder}: the model has no adaptable linear layer {name}; is it another model's?")
+            raise UserError(f"adapter {folder}: the model has no adaptable linear layer {name}; is it for another model?")
         if (b.shape[0], a.shape[1]) != shapes[name]:
             raise UserError(
                 f"adapter {folder}: {name} is for {b.shape[0]} x {a.shape[1]} weights, the model's are "
-                f"{shapes[name][0]} x {shapes[name][1]}; is it another model's?"
+                f"{shapes[name][0]} x {shapes[name][1]}; is it for another model?"
             )
 
 
 def select_targets(shapes: dict[str, tuple[int, int]], targets: str) -> dict[str, tuple[int, int]]:
-    """Return the layers that ``--target-modules`` names: ``all-linear``, or the last parts of their names."""
+    """Return the layers that ``--target-modules`` selects: ``all-linear``, or by the last parts of their names."""
     if targets == ALL_LINEAR:
         return shapes
     wanted = {name.strip() for name in targets.split(",")}

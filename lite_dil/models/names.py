@@ -1,4 +1,4 @@
-"""Names of models as they may be published: hub ids, and of a path on this machine its last part alone."""
+"""Model names fit for publishing: hub ids as they are, and only the last part of a local path."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form owner/name and is no folder here."""
+    """Return whether `name` has the form owner/name and is not a local folder."""
     return re.fullmatch(HUB_ID, name, re.ASCII) is not None and ".." not in name and not _is_here(name)
 
 
 def public_name(name: str) -> str:
-    """Return a hub id or the embedded model's name as it is, and of a path its last part."""
+    """Return a hub id or the embedded model's name unchanged, and the last part of a path."""
     if name == EMBEDDED_MODEL or is_hub_id(name):
         return name
     last = last_part(name)
-    return last if last.strip(".") else last_part(str(Path(name).resolve()))  # of "." and ".." the folder's own
+    return last if last.strip(".") else last_part(str(Path(name).resolve()))  # for "." and "..", the folder's name
 
 
 def last_part(path: str) -> str:
-    """Return the last part of a path of any system."""
+    """Return the last part of a path in any system's notation."""
     return one_line(re.split(r"[/\\]", path.rstrip("/\\"))[-1])
 
 

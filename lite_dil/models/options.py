@@ -1,4 +1,4 @@
-"""Options that decide which model is loaded, and which adapter it gets."""
+"""Options that decide which model is loaded and which adapter it gets."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ DEFAULT_RANK = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Seeded:
-    """The seed of everything that is drawn."""
+    """The seed of all random draws."""
 
-    seed: int = option("optimisation", 0, "of the adapter's first weights, the order of the data and dropout")
+    seed: int = option("optimisation", 0, "seed for the adapter's initial weights, the order of the data and dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class ModelOptions:
     backend: str = option(
         "model",
         "auto",
-        "auto takes mlx on Apple silicon, cuda where there is a GPU, else cpu",
+        "auto is mlx on Apple silicon, cuda if there is a GPU, else cpu",
         choices=("auto", "cuda", "mlx", "cpu"),
     )
     load_in_4bit: bool = option(
@@ -45,26 +45,26 @@ class ModelOptions:
     dtype: str = option(
         "model",
         "auto",
-        "what the frozen model computes in; auto is bfloat16 where the hardware has it, else float16 on a GPU and float32 "
-        "on a CPU. Adapters, log-ratios and the loss are float32 always",
+        "dtype in which the frozen model computes; auto is bfloat16 if the hardware has it, else float16 on a GPU and float32 "
+        "on a CPU. Adapters, log-ratios and the loss are always float32",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     head_bits: int | None = option(
         "engine",
         None,
         "quantise the frozen output head to 8 or 4 bits: saves half or three quarters of vocabulary x width x 2 bytes, and "
-        "changes the model, policy and reference alike, a little (default: 16 bits, or as --4bit has it on mlx)",
+        "changes the model a little, policy and reference alike (default: 16 bits; with --4bit on mlx, 4)",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions(Seeded):
-    """What is trained on the base, and what it is compared with."""
+    """The adapter to train and the reference to compare it with."""
 
     init_adapter: str | None = option(
         "adapter",
         None,
-        "go on from this LoRA adapter, in PEFT's or mlx-lm's format; asks for --reference",
+        "start from this LoRA adapter, in PEFT's or mlx-lm's format; needs --reference",
         metavar="DIR",
         kind=READ,
     )
@@ -81,18 +81,18 @@ class AdapterOptions(Seeded):
     target_modules: str | None = option(
         "adapter",
         None,
-        f"comma-separated names of the linear layers to adapt, as q_proj,v_proj (default: {ALL_LINEAR}, the decoder's)",
+        f"comma-separated names of the linear layers to adapt, such as q_proj,v_proj (default: {ALL_LINEAR}, the decoder's)",
         metavar="NAMES",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedAdapter(AdapterOptions):
-    """An adapter whose reference is known; rank, alpha and targets are None where `init_adapter` brings them."""
+    """Adapter options with the reference resolved; rank, alpha and targets are None if `init_adapter` sets them."""
 
     reference: str
     lora_dropout: float
 
 
-# The names of the options that say how a model is loaded.
+# Names of the options that decide how a model is loaded.
 MODEL_FIELDS = tuple(field.name for field in fields(ModelOptions))

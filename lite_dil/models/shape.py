@@ -1,4 +1,4 @@
-"""The shape of a model, from its config.json alone: no weights, and no array library."""
+"""A model's shape, from its config.json alone: no weights, no array library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
 from lite_dil.models.hub import fetch_config
 from lite_dil.models.logits import LogitTransform, logit_transform
 
-# What prepare_embedded writes, as far as it matters here; the folder need not be made for it.
+# The part of the embedded model's config that matters here, so that its folder need not exist.
 EMBEDDED_CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 576,
@@ -32,7 +32,7 @@ _PLAIN_LOGITS = LogitTransform()
 
 
 class Linear(NamedTuple):
-    """A linear layer's weight is (outputs, inputs)."""
+    """A linear layer, with weight (outputs, inputs)."""
 
     outputs: int
     inputs: int
@@ -40,17 +40,17 @@ class Linear(NamedTuple):
 
     @property
     def weight(self) -> int:
-        """Numbers in the weight alone."""
+        """Number of parameters of the weight alone."""
         return self.outputs * self.inputs
 
     @property
     def parameters(self) -> int:
-        """Numbers in the weight and the bias."""
+        """Number of parameters of weight and bias."""
         return self.weight + self.outputs * self.bias
 
 
 class Quantization(NamedTuple):
-    """How the checkpoint's linear layers are packed already; `library` is "bitsandbytes" or "mlx"."""
+    """How the checkpoint's linear layers are quantised; `library` is "bitsandbytes" or "mlx"."""
 
     library: str
     bits: int
@@ -60,21 +60,21 @@ class Quantization(NamedTuple):
 
 @dataclass(frozen=True)
 class _Family:
-    """What the layers of a model_type are made of, and what its config leaves out where it is the default."""
+    """The layer structure of a model_type, and the defaults that its config may leave out."""
 
-    norms: int = 2  # of the model's width in a layer
-    bias: tuple[str | bool, str | bool] = ("attention_bias", "attention_bias")  # of q, k, v, and of the output projection
+    norms: int = 2  # per layer, of the model's width
+    bias: tuple[str | bool, str | bool] = ("attention_bias", "attention_bias")  # for q, k, v and for the output projection
     mlp_bias: str | bool = False
-    qk_norm: str | bool = False  # "head": one weight a channel of a head; "all": one a channel of all heads
-    joined: bool = False  # q, k, v are one layer, and gate and up
+    qk_norm: str | bool = False  # "head": one weight per channel of a head; "all": one per channel of all heads
+    joined: bool = False  # q, k, v are one layer, and gate and up are another
     rms: bool = True
-    post_norms: bool = False  # what attention and MLP return is normed, not (alone) what they read
+    post_norms: bool = False  # the outputs of attention and MLP are normed, instead of or besides their inputs
     parallel: bool = False  # attention and MLP read the same normed input
     tied: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def norms_queries(self, config: dict[str, Any]) -> bool:
-        """Whether queries and keys are normed, which some models' config says."""
+        """Return whether queries and keys are normed, which in some models depends on the config."""
         return self.qk_norm in ("head", "all") or bool(self.qk_norm and config.get(str(self.qk_norm)))
 
 
@@ -109,19 +109,19 @@ class ModelShape:
 
     Attributes:
         head_width: channels of one attention head.
-        norms: norms of the model's width in a layer.
-        qk_norm: numbers in the norms of one layer's queries and keys; 0 where there are none.
+        norms: norms per layer, of the model's width.
+        qk_norm: parameters in the norms of one layer's queries and keys; 0 if there are none.
         rms: whether the norms are RMS norms.
-        post_norms: half of the norms, or all where there are two, are of what attention and MLP return.
+        post_norms: half of the norms, or all if there are two, are on the outputs of attention and MLP.
         joined: q, k and v are one linear layer, and gate and up are another.
-        parallel: attention and MLP read the same normed input, and their results are added together.
-        attention_cap: attention scores are capped (Gemma 2), which needs them whole in the plain layout.
-        transform: what becomes of the logits.
-        dtype: of the checkpoint.
-        max_positions: tokens of the longest sequence that the model was made for.
-        long_rope: tokens beyond which its rope depends on the length of the sequence; None where it never does.
-        side: linear layers beside the decoder that are loaded with it, and not used (a vision tower), with their numbers.
-        side_rest: other numbers there.
+        parallel: attention and MLP read the same normed input, and their outputs are added.
+        attention_cap: attention scores are capped (Gemma 2), which needs the whole score matrix in the plain layout.
+        transform: what is done to the logits.
+        dtype: the checkpoint's dtype.
+        max_positions: the longest sequence that the model was made for, in tokens.
+        long_rope: tokens beyond which the rope depends on the sequence length; None if it never does.
+        side: linear layers that are loaded with the decoder and not used (a vision tower).
+        side_rest: other parameters of that unused part.
     """
 
     model_type: str
@@ -153,13 +153,13 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: dict[str, Any], where: str = "config.json") -> ModelShape:
-        """Read a config.json; `where` it came from is for messages."""
+        """Read the shape from a config.json; `where` names it in messages."""
         text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
         kind = text.get("model_type")
         if (family := FAMILIES.get(kind or "")) is None:
             raise UserError(
                 f"{where}: model_type is {kind!r}, whose layers plan does not know; it knows {', '.join(FAMILIES)}. "
-                "Training may know it all the same: try a few --max-steps"
+                "Training may still work: try a few --max-steps"
             )
         text = {**family.defaults, **{name: value for name, value in text.items() if value is not None}}
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -173,7 +173,7 @@ class ModelShape:
         if heads % kv_heads or ("head_dim" not in text and hidden % heads):
             raise UserError(
                 f"{where}: {heads} num_attention_heads do not go with {kv_heads} num_key_value_heads and a hidden_size of "
-                f"{hidden}; expected heads that divide the width, and a multiple of the key-value heads"
+                f"{hidden}; expected heads that divide the width and are a multiple of the key-value heads"
             )
 
         def asked(option: str | bool) -> bool:
@@ -210,7 +210,7 @@ class ModelShape:
         )
 
     def linears(self) -> dict[str, Linear]:
-        """Return one layer's linear layers by their names in it."""
+        """Return the linear layers of one decoder layer by name."""
         q, kv, h, m = self.queries, self.keys, self.hidden, self.intermediate
         attention = {
             "self_attn.q_proj": Linear(q, h, self.qkv_bias),
@@ -226,41 +226,41 @@ class ModelShape:
 
     @property
     def queries(self) -> int:
-        """Channels of all heads' queries."""
+        """Query channels of all heads."""
         return self.heads * self.head_width
 
     @property
     def keys(self) -> int:
-        """Channels of all heads' keys, as many as of their values."""
+        """Key channels of all heads, the same number as value channels."""
         return self.kv_heads * self.head_width
 
     @property
     def table(self) -> int:
-        """Numbers in the embedding table, as many as in the output head."""
+        """Parameters of the embedding table, the same number as in the output head."""
         return self.vocabulary * self.hidden
 
     @property
     def norm_parameters(self) -> int:
-        """Numbers in all the norms."""
+        """Parameters of all norms."""
         return self.layers * (self.norms * self.hidden + self.qk_norm) + self.hidden
 
     @property
     def linear_parameters(self) -> int:
-        """Numbers in the decoder's linear layers, biases included."""
+        """Parameters of the decoder's linear layers, biases included."""
         return self.layers * sum(linear.parameters for linear in self.linears().values())
 
     @property
     def parameters(self) -> int:
-        """Numbers in the whole model as it is loaded, a tied head counted once."""
+        """Parameters of the whole model as it is loaded; a tied head counts once."""
         side = sum(linear.parameters for linear in self.side) + self.side_rest
         return self.linear_parameters + self.norm_parameters + self.table * (1 if self.tied else 2) + side
 
 
 def read_shape(model: str) -> ModelShape:
-    """Return the shape of a model: a folder, a config.json, a hub id (of which only config.json is fetched), or the embedded.
+    """Return the shape of a model: a folder, a config.json, a hub id (only its config.json is fetched), or the embedded model.
 
     Raises:
-        UserError: it cannot be found or read, or its layers are of a kind that is not known here.
+        UserError: it cannot be found or read, or its kind of layers is unknown.
     """
     if model == EMBEDDED_MODEL:
         return ModelShape.of(EMBEDDED_CONFIG)
@@ -280,7 +280,7 @@ def read_shape(model: str) -> ModelShape:
 def _quantization(config: dict[str, Any], where: str) -> Quantization | None:
     if isinstance(mlx := config.get("quantization"), dict):  # mlx-lm repeats it as quantization_config
         if any(isinstance(value, dict) for value in mlx.values()):
-            raise UserError(f"{where}: its layers are quantised differently from each other, which plan does not know")
+            raise UserError(f"{where}: its layers are quantised in different ways, which plan does not know")
         return Quantization("mlx", int(mlx["bits"]), int(mlx["group_size"]))
     if not isinstance(packed := config.get("quantization_config"), dict):
         return None
@@ -300,7 +300,7 @@ def _long_rope(text: dict[str, Any]) -> int | None:
 
 
 def _vision(config: dict[str, Any], hidden: int, where: str) -> tuple[tuple[Linear, ...], int]:
-    """Return the linear layers of the vision tower that comes with a model, and its other numbers (Gemma 3's SigLIP)."""
+    """Return the linear layers of a model's vision tower (Gemma 3's SigLIP), and its other parameters."""
     if not isinstance(vision := config.get("vision_config"), dict):
         return (), 0
     if config.get("model_type") != "gemma3":

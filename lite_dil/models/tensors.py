@@ -1,4 +1,4 @@
-"""Safetensors files by numpy alone, one tensor at a time; bfloat16, which numpy lacks, goes as its 16 bits."""
+"""Safetensors files in numpy alone, one tensor at a time; bfloat16, which numpy lacks, is kept as its 16 bits."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CODES = {name: code for code, name in FLOATS.items()}
 _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1", "BOOL": "?"} | {
     f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)
 }
-_PIECE = 2**22  # elements that are converted at a time
+_PIECE = 2**22  # elements converted at a time
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its type by safetensors' code, its shape, and where its bytes are."""
+    """A tensor in a file: its safetensors dtype code, its shape, and where its bytes are."""
 
     path: Path
     code: str
@@ -34,17 +34,17 @@ class Stored:
 
     @property
     def floating(self) -> bool:
-        """Whether it is of one of the types in FLOATS."""
+        """Whether its type is one of FLOATS."""
         return self.code in FLOATS
 
     def bytes(self) -> np.ndarray:
-        """Return its bytes, flat, mapped and not read."""
+        """Return its bytes, flat and memory-mapped."""
         if not self.nbytes:
             return np.empty(0, np.uint8)
         return np.memmap(self.path, np.uint8, "r", self.start, (self.nbytes,))
 
     def raw(self) -> np.ndarray:
-        """Return its numbers in its shape, mapped and not read; bfloat16 as its bits, uint16."""
+        """Return its numbers in its shape, memory-mapped; bfloat16 as bits, uint16."""
         return self.bytes().view(_NUMPY[self.code]).reshape(self.shape)
 
     def float32(self) -> np.ndarray:
@@ -52,7 +52,7 @@ class Stored:
         return to_float32(self.raw(), self.code)
 
     def pieces(self, code: str) -> Iterator[np.ndarray]:
-        """Return its bytes, converted to the type `code`, a piece at a time."""
+        """Yield its bytes, converted to the type `code`, one piece at a time."""
         if code == self.code:
             yield self.bytes()
             return
@@ -63,7 +63,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that is to be written: `pieces` makes its bytes when it is its turn."""
+    """A tensor to be written: `pieces` makes its bytes when its turn comes."""
 
     name: str
     code: str
@@ -77,10 +77,10 @@ class Planned:
 
 
 def read(path: Path) -> dict[str, Stored]:
-    """Return the tensors of a file by name, in the order of their bytes, reading its header only.
+    """Return the tensors of a file by name, in the order of their bytes; only the header is read.
 
     Raises:
-        UserError: it cannot be read, or is cut short.
+        UserError: the file cannot be read, or is truncated.
     """
     try:
         with path.open("rb") as file:
@@ -94,15 +94,15 @@ def read(path: Path) -> dict[str, Stored]:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
             if 8 + length + end > size:
-                raise ValueError("it is cut short")
+                raise ValueError("it is truncated")
             found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise UserError(f"{path}: not a safetensors file that can be read ({first_line(error)})") from None
+        raise UserError(f"{path}: not a readable safetensors file ({first_line(error)})") from None
     return found
 
 
 def read_floats(path: Path) -> dict[str, Stored]:
-    """Return the tensors of a file by name. Raises UserError as `read` does, and where one is of no type in FLOATS."""
+    """Return the tensors of a file by name. Raises UserError as `read` does, or if the type of one is not in FLOATS."""
     stored = read(path)
     if odd := {tensor.code for tensor in stored.values()} - FLOATS.keys():
         raise UserError(f"{path}: its weights are {', '.join(sorted(odd))}; expected {', '.join(FLOATS.values())}")
@@ -110,12 +110,12 @@ def read_floats(path: Path) -> dict[str, Stored]:
 
 
 def load_float32(path: Path) -> dict[str, np.ndarray]:
-    """Return copies in float32 of the tensors of a file by name. Raises UserError as `read_floats` does."""
+    """Return float32 copies of a file's tensors by name. Raises UserError as `read_floats` does."""
     return {name: tensor.float32() for name, tensor in read_floats(path).items()}
 
 
 def write(path: Path, tensors: Iterable[Planned], format: str) -> None:
-    """Write a safetensors file tensor by tensor; `format` is what made it, "pt" or "mlx", for those who ask."""
+    """Write a safetensors file tensor by tensor; `format`, "pt" or "mlx", goes into its metadata."""
     tensors = list(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": format}}
     offset = 0
@@ -135,14 +135,14 @@ def write(path: Path, tensors: Iterable[Planned], format: str) -> None:
 
 
 def to_float32(raw: np.ndarray, code: str) -> np.ndarray:
-    """Return numbers as `Stored.raw` gives them as a float32 copy."""
+    """Return a float32 copy of the numbers that `Stored.raw` returned."""
     if code == "BF16":
         return (raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(np.float32)
 
 
 def encode(values: np.ndarray, code: str) -> Iterator[np.ndarray]:
-    """Return float32 numbers as flat bytes of the type `code`, rounded to nearest even, a piece at a time.
+    """Yield float32 numbers as flat bytes of the type `code`, rounded to nearest even, one piece at a time.
 
     Raises:
         UserError: a number is too large for the type.

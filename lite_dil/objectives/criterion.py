@@ -1,4 +1,4 @@
-"""An objective on a data set: from the log-probs of a batch to the loss that a backend differentiates."""
+"""An objective on a data set: turns the log-probs of a batch into the loss that a backend differentiates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lite_dil.objectives.table import constants, objective_of
 
 
 class Signed(Protocol):
-    """An example, as far as weights are concerned: the sign of each of its responses."""
+    """The part of an example that the loss weights depend on: the sign of each of its responses."""
 
     @property
     def signs(self) -> tuple[int, ...]:
@@ -25,7 +25,7 @@ class Signed(Protocol):
 
 
 class LossBatch(Protocol):
-    """A batch, as far as a loss is concerned; see `lite_dil.batching.batch.Batch`."""
+    """The part of a batch that a loss reads; see `lite_dil.batching.batch.Batch`."""
 
     @property
     def responses(self) -> Sequence[np.ndarray]:
@@ -49,15 +49,15 @@ class LossBatch(Protocol):
 
 
 class Criterion:
-    """The objective of `options` with the weights that belong to a data set.
+    """The objective of `options` with the weights for a data set.
 
-    A loss of the DIL family is ``E_chosen[l_1] + E_ref[l_-1]``. Each expectation is estimated with the share that its side has
-    in the whole data, never in a batch, so that a batch may hold any mixture of good and bad answers (and splitting a step
-    changes nothing). The loss is a mean over examples: pairs, or answers without a partner. It is a
+    A loss of the DIL family is ``E_chosen[l_1] + E_ref[l_-1]``. Each side is weighted by its share of the whole data set,
+    never of a batch, so that a batch may hold any mixture of chosen and rejected responses (and splitting a step changes
+    nothing). The loss is a mean over examples: pairs, or unpaired responses. It is a
     `lite_dil.objectives.loss.Loss`.
 
     Args:
-        own: the loss, where the options name one of a program's own.
+        own: the user-defined loss, if the options name one.
     """
 
     reference = SUMS
@@ -80,14 +80,14 @@ class Criterion:
         self.rejected_weight = self.constants.get("rejected_weight", 1.0) * len(examples) / max(rejected, 1)
 
     def inputs(self, batch: LossBatch, baseline: float = 0.0) -> dict[str, np.ndarray]:
-        """Return what the loss needs beside log-probs, as arrays for a backend to convert.
+        """Return what the loss needs besides log-probs, as arrays for a backend to convert.
 
-        Among them ``chosen`` and ``rejected``, indices into the batch's responses, of the same shape (pairs,) for an objective
-        of pairs; and where the objective weighs tokens, ``token_weights`` (tokens,) float32 with ``token_index`` and
-        ``token_mask``, (responses, longest), the tokens of each response.
+        These include ``chosen`` and ``rejected``, indices into the batch's responses, both of shape (pairs,) for a pairwise
+        objective; if the objective weights tokens, also ``token_weights`` (tokens,) float32 and, for the tokens of each
+        response, ``token_index`` and ``token_mask``, (responses, longest).
 
         Args:
-            baseline: kto's z0, from the whole optimiser step.
+            baseline: kto's reference point z0, computed over the whole optimiser step.
         """
         chosen, rejected = batch.pairs if isinstance(self.form, Pairs) else (batch.chosen, batch.rejected)
         if self.constants.get("denominator") == "both":
@@ -105,13 +105,12 @@ class Criterion:
         return arrays
 
     def __call__(self, policy: Array, reference: Array, inputs: dict[str, Any]) -> Array:
-        """Return the loss summed over the batch's examples, a scalar; to be divided by the step's number of examples.
+        """Return the loss summed over the batch's examples, a scalar; the caller divides by the step's number of examples.
 
         Args:
-            policy: (responses,) summed log-probs of the answers in nats, with a gradient; (tokens,) where the objective
-                weighs tokens.
+            policy: (responses,) summed log-probs in nats, with a gradient; (tokens,) if the objective weights tokens.
             reference: (responses,) the reference's sums.
-            inputs: what `inputs` returned, as arrays of the same library as the other two.
+            inputs: the result of `inputs`, as arrays of the same library.
         """
         weighted = None
         if self.reads == TOKENS:
@@ -140,12 +139,12 @@ class Criterion:
 
 
 def rows_of_tokens(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the tokens of each response are, (responses, columns) indices, and a float32 mask of those that are there.
+    """Return the indices of each response's tokens, (responses, columns), and a float32 mask of the real ones.
 
-    lengths=[2, 1] gives rows that begin with [0, 1] and [2, 2], and a mask that begins with [1, 1] and [1, 0].
+    For lengths=[2, 1] the rows begin with [0, 1] and [2, 2], and the mask with [1, 1] and [1, 0].
     """
-    lengths = lengths.astype(np.int64)  # a batch has them as numbers to divide by
-    column = np.arange(-(-lengths.max() // 64) * 64)  # few shapes, or a compiled step is made anew for each
+    lengths = lengths.astype(np.int64)  # a batch has them as floats
+    column = np.arange(-(-lengths.max() // 64) * 64)  # few shapes, since a step is compiled for each
     starts = np.cumsum(lengths) - lengths
     index = np.minimum(starts[:, None] + column, lengths.sum() - 1)
     return index, (column < lengths[:, None]).astype(np.float32)

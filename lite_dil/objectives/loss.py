@@ -1,4 +1,4 @@
-"""What a backend's step minimises: a pure function, and what it reads of the model."""
+"""The protocol of the loss that a backend's step minimises: a pure function, and which outputs of the model it reads."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import Any, Protocol
 
 from lite_dil.objectives.losses import Array
 
-# What a loss reads: log-probs summed over each response, (responses,); of each response token, (tokens,); or the outputs of a
-# head, (responses, outputs) or (tokens, outputs). NOTHING is of the reference alone, which is then not computed.
+# What a loss reads: log-probs summed over each response, (responses,); log-probs of each response token, (tokens,); or the
+# outputs of a head, (responses, outputs) or (tokens, outputs). NOTHING is for the reference only, which is then not computed.
 SUMS, TOKENS, SCORES, NOTHING = "sums", "tokens", "scores", "nothing"
 
 
 class Loss(Protocol):
     """A loss over a batch of responses.
 
-    It is hashable and constant: one object for all the steps of a training, since a compiled step is kept for each.
+    It is hashable and constant: a training uses one object for all its steps, since a step is compiled for each object.
 
     Attributes:
-        reads: what `policy` holds: `SUMS`, `TOKENS` or `SCORES` of the adapter that is trained, with a gradient.
+        reads: what `policy` holds: `SUMS`, `TOKENS` or `SCORES` of the trained adapter, with a gradient.
         reference: what `reference` holds: `SUMS`, `TOKENS` or `NOTHING`, without a gradient.
-        token_inputs: names of the inputs that have one value a response token.
+        token_inputs: names of the inputs that have one value per response token.
     """
 
     @property
@@ -37,8 +37,7 @@ class Loss(Protocol):
     def __call__(self, policy: Array, reference: Array | None, inputs: dict[str, Any]) -> Array:
         """Return the loss summed over the batch's examples, a scalar; it is divided by the step's number of examples.
 
-        All arrays are float32 or integers of the backend's own library. Arrays of tokens are in the order of the batch's
-        responses. A backend may fill them up at their end, with zeros; ``inputs["present"]``, (tokens,) float32, which a loss
-        that reads `TOKENS` is given beside its own inputs, is 1 on tokens and 0 there. A term that is not 0 by itself must be
-        multiplied by it.
+        All arrays are float32 or integers of the backend's own library. Token arrays are in the order of the batch's
+        responses. A backend may pad them with zeros at the end; a loss that reads `TOKENS` also gets ``inputs["present"]``,
+        (tokens,) float32, which is 1 on tokens and 0 on padding. Multiply by it any term that is not 0 on padding by itself.
         """

@@ -1,9 +1,9 @@
-"""Objectives: pure functions of log-probs and log-ratios, written once for torch, MLX and numpy.
+"""Losses: pure functions of log-probs and log-ratios, written once for torch, MLX and numpy.
 
-``f(x, y) = log pi_theta(y|x) - log pi_ref(y|x)`` is the log-ratio of an answer and ``r = exp(f)`` the density ratio that
+``f(x, y) = log pi_theta(y|x) - log pi_ref(y|x)`` is the log-ratio of a response and ``r = exp(f)`` the density ratio that
 Direct Imitation Learning fits (Xiao et al., ICLR 2025, arXiv 2503.05079). Every function here is elementwise and keeps its
-input's shape; reductions belong to the caller. The array library is found from the array and never imported. The table of
-what `--loss` takes is in lite_dil.objectives.table.
+input's shape; reductions belong to the caller. The array library is found from the array and never imported. The values of
+`--loss` are listed in lite_dil.objectives.table.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 Array = Any  # a torch.Tensor, an mlx.core.array or a numpy.ndarray
 Elementwise = Callable[[Array], Array]
 
-# float32's exp overflows at 88: f-DPO's exponentials go on along their tangent from here, and no cap is higher.
+# float32's exp overflows at 88: above this exponent f-DPO's exponentials continue along their tangent, and no cap is higher.
 EXPONENT_LIMIT = 80.0
 
 
 def namespace(x: Array) -> Any:
-    """Return the library that made `x`: torch, mlx.core or numpy, all of which name these functions alike."""
+    """Return the library of `x`: torch, mlx.core or numpy; the functions used here have the same names in all three."""
     module = type(x).__module__
     return sys.modules["mlx.core" if module.startswith("mlx") else module.partition(".")[0]]
 
@@ -41,8 +41,8 @@ def sigmoid(x: Array) -> Array:
 def exp(x: Array, cap: float | None = None) -> Array:
     """e^x, and above `cap` (or EXPONENT_LIMIT, if that is lower) its tangent line there: ``e^cap (1 + x - cap)``.
 
-    A clip would have gradient 0 there. The line is a term of its own: as a factor of e^(x - over) its parts would cancel in
-    the gradient, which loses digits far above the cap and is NaN where the value overflows.
+    A clip would have gradient 0 there. The line is added rather than multiplied by e^(x - over): as a factor its parts would
+    cancel in the gradient, which loses digits far above the cap and is NaN if the value overflows.
     """
     xp = namespace(x)
     if cap is None:
@@ -109,12 +109,12 @@ def dpo(chosen_log_ratio: Array, rejected_log_ratio: Array, beta: float) -> Arra
     return softplus(beta * (rejected_log_ratio - chosen_log_ratio))
 
 
-# f-DPO's g'(r) by the log-ratio, up to a constant, which cancels; and the exponent that must stay below EXPONENT_LIMIT.
+# f-DPO's g'(r) as a function of the log-ratio, up to a constant, which cancels; its exponent must stay below EXPONENT_LIMIT.
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 
 def f_divergence_slope(f: Array, divergence: str, alpha: float) -> Array:
-    """g'(r) of an f-divergence up to a constant (Wang et al. 2024, arXiv 2309.16240, Table 1), by the log-ratio.
+    """g'(r) of an f-divergence as a function of the log-ratio, up to a constant (Wang et al. 2024, arXiv 2309.16240, Table 1).
 
     reverse_kl ``f``, forward_kl ``-e^-f``, js ``f - log(1 + e^f)``, alpha ``(1 - e^(-alpha f)) / alpha`` with alpha > 0.
     """
@@ -130,7 +130,7 @@ def f_divergence_slope(f: Array, divergence: str, alpha: float) -> Array:
 
 
 def f_divergence_exponent(f: Array, divergence: str, alpha: float) -> Array | None:
-    """Return what `f_divergence_slope` exponentiates, which beyond EXPONENT_LIMIT is continued by its tangent, or None."""
+    """Return the exponent in `f_divergence_slope`, or None; beyond EXPONENT_LIMIT its tangent continues the exponential."""
     return {"forward_kl": -f, "alpha": -alpha * f}.get(divergence)
 
 
@@ -153,12 +153,12 @@ def slic(chosen_logps: Array, rejected_logps: Array, delta: float, weight: float
 
 
 def kto_chosen(log_ratio: Array, baseline: Array, beta: float) -> Array:
-    """``1 - sigmoid(beta (f - z0))`` of good answers (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8)."""
+    """``1 - sigmoid(beta (f - z0))`` for desirable responses (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8)."""
     return sigmoid(beta * (baseline - log_ratio))
 
 
 def kto_rejected(log_ratio: Array, baseline: Array, beta: float) -> Array:
-    """``1 - sigmoid(beta (z0 - f))`` of bad answers (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8)."""
+    """``1 - sigmoid(beta (z0 - f))`` for undesirable responses (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8)."""
     return sigmoid(beta * (log_ratio - baseline))
 
 
@@ -178,25 +178,26 @@ def simpo(chosen_logps: Array, rejected_logps: Array, beta: float, gamma: float)
 def bpo(chosen_log_ratio: Array, rejected_log_ratio: Array, beta: float, power: float) -> Array:
     """``R^(1+power) / (s (1+power)) - R^(-power) / (s power)``, ``R = e^(-beta (f_w - f_l))``, s = 4.
 
-    The scaled Basu divergence of Kim et al. 2025, arXiv 2505.19601; s makes its gradient at R = 1 that of dpo.
+    The scaled Basu divergence of Kim et al. 2025, arXiv 2505.19601; with this s the gradient at R = 1 equals dpo's.
     """
     log_r = beta * (rejected_log_ratio - chosen_log_ratio)
     return exp((1 + power) * log_r) / (4 * (1 + power)) - exp(-power * log_r) / (4 * power)
 
 
 def occupancy_weights(tokens: int) -> list[float]:
-    """Return the weight ``(n - k) / n`` of each of an answer's n tokens, k = 0 .. n - 1 (Sun 2024, arXiv 2403.12017, eq. 12).
+    """Return the weight ``(n - k) / n`` of each of a response's n tokens, k = 0 .. n - 1 (Sun 2024, arXiv 2403.12017, eq. 12).
 
-    Token k is part of n - k prefixes of the answer: this is the mean over the prefixes of their summed losses.
+    Token k is in n - k prefixes of the response, so this is the mean over prefixes of their summed losses.
     """
     return [(tokens - k) / tokens for k in range(tokens)]
 
 
 def log_ratio(policy: Array, reference: Array, lengths: Array, reduction: str) -> Array:
-    """Return the log-ratio f of each answer, shape (answers,), in nats.
+    """Return the log-ratio f of each response, shape (responses,), in nats.
 
-    `policy` and `reference` are summed log-probs of shape (answers,), `lengths` the answers' tokens. ``reduction="sum"`` is
-    the sequence log-ratio of the paper, ``"mean"`` its average over the answer's tokens, as in the authors' code.
+    `policy` and `reference` are summed log-probs and `lengths` numbers of tokens, all of shape (responses,).
+    ``reduction="sum"`` is the paper's sequence log-ratio, ``"mean"`` its average over the response's tokens, as in the
+    authors' code.
     """
     total = policy - reference
     return total / lengths if reduction == "mean" else total

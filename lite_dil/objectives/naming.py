@@ -1,4 +1,4 @@
-"""What names a function by all that decides what it computes: its text, its defaults, and what it takes from around it."""
+"""Hash a function by everything that decides what it computes: its source, its defaults, and the outside values it uses."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 from lite_dil.base.hashing import sha256
 
-_MOST = 10_000  # numbers of an array that are looked at
+_MOST = 10_000  # the largest array that is hashed, in numbers
 
 
 class CannotName(ValueError):
-    """Something that a function computes with has no name by its content."""
+    """A function uses something that cannot be hashed by its content."""
 
 
 def identify(functions: Sequence[Callable[..., Any]], version: str | None) -> str:
-    """Return 12 hexadecimal digits that name functions: by `version` where there is one, else by their content.
+    """Return a hash of functions, 12 hexadecimal digits: of `version` if there is one, else of their content.
 
-    Raises CannotName where part of the content cannot be had.
+    Raises CannotName if part of the content is out of reach.
     """
     if version is not None:
         told = [f"version {version}"]
@@ -32,16 +32,16 @@ def identify(functions: Sequence[Callable[..., Any]], version: str | None) -> st
 
 
 def source_of(function: Callable[..., Any]) -> str:
-    """Return a function's text. Raises CannotName where it cannot be had, as of what was typed into an old interpreter."""
+    """Return a function's source. Raises CannotName if there is none, as for one typed into an old interpreter."""
     inner = function.func if isinstance(function, functools.partial) else function
     try:
         return textwrap.dedent(inspect.getsource(inner))
     except (OSError, TypeError):
-        raise CannotName(f"the text of {_called(inner)} cannot be had") from None
+        raise CannotName(f"the source of {_called(inner)} is not available") from None
 
 
 def place_of(function: Callable[..., Any]) -> str:
-    """Return name, file and line of a function, as far as they are known."""
+    """Return a function's name, file and line, as far as they are known."""
     inner = function.func if isinstance(function, functools.partial) else function
     code = getattr(inner, "__code__", None)
     where = f" ({code.co_filename} line {code.co_firstlineno})" if isinstance(code, CodeType) else ""
@@ -53,8 +53,8 @@ def _called(function: Any) -> str:
 
 
 def _function(function: Any, seen: set[int]) -> Iterator[str]:
-    """Yield all that decides what a function computes, in a fixed order."""
-    if id(function) in seen:  # it calls itself
+    """Yield everything that decides what a function computes, in a fixed order."""
+    if id(function) in seen:  # recursion
         return
     seen.add(id(function))
     if isinstance(function, functools.partial):
@@ -65,10 +65,10 @@ def _function(function: Any, seen: set[int]) -> Iterator[str]:
         yield f"{function.__module__}.{function.__qualname__}"
         return
     if not isinstance(function, FunctionType):
-        raise CannotName(f"{_called(function)} is no plain function, and what it holds is not known")
+        raise CannotName(f"{_called(function)} is not a plain function, so its content is unknown")
     text = source_of(function)
     yield text
-    if text.count("lambda") > 1:  # the text is of whole lines, and does not tell which of them this is
+    if text.count("lambda") > 1:  # the source is whole lines, which do not say which lambda this is
         yield from _code(function.__code__)
     yield from _value("a default", [function.__defaults__, function.__kwdefaults__], seen)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -85,7 +85,7 @@ def _function(function: Any, seen: set[int]) -> Iterator[str]:
 
 
 def _outer(name: str, function: FunctionType, seen: set[int]) -> Iterator[str]:
-    """Yield what a name of the function's module stands for; functions of other modules are known by their names."""
+    """Yield the content of a global; functions of other modules stand for themselves by name."""
     value = function.__globals__[name]
     if callable(value) and getattr(value, "__module__", None) != function.__module__:
         yield f"{getattr(value, '__module__', '')}.{_called(value)}"
@@ -108,7 +108,7 @@ def _code(code: CodeType) -> Iterator[str]:
 
 
 def _value(what: str, value: Any, seen: set[int]) -> Iterator[str]:
-    """Yield what a value holds."""
+    """Yield the content of a value."""
     if value is None or type(value) in (bool, int, float, complex, str, bytes):
         yield repr(value)
     elif type(value) in (list, tuple):
@@ -128,4 +128,4 @@ def _value(what: str, value: Any, seen: set[int]) -> Iterator[str]:
     elif hasattr(value, "tolist") and hasattr(value, "dtype") and getattr(value, "nbytes", _MOST) < 8 * _MOST:
         yield f"{type(value).__name__} {value.dtype} {value.tolist()}"  # of numpy, torch or MLX
     else:
-        raise CannotName(f"{what} is a {type(value).__name__}, which nothing names by what it holds")
+        raise CannotName(f"{what} is a {type(value).__name__}, which cannot be hashed by its content")

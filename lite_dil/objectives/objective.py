@@ -1,4 +1,4 @@
-"""What an objective is: what its loss sees, what kinds of loss there are, and what the table says of each."""
+"""What an objective is: the figures its loss reads, the two forms of loss, and a row of the table of objectives."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 
 from lite_dil.objectives.losses import Array
 
-Constants = Mapping[str, Any]  # the options of an objective by name: beta, and the options that it lists
+Constants = Mapping[str, Any]  # an objective's constants by name: beta and its options
 
 
 class Responses(NamedTuple):
-    """What an objective may see of some answers: arrays of shape (answers,), float32, in nats.
+    """What a loss may read of responses: float32 arrays of shape (responses,), in nats.
 
     Attributes:
-        log_ratio: f, summed over the answer's tokens or averaged, as `--logp-reduction` says.
+        log_ratio: f, summed over the response's tokens or averaged, as `--logp-reduction` says.
         logps: log pi_theta(y|x), summed or averaged in the same way.
-        mean_logps: log pi_theta(y|x) averaged over the answer's tokens.
-        weighted_logps: the sum of the tokens' log-probs times the objective's token weights; None where it has none.
-        baseline: kto's z0, a scalar; 0 elsewhere.
+        mean_logps: log pi_theta(y|x) averaged over the response's tokens.
+        weighted_logps: the tokens' log-probs times the objective's token weights, summed; None if it has no weights.
+        baseline: kto's reference point z0, a scalar; 0 for other losses.
     """
 
     log_ratio: Array
@@ -31,7 +31,7 @@ class Responses(NamedTuple):
 
 @dataclass(frozen=True)
 class Sides:
-    """A loss that is one expectation a side, so that it needs no pairs; without `rejected` it is of good answers alone."""
+    """A loss with one expectation per side, so that it needs no pairs; without `rejected` it reads chosen responses only."""
 
     chosen: Callable[[Responses], Array]
     rejected: Callable[[Responses], Array] | None = None
@@ -39,14 +39,14 @@ class Sides:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A loss of a chosen and a rejected answer to the same prompt."""
+    """A loss on pairs: a chosen and a rejected response to the same prompt."""
 
     loss: Callable[[Responses, Responses], Array]
 
 
 @dataclass(frozen=True)
 class Option:
-    """A constant of some objectives: what it is, its default (None is off) and its range."""
+    """A constant of some objectives: its help, its default (None is off) and its range."""
 
     help: str
     default: float | str | None
@@ -60,18 +60,18 @@ class Objective:
     """A row of the table.
 
     Attributes:
-        data: "pairs", "sides" (pairs, or good and bad answers without partners) or "chosen" (good answers alone).
+        data: "pairs", "sides" (pairs, or unpaired chosen and rejected responses) or "chosen" (demonstrations).
         form: makes the loss from beta and the constants named by `options`.
-        reduction: whether f and log pi are summed over an answer's tokens or averaged, by default.
-        beta: its default, or None where the objective has none.
+        reduction: the default of whether f and log pi are summed over a response's tokens or averaged.
+        beta: the default, or None if the objective has no beta.
         learning_rate: the default for LoRA, from a sweep (docs/LOG.md).
         formula, title, use, source: for people.
-        note: where the paper and its authors' code differ, or where a default is ours, and what is done here.
+        note: where the paper and its authors' code differ or a default is ours, and what is done here.
         options: names of its constants, in `lite_dil.objectives.table.OPTIONS`.
         reference: whether the loss depends on pi_ref; f is computed for the metrics in any case.
-        capped: for a log-ratio and the constants, what is compared with a cap, and the cap; None where nothing is.
-        token_weights: for an answer of n tokens, the weight of each; None for 1.
-        baseline: whether it needs z0, the mean log-ratio of answers to other prompts.
+        capped: from a log-ratio and the constants, returns the value compared with a cap and the cap, or None.
+        token_weights: returns the weight of each token of a response of n tokens; None for weights of 1.
+        baseline: whether it needs the reference point z0, the mean log-ratio of responses to other prompts.
     """
 
     title: str

@@ -10,7 +10,7 @@ from lite_dil.objectives.table import OBJECTIVES, OPTIONS
 
 
 def per_loss(attribute: str) -> str:
-    """Return every loss's default, losses of the same default together."""
+    """Return the losses' defaults as text, losses with the same default together."""
     values: dict[Any, list[str]] = {}
     for name, objective in OBJECTIVES.items():
         values.setdefault(getattr(objective, attribute), []).append(name)
@@ -19,39 +19,39 @@ def per_loss(attribute: str) -> str:
 
 
 def _by_data() -> str:
-    """Return every loss with its name in words, by the data that it takes."""
+    """Return the losses with their full names, grouped by the data that they train on."""
     kinds = {
-        "sides": "Of pairs, or of good and bad answers without partners",
-        "pairs": "Of pairs",
-        "chosen": "Of good answers",
+        "sides": "On pairs, or on unpaired good and bad responses",
+        "pairs": "On pairs",
+        "chosen": "On demonstrations",
     }
     listed = {kind: ", ".join(f"{name} ({o.title})" for name, o in OBJECTIVES.items() if o.data == kind) for kind in kinds}
     return " ".join(f"{text}: {listed[kind]}." for kind, text in kinds.items())
 
 
 def _constant(name: str) -> Any:
-    """Return the option of a constant in the table of objectives."""
+    """Return the option for a constant of the table of objectives."""
     constant = OPTIONS[name]
     losses = ", ".join(loss for loss, objective in OBJECTIVES.items() if name in objective.options)
     default = "off" if constant.default is None else constant.default
-    return option("objective", None, f"{constant.help} (default: {default}; of {losses})", choices=constant.choices)
+    return option("objective", None, f"{constant.help} (default: {default}; for {losses})", choices=constant.choices)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveOptions:
-    """The loss and its constants, each None where the objective's own default stands."""
+    """The loss and its constants; None means the objective's own default."""
 
     loss: str = option(
         "objective",
         "lsif",
-        f"the objective; formulas, sources and when to use which are in docs/losses.md. {_by_data()} "
-        "FILE.py:NAME is a loss of one's own, a lite_dil.PairLoss or SideLoss (docs/api.md)",
+        f"the objective; see docs/losses.md for formulas, sources and when to use which. {_by_data()} "
+        "FILE.py:NAME is your own loss, a lite_dil.PairLoss or SideLoss (docs/api.md)",
         choices=tuple(OBJECTIVES),
     )
     logp_reduction: str | None = option(
         "objective",
         None,
-        f"whether the log-ratio is summed over an answer's tokens or averaged (default: {per_loss('reduction')})",
+        f"whether the log-ratio is summed over a response's tokens or averaged (default: {per_loss('reduction')})",
         choices=("mean", "sum"),
     )
     beta: float | None = option("objective", None, f"multiplies the log-ratio (default: {per_loss('beta')})")
@@ -72,7 +72,7 @@ class ObjectiveOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedObjective(ObjectiveOptions):
-    """An objective whose reduction and beta are known."""
+    """An objective with its reduction and beta resolved."""
 
     logp_reduction: str
     beta: float

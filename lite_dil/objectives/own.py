@@ -1,7 +1,7 @@
-"""Losses of one's own: functions of log-ratios, and what a run's files call them.
+"""User-defined losses: functions of log-ratios, and their identity in a run's files.
 
-A run's config.yaml holds ``own:NAME:KIND:REDUCTION:DIGEST``. All that reports and exports ask of a loss is in that name; the
-functions themselves must be given again to train on, and are never loaded because a file names them.
+A run's config.yaml holds ``own:NAME:KIND:REDUCTION:DIGEST``. Reports and exports need nothing more of a loss. To train
+further, the functions must be given again; they are never loaded because a file names them.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from lite_dil.objectives.objective import Constants, Objective, Pairs, Sides
 Function: TypeAlias = Callable[..., Array]
 
 _OWN = re.compile(r"own:([\w.-]{1,60}):(pairs|sides|chosen):(sum|mean):([0-9a-f]{12})")
-_LEARNING_RATE = 1e-4  # as every objective of the table has it
+_LEARNING_RATE = 1e-4  # the same as every objective of the table
 
 
 class OwnLoss:
     """What `PairLoss` and `SideLoss` share.
 
     Attributes:
-        name: what people call it.
-        identity: what a run's files call it.
-        functions: its functions, in the order in which they are given.
-        source: their text, empty where `version` stands for it.
+        name: its name for people.
+        identity: its name in a run's files.
+        functions: its functions, in the given order.
+        source: their source text; empty if `version` replaces it.
     """
 
     kind = ""
@@ -43,42 +43,42 @@ class OwnLoss:
         self.functions, self.reduction = tuple(functions), reduction
         self.name = name or getattr(functions[0], "__name__", "").replace("<lambda>", "lambda")
         if not re.fullmatch(r"[\w.-]{1,60}", self.name, re.ASCII):
-            raise UserError(f"{made}: {self.name!r} is no name; give name=, of letters, digits, '_', '.' and '-'")
+            raise UserError(f"{made}: {self.name!r} is not a valid name; give name=, with letters, digits, '_', '.' and '-'")
         try:
             digest = identify(functions, version)
         except CannotName as error:
             raise UserError(
-                f"{made}: {place_of(functions[0])}: {error}, so that nothing tells a changed loss from this one when a run "
-                "goes on; give name= and version=, and another version with every change"
+                f"{made}: {place_of(functions[0])}: {error}, so a resumed run could not detect a changed loss; give name= and "
+                "version=, and change the version with every change of the loss"
             ) from None
         self.source = "" if version is not None else "\n".join(dict.fromkeys(map(source_of, functions)))
         self.identity = f"own:{self.name}:{self.kind}:{reduction}:{digest}"
 
     @property
     def form(self) -> Sides | Pairs:
-        """The loss as the criterion takes it."""
+        """The loss in the form that the criterion takes."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name}, of the {self.reduction} over tokens>"
+        return f"<{type(self).__name__} {self.name}, {self.reduction} over tokens>"
 
 
 class PairLoss(OwnLoss):
-    """A loss of one's own of a chosen and a rejected answer to the same prompt.
+    """A user-defined loss on pairs: a chosen and a rejected response to the same prompt.
 
-    `function` takes two arrays of the log-ratios ``log pi(y|x) - log pi_ref(y|x)`` in nats, float32, of shape (pairs,), those
-    of the chosen answers and those of the rejected ones, and returns the loss of each pair, (pairs,). The arrays are of the
-    backend's library, torch or mlx.core, in training and in evaluation. The loss of a pair must not depend on other pairs: a
-    step may be split anywhere. It is tried on four made-up values before a model is loaded.
+    `function` takes the log-ratios ``log pi(y|x) - log pi_ref(y|x)`` of the chosen and of the rejected responses, two float32
+    arrays of shape (pairs,) in nats, and returns the loss of each pair, (pairs,). The arrays belong to the backend's library,
+    torch or mlx.core, in training and in evaluation. The loss of a pair must not depend on other pairs, since a step may be
+    split anywhere. The function is tried on four made-up values before a model is loaded.
 
     Args:
-        reduction: whether a log-ratio is the "sum" over an answer's tokens or their "mean".
-        name: by default the function's.
-        version: stands for the function in a run's files. By default that is its text, its defaults, and the values that it
-            takes from around it.
+        reduction: whether a log-ratio is the "sum" over a response's tokens or their "mean".
+        name: by default the function's name.
+        version: identifies the function in a run's files. By default its source, its defaults and the outside values it uses
+            identify it.
 
     Raises:
-        UserError: something of the function cannot be named, and there is no `version`.
+        UserError: part of the function cannot be hashed, and there is no `version`.
     """
 
     kind = "pairs"
@@ -92,14 +92,14 @@ class PairLoss(OwnLoss):
     def form(self) -> Pairs:
         """See `OwnLoss`."""
         (function,) = self.functions
-        return Pairs(lambda good, bad: function(good.log_ratio, bad.log_ratio))
+        return Pairs(lambda chosen, rejected: function(chosen.log_ratio, rejected.log_ratio))
 
 
 class SideLoss(OwnLoss):
-    """A loss of one's own that is one expectation a side, so that it needs no pairs.
+    """A user-defined loss with one expectation per side, so that it needs no pairs.
 
-    Each function takes the log-ratios of one side's answers, (answers,), and returns the loss of each; all else is as with
-    `PairLoss`. Without `rejected` it is of good answers alone.
+    Each function takes the log-ratios of one side's responses, (responses,), and returns the loss of each; the rest is as for
+    `PairLoss`. Without `rejected` it trains on chosen responses only.
     """
 
     def __init__(
@@ -125,19 +125,19 @@ class SideLoss(OwnLoss):
 
 
 def is_own(loss: str) -> bool:
-    """Return whether this is the name of a loss of one's own, as a run's files have it."""
+    """Return whether `loss` is the identity of a user-defined loss, as a run's files hold it."""
     return _OWN.fullmatch(loss) is not None
 
 
-def described(loss: str) -> Objective:
-    """Return what the name of an own loss says of it; its form raises UserError, as the functions are not known."""
+def objective_of_identity(loss: str) -> Objective:
+    """Return the objective that a user-defined loss's identity describes; without functions, its form raises UserError."""
     name, kind, reduction, digest = parts(loss)
 
     def form(constants: Constants) -> Any:
         raise UserError(missing(loss))
 
     return Objective(
-        title="a loss of one's own",
+        title="a user-defined loss",
         data=kind,
         form=form,
         reduction=reduction,
@@ -150,20 +150,20 @@ def described(loss: str) -> Objective:
 
 
 def parts(loss: str) -> tuple[str, str, str, str]:
-    """Return name, kind, reduction and digest of an own loss's name."""
+    """Return the name, kind, reduction and digest in a user-defined loss's identity."""
     found = _OWN.fullmatch(loss)
     assert found is not None
     return found[1], found[2], found[3], found[4]
 
 
 def shown(loss: str) -> str:
-    """Return what people call a loss."""
+    """Return a loss's name for people."""
     return parts(loss)[0] if is_own(loss) else loss
 
 
 def missing(loss: str) -> str:
-    """Say that the functions of an own loss must be given."""
+    """Return the message that the functions of a user-defined loss must be given."""
     return (
-        f"--loss {shown(loss)} is a loss of one's own, whose code a run does not keep: give it again, as --loss FILE.py:NAME, "
-        "in Python as dil.train(..., loss=...)"
+        f"--loss {shown(loss)} is a user-defined loss, whose code a run does not keep: give it again, as --loss FILE.py:NAME, "
+        "or in Python as dil.train(..., loss=...)"
     )

@@ -1,1 +1,1 @@
-"""What a step needs, what fits, and --auto."""
+"""Memory estimates, what fits, and --auto."""

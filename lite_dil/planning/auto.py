@@ -1,4 +1,4 @@
-"""--auto: of the settings that change no result, the fastest that fits into the memory that is free."""
+"""--auto: of the settings that do not change the result, choose the fastest that fits into free memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lite_dil.planning.estimate import Load, layout_for
 from lite_dil.planning.fit import Model, find_remedy, gigabytes, most, planned_dtype, several
 from lite_dil.planning.memory import memory_here
 
-OFFLOADS = ("offload_embeddings", "offload_activations")  # in order of the time that they cost
+OFFLOADS = ("offload_embeddings", "offload_activations")  # in order of their cost in time
 TUNABLE = ("batch_size", "gradient_accumulation_steps", "row_tokens", "gradient_checkpointing", *OFFLOADS)
-ENOUGH = {"cpu": 512}  # tokens of a pass that keep the hardware busy; a GPU wants more
-ENOUGH_GPU, MOST_GPU = 2048, 8192  # beyond the second nothing is gained
-ROOM = 0.9  # of the memory, for passes that are larger than they need be
+ENOUGH = {"cpu": 512}  # tokens of a pass that keep the hardware busy; a GPU needs more
+ENOUGH_GPU, MOST_GPU = 2048, 8192  # more than the second brings no gain
+ROOM = 0.9  # share of the memory that passes may grow into
 
 
 def choose(
@@ -32,19 +32,19 @@ def choose(
     load: Load,
     given: Set[str] = frozenset(),
 ) -> ResolvedConfig:
-    """Return `config` with the split of a step, checkpointing and offloads that are the fastest of those that fit.
+    """Return `config` with the fastest split of a step, checkpointing and offloads that fit.
 
-    A step keeps its batch_size * gradient_accumulation_steps examples, so that the result stays the same. In order of time:
-    nothing computed again, selective and full checkpointing, each with passes that keep the hardware busy; full with smaller
-    passes; offloads. Passes on a GPU then grow while there is room.
+    A step keeps its batch_size * gradient_accumulation_steps examples, so that the result stays the same. From fast to slow:
+    no recomputation, selective and full checkpointing, each with passes that keep the hardware busy; full with smaller passes;
+    offloads. Passes on a GPU then grow while there is room.
 
     Args:
         config: resolved.
         load: the largest example, which no setting can split.
-        given: the fields that stay as they are.
+        given: the fields that must not change.
 
     Raises:
-        UserError: nothing fits, with what would help.
+        UserError: nothing fits; the message says what would help.
     """
     model = Model(shape, backend, dtype)
     found = pick(config, model, memory, load, given)
@@ -67,7 +67,7 @@ def choose(
 
 
 def pick(config: ResolvedConfig, model: Model, memory: Memory, load: Load, given: Set[str]) -> ResolvedConfig | None:
-    """Return what `choose` does, or None where nothing fits."""
+    """Return the result of `choose`, or None if nothing fits."""
     limit = _limit(config, given)
     tokens = load.tokens(layout_for(config, model.shape, model.backend))
     fixed = config.row_tokens if "row_tokens" in given else None
@@ -96,7 +96,7 @@ def pick(config: ResolvedConfig, model: Model, memory: Memory, load: Load, given
 
 
 def frugal(config: ResolvedConfig, model: Model, load: Load, memory: Memory, given: Set[str] = frozenset()) -> ResolvedConfig:
-    """Return the setting of `choose` that takes the least of the GPU's memory, of those that the computer's holds."""
+    """Return the setting of `choose` that needs the least GPU memory among those that fit into the computer's memory."""
 
     def needs(tried: ResolvedConfig) -> tuple[float, int]:
         found = model.estimate(tried, load)
@@ -106,17 +106,17 @@ def frugal(config: ResolvedConfig, model: Model, load: Load, memory: Memory, giv
 
 
 def sparing(config: ResolvedConfig, model: Model, load: Load, given: Set[str] = frozenset()) -> list[ResolvedConfig]:
-    """Return the settings of `choose` that keep least for the backward pass, by what they offload, one example a pass."""
+    """Return the settings of `choose` that keep the least for the backward pass, by offload, with one example per pass."""
     tokens, mode = load.tokens(layout_for(config, model.shape, model.backend)), _modes(config, given)[-1]
     bases = [replace(config, **offload, gradient_checkpointing=mode) for offload in _offloads(config, model, given)]
     return [_split(base, 1, tokens, given) for base in bases]
 
 
 def fitted(config: ResolvedConfig, examples: Sequence[Example], given: Set[str] | None) -> tuple[ResolvedConfig, str]:
-    """Return what --auto chooses for these examples on this machine, and a line that says so.
+    """Return the choice of --auto for these examples on this machine, and a line that describes it.
 
     Args:
-        given: the options that stay as they are; None for those that are not at their default.
+        given: the options that must not change; None means those that are not at their default.
     """
     if given is None:
         given = {name for name in TUNABLE if getattr(config, name) != FIELDS[name].default}
@@ -128,21 +128,17 @@ def fitted(config: ResolvedConfig, examples: Sequence[Example], given: Set[str] 
 
 
 def words(config: ResolvedConfig) -> str:
-    """Return what was chosen, for people."""
-    mode = (
-        "nothing computed again"
-        if config.gradient_checkpointing == "off"
-        else f"{config.gradient_checkpointing} checkpointing"
-    )
+    """Return a description of the choice."""
+    mode = "nothing recomputed" if config.gradient_checkpointing == "off" else f"{config.gradient_checkpointing} checkpointing"
     offloads = "".join(f", {flag(name)}" for name in OFFLOADS if getattr(config, name))
     examples = config.batch_size * config.gradient_accumulation_steps
-    return f"{mode}{offloads}, passes of up to {row_tokens(config)} tokens, {examples} examples a step as asked"
+    return f"{mode}{offloads}, passes of up to {row_tokens(config)} tokens, {examples} examples per step as configured"
 
 
 def largest_example(examples: Sequence[Example], config: ResolvedConfig, layout: str) -> Load:
-    """Return an example as long as the longest, with answers as long as any: what no pass can be smaller than.
+    """Return the load of the smallest possible pass: an example as long as the longest, with the longest responses.
 
-    Answers of --sample-rejected that are yet to be drawn count at their longest.
+    Responses that --sample-rejected has not drawn yet count at their maximum length.
     """
     answers = max((tuple(map(len, e.responses)) for e in examples), key=sum)
     tokens = max(computed_tokens([e], layout) for e in examples)
@@ -158,7 +154,7 @@ def largest_example(examples: Sequence[Example], config: ResolvedConfig, layout:
 
 
 def cut(load: Load, length: int) -> Load:
-    """Return an example's load under another --max-length, as `lite_dil.data.encoder.truncate` cuts."""
+    """Return an example's load under another --max-length, cut like `lite_dil.data.encoder.truncate`."""
     prompt, answers = load.prompts[0], load.responses[0]
     prompt = min(prompt, max(1, length - max(answers)))
     return Load((prompt,), (tuple(min(n, length - prompt) for n in answers),))
@@ -169,13 +165,13 @@ def _between(count: int, limit: int) -> int:
 
 
 def _limit(config: ResolvedConfig, given: Set[str]) -> int:
-    """Return how many examples a pass may hold: all of a step's, unless the user split it."""
+    """Return how many examples a pass may have: all of a step's, unless the user set the split."""
     free = given.isdisjoint(SPLIT)
     return config.batch_size * (config.gradient_accumulation_steps if free else 1)
 
 
 def _split(config: ResolvedConfig, count: int, tokens: int, given: Set[str]) -> ResolvedConfig:
-    """Return the config of passes of at most `count` examples of `tokens` tokens; shorter ones may be more."""
+    """Return the config with passes of at most `count` examples of `tokens` tokens, or of more if they are shorter."""
     changes: dict[str, Any] = {}
     if given.isdisjoint(SPLIT):
         whole = config.batch_size * config.gradient_accumulation_steps
@@ -187,7 +183,7 @@ def _split(config: ResolvedConfig, count: int, tokens: int, given: Set[str]) -> 
 
 def _modes(config: ResolvedConfig, given: Set[str]) -> list[str]:
     if "offload_activations" in given and config.offload_activations:
-        return ["full"]  # it stores what that keeps
+        return ["full"]  # activation offloading needs it
     return [config.gradient_checkpointing] if "gradient_checkpointing" in given else ["off", "selective", "full"]
 
 

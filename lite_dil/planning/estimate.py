@@ -1,4 +1,4 @@
-"""How much memory a training step takes, from the config and the model's shape alone; nothing is loaded for it."""
+"""Estimate the memory of a training step from the config and the model's shape alone; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ BYTES = {"float32": FLOAT32, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Load:
-    """The lengths of what one forward and backward pass computes.
+    """The lengths in one forward and backward pass.
 
     Attributes:
-        prompts: tokens of each prompt.
-        responses: for each prompt the tokens of each of its responses.
+        prompts: number of tokens of each prompt.
+        responses: for each prompt, the number of tokens of each of its responses.
     """
 
     prompts: tuple[int, ...]
@@ -40,9 +40,9 @@ class Load:
 
     @classmethod
     def worst(cls, config: ResolvedConfig, answers: int = 2) -> Load:
-        """Return the largest pass that --max-length, --row-tokens and --batch-size allow, of examples with `answers` each.
+        """Return the largest pass under --max-length, --row-tokens and --batch-size, of examples with `answers` responses.
 
-        Prompts are one token long: answers cost more, and in a packed row each has its own tokens.
+        Prompts are one token long: responses cost more, and in a packed row each response has its own tokens.
         """
         tokens = row_tokens(config)
         count = min(config.batch_size, max(1, -(-tokens // (answers * config.max_length))))
@@ -58,40 +58,39 @@ class Load:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest prompt with one of its answers."""
+        """Tokens of the longest prompt with one of its responses."""
         return max(prompt + max(answers) for prompt, answers in zip(self.prompts, self.responses, strict=True))
 
     @cached_property
     def answer_tokens(self) -> int:
-        """Tokens whose log-probs are computed."""
+        """Number of tokens whose log-probs are computed."""
         return sum(map(sum, self.responses))
 
     @cached_property
     def read_positions(self) -> int:
-        """Tokens of a packed row whose last hidden states are read: all that predict an answer's token."""
+        """Number of tokens in a packed row whose last hidden states are read, those that predict a response token."""
         return sum(1 + sum(answers) - len(answers) for answers in self.responses)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the moment of a step when the most are live, by what they are for; `total` is their sum.
+    """Bytes live at the peak of a step, by purpose; `total` is their sum.
 
     Attributes:
-        phase: that moment.
-        linears: the decoder's linear layers, packed or not.
-        embeddings: the table.
-        head: the output head; 0 where it is the table.
-        norms: norm weights, and what else is loaded and never used.
-        adapter: float32 weights of LoRA.
-        reference: a frozen second adapter; else the reference is the same model and needs nothing.
-        gradients: of the adapter, as many as there are at this moment.
+        phase: the phase of the peak.
+        linears: the decoder's linear layers, quantised or not.
+        embeddings: the embedding table.
+        head: the output head; 0 if it is the table.
+        norms: norm weights, and anything else that is loaded and not used.
+        adapter: LoRA's float32 weights.
+        reference: a frozen second adapter; otherwise the reference is the same model and needs nothing.
+        gradients: the adapter's gradients that exist at this moment.
         optimizer: AdamW's state.
         activations: what is kept for the backward pass.
-        logits: the head's chunk of tokens by vocabulary.
-        temporaries: what comes and goes at this moment, unpacked weights among it.
-        reserve: what the allocator of a GPU loses between tensors.
-        host_parts: bytes in the computer's own memory beside those that --backend cuda has on the GPU, by what they are for;
-            not in `total`.
+        logits: the head's chunk, tokens by vocabulary.
+        temporaries: short-lived tensors, unpacked weights included.
+        reserve: what a GPU's allocator loses to fragmentation.
+        host_parts: with --backend cuda, bytes in the computer's own memory by purpose; not in `total`.
         phases: the total of every phase.
     """
 
@@ -113,12 +112,12 @@ class Estimate:
 
     @property
     def components(self) -> dict[str, int]:
-        """The bytes by name, those that `total` is the sum of."""
+        """The bytes by name; `total` is their sum."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("phase", "host_parts", "phases")}
 
     @property
     def host(self) -> int:
-        """Bytes in the computer's own memory; 0 where that and the GPU's are one."""
+        """Bytes in the computer's own memory; 0 if that and the GPU's are one."""
         return sum(size for _, size in self.host_parts)
 
     @property
@@ -128,12 +127,12 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """The peak of live bytes: in the computer's memory with cpu, on the GPU with cuda, whose context is not counted."""
+        """Peak of live bytes: in the computer's memory with cpu; on the GPU with cuda, without its context."""
         return sum(self.components.values())
 
 
 def layout_for(config: ResolvedConfig, shape: ModelShape, backend: str) -> str:
-    """Return the layout that a run takes, as far as the model's config tells."""
+    """Return the layout that a run uses, as far as the model's config shows."""
     if config.layout != "auto":
         return config.layout
     if backend == "mlx":
@@ -142,7 +141,7 @@ def layout_for(config: ResolvedConfig, shape: ModelShape, backend: str) -> str:
 
 
 def adapter_tensors(config: ResolvedConfig, shape: ModelShape) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return the shapes of A and B of every adapted layer by its name, from --init-adapter's files or the options."""
+    """Return the shapes of A and B for every adapted layer by name, from --init-adapter's files or the options."""
     if config.init_adapter:
         initial = read_adapter(config.init_adapter, _shapes_only)
         return {name: (a.shape, b.shape) for name, (a, b) in initial.weights.items()}
@@ -157,7 +156,7 @@ def adapter_tensors(config: ResolvedConfig, shape: ModelShape) -> dict[str, tupl
 
 
 def _shapes_only(path: Path) -> dict[str, np.ndarray]:
-    """Return arrays of the shapes in a safetensors file that take no memory."""
+    """Return arrays with the shapes in a safetensors file that take no memory."""
     try:
         with safe_open(path, "np") as file:
             names = file.keys()

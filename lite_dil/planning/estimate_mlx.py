@@ -1,21 +1,21 @@
-"""The memory of a step on MLX, in formulas: what each stage of a layer keeps, what it makes, and how much of that is queued.
+"""Estimate the memory of a step on MLX: what each stage of a layer keeps, what it makes, and how much of that is queued.
 
-MLX is lazy. It walks the graph in an order of its own and queues work ahead of its execution, and an array lives until the
-last operation that reads it has been executed. So at any moment there are, beside the weights:
+MLX is lazy. It walks the graph in its own order and queues work ahead of execution, and an array lives until the last
+operation that reads it has run. So at any moment there are, besides the weights:
 
-* what was kept for the backward pass and is not yet used up: `Stage.keeps`;
-* what was made by the stages that are in the queue, be it needed or not: `Work.made`;
-* what gradients of adapters wait for: `Stage.waits`.
+* arrays kept for the backward pass and not yet used: `Stage.keeps`;
+* arrays made by the stages in the queue, needed or not: `Work.made`;
+* arrays that the adapters' gradients wait for: `Stage.waits`.
 
-The figure is an upper one: a stage that is partly in the queue counts whole. Against `mx.get_peak_memory` on MLX 0.32.4 for
-Linux, without a GPU, over random models of 2 to 8 layers, width 256 and 512, rows of 190 to 2100 tokens, compiled or not: 1.00
-to 1.11 of the peak with --gradient-checkpointing off, 1.01 to 1.17 with selective, 0.99 to 1.20 with full, but for two forms
-with full and a vocabulary of 8192 over few layers, 1.23 and 1.32, where execution had caught up with the queue.
+The estimate is an upper bound: a stage partly in the queue counts fully. Compared with `mx.get_peak_memory` on MLX 0.32.4 for
+Linux, without a GPU, over random models of 2 to 8 layers, width 256 and 512, rows of 190 to 2100 tokens, compiled or not, it
+is 1.00 to 1.11 of the peak with --gradient-checkpointing off, 1.01 to 1.17 with selective, and 0.99 to 1.20 with full, except
+for two cases with full and a vocabulary of 8192 over few layers, 1.23 and 1.32, where execution had caught up with the queue.
 
-On Metal nothing was measured. There norms and rope are taken as one operation each, attention as its scores written out
-(which MLX does wherever a gradient is wanted), the queue as ten command buffers, all by MLX's source. The estimate is of live
-arrays: the cache of freed ones (see `lite_dil.backends.mlx.load.limit_memory`) comes on top of it. Where they reach MLX's
-memory limit it stops to queue ahead, so that somewhat less may do.
+Nothing was measured on Metal. There, by MLX's source, norms and rope count as one operation each, attention with its whole
+score matrix (as MLX computes it when it needs a gradient), and the queue as ten command buffers. The estimate is of live
+arrays: the cache of freed arrays (see `lite_dil.backends.mlx.load.limit_memory`) comes on top. At its memory limit MLX stops
+queueing ahead, so somewhat less memory may be enough.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from lite_dil.planning.estimate import BYTES, FLOAT32, Estimate, Load, adapter_t
 
 WIDTH = 20  # mlx/utils.h: MLX_BFS_MAX_WIDTH
 TASKS = 10  # mlx/transforms.cpp: queued before the next one waits
-CPU_DISPATCHES = 10  # mlx/backend/cpu/encoder.h: dispatches in a task; an operation is one, what it holds another, a view one
-METAL_OPS, METAL_BYTES = 40, 40 * 2**20  # mlx/backend/metal/device.cpp: operations and bytes in a command buffer, a task
+CPU_DISPATCHES = 10  # mlx/backend/cpu/encoder.h: dispatches in a task: one per operation, one per array it holds, one per view
+METAL_OPS, METAL_BYTES = 40, 40 * 2**20  # mlx/backend/metal/device.cpp: operations and bytes in a command buffer, the task
 CRITERION = 120  # dispatches of the small operations between log-probs and their gradient
 
 
 class Work(NamedTuple):
-    """Operations: bytes of the arrays that they make and do not keep, dispatches, and bytes of weights that they read."""
+    """Operations: bytes of the arrays that they make without keeping, dispatches, and bytes of weights read."""
 
     made: int
     dispatches: int
@@ -51,11 +51,11 @@ class Stage(NamedTuple):
     """A part of a layer.
 
     Attributes:
-        keeps: bytes that the forward pass leaves for the backward pass.
-        waits: bytes that the backward pass leaves. MLX goes breadth first, so that the gradients of A and B come late: each
-            reads a float32 copy of its layer's input or of its output's slope. mx.checkpoint computes a layer again when its
-            result is there, and does not wait for the gradients of the one after it either.
-        mlp: it is in the module that "selective" computes again.
+        keeps: bytes that the forward pass keeps for the backward pass.
+        waits: bytes that the backward pass leaves behind. MLX works breadth first, so the gradients of A and B come late: each
+            reads a float32 copy of its layer's input or of its output's gradient. mx.checkpoint recomputes a layer as soon as
+            its result exists, and does not wait for the gradients of the next layer either.
+        mlp: whether it is in the module that "selective" recomputes.
     """
 
     keeps: int
@@ -66,7 +66,7 @@ class Stage(NamedTuple):
 
 
 def joined(*stages: Stage, calls: int = 1) -> Stage:
-    """Return stages as one, each of whose operations is made of so many smaller ones."""
+    """Return several stages as one, each operation split into `calls` smaller ones."""
 
     def work(parts: Sequence[Work]) -> Work:
         dispatches = sum(part.dispatches for part in parts) * calls
@@ -77,7 +77,7 @@ def joined(*stages: Stage, calls: int = 1) -> Stage:
 
 
 class Moment(NamedTuple):
-    """A stage's turn: bytes that stay after it, bytes that go once it has been executed, and its work."""
+    """A stage's turn: bytes that stay after it, bytes freed once it has run, and its work."""
 
     phase: str
     stays: int
@@ -87,11 +87,11 @@ class Moment(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Tokens that a layer runs on at once: how many, and the queries and keys of each call of its attention."""
+    """Tokens that a layer processes at once: how many, and the queries and keys of each attention call."""
 
     tokens: int
     scores: list[tuple[int, int]]
-    calls: int  # how many, those of a batch counted once
+    calls: int  # number of calls; those of a batch count once
 
 
 NO_WORK = Work(0, 0)
@@ -101,8 +101,8 @@ class MLXStep:
     """A training step of the MLX backend; see `lite_dil.planning.peak.estimate` for the arguments.
 
     Args:
-        metal: on Apple silicon, and not on a CPU, where attention sees no padding and norms and rope are made of many
-            operations.
+        metal: whether it runs on Apple silicon rather than a CPU, where attention skips padding, and norms and rope consist of
+            many operations.
     """
 
     def __init__(self, config: ResolvedConfig, shape: ModelShape, dtype: str, load: Load, metal: bool = True) -> None:
@@ -114,7 +114,7 @@ class MLXStep:
         compiled = metal if config.compile is None else config.compile
         self.pads_attention = metal or compiled  # as in MLXBackend._arrays
         if (own := shape.quantization) and own.library != "mlx":
-            raise UserError(f"weights packed by {own.library} are for CUDA; give the 16-bit model, with --4bit")
+            raise UserError(f"weights quantised by {own.library} are for CUDA; give the 16-bit model, with --4bit")
         self.bits, self.group = (own.bits, own.group) if own else (BITS if config.load_in_4bit else 0, GROUP_SIZE)
         self.multiple = COMPILED_MULTIPLE if compiled else 1
         tensors = adapter_tensors(config, shape)
@@ -123,9 +123,9 @@ class MLXStep:
         self.adapter = sum(rows * columns for pair in tensors.values() for rows, columns in pair) * FLOAT32
 
     def frozen(self, linear: Linear, bits: int | None = None) -> int:
-        """Return the bytes of a linear layer of the base: whole, or in groups with a scale and a bias each."""
+        """Return the bytes of a linear layer of the base: unquantised, or in groups with a scale and a bias each."""
         bits = self.bits if bits is None else bits
-        if not bits or linear.inputs % self.group:  # mlx-lm leaves what it cannot group
+        if not bits or linear.inputs % self.group:  # mlx-lm leaves layers that it cannot group
             return linear.parameters * self.e
         groups = linear.weight // self.group
         return linear.weight * bits // 8 + 2 * groups * self.e + (linear.parameters - linear.weight) * self.e
@@ -141,18 +141,18 @@ class MLXStep:
         return {"linears": linears, "embeddings": embeddings, "head": head, "norms": s.norm_parameters * e}
 
     def estimate(self) -> Estimate:
-        """Return the peak: the moment when most is live of what was kept, and of what the work in the queue has made."""
+        """Return the peak over all moments of what is kept plus what the queued work has made."""
         several = self.adapter if self.config.gradient_accumulation_steps > 1 else 0
         fixed: dict[str, Any] = {**self.weights(), "adapter": self.adapter, "optimizer": 2 * self.adapter}
         if self.config.reference == "initial-adapter":
             fixed["reference"] = self.adapter
-        worst: dict[str, dict[str, Any]] = {}  # what comes to it, at the worst moment of each phase
+        worst: dict[str, dict[str, Any]] = {}  # the parts, at the worst moment of each phase
         queue: deque[tuple[float, Moment]] = deque()
         kept, gradients = 0, several
         for moment in self._moments():
             kept, gradients = kept + moment.stays, gradients + moment.gradients
             queue.append((self._share(moment.work), moment))
-            while sum(share for share, _ in queue) - queue[0][0] >= 1:  # without the oldest it is full
+            while sum(share for share, _ in queue) - queue[0][0] >= 1:  # full even without the oldest
                 kept -= queue.popleft()[1].goes
             made = sum(queued.work.made for _, queued in queue)
             here = {"activations": kept, "gradients": gradients, "logits" if moment.phase == "head" else "temporaries": made}
@@ -162,18 +162,18 @@ class MLXStep:
         return replace(max(found, key=lambda e: e.total), phases=tuple((e.phase, e.total) for e in found))
 
     def _share(self, work: Work) -> float:
-        """Return which part of the queue some work fills; on Metal a large operation is a command buffer by itself."""
+        """Return the share of the queue that some work fills; on Metal a large operation fills a command buffer by itself."""
         if not self.metal:
             return work.dispatches / CPU_DISPATCHES / TASKS
-        operations = work.dispatches / 3  # views, and what an operation holds, are none
+        operations = work.dispatches / 3  # views and held arrays are not operations
         return min(operations, max(operations / METAL_OPS, (work.made + work.weights) / METAL_BYTES)) / TASKS
 
     def _moments(self) -> Iterator[Moment]:
-        """Yield a forward and a backward pass."""
+        """Yield the moments of a forward and a backward pass."""
         blocks, full = self._blocks(), self.mode == "full"
         stream = sum(block.tokens for block in blocks) * self.shape.hidden * self.e
         layer = [stage for block in blocks for stage in self._stages(block)]
-        # Of prompts the last layer computes keys and values, since nothing reads more.
+        # For prompts the last layer computes only keys and values, since nothing reads more.
         last = [stage for block in blocks[:-1] for stage in self._stages(block)[:1]] + self._stages(blocks[-1])
         layers = [layer] * (self.shape.layers - 1) + [last]
         yield Moment("forward", stream + self._masks(blocks), 0, NO_WORK)
@@ -183,12 +183,12 @@ class MLXStep:
                     made, dispatches, weights = stage.forward
                     work = Work(made + stage.keeps * again, dispatches, weights)
                     yield Moment("forward", stage.keeps * (not again), 0, work)
-            yield Moment("forward", stream * full, 0, NO_WORK)  # kept is its result, the next one's input
-        # An MLP, which is few operations, is computed again as soon as its result is there: the last one beside the head.
+            yield Moment("forward", stream * full, 0, NO_WORK)  # its result, the next layer's input, is kept
+        # An MLP is few operations, so it is recomputed as soon as its result exists: the last one next to the head.
         early = 0 if full else sum(stage.keeps for again, group in self._groups(last) for stage in group if again)
         yield Moment("head", early, 0, NO_WORK)
         yield from self._head()
-        late = 0  # what the layer after this one left to wait
+        late = 0  # what the next layer left waiting
         for stages in reversed(layers):
             for again, group in reversed(self._groups(stages)):
                 if again:
@@ -201,13 +201,13 @@ class MLXStep:
             yield Moment("backward", 0, stream * full, NO_WORK, self.adapter // len(layers))
 
     def _groups(self, stages: Sequence[Stage]) -> list[tuple[bool, list[Stage]]]:
-        """Return stages in order, in groups that are computed again for the backward pass, or are not."""
+        """Return stages in order, grouped by whether they are recomputed for the backward pass."""
         if self.mode != "selective":
             return [(self.mode == "full", list(stages))]
         return [(again, list(group)) for again, group in groupby(stages, key=lambda stage: stage.mlp)]
 
     def _blocks(self) -> list[Block]:
-        """Return the prompts and the responses, or the rows."""
+        """Return the blocks of prompts and responses, or of rows."""
         load, rows = self.load, sum(map(len, self.load.responses))
         if self.layout == "plain":
             length = self._up(load.longest)
@@ -219,7 +219,7 @@ class MLXStep:
             return [Block(prompts, alone, 1), Block(responses, after, 1)]
 
         def cut(length: int, past: int) -> list[tuple[int, int]]:
-            """Some queries at a time, which see all keys up to theirs."""
+            """Split queries into pieces, each of which sees all keys up to its own."""
             stops = [min(start + MLX_QUERIES, length) for start in range(0, length, MLX_QUERIES)]
             return [((stop - 1) % MLX_QUERIES + 1, past + stop) for stop in stops]
 
@@ -232,7 +232,7 @@ class MLXStep:
         return -(-length // self.multiple) * self.multiple
 
     def _masks(self, blocks: Sequence[Block]) -> int:
-        """Return the bytes of what is added to scores, which all layers share."""
+        """Return the bytes of the attention masks, which all layers share."""
         if self.layout == "plain":
             return 0
         calls = [call for block in blocks for call in block.scores]
@@ -241,20 +241,20 @@ class MLXStep:
     def _stages(self, block: Block) -> list[Stage]:
         """Return a layer's stages over the tokens of a block, in order."""
         s, e, tokens = self.shape, self.e, block.tokens
-        attended = sum(queries for queries, _ in block.scores)  # in padded blocks more than there are tokens
+        attended = sum(queries for queries, _ in block.scores)  # more than the tokens in padded blocks
         names = list(self.linears)
         qkv, gate_up = names[: names.index("self_attn.o_proj")], [name for name in names if "gate" in name or "up_" in name]
         norm = self._norm(tokens * s.hidden)
         pre, post = [norm] * (not s.post_norms or s.norms == 4), [norm] * s.post_norms
         read = [self._input(qkv, attended), *(self._linear(name, attended) for name in qkv), self._rope(attended)]
-        if s.joined:  # values are a view of the whole, which they keep; each part's gradient is written into zeros of it
+        if s.joined:  # values are a view that keeps the whole; each part's gradient is written into zeros of full size
             whole = attended * (s.queries + 2 * s.keys) * e
             read.append(Stage(whole, NO_WORK, Work(3 * whole, 12)))
         if s.qk_norm:
             read.append(self._norm(attended * (s.queries + s.keys)))
-        if self.layout != "plain":  # calls read slices, or padded blocks: gradients are written into zeros of the whole
+        if self.layout != "plain":  # calls read slices, or padded blocks: gradients are written into zeros of full size
             read.append(Stage(0, NO_WORK, Work(block.calls * max(tokens, attended) * s.hidden * e, 0)))
-        # Kept are gate, its sigmoid, silu and up. Each has a gradient, and the sigmoid's slope takes one more.
+        # Kept are gate, its sigmoid, silu and up. Each has a gradient, and the sigmoid's derivative needs one more array.
         numbers = tokens * s.intermediate * e
         active = Stage(4 * numbers, Work(0, 6), Work((5 + 4 * s.joined) * numbers, 16))
         wide = joined(*(self._linear(name, tokens) for name in gate_up))
@@ -269,7 +269,7 @@ class MLXStep:
         ]
 
     def _norm(self, numbers: int) -> Stage:
-        """Norm: one operation on Metal; on a CPU its parts, in float32, of which the input is kept."""
+        """Norm: one operation on Metal; on a CPU its parts in float32, of which the input is kept."""
         own, wide = numbers * self.e, numbers * FLOAT32
         if self.metal:
             return Stage(own, Work(own, 2), Work(2 * own, 4))
@@ -277,52 +277,53 @@ class MLXStep:
         return Stage(wide, Work(2 * wide + cast, 20), Work(4 * wide + 2 * cast, 26))
 
     def _input(self, names: Sequence[str], tokens: int, again: bool = False) -> Stage:
-        """Return what linear layers read: their adapters keep it, once, and so does an MLP that is computed again."""
+        """Return the stage of linear layers' input: their adapters keep it once, and so does a recomputed MLP."""
         kept = again or any(name in self.targets for name in names)
         return Stage(kept * tokens * self.linears[names[0]].inputs * self.e, NO_WORK, NO_WORK)
 
     def _linear(self, name: str, tokens: int, own: bool = False) -> Stage:
-        """W x + scale x A B; with an input of its `own` it keeps that."""
+        """W x + scale x A B; with its `own` input it keeps that."""
         linear, e = self.linears[name], self.e
         inputs, outputs, weight = tokens * linear.inputs, tokens * linear.outputs, self.frozen(linear)
         bare = Stage(0, Work(outputs * e, 5, weight), Work(inputs * e, 5, weight))
         if name not in self.targets:
             return bare
-        # A, B and all that is made of them are float32: other types are cast, on the way forward and back.
+        # A, B and everything made from them are float32: other types are cast, forward and backward.
         cast = e * (e != FLOAT32)
         wide = FLOAT32 * (e != FLOAT32)
         forward, backward = Work(outputs * (FLOAT32 + cast) + inputs * wide, 14), Work(inputs * (FLOAT32 + cast), 26)
         adapter = Stage(tokens * self.rank * FLOAT32, forward, backward, (inputs + outputs) * FLOAT32)
-        dropout = Stage(2 * inputs * e, Work(inputs * (FLOAT32 + 1), 20), Work(inputs * e, 4))  # the mask, and what it leaves
+        # The mask, and the masked input.
+        dropout = Stage(2 * inputs * e, Work(inputs * (FLOAT32 + 1), 20), Work(inputs * e, 4))
         return joined(bare, adapter, *[dropout] * bool(self.config.lora_dropout), *[self._input([name], tokens)] * own)
 
     def _rope(self, tokens: int) -> Stage:
-        """Rotate queries and keys: one operation on Metal; on a CPU the products of halves with tables, twice, and sums."""
+        """Rotate queries and keys: one operation on Metal; on a CPU products of halves with tables, twice, and sums."""
         made = tokens * (self.shape.queries + self.shape.keys) * self.e
         return Stage(0, Work(made, 2), Work(made, 2)) if self.metal else Stage(0, Work(4 * made, 36), Work(4 * made, 48))
 
     def _attention(self, block: Block) -> Stage:
-        """Attend with all scores written out, as MLX does wherever a gradient is wanted."""
+        """Attention with the whole score matrix, as MLX computes it when it needs a gradient."""
         s, e = self.shape, self.e
         queries, keys = (sum(call[i] for call in block.scores) for i in (0, 1))
         scores = sum(queries * keys for queries, keys in block.scores) * s.heads * e
         result, both = queries * s.queries * e, 2 * keys * s.keys * e
-        cap = 2 * s.attention_cap  # a result and a slope
-        # The gradients of keys and values come for every query's head, and are summed.
+        cap = 2 * s.attention_cap  # a result and a derivative
+        # The gradients of keys and values are made for every query head, then summed.
         every = 2 * keys * s.queries * e * (s.heads > s.kv_heads)
-        # The softmax keeps its result and makes two gradients; a mask of bools, as plain rows have, is kept as numbers then.
+        # The softmax keeps its result and makes two gradients; a boolean mask, as plain rows have, is then kept as numbers.
         backward = scores * (2 + cap + (self.layout == "plain")) + 2 * result + every + both
-        # Calls do not wait for each other, so that MLX, breadth first, takes up to WIDTH of them side by side.
+        # Calls do not wait for each other, so MLX, breadth first, takes up to WIDTH of them at once.
         work = Work(backward, 34 * -(-block.calls // WIDTH))
         return Stage(result + both + scores * (1 + cap), Work(result + both, 24 * block.calls), work)
 
     def _head(self) -> Iterator[Moment]:
-        """Yield the chunks of tokens of which logits are made: shifted, powers and slope in float32, and casts."""
+        """Yield the chunks of tokens whose logits are computed: shifted, exponentials and gradients in float32, and casts."""
         s, tokens, weights = self.shape, self._up(self.load.answer_tokens), self.weights()
         size = chunk_tokens(s.vocabulary, MLX_CHUNK)
         each = 4 * FLOAT32 + 2 * self.e * (self.e != FLOAT32) + 3 * FLOAT32 * bool(s.transform.cap)
         for start in range(0, tokens, size):
             count = min(size, tokens - start)
             work = Work(count * s.vocabulary * each, 48, 2 * (weights["head"] or weights["embeddings"]))
-            yield Moment("head", 2 * count * s.hidden * self.e, 0, work)  # hidden states and slope
+            yield Moment("head", 2 * count * s.hidden * self.e, 0, work)  # hidden states and their gradient
         yield Moment("head", 0, 0, Work(0, CRITERION))

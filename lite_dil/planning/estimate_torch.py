@@ -1,4 +1,4 @@
-"""The memory of a step on torch, in formulas that name the code they are of: what each operation keeps and needs."""
+"""Estimate the memory of a step on torch: what each operation keeps and needs, with the code that it describes."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.shape import Linear, ModelShape
 from lite_dil.planning.estimate import BYTES, FLOAT32, Estimate, Load, adapter_tensors, layout_for
 
-# What the allocator of a GPU cannot use between tensors, of what it reserves: with segments that grow and with those that
-# cannot, by its own books of steps of an 8B Llama (docs/LOG.md).
+# Share of reserved GPU memory lost to fragmentation, with expandable segments and without, by the allocator's statistics in
+# steps of an 8B Llama (docs/LOG.md).
 RESERVE, FIXED_RESERVE = 0.0625, 0.13
-WORKSPACE = 2**24  # of cuBLAS, 8 MiB, and what is small
-PROCESS = 2 * GIB  # of the computer's memory: Python, torch and transformers, 1.2 GiB, and CUDA's part, which is a guess
-NF4_BLOCK, NF4_GROUP, NF4_TABLES = 64, 256, 16 * 4 + 256 * 4 + 4  # weights a scale, scales a second scale, bytes a layer
+WORKSPACE = 2**24  # cuBLAS, 8 MiB, and small things
+PROCESS = 2 * GIB  # of the computer's memory: Python, torch and transformers 1.2 GiB, the rest a guess for CUDA
+NF4_BLOCK, NF4_GROUP, NF4_TABLES = 64, 256, 16 * 4 + 256 * 4 + 4  # weights per scale, scales per second scale, bytes per layer
 
 
 class Op(NamedTuple):
-    """An operation of a layer: bytes it keeps for its backward pass, and bytes live beside all kept ones while that runs."""
+    """An operation of a layer: bytes kept for its backward pass, and further bytes live while that runs."""
 
     keeps: int
     backward: int
 
 
 def peak(ops: Sequence[Op]) -> Op:
-    """Return what is kept and what is live beside it at the worst moment of the backward pass, which frees from the end."""
+    """Return the kept and the further live bytes at the worst moment of the backward pass, which frees from the end."""
     moments, kept = [], 0
     for op in ops:
         kept += op.keeps
@@ -53,15 +53,15 @@ class Layer:
     """One decoder layer over some tokens.
 
     Args:
-        tokens: that it computes.
-        read: the tokens that its MLP computes, of the last layer in a packed row; None for all.
+        tokens: the number of tokens computed.
+        read: the tokens that the last layer's MLP computes in a packed row; None for all.
     """
 
     def __init__(self, step: TorchStep, tokens: int, read: int | None = None) -> None:
         self.step, self.shape, self.e = step, step.shape, step.e
         self.some_read = read is not None
         self.tokens, self.mlp_tokens = tokens, tokens if read is None else read
-        self.stream = tokens * self.shape.hidden * self.e  # one array of the model's width
+        self.stream = tokens * self.shape.hidden * self.e  # bytes of one array of the model's width
 
     def ops(self) -> list[Op]:
         """Return the layer's operations in order."""
@@ -78,17 +78,17 @@ class Layer:
 
     @property
     def input_kept_by_linears(self) -> bool:
-        """Whether the layer has no norm before its attention, so that q, k and v keep the layer's own input."""
+        """Whether there is no norm before attention, so that q, k and v keep the layer's input itself."""
         return self.shape.post_norms and self.shape.norms == 2
 
     @property
     def input_kept(self) -> bool:
-        """Whether some operation keeps the layer's own input, and not only what it made of it."""
+        """Whether some operation keeps the layer's input itself."""
         fused = self.step.fused_linears if self.input_kept_by_linears else self.step.config.fused_layers
         return self.shape.rms and (fused or self.e == FLOAT32)
 
     def _norm(self) -> Op:
-        """_RMSNorm keeps its input and a float32 a row; its backward holds two gradients, the residual's, and float32 pieces.
+        """_RMSNorm keeps its input and a float32 per row; its backward has two gradients, the residual's, and float32 pieces.
 
         The stock module keeps a float32 copy of its input instead, and a layer norm two.
         """
@@ -97,13 +97,13 @@ class Layer:
             return Op(2 * wide + row, 2 * self.stream + 3 * wide)
         if not self.step.config.fused_layers:
             return Op(wide + row, 2 * self.stream + 2 * wide)
-        piece = min(wide, NORM_TILE["cuda"] * FLOAT32) if self.step.cuda else 0  # a CPU's is next to nothing
+        piece = min(wide, NORM_TILE["cuda"] * FLOAT32) if self.step.cuda else 0  # negligible on a CPU
         return Op(self.stream + row, 3 * self.stream + 3 * piece)
 
     def _linears(self, names: Sequence[str], tokens: int, shared: bool = True) -> int:
-        """Return what linear layers with the same input keep: `shared` is whether nothing else keeps that input.
+        """Return what linear layers with the same input keep; `shared` says that nothing else keeps that input.
 
-        _LoRA keeps x and A x. PEFT's own layer keeps a float32 copy of x for each adapter, and with dropout its mask too.
+        _LoRA keeps x and A x. PEFT's own layer keeps a float32 copy of x for each adapter, and with dropout also its mask.
         """
         step = self.step
         adapted = [step.linears[name] for name in names if name in step.targets]
@@ -139,7 +139,7 @@ class Layer:
         q, k, row = t * s.queries * e, t * s.keys * e, t * s.heads * FLOAT32
         keeps = 2 * q + 2 * k + row
         if self.step.layout == "plain" and s.qk_norm and s.norms == 4:
-            # Gemma 3 norms queries after their heads are taken apart: SDPA's result is then copied for o_proj.
+            # Gemma 3 norms queries after splitting heads: SDPA's result is then copied for o_proj.
             keeps += q
         if s.joined:  # the values are a view of the whole result of qkv_proj
             keeps += q + k
@@ -155,7 +155,7 @@ class Layer:
         return Op(keeps, self.stream + 2 * q + wide + max(unit + scores, cast))
 
     def _eager(self) -> Op:
-        """Stock attention holds whole scores: kept are tanh's, the softmax in float32, and its rounded copy."""
+        """Stock attention has the whole score matrix: it keeps tanh's result, the float32 softmax, and its rounded copy."""
         s, e, length = self.shape, self.e, self.step.load.longest
         scores = self.tokens * s.heads * length
         q = self.tokens * s.queries * e
@@ -170,29 +170,29 @@ class Layer:
         return Op(keeps, 2 * self.stream + result + self.step.unpacked([name]))
 
     def _mlp(self) -> list[Op]:
-        """_GatedMLP keeps its input, gate, up and the low-rank products, or its input alone; the rest is there in pieces."""
+        """_GatedMLP keeps its input, gate, up and the low-rank products, or only its input; the rest exists in pieces."""
         s, t, step = self.shape, self.mlp_tokens, self.step
         names = [name for name in step.linears if name.startswith("mlp.")]
         unpacked = step.unpacked(names)
         stream, wide = t * s.hidden * self.e, t * s.intermediate * self.e
-        # The norm's result; of a parallel layer q, k and v have kept it already.
+        # The norm's result; in a parallel layer q, k and v keep it already.
         x = 0 if s.parallel and step.fused_linears and self._qkv().keeps else stream
-        # The residual's gradient is this one's too, unless a norm lies between.
+        # The residual's gradient is also this one's, unless a norm lies between.
         incoming = self.stream * (2 if s.post_norms else 1)
         incoming += stream if self.some_read else 0  # its rows for the positions that are read
         if not step.fused_mlp:
             ops = self._stock_mlp(names, incoming)
-            # torch_layers.checkpoint holds the result, computed again, beside its gradient.
+            # checkpoint() holds the recomputed result next to its gradient.
             return [Op(x, sum(peak(ops)) + stream)] if step.mode == "selective" else ops
         lows = self._linears(names, t, shared=False)
         tile = min(t, step.mlp_tile)
-        # active, grad_product and grad_gate beside gate and up; the input's gradient, and the part of it from gate.
+        # active, grad_product and grad_gate besides gate and up; the input's gradient, and gate's part of it.
         if step.mode == "selective":
             return [Op(x, incoming + stream + (5 * wide + stream + lows) * tile // t + unpacked)]
         return [Op(x + 2 * wide + lows, incoming + stream + (3 * wide + stream) * tile // t + unpacked)]
 
     def _stock_mlp(self, names: Sequence[str], incoming: int) -> list[Op]:
-        """Stock modules keep the activation, and for the adapter of down the product with up."""
+        """Stock modules keep the activation and, for down's adapter, the product with up."""
         s, t, step = self.shape, self.mlp_tokens, self.step
         numbers = t * s.intermediate
         wide, unpacked = numbers * self.e, step.unpacked(names)
@@ -234,7 +234,7 @@ class TorchStep:
             raise UserError("--offload-embeddings: the table is the output head too; add --head-bits 8 (or 4)")
 
     def frozen(self, linear: Linear) -> int:
-        """Return the bytes that a linear layer of the base takes: NF4 with its scales, or whole."""
+        """Return the bytes of a linear layer of the base: NF4 with its scales, or unquantised."""
         if not self.packed4:
             return linear.parameters * self.e
         blocks = linear.weight // NF4_BLOCK
@@ -244,7 +244,7 @@ class TorchStep:
         return linear.weight // 2 + scales + (linear.parameters - linear.weight) * self.e
 
     def unpacked(self, names: Sequence[str]) -> int:
-        """Return the bytes of the largest of these weights while it is used unpacked, its scales among them."""
+        """Return the bytes of the largest of these weights while it is unpacked, scales included."""
         largest = max(self.linears[name].weight for name in names)
         return largest * self.e + largest // NF4_BLOCK * FLOAT32 if self.packed4 else 0
 
@@ -261,10 +261,10 @@ class TorchStep:
         return {"linears": linears, "embeddings": table - away, "head": head, "norms": norms}
 
     def optimizer(self) -> tuple[int, int]:
-        """Return the bytes of AdamW's state, and of those that are paged, so that they may leave the GPU.
+        """Return the bytes of AdamW's state, and how many of them are paged and may leave the GPU.
 
-        The state is two float32 a number, or two bytes with a scale for 256 of them. bitsandbytes keeps it in float32 for
-        tensors of fewer than 4096 numbers, and pages it for those of 100000 and more.
+        The state is two float32 per parameter, or two bytes with a scale per 256. bitsandbytes keeps it in float32 for tensors
+        of fewer than 4096 parameters, and pages it for those of 100000 or more.
         """
         here = paged = 0
         for size in (rows * columns for pair in self.tensors.values() for rows, columns in pair):
@@ -272,7 +272,7 @@ class TorchStep:
                 here += 2 * size * FLOAT32
                 continue
             here += 2 * -(-size // 256) * FLOAT32
-            # On WSL managed memory cannot be larger than the GPU's own.
+            # On WSL managed memory cannot exceed the GPU's own.
             if self.cuda and size >= 100_000 and not on_wsl():
                 paged += 2 * size
             else:
@@ -296,9 +296,9 @@ class TorchStep:
         return replace(best, phases=tuple((e.phase, e.total) for e in found))
 
     def host(self, paged: int) -> tuple[tuple[str, int], ...]:
-        """Return what a GPU's run has in the computer's memory, by what it is for.
+        """Return what a GPU run has in the computer's memory, by purpose.
 
-        While weights are loaded, the largest is there as its file has it, and a head that is yet to be quantised.
+        While weights load, the largest is there unquantised, and so is a head that is quantised later.
         """
         s, kept = self.shape, 0
         if self.config.offload_activations and self.mode == "full":
@@ -315,19 +315,19 @@ class TorchStep:
         )
 
     def phases(self) -> dict[str, dict[str, int]]:
-        """Return for each phase what it holds beside the weights, the adapter and the optimiser's state."""
+        """Return what each phase holds besides the weights, the adapter and the optimiser's state."""
         found = {"loading": self._loading()}
         if self.config.precompute_reference:
             found["reference beforehand"] = self._beforehand()
-        several = self.config.gradient_accumulation_steps > 1  # the gradients of the passes before are there
+        several = self.config.gradient_accumulation_steps > 1  # the gradients of earlier passes exist
         found |= self._backward(several)
-        found["optimiser"] = {"gradients": self.adapter}  # the fused AdamW makes nothing on its way
+        found["optimiser"] = {"gradients": self.adapter}  # the fused AdamW has no temporaries
         return found
 
     def _loading(self) -> dict[str, int]:
         """Linear layers are quantised one by one, the head tile by tile in float32, from the computer's memory to a GPU.
 
-        A head that is the table comes from there only where the table stays there.
+        A head that is the table comes from there only if the table stays there.
         """
         s, quantising = self.shape, 0
         if self.packed4:
@@ -348,22 +348,22 @@ class TorchStep:
         return {"optimizer": 0, "temporaries": inside + self.unpacked([name for name in self.linears if "mlp" in name])}
 
     def _backward(self, several: bool) -> dict[str, dict[str, int]]:
-        """Return the head, where everything is kept, and the backward passes of the layers where most may be live."""
+        """Return the head's phase, when everything is kept, and the backward passes of the layers that may be the peak."""
         s, full = self.shape, self.mode == "full"
         read = self.load.read_positions if self.layout == "packed" else None
         layer, last = Layer(self, self.tokens), Layer(self, self.tokens, read)
-        # Of a layer that is computed again only its input is kept, here or in the computer's memory.
+        # A recomputed layer keeps only its input, on the device or in the computer's memory.
         away = full and self.config.offload_activations
         each, top = (layer.keeps, last.keeps) if not full else (0, 0) if away else (layer.stream, layer.stream)
         tables = 2 * self.tokens * s.head_width * self.e  # cos and sin
         if self.layout == "plain" and s.attention_cap:  # a mask for layers with a window, and one for those without
             tables += 2 * self.tokens * self.load.longest * self.e
-        # The embeddings have no gradient, so that the first norm keeps nothing.
+        # The embeddings have no gradient, so the first norm keeps nothing.
         frozen = 0 if full or layer.input_kept_by_linears else layer.ops()[0].keeps
         found = {"head": self._head(each * (s.layers - 1) + top + tables - frozen)}
         found["head"]["gradients"] = self.adapter if several else 0
         again = 0
-        if full:  # its result, its input where nothing in it keeps that, and the input that is fetched for the next one
+        if full:  # its result, its input if nothing in it keeps that, and the next layer's input, already fetched
             again = layer.stream * (1 + (not layer.input_kept) + away)
         for name, number in (("last layer", s.layers - 1), ("last layer but one", s.layers - 2), ("first layer", 0)):
             kept, backward = peak((last if number == s.layers - 1 else layer).ops())
@@ -375,10 +375,10 @@ class TorchStep:
         return found
 
     def _head(self, kept: int) -> dict[str, int]:
-        """Return what _TokenLogps holds at its worst moment over `kept`: a chunk of logits, what comes of it, and the sums."""
+        """Return the worst moment of _TokenLogps on top of `kept`: a chunk of logits, arrays made from it, and the sums."""
         s, e, n = self.shape, self.e, self.load.answer_tokens
         final = n * s.hidden * e
-        # Gathered before the last norm or after it; the norm's result, and d logp / d hidden.
+        # Gathered before or after the last norm; the norm's result, and d logp / d hidden.
         kept += 3 * final if self.layout == "packed" else 2 * self.tokens * s.hidden * e + 2 * final
         cast = e if e != FLOAT32 else 0
         tile, weight, unpacking = s.vocabulary, 0, 0
@@ -390,10 +390,10 @@ class TorchStep:
         together = min(n, max(c, HEAD_SUMS // s.hidden) if self.config.head_bits else c)
         c = min(n, c)
         logits = c * tile * FLOAT32
-        # Logits are cast to float32, their exponentials back again, and the product is added to the sums.
+        # Logits are cast to float32, their exponentials back, and the product is added to the sums.
         forward, back = c * tile * cast, c * tile * cast + c * s.hidden * e
-        if s.transform.cap:  # its slope, a number a logit
+        if s.transform.cap:  # its derivative, one number per logit
             forward, back = max(forward, 2 * logits), back + logits
-        # The logits of the piece before are gone when the weight is unpacked.
+        # The previous piece's logits are freed when the weight is unpacked.
         temporaries = max(unpacking - logits, weight + forward, weight + back) + together * s.hidden * FLOAT32
         return {"activations": kept, "logits": logits, "temporaries": temporaries}

@@ -1,4 +1,4 @@
-"""What fits into a memory, by estimate: how long, how many at once, and what to change where a run does not."""
+"""What fits into memory, by estimate: how long, how many at once, and what to change if a run does not fit."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lite_dil.models.shape import ModelShape, read_shape
 from lite_dil.planning.estimate import Estimate, Load
 from lite_dil.planning.peak import estimate
 
-LENGTHS = 64  # lengths are given in multiples of this
+LENGTHS = 64  # lengths are multiples of this
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model and where it is trained: all that an estimate takes beside the options and the load."""
+    """A model and its backend: what an estimate needs besides the options and the load."""
 
     shape: ModelShape
     backend: str
@@ -31,26 +31,26 @@ class Model:
 
     def estimate(self, config: ResolvedConfig, load: Load) -> Estimate:
         """Return the memory of a step whose largest pass is `load`."""
-        # A step of several passes adds up their gradients, whether --row-tokens splits it or the user did.
+        # A step of several passes accumulates gradients, whether --row-tokens or the user splits it.
         if len(load.prompts) < config.batch_size * config.gradient_accumulation_steps:
             config = replace(config, gradient_accumulation_steps=max(2, config.gradient_accumulation_steps))
         return estimate(config, self.shape, self.backend, self.dtype, load)
 
     def total(self, config: ResolvedConfig, load: Load) -> int:
-        """Return its bytes."""
+        """Return its total bytes."""
         return self.estimate(config, load).total
 
     def fits(self, config: ResolvedConfig, load: Load, memory: Memory) -> bool:
-        """Return whether there is memory for such a step, on the GPU and in the computer."""
+        """Return whether such a step fits, on the GPU and in the computer's memory."""
         found = self.estimate(config, load)
         return memory.holds(found.total, found.host)
 
     def mode(self, config: ResolvedConfig) -> str:
-        """Return what --gradient-checkpointing comes to: "off", "selective" or "full"."""
+        """Return what --gradient-checkpointing resolves to: "off", "selective" or "full"."""
         return checkpointing(config, self.shape.parameters)
 
     def can_offload(self, config: ResolvedConfig) -> tuple[str, ...]:
-        """Return the options of --offload-... that this backend and this model have."""
+        """Return the --offload-... options that this backend and model support."""
         if self.backend != "cuda":
             return ()
         table = not self.shape.tied or config.head_bits is not None
@@ -58,19 +58,19 @@ class Model:
 
 
 def planned_dtype(config: ResolvedConfig, backend: str, here: bool = True) -> str:
-    """Return what the model computes in, as far as can be told; a Mac that is not `here` has bfloat16."""
+    """Return the compute dtype, as far as it is known; a Mac other than this machine has bfloat16."""
     if config.dtype != "auto":
         return config.dtype
     return registry.auto_dtype(backend, here)
 
 
 def several(load: Load, count: int) -> Load:
-    """Return the pass of `count` examples like that of `load`."""
+    """Return a pass of `count` examples like `load`."""
     return Load(load.prompts * count, load.responses * count)
 
 
 def most(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """Return the largest number in low .. high that fits, or low - 1; what is smaller than one that fits does too."""
+    """Return the largest number in low .. high that fits, or low - 1; if a number fits, so do all smaller ones."""
     low -= 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -79,8 +79,8 @@ def most(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def longest(config: ResolvedConfig, model: Model, memory: Memory, answers: int) -> int:
-    """Return the largest --max-length, a multiple of 64, with which one example of `answers` answers fits; 0 for none."""
-    # Beyond what the model was made for nothing is to be had.
+    """Return the largest --max-length, a multiple of 64, with which one example of `answers` responses fits; 0 for none."""
+    # Not beyond the model's context length.
     limit = (model.shape.max_positions or 2**20) // LENGTHS
 
     def fits(number: int) -> bool:
@@ -91,20 +91,20 @@ def longest(config: ResolvedConfig, model: Model, memory: Memory, answers: int) 
 
 
 def most_examples(config: ResolvedConfig, model: Model, memory: Memory, answers: int, limit: int = 1000) -> int:
-    """Return how many examples of --max-length fit into one pass, `limit` at most."""
+    """Return how many examples of --max-length fit into one pass, at most `limit`."""
     one = Load.worst(replace(config, batch_size=1), answers)
     return most(lambda count: model.fits(config, several(one, count), memory), 1, limit)
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """What to change so that a run fits.
+    """Changes that make a run fit.
 
     Attributes:
-        changes: options in order of harm.
-        config: with them.
-        estimate: of the largest pass with them.
-        memory: what it has to fit into.
+        changes: options, the least harmful first.
+        config: the config with them.
+        estimate: the memory of the largest pass with them.
+        memory: the memory to fit into.
     """
 
     changes: dict[str, Any]
@@ -114,7 +114,7 @@ class Remedy:
 
     @property
     def fits(self) -> bool:
-        """Whether they suffice; else nothing here does."""
+        """Whether they suffice; if not, nothing here does."""
         return self.memory.holds(self.estimate.total, self.estimate.host)
 
     def flags(self) -> str:
@@ -125,7 +125,7 @@ class Remedy:
         return " ".join(map(_flag, values, values.values()))
 
     def advice(self) -> str:
-        """Return a sentence for people."""
+        """Return a sentence of advice."""
         sizes = f"{gigabytes(self.estimate.total)} GB"
         if math.isfinite(self.memory.host):
             sizes += f", and {gigabytes(self.estimate.host)} GB of the computer's"
@@ -143,9 +143,9 @@ def _flag(name: str, value: Any) -> str:
 
 
 def find_remedy(config: ResolvedConfig, model: Model, memory: Memory, load: Callable[[ResolvedConfig], Load]) -> Remedy:
-    """Return the first changes, in order of harm, that make a run fit, without those that turn out needless.
+    """Return the least harmful changes that make a run fit, without unnecessary ones.
 
-    Where the computer's memory is limited, they are sought with and without each offload into it.
+    If the computer's memory is limited, it tries with and without each offload into it.
 
     Args:
         load: the largest pass under a config.
@@ -187,7 +187,7 @@ def find_remedy(config: ResolvedConfig, model: Model, memory: Memory, load: Call
 
 
 def _harms(config: ResolvedConfig, model: Model) -> list[dict[str, Any]]:
-    """Return what can be changed to save memory, from what costs a little time to what changes the model."""
+    """Return the changes that save memory, from those that cost a little time to those that change the model."""
     mode = model.mode(config)
     steps: list[dict[str, Any]] = []
     if mode == "off":
@@ -195,7 +195,7 @@ def _harms(config: ResolvedConfig, model: Model) -> list[dict[str, Any]]:
     if mode != "full":
         steps.append({"gradient_checkpointing": "full"})
     if row_tokens(config) > 2 * config.max_length:
-        steps.append({"row_tokens": None})  # the longest pair's
+        steps.append({"row_tokens": None})  # enough for the longest pair
     for name in ("offload_activations", "offload_embeddings"):
         if name in model.can_offload(config) and not getattr(config, name):
             steps.append({name: True})
@@ -209,20 +209,20 @@ def _harms(config: ResolvedConfig, model: Model) -> list[dict[str, Any]]:
 
 
 def _valid(config: ResolvedConfig, model: Model) -> bool:
-    """Whether the options go together."""
+    """Return whether the options are compatible."""
     if config.offload_embeddings and "offload_embeddings" not in model.can_offload(config):
         return False
     return not config.offload_activations or model.mode(config) == "full"
 
 
 def memory_line(config: ResolvedConfig, model: str, load: Load, peak: float, before: float) -> str:
-    """Return the estimate beside the peak.
+    """Return a line that compares the estimate with the peak.
 
     Args:
-        config: with the layout and the dtype that the run took, not "auto".
-        model: a folder or a hub id, which was loaded.
+        config: with the layout and the dtype that the run used, not "auto".
+        model: the folder or hub id of the loaded model.
         peak: bytes.
-        before: bytes that a process on a CPU had before the model was loaded.
+        before: bytes that a process on a CPU used before the model was loaded.
     """
     text, what = f"{gigabytes(peak)} GB peak", ""
     if config.backend == "cpu":

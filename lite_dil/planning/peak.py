@@ -1,4 +1,4 @@
-"""The peak of a training step, by the backend that computes it."""
+"""Estimate the peak memory of a training step on a given backend."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def estimate(config: ResolvedConfig, shape: ModelShape, backend: str, dtype: str
     Args:
         config: resolved (`TrainConfig.resolved`).
         backend: "cuda", "cpu", or "mlx" on Apple silicon.
-        dtype: what the model computes in: "float32", "bfloat16" or "float16".
+        dtype: the compute dtype: "float32", "bfloat16" or "float16".
         load: the largest pass of the run.
 
     Raises:
-        UserError: the options ask for something whose memory is not known.
+        UserError: an option's memory is not known.
     """
     check_options(backend, config, config)
     if config.unsloth:

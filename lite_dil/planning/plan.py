@@ -1,4 +1,4 @@
-"""Whether a run fits, why, and what would help, from the options and the model's config.json alone."""
+"""Plan a run: whether it fits, why, and what would help, from the options and the model's config.json alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CARDS = (8, 12, 16, 24)
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a memory has room for: `longest` is a --max-length, `examples` are so many of the config's own --max-length."""
+    """What fits into a memory: `longest` is a --max-length, `examples` a number of examples of the config's --max-length."""
 
     name: str
     usable: int
@@ -44,7 +44,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch's examples and the seconds they take; `at_most` where their lengths are not known, only --max-length is."""
+    """An epoch's examples and duration in seconds; `at_most` if only --max-length is known, not the lengths."""
 
     examples: int | None
     seconds: float | None
@@ -54,15 +54,15 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that there is to say about a run before it starts.
+    """A run's plan, before it starts.
 
     Attributes:
-        answers: of an example.
-        remedy: what would make it fit; None where it fits as it is.
-        rooms: this memory's, then that of common cards.
-        download: bytes of the weights on the hub; None where they are here.
-        remark: for people, on the backend that was assumed.
-        choice: what --auto took, in words.
+        answers: responses per example.
+        remedy: what would make it fit; None if it fits as it is.
+        rooms: the capacity of this memory, then of common cards.
+        download: bytes of the weights on the hub; None if they are here.
+        remark: a note on the assumed backend.
+        choice: the choice of --auto, in words.
     """
 
     config: ResolvedConfig
@@ -84,7 +84,7 @@ class Plan:
         return self.remedy is None
 
     def as_json(self) -> dict[str, Any]:
-        """Return it for programs, sizes in bytes."""
+        """Return it for JSON, with sizes in bytes."""
         shape, remedy = self.model.shape, self.remedy
         return {
             "model": self.config.model,
@@ -123,15 +123,15 @@ def make(
     like: Path | None = None,
     host: float | None = None,
 ) -> Plan:
-    """Work out the plan for `config`.
+    """Return the plan for `config`.
 
     Args:
-        given: the options that --auto leaves alone.
-        size: GB of the memory to plan for; None is what is free here.
+        given: the options that --auto must not change.
+        size: GB of the memory to plan for; None means the free memory here.
         rate: tokens per second, for the time of an epoch.
-        like: the folder of an earlier run whose rate is taken.
-        host: GB of the memory of the computer that an NVIDIA GPU is in; None is what is free here where the plan is for here,
-            and is not limited for another memory.
+        like: the folder of an earlier run whose rate to use.
+        host: GB of memory of the computer with an NVIDIA GPU; None means the free memory here when planning for this machine,
+            and no limit otherwise.
     """
     shape = read_shape(config.model)
     backend, remark = planned_backend(config.backend, size is not None)
@@ -164,7 +164,7 @@ def make(
 def _room(
     name: str, config: ResolvedConfig, least: list[ResolvedConfig], model: fit.Model, memory: Memory, answers: int
 ) -> Capacity:
-    """Return what a memory has room for with `config`, and with that of `least`, which --auto may choose, that fits most."""
+    """Return what fits into a memory with `config`, and with whichever of `least`, the choices of --auto, fits the most."""
     if math.isinf(memory.host):
         least = least[-1:]
     longest, *others = [fit.longest(c, model, memory, answers) for c in (config, *least)]
@@ -173,12 +173,12 @@ def _room(
 
 
 def planned_backend(name: str, memory_given: bool) -> tuple[str, str]:
-    """Return the backend to plan for, and a remark where it is neither asked for nor what would train here."""
+    """Return the backend to plan for, and a remark if it is neither requested nor this machine's."""
     if name != "auto":
         return name, ""
     try:
         here = registry.resolve("auto")
-    except UserError:  # none is installed, which planning does not need
+    except UserError:  # planning does not need an installed backend
         here = "cuda" if not memory_given and nvidia_gpu() else "cpu"
     if here == "cpu" and memory_given:
         return "cuda", " (nothing here uses a GPU yet; --backend cpu or mlx plans for those)"
@@ -186,13 +186,13 @@ def planned_backend(name: str, memory_given: bool) -> tuple[str, str]:
 
 
 def _examples(config: ResolvedConfig) -> tuple[int, int]:
-    """Return how many examples an epoch takes, 0 where --data names no file here, and how many answers each has.
+    """Return the number of examples in an epoch, 0 if --data is not a local file, and the number of responses of each.
 
-    A hub's data is not fetched.
+    Data on the hub is not downloaded.
     """
     sources = split_sources(config.data)
     if config.data == EMBEDDED or not all(is_local(name) or looks_like_file(name) for name, _ in sources):
-        return 0, 1 if config.sample_rejected else 2  # rejected answers are drawn for good ones alone
+        return 0, 1 if config.sample_rejected else 2  # --sample-rejected is for demonstrations
     good_only, total, answers = objective_of(config.loss).data == "chosen", 0, 0
     for name, weight in sources:
         reader = reader_of(name, "train", config)
@@ -207,7 +207,7 @@ def _examples(config: ResolvedConfig) -> tuple[int, int]:
 
 
 def _download(name: str, shape: ModelShape) -> int | None:
-    """Return the bytes of the weights on the hub, before any quantising; None where there is nothing to download."""
+    """Return the bytes of the weights on the hub, before quantisation; None if there is nothing to download."""
     if name == EMBEDDED_MODEL or any(path.suffix in _WEIGHTS for path in Path(name).glob("*")):
         return None
     if name.count("/") == 1 and not Path(name).exists():
@@ -233,7 +233,7 @@ def _epoch(config: ResolvedConfig, examples: int, answers: int, rate: float | No
         return Epoch(count, seconds, False, f"{figures['tokens_per_second']:,.0f} tokens/s in {like}")
     if rate is None:
         return Epoch(count, None, True, "")
-    # Every answer counts with its prompt, as in metrics.jsonl.
+    # Every response counts with its prompt, as in metrics.jsonl.
     return Epoch(count, count and count * answers * config.max_length / rate, True, f"{rate:,.0f} tokens/s")
 
 

@@ -1,4 +1,4 @@
-"""A plan in words: few lines, for someone who wonders whether the model fits the card."""
+"""A plan as text: a few lines that say whether the model fits the card."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _about(plan: Plan) -> list[str]:
 
 
 def _examples(plan: Plan) -> str:
-    """Say what the largest pass holds: of pairs, each answer with its prompt is as long as --max-length allows."""
+    """Return the content of the largest pass, in which each response with its prompt is as long as --max-length allows."""
     count, tokens = len(plan.load.prompts), plan.load.longest
     kind = {1: "answer", 2: "pair"}.get(plan.answers, f"prompt with {plan.answers} answers")
     plural = {1: "answers", 2: "pairs"}.get(plan.answers, f"prompts with {plan.answers} answers")

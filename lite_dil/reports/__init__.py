@@ -1,1 +1,1 @@
-"""What a run leaves for people: report, charts, trackers, model card."""
+"""What a run shows to people: report, charts, trackers, model card."""

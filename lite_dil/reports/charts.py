@@ -1,4 +1,4 @@
-"""Charts as SVG in the page's own ink, for pages that are read by day and by night; matplotlib draws them."""
+"""Charts as SVG in the page's own text colour, for light and dark pages; matplotlib draws them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from markupsafe import Markup
 
 from lite_dil.runs.history import Curve, History
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without black and yellow: each shows on white and on black.
+# Okabe and Ito's colour-blind-safe colours, without black and yellow: each is visible on white and on black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-INK = "#010203"  # stands for the page's own text colour
+INK = "#010203"  # a placeholder for the page's text colour
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-# Beyond it matplotlib's own arithmetic on axes overflows; such a value is left out as one that is not finite is.
+# Beyond this, matplotlib's axis arithmetic overflows; such values are left out, like values that are not finite.
 LARGEST = 1e100
-# Names of groups would be there twice on a page of several charts, a style would be the whole page's, and so is the font.
+# Removed: group names, which would repeat across charts on a page, and styles and fonts, which would affect the whole page.
 _NOT_OURS = (
     (r'<g id="[^"]*">', "<g>"),
     (r"<style.*?</style>", ""),
@@ -29,18 +29,18 @@ _NOT_OURS = (
 
 
 def inked(ink: str) -> dict[Any, Any]:
-    """Return matplotlib's settings for texts and axes in one colour."""
+    """Return matplotlib settings that draw texts and axes in one colour."""
     return {**dict.fromkeys(_INKED, ink), "axes.spines.top": False, "axes.spines.right": False}
 
 
 def svg(make: Callable[[str], Any], salt: str = "lite-dil", text: str = "path") -> Markup:
-    """Return the figure that `make` draws in a given ink, as an SVG element in the colour of the text around it.
+    """Return the figure that `make` draws in a given ink as an SVG element that takes the surrounding text's colour.
 
     It is markup: a page shows it unescaped.
 
     Args:
-        salt: decides the names inside the SVG, so that the same numbers make the same file.
-        text: "path" draws letters as shapes, "none" leaves them as text in the page's own font.
+        salt: seeds the names inside the SVG, so that the same numbers give the same file.
+        text: "path" draws letters as shapes, "none" leaves them as text in the page's font.
     """
     import matplotlib
 
@@ -57,7 +57,7 @@ def svg(make: Callable[[str], Any], salt: str = "lite-dil", text: str = "path") 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a chart: the metric's name without ``eval_``, and what it is called there."""
+    """One curve of a chart: the metric's name without ``eval_``, and its label."""
 
     name: str
     label: str = ""
@@ -66,7 +66,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """What a chart shows. `level` is a value to draw a thin line at, where that means something."""
+    """A chart's content. `level` is a value to mark with a thin line, if any."""
 
     key: str
     title: str
@@ -80,7 +80,7 @@ def _sides(prefix: str) -> tuple[Line, ...]:
 
 
 def charts(per: str) -> list[Chart]:
-    """Return every chart; `per` is what log-ratios are per: "token" or "answer"."""
+    """Return every chart; `per` is the unit of log-ratios, "token" or "answer"."""
     return [
         Chart("loss", "Loss", "", (Line("loss"),)),
         Chart("accuracy", "Accuracy: pairs whose chosen answer gained more", "share", (Line("rewards/accuracies"),), 0.5),
@@ -99,7 +99,7 @@ def charts(per: str) -> list[Chart]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A chart's SVG, and a sentence of its figures for those who cannot see it."""
+    """A chart's SVG, and its figures in a sentence for screen readers."""
 
     chart: Chart
     svg: Markup
@@ -108,7 +108,7 @@ class Drawn:
 
 
 def draw(chart: Chart, history: History) -> Drawn | None:
-    """Draw a chart of a run, or return None where it has nothing to show."""
+    """Draw a chart of a run, or return None if it has nothing to show."""
     curves = []
     for line in chart.lines:
         curves.append((line, "training", _within(history.train.curve(line.name))))
@@ -120,7 +120,7 @@ def draw(chart: Chart, history: History) -> Drawn | None:
         f"{_name(line, part)}: {_figures(curve)}." for line, part, curve in curves
     )
     text = svg(lambda ink: _figure(chart, curves, ink), salt=chart.key, text="none")
-    for number, colour in enumerate(COLOURS[:3]):  # so that a dark page can have them lighter
+    for number, colour in enumerate(COLOURS[:3]):  # classes, so that a dark page can lighten them
         text = text.replace(colour.lower(), f"var(--curve-{number})")
     return Drawn(chart, text, sentence, max(curve.bin for _, _, curve in curves))
 
@@ -145,7 +145,7 @@ def _figures(curve: Curve) -> str:
 
 
 def _figure(chart: Chart, curves: Sequence[tuple[Line, str, Curve]], ink: str) -> Any:
-    """Draw training as a thin line, what is held out as a thick one with marks."""
+    """Draw training as a thin line, and held-out figures as a thick one with marks."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -1,4 +1,4 @@
-"""What a run's figures say, in plain sentences: what it was, whether it went well, and what to look at."""
+"""A run's figures in plain sentences: what it was, whether it went well, and what to look at."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lite_dil.reports.samples import Sample, read_samples
 from lite_dil.runs.history import History, read_history
 
 FACTS, SAMPLES = "report.json", "report_samples.jsonl"
-_MEMORISED = 0.2  # of what the training loss fell: how far the held-out loss may rise again before it is said
-_GAP = 0.15  # between the accuracies of training and held out, before it is said
-_LONGER = 1.5  # times the tokens of before, before it is said
-_CUT = 0.1  # of the examples, from which a cut is worth a word
-# The losses of pairs with a term of the chosen answers' own likelihood, and its weight (docs/losses.md, docs/results.md).
+_MEMORISED = 0.2  # share of the training loss's fall that the held-out loss may rise again before a warning
+_GAP = 0.15  # between training and held-out accuracy, before a warning
+_LONGER = 1.5  # times the tokens before training, before a warning
+_CUT = 0.1  # share of examples cut, before a warning
+# Pairwise losses with a likelihood term on chosen responses, and its weight (docs/losses.md, docs/results.md).
 _LIKELIHOOD = {"cpo": "cpo_lambda", "slic": "slic_lambda"}
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """All that a run's folder holds for its report: options, facts (report.json), metrics and sample answers."""
+    """The content of a run's folder for its report: options, facts (report.json), metrics and sample answers."""
 
     folder: Path
     config: dict[str, Any]
@@ -37,12 +37,12 @@ class RunRecord:
 
     @property
     def per(self) -> str:
-        """What a log-ratio is per: "token" where it is averaged, else "answer"."""
+        """The unit of a log-ratio: "token" if it is averaged, else "answer"."""
         return "token" if self.config.get("logp_reduction") == "mean" else "answer"
 
     @property
     def start(self) -> str:
-        """What the policy is compared with: the model that it was at the start, or the bare base model."""
+        """The model that the policy is compared with: the initial model, or the bare base model."""
         other = self.config.get("init_adapter") and self.config.get("reference") == "base"
         return "the bare base model" if other else "the model it started from"
 
@@ -51,7 +51,7 @@ class RunRecord:
         return next((data for data in self.facts["data"] if data["use"] == use), None)
 
     def figure(self, name: str) -> tuple[float | None, str]:
-        """Return a figure at the end and where it is from: held out, or the mean of the last quarter of training."""
+        """Return a final figure and its origin: held out, or the mean of the last quarter of training."""
         if (value := self.history.held_out.last(f"eval_{name}")) is not None:
             return value, "held out"
         return self.history.train.recent(name), "training"
@@ -64,15 +64,15 @@ class RunRecord:
 
 
 def shared(data: dict[str, Any] | None) -> Overlap:
-    """Return what the facts of the held-out data say that it shares with the training data; those of old runs say nothing."""
+    """Return the overlap of held-out and training data from the facts; old runs have none."""
     return Overlap(**found) if data and (found := data.get("in_training")) else Overlap(0, 0, 0)
 
 
 def with_error(accuracy: float, data: dict[str, Any], config: dict[str, Any]) -> tuple[float, float, int]:
-    """Return an accuracy with its standard error and the number of pairs that it is of.
+    """Return an accuracy with its standard error and its number of pairs.
 
-    Pairs of one prompt, of which ``--sample-rejected`` may draw several, share their chosen answer and are not independent:
-    the error counts each prompt once, which is never too little.
+    Pairs with the same prompt, which ``--sample-rejected`` may make, share their chosen response and are not independent: the
+    error counts each prompt once, so it is never too small.
     """
     examples = int(data["examples"])
     return accuracy, math.sqrt(max(accuracy * (1 - accuracy), 0.0) / examples), examples * (config.get("sample_rejected") or 1)
@@ -96,31 +96,31 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def what(record: RunRecord) -> str:
-    """Say in a sentence or two what the run is and how far it came."""
+    """Return a sentence or two on what the run is and how far it got."""
     config, facts, history = record.config, record.facts, record.history
     data = record.data("training") or {}
-    kinds = {"pairs": "pairs of answers", "unpaired": "good and bad answers", "demonstrations": "good answers"}
+    kinds = {"pairs": "pairs of answers", "unpaired": "labelled answers", "demonstrations": "demonstrations"}
     title = objective_of(config["loss"]).title
     steps = f"{history.step:,} of {facts['steps']:,} steps"
-    rank = f" of rank {config['lora_r']}" if config["lora_r"] else f", gone on with from {config['init_adapter']},"
+    rank = f" of rank {config['lora_r']}" if config["lora_r"] else f", continued from {config['init_adapter']},"
     text = (
         f"A LoRA adapter{rank} for {config['model']}, trained with the loss "
         f"{shown(config['loss'])} ({title}) on {data.get('examples', 0):,} {kinds.get(data.get('form', ''), 'examples')} of "
         f"{config['data']}, on {facts['device']}. "
     )
     states = {
-        "running": f"The run is going on: {steps} when this was written.",
+        "running": f"The run is in progress: {steps} when this was written.",
         "finished": f"It is finished: {steps}.",
-        "stopped": f"It was stopped after {steps}, and saved; --resume {record.folder} goes on.",
-        "interrupted": f"It was cut off by Ctrl-C after {steps}; what came after its last checkpoint is not saved.",
+        "stopped": f"It was stopped after {steps}, and saved; --resume {record.folder} continues it.",
+        "interrupted": f"It was interrupted by Ctrl-C after {steps}; steps after its last checkpoint are not saved.",
         "diverged": f"It diverged after {steps}: {facts['why']}",
-        "failed": f"It ended by an error after {steps}: {facts['why']}",
+        "failed": f"It ended with an error after {steps}: {facts['why']}",
     }
     return text + states[facts["state"]]
 
 
 def outcome(record: RunRecord) -> str:
-    """Say what was learned, with its uncertainty."""
+    """Return what was learned, with its uncertainty."""
     parts = []
     chosen, place = record.figure("log_ratio/chosen")
     rejected, _ = record.figure("log_ratio/rejected")
@@ -128,7 +128,7 @@ def outcome(record: RunRecord) -> str:
     if record.accuracy:
         share, error, number = record.accuracy
         parts.append(
-            f"In {share:.1%} of {number:,} held-out pairs (give or take {error:.1%}, one standard error) the chosen answer "
+            f"In {share:.1%} of {number:,} held-out pairs (plus or minus {error:.1%}, one standard error) the chosen answer "
             "gained more probability than the rejected one; chance is 50%."
         )
     elif (trained := record.history.train.recent("rewards/accuracies")) is not None and record.history.step > 1:
@@ -153,7 +153,7 @@ def _article(unit: str) -> str:
 
 
 def warnings(record: RunRecord) -> list[str]:
-    """Return what to look at, each with what to try."""
+    """Return the warnings, each with what to try."""
     found = [_skipped(record), _shared(record), _chosen_falls(record), _chance(record), *_memorised(record), _longer(record)]
     found += [_cut(record), _unseen(record)]
     return [text for text in found if text]
@@ -162,7 +162,7 @@ def warnings(record: RunRecord) -> list[str]:
 def _shared(record: RunRecord) -> str:
     if not (warning := shared(record.data("held out")).warning):
         return ""
-    return f"{warning}. What to try: take these rows out of --data or out of --eval-data."
+    return f"{warning}. What to try: remove these rows from --data or from --eval-data."
 
 
 def _chosen_falls(record: RunRecord) -> str:
@@ -174,32 +174,32 @@ def _chosen_falls(record: RunRecord) -> str:
     where = "held out" if place == "held out" else "last training steps"
     return (
         f"The policy now gives the {names} answers less probability than {record.start}: {value:.3g} nats "
-        f"{_article(record.per)} ({where}). Where the rejected ones fall "
-        f"faster, accuracy and margin hide that; what gains is some other text. What to try: {advice}."
+        f"{_article(record.per)} ({where}). If the rejected ones fall "
+        f"faster, accuracy and margin hide that; other texts gain the probability. What to try: {advice}."
     )
 
 
 def _keeps_likely(record: RunRecord) -> str:
-    """Return which loss on this data, or which constant of the run's own, holds the chosen answers' likelihood up."""
+    """Return which loss for this data, or which constant of this loss, supports the chosen responses' likelihood."""
     loss, form = record.config["loss"], (record.data("training") or {}).get("form")
     if objective_of(loss).data == "chosen":
         return ""
     if loss in _LIKELIHOOD:
         return f", or a higher {flag(_LIKELIHOOD[loss])}, the weight of the chosen answers' likelihood"
     others = ["sft"] if form == "unpaired" else [*_LIKELIHOOD, "sft"]
-    return f", or --loss {' or '.join(others)}, with a term of the chosen answers' own likelihood"
+    return f", or --loss {' or '.join(others)}, with a term for the chosen answers' likelihood"
 
 
 def _chance(record: RunRecord) -> str:
     if not record.accuracy:
         return ""
     share, _, number = record.accuracy
-    # Two standard errors of a coin: those of the share itself are 0 where a few pairs are all right.
+    # Two standard errors of a fair coin: those of the share itself are 0 when a few pairs are all right.
     limit = 0.5 + 1 / math.sqrt((record.data("held out") or {})["examples"])
     if share > limit:
         return ""
     return (
-        f"The held-out accuracy cannot be told from chance: {share:.1%} of {number:,} pairs, where chance reaches "
+        f"The held-out accuracy is not distinguishable from chance: {share:.1%} of {number:,} pairs, where chance reaches "
         f"{min(limit, 1.0):.1%} (two standard errors above 50%). What to try: more held-out pairs to see more clearly, more "
         "data or steps, or a higher --learning-rate; lite-dil data shows whether the pairs contradict each other."
     )
@@ -215,7 +215,7 @@ def _memorised(record: RunRecord) -> list[str]:
         if last - losses[best] > _MEMORISED * max(first - recent, 0) > 0:
             found.append(
                 f"The held-out loss was best at step {held_out.get('step')[best]:.0f} ({losses[best]:.4g}) and has risen to "
-                f"{last:.4g} since, while the training loss fell: the run has begun to learn its data by heart. What to try: "
+                f"{last:.4g} since, while the training loss fell: the run has begun to memorise its data. What to try: "
                 "fewer --epochs, a lower --learning-rate, or the checkpoint nearest to the best step (--save-steps)."
             )
     trained = train.recent("rewards/accuracies")
@@ -223,7 +223,7 @@ def _memorised(record: RunRecord) -> list[str]:
         share, error, _ = record.accuracy
         if trained - share > max(_GAP, 3 * error):
             found.append(
-                f"Training and held-out pairs part: {trained:.1%} of the last training pairs against {share:.1%} of the "
+                f"Training and held-out accuracy differ: {trained:.1%} of the last training pairs against {share:.1%} of the "
                 "held-out ones. What to try: more data, fewer --epochs, or a smaller --lora-r."
             )
     return found
@@ -234,14 +234,14 @@ def _skipped(record: RunRecord) -> str:
     if number <= max(3, record.history.step // 50):
         return ""
     return (
-        f"{number:,} of {record.history.step:,} steps were skipped: float16 overflowed in them. A few at the start are "
-        "normal, while its loss scale is found. What to try: --dtype bfloat16 where the hardware has it, or a lower "
+        f"{number:,} of {record.history.step:,} steps were skipped because float16 overflowed. A few at the start are "
+        "normal, until the loss scale is found. What to try: --dtype bfloat16 if the hardware has it, or a lower "
         "--learning-rate."
     )
 
 
 def answer_lengths(record: RunRecord) -> tuple[float, float] | None:
-    """Return the mean tokens of the sample answers before and after, or None without answers."""
+    """Return the mean number of tokens of the sample answers before and after, or None without answers."""
     samples = record.samples
     if not samples:
         return None
@@ -260,9 +260,9 @@ def _longer(record: RunRecord) -> str:
             f"{tokens['rejected']['mean']:.0f} tokens), which teaches that"
         )
     if objective_of(record.config["loss"]).data == "chosen":
-        return f"{text}. What to try: shorter good answers, as it learns their lengths."
+        return f"{text}. What to try: shorter chosen answers, since the loss learns their lengths."
     advice = "" if record.per == "token" else ", or --logp-reduction mean"
-    return f"{text}. What to try: chosen and rejected answers of like lengths{advice}."
+    return f"{text}. What to try: chosen and rejected answers of similar lengths{advice}."
 
 
 def _cut(record: RunRecord) -> str:
@@ -272,8 +272,8 @@ def _cut(record: RunRecord) -> str:
         return ""
     return (
         f"--max-length cut {prompts:,} prompts, at their start, and the answers of {answers:,} of {data['examples']:,} "
-        "examples: what is gone cannot be learned, and answers without an end teach the model to ramble. What to try: a "
-        "larger --max-length; lite-dil data tells which cuts none."
+        "examples: the model cannot learn what was cut, and answers without an end teach it to ramble. What to try: a "
+        "larger --max-length; lite-dil data shows which cuts none."
     )
 
 
@@ -281,6 +281,6 @@ def _unseen(record: RunRecord) -> str:
     if record.data("held out"):
         return ""
     return (
-        "There is no held-out data, so these figures are of answers that the run was trained on and say little about new "
+        "There is no held-out data, so these figures are for answers that the run was trained on and say little about new "
         "prompts. What to try: --eval-data FILE."
     )

@@ -1,4 +1,4 @@
-"""report.html and report.json of a run, while it goes on and where it ends."""
+"""Write report.html and report.json during a run and at its end."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _LIBRARIES = {"mlx": ("mlx", "mlx-lm"), "torch": ("torch", "transformers", "peft
 
 
 class RunReport(Observer):
-    """Writes report.html while a run goes on and where it ends, by an error too.
+    """Writes report.html during a run and when it ends, even with an error.
 
     Args:
-        facts: what `facts_of` returned.
-        every: steps between reports; None writes one at the end only.
-        memory: returns what the run took, for people.
-        say: tells the user.
+        facts: the result of `facts_of`.
+        every: steps between reports; None writes only one at the end.
+        memory: returns a line on the run's memory.
+        say: shows a line to the user.
     """
 
     writes = True
@@ -49,22 +49,22 @@ class RunReport(Observer):
         self.folder, self.facts, self.every, self.memory, self.say = folder, facts, every, memory, say
 
     def started(self, event: Event) -> None:
-        """Write the report of a run that took all its steps before."""
+        """Write the report of a run whose steps were all taken before."""
         if event.last:
             self.write()
 
     def after_step(self, event: Event) -> None:
-        """Write where it is due."""
+        """Write if due."""
         if event.due(self.every):
             self.write()
 
     def stopped(self, event: Event) -> None:
-        """Write the report of a run that goes on another time."""
+        """Write the report of a stopped run."""
         self.facts |= {"state": "stopped", "memory": self.memory()}
         self.write()
 
     def finished(self, event: Event) -> None:
-        """Say what memory the run took, and write its last report."""
+        """Show the run's memory, and write its final report."""
         if memory := self.memory():
             self.say(memory)
         self.facts |= {"state": "finished", "memory": memory}
@@ -81,9 +81,9 @@ class RunReport(Observer):
         self.write(said=isinstance(error, DiskFailed))
 
     def write(self, said: bool = False) -> None:
-        """Write report.json and report.html; a full disk ends neither this nor the training.
+        """Write report.json and report.html; a full disk does not end the training.
 
-        With `said` the user knows already that the disk fails.
+        `said` means that the user already knows about the disk failure.
         """
         try:
             with failing(self.folder.path / REPORT):
@@ -91,11 +91,11 @@ class RunReport(Observer):
                 write_report(self.folder.path)
         except DiskFailed as error:
             if not said:
-                self.say(f"{error}. The run goes on without its report")
+                self.say(f"{error}. The run continues without its report")
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html of a run's folder from the other files there; return its path."""
+    """Write a run's report.html from the other files in its folder; return its path."""
     from lite_dil.reports.page import render
 
     path = folder / REPORT
@@ -104,7 +104,7 @@ def write_report(folder: Path) -> Path:
 
 
 def facts_of(config: ResolvedConfig, backend: Backend, steps: int, data: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what report.json holds: what no other file of a run's folder says."""
+    """Return the content of report.json, the facts that no other file of the run has."""
     names = _LIBRARIES["mlx" if config.backend == "mlx" else "torch"]
     versions = [f"{name} {metadata.version(name)}" for name in names]
     return {

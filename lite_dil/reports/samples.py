@@ -1,4 +1,4 @@
-"""What the report shows of the data and of the model's own words: lengths, and answers to a few prompts before and after."""
+"""Samples for the report: lengths of the data, and answers to a few prompts before and after training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MAX_NEW_TOKENS = 128
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A prompt to answer: its token ids, what a person reads of it, text or messages, and its tokens before it was cut."""
+    """A prompt to answer: its token ids, its text or messages for people, and its number of tokens before cutting."""
 
     ids: tuple[int, ...]
     shown: str | list[Message]
@@ -43,10 +43,10 @@ class SamplePrompt:
 
 
 class Intake:
-    """Watches `lite_dil.data.dataset.load`: `add` keeps lengths, and by the seed a few prompts.
+    """Watches `lite_dil.data.dataset.load`: `add` keeps lengths, and a few prompts chosen by the seed.
 
     Args:
-        count: how many prompts to keep; those that leave no room for `MAX_NEW_TOKENS` only where there are no others.
+        count: how many prompts to keep; prompts that leave no room for `MAX_NEW_TOKENS` only if there are no others.
     """
 
     def __init__(self, count: int, config: ResolvedConfig) -> None:
@@ -57,14 +57,14 @@ class Intake:
         self._kept: dict[tuple[int, ...], tuple[float, SamplePrompt]] = {}
 
     def add(self, row: Row, whole: Example, cut: Example) -> None:
-        """Take one row, its tokens, and its tokens cut to ``--max-length``."""
+        """Add a row, its tokens, and its tokens cut to ``--max-length``."""
         self.lengths["prompt"].append(len(whole.prompt))
         for sign, response in zip(whole.signs, whole.responses, strict=True):
             self.lengths[{CHOSEN: "chosen", REJECTED: "rejected"}[sign]].append(len(response))
         if not self.count or cut.prompt in self._kept:
             return
-        # The rows with the smallest numbers, so that one pass over the data is enough: random ones, or the digests of the
-        # prompts, of which the smallest are held out.
+        # Keep the rows with the smallest numbers, so that one pass over the data is enough: random numbers, or the digests of
+        # the prompts, the smallest of which are held out.
         order = _share(whole.prompt) if self._splits else self._random.random()
         order += len(cut.prompt) + MAX_NEW_TOKENS > self.max_length
         if len(self._kept) == self.count:
@@ -76,12 +76,12 @@ class Intake:
 
     @property
     def prompts(self) -> list[SamplePrompt]:
-        """The prompts that were kept: one without room would leave all of them no more than it has."""
+        """The kept prompts; those that leave too little room for an answer only if there are no others."""
         roomy = [prompt for order, prompt in self._kept.values() if order < 1]
         return roomy or [prompt for _, prompt in self._kept.values()]
 
     def facts(self, use: str, source: str, data: DataSet) -> dict[str, Any]:
-        """Return what the report says of a data set; `use` is "training" or "held out"."""
+        """Return the report's facts about a data set; `use` is "training" or "held out"."""
         return {
             "use": use,
             "source": source,
@@ -123,11 +123,11 @@ def part_facts(source: str, data: DataSet) -> dict[str, Any]:
 
 @dataclass
 class Sample:
-    """One prompt and what was answered to it: ``before`` with the adapter off, ``after`` by the policy after ``step`` steps.
+    """A prompt and its answers: ``before`` with the adapter off, ``after`` by the policy after ``step`` steps.
 
-    ``prompt`` is whole; of its ``prompt_tokens`` tokens the model saw ``prompt_seen``, the rest being cut by ``--max-length``.
-    ``before_tokens`` and ``after_tokens`` count an answer's tokens without its end token, ``*_cut`` says that it had no end
-    yet. ``key`` tells prompt and limit apart from others.
+    ``prompt`` is the whole prompt; of its ``prompt_tokens`` tokens the model saw ``prompt_seen``, since ``--max-length`` cut
+    the rest. ``before_tokens`` and ``after_tokens`` count an answer's tokens without its end token; ``*_cut`` says that it had
+    not ended. ``key`` identifies prompt and limit.
     """
 
     key: str
@@ -146,15 +146,15 @@ class Sample:
 
 
 class SampleAnswers(Observer):
-    """Greedy answers to a few prompts, kept in a file: once with the adapter off, and the latest of the policy.
+    """Generates greedy answers to a few prompts into a file: once with the adapter off, and the policy's latest.
 
     Args:
-        prompts: what to answer.
-        held_out: whether they are of the held-out data.
-        path: report_samples.jsonl; answers with the adapter off that are there already are not made again.
-        max_length: tokens of a prompt with its answer that the model was made for at least.
-        every: steps between answers; None answers at the end only.
-        doing: shows a text while its block runs, given whether this is the last step.
+        prompts: the prompts to answer.
+        held_out: whether they are from the held-out data.
+        path: report_samples.jsonl; existing answers with the adapter off are not generated again.
+        max_length: tokens of prompt and answer together that the model supports.
+        every: steps between answers; None answers only at the end.
+        doing: shows a text while its block runs; it is told whether this is the last step.
     """
 
     writes = True
@@ -173,19 +173,19 @@ class SampleAnswers(Observer):
     ) -> None:
         self.prompts, self.held_out, self.path, self.backend, self.encoder = prompts, held_out, path, backend, encoder
         self.every, self._doing = every, doing
-        # One limit for all, so that a batch that is halved answers the same.
+        # One limit for all, so that a halved batch gives the same answers.
         longest = max((len(prompt.ids) for prompt in prompts), default=0)
         self.room = max(1, min(MAX_NEW_TOKENS, max_length - longest))
         self.say = say
         self._halving: Halving[Sequence[SamplePrompt]] = Halving("a batch of sample answers", self._tokens, halves, say)
 
     def started(self, event: Event) -> None:
-        """Answer in a run that took all its steps before; only the last answers are shown."""
+        """Answer in a run whose steps were all taken before; only the last answers are shown."""
         if event.last:
             self.after_step(event)
 
     def after_step(self, event: Event) -> None:
-        """Answer where it is due; a full disk does not end the training."""
+        """Answer if due; a full disk does not end the training."""
         if not event.due(self.every) or not self.prompts:
             return
         text = "" if event.stop() else "answering the sample prompts of the report"
@@ -193,13 +193,13 @@ class SampleAnswers(Observer):
             with self._doing(text, event.last), failing(self.path):
                 self.refresh(event.step, event.stop)
         except DiskFailed as error:
-            self.say(f"{error}. The run goes on without these sample answers")
+            self.say(f"{error}. The run continues without these sample answers")
         self.left_out = self.left_out or (event.stop() and bool(self.prompts))
 
     def refresh(self, step: int, stop: Callable[[], bool] = never) -> None:
-        """Answer as the policy after `step` steps, and write the file, unless `stop`, asked between tokens, ends it.
+        """Answer with the policy after `step` steps and write the file, unless `stop`, called between tokens, ends it.
 
-        A prompt too long for memory ends the answering for good.
+        A prompt too long for memory ends all answering.
         """
         if not self.prompts or stop():
             return
@@ -215,7 +215,7 @@ class SampleAnswers(Observer):
             self.say(f"no sample answers from here on: {error}")
             self.prompts = []
             return
-        if stop():  # and the answers end in the middle
+        if stop():  # the answers are incomplete
             return
         found = [sample for sample in samples if sample]
         for sample, prompt, answer in zip(found, self.prompts, after, strict=True):
@@ -245,7 +245,7 @@ class SampleAnswers(Observer):
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Read report_samples.jsonl; none where there is no such file, or where it is of another kind."""
+    """Read report_samples.jsonl; empty if there is no such file, or if its content is of another kind."""
     if not path.exists():
         return []
     try:
@@ -255,5 +255,5 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
-    """Write report_samples.jsonl, whole or not at all."""
+    """Write report_samples.jsonl, completely or not at all."""
     replace_file(path, "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))

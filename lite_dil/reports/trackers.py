@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard, Weights & Biases and trackio: their own libraries, imported only where they are asked for."""
+"""Send metrics to TensorBoard, Weights & Biases and trackio; their libraries are imported only when used."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from lite_dil.base.observer import Event, Observer
 from lite_dil.config.train_config import ResolvedConfig, tracker_names
 
 PROJECT = "lite-dil"
-IDS = "trackers.json"  # the names under which a run is known there, so that it goes on as the same one
+IDS = "trackers.json"  # a run's names in the trackers, so that a resumed run continues there
 _MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
-_UPLOAD_SECONDS = 300  # that W&B may take at the end; what it could not send stays on disk, for wandb sync
+_UPLOAD_SECONDS = 300  # time for W&B's upload at the end; unsent data stays on disk, for wandb sync
 
 
 class Tracker(Protocol):
     """One run in one tracker."""
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        """Take the figures of a step."""
+        """Record the figures of a step."""
 
     def close(self, good: bool) -> None:
-        """End the run, as one that went well or not."""
+        """End the run; `good` says whether it succeeded."""
 
 
 def check(config: ResolvedConfig) -> None:
-    """Raise UserError where a tracker that is asked for is not installed or not logged in."""
+    """Raise UserError if a requested tracker is not installed or not logged in."""
     for name in tracker_names(config.report_to):
         module = _MODULES[name]
         if importlib.util.find_spec(module) is None:
@@ -43,7 +43,7 @@ def check(config: ResolvedConfig) -> None:
 
 
 def _check_login() -> None:
-    """Let W&B find its key, or ask for one where somebody can answer; WANDB_MODE=offline needs none."""
+    """Let W&B find its API key, or prompt for it in a terminal; WANDB_MODE=offline needs none."""
     import wandb
 
     try:
@@ -56,7 +56,7 @@ def _check_login() -> None:
 
 
 def _tensorboard(folder: Path, ids: dict[str, str], resumed: bool, config: dict[str, Any]) -> Tracker:
-    """TensorBoard's event files, by tensorboardX: a tenth of tensorboard's size, and no torch."""
+    """Write TensorBoard event files with tensorboardX, which is a tenth of tensorboard's size and needs no torch."""
     from tensorboardX import SummaryWriter
 
     class TensorBoard:
@@ -111,7 +111,7 @@ def _trackio(folder: Path, ids: dict[str, str], resumed: bool, config: dict[str,
         def __init__(self) -> None:
             self.run = trackio.init(
                 project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-                name=f"{folder.name}-{ids['trackio']}",  # trackio knows runs by their names
+                name=f"{folder.name}-{ids['trackio']}",  # trackio identifies runs by name
                 config=config,
                 resume="allow" if resumed else "never",
                 embed=False,
@@ -136,12 +136,12 @@ _OPEN: dict[str, Callable[[Path, dict[str, str], bool, dict[str, Any]], Tracker]
 
 
 class Trackers(Observer):
-    """All trackers of a run, which end with it. One that fails later is left out with a line, and training goes on.
+    """All trackers of a run. One that fails later is dropped with a message, and training continues.
 
     Args:
-        folder: the run's.
-        sent: lines of metrics.jsonl that the trackers know already. A tracker that is new to the run is given them first.
-        say: tells the user.
+        folder: the run's folder.
+        sent: lines of metrics.jsonl that the trackers already have. A tracker new to the run gets them first.
+        say: shows a line to the user.
 
     Raises:
         UserError: a tracker cannot be opened.
@@ -173,7 +173,7 @@ class Trackers(Observer):
                 raise UserError(f"--report-to {name}: cannot be started ({first_line(error)}){offline}") from None
 
     def log(self, line: dict[str, Any]) -> None:
-        """Give a line of metrics to every tracker, unless they had it before the run was resumed."""
+        """Send a line of metrics to every tracker, unless it was sent before the run was resumed."""
         if _which(line) in self._sent:
             return
         for name, tracker in list(self._open.items()):
@@ -181,32 +181,32 @@ class Trackers(Observer):
                 tracker.log(*_figures(line))
             except _errors(name) as error:
                 del self._open[name]
-                self.say(f"--report-to {name} failed and is left out from here on: {first_line(error)}")
+                self.say(f"--report-to {name} failed and is dropped from here on: {first_line(error)}")
 
     def stopped(self, event: Event) -> None:
-        """End the run as one that went well."""
+        """End the run as a success."""
         self.close(good=True)
 
     def finished(self, event: Event) -> None:
-        """End the run as one that went well."""
+        """End the run as a success."""
         self.close(good=True)
 
     def failed(self, error: BaseException) -> None:
-        """End the run as one that did not go well."""
+        """End the run as a failure."""
         self.close(good=False)
 
     def close(self, good: bool) -> None:
-        """End the run everywhere."""
+        """End the run in every tracker."""
         while self._open:
             name, tracker = self._open.popitem()
             try:
                 tracker.close(good)
             except _errors(name) as error:
-                self.say(f"--report-to {name} could not be ended: {first_line(error)}")
+                self.say(f"--report-to {name} could not be closed: {first_line(error)}")
 
 
 def _errors(name: str) -> tuple[type[Exception], ...]:
-    """Return what a tracker's library raises where disk, network or server fail."""
+    """Return the exceptions of a tracker's library for disk, network or server failures."""
     if name == "wandb":
         import wandb
 
@@ -219,7 +219,7 @@ def _which(line: dict[str, Any]) -> tuple[int, bool]:
 
 
 def _figures(line: dict[str, Any]) -> tuple[int, dict[str, float]]:
-    """Return a line's step and figures, named as TRL's trainers name them there: train/loss, eval/loss."""
+    """Return a line's step and figures under the names of TRL's trainers: train/loss, eval/loss."""
     kind = "eval" if "eval_loss" in line else "train"
     figures = {name: float("nan") if value is None else value for name, value in line.items() if name != "step"}
     return int(line["step"]), {f"{kind}/{name.removeprefix('eval_')}": value for name, value in figures.items()}

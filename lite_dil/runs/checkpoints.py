@@ -1,4 +1,4 @@
-"""Saving a run: its checkpoints, and the adapter that it ends with."""
+"""Save a run's checkpoints and its final adapter."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lite_dil.runs.options import RunOptions
 
 
 class Checkpoints(Observer):
-    """Saves every ``--save-steps``, at the end, and where a run is stopped; at the end the adapter too.
+    """Saves a checkpoint every ``--save-steps`` steps, at the end, and if a run is stopped; at the end also the adapter.
 
     Args:
-        progress: the run's own, which goes on while this observes.
+        progress: the run's progress, which changes as the run proceeds.
         save_state: writes what a resumed run needs into a folder.
         save_adapter: writes the trained adapter into a folder.
     """
@@ -33,12 +33,12 @@ class Checkpoints(Observer):
         self._save_state, self._save_adapter = save_state, save_adapter
 
     def started(self, event: Event) -> None:
-        """Write the adapter of a run that was killed between its last checkpoint and that."""
+        """Write the adapter of a run that was killed after its last checkpoint."""
         if event.last:
             self.folder.save_adapter(self._save_adapter)
 
     def after_step(self, event: Event) -> None:
-        """Save where it is due."""
+        """Save if due."""
         if event.due(self.options.save_steps):
             self._save()
         if event.last:
@@ -49,7 +49,7 @@ class Checkpoints(Observer):
         self.keep()
 
     def keep(self) -> Path:
-        """Return the checkpoint of the last step that was taken, saved now if it was not."""
+        """Return the checkpoint of the last step, saving it now if necessary."""
         latest = self.folder.latest()
         if latest is None or read_progress(latest).step < self.progress.step:
             return self._save()

@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml, metrics.jsonl, checkpoints and the final adapter; nothing half-written passes for whole."""
+"""A run's folder: config.yaml, metrics.jsonl, checkpoints and the final adapter, safe against half-written files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lite_dil.base.formats import KEY, RUN, check_format
 from lite_dil.data.reader import Problem
 
 RUNS = Path("runs")
-_POLICY = ("adapters", "policy")  # below a checkpoint
+_POLICY = ("adapters", "policy")  # in a checkpoint
 _STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass
 class Progress:
-    """Where a run stands, apart from the backend's state; saved with each checkpoint.
+    """A run's progress, apart from the backend's state; saved with each checkpoint.
 
     `window` holds the sums of the metrics since the last logged line, so that a resumed run logs the same means.
     """
@@ -47,15 +47,16 @@ class RunFolder:
 
     @classmethod
     def new(cls, output_dir: str | None, name: str) -> RunFolder:
-        """Choose a new run's folder, `output_dir` or one below runs/ that `name` begins, without making it yet.
+        """Choose a new run's folder, `output_dir` or one in runs/ whose name begins with `name`, without creating it.
 
-        Raises UserError where it would be written over another run.
+        Raises UserError if it would overwrite another run.
         """
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         folder = cls(Path(output_dir) if output_dir else unused(RUNS / f"{name}-{now}"))
         if folder.metrics.exists() or folder.adapter.exists() or folder.checkpoints.exists():
             raise UserError(
-                f"--output-dir {folder.path} already holds a run; go on with --resume {folder.path}, or give another folder"
+                f"--output-dir {folder.path} already holds a run; continue it with --resume {folder.path}, or give another "
+                "folder"
             )
         if folder.path.exists() and not folder.path.is_dir():
             raise UserError(f"--output-dir {folder.path} is a file")
@@ -71,7 +72,7 @@ class RunFolder:
         replace_file(self.path / "config.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
 
     def drop_unsaved(self) -> None:
-        """Drop the lines of a run that was killed before its first checkpoint: there is nothing to go on from."""
+        """Drop the metrics of a run that was killed before its first checkpoint: there is nothing to resume."""
         ours = (self.path / "config.yaml").is_file() and not self.adapter.exists() and self.latest() is None
         left = [*self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
         if ours and all(path.name.startswith(".step-") and path.suffix == ".partial" for path in left):
@@ -80,12 +81,12 @@ class RunFolder:
             remove(self.metrics)
 
     def list_skipped(self, problems: Sequence[Problem]) -> None:
-        """Write skipped_rows.jsonl: the place of every row that was left out, and why."""
+        """Write skipped_rows.jsonl: the place of every row left out, and why."""
         lines = (json.dumps(problem._asdict(), ensure_ascii=False) + "\n" for problem in problems)
         replace_file(self.path / "skipped_rows.jsonl", "".join(lines))
 
     def log(self, line: dict[str, float]) -> None:
-        """Append one object to metrics.jsonl; what is not finite becomes null, which JSON has."""
+        """Append one object to metrics.jsonl; figures that are not finite become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
         with writing(self.metrics), appending(self.metrics) as file:
             append(file, (json.dumps(finite) + "\n").encode())
@@ -96,7 +97,7 @@ class RunFolder:
         return self.checkpoints / f"step-{steps[-1]}" if steps else None
 
     def save_checkpoint(self, progress: Progress, save: Callable[[Path], None], keep: int | None) -> Path:
-        """Write checkpoints/step-N whole or not at all, then drop all but the `keep` newest."""
+        """Write checkpoints/step-N completely or not at all, then delete all but the `keep` newest."""
         target = self.checkpoints / f"step-{progress.step}"
 
         def fill(folder: Path) -> None:
@@ -115,16 +116,16 @@ class RunFolder:
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
-        """Where the disk fails in the block, say from where the run can go on."""
+        """If the disk fails in the block, say from which checkpoint the run can continue."""
         try:
             with failing():
                 yield
         except DiskFailed as error:
             latest = self.latest()
             if latest:
-                safe = f". The run is safe up to {latest.name}: --resume {self.path} goes on from it"
+                safe = f". The run is safe up to {latest.name}: --resume {self.path} continues from it"
             else:
-                safe = ". No checkpoint was saved before; --output-dir names another place" if self.path.exists() else ""
+                safe = ". No checkpoint was saved before; choose another place with --output-dir" if self.path.exists() else ""
             raise UserError(f"{error}{safe}") from None
 
     def _steps(self) -> list[int]:
@@ -132,23 +133,23 @@ class RunFolder:
         return sorted(int(step) for step in found if step.isdigit())
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop lines of metrics.jsonl after `step`: the run goes on from there and writes them again. Return all lines."""
+        """Drop the lines of metrics.jsonl after `step`, which the resumed run writes again. Return all lines, also those."""
         if not self.metrics.exists():
             return []
         lines = []
         for line in self.metrics.read_text(encoding="utf-8").splitlines():
             try:
                 lines.append(json.loads(line))
-            except ValueError:  # the last line of a killed run may be half a line
+            except ValueError:  # the last line of a killed run may be incomplete
                 break
         replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
         return lines
 
 
 def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
-    """Return the checkpoint that ``--resume`` names: a checkpoint's folder, a run's, or "auto".
+    """Return the checkpoint that ``--resume`` selects by a checkpoint's folder, a run's folder, or "auto".
 
-    "auto" takes the newest in `output_dir`, or in the newest run under runs/ that has one, and None where there is none.
+    "auto" takes the newest one in `output_dir`, or in the newest run under runs/ that has one, or None.
     """
     if where == "auto":
         if output_dir:
@@ -160,7 +161,7 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
         path = path.absolute()  # so that a checkpoint named from within the run's folder has a parent
         latest = RunFolder(path.parent.parent).latest()
         if latest and latest.name != path.name:
-            raise UserError(f"--resume {where}: the run has gone on to {latest.name}; move the later checkpoints away first")
+            raise UserError(f"--resume {where}: the run has reached {latest.name}; move the later checkpoints away first")
         return path
     if latest := RunFolder(path).latest():
         return latest
@@ -168,13 +169,13 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
 
 
 def adapter_of(checkpoint: Path) -> Path:
-    """Return the folder of the trained adapter in a checkpoint: adapters/policy, or adapter as runs of format 1 have it."""
+    """Return the folder of the trained adapter in a checkpoint: adapters/policy, or adapter in runs of format 1."""
     found = checkpoint.joinpath(*_POLICY)
     return found if found.is_dir() or not (checkpoint / "adapter").is_dir() else checkpoint / "adapter"
 
 
 def checkpoint_of(adapter: Path) -> Path | None:
-    """Return the checkpoint whose trained adapter is in this folder, or None where it lies elsewhere."""
+    """Return the checkpoint that holds this folder of a trained adapter, or None."""
     names = (_POLICY, ("adapter",))
     found = next((adapter.parents[len(name) - 1] for name in names if adapter.parts[-len(name) :] == name), None)
     return found if found and found.parent.name == "checkpoints" and _STEP.fullmatch(found.name) else None

@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl holds, column by column, and curves of it that stay small however long the run was."""
+"""A run's metrics.jsonl by column, and curves of it whose size does not grow with the run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-POINTS = 240  # of a curve at most: more than the pixels of its chart on a phone
+POINTS = 240  # maximum points of a curve, more than the pixels of its chart on a phone
 
 
 class Curve(NamedTuple):
-    """Values by optimiser step, NaN where a line had none that was finite; `bin` is how many lines a value is of."""
+    """Values by optimiser step, NaN where there was no finite one; each is the mean of `bin` lines."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -22,19 +22,19 @@ class Curve(NamedTuple):
 
     @property
     def drawable(self) -> bool:
-        """Whether there is a finite value."""
+        """Whether any value is finite."""
         return bool(np.isfinite(self.values).any())
 
 
 class MetricColumns:
-    """The lines of one kind, some 8 bytes a figure, in the order of the file."""
+    """The lines of one kind, about 8 bytes per figure, in the order of the file."""
 
     def __init__(self) -> None:
         self.number = 0
         self._columns: dict[str, array[float]] = {}
 
     def add(self, line: dict[str, Any]) -> None:
-        """Take a line; a null is a figure that was not finite."""
+        """Add a line; null stands for a figure that was not finite."""
         for name, value in line.items():
             column = self._columns.get(name)
             if column is None:
@@ -48,12 +48,12 @@ class MetricColumns:
         return name in self._columns
 
     def get(self, name: str) -> np.ndarray:
-        """Return a column, (lines,) float64, NaN where a line does not have it."""
+        """Return a column, (lines,) float64, NaN for lines that lack it."""
         column = np.array(self._columns.get(name, ()), np.float64)
         return np.concatenate([column, np.full(self.number - len(column), math.nan)])
 
     def last(self, name: str) -> float | None:
-        """Return the last line's figure, or None where there is none or it was not finite."""
+        """Return the last line's figure, or None if it is missing or not finite."""
         return self.at(-1, name) if self.number else None
 
     def at(self, line: int, name: str) -> float | None:
@@ -62,10 +62,10 @@ class MetricColumns:
         return value if math.isfinite(value) else None
 
     def recent(self, name: str, by: str | None = None) -> float | None:
-        """Return the mean over the last quarter of the lines, one at least: a step's own figures jump.
+        """Return the mean over the last quarter of the lines, at least one, since a single step's figures are noisy.
 
         Args:
-            by: the figure that each line counts by, as its seconds where `name` is a rate; None for all alike.
+            by: the figure to weight lines by, such as seconds if `name` is a rate; None for equal weights.
         """
         last = max(1, self.number // 4)
         values, weights = self.get(name)[-last:], np.ones(last) if by is None else self.get(by)[-last:]
@@ -73,7 +73,7 @@ class MetricColumns:
         return float(np.average(values[finite], weights=weights[finite])) if finite.any() else None
 
     def curve(self, name: str) -> Curve:
-        """Return a column by step; of more than `POINTS` lines the means of as many in a row as it takes."""
+        """Return a column by step; with more than `POINTS` lines, means over consecutive lines."""
         steps, values = self.get("step"), self.get(name)
         size = -(-self.number // POINTS)
         if size <= 1:
@@ -94,18 +94,18 @@ class History:
 
     @property
     def step(self) -> int:
-        """The last step that was logged."""
+        """The last logged step."""
         return int(max((columns.last("step") or 0 for columns in (self.train, self.held_out)), default=0))
 
     @property
     def seconds(self) -> float:
-        """The time of the steps, evaluations and saving left out."""
+        """Total time of the steps, without evaluations and saving."""
         steps = np.diff(self.train.get("step"), prepend=0.0)
         return float(np.nansum(steps * self.train.get("seconds_per_step")))
 
 
 def read_history(path: Path) -> History:
-    """Read metrics.jsonl. A killed run's last line may be half a line, and is left out."""
+    """Read metrics.jsonl, without an incomplete last line, which a killed run may leave."""
     history = History()
     if not path.exists():
         return history

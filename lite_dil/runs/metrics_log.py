@@ -1,4 +1,4 @@
-"""The lines of metrics, on their way to all that take them."""
+"""Pass lines of metrics to everything that records them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lite_dil.base.observer import Event, Observer
 
 
 class MetricsLog(Observer):
-    """Hands each line of metrics to all `takers`, in their order: metrics.jsonl, and what else is given."""
+    """Passes each line of metrics to all `takers` in order: metrics.jsonl, trackers and others."""
 
     writes = True
 
@@ -17,11 +17,11 @@ class MetricsLog(Observer):
         self._takers = takers
 
     def log(self, line: dict[str, Any]) -> None:
-        """Take a line: of training, or of an evaluation."""
+        """Pass on a line, of training or of an evaluation."""
         for take in self._takers:
             take(line)
 
     def after_step(self, event: Event) -> None:
-        """Take the step's line, if it has one."""
+        """Pass on the step's line, if it has one."""
         if event.line is not None:
             self.log(event.line)

@@ -1,4 +1,4 @@
-"""Options of what a run writes."""
+"""Options for what a run writes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class RunOptions:
     report_samples: int = option(
         "run",
         4,
-        "prompts, held-out ones where there are any, that report.html shows with the answers before and after: greedy, of at "
-        "most 128 tokens, in one batch at each evaluation (without --eval-data at each checkpoint). Changes no result; 0 "
+        "number of prompts, held out if possible, that report.html shows with answers before and after: greedy, at most 128 "
+        "tokens, in one batch at each evaluation (without --eval-data, at each checkpoint). Does not affect results; 0 "
         "answers none",
         kind=FREE,
     )
     report_to: str | None = option(
         "run",
         None,
-        "send every line of metrics to these trackers too: tensorboard (event files in the run's folder), wandb, trackio. "
+        "also send every line of metrics to these trackers: tensorboard (event files in the run's folder), wandb, trackio. "
         'Each is an extra: pip install "lite-dil[wandb]" (default: none)',
         metavar="NAME,...",
         kind=FREE,

@@ -1,4 +1,4 @@
-"""A training that diverges: when that is so, where it went wrong, and what helps."""
+"""Detect a training that diverges, and say where and what helps."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from lite_dil.objectives.options import ResolvedObjective
 from lite_dil.objectives.table import objective_of
 from lite_dil.training.step import Taken
 
-# float16's loss scale halves with each skipped step: after this many it is not the scale that is wrong.
+# float16's loss scale halves with each skipped step: after this many, the scale is not the cause.
 MAX_SKIPPED = 25
 
 
 class Finite:
-    """Looks at the steps of a training in their order."""
+    """Checks each step of a training in order."""
 
     def __init__(self) -> None:
-        self._skipped = 0  # in a row
+        self._skipped = 0  # consecutive steps
 
     def __call__(self, result: StepResult) -> bool:
-        """Return whether the next step's loss and gradient are finite, and steps are not skipped without end."""
+        """Return whether the step's loss and gradient are finite, and not too many steps in a row were skipped."""
         self._skipped = self._skipped + 1 if result.skipped else 0
         return math.isfinite(result.loss) and math.isfinite(result.grad_norm) and self._skipped < MAX_SKIPPED
 
 
 def explain(step: int, taken: Taken, examples: Sequence[Example], options: ResolvedObjective, checkpoint: Path | None) -> str:
-    """Return a message for people: the loss, the example that is farthest off, what helps, and the last good checkpoint."""
+    """Return a message: the loss, the example with the most extreme log-ratio, what helps, and the last good checkpoint."""
     place, ratios = _farthest(taken, options.logp_reduction)
     index = next(i for i, example in enumerate(examples) if example.place == place)
     kept = f"The last good checkpoint is {checkpoint}"
@@ -48,7 +48,7 @@ def explain(step: int, taken: Taken, examples: Sequence[Example], options: Resol
 
 
 def _farthest(taken: Taken, reduction: str) -> tuple[str, str]:
-    """Return the place of the example whose log-ratio is not finite, or else the farthest from 0, and its log-ratios."""
+    """Return the place and log-ratios of the example whose log-ratio is not finite or, failing that, farthest from 0."""
     worst = (-1.0, "", "")
     parts = (by_batch(values, taken.batches) for values in (taken.policy, taken.reference))
     for batch, policy, reference in zip(taken.batches, *parts, strict=True):

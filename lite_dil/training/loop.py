@@ -25,16 +25,16 @@ from lite_dil.training.step import Taken, take_step
 
 @dataclass(frozen=True)
 class Training:
-    """What the loop works on.
+    """The state of a training in the loop.
 
     Attributes:
-        examples: what is trained on.
-        objective: the options of the criterion, for the metrics.
-        progress: changed with each step; what a checkpoint keeps of it.
-        logging_steps: steps of a line of metrics.
-        dropout: whether the split of a step decides what is drawn, for the message where it changes.
-        say: tells the user.
-        stopping: tells the user, out of a signal's handler, that a stop was asked for.
+        examples: the training examples.
+        objective: the criterion's options, for the metrics.
+        progress: updated by each step; saved in checkpoints.
+        logging_steps: steps per line of metrics.
+        dropout: whether there is dropout, whose draws depend on the split of a step; for the message when that changes.
+        say: shows a line to the user.
+        stopping: shows, from a signal handler, that a stop was asked for.
     """
 
     passes: Passes
@@ -51,22 +51,22 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether no step is left."""
+        """Whether all steps are done."""
         return self.progress.step >= self.schedule.steps
 
     def remaining_steps(self, stop: StopSignal) -> Iterator[int]:
-        """Yield the number of each step that is to be taken, until none is left or a stop is asked for."""
+        """Yield the number of each remaining step, until none is left or a stop is requested."""
         while not self.finished and not stop.asked:
             yield self.progress.step + 1
 
     def take(self, step: int) -> Taken:
-        """Take a step, and remember the largest of its passes."""
+        """Take a step, and remember its largest pass."""
         taken = take_step(self.passes, self.schedule, step, self.criterion, self.say, self.dropout)
         self.largest.add(taken.batches)
         return taken
 
     def count(self, taken: Taken, seconds: float) -> dict[str, Any] | None:
-        """Count a step as done; return a line of metrics where one is due."""
+        """Count a step as done; return a line of metrics if one is due."""
         count_step(self.progress, taken, seconds, self.objective)
         if self.progress.step % self.logging_steps and not self.finished:
             return None
@@ -75,18 +75,18 @@ class Training:
         return line
 
     def event(self, stop: StopSignal, line: dict[str, Any] | None = None) -> Event:
-        """Return what observers are told."""
+        """Return the event for observers."""
         return Event(self.progress.step, self.schedule.steps, line, lambda: stop.asked)
 
 
 def loop(training: Training, observers: Observers, keep: Callable[[], Path]) -> None:
-    """Take the steps that remain, or those up to a Ctrl-C; observers see all of it but the end of a finished training.
+    """Take the remaining steps, or those up to a Ctrl-C; observers hear of everything except the end of a finished training.
 
     Args:
-        keep: saves the last step that was taken, where it is not saved, and returns its checkpoint.
+        keep: saves the last step, if it is not saved, and returns its checkpoint.
 
     Raises:
-        TrainingDiverged: loss or gradient became non-finite; the state before that is saved.
+        TrainingDiverged: the loss or its gradient is not finite; the state before that is saved.
         UserError: memory does not hold a step or an evaluation; the last step is saved.
     """
     finite = Finite()
@@ -95,7 +95,7 @@ def loop(training: Training, observers: Observers, keep: Callable[[], Path]) -> 
         for step in training.remaining_steps(stop):
             began = time.perf_counter()
             taken = training.take(step)
-            if not finite(taken.result):  # the weights are still those of the step before, which had a finite loss
+            if not finite(taken.result):  # the weights are still those after the previous, finite step
                 kept = keep() if training.progress.step else None
                 raise TrainingDiverged(explain(step, taken, training.examples, training.objective, kept))
             line = training.count(taken, time.perf_counter() - began)
@@ -106,12 +106,12 @@ def loop(training: Training, observers: Observers, keep: Callable[[], Path]) -> 
 
 @contextmanager
 def _kept_where_memory_ends(progress: Progress, keep: Callable[[], Path]) -> Iterator[None]:
-    """Where memory runs out in the block, save the last step that was taken, and say so."""
+    """If memory runs out in the block, save the last step and say so in the error."""
     try:
         yield
     except OutOfMemory as error:
         if not progress.step:
             raise
         checkpoint = keep()
-        again = f"--resume {checkpoint.parent.parent} goes on from it"
+        again = f"--resume {checkpoint.parent.parent} continues from it"
         raise UserError(f"{error}. Step {progress.step} is saved: {checkpoint}; {again}") from None

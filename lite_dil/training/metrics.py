@@ -1,4 +1,4 @@
-"""Figures of answers and pairs, in numpy, the same for training and evaluation and for every backend; the lines of metrics."""
+"""Metrics of responses and pairs, in numpy, the same for training and evaluation and for every backend."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lite_dil.objectives.table import constants, objective_of
 from lite_dil.runs.folder import Progress
 from lite_dil.training.step import Taken
 
-# What the window of a line counts; everything else in it is a mean.
+# Counts in the window of a line; everything else in it is a mean.
 _SUMS = ("examples", "tokens", "seconds", "steps", "skipped", "reference_passes")
 
 
 class Means:
-    """Running means by name, each over its own number of things: of pairs, of good answers, of bad answers.
+    """Running means by name, each over its own count: of pairs, of chosen responses, of rejected responses.
 
     Args:
-        state: sums and counts by name, which is also what a checkpoint keeps of it; changed in place.
+        state: sums and counts by name, changed in place; checkpoints save it.
     """
 
     def __init__(self, state: dict[str, list[float]] | None = None) -> None:
         self.state = {} if state is None else state
 
     def add(self, name: str, values: np.ndarray | float, count: int | None = None) -> None:
-        """Add values, or a mean over `count` things."""
+        """Add values, or a mean over `count` values."""
         array = np.asarray(values, np.float64)
         number = array.size if count is None else count
         if number:
@@ -47,10 +47,10 @@ class Means:
 
 
 def answer_metrics(means: Means, policy: np.ndarray, reference: np.ndarray, batch: Batch, options: ResolvedObjective) -> None:
-    """Add a batch's figures under TRL's names; `policy` and `reference` are summed log-probs in nats, (responses,).
+    """Add a batch's metrics under TRL's names; `policy` and `reference` are summed log-probs in nats, (responses,).
 
-    A reward is ``beta * f`` and nothing else, an accuracy is the share of pairs with ``f_w > f_l``, and ``logps/*`` are sums
-    over the answer's tokens in nats. Answers without a partner have no accuracy, and no margin of their own: `with_margin`.
+    A reward is ``beta * f``, the accuracy is the share of pairs with ``f_w > f_l``, and ``logps/*`` are sums over the
+    response's tokens in nats. Unpaired responses have no accuracy; for their margin see `with_margin`.
     """
     f = log_ratio(policy.astype(np.float64), reference.astype(np.float64), batch.lengths, options.logp_reduction)
     rewards = options.beta * f
@@ -69,7 +69,7 @@ def answer_metrics(means: Means, policy: np.ndarray, reference: np.ndarray, batc
 
 
 def with_margin(figures: dict[str, float]) -> dict[str, float]:
-    """Add the difference of the mean rewards as the margin where answers have no partners."""
+    """Add the difference of the mean rewards as the margin of unpaired responses."""
     if "rewards/margins" in figures or not {"rewards/chosen", "rewards/rejected"} <= figures.keys():
         return figures
     return figures | {"rewards/margins": figures["rewards/chosen"] - figures["rewards/rejected"]}
@@ -93,7 +93,7 @@ def count_step(progress: Progress, taken: Taken, seconds: float, options: Resolv
 
 
 def line_of(progress: Progress, schedule: Schedule, peak_memory_mb: float) -> dict[str, Any]:
-    """Return the line of metrics of the steps that the window holds."""
+    """Return the line of metrics for the steps in the window."""
     window = Means(progress.window)
     figures = {name: value for name, value in window.means().items() if name not in _SUMS}
     examples, tokens, seconds, steps, skipped, passes = map(window.total, _SUMS)

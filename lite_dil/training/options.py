@@ -1,4 +1,4 @@
-"""Options of the reference's log-probs."""
+"""Options for the reference's log-probs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lite_dil.base.option import FREE, WRITTEN, option
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceOptions:
-    """Where they are remembered, and when they are computed."""
+    """Where the reference's log-probs are stored, and when they are computed."""
 
     reference_cache: str | None = option(
         "engine",
         None,
-        "folder that remembers the reference's log-probs, so that the next epoch, run or loss on the same data and model "
-        "computes none; off remembers them for this run only (default: in the user's cache folder)",
+        "folder that stores the reference's log-probs, so that further epochs, runs or losses on the same data and model "
+        "do not compute them again; off keeps them for this run only (default: in the user's cache folder)",
         metavar="DIR|off",
         kind=WRITTEN,
     )

@@ -1,4 +1,4 @@
-"""A loss of one's own on the arrays of a backend: tried before a training, and in evaluation."""
+"""Try a user-defined loss on a backend's arrays before training."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from lite_dil.base.errors import UserError, first_line
 from lite_dil.objectives.naming import place_of
 from lite_dil.objectives.own import OwnLoss
 
-# Log-ratios of four answers a side; training starts at 0.
+# Log-ratios of four responses per side; training starts at 0.
 TRIED = np.array([[0.0, 0.5, -0.3, 0.1], [0.0, -0.2, 0.4, -0.1]], np.float32)
 
 
 def try_out(loss: OwnLoss, backend: str) -> None:
-    """Try the loss on four made-up values a side, on arrays of the backend's library.
+    """Try the loss on four made-up values per side, as arrays of the backend's library.
 
-    Raises UserError, which names the function, unless it returns as many finite values with finite slopes, each its own.
+    Raises UserError, which names the function, unless it returns one finite value with a finite gradient for each input,
+    independent of the others.
     """
     if loss.kind == "pairs":
         _try(loss, backend, loss.functions[0], lambda function, f: function(f[0], f[1]), TRIED)
@@ -33,12 +34,12 @@ def _try(loss: OwnLoss, backend: str, function: Callable[..., Any], call: Callab
     def run(f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         try:
             return registry.value_and_slope(backend, lambda f, *_: call(function, f), f, f, {})
-        except Exception as error:  # the function is somebody else's, and may raise anything
+        except Exception as error:  # the user's function may raise anything
             raise UserError(f"{_of(loss, function)} {type(error).__name__}: {first_line(error)}{_line(error)}") from error
 
     found, slope = run(values)
     if found.shape != (values.shape[1],):
-        expected = f"one value a pair or answer, {(values.shape[1],)}"
+        expected = f"one value per pair or response, {(values.shape[1],)}"
         raise UserError(f"{_of(loss, function)} it returned an array of shape {found.shape}; expected {expected}")
     if not (np.isfinite(found).all() and np.isfinite(slope).all()):
         what = "values" if not np.isfinite(found).all() else "slopes"
@@ -46,18 +47,18 @@ def _try(loss: OwnLoss, backend: str, function: Callable[..., Any], call: Callab
     halves = np.concatenate([run(np.ascontiguousarray(part))[0] for part in np.split(values, 2, axis=1)])
     if not np.allclose(halves, found, rtol=1e-4, atol=1e-5):
         raise UserError(
-            f"{_of(loss, function)} the loss of an answer depends on the others beside it ({found.tolist()} together, "
+            f"{_of(loss, function)} the loss of a response depends on the other responses ({found.tolist()} together, "
             f"{halves.tolist()} in halves), and a step may be split anywhere; leave means and sums to lite-dil"
         )
     if function is loss.functions[0] and not slope.any():
-        raise UserError(f"{_of(loss, function)} its slope is 0 everywhere, so that nothing would be learned")
+        raise UserError(f"{_of(loss, function)} its gradient is 0 everywhere, so nothing would be learned")
 
 
 def _of(loss: OwnLoss, function: Callable[..., Any]) -> str:
-    return f"--loss {loss.name}, {place_of(function)}, tried on log-ratios of four answers:"
+    return f"--loss {loss.name}, {place_of(function)}, tried on log-ratios of four responses:"
 
 
 def _line(error: BaseException) -> str:
-    """Return the line of the innermost call, where it tells more than the function's own."""
+    """Return the line of the innermost call, if it is not the function's own."""
     frames = traceback.extract_tb(error.__traceback__)
     return f" (in {frames[-1].filename} line {frames[-1].lineno})" if frames else ""

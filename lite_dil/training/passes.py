@@ -1,4 +1,4 @@
-"""Passes without gradients, in pieces that memory holds; the reference's log-probs are remembered."""
+"""Passes without gradients, in pieces that memory holds, with a cache of the reference's log-probs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lite_dil.training.reference_cache import ReferenceCache
 
 
 class Passes:
-    """Log-probs without gradients, in passes that memory holds; the reference's are remembered."""
+    """Computes log-probs without gradients, in passes that memory holds; the reference's are cached."""
 
     def __init__(self, backend: Backend, reduction: str, cache: ReferenceCache, say: Callable[[str], None]) -> None:
         self.backend, self.reduction, self.cache, self.say = backend, reduction, cache, say
         self._halving = Halving("a pass without gradients", lambda batch: batch.tokens, Batch.halves, say)
 
     def run(self, work: Callable[[Batch], np.ndarray], batch: Batch) -> np.ndarray:
-        """Return what `work` returns for the batch: an array whose first axis follows the responses."""
+        """Return the result of `work` for the batch, an array whose first axis follows the responses."""
         return np.concatenate(self._halving.run(work, batch))
 
     def sequence_logps(self, batch: Batch) -> np.ndarray:
@@ -35,7 +35,7 @@ class Passes:
         return self.run(self.backend.token_logps, batch)
 
     def reference(self, batch: Batch) -> np.ndarray:
-        """Return the reference's summed log-probs, (responses,), from the cache or computed and remembered."""
+        """Return the reference's summed log-probs, (responses,), from the cache or computed and cached."""
         known = self.cache.lookup(batch)
         if known is None:
             with self.backend.adapter_off():
@@ -44,17 +44,17 @@ class Passes:
         return known
 
     def remember(self, batch: Batch, logps: np.ndarray) -> None:
-        """Keep the reference's summed log-probs of a batch: on disk, or in memory alone from where the disk fails."""
+        """Cache the reference's summed log-probs of a batch: on disk, or only in memory once the disk fails."""
         try:
             self.cache.add(batch, logps)
         except DiskFailed as error:
-            self.say(f"{error}. Going on: log-probs of the reference are kept in memory from here on")
+            self.say(f"{error}. Continuing: the reference's log-probs are kept in memory from here on")
 
     def baseline(self, batches: Sequence[Batch], stop: Callable[[], bool] = never) -> float:
-        """Return kto's z0: the mean log-ratio of answers to other prompts, and 0 where that is negative (its eq. 8).
+        """Return kto's reference point z0: the mean log-ratio of responses to other prompts, or 0 if negative (eq. 8).
 
-        Without batches, which is every other objective, it is 0; if `stop`, asked between passes, ends it
-        early, the value means nothing.
+        Without batches, as for every other objective, it is 0. `stop` is called between passes; if it ends the work early,
+        the value is meaningless.
         """
         found = []
         for batch in batches:

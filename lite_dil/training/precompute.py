@@ -1,4 +1,4 @@
-"""The reference's log-probs of all examples, computed before training in batches larger than a step's."""
+"""Compute the reference's log-probs of all examples before training, in batches larger than a step's."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lite_dil.batching.schedule import PRECOMPUTE_ROWS, plan, row_tokens
 from lite_dil.data.encoder import Example
 from lite_dil.training.passes import Passes
 
-TOGETHER = 8192  # examples that are in memory at once; the longest of them go together
+TOGETHER = 8192  # examples in memory at once, which are batched by length
 
 
 def missing(passes: Passes, parts: Sequence[Sequence[Example]]) -> Iterator[Example]:
-    """Yield the examples whose log-probs the cache does not know."""
+    """Yield the examples whose log-probs are not cached."""
     return (example for example in itertools.chain(*parts) if passes.cache.lookup(Batch.of([example])) is None)
 
 
 def precompute(passes: Passes, parts: Sequence[Sequence[Example]], sizes: ScheduleOptions) -> Iterator[int]:
-    """Fill the cache, and yield after each batch how many examples were computed so far; what was yielded is kept."""
+    """Fill the cache; yield after each batch how many examples are computed and saved so far."""
     left, done = missing(passes, parts), 0
     while some := list(itertools.islice(left, TOGETHER)):
         for batch in plan(some, passes.backend.layout, len(some), PRECOMPUTE_ROWS * row_tokens(sizes)):

@@ -1,4 +1,4 @@
-"""A durable cache of the reference's log-probs: paid once for every answer, whatever the epoch, the run or the loss."""
+"""A durable cache of the reference's log-probs: computed once per response for all epochs, runs and losses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lite_dil.models.fingerprint import reference_key
 from lite_dil.models.options import AdapterOptions
 from lite_dil.training.options import ReferenceOptions
 
-# A digest of the token ids, the summed log-prob, the response's tokens, and a checksum of the three: 32 bytes.
+# A digest of the token ids, the summed log-prob, the number of response tokens, and a checksum of the three: 32 bytes.
 _RECORD = struct.Struct("<16sdII")
 _CHECKED = _RECORD.size - 4
 
@@ -29,12 +29,12 @@ _CHECKED = _RECORD.size - 4
 class ReferenceCache:
     """Summed log-probs of responses under one reference, in one append-only file.
 
-    A damaged or half-written record is not believed, and computed again. Several runs may share a folder, and add to a file at
-    the same time.
+    A damaged or half-written record is ignored and recomputed. Several runs may share a folder and append to a file at the
+    same time.
 
     Args:
-        folder: where the files are, one a reference; made if need be. None keeps everything in memory only.
-        key: what the log-probs depend on beside the tokens; see `reference_key`.
+        folder: holds one file per reference; created if necessary. None keeps everything in memory.
+        key: what the log-probs depend on besides the tokens; see `reference_key`.
     """
 
     def __init__(self, folder: Path | None, key: dict[str, str]) -> None:
@@ -50,7 +50,7 @@ class ReferenceCache:
             make_folder(folder)
             _describe(folder / f"{name}.json", key)
             content = self.path.read_bytes() if self.path.exists() else b""
-            if torn := len(content) % _RECORD.size:  # a run was killed while it wrote
+            if torn := len(content) % _RECORD.size:  # a run was killed while writing
                 self._append(bytes(_RECORD.size - torn))
         except OSError as error:
             raise UserError(f"--reference-cache {folder}: cannot be used ({error})") from None
@@ -73,10 +73,10 @@ class ReferenceCache:
         return np.array(found, np.float32)
 
     def add(self, batch: Batch, logps: np.ndarray) -> None:
-        """Remember the summed log-probs (responses,) of a batch. Records are on disk when this returns.
+        """Store the summed log-probs (responses,) of a batch; records are on disk on return.
 
         Raises:
-            DiskFailed: they are in memory only, and so is, without an error, what comes later.
+            DiskFailed: the records are in memory only; so are all later ones, without an error.
         """
         records = b""
         for digest, response, value in zip(_digests(batch), batch.responses, logps.tolist(), strict=True):
@@ -92,14 +92,14 @@ class ReferenceCache:
 
     def _append(self, content: bytes) -> None:
         assert self.path is not None
-        with appending(self.path) as file:  # one write a batch, so that runs side by side do not mix records
+        with appending(self.path) as file:  # one write per batch, so that concurrent runs do not mix records
             append(file, content)
 
 
 def open_cache(options: ReferenceOptions, adapter: AdapterOptions, model: str, identity: str) -> ReferenceCache:
-    """Return the cache that the options ask for; with ``off`` it lasts as long as the run.
+    """Return the cache that the options select; with ``off`` it lasts only for the run.
 
-    The rest is for `lite_dil.models.fingerprint.reference_key`.
+    The other arguments are for `lite_dil.models.fingerprint.reference_key`.
     """
     if options.reference_cache == "off":
         return ReferenceCache(None, {})
@@ -108,23 +108,23 @@ def open_cache(options: ReferenceOptions, adapter: AdapterOptions, model: str, i
 
 
 def cache_folder(options: ReferenceOptions) -> Path:
-    """Return where log-probs are kept, and the hashes of weights, also where ``off`` keeps the log-probs out."""
+    """Return the folder for log-probs and for hashes of weights, which are stored even with ``off``."""
     given = options.reference_cache
     return Path(given) if given and given != "off" else cache_dir() / "reference"
 
 
 def _describe(path: Path, key: dict[str, str]) -> None:
-    """Write what a cache is of, for people, and its format beside it; raise UserError where a newer version wrote it."""
+    """Write a description and the format next to a cache file; raise UserError if a newer version wrote it."""
     try:
         content = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):  # or damaged, and of use to nobody
+    except (FileNotFoundError, ValueError, TypeError):  # missing or damaged
         write(path, json.dumps({KEY: CACHE, **key}, indent=2) + "\n")
     else:
         check_format(content, CACHE, f"the reference cache {path.with_suffix('.logps')}")
 
 
 def _digests(batch: Batch) -> list[bytes]:
-    """Return a digest of each response's token ids and its prompt's, the two kept apart."""
+    """Return a digest of each response's token ids together with its prompt's, with the boundary."""
     digests = []
     for prompt, response in zip(batch.prompt_of, batch.responses, strict=True):
         ids = batch.prompts[prompt]

@@ -1,4 +1,4 @@
-"""A check before the first step: the untrained model must be its own reference."""
+"""Check before the first step that the untrained model equals its reference."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ CHECKING = "checking that the untrained model is its own reference"
 
 
 def starts_at_reference(options: LoadOptions) -> bool:
-    """Return whether the untrained policy is the reference, and not an adapter whose reference is the bare base model."""
+    """Return whether the untrained policy equals its reference; not with an initial adapter and the base as reference."""
     return not (options.init_adapter and options.reference == "base")
 
 
 def check_start(passes: Passes, batch: Batch, model: str) -> None:
-    """Raise UserError unless the log-ratio of the untrained `model` is exactly 0: every figure after it would be wrong.
+    """Raise UserError unless the log-ratio of the untrained `model` is exactly 0; otherwise every later figure is wrong.
 
-    The reference's log-probs of the batch are known afterwards.
+    The reference's log-probs of the batch are cached afterwards.
     """
     backend = passes.backend
 
-    def both(batch: Batch) -> np.ndarray:  # of the same pass: one that was split may differ in its last bits
+    def both(batch: Batch) -> np.ndarray:  # in the same pass: a split pass may differ in the last bits
         with backend.adapter_off():
             reference = backend.sequence_logps(batch)
         return np.stack([reference, backend.sequence_logps(batch)], -1)
@@ -34,6 +34,6 @@ def check_start(passes: Passes, batch: Batch, model: str) -> None:
     worst = float(np.abs(policy - reference).max())
     if worst != 0:
         raise UserError(
-            f"{model}: with the adapter on, the untrained model differs from its reference by {worst:.3g} nats, where "
-            "it must be exactly 0; the model's forward pass is not deterministic, or its adapter cannot be switched off"
+            f"{model}: with the adapter on, the untrained model differs from its reference by {worst:.3g} nats; expected "
+            "exactly 0. The model's forward pass is not deterministic, or its adapter cannot be switched off"
         )

@@ -17,9 +17,9 @@ from lite_dil.training.passes import Passes
 
 
 class Taken(NamedTuple):
-    """A step that was taken: on what, what came of it, and how many reference passes it computed.
+    """A finished step: its batches, its result, and the number of reference passes computed.
 
-    `policy` and `reference` are the summed log-probs, (responses,), in the order of the batches; `baseline` is kto's z0.
+    `policy` and `reference` are summed log-probs, (responses,), in the order of the batches; `baseline` is kto's z0.
     """
 
     batches: list[Batch]
@@ -36,7 +36,7 @@ def micro_batches(
     references: Sequence[np.ndarray | None] | None = None,
     baseline: float = 0.0,
 ) -> list[MicroBatch]:
-    """Return the passes of a step with the criterion's inputs, and the reference's summed log-probs where they are known."""
+    """Return the passes of a step with the criterion's inputs, and the reference's summed log-probs if they are known."""
     known = references or [None] * len(batches)
     return [MicroBatch(batch, criterion.inputs(batch, baseline), of) for batch, of in zip(batches, known, strict=True)]
 
@@ -44,9 +44,9 @@ def micro_batches(
 def take_step(
     passes: Passes, schedule: Schedule, step: int, criterion: Criterion, say: Callable[[str], None], dropout: bool
 ) -> Taken:
-    """Take step 1, 2, ... in passes that memory holds: where it does not, `schedule` plans smaller ones from here on.
+    """Take step 1, 2, ... in passes that memory holds: if one does not fit, `schedule` plans smaller ones from then on.
 
-    Raises OutOfMemory where a pass that failed cannot be split; backend and schedule are then those before the step.
+    Raises OutOfMemory if the failed pass cannot be split; backend and schedule are then unchanged.
     """
     while True:
         batches = schedule.batches(step)
@@ -62,11 +62,11 @@ def take_step(
                 raise
             say(
                 f"out of memory in step {step}: passes of at most {schedule.limits} from here on (were {before}); the result "
-                f"is the same{', but for what dropout draws' if dropout else ''}"
+                f"is the same{', except for what dropout draws' if dropout else ''}"
             )
             continue
         missing = [values is None for values in known]
-        assert result.reference is not None  # the metrics of every objective want it
+        assert result.reference is not None  # the metrics of every objective need it
         for batch, logps, absent in zip(batches, by_batch(result.reference, batches), missing, strict=True):
             if absent:
                 passes.remember(batch, logps)
@@ -74,7 +74,7 @@ def take_step(
 
 
 def _sums(policy: np.ndarray, batches: Sequence[Batch], criterion: Criterion) -> np.ndarray:
-    """Return the policy's summed log-probs, also where the objective read those of the tokens."""
+    """Return the policy's summed log-probs, also if the objective reads token log-probs."""
     if criterion.reads == SUMS:
         return policy
     parts = np.split(policy, np.cumsum([int(batch.lengths.sum()) for batch in batches])[:-1])

@@ -143,7 +143,7 @@ def test_what_cannot_be_trained(load: Any, rows: list[dict[str, Any]], tmp_path:
     assert not (tmp_path / "run").exists() and not policy.trained
     taken = dil.read(row for row in rows)
     assert len(list(taken)) == 12
-    with pytest.raises(dil.UserError, match="an iterator, which was read before"):
+    with pytest.raises(dil.UserError, match="an iterator that was already read"):
         dil.train(policy, taken, output_dir=tmp_path / "run")
     inference = dil.load(policy.source.options.model, backend="cpu", trainable=False)
     with pytest.raises(dil.UserError, match="loaded for inference"):
@@ -183,7 +183,7 @@ def test_messages_figures_and_exports(
     assert (made / "config.json").is_file() and check["rows"] == 2 and check["mean"] < 1e-4
     done.policy.close()
     assert main(["train", "--resume", str(done.folder)]) == 2
-    assert "rows that a program gave and no file holds" in capsys.readouterr().err
+    assert "rows that a program passed and no file holds" in capsys.readouterr().err
     assert (done.export(tmp_path / "alone", format="adapter", check_rows=1) / "export.json").is_file()
-    with pytest.raises(dil.UserError, match="is there already"):
+    with pytest.raises(dil.UserError, match="already exists"):
         done.export(tmp_path / "merged")

@@ -81,7 +81,7 @@ def test_an_own_loss_trains_as_the_table_s(policy: dil.Policy, data: Path, tmp_p
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
     assert yaml.safe_load((found.folder / "config.yaml").read_text())["loss"] == ones_own.identity
     assert "def dpo(chosen" in (found.folder / "loss_source.txt").read_text()
-    assert "dpo (a loss of one's own)" in unescape(found.report.read_text())
+    assert "dpo (a user-defined loss)" in unescape(found.report.read_text())
     card = (found.folder / "adapter" / "README.md").read_text()
     assert "Trained by a Python program with `lite_dil.train`, which gave its own loss." in card
     sides = dil.SideLoss(lambda f: -f, lambda f: library(f).exp(f), name="ukl")
@@ -113,7 +113,7 @@ def test_the_command_line_takes_one_and_goes_on_with_it(
     assert main(["train", "--loss", own.identity, "--model", "./none"]) == 2  # before anything is looked for
     assert "give it again" in capsys.readouterr().err
     assert main(["train", "--resume", str(part.folder)]) == 2
-    assert "tilted is a loss of one's own, whose code a run does not keep: give it again" in capsys.readouterr().err
+    assert "tilted is a user-defined loss, whose code a run does not keep: give it again" in capsys.readouterr().err
     (tmp_path / "losses.py").write_text(FILE.replace("power=2.0", "power=3.0"))
     assert main(["train", "--resume", str(part.folder), "--loss", loss]) == 2
     assert "--loss is own:tilted:pairs:sum:" in capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_what_names_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
         dil.PairLoss(make(object()))  # type: ignore[arg-type]
     typed: dict[str, Any] = {}
     exec("def loss(a, b): return a - b", typed)
-    with pytest.raises(dil.UserError, match="the text of loss cannot be had"):
+    with pytest.raises(dil.UserError, match="the source of loss is not available"):
         dil.PairLoss(typed["loss"])
     assert dil.PairLoss(typed["loss"], name="mine", version="1").identity.startswith("own:mine:pairs:sum:")
     with pytest.raises(dil.UserError, match="reduction is 'max'"):
@@ -182,10 +182,10 @@ def test_what_names_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
-        (lambda a, b: (b - a).mean(), r"shape \(\); expected one value a pair"),
+        (lambda a, b: (b - a).mean(), r"shape \(\); expected one value per pair"),
         (lambda a, b: 1 / (b - a) ** 0.5, "not finite"),
-        (lambda a, b: (b - a) * 0, "its slope is 0 everywhere"),
-        (lambda a, b: (b - a) - (b - a).mean(), "depends on the others beside it"),
+        (lambda a, b: (b - a) * 0, "its gradient is 0 everywhere"),
+        (lambda a, b: (b - a) - (b - a).mean(), "depends on the other responses"),
         (lambda a, b: [0.0] * 4, "TypeError: it returned a list"),
         (lambda a, b: (b - a).no_such_thing(), "AttributeError"),
     ],

@@ -512,10 +512,10 @@ def returns_more(self: Any, inputs: mx.array, cache: Any = None, input_embedding
 @pytest.mark.parametrize(
     ("loop", "reason"),
     [
-        (looks_into_its_cache, r"its code does not take it \(AttributeError: .*\)"),
-        (asserts, r"its code does not take it \(AssertionError: .*\)"),
-        (another_signature, r"its code does not take it \(TypeError: .*\)"),
-        (returns_more, "its decoder returns something else than hidden states"),
+        (looks_into_its_cache, r"its code does not accept it \(AttributeError: .*\)"),
+        (asserts, r"its code does not accept it \(AssertionError: .*\)"),
+        (another_signature, r"its code does not accept it \(TypeError: .*\)"),
+        (returns_more, "its decoder returns something other than hidden states"),
     ],
 )
 def test_a_loop_that_does_not_fit_has_the_plain_layout(
@@ -535,7 +535,7 @@ def attention_of(change: Any) -> Any:
     return lambda self, x, mask=None, cache=None: change(real, self, x, mask, cache)
 
 
-CODE, KEYS = "its code does not take it", "its keys and values are not (rows, heads, tokens, width)"
+CODE, KEYS = "its code does not accept it", "its keys and values are not (rows, heads, tokens, width)"
 
 
 @pytest.mark.parametrize(

@@ -154,8 +154,8 @@ def test_tokens_that_do_not_fit(flags: list[str], tmp_path: Path) -> None:
     for argv in ([*flags, "--backend", "cpu"], command):
         one_message(
             limited(100, *argv, LITE_DIL_CACHE=str(tmp_path / "cache")),
-            f"the data's tokens in {tmp_path}/cache: cannot be written ({TOO_LARGE}); free space there, or name another place "
-            "with LITE_DIL_CACHE",
+            f"the data's tokens in {tmp_path}/cache: cannot be written ({TOO_LARGE}); free space there, or choose "
+            "another place with LITE_DIL_CACHE",
         )
     assert left(tmp_path / "cache") == []
 
@@ -181,7 +181,7 @@ def test_an_export_that_does_not_fit(adapter: str, tmp_path: Path, format: str, 
     out = tmp_path / "out"
     done = limited(size, "export", "--adapter", adapter, "--format", format, "--output", str(out), "--no-check")
     one_message(
-        done, f"--output {out}: cannot be written ({TOO_LARGE}); free space there, or name another place with --output"
+        done, f"--output {out}: cannot be written ({TOO_LARGE}); free space there, or choose another place with --output"
     )
     assert left(tmp_path) == []
 
@@ -210,7 +210,7 @@ def test_answers_that_do_not_fit(adapter: str, tmp_path: Path, tiny: str) -> Non
     argv = ["generate", str(tmp_path / "prompts.txt"), "--adapter", adapter, "--output", str(tmp_path / "a.jsonl")]
     argv += ["--max-new-tokens", "4", "--batch-size", "1", "--backend", "cpu"]
     done = limited(500, *argv)
-    one_message(done, f"a.jsonl: cannot be written ({TOO_LARGE}); free space there", "the same command goes on from it")
+    one_message(done, f"a.jsonl: cannot be written ({TOO_LARGE}); free space there", "the same command continues from it")
     rows = (tmp_path / "a.jsonl").read_bytes()
     assert 0 < rows.count(b"\n") < 4 and rows.endswith(b"\n")
     assert main(argv) == 0
@@ -222,7 +222,7 @@ def test_drawn_answers_that_do_not_fit(flags: list[str], tmp_path: Path) -> None
     Path(flags[flags.index("--data") + 1]).write_text(demonstrations)
     argv = [*flags, "--backend", "cpu", "--max-steps", "4", "--sample-rejected", "1", "--sample-max-tokens", "4"]
     done = limited(2000, *argv, "--sample-file", str(tmp_path / "s.jsonl"))
-    one_message(done, f"s.jsonl: cannot be written ({TOO_LARGE})", "the same command goes on from it")
+    one_message(done, f"s.jsonl: cannot be written ({TOO_LARGE})", "the same command continues from it")
     rows = (tmp_path / "s.jsonl").read_bytes().splitlines(keepends=True)
     assert rows and all(json.loads(row) and row.endswith(b"\n") for row in rows)
 
@@ -241,7 +241,7 @@ def test_labels_that_do_not_fit(adapter: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("the red\n")
     argv = ["label", str(tmp_path / "prompts.txt"), "--adapter", adapter, "--backend", "cpu", "--max-new-tokens", "4"]
     done = limited(10, *argv, "--output", str(tmp_path / "l.jsonl"), input="1\n")
-    one_message(done, f"l.jsonl: cannot be written ({TOO_LARGE})", "the same command goes on from it")
+    one_message(done, f"l.jsonl: cannot be written ({TOO_LARGE})", "the same command continues from it")
     assert (tmp_path / "l.jsonl").read_bytes() == b""
 
 
@@ -257,12 +257,12 @@ def test_a_folder_that_may_not_be_written(flags: list[str], tmp_path: Path, caps
     [
         (
             OSError(errno.ENOSPC, FULL),
-            f"x: cannot be written ({FULL}); free space there, or name another place with --output. Ok",
+            f"x: cannot be written ({FULL}); free space there, or choose another place with --output. Ok",
         ),
         (OSError(errno.EROFS, "ro"), "x: cannot be written (ro); make it writable, or"),
         (
             OSError(errno.ENOTCONN, "gone", "y"),
-            "y: cannot be read or written (gone); check whether its disk is full, failing or gone, or",
+            "y: cannot be read or written (gone); check whether its disk is full, failing or disconnected, or",
         ),
         (PermissionError(errno.EACCES, "no", "y"), "y: cannot be read or written (no); make it writable"),
         (

@@ -43,7 +43,7 @@ def test_a_line_that_was_cut_off_is_removed_and_a_whole_one_is_ended(tmp_path: P
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("dear diary")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="not JSON Lines"):
         JSONLines(path, "tests")
     assert path.read_text() == "dear diary"
     with pytest.raises(UserError, match=f"{tmp_path.name}: .*tests"):

@@ -98,7 +98,7 @@ def test_broken_checkpoints_are_refused(tiny: str, tmp_path: Path, capsys: pytes
     for name, cpu, mlx in (
         ("cut", "cannot be loaded", "mlx-lm cannot load it"),
         ("lacking", "lack 1 of the model's weights, the first is model.layers.1.mlp.up_proj.weight", "mlx-lm cannot load it"),
-        ("gpt2", "its decoder has no linear layers that LoRA could adapt", "mlx-lm cannot load it"),
+        ("gpt2", "its decoder has no linear layers that LoRA can adapt", "mlx-lm cannot load it"),
     ):
         for backend, message in (("cpu", cpu), ("mlx", mlx)):
             assert main(["train", "--model", str(tmp_path / name), "--data", good, "--backend", backend]) == 2, (name, backend)
@@ -114,8 +114,8 @@ def test_broken_adapters_are_refused(tiny: str, tmp_path: Path, backend: str, ca
         ("{", b"", "adapter_config.json cannot be read"),
         ('{"peft_type": "LORA"}', b"", "is not a LoRA adapter's (KeyError('r'))"),
         (peft, None, "no adapter_model.safetensors there"),
-        (peft, b"not tensors at all", "adapter_model.safetensors: not a safetensors file"),
-        (mlx, b"not tensors at all", "adapters.safetensors: not a safetensors file"),
+        (peft, b"not tensors at all", "adapter_model.safetensors: not a readable safetensors file"),
+        (mlx, b"not tensors at all", "adapters.safetensors: not a readable safetensors file"),
     ):
         folder = tmp_path / "adapter"
         shutil.rmtree(folder, ignore_errors=True)

@@ -198,7 +198,7 @@ DEMOS = [{"prompt": "a", "completion": "the"}]
         (GOOD, ["--loss", "sft"], 0, ""),
         (DEMOS, [], 2, "--loss lsif needs rejected answers"),
         (DEMOS, ["--loss", "sft"], 0, ""),
-        ([labelled("a", "the", True), labelled("a", "red", False)], ["--loss", "kto"], 2, "all of the data has the same one"),
+        ([labelled("a", "the", True), labelled("a", "red", False)], ["--loss", "kto"], 2, "all rows have the same prompt"),
         ([*GOOD, labelled("a", "red", False)], ["--loss", "dpo"], 2, "--loss dpo needs pairs"),
         ([*GOOD, labelled("a", "red", False)], ["--loss", "kto"], 0, ""),
     ],
@@ -234,12 +234,12 @@ def test_every_reason_is_told_with_its_first_place(data: Any, tmp_path: Path) ->
     (source,) = found["sources"]
     assert (source["kept"], source["format"], source["weight"]) == (1, "preference", 1)
     empty, lacking, same = source["left_out"]
-    assert (empty["reason"], empty["rows"]) == ("empty answer", 2)
+    assert (empty["reason"], empty["rows"]) == ("empty response", 2)
     # Each different story is told, with the first place that has it.
     assert [story["first"].rpartition(" ")[2] for story in empty["stories"]] == ["3", "5"]
     assert "empty" in empty["stories"][0]["message"]
     assert (lacking["rows"], lacking["stories"][0]["first"]) == (1, f"{file} line 1")
-    assert (same["reason"], same["rows"]) == ("identical answers", 1)
+    assert (same["reason"], same["rows"]) == ("identical responses", 1)
 
 
 def test_held_out_data_is_read_and_compared(data: Any, tiny: str, tmp_path: Path, capsys: Any) -> None:

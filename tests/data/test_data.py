@@ -53,14 +53,14 @@ def test_answers_without_partners(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (({**SINGLE, "label": 2},), "line 1: field 'label' is a number (2); expected true (or 1) for a good answer, false"),
+        (({**SINGLE, "label": 2},), "line 1: field 'label' is a number (2); expected true (1) for a good response, false"),
         (({**SINGLE, "label": "true"},), "line 1: field 'label' is text ('true'); expected true"),
         (({**SINGLE, "label": None},), "line 1: field 'label' is null"),
         (({**SINGLE, "label": True}, SINGLE), "line 2: no field 'label'; the row has prompt, completion"),
-        ((SINGLE, {**SINGLE, "label": True}), "line 2: the row has a 'label', which other rows have not"),
+        ((SINGLE, {**SINGLE, "label": True}), "line 2: the row has a 'label', which other rows lack"),
         ((SINGLE, TEXT), "line 2: no field 'completion'; the row has prompt, chosen, rejected"),
         ((TEXT, SINGLE), "line 2: no field 'chosen'; the row has prompt, completion"),
-        (({**SINGLE, "completion": " "},), "line 1: the answer is empty"),
+        (({**SINGLE, "completion": " "},), "line 1: the response is empty"),
         (({**SINGLE, "completion": 4},), "line 1: field 'completion' is a number; expected text, or chat messages"),
         ((SINGLE, SINGLE_CHAT), "line 2: the prompt is chat messages, but"),
         (({"prompt": "x", "completions": "y"},), "line 1: no field 'chosen'; the row has prompt, completions"),
@@ -118,15 +118,15 @@ MESSAGE = {"role": "user", "content": "x"}
             "line 2: no field 'chosen'; is it 'choosen'. Then --columns chosen=choosen",
         ),
         ({"instruction": "a", "good": "b"}, "line 2: no field 'chosen'; the row has instruction, good"),
-        ({**TEXT, "chosen": " \n"}, "line 2: the chosen answer is empty"),
-        ({**TEXT, "rejected": "\u200b"}, "line 2: the rejected answer is empty"),
+        ({**TEXT, "chosen": " \n"}, "line 2: the chosen response is empty"),
+        ({**TEXT, "rejected": "\u200b"}, "line 2: the rejected response is empty"),
         ({**TEXT, "prompt": ""}, "line 2: field 'prompt' is empty"),
         ({**TEXT, "rejected": "4 "}, "line 2: 'chosen' and 'rejected' are the same text"),
         ({**TEXT, "rejected": "4\u200b"}, "line 2: 'chosen' and 'rejected' are the same text"),
         ({**TEXT, "chosen": "caf\u00e9", "rejected": "cafe\u0301"}, "line 2: 'chosen' and 'rejected' are the same text"),
         (
             {**TEXT, "chosen": "What is 2 + 2? 4"},
-            "line 2: 'chosen' begins with the whole prompt and the other answer does not",
+            "line 2: 'chosen' begins with the whole prompt and the other response does not",
         ),
         ({**TEXT, "chosen": "\ud800"}, "line 2: field 'chosen' holds half of a surrogate pair"),
         (CHAT, "line 2: the prompt is chat messages, but .*line 1 has plain text"),
@@ -158,7 +158,7 @@ def test_bad_rows_name_line_field_and_reason(tmp_path: Path, bad: Any, message: 
 
 def test_all_problems_are_gathered_and_ten_are_shown(tmp_path: Path) -> None:
     path = write(tmp_path / "bad.jsonl", *[{**TEXT, "chosen": ""}] * 12, TEXT)
-    with pytest.raises(UserError, match=r"(?s)12 of 13 rows.*line 1: .*line 10: .*and 2 more\n12 empty answer") as caught:
+    with pytest.raises(UserError, match=r"(?s)12 of 13 rows.*line 1: .*line 10: .*and 2 more\n12 empty response") as caught:
         read_rows(path)
     assert "line 11" not in str(caught.value)
 
@@ -177,8 +177,8 @@ def test_all_problems_are_gathered_and_ten_are_shown(tmp_path: Path) -> None:
         ("page.jsonl", b"<html><body>404</body></html>", "holds a web page, not data"),
         ("lfs.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS.*git lfs pull"),
         ("sheet.csv", b"PK\x03\x04...", "is a zip archive"),
-        ("pretty.json", json.dumps(TEXT, indent=1).encode(), "a JSON object goes over several lines"),
-        ("questions.jsonl", b'{"question": "a", "answer": "b"}', "(?s)no field 'chosen'.*What is read: .*conversations"),
+        ("pretty.json", json.dumps(TEXT, indent=1).encode(), "a JSON object spans several lines"),
+        ("questions.jsonl", b'{"question": "a", "answer": "b"}', "(?s)no field 'chosen'.*Expected: .*conversations"),
         ("latin1.csv", "prompt,completion\na,é\n".encode("latin-1"), "latin1.csv line 2: not UTF-8 at byte 3"),
         ("quotes.csv", b'prompt,completion\na,"b"c\n', "quotes.csv line 2: not valid CSV"),
         ("cells.csv", b"prompt,completion\na,b,c\n", "cells.csv line 2: 3 cells, but the header has 2"),

@@ -73,7 +73,7 @@ def test_compressed_files_whole_and_cut_off(tmp_path: Path) -> None:
     assert len(prompts(tmp_path / "a.jsonl.zst")) == 5000
     for cut in (len(frames) - 1, len(frames) // 2):
         (tmp_path / "b.jsonl.zst").write_bytes(frames[:cut])
-        with pytest.raises(UserError, match=r"b.jsonl.zst: .*early"):
+        with pytest.raises(UserError, match=r"b.jsonl.zst: .*truncated"):
             read_rows(str(tmp_path / "b.jsonl.zst"))
 
 
@@ -171,7 +171,7 @@ def test_bad_rows_stop_or_are_left_out(tmp_path: Path, encoder: Encoder) -> None
     seen = []
     data = load(str(path), "train", encoder, config(skip_bad_rows=True, max_length=12), lambda *row: seen.append(row))
     assert [(problem.kind, problem.place.rpartition(" ")[2]) for problem in data.problems] == [
-        ("empty answer", "4"),
+        ("empty response", "4"),
         ("control token", "5"),
     ]
     assert len(data.examples) == len(seen) == 3

@@ -106,8 +106,8 @@ def test_a_template_without_an_end_mark_gets_eos() -> None:
     [
         ({"chat_template": None}, "no chat template"),
         ({"chat_template": "{{ raise_exception('no system role') }}"}, "refuses these messages: no system role"),
-        ({"chat_template": "{% if add_generation_prompt %}A{% else %}B{% endif %}"}, "lays the prompt out differently"),
-        ({"chat_template": "x{% if not add_generation_prompt %}y{% endif %}"}, "changes the text of the answer"),
+        ({"chat_template": "{% if add_generation_prompt %}A{% else %}B{% endif %}"}, "renders the prompt differently"),
+        ({"chat_template": "x{% if not add_generation_prompt %}y{% endif %}"}, "changes the text of the response"),
     ],
 )
 def test_templates_that_cannot_be_used_name_row_and_reason(change: dict[str, Any], message: str) -> None:

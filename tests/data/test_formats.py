@@ -195,7 +195,7 @@ def test_each_format_is_told_and_read(
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "no common first message"),
         ({"chosen": f"{HH} a", "rejected": "\n\nHuman: hi\n\nAssistant: d"}, "'chosen' has 4 messages and 'rejected' 2"),
         ({"chosen": f"{HH} a", "rejected": f"{HH} a "}, "'chosen' and 'rejected' are the same"),
-        ({"chosen": f"{HH}", "rejected": f"{HH} a"}, "the chosen answer is empty"),
+        ({"chosen": f"{HH}", "rejected": f"{HH} a"}, "the chosen response is empty"),
         (
             {"chosen": [HI, YO, BYE, YO], "rejected": [HI, assistant("no"), BYE, assistant("ok")]},
             "differ from message 2 of 4 on",
@@ -204,15 +204,15 @@ def test_each_format_is_told_and_read(
             {"prompt": "other", "chosen": [HI, YO], "rejected": [HI, assistant("no")]},
             "begin with another prompt than field 'prompt'",
         ),
-        ({"chosen": "abc", "rejected": "xyz"}, "do not begin alike"),
+        ({"chosen": "abc", "rejected": "xyz"}, "share no start"),
         ({"conversations": [{"from": "gpt", "value": "yo"}]}, "has 1 message"),
         ({"conversations": [{"from": "human", "value": "hi"}], "chosen": "yo"}, "no field 'rejected'"),
-        ({"prompt": "hi", "responses": ["a", "b"], "scores": [1, 1]}, "all 2 answers have the same score"),
-        ({"prompt": "hi", "responses": ["a", "b"], "scores": [1]}, "2 answers in 'responses', but 1 in 'scores'"),
+        ({"prompt": "hi", "responses": ["a", "b"], "scores": [1, 1]}, "all 2 responses have the same score"),
+        ({"prompt": "hi", "responses": ["a", "b"], "scores": [1]}, "2 responses in 'responses', but 1 in 'scores'"),
         ({"prompt": "hi", "responses": ["a", "b"], "scores": [1, None]}, r"scores\[1\] is null"),
         ({"prompt": "hi", "responses": ["a", "b"]}, r"responses\[0\] has no score"),
         ({"instruction": "hi", "output": ["a"]}, "expected at least two, best first"),
-        ({"instruction": "hi", "output": "a", "history": ["x"]}, r"history\[0\] is text; expected \[question, answer\]"),
+        ({"instruction": "hi", "output": "a", "history": ["x"]}, r"history\[0\] is text; expected \[question, response\]"),
         ({"messages": [HI]}, "has 1 message"),
         ({"messages": [HI, YO, BYE]}, r"'messages\[2\]' has the roles \['user'\]"),
         ({"prompt": [HI], "completion": [YO], "tools": "{"}, "field 'tools' is not valid JSON"),
@@ -256,7 +256,7 @@ def test_one_format_and_one_kind_in_a_file(tmp_path: Path) -> None:
     assert len(rows) == 2
     assert [problem.kind for problem in reader.problems] == ["mixed formats"] * 2
     assert (
-        "looks like single answers with a label (unpaired), but the file is read as preference" in reader.problems[0].message
+        "looks like single responses with a label (unpaired), but the file is read as preference" in reader.problems[0].message
     )
     # The format is that of most rows, not of the first.
     reader, rows = read_one(tmp_path, labelled, pair, pair)
@@ -279,5 +279,5 @@ def test_columns_with_other_names(tmp_path: Path) -> None:
     assert not rows and "no column 'betterr', which --columns names (did you mean 'better'?)" in reader.problems[0].message
     with pytest.raises(UserError, match=r"unknown field 'choosen' \(did you mean 'chosen'\?\)"):
         parse_columns("choosen=good")
-    with pytest.raises(UserError, match="expected FIELD=COLUMN, as chosen=good"):
+    with pytest.raises(UserError, match="expected FIELD=COLUMN, such as chosen=good"):
         parse_columns("chosen")

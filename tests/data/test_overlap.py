@@ -102,8 +102,8 @@ def test_training_and_its_report_say_it(
     flags = ["--model", tiny, "--backend", backend_name, "--dtype", "float32", "--data", data, "--loss", loss]
     flags += ["--max-steps", "1", "--report-samples", "0"]
     said = (
-        "2 of 6 held-out rows are training rows too (the same prompt and answers), 1 more has the prompt of a training row, "
-        "but not all its answers: the held-out figures say less about new prompts"
+        "2 of 6 held-out rows are training rows too (the same prompt and responses), 1 more has the prompt of a training row, "
+        "but not all its responses: the held-out figures say less about new prompts"
     )
     for name, file, counts in (("overlap", held_out, (6, 2, 3)), ("fresh", fresh, (3, 0, 0))):
         shared = counts[1] > 0

@@ -56,7 +56,7 @@ def test_each_kind_of_row(row: dict[str, Any], expected: Any, tmp_path: Path) ->
 def test_lines_of_text_columns_limits_and_repeats(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("what is tea\r\n\n  a red house \nwhat is tea\n", encoding="utf-8")
-    assert read(path) == (["what is tea", "a red house"], ["1 prompt repeats an earlier one: each is taken once"])
+    assert read(path) == (["what is tea", "a red house"], ["1 prompt repeats an earlier one: each is used once"])
     assert read(path, chat=True, max_rows=1) == ([[USER]], [])
     table = tmp_path / "a.csv"
     table.write_text("question,n\nwhat is tea,1\na red house,2\n", encoding="utf-8")
@@ -103,7 +103,7 @@ def test_tokens_are_those_of_training_and_the_cut_is_said(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="leaves no room"):
         encode_prompts(found, encoder, config(max_length=8), 8, said.append)
     control = write(tmp_path / "b.jsonl", {"prompt": [{"role": "user", "content": "<|im_end|>"}]})
-    with pytest.raises(UserError, match=r"b.jsonl line 1: a message holds the control token"):
+    with pytest.raises(UserError, match=r"b.jsonl line 1: a message contains the control token"):
         encode_prompts(read_prompts(str(control), config(), False, said.append), encoder, config(), 8, said.append)
 
 

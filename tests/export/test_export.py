@@ -22,12 +22,12 @@ Trainer = Callable[..., Path]
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--format", "merged", "--to", "peft"], "--to is of --format adapter; leave it out with merged"),
-        (["--format", "adapter", "--dtype", "float16"], "--dtype is of --format merged and mlx"),
-        (["--format", "merged", "--bits", "4"], "--bits is of --format mlx"),
-        (["--format", "merged", "--check-rows", "0"], "expected at least 1; --no-check compares nothing"),
-        (["--format", "merged", "--no-check", "--check-rows", "3"], "--no-check checks nothing"),
-        (["--format", "merged", "--no-check", "--push-to-hub", "a/b"], "--push-to-hub uploads what passed the check"),
+        (["--format", "merged", "--to", "peft"], "--to is for --format adapter; leave it out with merged"),
+        (["--format", "adapter", "--dtype", "float16"], "--dtype is for --format merged and mlx"),
+        (["--format", "merged", "--bits", "4"], "--bits is for --format mlx"),
+        (["--format", "merged", "--check-rows", "0"], "expected at least 1; --no-check skips the check"),
+        (["--format", "merged", "--no-check", "--check-rows", "3"], "--no-check skips the check"),
+        (["--format", "merged", "--no-check", "--push-to-hub", "a/b"], "--push-to-hub uploads only what passed the check"),
         (["--format", "merged", "--private"], "--private is of --push-to-hub"),
         (["--format", "gguf", "--outtype", "q9"], "--outtype q9: expected one of f32"),
         (["--format", "merged", "--check-data", "none.jsonl"], "none.jsonl: no such file"),

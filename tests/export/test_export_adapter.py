@@ -73,7 +73,7 @@ def test_the_scale_is_kept_to_the_last_bit(rank: int, alpha: float) -> None:
 
 def test_a_head_has_no_place_in_mlx_lms_format(tmp_path: Path) -> None:
     adapter = adapter_files.Adapter(1, 1.0, {"lm_head": (np.zeros((1, 4), np.float32), np.zeros((4, 1), np.float32))})
-    with pytest.raises(UserError, match="--to mlx-lm: lm_head lies outside of the model's layers"):
+    with pytest.raises(UserError, match="--to mlx-lm: lm_head lies outside the model's layers"):
         adapter_files.write_mlx(tmp_path, adapter_files.Files(adapter, "F32", 0.0), 1.0, "x", 2)
 
 

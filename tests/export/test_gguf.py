@@ -295,12 +295,14 @@ def test_unknown_tokenizers_are_refused() -> None:
         with pytest.raises(UserError, match=reason):
             read(tokenizer)
 
-    refused(changed(byte_level_tokenizer(), lambda s: s["pre_tokenizer"].update(add_prefix_space=True)), "no name is known")
+    refused(
+        changed(byte_level_tokenizer(), lambda s: s["pre_tokenizer"].update(add_prefix_space=True)), "llama.cpp has no name"
+    )
     odd = {"type": "Split", "pattern": {"Regex": "x+"}, "behavior": "Isolated", "invert": False}
     plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     both = {"type": "Sequence", "pretokenizers": [odd, plain]}
-    refused(changed(byte_level_tokenizer(), lambda s: s.update(pre_tokenizer=both)), r"how it splits texts \(\['x\+'\]\)")
-    refused(changed(byte_level_tokenizer(), lambda s: s.update(normalizer={"type": "Lowercase"})), "normalises texts")
+    refused(changed(byte_level_tokenizer(), lambda s: s.update(pre_tokenizer=both)), r"its splitting pattern \(\['x\+'\]\)")
+    refused(changed(byte_level_tokenizer(), lambda s: s.update(normalizer={"type": "Lowercase"})), "normalizer is")
     refused(changed(byte_level_tokenizer(), lambda s: s["added_tokens"][1].update(lstrip=True)), r"'<\|im_start\|>' takes the")
     # A tokenizer of its own training, with one way to each token: llama.cpp would find others.
     refused(sentencepiece_tokenizer(), "its merges lack a way to make")

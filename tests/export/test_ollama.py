@@ -199,8 +199,8 @@ def test_nothing_in_a_template_breaks_out_of_it(tmp_path: Path) -> None:
     [
         (CHATML.replace("m['content']", "m['content'] | upper"), "leaves out a message or repeats it"),
         (CHATML.replace("m['content']", "m['content'] + m['content']"), "leaves out a message or repeats it"),
-        (CHATML.replace("m['content']", "(m['content'] | replace('?', '!'))"), "more than to put fixed text"),
-        (CHATML.replace("m['role'] +", "m['role'] ~ loop.index +"), "more than to put fixed text"),
+        (CHATML.replace("m['content']", "(m['content'] | replace('?', '!'))"), "more than put fixed text"),
+        (CHATML.replace("m['role'] +", "m['role'] ~ loop.index +"), "more than put fixed text"),
         (
             CHATML.replace("{% for", "{% if messages | length > 1 %}{{ raise_exception('one only') }}{% endif %}{% for"),
             "one only",

@@ -109,9 +109,9 @@ def test_a_saved_login_is_used(hub: tuple[str, Any], folder: Path, tmp_path_fact
 @pytest.mark.parametrize(
     ("words", "token", "message"),
     [
-        (("owner/tuned",), None, "nobody is logged in to the hub; `hf auth login`, or set HF_TOKEN"),
+        (("owner/tuned",), None, "not logged in to the hub; `hf auth login`, or set HF_TOKEN"),
         (("owner/tuned",), "hf_" + "wrong" * 6, "the hub does not accept this login; `hf auth login`"),
-        (("other/tuned",), TOKEN, "this login may not write there; name another OWNER"),
+        (("other/tuned",), TOKEN, "this login may not write there; give another OWNER"),
         (("tuned",), TOKEN, "expected OWNER/NAME (its owner is missing)"),
         (("owner/a--b..c",), TOKEN, "expected OWNER/NAME"),
         (("https://huggingface.co/owner/tuned",), TOKEN, "expected OWNER/NAME"),
@@ -141,7 +141,7 @@ def test_what_the_hub_says_is_told_without_the_token(hub: tuple[str, Any], folde
 def test_no_connection(folder: Path) -> None:
     out = run("http://127.0.0.1:9", folder, "owner/tuned")
     assert out.returncode == 1
-    assert "the upload failed" in out.stderr and "is there a connection?" in out.stderr
+    assert "the upload failed" in out.stderr and "check the connection." in out.stderr
     assert f"{folder} stays" in out.stderr
     assert len(out.stderr.splitlines()) == 1
     out = run("http://127.0.0.1:9", folder, "owner/tuned", HF_HUB_OFFLINE="1")

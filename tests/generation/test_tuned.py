@@ -147,7 +147,7 @@ def test_the_bare_model(runs: Runs) -> None:
         (("--adapter", "nowhere"), "--adapter nowhere: no adapter there; give a run's folder"),
         (("--adapter", "{run}", "--strength", "1.6"), "--strength 1.6: expected 0"),
         (("--adapter", "{run}", "--strength", "nan"), "--strength nan: expected 0"),
-        (("--strength", "0.5"), "--strength 0.5 is of an adapter; give --adapter too"),
+        (("--strength", "0.5"), "--strength 0.5 needs an adapter; give --adapter too"),
         (("--adapter", "{run}", "--backend", "tpu"), "is not one of auto, cuda, mlx, cpu"),
         (("--adapter", "{broken}"), "adapter_config.json cannot be read"),
     ],

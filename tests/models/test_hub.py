@@ -95,7 +95,7 @@ def test_without_a_network_there_is_one_message(tiny: str, tmp_path: Path) -> No
     (tmp_path / "prompts.txt").write_text("the red\n")
     nowhere, model = refusing(), ["--model", "owner/tiny"]
     missing = (
-        f"--model owner/tiny: no such folder, not in the hub's cache here, and the hub cannot be asked ({nowhere} does not"
+        f"--model owner/tiny: no such folder, not in the hub's cache here, and the hub cannot be reached ({nowhere} does not"
     )
     cases = [
         (["plan", *model], missing),

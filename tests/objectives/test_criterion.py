@@ -15,7 +15,7 @@ from lite_dil.data.encoder import Example
 from lite_dil.data.mismatched import mismatched
 from lite_dil.objectives.accepts import check_data
 from lite_dil.objectives.criterion import Criterion
-from lite_dil.objectives.table import OBJECTIVES, need
+from lite_dil.objectives.table import OBJECTIVES, losses_on
 
 
 def lone(*signs: int, length: int = 2) -> list[Example]:
@@ -61,7 +61,7 @@ def test_unequal_sides_weigh_by_their_share_of_the_data() -> None:
     assert loss(data, [1.0, 2.0, 3.0, -1.0], loss="ukl", logp_reduction="sum", denominator="both") == pytest.approx(both)
 
 
-@pytest.mark.parametrize("name", need("sides"))
+@pytest.mark.parametrize("name", losses_on("sides"))
 def test_unpaired_answers_of_equal_numbers_are_pairs(name: str) -> None:
     pairs = [Example((i,), ((5,) * 3, (6,) * 2), (1, -1)) for i in range(3)]
     apart = [Example(e.prompt, (r,), (s,)) for e in pairs for r, s in zip(e.responses, e.signs, strict=True)]

@@ -220,7 +220,7 @@ def test_the_result_is_that_of_the_run_without_it(
     loads: list[Load] = []
     monkeypatch.setattr(auto, "largest_example", lambda *args: loads.append(largest_example(*args)) or loads[-1])
     roomy, options = train(flags, tmp_path / "roomy", "--auto")
-    assert "--auto: nothing computed again, passes of up to" in capsys.readouterr().out
+    assert "--auto: nothing recomputed, passes of up to" in capsys.readouterr().out
     assert (options["batch_size"], options["gradient_accumulation_steps"]) == (4, 1)
     assert options["gradient_checkpointing"] == "off"
     same(roomy, plain)

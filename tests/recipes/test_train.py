@@ -119,8 +119,8 @@ def test_resume_names_what_it_cannot_do(
     folder = tmp_path / "run"
     whole = run(flags, folder, "--save-steps", "2")
     for resume, more, message in (
-        (folder / "checkpoints" / "step-2", [], "the run has gone on to step-6; move the later checkpoints away first"),
-        (folder, ["--output-dir", str(tmp_path / "other")], f"goes on in {folder}; leave --output-dir"),
+        (folder / "checkpoints" / "step-2", [], "the run has reached step-6; move the later checkpoints away first"),
+        (folder, ["--output-dir", str(tmp_path / "other")], f"continues in {folder}; leave --output-dir"),
         (tmp_path, [], "no checkpoint there"),
     ):
         assert main(["train", "--resume", str(resume), *more]) == 2

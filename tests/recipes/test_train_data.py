@@ -100,7 +100,7 @@ def test_the_drawn_answers_have_a_place_of_their_own(
     [
         ("dpo", "unpaired", "--loss dpo needs pairs (prompt, chosen, rejected), and"),
         ("dpo", "demonstrations", "--loss dpo needs pairs (prompt, chosen, rejected), and"),
-        ("lsif", "demonstrations", "--loss lsif needs rejected answers as well as good ones"),
+        ("lsif", "demonstrations", "--loss lsif needs rejected responses besides chosen ones"),
     ],
 )
 def test_data_that_an_objective_cannot_use(
@@ -177,6 +177,6 @@ def test_bad_rows_stop_the_run_or_are_listed(
     assert re.search(r"demonstrations\.jsonl: .*\b8 rows 0\.5 times", out)
     assert re.search("2 of 10 rows .*: 1 .*'completion'", out)
     listed = [json.loads(line) for line in (tmp_path / "run" / "skipped_rows.jsonl").read_text().splitlines()]
-    assert [row["kind"] for row in listed] == ["no field 'completion'", "empty answer"]
+    assert [row["kind"] for row in listed] == ["no field 'completion'", "empty response"]
     assert listed[1]["place"] == f"{tmp_path / 'bad.jsonl'} line 10"
     assert metrics(tmp_path / "run")[-1]["epoch"] == 1

@@ -224,12 +224,12 @@ def test_a_sample_prompt_that_was_cut_says_so(tmp_path: Path) -> None:
         (
             12,
             17,
-            "12 of 100 held-out rows are training rows too (the same prompt and answers), 5 more have the prompt",
+            "12 of 100 held-out rows are training rows too (the same prompt and responses), 5 more have the prompt",
             "less",
         ),
-        (1, 2, "1 of 100 held-out rows is a training row too (the same prompt and answers), 1 more has the prompt", "less"),
-        (100, 100, "100 of 100 held-out rows are training rows too (the same prompt and answers)", "nothing"),
-        (0, 3, "3 of 100 held-out rows have the prompt of a training row, but not all its answers", "less"),
+        (1, 2, "1 of 100 held-out rows is a training row too (the same prompt and responses), 1 more has the prompt", "less"),
+        (100, 100, "100 of 100 held-out rows are training rows too (the same prompt and responses)", "nothing"),
+        (0, 3, "3 of 100 held-out rows have the prompt of a training row, but not all its responses", "less"),
     ],
 )
 def test_held_out_rows_that_were_trained_on(rows: int, prompts: int, shared: str, little: str, tmp_path: Path) -> None:
@@ -261,9 +261,9 @@ def test_a_run_that_goes_on_from_an_adapter_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"loss": "lsif"}, "rejected answers of like lengths."),
-        ({"loss": "dpo"}, "rejected answers of like lengths, or --logp-reduction mean."),
-        ({"loss": "sft-occupancy", "form": "demonstrations"}, "shorter good answers"),
+        ({"loss": "lsif"}, "rejected answers of similar lengths."),
+        ({"loss": "dpo"}, "rejected answers of similar lengths, or --logp-reduction mean."),
+        ({"loss": "sft-occupancy", "form": "demonstrations"}, "shorter chosen answers"),
     ],
 )
 def test_the_advice_for_longer_answers_can_be_taken(options: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -289,11 +289,11 @@ def test_longer_answers_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ("running", "going on: 20 of 20 steps"),
+        ("running", "in progress: 20 of 20 steps"),
         ("interrupted", "Ctrl-C after 20 of 20 steps"),
         ("stopped", "was stopped after 20 of 20 steps"),
         ("diverged", "diverged after 20 of 20 steps: why &amp; so"),
-        ("failed", "ended by an error after 20 of 20 steps: why &amp; so"),
+        ("failed", "ended with an error after 20 of 20 steps: why &amp; so"),
     ],
 )
 def test_how_the_run_ended_is_said(state: str, said: str, tmp_path: Path) -> None:

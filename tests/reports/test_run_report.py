@@ -287,8 +287,8 @@ def test_answers_of_a_run_that_saved_nothing_are_not_taken_for_this_ones(flags: 
 @pytest.mark.parametrize(
     ("error", "state", "said"),
     [
-        (ZeroDivisionError(), "failed", "ended by an error after 20 of 20 steps: ZeroDivisionError"),
-        (UserError("no <room>"), "failed", "ended by an error after 20 of 20 steps: no &lt;room&gt;"),
+        (ZeroDivisionError(), "failed", "ended with an error after 20 of 20 steps: ZeroDivisionError"),
+        (UserError("no <room>"), "failed", "ended with an error after 20 of 20 steps: no &lt;room&gt;"),
         (TrainingDiverged("why"), "diverged", "diverged after 20 of 20 steps: why"),
         (KeyboardInterrupt(), "interrupted", "cut off by Ctrl-C after 20 of 20 steps"),
     ],

@@ -227,8 +227,8 @@ def test_a_tracker_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_p
     for step in (1, 2, 3):
         all_of_them.log({"step": step, "loss": 1.0})
     assert broken[0].steps == [1]
-    assert said == ["--report-to tensorboard failed and is left out from here on: [Errno 28] No space left on device"]
+    assert said == ["--report-to tensorboard failed and is dropped from here on: [Errno 28] No space left on device"]
     all_of_them = trackers.Trackers(config(report_to="trackio"), tmp_path, [], said.append)
     all_of_them.close(good=True)
     assert broken[1].closed == [True] and broken[0].closed == []
-    assert said[-1] == "--report-to trackio could not be ended: the server does not answer"
+    assert said[-1] == "--report-to trackio could not be closed: the server does not answer"

@@ -214,5 +214,5 @@ def test_off_writes_nothing(tiny: str, tmp_path: Path, monkeypatch: pytest.Monke
     run("cpu", tiny, tmp_path, "run", reference_cache="off", max_steps=1)
     assert not list((tmp_path / "cache").glob("**/*"))
     assert open_cache(config(), config(), tiny, "torch").path is not None
-    with pytest.raises(UserError, match="--precompute-reference fills the cache that --reference-cache off switches off"):
+    with pytest.raises(UserError, match="--precompute-reference fills the cache, which --reference-cache off disables"):
         config(precompute_reference=True, reference_cache="off")

@@ -1,36 +1,36 @@
-"""What `lite-dil data` finds out about data before a model is loaded: the figures, what to beware of, and a few samples.
+"""What `lite-dil data` finds in data before a model is loaded: figures, warnings, and a few samples.
 
 ``report`` returns the object that ``lite-dil data --json`` prints. Its fields:
 
-* ``model``, ``data``, ``loss``: the options that it is about.
+* ``model``, ``data``, ``loss``: the options.
 * ``form``: "pairs", "unpaired" or "demonstrations"; ``chat``: whether prompts are chat messages. Empty and false without rows.
 * ``sources``: for each its ``name``, ``weight`` (how often an epoch takes its rows), ``format``, ``kept`` (rows), ``left_out``
-  (for each reason: ``reason``, ``rows``, and ``stories``, up to 3 different ones, each the ``first`` place that has it and its
-  ``message``) and ``notes`` (what was done to rows: ``note``, ``rows``).
-* ``answers``: the numbers of ``chosen`` and ``rejected`` answers.
-* ``tokens``: for ``prompt``, ``chosen``, ``rejected`` and ``whole`` (the prompt once and its answers) the lengths ``p50``,
-  ``p90``, ``p95``, ``p99``, ``max`` and ``mean``, before anything is cut; a side without answers is absent.
-* ``all_rows``: the tokens of all rows, cut: ``computed``, each prompt once, and ``trained``, those of the answers.
-* ``max_length``: ``given``; ``prompts_cut``, ``prompts_halved`` (less than half is left), ``answers_cut``, ``examples_cut`` by
-  it; the least that ``cuts_none`` and that ``cuts_one_percent`` of the examples at most.
-* ``length_bias`` (pairs alone): the shares ``chosen_longer`` and ``rejected_longer``, the ``mean_difference``, chosen less
+  (for each reason: ``reason``, ``rows``, and ``stories``, up to 3 different messages, each with its ``first`` place and its
+  ``message``) and ``notes`` (changes to rows: ``note``, ``rows``).
+* ``answers``: the numbers of ``chosen`` and ``rejected`` responses.
+* ``tokens``: for ``prompt``, ``chosen``, ``rejected`` and ``whole`` (the prompt once and its responses) the lengths ``p50``,
+  ``p90``, ``p95``, ``p99``, ``max`` and ``mean``, before cutting; a side without responses is absent.
+* ``all_rows``: the tokens of all rows after cutting: ``computed``, each prompt once, and ``trained``, those of the responses.
+* ``max_length``: ``given``; what it cuts, ``prompts_cut``, ``prompts_halved`` (less than half is left), ``answers_cut``,
+  ``examples_cut``; the smallest value that ``cuts_none`` and that ``cuts_one_percent`` of the examples at most.
+* ``length_bias`` (pairs only): the shares ``chosen_longer`` and ``rejected_longer``, the ``mean_difference``, chosen minus
   rejected, in tokens, and whether chosen is longer ``beyond_chance``.
-* ``duplicates``, ``contradictions``: ``rows`` with the prompt and the answers of an earlier row, and the same or the opposite
+* ``duplicates``, ``contradictions``: ``rows`` with the prompt and the responses of an earlier row, and the same or opposite
   preference; the place of the ``first`` such row and of the ``earlier`` one.
-* ``marks``: texts that look like a template's control marks: ``mark``, ``rows``, ``first``, and whether it is the model's own
+* ``marks``: texts that look like a template's control tokens: ``mark``, ``rows``, ``first``, and whether it is the model's own
   and read ``as_token``.
-* ``losses``: those that can train on this data.
+* ``losses``: the losses that can train on this data.
 * ``samples``: up to 3 examples as they are trained on: ``place`` and ``parts``, each with its ``side`` ("prompt", "chosen",
   "rejected"), ``trained``, ``ids``, ``text`` and ``pieces``, which are [text, number of tokens, whether a control token], one
-  a token except where several make one character; ``cut``: tokens that --max-length took off.
-* ``held_out``: null where nothing is held out, else what is: ``data`` (the option), ``form``, ``chat``, ``sources`` (none
-  where it is a part of the training data) and ``answers``, as above; ``in_training``: of so many held-out rows (``of``) how
-  many are training rows too, with the same prompt and answers (``rows``), or have at least the prompt of one (``prompts``),
-  those counted that a loss leaves out.
-* ``warnings``: what may spoil the training, or its figures, in words.
-* ``stops``: for each reason why ``lite-dil train`` would stop, ``why`` and how to ``mend`` it; empty where it would go on.
+  per token unless several tokens make one character; ``cut``: tokens that --max-length removed.
+* ``held_out``: null if nothing is held out, else its content: ``data`` (the option), ``form``, ``chat``, ``sources`` (none if
+  it is a part of the training data) and ``answers``, as above; ``in_training``: of the held-out rows (``of``), how many are
+  also training rows, with the same prompt and responses (``rows``), or share at least the prompt with one (``prompts``),
+  including rows that a loss leaves out.
+* ``warnings``: what may harm the training or its figures.
+* ``stops``: for each reason why ``lite-dil train`` would stop, ``why`` and the fix, ``mend``; empty if it would run.
 
-Without a good row the fields from ``tokens`` to ``samples`` are absent.
+Without usable rows the fields from ``tokens`` to ``samples`` are absent.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SIDES = {CHOSEN: "chosen", REJECTED: "rejected"}
 
 
 def report(options: InspectOptions, encoder: Encoder) -> dict[str, Any]:
-    """Read all of ``--data`` and return what is described at the top of this file.
+    """Read all of ``--data`` and return the object described at the top of this file.
 
     Raises:
         UserError: a source cannot be read at all, or the sources do not go together.
@@ -79,7 +79,7 @@ def report(options: InspectOptions, encoder: Encoder) -> dict[str, Any]:
         found |= _figures(options, data, survey)
         found["samples"] = [_sample(data.store[i], i, survey, options) for i in _drawn(len(survey), options.seed)]
         if refusal := _refusal(options, data, survey):
-            stops.append({"why": refusal, "mend": _mend(data, found["losses"])})
+            stops.append({"why": refusal, "mend": _fix(data, found["losses"])})
     found["warnings"] = _warnings(options, found, bool(encoder.tokenizer.chat_template)) if len(survey) else []
     if not options.eval_data and len(survey) and not stops:
         _, part = split(data, options.eval_fraction)
@@ -101,9 +101,9 @@ def report(options: InspectOptions, encoder: Encoder) -> dict[str, Any]:
 
 
 def source_facts(source: Source) -> dict[str, Any]:
-    """Return what was read from a source, as the field ``sources`` has it."""
+    """Return what was read from a source, as an entry of the field ``sources``."""
     kinds = Counter(problem.kind for problem in source.problems)
-    first: dict[str, dict[str, str]] = {kind: {} for kind in kinds}  # for each kind the first place of each message
+    first: dict[str, dict[str, str]] = {kind: {} for kind in kinds}  # for each kind, the first place of each message
     for problem in source.problems:
         if len(first[problem.kind]) < STORIES:
             first[problem.kind].setdefault(problem.message, problem.place)
@@ -125,7 +125,7 @@ def source_facts(source: Source) -> dict[str, Any]:
 
 
 def _read(data: DataSet) -> dict[str, Any]:
-    """Return what a data set was read as."""
+    """Return how a data set was read."""
     return {
         "form": data.form,
         "chat": data.chat,
@@ -169,35 +169,35 @@ def _figures(options: InspectOptions, data: DataSet, survey: Survey) -> dict[str
 
 
 def _bad_rows(options: InspectOptions, data: DataSet) -> list[dict[str, str]]:
-    """Return which rows would stop training before its first step, and how to mend that."""
+    """Return the unusable rows that would stop training before its first step, and the fix."""
     stops = []
     for source in data.sources:
         bad = len(source.problems)
         if not source.kept:
             stops.append(
                 {
-                    "why": f"{source.name}: no row can be used of {count(bad, 'row')}",
-                    "mend": "mend the rows, or say what they are with --data-format and --columns",
+                    "why": f"{source.name}: none of {count(bad, 'row')} can be used",
+                    "mend": "fix the rows, or describe them with --data-format and --columns",
                 }
             )
         elif bad and not options.skip_bad_rows:
             stops.append(
                 {
                     "why": f"{source.name}: {bad:,} of {count(source.kept + bad, 'row')} cannot be used",
-                    "mend": "mend these rows, or leave them out with --skip-bad-rows",
+                    "mend": "fix these rows, or leave them out with --skip-bad-rows",
                 }
             )
     return stops
 
 
-def _mend(data: DataSet, losses: list[str]) -> str:
-    """Return what to do about a loss that cannot be trained on this data."""
-    mend = f"take --loss {' or '.join(losses)}" if losses else "add good answers"
-    return f"{mend}, or draw rejected answers with --sample-rejected 1" if data.form == "demonstrations" else mend
+def _fix(data: DataSet, losses: list[str]) -> str:
+    """Return the fix for a loss that cannot train on this data."""
+    fix = f"take --loss {' or '.join(losses)}" if losses else "add chosen responses"
+    return f"{fix}, or draw rejected responses with --sample-rejected 1" if data.form == "demonstrations" else fix
 
 
 def _refusal(options: InspectOptions, data: DataSet, survey: Survey) -> str:
-    """Return why the loss cannot be trained on this data, or nothing."""
+    """Return why the loss cannot train on this data, or nothing."""
     try:
         check_data(options.loss, data.form, set(data.answers), options.data, options.sample_rejected is not None)
         if objective_of(options.loss).baseline:
@@ -208,43 +208,43 @@ def _refusal(options: InspectOptions, data: DataSet, survey: Survey) -> str:
 
 
 def _warnings(options: InspectOptions, found: dict[str, Any], has_template: bool) -> list[str]:
-    """Return what does not stop training, and may spoil it."""
+    """Return what does not stop training but may harm it."""
     warnings = []
     if has_template and not found["chat"] and not any(mark["as_token"] for mark in found["marks"]):
         warnings.append(
-            "the prompts are plain text, which the answers continue without the model's chat template; a model that will be "
-            'asked in chats learns more from messages: "prompt": [{"role": "user", "content": "..."}]'
+            "the prompts are plain text, which the responses continue without the model's chat template; a model for chat "
+            'learns more from messages: "prompt": [{"role": "user", "content": "..."}]'
         )
     if found.get("length_bias", {}).get("beyond_chance"):
         warnings.append(_length_warning(options, found["length_bias"]))
     repeats = found["contradictions"]
     if repeats["rows"]:
         warnings.append(
-            f"{count(repeats['rows'], 'row')} with the opposite preference of an earlier row with the same prompt and answers "
-            f"(first {repeats['first']}, against {repeats['earlier']}): they undo each other; keep one side"
+            f"{count(repeats['rows'], 'row')} with the opposite preference of an earlier row with the same prompt and "
+            f"responses (first {repeats['first']}, against {repeats['earlier']}): they cancel each other; keep one side"
         )
     repeats = found["duplicates"]
     if repeats["rows"]:
         warnings.append(
-            f"{count(repeats['rows'], 'row')} exactly as an earlier row (first {repeats['first']}, as {repeats['earlier']}): "
-            "what is there twice counts twice"
+            f"{count(repeats['rows'], 'row')} that repeat an earlier one (first {repeats['first']} of {repeats['earlier']}): "
+            "duplicates count twice"
         )
     if lost := found["max_length"]["prompts_halved"]:
         warnings.append(
-            f"{count(lost, 'prompt')} of which --max-length {options.max_length} leaves less than half, because the answers "
+            f"{count(lost, 'prompt')} of which --max-length {options.max_length} leaves less than half, because the responses "
             f"need the room: they are learned without their questions; --max-length {found['max_length']['cuts_none']} cuts "
             "none"
         )
     if cut := found["max_length"]["answers_cut"]:
         warnings.append(
-            f"{count(cut, 'answer')} without an end, cut by --max-length {options.max_length}, so that nothing in them "
-            f"teaches the model to stop; --max-length {found['max_length']['cuts_none']} cuts none"
+            f"{count(cut, 'response')} without an end token, cut by --max-length {options.max_length}, so they do not teach "
+            f"the model to stop; --max-length {found['max_length']['cuts_none']} cuts none"
         )
     if marks := [mark for mark in found["marks"] if not mark["as_token"]]:
         listed = ", ".join(f"{mark['mark']!r} in {count(mark['rows'], 'row')} (first {mark['first']})" for mark in marks)
         warnings.append(
-            f"marks of another model's template or of a transcript, which this model reads and learns as ordinary text: "
-            f"{listed}; take them out, or split the text into messages there"
+            f"marks of another model's template or of a transcript, which this model learns as ordinary text: "
+            f"{listed}; remove them, or split the text into messages there"
         )
     return warnings
 
@@ -252,22 +252,20 @@ def _warnings(options: InspectOptions, found: dict[str, Any], has_template: bool
 def _length_warning(options: InspectOptions, bias: dict[str, Any]) -> str:
     objective, loss = objective_of(options.loss), f"--loss {options.loss}"
     text = (
-        f"the chosen answer is the longer one in {bias['chosen_longer']:.0%} of the pairs, more than chance would have it: "
-        "the model learns that longer is better, too. "
+        f"the chosen response is the longer one in {bias['chosen_longer']:.0%} of the pairs, more than by chance: "
+        "the model also learns that longer is better. "
     )
     if objective.data == "chosen":
-        return f"{text}{loss} learns the lengths of the chosen answers as they are"
+        return f"{text}{loss} learns the lengths of the chosen responses"
     if options.logp_reduction == "mean":
-        text += f"{loss} averages log-probs over an answer's tokens here, so that length by itself gains nothing"
+        text += f"{loss} averages log-probs over a response's tokens here, so length by itself gains nothing"
     else:
         averaging = ", ".join(name for name, other in OBJECTIVES.items() if other.reduction == "mean")
         text += (
-            f"{loss} sums log-probs over an answer's tokens here, so that length by itself gains; it does not where they are "
+            f"{loss} sums log-probs over a response's tokens here, so length by itself gains; it does not if they are "
             f"averaged: --logp-reduction mean, or --loss simpo or another that averages by default ({averaging})"
         )
-    return (
-        f"{text}. What the answers themselves teach of length changes with the pairs alone: drop some whose longer answer won"
-    )
+    return f"{text}. What the responses teach about length depends on the pairs: drop some whose longer response won"
 
 
 def _drawn(rows: int, seed: int) -> list[int]:
@@ -276,7 +274,7 @@ def _drawn(rows: int, seed: int) -> list[int]:
 
 
 def _sample(example: Example, number: int, survey: Survey, options: InspectOptions) -> dict[str, Any]:
-    """Return an example of the store, the survey's row of that number, with its tokens as pieces of text."""
+    """Return an example of the store, row `number` of the survey, with its tokens as pieces of text."""
     used = {CHOSEN} if objective_of(options.loss).data == "chosen" else {CHOSEN, REJECTED}
     parts = []
     for sign, ids, cut in zip(

@@ -1,16 +1,16 @@
-"""Token ids as the pieces of text that they stand for, for people to look at."""
+"""Token ids as pieces of text, for people to read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-_HALF = "\ufffd"  # what stands for bytes that are no whole character
-_CONTEXT = 4  # tokens before a piece that decide how it is written (SentencePiece drops a space at the start of a text)
+_HALF = "\ufffd"  # replaces bytes that are not a whole character
+_CONTEXT = 4  # preceding tokens that may change a piece's text (SentencePiece drops a space at the start of a text)
 
 
 class Piece(NamedTuple):
-    """The text of one token, or of the few that split one character; `special` where it is a control token."""
+    """The text of one token, or of the tokens that make up one character; `special` if it is a control token."""
 
     text: str
     tokens: int
@@ -18,7 +18,7 @@ class Piece(NamedTuple):
 
 
 def pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> list[Piece]:
-    """Return the pieces of `ids`, which follow `before`; joined, their texts are what `ids` adds to the text before it."""
+    """Return the pieces of `ids`, which follow `before`; their texts joined are what `ids` adds to the text of `before`."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.add(tokenizer.eos_token_id)
 
@@ -31,7 +31,7 @@ def pieces(tokenizer: Any, ids: Sequence[int], before: Sequence[int] = ()) -> li
         at += 1
         context = every[max(0, start - _CONTEXT) : start]
         known = text(context)
-        # A character's last byte, or the end of the ids, ends the group; a broken character may be what the text really has.
+        # A character's last byte, or the end of the ids, ends the group; the text itself may contain a broken character.
         if text([*context, *every[start:at]]).endswith(_HALF) and at < len(every) and every[at] not in special:
             continue
         found.append(Piece(text([*context, *every[start:at]])[len(known) :], at - start, every[at - 1] in special))

@@ -1,4 +1,4 @@
-"""Figures of a data set, gathered in some 40 bytes a row: lengths, repeats, and marks of other models' templates."""
+"""Figures of a data set, gathered in about 40 bytes per row: lengths, repeats, and marks of other models' templates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.reader import Row
 
 PERCENTILES = (50, 90, 95, 99)
-# How chat templates of other models, and transcripts, mark turns and ends. As text of a message they are a mistake, mostly.
+# Marks of turns and ends in other models' chat templates and in transcripts. In a message's text they are mostly a mistake.
 _NAMES = (
     "im_start im_end im_sep endoftext endofprompt eot eot_id eom_id start_header_id end_header_id begin_of_text end_of_text "
     "system user assistant end start message channel return START_OF_TURN_TOKEN END_OF_TURN_TOKEN"
@@ -26,11 +26,11 @@ _MARKS = re.compile(
     rf"<\|(?:{_NAMES.replace(' ', '|')})\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:eos|bos|pad|unk)>|<(?:start|end)_of_turn>"
     r"|<\uff5c[^\n<>]{1,30}\uff5c>|\n\n(?:Human|Assistant):"
 )
-_KINDS_OF_MARKS = 100  # counted at most, whatever the data holds
+_KINDS_OF_MARKS = 100  # counted at most
 
 
 class Repeat(NamedTuple):
-    """How many rows repeat an earlier one, the number of the first of them, and of the one that it repeats."""
+    """How many rows repeat an earlier row, the first of them, and the row that it repeats."""
 
     rows: int
     first: int | None
@@ -38,12 +38,12 @@ class Repeat(NamedTuple):
 
     @classmethod
     def of(cls, rows: np.ndarray, earlier: np.ndarray) -> Repeat:
-        """Describe `rows`, each of which repeats the row that `earlier` names for it."""
+        """Describe `rows`, each of which repeats the row in `earlier` at its place."""
         return cls(len(rows), int(rows[0]), int(earlier[rows[0]])) if len(rows) else cls(0, None, None)
 
 
 class Survey:
-    """Watches `lite_dil.data.dataset.load`: `add` takes each good row, its tokens, and its tokens cut to ``--max-length``."""
+    """Watches `lite_dil.data.dataset.load`: `add` takes each usable row, its tokens whole and cut to ``--max-length``."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -52,7 +52,7 @@ class Survey:
         self.prompts_cut = self.prompts_halved = self.answers_cut = self.examples_cut = self.computed = self.trained = 0
         self.marks: Counter[str] = Counter()
         self.first_with: dict[str, str] = {}
-        # The first example, and the first with another prompt: what a loss needs that compares answers to different prompts.
+        # The first example, and the first with another prompt, for a loss that compares responses to different prompts.
         self.two_prompts: list[Example] = []
         self._digests, self._preferred = bytearray(), array("b")
 
@@ -60,7 +60,7 @@ class Survey:
         return len(self.prompt)
 
     def add(self, row: Row, whole: Example, cut: Example) -> None:
-        """Take one row."""
+        """Add one row."""
         lengths = [len(response) for response in whole.responses]
         self.prompt.append(len(whole.prompt))
         self.whole.append(len(whole.prompt) + sum(lengths))
@@ -85,12 +85,12 @@ class Survey:
         self._digest(whole)
 
     def _digest(self, example: Example) -> None:
-        """Keep what tells two rows apart: a digest that does not see which answer is preferred, and which one is."""
+        """Keep a digest of the row that ignores which response is preferred, and, separately, which one is."""
         self._digests += tokens_digest(example.prompt, example.responses)
         self._preferred.append(example.signs[example.responses.index(min(example.responses))])
 
     def cut(self, number: int, example: Example) -> list[int]:
-        """Return how many tokens of the prompt and of each answer were cut from row `number`, of which `example` is left."""
+        """Return how many tokens were cut from the prompt and from each response of row `number`, which is now `example`."""
         if len(example.responses) > 1:
             answers = [self.answers[sign][number] for sign in example.signs]
         else:
@@ -99,7 +99,7 @@ class Survey:
         return [before - after for before, after in zip([self.prompt[number], *answers], left, strict=True)]
 
     def repeats(self) -> tuple[Repeat, Repeat]:
-        """Return the rows with prompt, answers and preference of an earlier one, and those with the opposite preference."""
+        """Return the rows that repeat an earlier one with the same preference, and those with the opposite preference."""
         low, high = np.frombuffer(self._digests, np.uint64).reshape(-1, 2).T
         preferred = np.frombuffer(self._preferred, np.int8)
         same, alike = _first_equal(low, high, preferred), _first_equal(low, high)
@@ -107,14 +107,14 @@ class Survey:
         return Repeat.of(again, same), Repeat.of(opposite, alike)
 
     def is_token(self, mark: str) -> bool:
-        """Whether the tokenizer makes one of its own control tokens of a mark, which it does in plain text."""
+        """Return whether the tokenizer reads a mark as one of its own control tokens, which it does in plain text."""
         ids = self.encoder.ids(mark)
         return len(ids) == 1 and ids[0] in self.encoder.tokenizer.added_tokens_decoder
 
 
 def _first_equal(*keys: np.ndarray) -> np.ndarray:
-    """Return for each row the first one with equal keys."""
-    order = np.lexsort(keys)  # stable: among equals the first row is first
+    """Return for each row the first row with equal keys."""
+    order = np.lexsort(keys)  # stable: of equal rows the first comes first
     new = np.ones(len(order), bool)
     new[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
     first = np.empty(len(order), np.int64)
@@ -123,13 +123,13 @@ def _first_equal(*keys: np.ndarray) -> np.ndarray:
 
 
 def _texts(row: Row) -> Iterator[str]:
-    """Yield every text of a row that its owner wrote."""
+    """Yield every text that a row contains."""
     for part in (*([row.prompt] if isinstance(row.prompt, str) else row.prompt), *row.answers):
         yield part if isinstance(part, str) else part["content"]
 
 
 def lengths(values: array[int]) -> dict[str, float]:
-    """Return percentiles (lengths that occur, of which p percent are as short or shorter), the longest and the mean."""
+    """Return percentiles (occurring lengths that p percent do not exceed), the maximum and the mean."""
     found = np.frombuffer(values, np.int32)
     named = {f"p{p}": int(np.percentile(found, p, method="inverted_cdf")) for p in PERCENTILES}
     return {**named, "max": int(found.max()), "mean": round(float(found.mean()), 2)}
@@ -142,9 +142,9 @@ def enough_for(needed: array[int], percent: int) -> int:
 
 
 def length_bias(chosen: array[int], rejected: array[int]) -> dict[str, Any]:
-    """Return how often the chosen answer is the longer one of a pair, and whether that is beyond chance.
+    """Return how often the chosen response of a pair is the longer one, and whether that is beyond chance.
 
-    Beyond chance is a share, of the pairs with unequal lengths, of more than a half by two standard errors.
+    Beyond chance means that its share of the pairs with unequal lengths exceeds one half by two standard errors.
     """
     difference = np.frombuffer(chosen, np.int32) - np.frombuffer(rejected, np.int32)
     longer, shorter = int((difference > 0).sum()), int((difference < 0).sum())
