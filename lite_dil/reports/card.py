@@ -100,7 +100,7 @@ def write_card(folder: Path, source: AdapterSource, format: str, check: Any, com
     replace_file(folder / "README.md", "\n\n".join(parts) + "\n")
 
 
-def _front_matter(kind: str, base: dict[str, str], options: dict[str, Any]) -> str:
+def _front_matter(kind: str, base: dict[str, Any], options: dict[str, Any]) -> str:
     """Return the YAML that the hub reads."""
     from huggingface_hub import ModelCardData
 
