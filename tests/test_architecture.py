@@ -33,6 +33,7 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 ONLY = {
     "argparse": ("cli", "config"),
     "rich": ("cli",),
+    "prompt_toolkit": ("cli",),
     "torch": ("backends/torch",),
     "mlx": ("backends/mlx",),
     "mlx_lm": ("backends/mlx",),

@@ -8,7 +8,7 @@ import io
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from lite_dil.base.errors import UserError, did_you_mean
 from lite_dil.base.hashing import digest
 from lite_dil.base.signals import StopSignal
 from lite_dil.base.text import printable
-from lite_dil.cli import adapter_flags
+from lite_dil.cli import adapter_flags, keyboard
 from lite_dil.generation import policy
 from lite_dil.generation.conversation import Conversation, FittedPrompt, context_limit
 from lite_dil.generation.policy import Policy
@@ -41,7 +41,7 @@ COMMANDS = """\
 /temperature X      0 takes the likeliest token each time
 /compare on|off     answer with and without the adapter
 /save FILE          add the answers to a JSON Lines file, which trains with --loss sft
-/quit               leave; so does Ctrl-D. Ctrl-C stops an answer
+/quit               leave; so does Ctrl-D. Ctrl-C stops an answer. Alt-Enter begins a new line
 //TEXT              say /TEXT
 """
 _SIDES = ("base", "tuned")
@@ -109,32 +109,28 @@ class Screen:
             return
         import termios
 
-        keyboard = sys.stdin.fileno()
-        before = termios.tcgetattr(keyboard)
+        terminal = sys.stdin.fileno()
+        before = termios.tcgetattr(terminal)
         hidden = [*before]
         hidden[3] &= ~termios.ECHO
-        termios.tcsetattr(keyboard, termios.TCSADRAIN, hidden)
+        termios.tcsetattr(terminal, termios.TCSADRAIN, hidden)
         try:
             yield
         finally:
-            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+            termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
     def lines(self) -> Iterator[str]:
         """Return what the user types, or the lines of the pipe."""
         if not self.interactive:
             yield from (line.rstrip("\r\n") for line in sys.stdin)
             return
-        with suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401 - gives `input` its line editing and history
         warned = False
         while True:
             try:
-                line = input("> ")
+                line = keyboard.read_text("> ")
             except EOFError:
-                self.write("\n")
                 return
             except KeyboardInterrupt:  # perhaps meant for an answer that had just ended
-                self.write("\n")
                 if warned:
                     raise
                 warned = True

@@ -1,19 +1,25 @@
-"""What a person says: single keys on a terminal, lines where the input is a pipe, and texts."""
+"""What a person says: single keys and texts on a terminal, which prompt_toolkit reads, and lines where the input is a pipe."""
 
 from __future__ import annotations
 
 import os
-import select
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import work_folder, write
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.output import Output
 
 
 def read_key() -> str | None:
@@ -21,23 +27,40 @@ def read_key() -> str | None:
 
     What was typed before, while nothing was asked, is thrown away; keys that are no letter or digit are "".
     """
-    sys.stdout.flush()
-    if sys.stdin.isatty() and os.name == "posix":
-        return _pressed(sys.stdin.fileno())
-    line = sys.stdin.readline()
-    return line.strip().lower() if line else None
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.strip().lower() if line else None
+    from prompt_toolkit import Application
+    from prompt_toolkit.input import create_input
+    from prompt_toolkit.input.typeahead import clear_typeahead
+    from prompt_toolkit.layout import Layout, Window
+
+    keyboard, screen = create_input(), _screen()
+    layout = Layout(Window(height=0))
+    key: Application[str] = Application(
+        layout, key_bindings=_single_keys(), input=keyboard, output=screen, erase_when_done=True
+    )
+    clear_typeahead(keyboard)
+    with suppress(ImportError):  # Windows has none
+        import termios
+
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
+    try:
+        return key.run()
+    except EOFError:  # Ctrl-D, or the terminal is gone
+        return None
 
 
 def read_text(question: str) -> str:
-    """Return a line of text, empty where there is none."""
-    if not sys.stdin.isatty():
-        return sys.stdin.readline().strip()
-    with suppress(ImportError):  # arrows and history in what is typed, where the system has it
-        import readline  # noqa: F401
-    try:
-        return input(question).strip()
-    except EOFError:
-        return ""
+    """Return the text that is typed, of several lines too, or the next line where the input is no terminal.
+
+    Raises EOFError at the input's end, and where Ctrl-D is typed in place of a text.
+    """
+    if sys.stdin.isatty():
+        return _session().prompt(question, multiline=True, prompt_continuation=" " * len(question))
+    if line := sys.stdin.readline():
+        return line.rstrip("\r\n")
+    raise EOFError
 
 
 def edit_text(text: str) -> str:
@@ -58,23 +81,61 @@ def edit_text(text: str) -> str:
     return edited.strip()
 
 
-def _pressed(terminal: int) -> str | None:
-    import termios
-    import tty
+@cache
+def _session() -> PromptSession[str]:
+    """Return the one that all texts of this process are typed in: it remembers them, for the arrow keys."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.key_binding import KeyBindings
 
-    try:
-        before = termios.tcgetattr(terminal)
-        try:
-            tty.setcbreak(terminal)  # which also drops what is waiting
-            pressed = os.read(terminal, 1)
-            if pressed == b"\x1b" or pressed >= b"\x80":  # an arrow, say, or a letter of several bytes: one key
-                while select.select([terminal], [], [], 0.02)[0] and os.read(terminal, 64):
-                    pressed = b"\x1b"
-        finally:
-            termios.tcsetattr(terminal, termios.TCSADRAIN, before)
-    except (OSError, termios.error):  # the terminal is gone
-        return None
-    if pressed in (b"", b"\x04"):
-        return None
-    key = pressed.decode("ascii", "ignore").lower()
-    return key if key.isalnum() else ""
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def end(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter")
+    @bindings.add("escape", "c-j")  # as it comes where it was typed before the question
+    def go_on(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return PromptSession(key_bindings=bindings, enable_suspend=True, output=_screen())
+
+
+def _single_keys() -> KeyBindings:
+    """Return bindings under which the first key ends the question."""
+    from prompt_toolkit.key_binding import KeyBindings
+    from prompt_toolkit.keys import Keys
+
+    bindings = KeyBindings()
+
+    def pressed(event: KeyPressEvent) -> None:
+        key = event.data.lower()
+        event.app.exit(result=key if len(key) == 1 and key.isascii() and key.isalnum() else "")
+
+    for key in Keys:  # each by its name: the library leaves out those without a letter where any key is bound
+        bindings.add(key)(pressed)
+
+    @bindings.add("c-c")
+    @bindings.add("<sigint>")
+    def stop(event: KeyPressEvent) -> None:
+        event.app.exit(exception=KeyboardInterrupt)
+
+    @bindings.add("c-d")
+    def end(event: KeyPressEvent) -> None:
+        event.app.exit(exception=EOFError)
+
+    @bindings.add("c-z")
+    def suspend(event: KeyPressEvent) -> None:
+        event.app.suspend_to_background()
+
+    return bindings
+
+
+def _screen() -> Output:
+    from prompt_toolkit.output import create_output
+    from prompt_toolkit.output.vt100 import Vt100_Output
+
+    screen = create_output(always_prefer_tty=True)
+    if isinstance(screen, Vt100_Output):
+        screen.enable_cpr = False  # not every terminal tells where its cursor is, and only menus need to know
+    return screen

@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -203,6 +204,7 @@ class Session:
 
     def _written(self, prompt: Prompt, shown: list[Candidate], edit: bool) -> Candidate | None:
         """Return the user's own answer, or None where there is none that can be used."""
+        text = ""
         if edit:
             self.display.say("edit [1], [2], or a [n]ew one?")
             which = keyboard.read_key() or ""
@@ -214,7 +216,8 @@ class Session:
                 return None
             text = "" if text == before else text
         else:
-            text = keyboard.read_text("better answer: ")
+            with suppress(EOFError):
+                text = keyboard.read_text("better answer: ").strip()
         if not text:
             self.display.say("no other answer was written")
             return None

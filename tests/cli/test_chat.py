@@ -317,14 +317,10 @@ class Terminal:
             assert self.read(), self.plain
         return self.text[len(before) :]
 
-    def press(self, key: str, text: str, count: int = 1) -> None:
-        """Press a key until `text` was seen: Python overlooks a Ctrl-C between readline's prompt and its waiting for a key."""
-        for seconds in (30, 60, 60):  # a second one that comes late would leave
-            self.type(key)
-            with contextlib.suppress(AssertionError):
-                self.until(text, count, seconds)
-                return
-        raise AssertionError(self.plain)
+    def asks(self) -> None:
+        """Read until the next message is asked for."""
+        while not self.plain.endswith("\n>"):
+            assert self.read(), self.plain
 
     def read(self) -> bool:
         """Read what comes within a second; return whether the process is still there."""
@@ -339,21 +335,14 @@ class Terminal:
 
     @property
     def plain(self) -> str:
-        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.text)
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x08", "", self.text)
 
     def end(self, key: str = "") -> int:
-        """Return the exit code of a process that is about to leave, after `key` was pressed until something came of it."""
-        end, seen, quiet = time.monotonic() + 120, len(self.text), 0
+        """Press a key that makes the process leave; return its exit code."""
         self.type(key)
-        while True:
-            before = len(self.text)
-            if not self.read():
-                break
+        end = time.monotonic() + 120
+        while self.read():
             assert time.monotonic() < end, self.plain
-            quiet = 0 if len(self.text) > before else quiet + 1
-            # What came may be the prompt alone, at which a key that came just before it is overlooked.
-            if quiet and (len(self.text) == seen or quiet % 10 == 0):
-                self.type(key)
         os.close(self.fd)
         return self.process.wait()
 
@@ -378,10 +367,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(tuned: Tuned, terminal: Call
     weights["lm_head.weight"][tuned.encoder.end_ids()] = 0
     save_file(weights, endless / "model.safetensors", {"format": "pt"})
     screen = terminal(command(tuned, "--model", str(endless), "--max-new-tokens", "3900", "--temperature", "0"))
-    screen.until("> ")
+    screen.asks()
     screen.type("the red house\n")
-    screen.until("the red house\r\n")
-    while not screen.plain.partition("the red house\r\n")[2].strip():
+    while not screen.plain.partition("the red house\r\r\n")[2].strip():
         assert screen.read()
     screen.type("\x03")
     screen.until("; stopped")
@@ -395,23 +383,37 @@ def test_ctrl_c_twice_at_the_prompt_leaves_and_so_does_ctrl_d(tuned: Tuned, term
     """Twice in a row: a line between them makes the second Ctrl-C a first one."""
     for key, code in (("\x03", 130), ("\x04", 0)):
         screen = terminal(command(tuned))
-        screen.until("> ")
+        screen.asks()
         if code:
-            screen.press(key, "Ctrl-C again leaves")
+            screen.type(key)
+            screen.until("Ctrl-C again leaves")
             screen.type("/help\n")
             screen.until("/undo")
-            while not screen.plain.endswith("> "):
-                assert screen.read()
-            screen.press(key, "Ctrl-C again leaves", 2)
+            screen.asks()
+            screen.type(key)
+            screen.until("Ctrl-C again leaves", 2)
+            screen.asks()
         assert screen.end(key) == code
         assert "Traceback" not in screen.text
+
+
+@pytest.mark.parametrize("tuned", ["cpu"], indirect=True)
+def test_a_message_of_several_lines(tuned: Tuned, terminal: Callable[..., Terminal]) -> None:
+    """Typed with Alt-Enter, pasted, and had back by an arrow; a line typed while an answer comes is the next message."""
+    screen = terminal(command(tuned))
+    screen.asks()
+    for number, keys in enumerate(("the red\x1b\rhouse\r", "\x1b[200~the red\nhouse\x1b[201~\r", "\x1b[A\x1b[A\r"), 1):
+        screen.type(f"{keys}/undo\r")
+        screen.until("taken back: the red\r\nhouse", number)
+        screen.asks()
+    assert screen.end("\x04") == 0
 
 
 def test_base_and_tuned_side_by_side(tuned: Tuned, terminal: Callable[..., Terminal]) -> None:
     """Both grow at the same time, and neither is disturbed by the other."""
     expected = [tuned.answer("tea", base=base) for base in (True, False)]
     screen = terminal(command(tuned, "--compare", "--temperature", "0"))
-    screen.until("> ")
+    screen.asks()
     screen.type("tea\n")
     screen.until("nats a token")
     *_, last = re.split(r"base {20,}tuned *\r\n", screen.plain)
@@ -425,7 +427,7 @@ def test_base_and_tuned_side_by_side(tuned: Tuned, terminal: Callable[..., Termi
 
 def test_on_a_narrow_terminal_one_comes_after_the_other(tuned: Tuned, terminal: Callable[..., Terminal]) -> None:
     screen = terminal(command(tuned, "--compare", "--temperature", "0"), columns=60)
-    screen.until("> ")
+    screen.asks()
     screen.type("tea\n")
     screen.until("nats a token")
     assert re.search(r"\nbase: .*\ntuned: ", screen.plain, re.DOTALL)

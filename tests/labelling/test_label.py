@@ -8,8 +8,9 @@ import os
 import select
 import shlex
 import signal
-import subprocess
 import sys
+import termios
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,9 +283,14 @@ class Terminal:
 
     def press(self, keys: str) -> None:
         # The question stands a moment before the terminal is asked for a key, and drops what came earlier.
-        while "-icanon" not in subprocess.run(["stty", "-a"], stdin=self.master, capture_output=True, text=True).stdout:
+        while self.takes_lines():
             assert self.process.poll() is None
+            time.sleep(0.01)
         os.write(self.master, keys.encode())
+
+    def takes_lines(self) -> bool:
+        """Return whether the terminal is as a shell needs it, and no single key is asked for."""
+        return bool(termios.tcgetattr(self.master)[3] & termios.ICANON)
 
     def close(self) -> int:
         """Wait for its end; return the exit code."""
@@ -301,14 +307,15 @@ class Terminal:
 def test_single_keys_on_a_terminal(tiny: str, tmp_path: Path) -> None:
     write_prompts(tmp_path)
     terminal = Terminal(command("cpu", tiny, tmp_path), tmp_path)
+    os.write(terminal.master, b"1")  # nothing is asked yet
     terminal.until("[q]uit")
     terminal.press("\x1b[2~")  # the insert key is not 2
     terminal.until("[q]uit")
-    terminal.press("1")
+    terminal.press("12")  # the 2 came before the question that it would answer
     terminal.until("[q]uit")
     assert len(rows(tmp_path)) == 1  # on disk before the next question
     terminal.press("t")
-    terminal.until("better answer: ")
+    terminal.until("better answer:")
     os.write(terminal.master, "good tea, ü\n".encode())
     terminal.until("[q]uit")
     assert [said(row["chosen"]) for row in rows(tmp_path)[1:]] == ["good tea, ü"] * 2
@@ -321,14 +328,16 @@ def test_single_keys_on_a_terminal(tiny: str, tmp_path: Path) -> None:
     assert terminal.close() == 0
 
 
-def test_ctrl_c_says_what_there_is(tiny: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_says_what_there_is(number: int, tiny: str, tmp_path: Path) -> None:
     write_prompts(tmp_path)
     terminal = Terminal(command("cpu", tiny, tmp_path), tmp_path)
     terminal.until("[q]uit")
     terminal.press("2")
     terminal.until("[q]uit")
-    terminal.process.send_signal(signal.SIGINT)
+    terminal.process.send_signal(number)
     terminal.until("train on them")
+    assert terminal.takes_lines()
     assert terminal.close() == 130
     assert len(rows(tmp_path)) == 1
 
