@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -85,8 +85,8 @@ def line(case: Case, result: Result, before: bool = False) -> str:
     return f"{case.part:{PART}}sm_{case.card:<{CARD - 3}}  {case.name:{NAME}}  {state:6}{seconds:>{SECONDS}}  {result.text}"
 
 
-def summary(results: Iterable[Result]) -> str:
+def summary(results: Sequence[Result]) -> str:
     """Return the table's last line."""
-    states: Sequence[bool] = [result.ok for result in results]
-    failed = len(states) - sum(states)
-    return f"{len(states)} cases, {failed} failed" if failed else f"{len(states)} cases, none failed"
+    failed = sum(not result.ok for result in results)
+    minutes = sum(result.figures.get("cpu_s", 0) for result in results) / 60
+    return f"{len(results)} cases, {failed or 'none'} failed; {minutes:.1f} minutes of CPU time"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def main(case_file: str, folder: str, result_file: str) -> int:
         result = {"ok": True, "text": text, "figures": figures}
     except Failed as error:
         result = {"ok": False, "text": first_line(error), "figures": error.figures}
+    result["figures"] |= {"cpu_s": round(sum(os.times()[:4]), 1)}  # with the programs that it ran
     Path(result_file).write_text(json.dumps(result), encoding="utf-8")
     return 0
 

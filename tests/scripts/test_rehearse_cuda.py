@@ -117,13 +117,13 @@ def test_versions_are_those_of_the_other_environment_but_for_torch() -> None:
 
 def test_a_line_a_case() -> None:
     case = Case("train", "plain, 4-bit", 86)
-    good, bad = Result(True, "882 launches a step", {}, 41.4), Result(False, "no adapter was written", {}, 7.0)
+    good, bad = Result(True, "882 launches a step", {"cpu_s": 30.0}, 41.4), Result(False, "no adapter was written", {}, 7.0)
     assert heading().split() == ["part", "card", "case", "s", "what", "was", "seen"]
     for result, state in ((good, "ok       41"), (bad, "FAILED    7")):
         assert line(case, result) == f"train          sm_86   {case.name:44}  {state}  {result.text}"
     assert line(case, good, before=True).split()[-6:] == ["ok", "kept", "882", "launches", "a", "step"]
-    assert summary([good, bad]) == "2 cases, 1 failed"
-    assert summary([good]) == "1 cases, none failed"
+    assert summary([good, bad]) == "2 cases, 1 failed; 0.5 minutes of CPU time"
+    assert summary([good]) == "1 cases, none failed; 0.5 minutes of CPU time"
 
 
 def test_only_what_passed_with_the_same_sources_is_kept(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_case_that_fails_is_exit_1_and_what_it_said_is_shown(
     assert program.main(arguments) == 1
     out = capsys.readouterr().out.splitlines()
     assert "FAILED" in out[1] and "Error" in out[1] and "log.txt" in out[1]
-    assert out[2] == "1 cases, 1 failed"
+    assert out[2] == "1 cases, 1 failed; 0.0 minutes of CPU time"
     assert program.main(["--only", "nothing of the kind"]) == 2
     assert "--list shows them" in capsys.readouterr().err
 
