@@ -28,6 +28,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -226,6 +227,7 @@ def work(options: argparse.Namespace) -> None:
         except NotRun as reason:
             write({"status": status_of(verdicts), "reason": str(reason)})
         except UserError as error:
+            traceback.print_exc()  # into what is kept of a failed check
             write({"status": FAILED, "reason": first_line(error)})
     faulthandler.cancel_dump_traceback_later()
 

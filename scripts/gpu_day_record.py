@@ -31,9 +31,10 @@ class Finding:
     value: float | None = None
 
 
-def at_most(what: str, value: float, limit: float, why: str, unit: str = "") -> Finding:
-    """Expect a figure of at most `limit`; NaN is above every limit."""
-    return Finding(what, f"{value:.3g}{unit}", f"at most {limit:.3g}{unit}: {why}", bool(value <= limit), value)
+def at_most(what: str, value: float, limit: float, why: str, unit: str = "", some: bool = False) -> Finding:
+    """Expect a figure of at most `limit`; NaN is above every limit. With `some` 0 is wrong too: nothing was computed."""
+    expected = f"{'above 0, ' * some}at most {limit:.3g}{unit}: {why}"
+    return Finding(what, f"{value:.3g}{unit}", expected, bool(value <= limit and (value > 0 or not some)), value)
 
 
 def between(what: str, value: float, low: float, high: float, why: str, unit: str = "") -> Finding:

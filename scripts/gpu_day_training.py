@@ -116,7 +116,7 @@ def overflow(place: Place) -> list[Finding]:
             "ordinary steps", f"{sum(not one.skipped for one in taken)} of 12 taken", "the last one", not taken[-1].skipped
         ),
         Finding("an overflow", "skipped" if result.skipped else "taken", "skipped", result.skipped),
-        Finding("the loss scale after it", f"{halved:g}", f"{scale / 2:g}, half of before", halved == scale / 2),
+        Finding("the loss scale after it", f"{halved:g}", f"{scale / 2:g}, half of before", 0 < halved == scale / 2),
         same("adapters before and after it", far == 0, far),
     ]
     with scratch() as folder:

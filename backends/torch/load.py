@@ -113,16 +113,21 @@ def _without_dropout(config: Any) -> Any:
 
 
 def _set_up_4bit(base: Any, dtype: torch.dtype) -> None:
-    """Make every packed layer compute in `dtype`, and keep its weight as training needs it."""
+    """Make every packed layer, and what is not packed, compute in `dtype`, and keep weights as training needs them."""
     import bitsandbytes
 
+    # transformers leaves a checkpoint that was packed before in its own type, bfloat16 often, which a T4 does not have.
+    for parameter in base.parameters():
+        packed = isinstance(parameter, bitsandbytes.nn.Params4bit)  # whose bytes may be called bfloat16 too
+        if parameter.dtype in (torch.bfloat16, torch.float16) and not packed:
+            parameter.data = parameter.data.to(dtype)
     for module in base.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On a CPU with avx512_bf16 the first forward in eval mode repacks the weights for inference, after which
             # gradients are silently wrong.
             module.support_avx512bf16_for_cpu = False
-            # A checkpoint packed before names a type of its own, which this machine may not have.
             module.compute_dtype, module.compute_type_is_set = dtype, True
+            module.weight.quant_state.dtype = dtype  # what it is unpacked to
 
 
 def device_map(config: Any, device: torch.device, table: bool, head: bool) -> dict[str, torch.device]:

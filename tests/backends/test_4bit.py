@@ -12,6 +12,7 @@ from conftest import batch, criterion, load, make_checkpoint
 from gradients import step_gradients
 from steps import adapter, step
 
+from lite_dil.backends.torch.load import load_base
 from lite_dil.base.errors import UserError
 
 
@@ -37,6 +38,30 @@ def test_nf4_gradients_equal_those_of_dequantised_weights_bitwise(tiny: str) -> 
         np.testing.assert_array_equal(one.policy, two.policy)
     for name, value in adapter(packed).items():
         np.testing.assert_array_equal(value, adapter(plain)[name])
+
+
+def test_a_checkpoint_packed_before_computes_in_the_type_asked_for(tiny: str, tmp_path: Path) -> None:
+    import bitsandbytes as bnb
+
+    cpu = torch.device("cpu")
+    first = load_base(tiny, torch.bfloat16, cpu, in_4bit=True)
+    first.save_pretrained(tmp_path)
+    again, plain = (
+        load_base(str(tmp_path), torch.float32, cpu, in_4bit=False),
+        load_base(tiny, torch.float32, cpu, in_4bit=False),
+    )
+    packed = {name: module for name, module in first.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            module = packed.get(name.removesuffix(".weight"))
+            if module is None:
+                parameter.copy_(parameter.bfloat16())  # as the checkpoint has it
+            else:
+                module.weight.quant_state.dtype = torch.float32
+                parameter.copy_(bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state))
+        ids = torch.arange(8)[None]
+        assert len(packed) == 2 * 7
+        torch.testing.assert_close(again(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=0, atol=1e-5)
 
 
 def lora_gradients(backend: Any) -> dict[str, np.ndarray]:
