@@ -167,7 +167,7 @@ def set_line(**values: float) -> Any:
         ({"change": set_line(eval_loss=lambda step: abs(step - 10) / 40)}, "best at step 10 (0) and has risen to 0.25"),
         (
             {"change": set_line(rewards__accuracies=1, eval_rewards__accuracies=0.7)},
-            "part: 100.0% of the last training pairs against 70.0%",
+            "differ: 100.0% of the last training pairs against 70.0%",
         ),
         ({"change": set_line(skipped_steps=1)}, "20 of 20 steps were skipped"),
         ({"eval_steps": None}, "There is no held-out data"),
