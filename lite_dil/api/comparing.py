@@ -16,7 +16,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.start import start
 from lite_dil.evaluation.comparison import LOSSES, SAMPLE_PROMPTS, SAMPLE_TOKENS
 from lite_dil.evaluation.comparison.report import PAGE
-from lite_dil.evaluation.comparison.settings import Asked, settle
+from lite_dil.evaluation.comparison.settings import ComparisonRequest, settle
 from lite_dil.generation.policy import Policy
 from lite_dil.objectives.own import OwnLoss
 from lite_dil.recipes import comparison
@@ -91,7 +91,7 @@ def compare(
     given = _of_policy(mine, options) if mine else _of_model(str(policy), options)
     given |= rows.options | {"data": rows.name} | ({} if eval_rows is None else {"eval_data": eval_rows.name})
     seed = given.pop("seed", 0)
-    asked = Asked(
+    asked = ComparisonRequest(
         losses=losses,
         seeds=[seed] if seeds is None else list(seeds),
         rates=learning_rates or {},

@@ -12,7 +12,7 @@ from lite_dil.api.telling import Logged, tell
 from lite_dil.base import display
 from lite_dil.base.html import text
 
-SECONDS = 0.2  # between two updates, each of which is a message to the browser
+_SECONDS = 0.2  # between two updates, each of which is a message to the browser
 
 
 def in_notebook() -> bool:
@@ -76,7 +76,7 @@ class Notebook:
         self._bar = (step, steps)
         if line:
             self._status = "  ".join(display.parts(step, steps, line)[1:])
-        if step == steps or time.monotonic() - self._shown >= SECONDS:
+        if step == steps or time.monotonic() - self._shown >= _SECONDS:
             self._show()
 
     @contextmanager

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 def settled(args: argparse.Namespace, display: Terminal) -> Comparison:
     """Return the comparison that the command line asks for, checked."""
-    from lite_dil.evaluation.comparison.settings import Asked, settle
+    from lite_dil.evaluation.comparison.settings import ComparisonRequest, settle
 
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
     base = read_yaml(Path(args.config)) if args.config else {}
@@ -96,7 +96,7 @@ def settled(args: argparse.Namespace, display: Terminal) -> Comparison:
     def again(output: Path) -> str:
         return shlex.join(["lite-dil", *args.argv, *([] if args.output else ["--output", str(output)])])
 
-    asked = Asked(
+    asked = ComparisonRequest(
         losses=[_loss(name) for name in _names(args.losses)],
         seeds=_names(str(args.seeds or seed)),
         rates=_rates(args.learning_rates),

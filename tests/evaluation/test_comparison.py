@@ -70,7 +70,7 @@ def table(folder: Path) -> dict[str, Any]:
     """The table without what a clock and the machine decide."""
     content = json.loads((folder / "table.json").read_text())
     for row in content["rows"]:
-        for name in compare_table.MEASURED:
+        for name in compare_table.MACHINE_FIGURES:
             assert row["figures"].pop(name)["mean"] > 0
     return content
 
@@ -165,7 +165,7 @@ def test_stopped_and_gone_on_with_is_the_same(
         patch.setattr(compare_measure, "replace_file", stop_after_a_draw)
         assert main(command) == 130
     assert "lsif, seed 0 (1 of 2): " in capsys.readouterr().out
-    assert len(compare_samples(tmp_path / "out", "dpo")) == compare_measure.TOGETHER < PROMPTS
+    assert len(compare_samples(tmp_path / "out", "dpo")) == compare_measure.ANSWERS_AT_ONCE < PROMPTS
     assert not (tmp_path / "out" / "table.json").exists()
 
     assert main(command) == 0

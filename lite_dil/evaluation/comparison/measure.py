@@ -18,7 +18,7 @@ from lite_dil.data.dataset import load
 from lite_dil.data.encoder import Example
 from lite_dil.generation.policy import Policy
 
-TOGETHER = 8  # prompts that are answered in one go: what was answered is kept, and a GPU has room for their keys and values
+ANSWERS_AT_ONCE = 8  # prompts per batch: finished batches are kept, and a GPU has memory for their keys and values
 
 Answer = dict[str, Any]
 
@@ -58,8 +58,8 @@ class Probe:
         f = log pi - log pi_ref in nats, the end token included where it was drawn.
         """
         done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        for start in range(len(done), len(self.prompts), TOGETHER):
-            prompts = self.prompts[start : start + TOGETHER]
+        for start in range(len(done), len(self.prompts), ANSWERS_AT_ONCE):
+            prompts = self.prompts[start : start + ANSWERS_AT_ONCE]
             seeds = [int(np.random.SeedSequence((seed, start + i)).generate_state(1)[0]) for i in range(len(prompts))]
             with self.backend.adapter_off() if reference else nullcontext():
                 drawn = self.backend.generate(prompts, self.tokens, self.ends, seeds)

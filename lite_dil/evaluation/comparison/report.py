@@ -19,7 +19,7 @@ PAGE = "index.html"
 class Findings:
     """What a comparison came to: a row a loss, the same as cells for people, and sentences."""
 
-    rows: list[tables.Row]
+    rows: list[tables.TableRow]
     headings: list[str]
     cells: list[list[str]]
     sentences: list[str]
@@ -51,7 +51,7 @@ def report(comparison: Comparison) -> Findings:
     return Findings(rows, headings, cells, sentences, output / PAGE)
 
 
-def _samples(comparison: Comparison, runs: list[tables.Run]) -> dict[str, list[dict[str, str]]]:
+def _samples(comparison: Comparison, runs: list[tables.FinishedRun]) -> dict[str, list[dict[str, str]]]:
     """Return by loss the prompts with the reference's answer and the loss's, of its first seed that did not diverge."""
     found: dict[str, list[dict[str, str]]] = {}
     for run in runs:

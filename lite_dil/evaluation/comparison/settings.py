@@ -26,20 +26,20 @@ from lite_dil.objectives.own import OwnLoss, shown
 from lite_dil.objectives.table import OBJECTIVES, OPTIONS, objective_of
 from lite_dil.runs.folder import RUNS, unused
 
-POINTS = 8  # evaluations over a run, unless --eval-steps says otherwise
+_EVALUATIONS = 8  # evaluations over a run, unless --eval-steps says otherwise
 # What is held out where --eval-data is not given: a tenth of the data, within these bounds, and half of what a run trains on:
 # it is evaluated several times, and more would take longer than the training.
 HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 0.1, 20, 200
 PASSES_OF_A_STEP = 3  # a step's forward and backward pass cost as much as this many forward passes
 # These two decide at which steps there are figures, so that they must be the same in all runs of a comparison.
-FREE = FREE_ON_RESUME - {"eval_steps", "logging_steps"}
+_FREE = FREE_ON_RESUME - {"eval_steps", "logging_steps"}
 # How the comparison's own files of data are read.
 OWN_FILES: dict[str, Any] = {"data_format": "auto", "columns": None, "max_rows": None, "skip_bad_rows": False}
-OWN = {"loss": "--losses", "output_dir": "--output", "report_samples": "--sample-prompts"}
+_SET_HERE = {"loss": "--losses", "output_dir": "--output", "report_samples": "--sample-prompts"}
 
 
 @dataclass(frozen=True)
-class Asked:
+class ComparisonRequest:
     """What somebody wants compared, not yet checked.
 
     Attributes:
@@ -90,7 +90,7 @@ class Comparison:
         return self.output / "reference"
 
 
-def settle(asked: Asked, say: Callable[[str], None]) -> Comparison:
+def settle(asked: ComparisonRequest, say: Callable[[str], None]) -> Comparison:
     """Check what is asked for, hold data out where need be, and write compare.json or check that it is the same.
 
     Raises UserError for everything that the user can mend, in one message.
@@ -152,10 +152,10 @@ def settle(asked: Asked, say: Callable[[str], None]) -> Comparison:
     return Comparison(output, configs, seeds, asked.sample_prompts, asked.sample_tokens, steps, again, own)
 
 
-def _check(asked: Asked) -> None:
+def _check(asked: ComparisonRequest) -> None:
     """Raise UserError for options that others stand for here, and for counts that are none."""
     given = asked.given | asked.base
-    if taken := [f"{flag(name)} is given by {instead} here" for name, instead in OWN.items() if name in given]:
+    if taken := [f"{flag(name)} is given by {instead} here" for name, instead in _SET_HERE.items() if name in given]:
         raise UserError("; ".join(taken))
     for name in ("sample_prompts", "sample_tokens"):
         if getattr(asked, name) < 1:
@@ -222,7 +222,7 @@ def of_loss(options: dict[str, Any], loss: str, losses: list[str]) -> dict[str, 
 
 def _decisive(configs: dict[str, ResolvedConfig], asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return by loss the options that decide its figures; `asked` are those that stand for files of the comparison's own."""
-    others = FREE | {"seed", "output_dir", "loss"}
+    others = _FREE | {"seed", "output_dir", "loss"}
     return {
         loss: {name: value for name, value in (config.as_dict() | asked).items() if name not in others}
         for loss, config in configs.items()
@@ -277,7 +277,7 @@ def _planned(
     """
     first = next(iter(configs.values()))
     seen = steps * examples_per_step(first)
-    eval_steps = first.eval_steps or math.ceil(steps / POINTS)
+    eval_steps = first.eval_steps or math.ceil(steps / _EVALUATIONS)
     points = math.ceil(steps / eval_steps)
     if points > 1 and points * held_out > PASSES_OF_A_STEP * seen:
         say(

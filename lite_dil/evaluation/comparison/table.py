@@ -12,8 +12,8 @@ from lite_dil.base.text import count
 from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.objectives.table import DIL_FAMILY
 
-Run = dict[str, Any]  # result.json and what metrics.jsonl adds to it
-Row = dict[str, Any]
+FinishedRun = dict[str, Any]  # result.json and what metrics.jsonl adds to it
+TableRow = dict[str, Any]
 
 # figure, heading, format
 COLUMNS = (
@@ -33,12 +33,12 @@ COLUMNS = (
     ("peak_memory_mb", "peak MB", ".0f"),
 )
 # Wherever the comparison was run or stopped, these are the machine's and not the loss's.
-MEASURED = ("seconds", "peak_memory_mb")
+MACHINE_FIGURES = ("seconds", "peak_memory_mb")
 OTHERS = ("dpo", "simpo")
 CLAIM = "DIL keeps the chosen answers' likelihood where dpo and simpo lose it"
 
 
-def read_runs(comparison: Comparison, name: str) -> list[Run]:
+def read_runs(comparison: Comparison, name: str) -> list[FinishedRun]:
     """Read the finished runs; `name` is the file that each has."""
     runs = []
     for seed in comparison.seeds:
@@ -52,7 +52,7 @@ def read_runs(comparison: Comparison, name: str) -> list[Run]:
     return runs
 
 
-def _of_training(lines: list[dict[str, Any]]) -> Run:
+def _of_training(lines: list[dict[str, Any]]) -> FinishedRun:
     training = [line for line in lines if "seconds_per_step" in line]
     seconds, before = 0.0, 0
     for line in training:  # a line is the mean over the steps since the one before it
@@ -69,7 +69,7 @@ def _of_training(lines: list[dict[str, Any]]) -> Run:
     }
 
 
-def make_rows(runs: Sequence[Run]) -> list[Row]:
+def make_rows(runs: Sequence[FinishedRun]) -> list[TableRow]:
     """Return a row a loss: of each figure its mean over the seeds, their standard deviation, and its error over answers."""
     rows = []
     for loss in dict.fromkeys(run["loss"] for run in runs):
@@ -80,7 +80,7 @@ def make_rows(runs: Sequence[Run]) -> list[Row]:
             values = [run["figures"][name] for run in whole]
             errors = [run["errors"][name] for run in whole if run["errors"].get(name) is not None]
             figures[name] = _summary(values, errors)
-        for name in MEASURED:
+        for name in MACHINE_FIGURES:
             if whole:
                 figures[name] = _summary([run[name] for run in whole], [])
         rows.append(
@@ -102,7 +102,7 @@ def _summary(values: list[float], errors: list[float]) -> dict[str, float | None
     }
 
 
-def cell(row: Row, name: str, form: str) -> str:
+def cell(row: TableRow, name: str, form: str) -> str:
     """Return a figure for people: with its standard deviation over seeds, or, of one seed, its error over answers."""
     figure = row["figures"].get(name)
     if figure is None:
@@ -112,7 +112,7 @@ def cell(row: Row, name: str, form: str) -> str:
     return text if spread is None else f"{text} ± {format(spread, form.replace('+', ''))}"
 
 
-def label(row: Row) -> str:
+def label(row: TableRow) -> str:
     """Return the loss, and which of its runs diverged, and when."""
     if not row["diverged"]:
         return row["loss"]
@@ -123,7 +123,7 @@ def label(row: Row) -> str:
     return f"{row['loss']} (diverged: {when})"
 
 
-def reference_row(reference: dict[str, Any] | None) -> list[Row]:
+def reference_row(reference: dict[str, Any] | None) -> list[TableRow]:
     """Return the reference as a row, where it was measured: every run may have diverged."""
     if reference is None:
         return []
@@ -131,13 +131,13 @@ def reference_row(reference: dict[str, Any] | None) -> list[Row]:
     return [{"loss": "reference", "seeds": [], "diverged": {}, "figures": figures}]
 
 
-def table_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def table_cells(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]]]:
     """Return the table's headings, and the cells of each row."""
     headings = ["loss", *(heading for _, heading, _ in COLUMNS)]
     return headings, [[label(row), *(cell(row, name, form) for name, _, form in COLUMNS)] for row in rows]
 
 
-def make_curves(runs: Sequence[Run], reference: dict[str, Any] | None, from_reference: bool) -> dict[str, Any]:
+def make_curves(runs: Sequence[FinishedRun], reference: dict[str, Any] | None, from_reference: bool) -> dict[str, Any]:
     """Return the log-probs of the held-out answers during training, by loss and side: means over seeds and their deviation.
 
     A step has a point where every seed that did not diverge has one; a loss of which all diverged goes as far as all went.
@@ -167,7 +167,7 @@ def make_curves(runs: Sequence[Run], reference: dict[str, Any] | None, from_refe
     return {"unit": unit, "reference": start, "losses": losses}
 
 
-def verdict(rows: Sequence[Row], steps: int, answers: int) -> list[str]:
+def verdict(rows: Sequence[TableRow], steps: int, answers: int) -> list[str]:
     """Say in sentences what became of the chosen answers' likelihood, and whether that is what the DIL paper claims.
 
     A change counts where it is more than twice its standard error over answers, and than the deviation over seeds.
@@ -225,7 +225,7 @@ def _words(change: dict[str, float | None]) -> str:
     return f"{which} by {abs(mean):.2f}{within} nats"
 
 
-def notes(rows: Sequence[Row], tokens: int) -> list[str]:
+def notes(rows: Sequence[TableRow], tokens: int) -> list[str]:
     """Say what the columns are."""
     seeds = max((len(row["seeds"]) for row in rows), default=1)
     spread = f"the standard deviation over {seeds} seeds" if seeds > 1 else "the standard error over answers"
