@@ -136,11 +136,11 @@ def test_resume_names_what_it_cannot_do(
 @pytest.mark.parametrize("split", [(4, 1), (1, 4), (3, 2)])
 def test_any_split_into_micro_batches_is_the_same_run(flags: list[str], tmp_path: Path, split: tuple[int, int]) -> None:
     """10 pairs in steps of 4 (or 6), so that the last batch of an epoch is short; compared with one pass a step."""
-    data = str(write_pairs(tmp_path / "ten.jsonl", 10))
+    flags[flags.index("--data") + 1] = str(write_pairs(tmp_path / "ten.jsonl", 10))
     size = split[0] * split[1]
     runs = []
     for passes, name in ((split, "split"), ((size, 1), "whole")):
-        more = ["--data", data, "--batch-size", str(passes[0]), "--gradient-accumulation-steps", str(passes[1])]
+        more = ["--batch-size", str(passes[0]), "--gradient-accumulation-steps", str(passes[1])]
         runs.append(run(flags, tmp_path / name, *more))
     for one, two in zip(*runs, strict=True):
         assert one.keys() == two.keys()
