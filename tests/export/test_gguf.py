@@ -307,7 +307,7 @@ def test_unknown_tokenizers_are_refused() -> None:
     # A tokenizer of its own training, with one way to each token: llama.cpp would find others.
     refused(sentencepiece_tokenizer(), "its merges lack a way to make")
     refused(changed(complete_sentencepiece(), part_two_ways), "not in the order")
-    with pytest.raises(UserError, match=r"tokens up to \d+.* 300 rows"):
+    with pytest.raises(UserError, match=r"token ids up to \d+.* 300 rows"):
         read(byte_level_tokenizer(), 300)
 
 
