@@ -251,7 +251,7 @@ def test_weights_too_few_or_too_many_are_refused(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     for name, gguf_name in (("lm_head", "output"), ("model.layers.1.mlp.up_proj", "blk.1.ffn_up")):
         save_file({key: value for key, value in weights.items() if key != f"{name}.weight"}, folder / "model.safetensors")
-        with pytest.raises(UserError, match=rf"lack 1 tensors, {gguf_name}\.weight"):
+        with pytest.raises(UserError, match=rf"lacks 1 tensors, among them {gguf_name}\.weight"):
             convert(folder, tmp_path / "tiny.gguf", "f16", None, print)
     save_file(weights | {"model.layers.0.mlp.up_proj.lora_A": weights["lm_head.weight"]}, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"lora_A .*GGUF"):
@@ -303,11 +303,11 @@ def test_unknown_tokenizers_are_refused() -> None:
     both = {"type": "Sequence", "pretokenizers": [odd, plain]}
     refused(changed(byte_level_tokenizer(), lambda s: s.update(pre_tokenizer=both)), r"its splitting pattern \(\['x\+'\]\)")
     refused(changed(byte_level_tokenizer(), lambda s: s.update(normalizer={"type": "Lowercase"})), "normalizer is")
-    refused(changed(byte_level_tokenizer(), lambda s: s["added_tokens"][1].update(lstrip=True)), r"'<\|im_start\|>' takes the")
+    refused(changed(byte_level_tokenizer(), lambda s: s["added_tokens"][1].update(lstrip=True)), r"'<\|im_start\|>' strips")
     # A tokenizer of its own training, with one way to each token: llama.cpp would find others.
     refused(sentencepiece_tokenizer(), "its merges lack a way to make")
     refused(changed(complete_sentencepiece(), part_two_ways), "not in the order")
-    with pytest.raises(UserError, match=r"tokens up to \d+.* 300 rows"):
+    with pytest.raises(UserError, match=r"token ids up to \d+.* 300 rows"):
         read(byte_level_tokenizer(), 300)
 
 

@@ -290,7 +290,7 @@ def test_answers_of_a_run_that_saved_nothing_are_not_taken_for_this_ones(flags: 
         (ZeroDivisionError(), "failed", "ended with an error after 20 of 20 steps: ZeroDivisionError"),
         (UserError("no <room>"), "failed", "ended with an error after 20 of 20 steps: no &lt;room&gt;"),
         (TrainingDiverged("why"), "diverged", "diverged after 20 of 20 steps: why"),
-        (KeyboardInterrupt(), "interrupted", "cut off by Ctrl-C after 20 of 20 steps"),
+        (KeyboardInterrupt(), "interrupted", "interrupted by Ctrl-C after 20 of 20 steps"),
     ],
 )
 def test_an_error_ends_the_report_and_the_trackers(error: BaseException, state: str, said: str, tmp_path: Path) -> None:
