@@ -213,7 +213,7 @@ def test_blocks_are_nested_and_end_with_an_exception(tiny: str) -> None:
 def test_what_there_is_not(tiny: str) -> None:
     backend, data = with_adapters(tiny), batch()
     for name in (*NAMES[:1], "rm"):
-        with pytest.raises(ValueError, match=f"'{name}'.*already"):
+        with pytest.raises(ValueError, match=f"'{name}'.*taken"):
             backend.add_adapter(name, 2, 4.0)
     with pytest.raises(ValueError, match=r"'../rm'.*folder"):
         backend.add_adapter("../rm", 2, 4.0)

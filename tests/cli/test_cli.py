@@ -34,7 +34,7 @@ from lite_dil.cli.main import main
         (["train", "--resume", "none"], "--resume none: no checkpoint there"),
         (["train", "--model", "./none"], "--model ./none: no such folder, and not a hub id"),
         (["train", "--model", "none"], "--model none: no such folder, and not a hub id"),
-        (["train", "--data", "x.jsonl", "--eval-steps", "5"], "--eval-steps needs --eval-data"),
+        (["train", "--data", "x.jsonl", "--eval-steps", "5", "--eval-fraction", "0"], "--eval-steps needs held-out data"),
         (["demo", "--data", "x.jsonl"], "the demo is the embedded model on the embedded data; use lite-dil train"),
         (
             ["generate", "--output", "x", "--data", "y", "z"],

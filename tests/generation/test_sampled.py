@@ -194,7 +194,7 @@ def test_damaged_and_edited_lines_are_ignored_and_drawn_again(
     path.write_bytes(b"\n".join([*lines, b"[]", b"\xff", b"{}"]) + b"\n")
     again, said = add(backend, chosen, encoder, path)
     assert again == whole
-    assert "8 of 12" in said[0] and "6 lines ignored" in said[1]
+    assert "8 of 12" in said[0] and "ignored 6 edited or damaged lines" in said[1]
     assert len(rows_that_parse(path)) == 8 + 3 + 2 + 4  # what was there is left there
 
 
