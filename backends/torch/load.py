@@ -115,8 +115,8 @@ def _set_up_4bit(base: Any, dtype: torch.dtype) -> None:
             # gradients are silently wrong.
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype, module.compute_type_is_set = dtype, True
-            state: Any = module.weight.quant_state
-            state.dtype = dtype  # what the weight is unpacked to
+            weight: Any = module.weight
+            weight.quant_state.dtype = dtype  # what it is unpacked to
 
 
 def device_map(config: Any, device: torch.device, table: bool, head: bool) -> dict[str, torch.device]:
