@@ -92,7 +92,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--json", default="gpu_day.json", metavar="FILE", help="what came of the checks (default: gpu_day.json)"
     )
     parser.add_argument("--folder", metavar="FOLDER", help="where models that are made are kept (default: the cache folder)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="checks at a time, but in speed (default: by cores and memory)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="checks at a time, but in speed (default: 8 or 4, or fewer by cores and free memory)",
+    )
     parser.add_argument(
         "--patience", type=float, metavar="TIMES", help="lengthen the checks' time limits (default: 1, on a CPU 5)"
     )
@@ -201,7 +206,7 @@ def jobs_of(part: str, options: argparse.Namespace) -> int:
     if part == "speed" or options.device == "cpu":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    room = available() // (6 * GIB)  # a process with a model that passes through the computer's memory
+    room = available() // (3 * GIB)  # a process had 1.0 to 1.5 GB resident, and files are to stay in memory
     return options.jobs or max(1, min(AT_A_TIME[part], cores // CORES_A_CHECK, room))
 
 

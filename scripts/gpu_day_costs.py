@@ -18,7 +18,8 @@ START = 12.0
 LOAD = 6.0
 # Made: 7e9 numbers drawn, quantised and copied, a second or two at 4 TB/s; 5.7 GB written, at 200 MB/s.
 MAKE = 35.0
-# One kind of attention, forward and backward, by Inductor and Triton on one core; see docs/LOG.md for what was measured.
+# One kind of attention, forward and backward, by Inductor and Triton on one core: two kinds and the start of the process took
+# 26 to 67 s on a shared server, on a stand-in card.
 COMPILE = 15.0
 RATE = 4e14  # FLOP/s: 40 % of the 990 TFLOP/s in 16 bits that the vendor names
 BANDWIDTH = 4e12  # bytes/s of the card's memory

@@ -76,8 +76,11 @@ def matmul(place: Place) -> list[Finding]:
     result = run(Job(MATMUL, "matmul", place.device, place.large, ((1, 1, 1),), 1), place)
     if result["status"] != "ok":
         return [broken("FLOP/s", result)]
-    text = f"{result['flops'] / 1e12:.3g} TFLOP/s ({result['description']})"
-    return [Finding("FLOP/s", text, "above 0; of an H200 in 16 bits 700 to 990", result["flops"] > 0, result["flops"])]
+    flops = result["flops"]
+    text = f"{flops / 1e12:.3g} TFLOP/s ({result['description']})"
+    # 990 is what NVIDIA names for an H200, 790 what was measured on one; 3000 is beyond every card of 2026.
+    said = "0 to 3000 TFLOP/s; an H200 700 to 990 in 16 bits"
+    return [Finding("FLOP/s", text, said, 0 < flops < 3e15, flops)]
 
 
 def ours(case: Case, place: Place) -> Iterator[Finding]:
@@ -222,6 +225,9 @@ def cold(place: Place) -> list[Finding]:
     ]
 
 
+COLD = 60.0
+
+
 def timed(call: Callable[[], None]) -> float:
     begun = time.perf_counter()
     call()
@@ -245,7 +251,7 @@ def beside(case: Case) -> list[Check]:
 
 CHECKS = [
     Check("the model", Place.make_large, START + MAKE, gib=12.0, first=True, there=Place.has_large),
-    Check("FlexAttention compiled cold", cold, START + COMPILE, cuda=True, models=False),
+    Check("FlexAttention compiled cold", cold, START + COLD / 2, cuda=True, models=False),
     Check(MATMUL, matmul, START + 4),
     *beside(HH),
     Check(HH.of(f"{OURS}, 8-bit head"), partial(head, HH), LITE_DIL),
