@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,13 @@ def take_away(what: str, folder: Path) -> None:
             os.environ.pop(name, None)
         return
     assert "triton" not in sys.modules, "Triton has been imported already"
-    sys.meta_path.insert(0, WithoutTriton())
+    sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTriton
 
 
-class WithoutTriton:
-    """Makes an import of Triton fail as where it is not installed."""
+class WithoutTriton(PathFinder):
+    """Finds what is installed, but no Triton."""
 
-    def find_spec(self, name: str, *args: Any) -> None:
-        """Raise for Triton; leave every other module to those that follow."""
-        if name.partition(".")[0] == "triton":
-            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+    @classmethod
+    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
+        """Return None for Triton, as where it is not installed."""
+        return None if fullname.partition(".")[0] == "triton" else super().find_spec(fullname, path, target)
