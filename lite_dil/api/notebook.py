@@ -108,9 +108,9 @@ class Notebook:
         from IPython.display import display as show
 
         self._shown = time.monotonic()
-        page = HTML(self.html())
+        page = HTML(self.html())  # type: ignore[no-untyped-call]
         if self._place is None:
-            self._place = show(page, display_id=True)
+            self._place = show(page, display_id=True)  # type: ignore[no-untyped-call]
         else:
             self._place.update(page)
 
