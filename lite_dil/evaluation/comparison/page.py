@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+from lite_dil.base.files import replace_file
 from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.reports.charts import COLOURS, inked, svg
 from lite_dil.reports.page import escaped
@@ -36,7 +38,9 @@ summary { cursor: pointer; font-weight: 600; }
 
 def draw(curves: dict[str, Any], path: Path) -> str:
     """Write the figure to `path` as a PNG, and return it as an SVG element in the colour of the text around it."""
-    _figure(curves, "black").savefig(path, dpi=150, facecolor="white", format="png")
+    drawn = io.BytesIO()
+    _figure(curves, "black").savefig(drawn, dpi=150, facecolor="white", format="png")
+    replace_file(path, drawn.getvalue())
     return svg(lambda ink: _figure(curves, ink))
 
 
