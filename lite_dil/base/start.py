@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from importlib import metadata
 
 from lite_dil.base.errors import UserError
@@ -113,3 +115,10 @@ def quiet_bars() -> None:
     from huggingface_hub.utils import enable_progress_bars
 
     enable_progress_bars()
+
+
+@contextlib.contextmanager
+def without_bar() -> Iterator[None]:
+    """Leave out a bar that no setting of transformers switches off: that of reading a GGUF file."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

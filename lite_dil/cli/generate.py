@@ -20,6 +20,7 @@ from lite_dil.config.options import add_flags
 from lite_dil.data import prompts
 from lite_dil.data.prompts import Prompt
 from lite_dil.generation import policy
+from lite_dil.generation.asked import answer_seed
 from lite_dil.generation.policy import AdapterSource, Policy
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
     from lite_dil.batching.schedule import row_tokens
     from lite_dil.cli.progress import Terminal
-    from lite_dil.generation.batch_generator import ROWS, BatchGenerator, batched
+    from lite_dil.generation.batch_generator import ROWS, batched
 
     check_counts(args, "max_new_tokens", "num_answers", "rows")
     sampling = Sampling(args.temperature, args.top_p)
@@ -135,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         display.say(f"{len(answers)} of {len(wanted)} answers are in {answers.path}, {len(wanted) - len(answers)} to draw")
     if len(answers) < len(wanted):
         model = policy.load(source, display.say)
-        generator = BatchGenerator(model.backend, model.encoder.end_ids(), display.say, sampling)
+        generator = model.generator(sampling)
         batches = batched(wanted, ROWS * row_tokens(options), args.rows)
         if not _draw(batches, generator, model, args.base, answers, display):
             display.say(f"stopped: {len(answers)} of {len(wanted)} answers are done" + answers.how_to_go_on)
@@ -157,7 +158,7 @@ def _wanted(asked: Sequence[Prompt], args: argparse.Namespace, source: AdapterSo
     settings = (_VERSION, c.model, c.load_in_4bit, c.dtype, c.head_bits, model, room, args.temperature, args.top_p)
     for prompt in asked:
         for number in range(args.num_answers):
-            seed = int(digest(args.draw_seed, prompt.key, number)[:16], 16)
+            seed = answer_seed(args.draw_seed, prompt, number)
             out.append(
                 _Wanted(prompt, number, room, seed, digest(settings, seed, args.base, prompt.ids, prompt.key, number)[:16])
             )

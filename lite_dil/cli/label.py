@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     if left:
         model = policy.load(source, display.say)
         origins = (name, "base" if args.against_base else name)
-        offers = Offers(model, sampling, args.draw_seed, args.max_new_tokens, origins, display.say)
+        offers = Offers(model, sampling, args.draw_seed, args.max_new_tokens, origins)
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # which leaves the terminal as it was
         try:
             Session(left, labels, offers, display).run()

@@ -16,6 +16,7 @@ import numpy as np
 
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import make_folder, replacing
+from lite_dil.base.start import without_bar
 from lite_dil.export import gguf_vocabulary, gguf_weights
 from lite_dil.models.find import load_tokenizer
 from lite_dil.models.tensors import Stored
@@ -259,13 +260,14 @@ def _by_transformers(path: Path, sequences: _Sequences) -> list[np.ndarray]:
         config.head_dim = fields.get("attention.key_length", gguf_weights.head_size(config))
         if (factor := fields.get("rope.scaling.factor")) is not None:
             config.rope_parameters |= {"rope_type": fields["rope.scaling.type"], "factor": factor}
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            config=config,
-            gguf_file=path.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        ).eval()
+        with without_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                config=config,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            ).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: transformers cannot load it ({first_line(error)})") from None
     factors = next((tensor.data for tensor in file.tensors if tensor.name == "rope_freqs.weight"), None)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from lite_dil.base.errors import UserError
+from lite_dil.base.hashing import digest
 from lite_dil.base.signs import CHOSEN
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.files import RowError
@@ -75,3 +76,8 @@ def _asked(encoder: Encoder, prompt: Any) -> str | list[Message]:
         return read_messages(prompt, "prompt")
     text = read_text(prompt, "prompt")
     return [{"role": "user", "content": text}] if encoder.rendering.chats else text
+
+
+def answer_seed(seed: int, prompt: Prompt, number: int) -> int:
+    """Return what decides answer `number` to a prompt."""
+    return int(digest(seed, prompt.key, number)[:16], 16)

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, overload
 
 from lite_dil.backends import registry
 from lite_dil.backends.protocol import Backend
-from lite_dil.backends.types import POLICY, REFERENCE, Sampling
+from lite_dil.backends.types import POLICY, REFERENCE, Sampling, never
 from lite_dil.base import html
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import replace_folder
-from lite_dil.base.hashing import digest, file_pieces, sha256
+from lite_dil.base.hashing import file_pieces, sha256
 from lite_dil.base.memory import peak_rss_mb
 from lite_dil.base.start import quiet_bars
 from lite_dil.data.encoder import Encoder
-from lite_dil.generation.asked import Asked, Several, encode_requests, encode_responses, is_one
+from lite_dil.generation.asked import Asked, Several, answer_seed, encode_requests, encode_responses, is_one
 from lite_dil.models.find import load_tokenizer, resolve_model
 from lite_dil.models.options import ModelOptions, ResolvedAdapter
 from lite_dil.runs.folder import RunFolder, checkpoint_of
@@ -27,7 +27,7 @@ from lite_dil.runs.folder import RunFolder, checkpoint_of
 if TYPE_CHECKING:
     from lite_dil.backends.options import LoadOptions
     from lite_dil.data.encoder import Example
-    from lite_dil.data.prompts import Prompt
+    from lite_dil.generation.batch_generator import BatchGenerator
 
 _BATCH_TOKENS = 16384  # prompts plus room for responses, generated in one batch
 _CLOSED = "this policy was closed and its memory freed; load it again with dil.load"
@@ -248,7 +248,7 @@ class Policy:
             UserError: the model cannot take a prompt, or a setting is invalid.
             OutOfMemory: the device does not hold a single response.
         """
-        from lite_dil.generation.batch_generator import BatchGenerator, Request, batched
+        from lite_dil.generation.batch_generator import Request, batched
 
         if n is not None and n < 1:
             raise UserError(f"generate: n is {n}; expected at least 1")
@@ -256,10 +256,12 @@ class Policy:
             raise UserError(f"generate: {n} responses at temperature 0 are all the same; give a temperature above 0")
         asked = encode_requests(self.encoder, self.model, prompts, max_new_tokens)
         wanted = [
-            Request(prompt.ids, max_new_tokens, _seed(seed, prompt, number)) for prompt in asked for number in range(n or 1)
+            Request(prompt.ids, max_new_tokens, answer_seed(seed, prompt, number))
+            for prompt in asked
+            for number in range(n or 1)
         ]
         places = {id(each): place for place, each in enumerate(wanted)}
-        generator = BatchGenerator(self.backend, self.encoder.end_ids(), self._say, Sampling(temperature, top_p))
+        generator = self.generator(Sampling(temperature, top_p))
         texts = [""] * len(wanted)
         for batch in batched(wanted, _BATCH_TOKENS):
             for each, answer in zip(batch, generator.draw(batch), strict=True):
@@ -290,7 +292,7 @@ class Policy:
         continued = FittedPrompt(asked.ids, max_new_tokens, 0)
         sampling = Sampling(temperature, top_p)
         stream = Stream(
-            self.backend, self.encoder, continued, _seed(seed, asked, 0), sampling, reference=False, strip=asked.chat
+            self.backend, self.encoder, continued, answer_seed(seed, asked, 0), sampling, reference=False, strip=asked.chat
         )
         return self._pieces(stream, REFERENCE if self._reference else POLICY)
 
@@ -328,6 +330,12 @@ class Policy:
         self.trained, self.run = False, None
         return self
 
+    def generator(self, sampling: Sampling, stop: Callable[[], bool] = never) -> BatchGenerator:
+        """Return what draws answers to tokens in batches that memory holds; `stop` ends answers as they are."""
+        from lite_dil.generation.batch_generator import BatchGenerator
+
+        return BatchGenerator(self.backend, self.encoder.end_ids(), self._say, sampling, stop)
+
     def begin_training(self, run: RunFolder) -> None:
         """Note that a run changes the adapter from now on."""
         self.trained, self.run = True, run
@@ -338,10 +346,6 @@ class Policy:
         prompts, responses = [each.prompt for each in examples], [each.responses for each in examples]
         found = token_logps(self.backend, prompts, responses, self._say)
         return [float(each.sum(dtype="float64")) for several in found for each in several]
-
-
-def _seed(seed: int, prompt: Prompt, number: int) -> int:
-    return int(digest(seed, prompt.key, number)[:16], 16)
 
 
 def load(source: AdapterSource, say: Callable[[str], None], training: LoadOptions | None = None) -> Policy:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,7 +14,6 @@ from lite_dil.data.files import RowError
 from lite_dil.data.messages import read_text
 from lite_dil.data.prompts import Prompt
 from lite_dil.data.reader import Row, same_text
-from lite_dil.generation.batch_generator import BatchGenerator
 from lite_dil.generation.policy import Policy
 from lite_dil.labelling.labels import Candidate
 
@@ -38,12 +37,10 @@ class Offers:
         room: maximum tokens of an answer.
     """
 
-    def __init__(
-        self, tuned: Policy, sampling: Sampling, seed: int, room: int, origins: tuple[str, str], say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, tuned: Policy, sampling: Sampling, seed: int, room: int, origins: tuple[str, str]) -> None:
         self.tuned, self.seed, self.room, self.origins = tuned, seed, room, origins
         self._stopped = threading.Event()
-        self._generator = BatchGenerator(tuned.backend, tuned.encoder.end_ids(), say, sampling, self._stopped.is_set)
+        self._generator = tuned.generator(sampling, self._stopped.is_set)
         self._thread = ThreadPoolExecutor(1)
         self._begun: dict[tuple[str, frozenset[str]], Future[list[Candidate]]] = {}
         self._tokenizer = threading.Lock()  # two threads must not use a fast tokenizer at once

@@ -11,6 +11,7 @@ from typing import Any
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import move, replacing, work_folder, write
+from lite_dil.base.start import without_bar
 from lite_dil.models.hub import offline, refusal
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -157,12 +158,13 @@ def prepare_embedded(say: Any = None) -> Path:
 
     with work_folder(folder, place="LITE_DIL_CACHE") as made:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=gguf.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay packed and cannot be saved
-        )
+        with without_bar():
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                gguf_file=gguf.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay packed and cannot be saved
+            )
         with writing(folder, "LITE_DIL_CACHE"):
             model.save_pretrained(made)
             tokenizer.save_pretrained(made)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from lite_dil.backends import registry
 from lite_dil.backends.options import LoadOptions
 from lite_dil.base.display import Display
 from lite_dil.base.errors import TrainingDiverged
-from lite_dil.base.files import replace_file
+from lite_dil.base.files import remove, replace_file
 from lite_dil.config.resume import check_same_run, saved_config
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.evaluation.comparison.measure import Probe, measure, measure_reference
@@ -116,7 +115,7 @@ def _run(comparison: Comparison, loss: str, seed: int, base: _Base, display: Dis
         config = replace(config, backend=saved["backend"], dtype=saved["dtype"])  # what auto came to
         check_same_run(config, saved, str(checkpoint))
     elif folder.path.exists():  # killed before its first checkpoint
-        shutil.rmtree(folder.path)
+        remove(folder.path)
     result: dict[str, Any] = {"loss": loss, "seed": seed, "learning_rate": config.learning_rate}
     diverged = ""
     try:

@@ -30,6 +30,7 @@ EXCEPTIONS = {
     ("lite_dil/export/gguf.py", "GGUFWriter"): "gguf writes its file, under the name of `files.replacing`",
     ("backends/mlx/state.py", "save_safetensors"): "MLX writes into a file that `files.create` opened",
     ("lite_dil/reports/charts.py", "savefig"): "matplotlib draws into memory",
+    ("lite_dil/evaluation/comparison/page.py", "savefig"): "matplotlib draws into memory",
     ("lite_dil/reports/trackers.py", "SummaryWriter"): "TensorBoard's log is its own, and grows",
 }
 # Methods of pathlib.Path, and functions of libraries that open their own files.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import io
 import itertools
 import json
 import os
@@ -51,8 +50,9 @@ def execute(place: Path, source: str = "lite-dil", **values: object) -> str:
         if before is not None:
             os.environ["PYTHONPATH"] = before
     outputs = [output for cell in book.cells for output in cell.get("outputs", ())]
-    assert {output.output_type for output in outputs} <= {"stream", "display_data"}
-    return "".join(o.text if o.output_type == "stream" else o.data["text/html"] for o in outputs)
+    assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert not [output.text for output in outputs if output.get("name") == "stderr"]
+    return "".join(o.text if o.output_type == "stream" else o.data.get("text/html", "") for o in outputs)
 
 
 def test_it_is_valid_and_free_of_outputs() -> None:
@@ -72,17 +72,17 @@ def test_it_is_valid_and_free_of_outputs() -> None:
 
 def test_it_is_short_and_every_cell_is_introduced() -> None:
     kinds = [cell.cell_type for cell in notebook().cells]
-    assert kinds.count("code") == 10
+    assert kinds.count("code") == 11
     assert all(before == "markdown" for before, kind in itertools.pairwise(kinds) if kind == "code")
 
 
-def execute_here(place: Path, monkeypatch: pytest.MonkeyPatch, **values: object) -> None:
-    """Run the notebook as `execute` does, but its commands in this process, which has imported what they need."""
+def execute_here(place: Path, monkeypatch: pytest.MonkeyPatch, **values: object) -> dict[str, Any]:
+    """Run the notebook as `execute` does, but in this process, which has imported what it needs; return its names."""
 
-    def command(*words: object, typed: str = "", may_fail: bool = False) -> None:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    def command(*words: str, may_fail: bool = False, **options: object) -> None:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         if words != ("--version",):  # which ends the process
-            assert main(list(map(str, words))) == 0 or may_fail
+            assert main([*words, *flags]) == 0 or may_fail
 
     monkeypatch.chdir(place)
     names: dict[str, Any] = {}
@@ -91,6 +91,7 @@ def execute_here(place: Path, monkeypatch: pytest.MonkeyPatch, **values: object)
             exec(cell.source, names)
             names |= values if "MODEL = " in cell.source else {}
             names |= {"lite_dil": command} if "def lite_dil(" in cell.source else {}
+    return names
 
 
 def test_it_runs_and_runs_again(
@@ -98,7 +99,7 @@ def test_it_runs_and_runs_again(
 ) -> None:
     questions = ["What is the capital of France?", "Is bread good?"]
     values: dict[str, object] = {"MODEL": tiny, "OUTPUT": "drive/run", "MAX_STEPS": 2, "SAVE_STEPS": 1, "QUESTIONS": questions}
-    values |= {"READ": ["--max-rows", "6"]}
+    values |= {"READ": {"max_rows": 6}, "LOAD": {"lora_r": 4}, "TRAIN": {"report_samples": 2}}
     first = execute(tmp_path, **values)
     run = tmp_path / "drive" / "run"
     made = [run / "adapter" / "adapter_model.safetensors", run / "metrics.jsonl"]
@@ -106,16 +107,18 @@ def test_it_runs_and_runs_again(
     assert json.loads(made[1].read_text().splitlines()[-1])["step"] == 2
     assert "It fits" in first and "short-answers" in first and "\x1b" not in first
     assert (run / "report.html").is_file() and "<iframe srcdoc=" in first and "&lt;!doctype html" in first.lower()
-    assert first.count("base: ") == first.count("tuned: ") == len(questions)
+    assert first.count("before: ") == first.count("after:  ") == len(questions)
+    assert '<progress value="2" max="2"' in first and "trained by" not in first and "finished" in first
     assert (run / "checkpoints" / "step-2").is_dir()
     home = run / "export" / "ollama"
     assert list(home.glob("*.gguf")) and (home / "Modelfile").is_file()
 
-    execute_here(tmp_path, monkeypatch, **values, FORMAT="merged")
+    names = execute_here(tmp_path, monkeypatch, **values, FORMAT="merged")
+    assert not names["run"].stopped and [path.read_bytes() for path in made] == before
     second = capsys.readouterr().out
-    assert "step 2 of 2" in second and "step 1/2" not in second
-    assert [path.read_bytes() for path in made] == before
-    assert second.count("base: ") == second.count("tuned: ") == len(questions)
+    assert [line for line in second.splitlines() if "before:" in line or "after:" in line] == [
+        line for line in first.splitlines() if line.startswith(("  before:", "  after:"))
+    ]
     assert (run / "export" / "merged" / "model.safetensors").is_file()
 
 
@@ -141,34 +144,18 @@ def test_an_export_is_made_anew_beside_the_run(form: str, tmp_path: Path, monkey
         path.parent.mkdir(parents=True)
         path.write_text(text)
 
-    def export(*words: object) -> None:
-        assert not made.parent.exists() and words[-1] == made.parent.relative_to(tmp_path)
+    def export(folder: Path, format: str) -> None:
+        assert not made.parent.exists() and folder == made.parent.relative_to(tmp_path)
         made.parent.mkdir()
-        made.write_text(" ".join(map(str, words)))
+        made.write_text(f"trained, as {format}")
 
     for times in (1, 2):
-        cell = {"Path": Path, "shutil": shutil, "OUTPUT": "run", "FORMAT": form, "lite_dil": export}
-        exec(code('"export"'), cell)
+        cell = {"Path": Path, "shutil": shutil, "OUTPUT": "run", "FORMAT": form, "run": SimpleNamespace(export=export)}
+        exec(code("run.export("), cell)
         copy = tmp_path / "run" / "export" / form / "file"
-        assert copy.read_text() == f"export --adapter run --format {form} --output tuned-{form}", times
+        assert copy.read_text() == f"trained, as {form}", times
         copy.write_text("of before")
     assert adapter.read_text() == "trained"
-
-
-def test_the_stop_button_lets_a_command_save(capsys: pytest.CaptureFixture[str]) -> None:
-    """As the kernel does it: KeyboardInterrupt here, and nothing to the command, which has a session of its own."""
-
-    def stop_when_ready(*texts: object, **options: Any) -> None:
-        print(*texts, **options)
-        if texts[0] == "ready\n":
-            raise KeyboardInterrupt
-
-    child = "import time\nprint('ready')\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('sav\u00e9d')"
-    cell: dict[str, Any] = {"print": stop_when_ready}
-    exec(code("def run("), cell)
-    with pytest.raises(KeyboardInterrupt):
-        cell["run"](sys.executable, "-c", child)
-    assert "savéd" in capsys.readouterr().out
 
 
 def test_on_colab_the_run_is_on_the_drive(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +187,12 @@ def test_what_is_missing_is_installed_and_torch_is_kept(
     ran: list[tuple[str, ...]] = []
     exec(
         code("extras = "),
-        {"sys": sys, "SOURCE": source, "run": lambda *words: ran.append(words), "lite_dil": lambda *words: ran.append(words)},
+        {
+            "sys": sys,
+            "SOURCE": source,
+            "command": lambda *words: ran.append(words),
+            "lite_dil": lambda *words: ran.append(words),
+        },
     )
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--constraint", "keep.txt", package)
     assert ran == [pip, ("--version",)]

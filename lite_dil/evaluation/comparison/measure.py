@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil.base.files import replace_file
+from lite_dil.base.files import make_folder, replace_file
 from lite_dil.base.signs import CHOSEN
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import ResolvedConfig
@@ -74,7 +74,7 @@ class Probe:
                 done.append(
                     {"prompt": texts[0], "answer": texts[1], "tokens": len(ids), "ended": end is not None, "log_ratio": ratio}
                 )
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             replace_file(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in done))
         return done
 

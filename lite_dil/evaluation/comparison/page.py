@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from lite_dil.base.files import replace_file
 from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.reports import html
 from lite_dil.reports.charts import COLOURS, inked, svg
@@ -16,7 +18,9 @@ MARKERS, LINES = "os^Dv*", ("-", "--", ":")
 
 def draw(curves: dict[str, Any], path: Path) -> Markup:
     """Write the figure to `path` as a PNG, and return it as an SVG element in the colour of the text around it."""
-    _figure(curves, "black").savefig(path, dpi=150, facecolor="white", format="png")
+    drawn = io.BytesIO()
+    _figure(curves, "black").savefig(drawn, dpi=150, facecolor="white", format="png")
+    replace_file(path, drawn.getvalue())
     return svg(lambda ink: _figure(curves, ink))
 
 

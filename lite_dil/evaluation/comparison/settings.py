@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
-from lite_dil.base.files import replace_file
+from lite_dil.base.files import make_folder, replace_file
 from lite_dil.base.hashing import blake2
 from lite_dil.batching.schedule import examples_per_step, steps_of
 from lite_dil.config.options import build, coerce
@@ -307,7 +307,7 @@ def _write_folder(output: Path, content: dict[str, Any]) -> None:
     if known.exists():
         return
     try:
-        (output / "data").mkdir(parents=True, exist_ok=True)
+        make_folder(output / "data")
     except OSError as error:
         raise UserError(f"--output {output}: cannot be made ({error.strerror})") from None
     replace_file(known, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
