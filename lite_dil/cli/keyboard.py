@@ -108,12 +108,10 @@ def _single_keys() -> KeyBindings:
 
     bindings = KeyBindings()
 
+    @bindings.add(Keys.Any)
     def pressed(event: KeyPressEvent) -> None:
         key = event.data.lower()
         event.app.exit(result=key if len(key) == 1 and key.isascii() and key.isalnum() else "")
-
-    for key in Keys:  # each by its name: the library leaves out those without a letter where any key is bound
-        bindings.add(key)(pressed)
 
     @bindings.add("c-c")
     @bindings.add("<sigint>")

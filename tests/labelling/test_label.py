@@ -283,10 +283,14 @@ class Terminal:
 
     def press(self, keys: str) -> None:
         # The question stands a moment before the terminal is asked for a key, and drops what came earlier.
+        self.asks()
+        os.write(self.master, keys.encode())
+
+    def asks(self) -> None:
+        """Wait until a single key is asked for."""
         while self.takes_lines():
             assert self.process.poll() is None
             time.sleep(0.01)
-        os.write(self.master, keys.encode())
 
     def takes_lines(self) -> bool:
         """Return whether the terminal is as a shell needs it, and no single key is asked for."""
@@ -335,6 +339,7 @@ def test_ctrl_c_says_what_there_is(number: int, tiny: str, tmp_path: Path) -> No
     terminal.until("[q]uit")
     terminal.press("2")
     terminal.until("[q]uit")
+    terminal.asks()
     terminal.process.send_signal(number)
     terminal.until("train on them")
     assert terminal.takes_lines()
