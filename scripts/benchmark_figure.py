@@ -18,7 +18,7 @@ BARS = {
     ("trl-best", "off"): ("TRL, 16-bit weights, reference precomputed", "#E69F00"),
     ("trl", "full"): ("TRL, defaults", "#D55E00"),
 }
-PANELS = {"pairs_per_second": ("pairs a second", 1), "memory_mb": ("memory above the model, GB", 1 / 1024)}
+PANELS = {"pairs_per_second": ("pairs per second", 1), "memory_mb": ("memory above the model, GB", 1 / 1024)}
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""scripts/gpu_day.py: pairs a second beside the libraries that people use today, on the same model and the same pairs."""
+"""scripts/gpu_day.py: pairs per second beside the libraries that people use today, on the same model and the same pairs."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ def ours(case: Case, place: Place) -> Iterator[Finding]:
 
 
 def expected(job: Job, rate: float, reference: bool) -> float:
-    """Return pairs a second by arithmetic, in packed rows of one pass."""
+    """Return pairs per second by arithmetic, in packed rows of one pass."""
     steps = [job.lengths[i : i + job.batch] for i in range(0, len(job.lengths), job.batch)]
     return len(job.lengths) / sum(step(one, reference, job.checkpointing == "full", rate) for one in steps)
 
 
 def pairs_a_second(job: Job, result: dict[str, Any], by_arithmetic: float, place: Place) -> Finding:
-    """Return pairs and tokens a second beside what arithmetic says."""
+    """Return pairs and tokens per second beside what arithmetic says."""
     found = result[PAIRS_KEY]
     tokens = sum(prompt * 2 + chosen + rejected for prompt, chosen, rejected in job.lengths) / len(job.lengths)
     text = f"{found:.2f} ({tokens * found:,.0f} tokens/s)"

@@ -234,7 +234,7 @@ class Chat:
             parts = [f"{name} {figures}" for name, figures in zip(_SIDES, parts, strict=True)]
             if not stop.asked:
                 f = log_ratio(self.model.backend, prompt.ids, sides[-1].ids)
-                parts.append(f"log-ratio of the tuned answer {f:+.3f} nats a token")
+                parts.append(f"log-ratio of the tuned answer {f:+.3f} nats per token")
         if not sides[-1].whole:
             parts.append("stopped" if stop.asked else f"cut after {len(sides[-1].ids)} tokens")
         self.screen.note("; ".join(parts))

@@ -71,7 +71,7 @@ def write_card(folder: Path, source: AdapterSource, format: str, check: Any, com
         folder: what was made, its files in place.
         source: the adapter it was made from.
         format: "adapter", "merged", "mlx", "gguf" or "ollama".
-        check: what comparing the made files with the trained model gave: `rows`, `tokens`, `mean` and `max` (nats a token),
+        check: what comparing the made files with the trained model gave: `rows`, `tokens`, `mean` and `max` (nats per token),
             `tolerance`, `data`; None where nothing was compared.
         command: the command that made the folder; "" where training itself did.
     """
@@ -251,9 +251,9 @@ def _figures(run: RunFolder, last: float, options: dict[str, Any], facts: dict[s
         )
     if warning := shared(facts.get("held out")).warning:
         yield f"Mind: {warning}."
-    per = "a token" if options["logp_reduction"] == "mean" else "an answer"
+    per = "per token" if options["logp_reduction"] == "mean" else "per answer"
     rows = [f"| | {' | '.join(_SIDES)} |", "|---|---|---|"]
-    for title, name in ((f"log-ratio to the reference, nats {per}", "log_ratio"), ("log-prob, nats an answer", "logps")):
+    for title, name in ((f"log-ratio to the reference, nats {per}", "log_ratio"), ("log-prob, nats per answer", "logps")):
         cells = [figure(f"{name}/{side}") for side in _SIDES]
         rows.append(f"| {title} | {' | '.join('-' if cell is None else f'{cell:+.3f}' for cell in cells)} |")
     yield "\n".join(rows)
@@ -267,7 +267,7 @@ def _figures(run: RunFolder, last: float, options: dict[str, Any], facts: dict[s
 def _checked(check: Any) -> str:
     return (
         f"{check.tokens:,} answer tokens in {check.rows:,} rows of {', '.join(map(code, public_sources(check.data)[0]))}: the "
-        f"log-probs by these files differ from those of the model as it was trained by {check.mean:.2g} nats a token on "
+        f"log-probs by these files differ from those of the model as it was trained by {check.mean:.2g} nats per token on "
         f"average ({check.tolerance:g} is allowed), and by {check.max:.2g} at most."
     )
 

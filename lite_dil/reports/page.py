@@ -55,10 +55,10 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     for key, label in (("rewards/margins", "margin"), ("log_ratio/chosen", "chosen"), ("log_ratio/rejected", "rejected")):
         value, place = record.figure(key)
         if value is not None:
-            unit = "margin" if label == "margin" else f"log-ratio {label}, nats a {record.per}"
+            unit = "margin" if label == "margin" else f"log-ratio {label}, nats per {record.per}"
             tiles.append((f"{value:+.3g}", f"{unit}, {place}"))
     if (speed := history.train.recent("tokens_per_second")) is not None:
-        tiles.append((f"{speed:,.0f}", "tokens a second"))
+        tiles.append((f"{speed:,.0f}", "tokens per second"))
     if (memory := history.train.last("peak_memory_mb")) is not None:
         tiles.append((f"{memory / 1024:.2f} GB", "peak memory"))
     if history.train.number:
@@ -168,7 +168,7 @@ def _machine(record: RunRecord) -> _Rows:
     ]
     if train.number:
         examples, step = train.recent("examples_per_second", by="seconds_per_step"), train.recent("seconds_per_step")
-        rows.append(["speed", f"{_number(examples)} examples a second, {_number(step)} seconds a step, at the end"])
+        rows.append(["speed", f"{_number(examples)} examples per second, {_number(step)} seconds per step, at the end"])
         rows.append(["tokens", f"{train.last('num_tokens') or 0:,.0f}"])
     if facts["memory"]:
         rows.append(["memory", facts["memory"].removeprefix("memory: ")])

@@ -50,7 +50,7 @@ def test_it_knows_in_4_bits(embedded: str, encoder: Encoder, name: str) -> None:
     text = "The capital of France is Paris."
     wrong = encoder.encode(pair_row(QUESTION, text, "The capital of France is Berlin."))
     right, other = load(name, embedded, load_in_4bit=True).sequence_logps(Batch.of([wrong])) / len(wrong.responses[0])
-    assert right > -1  # nats a token; by chance it would be -log(49152) = -10.8
+    assert right > -1  # nats per token; by chance it would be -log(49152) = -10.8
     assert right > other + 0.5
 
 

@@ -415,7 +415,7 @@ def test_base_and_tuned_side_by_side(tuned: Tuned, terminal: Callable[..., Termi
     screen = terminal(command(tuned, "--compare", "--temperature", "0"))
     screen.asks()
     screen.type("tea\n")
-    screen.until("nats a token")
+    screen.until("nats per token")
     *_, last = re.split(r"base {20,}tuned *\r\n", screen.plain)
     lines = last.partition("base 2")[0].split("\r\n")
     for side, text in enumerate(expected):
@@ -429,7 +429,7 @@ def test_on_a_narrow_terminal_one_comes_after_the_other(tuned: Tuned, terminal: 
     screen = terminal(command(tuned, "--compare", "--temperature", "0"), columns=60)
     screen.asks()
     screen.type("tea\n")
-    screen.until("nats a token")
+    screen.until("nats per token")
     assert re.search(r"\nbase: .*\ntuned: ", screen.plain, re.DOTALL)
     screen.type("/quit\n")
     assert screen.end() == 0

@@ -186,7 +186,7 @@ def test_what_has_room_has_room(llama: str, capsys: pytest.CaptureFixture[str]) 
 def test_a_file_of_data_gives_the_time_of_an_epoch(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = str(write_pairs(tmp_path / "pairs.jsonl", 12))
     common = ["--model", llama, "--4bit", "--backend", "cuda", "--memory", "24"]
-    # 12 pairs, two answers each with its prompt of at most 512 tokens together, at 100 tokens a second.
+    # 12 pairs, two answers each with its prompt of at most 512 tokens together, at 100 tokens per second.
     epoch = planned(capsys, *common, "--data", data, "--max-length", "512", "--tokens-per-second", "100")[1]["epoch"]
     assert (epoch["examples"], epoch["seconds"], epoch["at_most"]) == (12, 12 * 2 * 512 / 100, True)
     run = tmp_path / "run"

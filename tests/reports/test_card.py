@@ -152,7 +152,7 @@ def test_the_embedded_model_and_data(runs: dict[str, Path], tmp_path: Path) -> N
     assert (data.base_model, data.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
     assert data.tags == ["lite-dil", "dpo", "lora", "preference", "gguf"] and data.datasets is None
     assert "ollama create tuned -f Modelfile" in text and "llama-cli -m tuned.gguf" in text
-    assert "nats an answer" in text and "nats a token" not in text
+    assert "nats per answer" in text and "nats per token" not in text
     assert "Rafailov" in text and "theorem" not in text
 
 

@@ -57,7 +57,7 @@ class Tags(HTMLParser):
 
 @pytest.mark.parametrize("loss", list(OBJECTIVES))
 def test_every_objective_has_its_page(loss: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if loss in ("lsif", "dpo", "kto", "sft"):  # of each form of data, and in nats a token and an answer
+    if loss in ("lsif", "dpo", "kto", "sft"):  # of each form of data, and in nats per token and an answer
         request.getfixturevalue("drawn")
     form = {"chosen": "demonstrations", "pairs": "pairs", "sides": "unpaired"}[OBJECTIVES[loss].data]
     page = Tags(make_run(tmp_path, loss=loss, form=form))
@@ -153,8 +153,8 @@ def set_line(**values: float) -> Any:
     ("options", "said"),
     [
         ({"change": set_line(eval_log_ratio__chosen=-0.3)}, "chosen answers less probability"),
-        ({"change": set_line(log_ratio__chosen=-0.3), "eval_steps": None}, "-0.3 nats a token (last training steps)"),
-        ({"change": set_line(eval_log_ratio__chosen=-1), "loss": "dpo", "form": "pairs"}, "-1 nats an answer (held out)"),
+        ({"change": set_line(log_ratio__chosen=-0.3), "eval_steps": None}, "-0.3 nats per token (last training steps)"),
+        ({"change": set_line(eval_log_ratio__chosen=-1), "loss": "dpo", "form": "pairs"}, "-1 nats per answer (held out)"),
         ({"change": set_line(log_ratio__chosen=-1), "eval_steps": None, "loss": "sft"}, "gives the good answers less"),
         (
             {"change": set_line(eval_rewards__accuracies=0.57)},

@@ -314,7 +314,7 @@ def test_the_demo_shows_what_any_loss_has(loss: str, tmp_path: Path, capsys: pyt
     out = capsys.readouterr().out
     assert "[bold]tea[/] :tea:" in out
     assert "length: 20 tokens" in out
-    assert f"nats {'a token' if loss == 'lsif' else 'an answer'}" in out
+    assert f"nats {'per token' if loss == 'lsif' else 'per answer'}" in out
     assert ("held-out pairs" in out) == (loss != "sft")
 
 

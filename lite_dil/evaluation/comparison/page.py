@@ -32,7 +32,7 @@ def _figure(curves: dict[str, Any], ink: str) -> Any:
     with matplotlib.rc_context(inked(ink)):
         figure = Figure(figsize=(10, 4.6), layout="constrained")
         for axes, side in zip(figure.subplots(1, 2), ("chosen", "rejected"), strict=True):
-            axes.set(title=f"{side} answers", xlabel="step", ylabel="log-prob, nats an answer")
+            axes.set(title=f"{side} answers", xlabel="step", ylabel="log-prob, nats per answer")
             axes.patch.set_alpha(0)
             start = curves["reference"][side]
             if start is not None:

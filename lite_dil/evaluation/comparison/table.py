@@ -233,10 +233,10 @@ def notes(rows: Sequence[TableRow], tokens: int) -> list[str]:
         f"± is {spread}. All columns from accuracy to log-prob are of held-out answers, and defined alike for every loss.",
         "accuracy: the share of pairs whose chosen answer gained more log-prob than the rejected one, in all (sum) or a token "
         "(mean).",
-        "log-ratio: log pi - log pi_ref in nats a token. log-prob: in nats, summed over the answer's tokens; its change is "
+        "log-ratio: log pi - log pi_ref in nats per token. log-prob: in nats, summed over the answer's tokens; its change is "
         "against the reference, and the margin is the chosen answer's change minus the rejected one's.",
         f"KL on samples: the mean of log pi - log pi_ref over the trained model's own answers, cut at {tokens} tokens: an "
-        "estimate of KL(pi, pi_ref) in nats an answer, which may come out below 0 by chance. Length in tokens, cut likewise.",
+        "estimate of KL(pi, pi_ref) in nats per answer, which may come out below 0 by chance. Length in tokens, cut likewise.",
         "seconds: of training steps alone. Peak memory: of the device's allocator; on a CPU the process's, the runs before "
         "included.",
     ]
