@@ -11,9 +11,9 @@ from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
-from lite_dil.data.drafts import Draft
 from lite_dil.data.encoder import Encoder, continuation_text
 from lite_dil.data.files import PlacedRow, RowError, text_lines
+from lite_dil.data.format_readers import Draft
 from lite_dil.data.formats import format_of, read
 from lite_dil.data.messages import Message, kind_of
 from lite_dil.data.options import DataOptions

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.signs import CHOSEN, REJECTED
-from lite_dil.data.drafts import Draft
 from lite_dil.data.files import RowError
+from lite_dil.data.format_readers import Draft
 from lite_dil.data.formats import FORMATS, ROW_FIELDS, detect, format_of, read
 from lite_dil.data.messages import Completion, Message
 from lite_dil.data.rows import DATA, Rows
