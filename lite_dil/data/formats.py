@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lite_dil.data import format_readers
+from lite_dil.data import format_readers as readers
 from lite_dil.data.files import RowError
 from lite_dil.data.format_readers import HUMAN, LISTS, QUESTIONS, SCORE_FIELDS, Draft, Raw, is_pair
 from lite_dil.data.messages import kind_of
@@ -53,20 +53,18 @@ def _fits_messages(row: Raw) -> bool:
 
 
 FORMATS: dict[str, Format] = {
-    "hh": Format("raw HH transcripts, 'Human:' and 'Assistant:'", ("chosen", "rejected"), _fits_hh, format_readers.of_hh),
-    "sharegpt": Format(
-        "ShareGPT / LLaMA-Factory conversations", ("conversations",), _fits_sharegpt, format_readers.of_sharegpt
-    ),
-    "alpaca": Format("Alpaca instructions", ("instruction", "output"), _fits_alpaca, format_readers.of_alpaca),
-    "preference": Format("chosen and rejected", ("prompt", "chosen", "rejected"), is_pair, format_readers.of_preference),
+    "hh": Format("raw HH transcripts, 'Human:' and 'Assistant:'", ("chosen", "rejected"), _fits_hh, readers.of_hh),
+    "sharegpt": Format("ShareGPT / LLaMA-Factory conversations", ("conversations",), _fits_sharegpt, readers.of_sharegpt),
+    "alpaca": Format("Alpaca instructions", ("instruction", "output"), _fits_alpaca, readers.of_alpaca),
+    "preference": Format("chosen and rejected", ("prompt", "chosen", "rejected"), is_pair, readers.of_preference),
     "unpaired": Format(
-        "single responses with a label", ("prompt", "completion", "label"), _fits_unpaired, format_readers.of_unpaired
+        "single responses with a label", ("prompt", "completion", "label"), _fits_unpaired, readers.of_unpaired
     ),
     "ranked": Format(
-        "several responses with scores, best against worst", ("prompt", "responses"), _fits_ranked, format_readers.of_ranked
+        "several responses with scores, best against worst", ("prompt", "responses"), _fits_ranked, readers.of_ranked
     ),
-    "completion": Format("prompt and completion", ("prompt", "completion"), _fits_completion, format_readers.of_completion),
-    "messages": Format("conversations, the last turn trained", ("messages",), _fits_messages, format_readers.of_messages),
+    "completion": Format("prompt and completion", ("prompt", "completion"), _fits_completion, readers.of_completion),
+    "messages": Format("conversations, the last turn trained", ("messages",), _fits_messages, readers.of_messages),
 }
 # Fields that --columns can name.
 ROW_FIELDS = sorted(
