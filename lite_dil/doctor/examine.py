@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -75,6 +76,12 @@ def _in_a_process(backend: str, names: list[str]) -> Iterator[Checked]:
                     process.kill()
         if process.returncode:
             errors.seek(0)
-            lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
-            text = lines[-1] if lines else f"its process ended with code {process.returncode}, after {LIMIT} s at the latest"
+            text = _exception(errors.read()) or f"its process ended with code {process.returncode}, within {LIMIT} s"
             yield Checked(running, False, text, 0.0)
+
+
+def _exception(text: str) -> str:
+    """Return the last line of a traceback that names an exception, else the last line of the text."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
+    return (named or lines or [""])[-1]
