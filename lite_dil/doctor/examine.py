@@ -84,4 +84,4 @@ def _exception(text: str) -> str:
     """Return the last line of a traceback that names an exception, else the last line of the text."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit)\b", line)]
-    return (named or lines or [""])[-1]
+    return re.sub(r"^lite_dil[\w.]*: ", "", (named or lines or [""])[-1])
