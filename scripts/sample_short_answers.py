@@ -2,9 +2,9 @@
 
     python scripts/sample_short_answers.py questions.jsonl lite_dil/data/short_answers
 
-questions.jsonl has {"prompt", "chosen"} lines of plain text. The rejected answers are drawn from SmolLM2-135M-Instruct at
-temperature 1 with nothing cut off, that is from pi_ref itself, as DIL's derivation wants. An answer that has not ended after
-128 tokens is drawn again, up to 6 times; a question whose answers never end is left out.
+questions.jsonl has {"prompt", "chosen"} lines of plain text. The rejected answers are drawn by `lite-dil generate` from
+SmolLM2-135M-Instruct at temperature 1 with nothing cut off, that is from pi_ref itself, as DIL's derivation asks for. Of
+several draws the first that ended by itself is taken; a question whose answers never end within 128 tokens is left out.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import tempfile
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
-from lite_dil.models.find import EMBEDDED_MODEL, load_tokenizer, resolve_model
+from lite_dil.cli.main import main as lite_dil
+from lite_dil.models.find import EMBEDDED_MODEL
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", type=Path)
     parser.add_argument("output", type=Path)
@@ -32,48 +32,37 @@ def main() -> None:
 
     rows = [json.loads(line) for line in args.questions.read_text(encoding="utf-8").splitlines()]
     random.Random(args.seed).shuffle(rows)
-    torch.manual_seed(args.seed)
-    path = resolve_model(EMBEDDED_MODEL, print)
-    tokenizer = load_tokenizer(path)
-    tokenizer.padding_side = "left"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answers = Path(folder, "questions.jsonl"), Path(folder, "answers.jsonl")
+        messages = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+        asked.write_text("".join(json.dumps(row) + "\n" for row in messages), encoding="utf-8")
+        flags = ["--model", EMBEDDED_MODEL, "--temperature", "1", "--num-answers", str(args.tries), "--seed", str(args.seed)]
+        flags += ["--max-new-tokens", str(args.max_new_tokens), "--output", str(answers)]
+        if code := lite_dil(["generate", str(asked), *flags]):
+            return code
+        drawn = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
 
-    rejected: dict[int, str] = {}
-    for attempt in range(args.tries):
-        waiting = [i for i in range(len(rows)) if i not in rejected]
-        for start in range(0, len(waiting), 48):
-            indices = waiting[start : start + 48]
-            texts = [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": rows[i]["prompt"]}], tokenize=False, add_generation_prompt=True
-                )
-                for i in indices
-            ]
-            inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-            out = model.generate(
-                **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=args.max_new_tokens
-            )
-            for i, ids in zip(indices, out[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
-                if tokenizer.eos_token_id in ids:
-                    text = tokenizer.decode(ids[: ids.index(tokenizer.eos_token_id)], skip_special_tokens=True).strip()
-                    if text and text != rows[i]["chosen"]:
-                        rejected[i] = text
-        print(f"try {attempt + 1}: {len(rejected)} of {len(rows)} answers ended", flush=True)
-
-    pairs = [
-        {
-            "prompt": [{"role": "user", "content": rows[i]["prompt"]}],
-            "chosen": [{"role": "assistant", "content": rows[i]["chosen"]}],
-            "rejected": [{"role": "assistant", "content": rejected[i]}],
-        }
-        for i in sorted(rejected)
-    ]
+    pairs = []
+    for row, at in zip(rows, range(0, len(drawn), args.tries), strict=True):
+        if rejected := first_whole(drawn[at : at + args.tries], row["chosen"]):
+            chosen = [{"role": "assistant", "content": row["chosen"]}]
+            pairs.append({"prompt": drawn[at]["prompt"], "chosen": chosen, "rejected": rejected})
     args.output.mkdir(parents=True, exist_ok=True)
     for name, part in (("test", pairs[: args.test]), ("train", pairs[args.test :])):
         text = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in part)
         (args.output / f"{name}.jsonl").write_text(text, encoding="utf-8")
         print(f"{name}: {len(part)} pairs")
+    return 0
+
+
+def first_whole(drawn: list[dict[str, Any]], chosen: str) -> list[dict[str, str]] | None:
+    """Return the first answer that ended by itself, says something, and is not the chosen one."""
+    for row in drawn:
+        text = row["completion"][0]["content"].strip()
+        if row["finish_reason"] == "stop" and text and text != chosen:
+            return [{"role": "assistant", "content": text}]
+    return None
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
