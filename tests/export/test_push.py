@@ -142,7 +142,7 @@ def test_no_connection(folder: Path) -> None:
     out = run("http://127.0.0.1:9", folder, "owner/tuned")
     assert out.returncode == 1
     assert "the upload failed" in out.stderr and "check the connection." in out.stderr
-    assert f"{folder} stays" in out.stderr
+    assert f"{folder} is kept" in out.stderr
     assert len(out.stderr.splitlines()) == 1
     out = run("http://127.0.0.1:9", folder, "owner/tuned", HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE" in out.stderr

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import warm
 
-from lite_dil.backends import registry
-from lite_dil.base.errors import UserError
 from lite_dil.base.memory import GIB
 from lite_dil.planning.memory import CUDA_CONTEXT, memory_here, memory_of
-from lite_dil.planning.plan import planned_backend
 
 DRIVER = """
 #include <stdlib.h>
@@ -72,24 +68,6 @@ def test_memory_is_that_of_the_gpu_that_is_here(tmp_path: Path) -> None:
     assert host == pytest.approx(computer[0] + GIB / 2, abs=GIB)
     assert in_computer[2] == int(12.7 * GIB) - GIB
     assert re.search(r"UserError: .*GPU.*--memory GB", asked.stderr)
-
-
-def test_a_gpu_that_nothing_here_can_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its driver is there, nvidia-ml-py is not; no backend either, as where somebody plans before installing one."""
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(registry, "resolve", refuse)
-    assert planned_backend("auto", False) == ("cpu", "")
-    (tmp_path / "nvidia-smi").touch(0o755)
-    with pytest.raises(UserError, match=r"pip install nvidia-ml-py, or give --memory GB"):
-        planned_backend("auto", False)
-    assert planned_backend("auto", True)[0] == "cuda"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert planned_backend("auto", False) == ("cpu", "")
-
-
-def refuse(name: str) -> str:
-    raise UserError(f"--backend {name}: none is installed")
 
 
 def test_memory_of_a_computer() -> None:
