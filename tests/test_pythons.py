@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 VERSIONS = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
 # What `plan` and `data` import, by the requirements in pyproject.toml; neither needs torch, MLX or matplotlib.
-PACKAGES = ("jinja2", "numpy", "platformdirs", "pyyaml", "rich", "safetensors", "transformers")
+PACKAGES = (*("jinja2", "numpy", "nvidia-ml-py", "platformdirs", "psutil", "pyyaml", "rich", "safetensors", "transformers"),)
 
 
 def interpreter(version: str) -> str:
@@ -84,5 +85,13 @@ def test_plan_and_data(version: str, sources: Path, tiny: str, tmp_path: Path) -
         pytest.skip(f"packages for Python {version} cannot be had: {got.stderr.strip().splitlines()[-1]}")
     pairs = str(write_pairs(tmp_path / "pairs.jsonl"))
     plan = ["plan", "--model", tiny, "--backend", "cpu", "--memory", "8", "--json"]
-    for argv in (plan, ["data", pairs, "--model", tiny, "--json"]):
-        assert run(python, sources, "-m", "lite_dil", *argv, packages=packages).startswith("{")
+    commands = json.dumps([plan, ["data", pairs, "--model", tiny, "--json"]])
+    code = """
+import json, sys
+from lite_dil.cli.main import main
+for argv in json.loads(sys.argv[1]):
+    assert main(argv) == 0
+"""
+    said = run(python, sources, "-c", code, commands, packages=packages)
+    found, end = json.JSONDecoder().raw_decode(said)
+    assert found["fits"] and json.loads(said[end:])["sources"]

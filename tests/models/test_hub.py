@@ -15,12 +15,19 @@ from conftest import write_pairs
 from hub_server import Busy, Hub, serve
 
 
-@pytest.fixture
-def endpoint(tiny: str, tmp_path: Path) -> Iterator[str]:
-    (tmp_path / "prefs").mkdir()
-    write_pairs(tmp_path / "prefs" / "train.jsonl", 8)
-    write_pairs(tmp_path / "prefs" / "test.jsonl", 4)
-    folders = {"models/owner/tiny": Path(tiny), "datasets/owner/prefs": tmp_path / "prefs"}
+@pytest.fixture(scope="module")
+def endpoint(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The server's address; owner/good and owner/other are owner/prefs with a card that names one of its files a split of "good"."""
+    place = tmp_path_factory.mktemp("hub")
+    for name in ("prefs", "good", "other"):
+        (place / name).mkdir()
+        write_pairs(place / name / "train.jsonl", 8)
+        write_pairs(place / name / "test.jsonl", 4)
+    card = "---\nconfigs:\n- config_name: good\n  data_files:\n  - split: learn\n    path: train.jsonl\n---\n"
+    for name in ("good", "other"):
+        (place / name / "README.md").write_text(card)
+    folders = {f"datasets/owner/{name}": place / name for name in ("prefs", "good", "other")}
+    folders["models/owner/tiny"] = Path(tiny)
     with serve(Hub, repositories=folders) as (address, _):
         yield address
 
@@ -46,40 +53,61 @@ def train(endpoint: str, home: Path, *flags: str, **more: str) -> subprocess.Com
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def asked(endpoint: str, home: Path) -> dict[str, new.Done]:
+    """What one new interpreter made of these commands, in this order."""
+    both = "--data owner/prefs --eval-data owner/prefs:test"
+    commands = {
+        "cpu": f"--model owner/tiny {both} --backend cpu",
+        "mlx": f"--model owner/tiny {both} --backend mlx",
+        "split": "--model owner/tiny --data owner/good/good:learn --max-rows 3 --backend cpu",
+        "no split": "--model owner/tiny --data owner/other/good --backend cpu",
+    }
+    for backend in ("cpu", "mlx"):
+        commands |= {
+            f"no model, {backend}": f"--model owner/none --data owner/prefs --backend {backend}",
+            f"no data, {backend}": f"--model owner/tiny --data owner/none --backend {backend}",
+            f"no such split, {backend}": f"--model owner/tiny --data owner/prefs:dev --backend {backend}",
+        }
+    argvs = [["train", *argv.split(), "--max-steps", "1", "--output-dir", str(home / name)] for name, argv in commands.items()]
+    return dict(zip(commands, new.run(argvs, variables(endpoint, home)), strict=True))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "mlx"])
-def test_model_and_data_from_the_hub(endpoint: str, tmp_path: Path, backend: str) -> None:
-    flags = ["--model", "owner/tiny", "--data", "owner/prefs", "--eval-data", "owner/prefs:test", "--backend", backend]
-    out = train(endpoint, tmp_path / "home", *flags)
-    assert out.returncode == 0, out.stderr
-    assert "owner/prefs: 8 pairs" in out.stdout
-    assert "owner/prefs:test: 4 pairs" in out.stdout
-    assert f"owner/tiny on {backend}" in out.stdout
-    assert (tmp_path / "home" / "run" / "adapter").is_dir()
+def test_model_and_data_from_the_hub(asked: dict[str, new.Done], home: Path, backend: str) -> None:
+    done = asked[backend]
+    assert done.code == 0, done.err
+    assert "owner/prefs: 8 pairs" in done.out
+    assert "owner/prefs:test: 4 pairs" in done.out
+    assert f"owner/tiny on {backend}" in done.out
+    assert (home / backend / "adapter").is_dir()
 
 
-def test_a_config_of_a_data_set_and_its_first_rows(endpoint: str, tmp_path: Path) -> None:
-    card = "---\nconfigs:\n- config_name: good\n  data_files:\n  - split: learn\n    path: train.jsonl\n---\n"
-    (tmp_path / "prefs" / "README.md").write_text(card)
-    flags = ["--model", "owner/tiny", "--backend", "cpu", "--data"]
-    out = train(endpoint, tmp_path / "home", *flags, "owner/prefs/good:learn", "--max-rows", "3")
-    assert "owner/prefs/good:learn: 3 pairs" in out.stdout, out.stderr
-    assert not list((tmp_path / "home").glob("datasets/**/*.arrow"))  # streamed
-    out = train(endpoint, tmp_path / "other", *flags, "owner/prefs/good")
-    assert out.returncode == 2
-    assert "owner/prefs/good:SPLIT" in out.stderr
-    assert "Traceback" not in out.stderr
+def test_a_config_of_a_data_set_and_its_first_rows(asked: dict[str, new.Done], home: Path) -> None:
+    assert "owner/good/good:learn: 3 pairs" in asked["split"].out, asked["split"].err
+    kept = {path.relative_to(home / "datasets").parts[0] for path in home.glob("datasets/**/*.arrow")}
+    assert "owner___good" not in kept  # the first rows alone are streamed
+    assert asked["no split"].code == 2
+    assert "owner/other/good:SPLIT" in asked["no split"].err
+    assert "Traceback" not in asked["no split"].err
 
 
-def test_ids_that_the_hub_does_not_have(endpoint: str, tmp_path: Path) -> None:
-    cases = [
-        (["--model", "owner/none", "--data", "owner/prefs"], "--model owner/none: its tokenizer cannot be loaded"),
-        (["--model", "owner/tiny", "--data", "owner/none"], "owner/none: cannot be loaded from the hub"),
-        (["--model", "owner/tiny", "--data", "owner/prefs:dev"], "owner/prefs:dev: cannot be loaded from the hub"),
-    ]
-    cases = [([*flags, "--backend", backend], message) for flags, message in cases for backend in ("cpu", "mlx")]
-    common = ["--max-steps", "1", "--output-dir", str(tmp_path / "run")]
-    found = new.run([["train", *flags, *common] for flags, _ in cases], variables(endpoint, tmp_path / "home"))
-    for (_, message), done in zip(cases, found, strict=True):
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("no model", "--model owner/none: its tokenizer cannot be loaded"),
+        ("no data", "owner/none: cannot be loaded from the hub"),
+        ("no such split", "owner/prefs:dev: cannot be loaded from the hub"),
+    ],
+)
+def test_ids_that_the_hub_does_not_have(asked: dict[str, new.Done], what: str, message: str) -> None:
+    for backend in ("cpu", "mlx"):
+        done = asked[f"{what}, {backend}"]
         assert done.code == 2 and message in done.err and "Traceback" not in done.err, done
 
 
@@ -107,7 +135,8 @@ def test_without_a_network_there_is_one_message(tiny: str, tmp_path: Path) -> No
     ]
     found = new.run([argv for argv, _ in cases], variables(nowhere, tmp_path / "home"))
     for (_, message), done in zip(cases, found, strict=True):
-        assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done
+        assert (done.code, done.err.count("\n")) == (2, 1), done
+        assert done.out in ("", "importing torch ...\n", "importing MLX ...\n")
         assert message in done.err and f"{nowhere} does not answer" in done.err
 
 
