@@ -17,7 +17,7 @@ from hub_server import Busy, Hub, serve
 
 @pytest.fixture(scope="module")
 def endpoint(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The server's address; owner/good and owner/other are owner/prefs with a card that names one of its files a split of "good"."""
+    """The server's address; owner/good and owner/other have a card that names one of their files a split of "good"."""
     place = tmp_path_factory.mktemp("hub")
     for name in ("prefs", "good", "other"):
         (place / name).mkdir()
