@@ -2,9 +2,9 @@
 
     python scripts/sample_short_answers.py questions.jsonl lite_dil/data/short_answers
 
-questions.jsonl has {"prompt", "chosen"} lines of plain text. The rejected answers are drawn from SmolLM2-135M-Instruct at
-temperature 1 with nothing cut off, that is from pi_ref itself, as DIL's derivation wants. An answer that has not ended after
-128 tokens is drawn again, up to 6 times; a question whose answers never end is left out.
+questions.jsonl has {"prompt", "chosen"} lines of plain text. The rejected answers are sampled from SmolLM2-135M-Instruct at
+temperature 1 without truncation, that is from pi_ref itself, as DIL's derivation requires. An answer that has not ended after
+128 tokens is sampled again, up to 6 times; a question whose answers never end is left out.
 """
 
 from __future__ import annotations
