@@ -83,9 +83,10 @@ slow exactly where there is no overlap.
 ## Responses without partners
 
 The DIL family has one expectation per side, `E_chosen[l_1(f)] + E_ref[l_-1(f)]`, and kto is a mean over responses: neither
-needs pairs. Data of `prompt, completion, label` may hold good and bad labels in any numbers. Each side is weighted by its share
-of the whole data set, not of the batch: over B responses the loss is `(1/B) (sum_good l_1 / p_w + sum_bad l_-1 / p_l)`. For
-pairs this is the mean over pairs. `--chosen-weight` and `--rejected-weight` multiply the two sides on top of that.
+needs pairs. Data of `prompt, completion, label` may hold good and bad labels in any numbers. Each side is weighted by its
+share of the whole data set, not of the batch: over B responses the loss is
+`(1/B) (sum_good l_1 / p_w + sum_bad l_-1 / p_l)`. For pairs this is the mean over pairs. `--chosen-weight` and
+`--rejected-weight` multiply the two sides on top of that.
 """
 
 

@@ -260,7 +260,7 @@ def test_a_loss_that_diverges_is_a_row(tiny: str, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "out" / "data" / "train.jsonl").exists()
     capsys.readouterr()
     assert main(flags) == 0  # and is not trained again
-    assert capsys.readouterr().out.count("done before") == 2
+    assert capsys.readouterr().out.count("already done") == 2
 
 
 class Tags(HTMLParser):
