@@ -73,7 +73,7 @@ class Switch:
         self._set(self.on)
 
     def _set(self, name: str) -> None:
-        # PEFT's own disable_adapter() also rewrites requires_grad and costs 31 ms over 210 layers; this sets only its flag.
+        # PEFT's own disable_adapter() also rewrites requires_grad and costs 31 ms over 210 layers; this sets only the switch.
         self.on = name
         inside = self.names[name]
         # A strength of 0 is switched off, not multiplied: 0 * inf would be NaN.

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         type=float,
         default=0.95,
-        help="probability of the tokens to sample from (default: 0.95)",
+        help="sample from the likeliest tokens up to this probability (default: 0.95)",
     )
     group.add_argument("--seed", metavar="N", type=int, default=0, help="seed of sampling (default: 0)")
     group.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="maximum tokens per answer (default: 512)")

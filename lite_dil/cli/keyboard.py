@@ -102,7 +102,7 @@ def _session() -> PromptSession[str]:
 
 
 def _single_keys() -> KeyBindings:
-    """Return key bindings where the first key ends the question."""
+    """Return key bindings by which the first key ends the question."""
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.keys import Keys
 

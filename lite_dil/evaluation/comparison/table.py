@@ -140,7 +140,7 @@ def table_cells(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]]]:
 def make_curves(runs: Sequence[FinishedRun], reference: dict[str, Any] | None, from_reference: bool) -> dict[str, Any]:
     """Return the log-probs of the held-out answers during training, by loss and side: mean and deviation over seeds.
 
-    A step has a point if every seed that did not diverge has one; if all diverged, as far as all of them went.
+    A step has a point if every seed that did not diverge has one. If all diverged, the curve ends where the first did.
 
     Args:
         from_reference: whether the untrained policy is the reference, so that its figures are those of step 0.
@@ -170,7 +170,7 @@ def make_curves(runs: Sequence[FinishedRun], reference: dict[str, Any] | None, f
 def verdict(rows: Sequence[TableRow], steps: int, answers: int) -> list[str]:
     """Return sentences on how the chosen answers' likelihood changed, and whether this agrees with the DIL paper's claim.
 
-    A change counts if it exceeds twice its standard error over answers, and the deviation over seeds.
+    A change counts if it exceeds twice its standard error over answers and twice its deviation over seeds.
     """
     moved = {row["loss"]: direction(row["figures"].get("change/chosen")) for row in rows}
     sentences = []
