@@ -1,13 +1,13 @@
-"""Side by side on this machine: lite-dil and the libraries that people use today, on the same pairs.
+"""Compare lite-dil with other current libraries on this machine, on the same pairs.
 
 python scripts/benchmark.py --quick                  # under 10 minutes on two CPU cores
-python scripts/benchmark.py                          # all of it: more pairs, more cases, three repeats
+python scripts/benchmark.py                          # everything: more pairs, more cases, three repeats
 python scripts/benchmark.py --case hh --batch 8 --bits 4 --contestant lite-dil trl --json out.json
 python scripts/benchmark.py --gpu                    # a Llama-3.1-8B shape in NF4: pairs/s, memory, the longest pair
-python scripts/benchmark.py --gpu --device cpu --tiny   # the same code on a toy, to see that it runs
+python scripts/benchmark.py --gpu --device cpu --tiny   # the same code on a toy, to check that it runs
 
-What is compared with: pip install -c constraints.txt trl datasets; pip install --no-deps mlx-lm-lora; on a GPU unsloth, in an
-environment of its own: --python unsloth=FOLDER/bin/python. The table says what is not installed.
+To install the others: pip install -c constraints.txt trl datasets; pip install --no-deps mlx-lm-lora; on a GPU unsloth, in an
+separate environment: --python unsloth=FOLDER/bin/python. The table says what is not installed.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from benchmark_worker import CONTESTANTS
 Result = dict[str, Any]
 
 CAPTION = """Each figure is from fresh processes. A step is forward, backward and optimiser; pairs/s counts steps only.
-here/there: pairs/s of the fastest lite-dil that computes the reference too (its first epoch), by theirs.
-memory MB: peak above the loaded model, adapter and optimiser; in brackets lite-dil's by it, with the same checkpointing.
-of peak: the operations these pairs must cost (each prompt once, no padding), by the machine's measured matrix-product rate.
+here/there: pairs/s of the fastest lite-dil that also computes the reference (its first epoch), divided by theirs.
+memory MB: peak above the loaded model, adapter and optimiser; in brackets lite-dil's divided by it, with equal checkpointing.
+of peak: the operations these pairs need (each prompt once, no padding), divided by the measured matrix-product rate.
 lite-dil trains {loss}, the others dpo.
 {notes}"""
 
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
 
         Path(argv[2]).write_text(json.dumps(measure(Job.read(Path(argv[1]).read_text()))))
         return 0
-    if argv[:1] == ["_make"]:  # another one: CUDA's context must not stay in this process
+    if argv[:1] == ["_make"]:  # in another process, so that CUDA's context does not stay in this one
         models.make_llama(Path(argv[1]), json.loads(argv[2]), nf4=True, device=argv[3])
         return 0
     options = parse(argv)
@@ -82,44 +82,48 @@ def parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="contestants: " + "; ".join(f"{name}: {who.about}" for name, who in CONTESTANTS.items()),
     )
-    parser.add_argument("--quick", action="store_true", help="few pairs, the cases that matter most, one repeat")
+    parser.add_argument("--quick", action="store_true", help="few pairs, only the main cases, one repeat")
     parser.add_argument(
         "--case", nargs="+", choices=CASES, help="; ".join(f"{name}: {about}" for name, about in CASES.items())
     )
-    parser.add_argument("--contestant", nargs="+", choices=CONTESTANTS, metavar="NAME", help="default: all that the case has")
-    parser.add_argument("--batch", nargs="+", type=int, metavar="PAIRS", help="pairs a step (default: 1 and 8 of hh, else 4)")
-    parser.add_argument("--bits", nargs="+", type=int, choices=(4, 16), help="of the frozen weights (default: 16)")
+    parser.add_argument("--contestant", nargs="+", choices=CONTESTANTS, metavar="NAME", help="default: all of the case")
+    parser.add_argument(
+        "--batch", nargs="+", type=int, metavar="PAIRS", help="pairs per step (default: 1 and 8 for hh, else 4)"
+    )
+    parser.add_argument("--bits", nargs="+", type=int, choices=(4, 16), help="bits of the frozen weights (default: 16)")
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "selective", "full"), help="default: off and full")
-    parser.add_argument("--pairs", type=int, help="timed pairs a round (default: 24; 64 on MLX; with --quick one batch)")
-    parser.add_argument("--rounds", type=int, help="times the pairs are gone through in a process (default: 1; 3 on MLX)")
-    parser.add_argument("--repeats", type=int, help="fresh processes a contestant, interleaved (default: 3; with --quick 1)")
-    parser.add_argument("--loss", default="lsif", help="lite-dil's objective; all cost the same (default: lsif)")
+    parser.add_argument("--pairs", type=int, help="timed pairs per round (default: 24; 64 on MLX; with --quick one batch)")
+    parser.add_argument("--rounds", type=int, help="passes over the pairs in a process (default: 1; 3 on MLX)")
+    parser.add_argument("--repeats", type=int, help="fresh processes per contestant, interleaved (default: 3; with --quick 1)")
+    parser.add_argument("--loss", default="lsif", help="lite-dil's objective; the cost is the same for all (default: lsif)")
     parser.add_argument("--model", metavar="FOLDER", help="default: the embedded 135M model; on MLX a tiny one made here")
     parser.add_argument(
-        "--data", metavar="FILE", help="take hh's lengths from this preference data instead of the built-in list"
+        "--data", metavar="FILE", help="use the lengths of this preference data for hh instead of the built-in list"
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every process (default: all cores)")
-    parser.add_argument("--timeout", type=int, default=3600, metavar="SECONDS", help="for one process (default: 3600)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="for the torch cases")
-    parser.add_argument("--python", nargs="+", default=[], metavar="NAME=PATH", help="another interpreter for a contestant")
-    parser.add_argument("--json", metavar="FILE", help="write everything measured there")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads per process (default: all cores)")
+    parser.add_argument("--timeout", type=int, default=3600, metavar="SECONDS", help="limit for one process (default: 3600)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the torch cases")
+    parser.add_argument(
+        "--python", nargs="+", default=[], metavar="NAME=PATH", help="a different interpreter for a contestant"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all measurements to this file")
     parser.add_argument("--gpu", action="store_true", help="a Llama-3.1-8B shape with random NF4 weights on one GPU")
-    parser.add_argument("--tokens", nargs="+", type=int, help="with --gpu: tokens a sequence, half of them the prompt")
-    parser.add_argument("--limit", nargs="+", type=float, metavar="GB", help="with --gpu: limits for the longest pair")
+    parser.add_argument("--tokens", nargs="+", type=int, help="with --gpu: tokens per sequence, half of them the prompt")
+    parser.add_argument("--limit", nargs="+", type=float, metavar="GB", help="with --gpu: memory limits for the longest pair")
     parser.add_argument("--head-bits", type=int, choices=(4, 8), help="with --gpu: quantise lite-dil-lean's head")
     parser.add_argument("--tiny", action="store_true", help="with --gpu: a toy model and short pairs")
-    parser.add_argument("--folder", metavar="FOLDER", help="where models that are made are kept (default: the cache folder)")
+    parser.add_argument("--folder", metavar="FOLDER", help="folder for generated models (default: the cache folder)")
     options = parser.parse_args(argv)
     options.repeats = options.repeats or (1 if options.quick or options.gpu else 3)
     options.python = dict(pair.split("=", 1) for pair in options.python)
     unknown = sorted(set(options.python) - set(CONTESTANTS))
     if unknown:
-        parser.error(f"--python {unknown[0]}: no such contestant; there are {', '.join(CONTESTANTS)}")
+        parser.error(f"--python {unknown[0]}: no such contestant; expected {', '.join(CONTESTANTS)}")
     return options
 
 
 def cpu_jobs(options: argparse.Namespace) -> list[Job]:
-    """Return the measurements of the ordinary run: the embedded model with torch, a tiny one with MLX."""
+    """Return the measurements of a run without --gpu: the embedded model with torch, a tiny one with MLX."""
     from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
 
     jobs: list[Job] = []
@@ -155,7 +159,7 @@ def torch_jobs(job: Job, options: argparse.Namespace) -> list[Job]:
         chosen = [one for one in chosen if one not in skipped]
     elif job.case == "hh" and job.batch > 1 and "off" in modes:
         chosen += [("trl-sorted", "off")]
-    if "full" in modes and (job.device == "cuda" or (job.case == "hh" and job.batch > 1)):  # elsewhere a row that says why not
+    if "full" in modes and (job.device == "cuda" or (job.case == "hh" and job.batch > 1)):  # elsewhere a row gives the reason
         chosen += [("unsloth", "full"), ("unsloth-best", "full")]
     return [replace(job, contestant=name, checkpointing=mode) for name, mode in chosen]
 
@@ -178,7 +182,7 @@ def gpu_jobs(options: argparse.Namespace) -> list[Job]:
     """Return the measurements on a large model: pairs/s and memory by length, and the longest pair under limits."""
     device = on_device(options)
     if device == "cpu" and not options.tiny:
-        raise SystemExit("--gpu needs a CUDA GPU; --gpu --device cpu --tiny shows on a toy that it runs")
+        raise SystemExit("--gpu needs a CUDA GPU; --gpu --device cpu --tiny tests the code on a toy")
     shape, name = (models.TINY, "benchmark-tiny-nf4") if options.tiny else (models.LLAMA_8B, "benchmark-llama-8b-nf4")
     folder = str(models_folder(options) / name)
     made = subprocess.run(
@@ -204,7 +208,7 @@ def gpu_jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def with_matmul(jobs: list[Job]) -> list[Job]:
-    """Add one measurement of the matrix-product rate for each model and device, in front."""
+    """Prepend one measurement of the matrix-product rate for each model and device."""
     rates = dict.fromkeys(Job("matmul", "matmul", job.device, job.model, ((1, 1, 1),), 1) for job in jobs)
     return [*rates, *jobs]
 
@@ -226,12 +230,12 @@ def models_folder(options: argparse.Namespace) -> Path:
 
 
 def run(job: Job, options: argparse.Namespace) -> Result:
-    """Measure in a fresh process; whatever happens there becomes a row of the table."""
+    """Measure in a fresh process; any outcome becomes a row of the table."""
     threads = {name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     python = options.python.get(job.contestant, sys.executable)
     if python != sys.executable:
-        quiet["PYTHONPATH"] = str(Path(__file__).parent.parent)  # where lite-dil need not be installed
+        quiet["PYTHONPATH"] = str(Path(__file__).parent.parent)  # which may not have lite-dil installed
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         asked, answer, log = (Path(folder) / name for name in ("job.json", "result.json", "log"))
@@ -251,7 +255,7 @@ def run(job: Job, options: argparse.Namespace) -> Result:
                 return {"status": "failed", "reason": f"not done after {options.timeout} s"}
         if not answer.is_file():
             lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-            killed = "killed, perhaps for want of memory: " if code < 0 else ""
+            killed = "killed, perhaps out of memory: " if code < 0 else ""
             return {"status": "failed", "reason": f"{killed}{lines[-1]}", "log": "\n".join(lines)[-4000:]}
         result = json.loads(answer.read_text())
     return {**result, "process_seconds": time.perf_counter() - start}
@@ -359,11 +363,11 @@ def notes(rows: list[Result], options: argparse.Namespace) -> Iterable[str]:
         yield "HH: 64 pairs whose lengths are typical of HH helpful, in one order for everyone."
     if options.quick:
         yield (
-            "Quick: of each contestant one step is timed (of MLX more), after a step of tiny pairs as warm-up, because TRL's "
-            "defaults take about a minute a step on two cores; take figures to quote from a run without --quick."
+            "Quick: one step per contestant is timed (more on MLX), after a warm-up step of tiny pairs, because TRL's "
+            "defaults take about a minute per step on two cores; quote only figures from a run without --quick."
         )
     if any(row["contestant"].startswith("trl-") for row in rows):
-        yield "trl-best and trl-sorted have computed the reference before the clock starts, as lite-dil-cached has."
+        yield "trl-best, trl-sorted and lite-dil-cached compute the reference before the clock starts."
 
 
 def processor() -> str:

@@ -1,4 +1,4 @@
-"""What scripts/benchmark.py measures: lengths of pairs, random tokens of those lengths, and the operations they must cost."""
+"""The cases of scripts/benchmark.py: lengths of pairs, random tokens of those lengths, and the operations they need."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.data.encoder import Example
 
-Lengths = tuple[int, int, int]  # tokens of the prompt, of the chosen and of the rejected answer, its end token included
+Lengths = tuple[int, int, int]  # tokens of the prompt, the chosen and the rejected response, including end tokens
 
 EOS = 2
-FIRST_ID = 3  # smaller ids are left to control tokens
+FIRST_ID = 3  # smaller ids are control tokens
 
 # 64 pairs of Anthropic's HH helpful, in SmolLM2's tokens and chat template, drawn at random such that their means, spreads and
 # padding are those of 2,000: on average 174 + 78 + 69 tokens (of the 2,000: 177 + 76 + 67), and a padded batch of 1, 4 or 8
@@ -61,33 +61,33 @@ CASES = {
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement, which a fresh process makes: who trains on what, and how."""
+    """One measurement in a fresh process: which contestant trains on what, and how."""
 
     case: str
     contestant: str
     device: str  # "cpu", "cuda" or "mlx"
     model: str  # a folder
-    lengths: tuple[Lengths, ...]  # of all timed pairs, step after step
+    lengths: tuple[Lengths, ...]  # of all timed pairs, step by step
     batch: int
     bits: int = 16
     checkpointing: str = "off"  # "off", "selective" or "full"
-    rounds: int = 1  # how often the timed pairs are gone through
+    rounds: int = 1  # passes over the timed pairs
     warmup: str = "small"  # "small": one step of tiny pairs; "full": the timed steps, once
     rank: int = 16
     loss: str = "lsif"
     memory_limit: float = 0.0  # GB that CUDA's allocator may use; 0: all
-    longest: bool = False  # look for the longest pair that fits instead
-    longest_cap: int = 0  # where that search ends
+    longest: bool = False  # search for the longest pair that fits instead
+    longest_cap: int = 0  # upper end of that search
     head_bits: int | None = None
 
     @property
     def group(self) -> tuple[str, int, int, float]:
-        """What is compared with each other."""
+        """The key of measurements that are compared with each other."""
         return self.case, self.batch, self.bits, self.memory_limit
 
     @property
     def key(self) -> str:
-        """What repeats have in common."""
+        """The key shared by repeats, as JSON text."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
@@ -136,9 +136,9 @@ def steps_of(job: Job, vocabulary: int) -> tuple[list[list[Example]], int]:
 
 
 def operations(config: dict[str, Any], pairs: Sequence[Lengths], rank: int, with_reference: bool) -> float:
-    """Return the floating-point operations that an average pair must cost, whatever the implementation.
+    """Return the floating-point operations that an average pair needs in any implementation.
 
-    P prompt tokens are computed once for both answers (c and r tokens), the last token of each answer not at all:
+    P prompt tokens are computed once for both responses (c and r tokens), the last token of each response not at all:
     T = P + c + r - 2. In the last layer only the c + r - 1 tokens whose output predicts one need more than keys and values.
 
     forward    2 in out a token and linear layer, LoRA 2 rank (in + out) more; 4 heads width for each key a query attends to;
@@ -147,7 +147,7 @@ def operations(config: dict[str, Any], pairs: Sequence[Lengths], rank: int, with
                query, key and value, below which nothing is trained; LoRA twice its forward; attention twice its forward
     reference  (first epoch) one forward without LoRA
 
-    Recomputation by checkpointing, padding, a repeated prompt, norms and the optimiser are not in it.
+    Not counted: recomputation by checkpointing, padding, a repeated prompt, norms and the optimiser.
     """
     hidden, inner, layers = (config[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     heads = config["num_attention_heads"]

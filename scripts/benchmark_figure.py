@@ -1,4 +1,4 @@
-"""python scripts/benchmark_figure.py: draws docs/benchmark.png, the README's figure, from docs/benchmark.json.
+"""python scripts/benchmark_figure.py: draw docs/benchmark.png, the README's figure, from docs/benchmark.json.
 
 That file holds the measured rows of one `python scripts/benchmark.py --quick --json FILE`, without its raw samples.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 CASES = {"hh": "HH helpful", "long": "prompt 512, answers 64", "short": "prompt 64, answers 128"}
-# By contestant and checkpointing as the rows name them: the label and the colour (Okabe and Ito's).
+# Label and colour (Okabe and Ito's) by contestant and checkpointing, as named in the rows.
 BARS = {
     ("lite-dil", "off"): ("lite-dil", "#0072B2"),
     ("lite-dil", "full"): ("lite-dil, checkpointing full", "#56B4E9"),
@@ -22,7 +22,7 @@ PANELS = {"pairs_per_second": ("pairs per second", 1), "memory_mb": ("memory abo
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw a panel a figure, a group a case and a bar a contestant; `rows` are those of scripts/benchmark.py."""
+    """Draw a panel per figure, a group per case and a bar per contestant; `rows` are those of scripts/benchmark.py."""
     import matplotlib
     from matplotlib.figure import Figure
 

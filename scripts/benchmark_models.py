@@ -1,4 +1,4 @@
-"""Models made for scripts/benchmark.py: random weights of a given shape, and a tokenizer that turns numbers into token ids."""
+"""Models for scripts/benchmark.py: random weights of a given shape, and a tokenizer that turns numbers into token ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from benchmark_cases import EOS, read_config
 
-# A Llama small enough that MLX's CPU back end trains it in less than a second a step.
+# A Llama small enough that MLX's CPU backend trains it in less than a second per step.
 TINY = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -40,10 +40,10 @@ NF4 = {
 
 
 def make_llama(folder: Path, shape: dict[str, int], nf4: bool, device: str = "cpu") -> str:
-    """Write a Llama of this shape with random weights into a folder, unless it is there, and return the folder.
+    """Write a Llama of this shape with random weights into a folder, unless it exists, and return the folder.
 
     Args:
-        nf4: write bitsandbytes' 4-bit form (with double quantisation) and bfloat16 for the rest, a shard a layer, so that
+        nf4: write bitsandbytes' 4-bit form (with double quantisation) and bfloat16 for the rest, one shard per layer, so that
             little is ever in memory; else all is float32.
         device: where 4-bit weights are drawn and quantised.
     """
@@ -75,7 +75,7 @@ def make_llama(folder: Path, shape: dict[str, int], nf4: bool, device: str = "cp
         _write_nf4(folder, _shards(config), device)
     else:
         _write_float32(folder, _shards(config))
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")  # last: now the folder is whole
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")  # last: now the folder is complete
     return str(folder)
 
 
@@ -141,7 +141,7 @@ def _write_nf4(folder: Path, shards: list[dict[str, tuple[int, ...]]], device: s
 
 
 def word_tokenizer(vocabulary: int) -> Any:
-    """Return a tokenizer in which the text "17" is token 17, so that peers who want text see the very same tokens."""
+    """Return a tokenizer in which the text "17" is token 17, so that peers that need text get the same tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

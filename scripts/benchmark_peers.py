@@ -1,6 +1,6 @@
-"""The other libraries that scripts/benchmark.py compares with, each driven through its own trainer on the very same tokens.
+"""The other libraries in scripts/benchmark.py, each driven through its own trainer on the same tokens.
 
-None of them is a requirement of lite-dil: each is imported in its own function, in a process of its own.
+None of them is a requirement of lite-dil: each is imported in its own function, in a separate process.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def trl(job: Job, steps: Steps, meter: Meter) -> dict[str, Any]:
     """Drive TRL's DPOTrainer.
 
     `trl`: its defaults (bf16 autocast over float32 weights, gradient checkpointing, all positions through the head, reference
-    computed in each step), but for the batch, the adapter and no limit on the length.
+    computed in each step), except for the batch, the adapter and no limit on the length.
     `trl-best`: the weights in 16 bits, the reference precomputed, the head on response positions only (which TRL does on a
-    GPU; on a CPU one of its functions is overridden for it), Liger's kernels on a GPU, checkpointing as the job says.
-    `trl-sorted`: the same, with the pairs in order of length, which its sampling strategy group_by_length would come to.
+    GPU; on a CPU one of its functions is overridden), Liger's kernels on a GPU, checkpointing by the job.
+    `trl-sorted`: the same, with the pairs in order of length, as its sampling strategy group_by_length would give.
     """
     import torch
     import trl.trainer.utils
@@ -42,14 +42,14 @@ def trl(job: Job, steps: Steps, meter: Meter) -> dict[str, Any]:
     dtype = sixteen_bit(job.device)
     options: dict[str, Any] = {"gradient_checkpointing": job.checkpointing != "off"}
     extra: dict[str, Any] = {}
-    if best or dtype == "float16":  # its default, bfloat16, is refused by GPUs that lack it
+    if best or dtype == "float16":  # its default, bfloat16, fails on GPUs without it
         options |= {"bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
     if best:
         options["precompute_ref_log_probs"] = True
         options["model_init_kwargs"] = {"dtype": dtype}
         options["use_liger_kernel"] = job.device == "cuda" and _installed("liger_kernel")
         if hasattr(trl.trainer.utils, "_use_triton"):
-            trl.trainer.utils._use_triton = lambda device: True  # asked only whether to leave the prompt's positions out
+            trl.trainer.utils._use_triton = lambda device: True  # used only to decide whether to skip the prompt's positions
     if job.bits == 4:
         extra["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -58,7 +58,7 @@ def trl(job: Job, steps: Steps, meter: Meter) -> dict[str, Any]:
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
     if read_config(job.model).get("quantization_config"):
-        extra = {}  # the checkpoint says it itself
+        extra = {}  # set by the checkpoint itself
     if job.contestant == "trl-sorted":
         steps = _sorted(job, steps, meter)
     adapter = LoraConfig(r=job.rank, lora_alpha=2 * job.rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -86,7 +86,7 @@ def unsloth(job: Job, steps: Steps, meter: Meter) -> dict[str, Any]:
     best = job.contestant == "unsloth-best"
     if best:
         os.environ["UNSLOTH_FUSED_PREFERENCE_LOSS"] = "1"
-    from unsloth import FastLanguageModel  # isort: skip  # first: it changes transformers and TRL as it is imported
+    from unsloth import FastLanguageModel  # isort: skip  # first: importing it changes transformers and TRL
     from trl import DPOConfig, DPOTrainer  # isort: skip
 
     model, _ = FastLanguageModel.from_pretrained(
@@ -127,7 +127,7 @@ def mlx_lm_lora(job: Job, steps: Steps, meter: Meter) -> dict[str, Any]:
     from mlx_lm_lora.trainer import dpo_trainer
     from mlx_lm_lora.utils import from_pretrained
 
-    if not mx.metal.is_available():  # it asks for the GPU's working set
+    if not mx.metal.is_available():  # it reads the GPU's working set
         mx.device_info = lambda: {"max_recommended_working_set_size": 0}
         mx.set_wired_limit = lambda limit: 0
 
@@ -137,7 +137,7 @@ def mlx_lm_lora(job: Job, steps: Steps, meter: Meter) -> dict[str, Any]:
 
     rows = [_mlx_row(example) for step in _timed_once(job, steps, meter) for example in step]
     longest = max(len(row[side]) for row in rows for side in ("chosen", "rejected"))
-    # Its own batches (pairs sorted by the chosen answer's length), each once a round instead of drawn with replacement.
+    # Its own batches (pairs sorted by the chosen response's length), each once per round instead of drawn with replacement.
     trainer: Any = dpo_trainer
     own = list(trainer.iterate_dpo_batches(rows, job.batch, longest, train=False))
     assert len(own) * job.batch == len(rows)
@@ -217,7 +217,7 @@ def two_models(job: Job, steps: Steps, meter: Meter) -> dict[str, Any]:
 
 
 def unsloth_mlx(job: Job, steps: Steps, meter: Meter) -> dict[str, Any]:
-    """Drive Unsloth's MLX DPO, which runs on a Mac only."""
+    """Drive Unsloth's MLX DPO, which runs only on a Mac."""
     from unsloth_zoo.mlx.loader import FastMLXModel
     from unsloth_zoo.mlx.trainer import MLXDPOConfig, MLXDPOTrainer
 
@@ -251,7 +251,7 @@ def _training_arguments(kind: Any, job: Job, steps: Steps, options: dict[str, An
             "gradient_accumulation_steps": 1,
             "max_steps": len(steps),
             "max_length": max(prompt + max(answers) for prompt, *answers in job.lengths),
-            "train_sampling_strategy": "sequential",  # the pairs step by step as everyone has them
+            "train_sampling_strategy": "sequential",  # the same pairs in each step for all contestants
             "report_to": "none",
             "save_strategy": "no",
             "logging_strategy": "no",
@@ -266,7 +266,7 @@ def _training_arguments(kind: Any, job: Job, steps: Steps, options: dict[str, An
 
 def _stamps(meter: Meter) -> Any:
     class Stamps:
-        """Calls the meter, and lets every other event of a trainer pass."""
+        """Calls the meter, and ignores all other trainer events."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             meter.begin()
@@ -303,7 +303,7 @@ def _dataset(steps: Steps) -> Any:
 
 
 def _check_lengths(dataset: Any, steps: Steps) -> None:
-    """Be sure that the peer trains on the same tokens."""
+    """Raise ValueError unless the peer trains on the same tokens."""
     if "prompt_ids" not in dataset.column_names:
         return
     for row, example in zip(dataset, [example for step in steps for example in step], strict=True):

@@ -22,12 +22,12 @@ from lite_dil.data.encoder import Example
 
 
 class NotRun(Exception):
-    """Why a contestant does not run here; shown in the table."""
+    """A contestant does not run here; the reason is shown in the table."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who can be measured: `module.function` drives it, and it needs `packages` to be importable."""
+    """A contestant: `module.function` drives it, and it needs `packages` to be importable."""
 
     module: str
     function: str
@@ -93,22 +93,22 @@ CONTESTANTS = {
 
 
 class Meter:
-    """Times steps and gauges the peak of memory above what is in use when the first timed step begins.
+    """Times steps and measures the peak of memory above the memory in use when the first timed step begins.
 
-    In use then are the model, the adapter, the optimiser and its state. Memory is the process's resident memory on a CPU
-    (Linux's high-water mark, else what getrusage tells), and what the allocator handed out on CUDA and MLX.
+    That is the model, the adapter, the optimiser and its state. Memory is the process's resident memory on a CPU
+    (Linux's high-water mark, else getrusage's), and the allocator's on CUDA and MLX.
     """
 
     def __init__(self, device: str, warmup: int) -> None:
         self.device, self.warmup = device, warmup
         self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []  # of all threads: on a busy machine the steadier figure
+        self.cpu_seconds: list[float] = []  # of all threads: steadier on a busy machine
         self.began = 0
         self.base = self.top = 0.0
         self.gauge = _rss_gauge() if device == "cpu" else device
 
     def begin(self) -> None:
-        """A step begins."""
+        """Start a step."""
         if self.began == self.warmup:
             self._baseline()
         self.began += 1
@@ -116,7 +116,7 @@ class Meter:
         self.start, self.cpu_start = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
-        """A step ended."""
+        """End a step."""
         self._synchronize()
         if self.began > self.warmup:
             self.seconds.append(time.perf_counter() - self.start)
@@ -124,7 +124,7 @@ class Meter:
             self.top = self.peak()
 
     def peak(self) -> float:
-        """Return the bytes in use at the peak since the first timed step, all told."""
+        """Return the total bytes in use at the peak since the first timed step."""
         if self.device == "cuda":
             import torch
 
@@ -150,10 +150,10 @@ class Meter:
             mx.reset_peak_memory()
             self.base = float(mx.get_active_memory())
         else:
-            with suppress(OSError, AttributeError):  # hands loading's garbage back, which would hide what comes
+            with suppress(OSError, AttributeError):  # frees loading's garbage, which would hide the peak
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
             if self.gauge == "VmHWM":
-                Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+                Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
                 self.base = _status("VmRSS")
             else:
                 self.base = peak_rss_mb() * 2**20
@@ -180,7 +180,7 @@ def _status(field: str) -> float:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Run a job in this process; return what came of it, ready for JSON."""
+    """Run a job in this process; return its result, ready for JSON."""
     who = CONTESTANTS[job.contestant]
     try:
         missing = [name for name in who.packages if importlib.util.find_spec(name) is None]
@@ -198,7 +198,7 @@ def measure(job: Job) -> dict[str, Any]:
         told = driver(job, steps, meter)
     except (NotRun, ImportError) as error:
         return {"status": "not run", "reason": str(error)}
-    except (MemoryError, RuntimeError) as error:  # anything else ends the process, and its last line is the reason
+    except (MemoryError, RuntimeError) as error:  # any other error ends the process, and its last line is the reason
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         return {"status": "out of memory", "reason": str(error).strip().partition("\n")[0]}
@@ -213,9 +213,9 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def prepare(job: Job) -> None:
-    """Set what must be set before a library is loaded, the same for everyone."""
+    """Make the settings that must precede loading a library, the same for all contestants."""
     if job.device == "mlx":
-        with suppress(OSError):  # MLX on a Linux CPU multiplies matrices 20 times faster with it, where it is installed
+        with suppress(OSError):  # with it, if installed, MLX on a Linux CPU multiplies matrices 20 times faster
             ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
     if job.device == "cuda" and job.memory_limit:
         import torch
@@ -225,7 +225,7 @@ def prepare(job: Job) -> None:
 
 
 def sixteen_bit(device: str) -> str:
-    """Return the type that this machine's matrix units take, the one that --dtype auto comes to."""
+    """Return the type of this machine's matrix units, which --dtype auto chooses."""
     if device == "mlx":
         import mlx.core as mx
 
@@ -238,7 +238,7 @@ def sixteen_bit(device: str) -> str:
 
 
 def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict[str, Any]:
-    """Drive this library as lite_dil.recipes.preference does, less the data and the files."""
+    """Drive this library as lite_dil.recipes.preference does, without the data and files."""
     from lite_dil.backends import registry
     from lite_dil.batching.schedule import plan, row_tokens
     from lite_dil.config.train_config import TrainConfig
@@ -286,14 +286,14 @@ def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict
 
 def _engine(job: Job) -> dict[str, Any]:
     if job.contestant == "lite-dil-plain":
-        return {"layout": "plain", "fused_layers": job.device == "mlx"}  # which has none to switch off
+        return {"layout": "plain", "fused_layers": job.device == "mlx"}  # which has none to turn off
     if job.contestant == "lite-dil-lean" and job.device == "cuda":
         return {"offload_activations": True, "offload_embeddings": True}
     return {}
 
 
 def _longest(job: Job, step: Any) -> int:
-    """Return the tokens a sequence of the longest pair that trains, by doubling, then halving the gap to within 3 %."""
+    """Return the tokens per sequence of the longest pair that trains, by doubling, then halving the gap to within 3%."""
     from lite_dil.base.errors import OutOfMemory
 
     def fits(tokens: int) -> bool:
@@ -304,7 +304,7 @@ def _longest(job: Job, step: Any) -> int:
             step(steps_of(pair, 1000)[0][0])
         except (OutOfMemory, MemoryError):
             done = False
-        if not done:  # only here has the exception let go of what its frames held
+        if not done:  # only here the exception no longer holds its frames
             gc.collect()
             if job.device == "cuda":
                 import torch
@@ -324,7 +324,7 @@ def _longest(job: Job, step: Any) -> int:
 
 
 def matmul(job: Job, steps: Any, meter: Meter) -> dict[str, Any]:
-    """Time the product that the model is mostly made of: many tokens by the MLP's matrix, in the type that training uses."""
+    """Time the model's dominant product: many tokens by the MLP's matrix, in training's type."""
     config, dtype = read_config(job.model), sixteen_bit(job.device)
     shape = (4096 if job.device == "cuda" else 1024, config["hidden_size"], config["intermediate_size"])
     if job.device == "mlx":
@@ -350,5 +350,5 @@ def matmul(job: Job, steps: Any, meter: Meter) -> dict[str, Any]:
         start = time.perf_counter()
         product()
         times.append(time.perf_counter() - start)
-    best = float(np.percentile(times, 10))  # what the machine can do, not what its other guests leave
+    best = float(np.percentile(times, 10))  # the machine's rate, without the load of others
     return {"flops": 2.0 * shape[0] * shape[1] * shape[2] / best, "description": f"{' x '.join(map(str, shape))} {dtype}"}

@@ -1,4 +1,4 @@
-"""Print the README's table of what an 8B Llama with --4bit needs, and what has room for what, by `lite-dil plan`'s estimate.
+"""Print the README's table of the memory that an 8B Llama with --4bit needs, and what fits where, by `lite-dil plan`.
 
 python scripts/cards_table.py
 """
@@ -19,7 +19,7 @@ CONFIG = LLAMA_8B | {"model_type": "llama", "tie_word_embeddings": False, "torch
 
 
 class Machine(NamedTuple):
-    """A column: GB of the card or Mac, and of the computer around a card where that is limited."""
+    """A column: GB of the card or Mac, and of the card's computer if that is limited."""
 
     name: str
     backend: str
@@ -42,7 +42,7 @@ MACHINES = (
 
 
 def plan(model: str, machine: Machine, **options: object) -> Plan:
-    """Return the plan with the defaults of `lite-dil plan`, but for the options given."""
+    """Return the plan with the given options and otherwise the defaults of `lite-dil plan`."""
     given = {"model": model, "load_in_4bit": True, "backend": machine.backend, "dtype": machine.dtype, **options}
     return make(build(given, {}), set(), machine.size, host=machine.host)
 
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def number(count: int) -> str:
-    """Return a count, or a dash for nothing."""
+    """Return a count, or a dash for 0."""
     return f"{count:,}" if count else "-"
 
 

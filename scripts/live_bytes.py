@@ -1,10 +1,10 @@
-"""Measure the peak of live tensor bytes of training steps beside what `lite_dil.planning.estimate` says of them.
+"""Compare the peak of live tensor bytes in training steps with the estimate of `lite_dil.planning.estimate`.
 
     python scripts/live_bytes.py --model smollm2-135m --max-length 256 --gradient-checkpointing full
 
 Takes the flags of `lite-dil train`. The pass is the largest that --max-length, --row-tokens and --batch-size allow, of random
-tokens, or with --lengths of one's own. A process's resident set would say little: importing torch and transformers alone costs
-400 MB of it. With --backend cpu every allocation and every free of torch's allocator is counted, with cuda and mlx it is the
+tokens, or given by --lengths. A process's resident set would say little: importing torch and transformers alone costs
+400 MB. With --backend cpu all allocations and frees of torch's allocator are counted; with cuda and mlx it is the
 allocator's own peak.
 """
 
@@ -36,21 +36,21 @@ from lite_dil.planning.estimate_mlx import MLXStep
 from lite_dil.planning.peak import estimate
 from lite_dil.training.step import micro_batches
 
-SLACK = 2**16  # bytes of small tensors that the two ways of counting may see differently
+SLACK = 2**16  # bytes of small tensors on which the two ways of counting may differ
 
 
 def live_bytes() -> int:
-    """Return the bytes of all tensors that Python can see now, each storage counted once."""
+    """Return the bytes of all tensors that Python can see now, counting each storage once."""
     gc.collect()
     found = (x for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}.values())
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """Return the most bytes of tensors on the CPU that are live at once while `run` runs, those that were there included.
+    """Return the peak of live CPU tensor bytes while `run` runs, including tensors that existed before.
 
     Raises:
-        RuntimeError: the books do not close: what is live afterwards is not what was there before and the changes since.
+        RuntimeError: the count is inconsistent: the bytes live afterwards are not those before plus the changes.
     """
     before = live_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -61,14 +61,14 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     totals = np.cumsum([0, *(event.nbytes() for event in events)])
     after = live_bytes()
     if abs(int(totals[-1]) - (after - before)) > SLACK:
-        raise RuntimeError(f"{totals[-1]} bytes by the allocator's books, {after - before} by the tensors that are left")
+        raise RuntimeError(f"{totals[-1]} bytes by the allocator's count, {after - before} by the tensors that are left")
     return before + int(totals.max())
 
 
 class Measured(NamedTuple):
     """Peaks of live bytes of the first step and of a later one, when the optimiser has its state, and the estimate.
 
-    What the process held before the model was loaded, an earlier model of its perhaps, is not counted.
+    Memory that the process held before loading the model, such as an earlier model, is not counted.
     """
 
     first: int
@@ -77,7 +77,7 @@ class Measured(NamedTuple):
 
 
 def cuda_peak_bytes(run: Callable[[], Any]) -> int:
-    """Return the same as `peak_bytes` by the books of torch's allocator on the GPU."""
+    """Return the same as `peak_bytes`, from torch's allocator on the GPU."""
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
@@ -85,17 +85,17 @@ def cuda_peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def mlx_peak_bytes(run: Callable[[], Any]) -> int:
-    """Return the same by MLX's own books."""
+    """Return the same, from MLX's allocator."""
     import mlx.core as mx
 
-    mx.clear_cache()  # a freed buffer that serves again counts whole
+    mx.clear_cache()  # a reused buffer counts with its full size
     mx.reset_peak_memory()
     run()
-    return max(mx.get_peak_memory(), mx.get_active_memory())  # the first is 0 where nothing was allocated
+    return max(mx.get_peak_memory(), mx.get_active_memory())  # the first is 0 if nothing was allocated
 
 
 def nothing() -> None:
-    """Run nothing, so that the peak is what is there."""
+    """Do nothing, so that the peak is the memory in use."""
 
 
 def measure(config: ResolvedConfig, load: Load) -> Measured:
@@ -121,7 +121,7 @@ def measure(config: ResolvedConfig, load: Load) -> Measured:
 
 
 def random_examples(load: Load, vocabulary: int) -> list[Example]:
-    """Return examples of the load's lengths, in turn chosen and rejected."""
+    """Return examples of the load's lengths, alternately chosen and rejected."""
     draw = np.random.default_rng(0)
 
     def ids(length: int) -> tuple[int, ...]:
@@ -134,20 +134,20 @@ def random_examples(load: Load, vocabulary: int) -> list[Example]:
 
 
 def lengths(text: str) -> Load:
-    """Read ``300:100:80,20:5:7``: tokens of each pair's prompt and answers."""
+    """Parse ``300:100:80,20:5:7``: tokens of each pair's prompt and responses."""
     try:
         pairs = [tuple(map(int, pair.split(":"))) for pair in text.split(",")]
     except ValueError:
         pairs = []
     if not pairs or any(len(pair) < 2 or min(pair) < 1 for pair in pairs):
-        raise UserError(f"--lengths is {text!r}; expected prompt:chosen:rejected in tokens, as 300:100:80,20:5:7")
+        raise UserError(f"--lengths is {text!r}; expected prompt:chosen:rejected in tokens, such as 300:100:80,20:5:7")
     return Load(tuple(pair[0] for pair in pairs), tuple(pair[1:] for pair in pairs))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
-    parser.add_argument("--lengths", help="prompt:chosen:rejected of the pairs of the pass, in tokens, as 300:100:80,20:5:7")
+    parser.add_argument("--lengths", help="prompt:chosen:rejected tokens of the pass's pairs, such as 300:100:80,20:5:7")
     args = parser.parse_args()
     try:
         config = build({name: value for name, value in vars(args).items() if name in FIELDS}, {"backend": "cpu"})

@@ -1,8 +1,8 @@
-"""Compare learning rates for each objective by their held-out figures; the default rates come from this (docs/LOG.md).
+"""Compare learning rates for each objective by held-out figures; the source of the default rates (docs/LOG.md).
 
     python scripts/sweep.py --losses lsif,ukl,bce,dpo --rates 1e-6,1e-5,3e-5,1e-4,3e-4 --output runs/sweep -- --max-steps 14
 
-Flags behind -- go to every run. A run that is already in the output folder is not run again.
+Flags after -- go to every run. A run that is already in the output folder is not repeated.
 """
 
 from __future__ import annotations

@@ -1,22 +1,22 @@
-"""Two toys on a CPU, with a picture each: what the objectives cover, and what they do where the two sides do not overlap.
+"""Two toys on a CPU, each with a picture: what the objectives cover, and what they do if the two sides do not overlap.
 
     python scripts/toys.py --output docs              # docs/mass_covering.png and docs/overlap.png; needs matplotlib
     python scripts/toys.py --output docs --library mlx
 
-**mass_covering.png**. The policy can only be one bell, of any place and width; pi_chosen has two, and rejected answers come
+**mass_covering.png**. The policy can only be one bell, of any place and width; pi_chosen has two, and rejected responses come
 from pi_ref, a wide bell. A policy that could be pi_chosen would end there with every objective; this one has to give something
-up. sft covers both modes and pays with mass between them, where pi_chosen has none. ukl is sft exactly: for a normalised
-policy its second term is E_ref[pi / pi_ref] = 1, a constant. bce covers too. lsif does *not*: it minimises the squared error
+up. sft covers both modes and pays with mass between them, where pi_chosen has none. ukl equals sft: for a normalised
+policy its second term is E_ref[pi / pi_ref] = 1, a constant. bce also covers. lsif does *not*: it minimises the squared error
 of r, which counts where r is large, so it takes the higher mode and drops the other, like the reverse KL that is drawn as the
 yardstick. basu and rulsif (at the table's defaults) cover if they start at the reference, as training does, and have a still
 lower loss at one mode. "DIL covers mass" is true of ukl and bce here, not of the family.
 
-**overlap.png**. A policy over three answers. pi_chosen gives half of its mass to one that has e^-100 under pi_ref, as whole
-answers of a language model have, so that no rejected answer is ever that one. Plain gradient descent in float32, from the
+**overlap.png**. A policy over three responses. pi_chosen gives half of its mass to one that has e^-100 under pi_ref, as whole
+responses of a language model do, so it is never rejected. Plain gradient descent in float32, from the
 reference. lsif's pull on it grows as e^f: it runs away within twenty steps and overflows. With a tangent cap the pull is
-constant beyond the cap: no overflow, but nothing holds it either, and it ends with all of the policy's mass on that answer.
-ukl pulls evenly and ends with both good answers. rulsif and bce let go as f grows: no jump and no overflow, and after
-thousands of steps they have hardly moved the answer: stable, and slow exactly where there is no overlap.
+constant beyond the cap: no overflow, but nothing stops it either, and it ends with all of the policy's mass on that response.
+ukl pulls evenly and ends with both chosen responses. rulsif and bce let go as f grows: no jump and no overflow, and after
+thousands of steps they have hardly moved the response: stable, and slow exactly where there is no overlap.
 
 tests/scripts/test_toys.py asserts each of these on torch and on MLX.
 """
@@ -39,12 +39,12 @@ from lite_dil.objectives.objective import Responses, Sides
 from lite_dil.objectives.table import OBJECTIVES
 
 Array = Any  # a torch.Tensor or an mlx.core.array
-Loss = Callable[[Array], Array]  # parameters of shape (runs, ...) -> a loss a run, shape (runs,)
+Loss = Callable[[Array], Array]  # parameters of shape (runs, ...) -> a loss per run, shape (runs,)
 
 GRID = np.linspace(-6, 6, 121)
 MODES, HEIGHTS, MODE_WIDTH = (-2.0, 2.0), (0.65, 0.35), 0.35
 REFERENCE_WIDTH = 2.5
-RARE = -100.0  # log pi_ref of the answer that no rejected answer covers
+RARE = -100.0  # log pi_ref of the response that is never rejected
 
 
 class Fit(NamedTuple):
@@ -62,12 +62,12 @@ class Fit(NamedTuple):
 
     @property
     def between(self) -> float:
-        """The mass between the modes, where pi_chosen has next to none."""
+        """The mass between the modes, where pi_chosen has almost none."""
         return float(self.policy[np.abs(GRID) < 1].sum())
 
 
 class Descent(NamedTuple):
-    """The log-ratio of the rare answer and the loss at each step, up to the first value that is not finite."""
+    """The log-ratio of the rare response and the loss at each step, up to the first non-finite value."""
 
     log_ratio: np.ndarray
     loss: np.ndarray
@@ -90,7 +90,7 @@ def log_softmax(x: Array) -> Array:
 
 
 def value_and_gradient(library: str, loss: Loss) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Make a function of numpy arrays that returns the loss of each run and the gradient of their sum, in float32."""
+    """Return a function of numpy arrays that returns each run's loss and the gradient of their sum, in float32."""
 
     def in_torch(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         import torch
@@ -113,7 +113,7 @@ def value_and_gradient(library: str, loss: Loss) -> Callable[[np.ndarray], tuple
 
 
 def adam(library: str, loss: Loss, start: np.ndarray, steps: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return where Adam ends with a rate that falls to 0 along a cosine, and the loss of each run there."""
+    """Return the result of Adam with a cosine rate that falls to 0, and each run's loss there."""
     step_of = value_and_gradient(library, loss)
     x, mean, square = start.astype(np.float64), np.zeros_like(start), np.zeros_like(start)
     for step in range(1, steps + 1):
@@ -126,7 +126,7 @@ def adam(library: str, loss: Loss, start: np.ndarray, steps: int, rate: float) -
 
 
 def sides(name: str, **options: Any) -> Sides:
-    """Return an objective of the table with beta 1 and its other defaults, but for `options`."""
+    """Return an objective of the table with beta 1, `options`, and its other defaults."""
     config = SimpleNamespace(**{**dict.fromkeys(OBJECTIVES[name].options), "beta": 1.0, **options})
     form = OBJECTIVES[name].form(objectives.constants(name, config))
     assert isinstance(form, Sides)
@@ -134,9 +134,9 @@ def sides(name: str, **options: Any) -> Sides:
 
 
 def expected_loss(form: Sides, library: str, reference: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> Loss:
-    """Return the expectation over both sides as a function of logits; logits and probabilities have shape (runs, answers).
+    """Return the expectation over both sides as a function of logits; logits and probabilities have shape (runs, responses).
 
-    An answer of probability 0 is left out of its side, as one that is never drawn: 0 times e^f is not 0 if e^f overflows.
+    A response of probability 0 is left out of its side, since it is never drawn: 0 times e^f is not 0 if e^f overflows.
     """
     reference_logps = array(library, np.log(reference))
 
@@ -175,13 +175,13 @@ COVERING: dict[str, Sides | None] = {
     "basu": sides("basu"),
     "rulsif": sides("rulsif"),
     "lsif": sides("lsif"),
-    "reverse KL": None,  # KL(pi || pi_chosen), the yardstick: no objective of the table, as it needs pi_chosen's density
+    "reverse KL": None,  # KL(pi || pi_chosen), for comparison: not an objective, since it needs pi_chosen's density
 }
 STARTS = ((0.0, REFERENCE_WIDTH), (-2.0, 0.5), (-1.0, 1.0), (2.0, 0.5))
 
 
 def mass_covering(library: str, steps: int = 300) -> dict[str, tuple[Fit, Fit]]:
-    """For each objective the bell it finds from the reference, and the one of lowest loss from any of STARTS."""
+    """Return for each objective the bell found from the reference, and the one with the lowest loss from any of STARTS."""
     chosen, reference = two_bells(), bell(0, REFERENCE_WIDTH)
     grid, start = array(library, GRID), np.array([[place, math.log(width)] for place, width in STARTS])
     target = array(library, np.log(chosen))
@@ -212,7 +212,7 @@ def mass_covering(library: str, steps: int = 300) -> dict[str, tuple[Fit, Fit]]:
 # --- a side that does not overlap ------------------------------------------------------------------------------------
 
 LIKED = np.array([[0.5, 0.5, 0.0]])
-DISLIKED = np.array([[0.5, 0.0, 0.5]])  # pi_ref but for the answer that it never draws
+DISLIKED = np.array([[0.5, 0.0, 0.5]])  # pi_ref, except for the response that it never draws
 CAP = 3.0
 OVERLAP = {
     "lsif": sides("lsif"),
@@ -224,7 +224,7 @@ OVERLAP = {
 
 
 def overlap(library: str, steps: int = 3000, rate: float = 0.1) -> dict[str, Descent]:
-    """Plain gradient descent from the reference for each of OVERLAP; the second answer is the one nothing covers."""
+    """Run plain gradient descent from the reference for each of OVERLAP; nothing covers the second response."""
     reference = np.array([[0.5, math.exp(RARE), 0.5]])
     found = {}
     for name, form in OVERLAP.items():

@@ -1,4 +1,4 @@
-"""python scripts/train.py [flags]: the same as `lite-dil train`; with no flag it trains the embedded model on the CPU."""
+"""python scripts/train.py [flags]: the same as `lite-dil train`; without flags it trains the embedded model."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""An adapter that is trained: its weights, its head, and the optimiser and loss scale that are its own."""
+"""A trainable adapter: its weights, its head, its optimiser and its loss scale."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lite_dil.backends.torch.score_head import ScoreHead
 
 
 class Trainable:
-    """An adapter of a PEFT model, with what its steps need.
+    """An adapter of a PEFT model, with its training state.
 
     Args:
-        make_optimizer: makes one for a list of parameters; called at the first step.
+        make_optimizer: makes the optimiser for a list of parameters; called at the first step.
         scaled: whether the loss is scaled: float16 gradients underflow without it.
 
     Attributes:
-        weights: its LoRA parameters, by their names in the PEFT model.
+        weights: its LoRA parameters, by name in the PEFT model.
     """
 
     def __init__(
@@ -45,22 +45,22 @@ class Trainable:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What is trained: the LoRA weights and then the head's."""
+        """The trained parameters: LoRA weights, then the head's."""
         return [*self.weights.values(), *(self.head.parameters() if self.head is not None else ())]
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser, made when it is asked for first: inference has none."""
+        """The optimiser, made when first used: inference has none."""
         return self._make_optimizer(self.parameters)
 
     def state(self) -> dict[str, Any] | None:
-        """Return the state of optimiser and loss scale, None before the first step."""
+        """Return the state of the optimiser and loss scale, None before the first step."""
         if "optimizer" not in vars(self):
             return None
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def set_state(self, state: Mapping[str, Any] | None) -> None:
-        """Go back to what `state` returned."""
+        """Restore a state from `state`."""
         vars(self).pop("optimizer", None)
         self.scaler = torch.amp.GradScaler(self._device, enabled=self.scaler.is_enabled())
         if state is not None:
@@ -68,9 +68,9 @@ class Trainable:
             self.scaler.load_state_dict(state["scaler"])
 
     def update(self, loss: float, learning_rate: float, max_grad_norm: float) -> tuple[float, bool]:
-        """Change the weights by their gradients, unless one or the loss is not finite.
+        """Update the weights by their gradients, unless one or the loss is not finite.
 
-        Returns the gradients' norm before clipping, and whether the loss scale was too large, which leaves the weights alone.
+        Returns the gradients' norm before clipping, and whether the loss scale was too large, which skips the update.
         """
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm).item()
@@ -83,7 +83,7 @@ class Trainable:
             create_states(self.optimizer)
             self.scaler.step(self.optimizer)
         except ERRORS:
-            # The states of a first step that failed go with it. What bitsandbytes has paged stays taken: it frees none.
+            # The states of a failed first step are dropped. bitsandbytes' paged memory stays allocated: it frees none.
             if first:
                 del self.optimizer
             raise
@@ -91,13 +91,13 @@ class Trainable:
         return norm, self.scaler.get_scale() < scale
 
     def forget_gradients(self) -> None:
-        """Let go of the gradients."""
+        """Free the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
 
     def undo(self) -> None:
-        """Go back to before a step that failed ahead of its update."""
+        """Undo a step that failed before its update."""
         self.forget_gradients()
-        # Gradients may have been unscaled, which a scaler allows once between updates: a new one in the same state.
+        # Gradients may have been unscaled, which a scaler allows once per update: use a new one in the same state.
         state, self.scaler = self.scaler.state_dict(), torch.amp.GradScaler(self._device, enabled=self.scaler.is_enabled())
         self.scaler.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The torch backend: transformers + PEFT, with bitsandbytes for 4 bits, on a CUDA GPU or on the CPU."""
+"""The torch backend: transformers + PEFT, with bitsandbytes for 4 bits, on a CUDA GPU or the CPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from lite_dil.objectives.loss import NOTHING, SCORES, SUMS, TOKENS, Loss
 
 
 class TorchBackend:
-    """A causal language model of transformers with PEFT's LoRA adapters; see `lite_dil.backends.protocol.Backend`."""
+    """A transformers causal language model with PEFT LoRA adapters; see `lite_dil.backends.protocol.Backend`."""
 
     def __init__(
         self,
@@ -62,8 +62,8 @@ class TorchBackend:
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter and adapter.init_adapter else None
         self.unsloth = bool(training and training.unsloth)
         base = load_model(model, self.dtype, self.device, options, training)
-        self.in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))  # also of a checkpoint that was packed before
-        # A packed weight counts for two parameters a byte.
+        self.in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))  # also for an already packed checkpoint
+        # A packed weight holds two parameters per byte.
         parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
         self.checkpointing = checkpointing(training, parameters) if training else "off"
         self.base = self.model = base
@@ -81,7 +81,7 @@ class TorchBackend:
             self._add_policy(adapter, initial)
         self.reader = StateReader(self.decoder, self.head, logit_transform(base.config.to_dict()), self.device)
         self.store: ActivationOffload | None = None
-        if not self.unsloth:  # whose layers are its own
+        if not self.unsloth:  # which has its own layers
             self._arrange_layers(model)
         torch.manual_seed(self.seed)
         torch_probing.check_head(base, self.reader, self.token_logps, model, self.dtype_name)
@@ -98,11 +98,11 @@ class TorchBackend:
         self.identity += " unsloth" if self.unsloth else ""
 
     def using(self, name: str) -> AbstractContextManager[None]:
-        """Compute as adapter `name` inside the block."""
+        """Activate adapter `name` inside the block."""
         return self.switch.using(name)
 
     def adapter_off(self) -> AbstractContextManager[None]:
-        """Compute as the reference inside the block."""
+        """Activate the reference inside the block."""
         return self.using(REFERENCE)
 
     def add_adapter(
@@ -114,25 +114,27 @@ class TorchBackend:
         dropout: float = 0.0,
         head: Head | None = None,
     ) -> None:
-        """Put a fresh, trainable adapter on the same base."""
+        """Add a new, trainable adapter on the same base."""
         check_name(name, self.switch.names)
         if self.unsloth:
-            raise UserError("--unsloth: its kernels know one adapter; leave it out for more")
+            raise UserError("--unsloth: its kernels support only one adapter; leave it out for more")
         shapes = adapters.select_targets(self.linear, targets)
         fresh = adapters.fresh(shapes, rank, alpha / rank, self.seed, name)
         devices = [self.device] if self.name == "cuda" else []
-        with torch.random.fork_rng(devices):  # PEFT draws numbers, which the dropout of training must not miss
+        with torch.random.fork_rng(devices):  # PEFT draws random numbers, which must not change training's dropout
             self.model = add_lora(self.model, name, fresh, dropout)
         if self._fused:
             torch_fused.install_lora(self.decoder)
         self._take_over(name, head)
 
     def renew_policy(self, adapter: ResolvedAdapter) -> None:
-        """Give the policy its first weights, and start its training anew."""
+        """Reset the policy to its initial weights and training state."""
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter.init_adapter else None
         first = adapters.choose(adapter, self.linear, initial, self.base.name_or_path)
         if adapters.layout(first) != self.policy_layout:
-            raise UserError(f"adapter {adapter.init_adapter}: its rank, scale or layers are not the policy's; load it anew")
+            raise UserError(
+                f"adapter {adapter.init_adapter}: its rank, scale or layers differ from the policy's; load the model again"
+            )
         set_weights(self.model, PEFT_POLICY, first)
         self._trainable(POLICY).set_state(None)
         self.set_strength(1.0)
@@ -162,10 +164,10 @@ class TorchBackend:
         return out_of_memory.whole("a pass without gradients", self.device, run)
 
     def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float, adapter: str = POLICY) -> StepResult:
-        """Take one AdamW step on the mean loss over all examples of `passes`, for one adapter and its head."""
+        """Take one AdamW step of an adapter and its head on the mean loss over all examples of `passes`."""
         trained = self._trainable(adapter)
         if self.training is None:
-            raise ValueError("the model was loaded for inference; load it with training options to train it")
+            raise ValueError("the model was loaded for inference; load it with training options")
         if adapter == POLICY:
             check_trains(self.strength)
         read: Callable[[Batch], Tensor] = partial(self.reader.logps, what=loss.reads)
@@ -188,7 +190,7 @@ class TorchBackend:
         else:
             trained.forget_gradients()
             return result
-        # Not in the except block: as this error's context, that one would keep its frames, and with them all activations.
+        # Outside the except block: as this error's context, the caught one would keep its frames and so all activations.
         self._undo(trained, random, chunks)
         raise OutOfMemory("a training step", detail, helps, len(done) if len(done) < len(passes) else None)
 
@@ -200,7 +202,7 @@ class TorchBackend:
         scaler: torch.amp.GradScaler,
         examples: int,
     ) -> tuple[float, np.ndarray, np.ndarray | None]:
-        """Add a micro-batch's gradients; return its share of the loss, and what was read of policy and reference."""
+        """Add a micro-batch's gradients; return its share of the loss, and the policy's and reference's values."""
         reference, tensor = None, self.reader.tensor
         if one.reference is not None:
             reference = tensor(one.reference)
@@ -218,7 +220,7 @@ class TorchBackend:
     def _update(
         self, trained: Trainable, passes: list[tuple[float, np.ndarray, np.ndarray | None]], learning_rate: float
     ) -> StepResult:
-        """Change the weights by the gradients of all passes, unless something is not finite."""
+        """Update the weights by the gradients of all passes, unless something is not finite."""
         assert self.training is not None
         losses, policies, references = zip(*passes, strict=True)
         total = sum(losses)
@@ -226,7 +228,7 @@ class TorchBackend:
         return StepResult(total, 0.0 if skipped else norm, np.concatenate(policies), joined(references), skipped)
 
     def _undo(self, trained: Trainable, random: out_of_memory.Random, chunks: int) -> None:
-        """Go back to before a step that failed ahead of its update, and let go of what it held."""
+        """Undo a step that failed before its update, and free what it held."""
         trained.undo()
         out_of_memory.set_random_state(random)
         if self.store is not None:
@@ -242,12 +244,12 @@ class TorchBackend:
         sampling: Sampling = OWN,
         stop: Callable[[], bool] = never,
     ) -> list[Generated]:
-        """Continue the prompts, all of them in one batch."""
+        """Continue the prompts in one batch."""
         self.model.eval()
 
         def run() -> list[Generated]:
             with torch_unsloth.generating(self.model, max(map(len, prompts))) if self.unsloth else nullcontext():
-                # unsloth's forward for generation makes its own cache.
+                # unsloth's generation makes its own cache.
                 return torch_generate.generate(
                     self.base, self.device, prompts, max_new_tokens, end_ids, seeds, sampling, stop, share=not self.unsloth
                 )
@@ -264,22 +266,22 @@ class TorchBackend:
         sampling: Sampling = OWN,
     ) -> Iterator[int]:
         """Continue one prompt, token by token."""
-        if self.unsloth:  # whose switch between training and generation is the whole model's
-            raise UserError("--unsloth: answers cannot be streamed from it; load the model without")
+        if self.unsloth:  # which switches the whole model between training and generation
+            raise UserError("--unsloth: cannot stream answers; load the model without it")
         self.model.eval()
         return torch_generate.stream(self.base, self.device, prompt, max_new_tokens, end_ids, seed, sampling)
 
     @property
     def strength(self) -> float:
-        """What the policy's adapter is multiplied by."""
+        """The factor on the policy's adapter."""
         return self.switch.strength
 
     def set_strength(self, value: float) -> None:
-        """Multiply the policy's adapter."""
+        """Set the factor on the policy's adapter."""
         self.switch.set_strength(check_strength(value))
 
     def save_adapter(self, folder: Path, adapter: str = POLICY) -> None:
-        """Write an adapter in PEFT's format, and its head, where it has one, beside it."""
+        """Write an adapter in PEFT's format, with its head if it has one."""
         torch_state.save_adapter(self.model, self._trainable(adapter), folder)
 
     def save_state(self, folder: Path) -> None:
@@ -287,7 +289,7 @@ class TorchBackend:
         torch_state.save(folder, self.model, self.adapters, out_of_memory.random_state(self.device))
 
     def load_state(self, folder: Path) -> None:
-        """Go on exactly where `save_state` was called."""
+        """Restore the state of `save_state` exactly."""
         out_of_memory.set_random_state(torch_state.load(folder, self.adapters))
 
     def peak_memory_mb(self) -> float:
@@ -297,7 +299,7 @@ class TorchBackend:
         return peak_rss_mb()
 
     def _add_policy(self, options: ResolvedAdapter, initial: adapters.Adapter | None) -> None:
-        """Put the policy's adapter, and the frozen initial one where it is the reference, on the base."""
+        """Add the policy's adapter, and the frozen initial one if it is the reference, to the base."""
         adapter = adapters.choose(options, self.linear, initial, self.base.name_or_path)
         self.policy_layout = adapters.layout(adapter)
         if self.unsloth:
@@ -310,12 +312,12 @@ class TorchBackend:
         self._take_over(POLICY, None)
 
     def _take_over(self, name: str, head: Head | None) -> None:
-        """Make an adapter that was put on the model one that can be trained."""
+        """Make an adapter on the model trainable."""
         width = self.base.get_input_embeddings().weight.shape[1]
         made = None if head is None else ScoreHead(head, width, self.device)
         self.adapters[name] = Trainable(self.model, name, made, self._optimizer, self.name, self.dtype == torch.float16)
         self.switch.add(self.model, name)
-        # PEFT lets none but its active adapter have gradients. Here the one that is on has them, and nothing else can.
+        # PEFT allows gradients only for its active adapter. Here that is the adapter switched on, and no other.
         trained = {id(weight) for adapter in self.adapters.values() for weight in adapter.weights.values()}
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
@@ -325,11 +327,11 @@ class TorchBackend:
         return make_optimizer(parameters, self.training, self.in_4bit, self.name)
 
     def _trainable(self, name: str) -> Trainable:
-        """Return an adapter that is not frozen. Raises KeyError for an unknown name, ValueError for a frozen one."""
+        """Return a trainable adapter. Raises KeyError for an unknown name, ValueError for a frozen one."""
         if name not in self.switch.names:
             raise KeyError(name)
         if name not in self.adapters:
-            raise ValueError(f"{name!r} is frozen here: it has no adapter to train or save, and no head")
+            raise ValueError(f"{name!r} is frozen: it has no adapter to train or save, and no head")
         return self.adapters[name]
 
     def _head_of(self, adapter: Trainable) -> ScoreHead:
@@ -339,7 +341,7 @@ class TorchBackend:
 
     @property
     def _fused(self) -> bool:
-        """Whether the fused layers are used; for inference on a GPU bitsandbytes' own are faster."""
+        """Return whether to use the fused layers; for inference on a GPU bitsandbytes' own are faster."""
         if self.training is None:
             return self.name != "cuda"
         return self.training.fused_layers and not self.unsloth
@@ -353,13 +355,12 @@ class TorchBackend:
         embedding = self.base.get_input_embeddings()
         if getattr(self.head, "weight", None) is embedding.weight:
             raise UserError(
-                "--offload-embeddings: this model's embedding table is its output head too, which the GPU needs; "
-                "add --head-bits 8 (or 4), which gives the head a small copy of its own"
+                "--offload-embeddings: the embedding table is also the output head, which the GPU needs; add --head-bits 8 or 4"
             )
         torch_layers.offload_embeddings(embedding, self.device)
 
     def _arrange_layers(self, model: str) -> None:
-        """Put in the fused layers, and computing again for the backward pass."""
+        """Install the fused layers and gradient checkpointing."""
         mode, text = self.checkpointing, self.decoder.config
         layers = torch_layers.layers_of(self.decoder)
         if layers is None and mode != "off":
@@ -367,8 +368,8 @@ class TorchBackend:
         if mode == "selective":
             for layer in layers or ():
                 if (mlp := getattr(layer, "mlp", None)) is None:
-                    raise UserError(f"--gradient-checkpointing selective: a layer of {model} has no MLP; take full")
-                torch_layers.checkpoint(mlp, text, self.switch)  # a fused one, which does it better, takes its place
+                    raise UserError(f"--gradient-checkpointing selective: a layer of {model} has no MLP; use full")
+                torch_layers.checkpoint(mlp, text, self.switch)  # replaced by a fused one, if any, which does it better
         if self._fused:
             torch_fused.install(self.decoder, self.dtype, mode == "selective")
         if layers is None:
@@ -390,7 +391,7 @@ def load(
     device: str,
     say: Callable[[str], None] | None = None,
 ) -> TorchBackend:
-    """Load a model, or raise UserError where memory does not hold it."""
+    """Load a model, or raise UserError if memory does not hold it."""
     make = partial(TorchBackend, options, model, adapter, training, device, say)
     helps = [] if options.load_in_4bit else ["--4bit"]
     if training is None or not training.unsloth:

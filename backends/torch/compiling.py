@@ -1,4 +1,4 @@
-"""What torch's compiler raises where it cannot compile, in words for people. Names of torch 2.6 to 2.14."""
+"""Readable messages for failures of torch's compiler, with the names of torch 2.6 to 2.14."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from lite_dil.backends.torch.out_of_memory import ran_out
 from lite_dil.base.errors import first_line
 
-# What the originals say, and what it means with the fix.
+# Patterns of the original messages, with their meaning and the fix.
 CAUSES = (
     (
         r"Failed to find C compiler|No working C\+\+ compiler|Compiler: .* is not found",
@@ -25,8 +25,8 @@ TOO_LARGE = re.compile(r"out of resource.*?[Rr]equired: (\d+),? [Hh]ardware limi
 
 
 def errors() -> tuple[type[Exception], ...]:
-    """Return the types of what may mean that something cannot be compiled; `why_not` tells what does not."""
-    # torch's own are RuntimeErrors; the second is a C compiler's failure.
+    """Return the types of errors that may mean that something cannot be compiled; `why_not` decides."""
+    # torch's own are RuntimeErrors; the second is a failure of a C compiler.
     return (RuntimeError, subprocess.CalledProcessError, *_tritons())
 
 
@@ -34,13 +34,13 @@ def _tritons() -> tuple[type[Exception], ...]:
     try:
         from triton.compiler.errors import CompilationError
         from triton.runtime.errors import OutOfResources, PTXASError
-    except ImportError:  # there is no Triton for this machine, or it is not installed
+    except ImportError:  # Triton is not available or not installed
         return ()
     return CompilationError, OutOfResources, PTXASError
 
 
 def why_not(error: Exception) -> str:
-    """Return why something could not be compiled; raise what was raised for another reason, such as a lack of memory."""
+    """Return why something could not be compiled; raise an error with another cause, such as a lack of memory."""
     from torch._dynamo import exc
 
     chain, large = list(_chain(error)), _sizes(error)
@@ -52,7 +52,7 @@ def why_not(error: Exception) -> str:
     for pattern, cause in CAUSES:
         if any(re.search(pattern, str(one)) for one in chain):
             return cause
-    ours = (exc.TorchRuntimeError, exc.UserError)  # raised by the function that is compiled
+    ours = (exc.TorchRuntimeError, exc.UserError)  # raised by the function being compiled
     known = (exc.TorchDynamoException, subprocess.CalledProcessError, *_tritons())
     if isinstance(error, ours) or not isinstance(error, known):
         raise error
@@ -65,13 +65,13 @@ def too_large(error: Exception) -> bool:
 
 
 def _sizes(error: Exception) -> tuple[str, str] | None:
-    """Return the bytes of shared memory that kernels need and that the GPU has, where this is the error."""
+    """Return the bytes of shared memory that kernels need and that the GPU has, if that is the error."""
     found = next(filter(None, (TOO_LARGE.search(str(one)) for one in _chain(error))), None)
     return None if found is None else (found[1], found[2])
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Return an error and what it was raised from."""
+    """Yield an error and the errors it was raised from."""
     while error is not None:
         yield error
         error = getattr(error, "inner_exception", None) or error.__cause__

@@ -1,4 +1,4 @@
-"""What torch finds on this machine: a GPU, and the types that it computes in."""
+"""The GPU that torch finds on this machine, and its compute types."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def has_cuda() -> bool:
 
 
 def compute_dtype(name: str, device: str) -> torch.dtype:
-    """Return what --dtype stands for on this device."""
+    """Return the type that --dtype means on this device."""
     if name == "auto" and device == "cuda":
-        # By default torch also says True where bf16 is emulated, as on a T4.
+        # By default torch also returns True if bf16 is emulated, as on a T4.
         name = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     elif name == "auto":
         name = "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"

@@ -1,4 +1,4 @@
-"""What an export needs of torch: dequantised weights, and the exported files' own log-probs by transformers and PEFT."""
+"""Torch functions for export: dequantised weights, and the exported files' log-probs by transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lite_dil.models.options import ModelOptions
 
 
 def dense(backend: Any) -> dict[str, DenseWeight]:
-    """Return the weights that the backend's model has in fewer bits, by the layer's name, as it computes with them."""
+    """Return the backend's quantised weights, dequantised as it computes with them, by layer name."""
     found: dict[str, DenseWeight] = {}
     for name, module in backend.base.named_modules():
         if isinstance(module, QuantizedHead):
@@ -46,7 +46,7 @@ def _head(module: QuantizedHead) -> np.ndarray:
 
 
 def peft_targets(model: str, layers: set[str]) -> list[str] | None:
-    """Return the shortest names by which PEFT finds exactly these layers of a model, or None where its config is not here."""
+    """Return the shortest names by which PEFT finds exactly these layers, or None if the model's config is not here."""
     try:
         config = AutoConfig.from_pretrained(model)
         with torch.device("meta"):
@@ -56,12 +56,12 @@ def peft_targets(model: str, layers: set[str]) -> list[str] | None:
 
 
 def model_logps(folder: Path, sequences: Sequences, max_memory: dict[Any, Any] | None = None) -> list[np.ndarray]:
-    """Return the log-probs of each response by a Hugging Face folder as transformers loads it, in its own type.
+    """Return each response's log-probs by a Hugging Face folder as transformers loads it, in its own type.
 
-    What memory does not hold stays in the folder's files, and is read layer by layer.
+    Weights that do not fit in memory stay in the folder's files and are read layer by layer.
 
     Args:
-        max_memory: what may be used, as accelerate takes it; None for what is free.
+        max_memory: memory limits in accelerate's form; None uses what is free.
     """
     with work_folder(folder) as offload:
         try:
@@ -74,22 +74,22 @@ def model_logps(folder: Path, sequences: Sequences, max_memory: dict[Any, Any] |
 
 
 def adapter_logps(model: str, folder: Path, config: ModelOptions, sequences: Sequences) -> list[np.ndarray]:
-    """Return the log-probs of each response by the base model, quantised as `config` says, and an adapter as PEFT loads it."""
+    """Return each response's log-probs by the base model, quantised by `config`, with an adapter as PEFT loads it."""
     from peft import PeftModel
 
     device = config.backend if config.backend in ("cpu", "cuda") else "cuda" if torch.cuda.is_available() else "cpu"
     make = functools.partial(load_base, model, compute_dtype(config.dtype, device), torch.device(device), config.load_in_4bit)
     base = out_of_memory.loaded(model, torch.device(device), (), make)
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5 for an attribute by its old name.
+        # PEFT 0.21 uses an attribute's old name in transformers 5.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        # It warns of tensors that its model lacks, or that the file lacks.
+        # It warns of tensors that its model or the file lacks.
         warnings.filterwarnings("error", "Found missing adapter keys")
         return _logps(PeftModel.from_pretrained(base, str(folder)), sequences)
 
 
 def _logps(model: Any, sequences: Sequences) -> list[np.ndarray]:
-    """Compute by the model's own logits, one answer at a time: another way than training's."""
+    """Compute log-probs from the model's own logits, one response at a time, independently of training's way."""
     model.eval()
     device = model.get_input_embeddings().weight.device
     found = []

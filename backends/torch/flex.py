@@ -1,8 +1,8 @@
 """Packed attention on CUDA: FlexAttention, compiled once for each kind of layer that a model has.
 
-What is compiled serves every row of a run, with and without gradients: the number of blocks is dynamic, and windows are data.
-It is compiled when a kind of layer is first met, which is in the comparison of layouts at start-up, forward and backward, on a
-row of two blocks.
+The compiled code serves every row of a run, with and without gradients: the number of blocks is dynamic, and windows are data.
+It is compiled when a kind of layer first occurs, which is in the comparison of layouts at start-up, forward and backward, on
+a row of two blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lite_dil.backends.torch.row import PackedRow, Scores, Unsupported
 from lite_dil.batching.layouts import Segment
 
 Blocks = dict[str, int]
-# For cards whose shared memory torch's own block sizes exceed, from large to small.
+# For cards with too little shared memory for torch's own block sizes, from large to small.
 FORWARD: tuple[Blocks, ...] = tuple(
     {"fwd_BLOCK_M": queries, "fwd_BLOCK_N": keys, "fwd_num_stages": 1} for queries, keys in ((64, 32), (32, 16))
 )
@@ -31,7 +31,7 @@ BACKWARD: tuple[Blocks, ...] = tuple(
     {"bwd_BLOCK_M1": few, "bwd_BLOCK_N1": many, "bwd_BLOCK_M2": many, "bwd_BLOCK_N2": few, "bwd_num_stages": 1}
     for few, many in ((16, 32), (16, 16))
 )
-# Of BlockMask: partial and full blocks of keys for each block of queries, and the reverse.
+# Fields of BlockMask: partial and full blocks of keys for each block of queries, and the reverse.
 BLOCK_LISTS = (
     "kv_num_blocks",
     "kv_indices",
@@ -45,7 +45,7 @@ BLOCK_LISTS = (
 
 
 class Kind(NamedTuple):
-    """What layers share that the same kernels compute."""
+    """The properties shared by layers that use the same kernels."""
 
     heads: int
     key_heads: int
@@ -58,7 +58,7 @@ class Kind(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """A compiled function of `_function`, and the block sizes it took: none where they are torch's own."""
+    """A compiled function of `_function`, and its block sizes, empty if they are torch's own."""
 
     run: Callable[..., Tensor]
     blocks: Blocks
@@ -78,26 +78,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, scores: Scores) -> T
         (1, tokens, heads, head width of v).
 
     Raises:
-        Unsupported: it cannot be compiled here, or not for this card.
+        Unsupported: it cannot be compiled here or for this card.
     """
     tokens = q.shape[2]
     kind = Kind(q.shape[1], k.shape[1], q.shape[3], v.shape[3], scores.scale, scores.cap, q.dtype, q.device)
     run = kernels(kind).run
-    blocks = max(2, tokens // FLEX_BLOCK)  # torch would compile a single one anew
+    blocks = max(2, tokens // FLEX_BLOCK)  # torch would compile again for a single one
     if scores.window not in row.masks:
         row.masks[scores.window] = mask(row.segments, scores.window, blocks * FLEX_BLOCK, q.device)
     return call(run, (q, k, v), row.masks[scores.window]).transpose(1, 2)[:, :tokens]
 
 
 def kernels(kind: Kind) -> Kernels:
-    """Return what computes a kind of layer; on CUDA it is compiled the first time. Raises Unsupported as `attend` does."""
+    """Return the kernels of a kind of layer, on CUDA compiled the first time. Raises Unsupported as `attend` does."""
     if kind not in _kernels:
         _kernels[kind] = compiled(kind) if kind.device.type == "cuda" else Kernels(_function(kind, {}), {})
     return _kernels[kind]
 
 
 def call(run: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor], lists: list[Tensor]) -> Tensor:
-    """Call a compiled function so that every call has the properties by which torch tells its variants apart."""
+    """Call a compiled function such that every call has the same properties, so that torch compiles no further variant."""
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     tokens = lists[0].shape[1]
     with torch.enable_grad():
@@ -114,10 +114,10 @@ def call(run: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor], list
 
 
 def seen(segments: tuple[Segment, ...], window: int | None, tokens: int) -> np.ndarray:
-    """Return which keys each query of a row sees, as two intervals: (4, tokens), start and end of either.
+    """Return the keys that each query of a row sees, as two intervals: (4, tokens), start and end of each.
 
-    The first is of its prompt, and empty for a prompt's own tokens; the second ends with the token itself. A token that fills
-    the row up sees itself alone.
+    The first is in its prompt, and empty for a prompt's own tokens; the second ends with the token itself. A padding token
+    sees only itself.
     """
     place = np.arange(tokens)
     own = place.copy()
@@ -128,7 +128,7 @@ def seen(segments: tuple[Segment, ...], window: int | None, tokens: int) -> np.n
         for length in part.responses:
             rows = slice(at, at + length)
             own[rows], first[rows], end[rows] = at, part.start, prompt_end
-            if window is not None:  # as if the response followed its prompt at once
+            if window is not None:  # as if the response directly followed its prompt
                 first[rows] = (prompt_end + np.arange(length) - window + 1).clip(part.start, prompt_end)
             at += length
     if window is not None:
@@ -137,10 +137,10 @@ def seen(segments: tuple[Segment, ...], window: int | None, tokens: int) -> np.n
 
 
 def _pairs(intervals: np.ndarray) -> np.ndarray:
-    """Return how many pairs of a query and a key that it sees are in each block of queries and keys, (blocks, blocks)."""
+    """Return the number of pairs of a query and a visible key in each block of queries and keys, (blocks, blocks)."""
     tokens = intervals.shape[1]
     query, blocks = np.arange(tokens) // FLEX_BLOCK, tokens // FLEX_BLOCK
-    # Of the keys below a bound, its block has `rest` and each block before it all: summed up from the right.
+    # Of the keys below a bound, its block has `rest` and each earlier block all: summed from the right.
     change = np.zeros((blocks, blocks + 2), np.int64)
     for bound, sign in zip(intervals, (-1, 1, -1, 1), strict=True):
         block, rest = np.divmod(bound, FLEX_BLOCK)
@@ -150,7 +150,7 @@ def _pairs(intervals: np.ndarray) -> np.ndarray:
 
 
 def mask(segments: tuple[Segment, ...], window: int | None, tokens: int, device: torch.device) -> list[Tensor]:
-    """Return what a row hands to `_function`'s function: `seen`, then what BLOCK_LISTS names."""
+    """Return a row's inputs for `_function`'s function: `seen`, then the lists in BLOCK_LISTS."""
     intervals = seen(segments, window, tokens)
     pairs = _pairs(intervals)
     full = pairs == FLEX_BLOCK**2
@@ -172,7 +172,7 @@ def _function(kind: Kind, blocks: Blocks) -> Callable[..., Tensor]:
         return kind.cap * torch.tanh(score / kind.cap)
 
     def packed(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, *lists: Tensor) -> Tensor:
-        q, k, v = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)  # so a multiple of FLEX_BLOCK, whatever the number
+        q, k, v = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)  # always a multiple of FLEX_BLOCK
         first, end, own, _ = intervals.unbind()
 
         def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -188,18 +188,18 @@ def _function(kind: Kind, blocks: Blocks) -> Callable[..., Tensor]:
 
 
 def compiled_function(kind: Kind, blocks: Blocks, backend: Any = "inductor") -> Callable[..., Tensor]:
-    """Return a function for `call` that torch compiles when it is first called."""
+    """Return a function for `call` that torch compiles on the first call."""
     function: Any = _function(kind, blocks)
-    # torch keeps variants, 8 at most, and what it takes for dynamic, by code object and name: each of these has its own.
+    # torch keeps variants, at most 8, and dynamic sizes by code object and name, so each function here has its own.
     function.__code__ = function.__code__.replace(co_name=f"packed_{next(_numbers)}")
-    # With fullgraph it raises where it would go on without its compiler, which takes whole score matrices.
+    # With fullgraph it raises instead of continuing without its compiler, which would need whole score matrices.
     return torch.compile(function, fullgraph=True, backend=backend)
 
 
 def compiled(kind: Kind, tokens: int = 2 * FLEX_BLOCK, window: int | None = None) -> Kernels:
     """Compile forward and backward for a kind of layer, and run both on `tokens` tokens of zeros.
 
-    Block sizes are torch's own where these fit the card's shared memory, else smaller ones, forward and backward apart.
+    Block sizes are torch's own if these fit the card's shared memory, else smaller ones, separately for forward and backward.
 
     Raises:
         Unsupported: with the reason.
@@ -217,7 +217,7 @@ def compiled(kind: Kind, tokens: int = 2 * FLEX_BLOCK, window: int | None = None
         )
         smaller = forward
         try:
-            with _quiet(), torch.enable_grad():  # the first call may be one without
+            with _quiet(), torch.enable_grad():  # the first call may be without gradients
                 out = call(run, (q, k, v), lists)
                 smaller = backward
                 out.backward(torch.zeros_like(out))
@@ -234,7 +234,7 @@ def compiled(kind: Kind, tokens: int = 2 * FLEX_BLOCK, window: int | None = None
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out torch's warnings, tracebacks among them, of what is tried here and reported otherwise."""
+    """Suppress torch's warnings and tracebacks about attempts that are reported otherwise."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,10 +1,10 @@
 """LoRA, gated MLP and RMS norm as single autograd functions that keep only what their backward passes need.
 
-The base is frozen, so no gradient of its weights is ever made, and stock modules keep much that can be had again for next to
-nothing: float32 copies inside the norms, a second copy of each input for the adapter, the product of gate and up. `install`
-replaces the forward of the modules it knows, checks each kind against the stock module, and leaves all others as they are.
+The base is frozen, so its weights never need gradients, and stock modules keep much that is cheap to recompute: float32
+copies inside the norms, a second copy of each input for the adapter, the product of gate and up. `install` replaces the
+forward pass of known modules, checks each kind against the stock module, and leaves all others unchanged.
 
-Which adapter is on is asked at each forward. What the backward pass needs of it is taken then: by that time another may be on.
+Each forward pass looks up the active adapter and saves what the backward pass needs: by then another may be active.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lite_dil.backends.torch.lora import PEFT_POLICY, PEFT_REFERENCE
 
 @dataclass(frozen=True)
 class Frozen:
-    """A frozen linear layer, perhaps packed to 4 bits, and the scale of the adapter that is on it in this pass."""
+    """A frozen linear layer, possibly packed to 4 bits, and the scale of its active adapter in this pass."""
 
     layer: Any
     scale: float = 0.0
@@ -40,7 +40,7 @@ class Frozen:
         return dequantize_4bit(weight.data, state).to(dtype)
 
 
-_Adapter = tuple[Tensor | None, Tensor | None]  # A (rank, in) and B (out, rank), or two None where it is off
+_Adapter = tuple[Tensor | None, Tensor | None]  # A (rank, in) and B (out, rank), or two None if it is off
 _NONE: _Adapter = (None, None)
 
 
@@ -56,7 +56,7 @@ def _linear(x: Tensor, frozen: Frozen, a: Tensor | None, b: Tensor | None) -> tu
 def _linear_backward(
     grad: Tensor, x: Tensor, low: Tensor | None, frozen: Frozen, a: Tensor | None, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of x, A and B; `low` is ``A x``, and A's and B's are None where they are."""
+    """Return the gradients of x, A and B; `low` is ``A x``. A's and B's are None if A and B are."""
     grad_x = grad @ frozen.weight(grad.dtype)
     if a is None or b is None or low is None:
         return grad_x, None, None
@@ -102,15 +102,15 @@ class GatedMLP:
     up: Frozen
     down: Frozen
     activation: str
-    keep: bool  # gate x, up x and the low-rank products; else x alone, from which the backward pass computes them again
+    keep: bool  # keep gate x, up x and the low-rank products; else only x, from which the backward pass recomputes them
 
     def tiles(self, tokens: int) -> list[slice]:
-        """Return the pieces in which tokens go through, so that of what is not kept only a piece is there at a time."""
+        """Return the pieces in which tokens are computed, so that only one piece of what is not kept exists at a time."""
         return list(slices(tokens, max(16, MLP_TILE // self.gate.layer.out_features)))
 
 
 class _GatedMLP(torch.autograd.Function):
-    """Keeps x, gate x, up x and the low-rank products, or x alone; the activation and its product are always made again."""
+    """Keeps x, gate x, up x and the low-rank products, or only x; the activation and its product are always recomputed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mlp: GatedMLP, *adapters: Tensor | None) -> Tensor:
@@ -120,7 +120,7 @@ class _GatedMLP(torch.autograd.Function):
         for tile in mlp.tiles(len(rows)):
             gate, _, up, _ = _part(inside, tile) if inside else _gate_and_up(rows[tile], mlp, adapters)
             y, low = _linear(activation(gate).mul_(up), mlp.down, *adapters[4:])
-            del gate, up  # or they would live until the next ones are made
+            del gate, up  # else they would live until the next ones are made
             results.append(y)
             lows.append(low)
         out = _joined(results)
@@ -155,7 +155,7 @@ class _GatedMLP(torch.autograd.Function):
             del grad_gate, grad_product
             other_x, *grad_u = _linear_backward(grad_up, part, up_low, mlp.up, *adapters[2:4])
             grad_x[tile] = part_x.add_(other_x)
-            del gate, up, active, grad_up, part_x, other_x  # or they would live until the next ones are made
+            del gate, up, active, grad_up, part_x, other_x  # else they would live until the next ones are made
             for i, new in enumerate((*grad_g, *grad_u, *grad_down)):
                 total = sums[i]
                 sums[i] = new if total is None or new is None else total.add_(new)
@@ -176,7 +176,7 @@ def _joined(parts: list[Any]) -> Any:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """``w * x / rms(x)``, rounded as the stock modules do; keeps x and one number a row."""
+    """``w * x / rms(x)``, rounded as in the stock modules; keeps x and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
@@ -205,18 +205,18 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _pieces(rows: Tensor) -> Iterator[slice]:
-    """Return pieces of the rows whose float32 copies are small."""
+    """Yield pieces of the rows with small float32 copies."""
     return slices(len(rows), NORM_TILE[rows.device.type] // rows.shape[-1])
 
 
 def _name_of(layer: LoraLayer) -> str | None:
-    """Return the adapter that is on in this layer just now, by its name in PEFT, or None."""
+    """Return the PEFT name of this layer's active adapter, or None."""
     name = layer._active_adapter[0]
     return None if layer._disable_adapters or name not in layer.lora_A else name
 
 
 def _now(layer: Any) -> tuple[Frozen, _Adapter]:
-    """Return a linear layer, adapted or not, and the adapter that is on in it just now."""
+    """Return a linear layer, adapted or not, and its active adapter."""
     if not isinstance(layer, LoraLayer):
         return Frozen(layer), _NONE
     name = _name_of(layer)
@@ -228,9 +228,9 @@ def _now(layer: Any) -> tuple[Frozen, _Adapter]:
 
 
 def _drops(layer: Any) -> bool:
-    """Whether the adapter that is on has a dropout, which is PEFT's to compute.
+    """Return whether the active adapter has dropout, which PEFT must compute.
 
-    The base and the frozen initial adapter go the policy's way, so that their log-probs can be compared to the last bit.
+    The base and the frozen initial adapter are computed as the policy is, so that their log-probs match to the bit.
     """
     if not isinstance(layer, LoraLayer):
         return False
@@ -252,7 +252,7 @@ def _lora_forward(layer: Any) -> Callable[..., Tensor]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if _drops(layer):
             return stock(x, *args, **kwargs)
-        if _name_of(layer) is None and PEFT_POLICY not in layer.lora_A:  # as before another adapter came to this layer
+        if _name_of(layer) is None and PEFT_POLICY not in layer.lora_A:  # as before another adapter was added to this layer
             return layer.base_layer(x)
         frozen, adapter = _now(layer)
         return _LoRA.apply(x, frozen, *adapter)
@@ -270,7 +270,7 @@ def _mlp_forward(module: Any, activation: str, recompute: bool) -> Callable[[Ten
 
 
 def _or_stock(module: Any, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a forward that is the MLP's own where the adapter that is on has a dropout in it."""
+    """Return a forward that uses the MLP's own if the active adapter has dropout in it."""
     stock = module.forward
 
     def choose(x: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ def _norm_forward(module: Any, eps: float, gemma: bool) -> Callable[[Tensor], Te
 
 
 def _activation(module: Any) -> str | None:
-    """Return the name of the activation that `module` computes, found by computing it."""
+    """Return the name of the activation that `module` computes, found by testing."""
     x = torch.linspace(-6, 6, 97)
     if isinstance(module, nn.Module) and not any(True for _ in module.parameters()):
         for name, (function, _) in ACTIVATIONS.items():
@@ -298,7 +298,7 @@ def _activation(module: Any) -> str | None:
 
 
 def _gated_activation(module: Any) -> str | None:
-    """Return the activation of a gated MLP of plain linear layers, or None where a module is something else."""
+    """Return the activation of a gated MLP of plain linear layers, or None for other modules."""
     if [name for name, _ in module.named_children()] != ["gate_proj", "up_proj", "down_proj", "act_fn"]:
         return None
     linear = all(map(_is_linear, (module.gate_proj, module.up_proj, module.down_proj)))
@@ -306,7 +306,7 @@ def _gated_activation(module: Any) -> str | None:
 
 
 def _norm(module: Any) -> tuple[float, bool] | None:
-    """Return the epsilon of an RMS norm and whether its weight is stored less one, found by computing it."""
+    """Return an RMS norm's epsilon and whether its weight is stored minus one, found by testing."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     weights = [name for name, _ in module.named_parameters()]
     if weights != ["weight"] or module.weight.ndim != 1 or not isinstance(eps, float) or any(True for _ in module.children()):
@@ -322,17 +322,17 @@ def _norm(module: Any) -> tuple[float, bool] | None:
 
 @torch.no_grad()
 def install(decoder: nn.Module, dtype: torch.dtype, recompute_mlp: bool) -> None:
-    """Replace the forward of what is known in `decoder`, which computes in `dtype`.
+    """Replace the forward pass of known modules in `decoder`, which computes in `dtype`.
 
-    A module of an unknown kind, or one that does not compute what its kind does, keeps its own forward. So does, for as long
-    as it is on, an adapter with dropout.
+    A module of an unknown kind, or one that computes something else than its kind does, keeps its own forward pass, and so
+    does every module while an adapter with dropout in it is active.
 
     Args:
-        recompute_mlp: keep an MLP's input alone, and compute its inside again for the backward pass. Where an MLP keeps its
-            own forward, doing that is the caller's.
+        recompute_mlp: keep only an MLP's input, and recompute the rest for the backward pass. If an MLP keeps its
+            own forward pass, the caller does this.
     """
-    decoder.eval()  # a dropout would make them differ
-    same: dict[type, bool] = {}  # the layers of a model compute alike, and unpacking 4 bits takes a while
+    decoder.eval()  # dropout would make them differ
+    same: dict[type, bool] = {}  # layers of a model compute alike, and unpacking 4 bits is slow
     modules: list[Any] = list(decoder.modules())
     for module in modules:
         if hasattr(module, "gate_proj"):
@@ -350,7 +350,7 @@ def install(decoder: nn.Module, dtype: torch.dtype, recompute_mlp: bool) -> None
 
 
 def install_lora(decoder: nn.Module) -> None:
-    """Replace the forward of the adapted layers that have their own one still: of all, or those that an adapter added."""
+    """Replace the forward pass of the adapted layers that still have their own: all, or those that an adapter added."""
     layers: list[Any] = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         if "forward" not in vars(layer) and _is_linear(layer):
@@ -358,7 +358,7 @@ def install_lora(decoder: nn.Module) -> None:
 
 
 def _same(module: Any, forward: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype) -> bool:
-    """Whether a replacement computes what the module does, to rounding."""
+    """Return whether a replacement computes the same as the module, up to rounding."""
     device = next(module.parameters()).device
     x = torch.sin(torch.arange(3 * width, device=device)).reshape(1, 3, width).to(dtype)
     expected, got = module(x).float(), forward(x).float()

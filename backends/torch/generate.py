@@ -1,4 +1,4 @@
-"""Generation on torch: the batch and its left padding, and draws from exactly the model's own distribution."""
+"""Generation on torch: left-padded batches, and sampling from exactly the model's distribution."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def generate(
     """Continue the prompts in one batch of a transformers model; see `lite_dil.backends.protocol.Backend.generate`.
 
     Args:
-        share: compute a prompt that comes several times once.
+        share: compute a repeated prompt only once.
     """
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     rows = torch.LongTensor([place[tuple(prompt)] for prompt in prompts])
@@ -47,8 +47,8 @@ def generate(
             input_ids=ids[rows],
             attention_mask=mask[rows],
             max_new_tokens=max_new_tokens,
-            do_sample=False,  # `Draws` leaves one token to choose from
-            use_cache=True,  # an empty GenerationConfig need not say so
+            do_sample=False,  # `Draws` leaves only one token
+            use_cache=True,  # an empty GenerationConfig may not set it
             logits_processor=None if draws is None else [draws],
             stopping_criteria=[lambda rows, _: torch.full((len(rows),), stop(), device=device)],
             eos_token_id=list(end_ids),
@@ -59,7 +59,7 @@ def generate(
 
 
 def _prefill(base: Any, ids: Tensor, mask: Tensor) -> DynamicCache | None:
-    """Return the cache of all tokens but each row's last, or None where it does not hold all of the model's state by rows."""
+    """Return the cache of all tokens but each row's last, or None if it does not hold all of the model's state by rows."""
     if ids.shape[1] == 1 or "past_key_values" not in inspect.signature(base.forward).parameters:
         return None
     out = base.generate(
@@ -71,7 +71,7 @@ def _prefill(base: Any, ids: Tensor, mask: Tensor) -> DynamicCache | None:
         return_dict_in_generate=True,
     )
     cache = out.past_key_values
-    # Classes of the model's own may hold more than what `reorder_cache` knows of.
+    # A model's own cache classes may hold more than `reorder_cache` handles.
     if type(cache) is not DynamicCache or any(type(layer).__module__ != DynamicCache.__module__ for layer in cache.layers):
         return None
     # RecurrentGemma keeps its recurrent states in its modules and leaves these layers empty.
@@ -90,7 +90,7 @@ def stream(
 ) -> Iterator[int]:
     """Continue one prompt with a transformers model; see `lite_dil.backends.protocol.Backend.stream`.
 
-    One forward a token, all of it inside one `next`.
+    Each token is one forward pass, inside one `next`.
     """
     draws = _draws(None if seed is None else [seed], sampling)
     past, new, cache = list(prompt), list(prompt), None
@@ -102,47 +102,47 @@ def stream(
         if token in end_ids:
             return
         past.append(token)
-        new = past if cache is None else [token]  # a model of another kind of state computes all of it again
+        new = past if cache is None else [token]  # a model with another kind of state recomputes everything
 
 
 @torch.no_grad()
 def _forward(base: Any, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Return the logits behind the last of `ids`, (1, vocabulary) float32, and the cache, of the kind that the model makes."""
+    """Return the logits after the last of `ids`, (1, vocabulary) float32, and the model's own cache."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     out = base(input_ids=ids, past_key_values=cache, use_cache=True, **last)
     return out.logits[:, -1].float(), getattr(out, "past_key_values", None)
 
 
 def _draws(seeds: Sequence[int] | None, sampling: Sampling) -> Draws | None:
-    """Return what draws the tokens of each row, or None where the likeliest is taken."""
+    """Return the sampler of each row's tokens, or None for greedy decoding."""
     return None if seeds is None or sampling.temperature == 0 else Draws(seeds, sampling)
 
 
 class Draws(LogitsProcessor):
-    """Draws each row's next token from its logits, by one number of the row's own a token.
+    """Samples each row's next token from its logits, with one of the row's own random numbers per token.
 
-    The numbers come from numpy: torch's random state, which dropout draws from, is not touched.
+    The numbers come from numpy, so torch's random state, which dropout uses, does not change.
     """
 
     def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
         self.rows, self.sampling = [np.random.default_rng(seed) for seed in seeds], sampling
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return `scores`, (rows, vocabulary), as 0 for the token drawn and minus infinity for all others."""
+        """Return `scores`, (rows, vocabulary), as 0 for the sampled token and minus infinity for all others."""
         numbers = torch.tensor([[row.random()] for row in self.rows], dtype=torch.float64)
         token = pick(scores, numbers.to(scores.device), self.sampling)
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
 
 
 def pick(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
-    """Return the token of each row, (rows, 1), at which the sum of the probabilities passes its number from [0, 1).
+    """Return each row's token, (rows, 1), at which the cumulative probability passes its number from [0, 1).
 
-    In float64: float32 would make one step of several of a large vocabulary's rare tokens, all but one never drawn.
+    In float64: float32 would merge several rare tokens of a large vocabulary, all but one of which would never be sampled.
     """
     shares = (logits.double() / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         ordered, order = shares.sort(dim=-1, descending=True, stable=True)
-        kept = ordered.cumsum(-1) - ordered < sampling.top_p  # what comes before a token does not reach it yet
+        kept = ordered.cumsum(-1) - ordered < sampling.top_p  # the tokens before it do not reach top_p yet
         shares = torch.zeros_like(shares).scatter(-1, order, ordered * kept)
     sums = shares.cumsum(-1)
     return torch.searchsorted(sums, numbers * sums[:, -1:], right=True).clamp_max(logits.shape[-1] - 1)
@@ -150,9 +150,9 @@ def pick(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
 
 @contextmanager
 def _plain_settings(base: Any) -> Iterator[None]:
-    """Keep out what the checkpoint's generation_config.json sets: a repetition penalty, say, would bend greedy search too.
+    """Ignore the checkpoint's generation_config.json: a repetition penalty, for example, would change greedy decoding too.
 
-    An argument of `generate` only overrules the settings that it names.
+    An argument of `generate` only overrides the settings that it names.
     """
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:

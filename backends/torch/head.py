@@ -1,4 +1,4 @@
-"""Log-probs of chosen tokens from hidden states, in chunks, so that [tokens, vocabulary] is never held whole."""
+"""Log-probs of given tokens from hidden states, in chunks, so that (tokens, vocabulary) is never held whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class QuantizedHead(nn.Module):
     """A frozen output head in 8 or 4 bits (bitsandbytes' blockwise types), unpacked `HEAD_TILE` tokens at a time.
 
     Args:
-        head: the layer that this stands for; its weight may be on another device, and goes to this one tile by tile.
+        head: the layer to replace; its weight may be on another device, and is moved to this one tile by tile.
     """
 
     def __init__(self, head: Any, bits: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -34,29 +34,29 @@ class QuantizedHead(nn.Module):
         self.packed = [quantize(part.to(device).float().contiguous(), **settings) for part in rows]
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Return the weight (vocabulary, width) piece by piece, each with the tokens it is for."""
+        """Yield the weight (vocabulary, width) piece by piece, each with its slice of tokens."""
         for number, (data, state) in enumerate(self.packed):
             start = number * HEAD_TILE
             yield slice(start, min(start + HEAD_TILE, self.vocabulary)), self.unpack(data, state).to(self.dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the logits, as the layer that this stands for."""
+        """Return the logits, as the replaced layer does."""
         logits = torch.cat([F.linear(hidden, weight) for _, weight in self.tiles()], -1)
         return logits if self.bias is None else logits + self.bias
 
 
 def _tiles(head: Any) -> Iterator[tuple[slice, Tensor]]:
-    """Return the weight in pieces, each with the tokens it is for: one piece where it is not quantised."""
+    """Yield the weight in pieces, each with its slice of tokens; one piece if it is not quantised."""
     return head.tiles() if isinstance(head, QuantizedHead) else iter([(slice(0, len(head.weight)), head.weight)])
 
 
 def vocabulary(head: Any) -> int:
-    """Return how many tokens the head knows."""
+    """Return the head's vocabulary size."""
     return head.vocabulary if isinstance(head, QuantizedHead) else len(head.weight)
 
 
 def _sizes(hidden: Tensor, head: Any) -> tuple[int, int]:
-    """Return how many hidden states meet a piece of the weight at once, and how many go by each time it is unpacked."""
+    """Return how many hidden states are multiplied by a piece of the weight at once, and how many per unpacking."""
     quantized = isinstance(head, QuantizedHead)
     tile = min(vocabulary(head), HEAD_TILE) if quantized else vocabulary(head)
     chunk = chunk_tokens(tile, TORCH_CHUNK[hidden.device.type])
@@ -64,25 +64,25 @@ def _sizes(hidden: Tensor, head: Any) -> tuple[int, int]:
 
 
 class _Softmax:
-    """What is known of some tokens' log-probs after a part of the vocabulary, as in the online softmax of FlashAttention.
+    """Running log-probs of some tokens over parts of the vocabulary, as in FlashAttention's online softmax.
 
     Args:
         hidden: (tokens, width).
         targets: (tokens, 1).
-        grads: where d logp / d hidden goes, (tokens, width), or None. Holds the targets' rows of the weight until `finish`.
+        grads: output for d logp / d hidden, (tokens, width), or None. Holds the targets' rows of the weight until `finish`.
     """
 
     def __init__(self, hidden: Tensor, targets: Tensor, transform: LogitTransform, grads: Tensor | None) -> None:
         self.hidden, self.targets, self.transform, self.grads = hidden, targets, transform, grads
         column = torch.zeros_like(targets, dtype=torch.float32)
-        # The largest logit so far and the target's; the sum of e^(logit - top); the slope of the cap at the target.
+        # The largest logit so far and the target's; the sum of e^(logit - top); the cap's slope at the target.
         self.top, self.chosen = torch.full_like(column, torch.finfo(torch.float32).min), column
         self.mass, self.own = torch.zeros_like(column), torch.ones_like(column)
         # The sum of the weight's rows times e^(logit - top) and the slope.
         self.sums = None if grads is None else torch.zeros_like(hidden, dtype=torch.float32)
 
     def add(self, part: slice, first: int, weight: Tensor, bias: Tensor | None) -> None:
-        """Take in the tokens of the vocabulary from `first` on, those of `weight`, for these hidden states."""
+        """Add the part of the vocabulary in `weight`, which starts at token `first`, for these hidden states."""
         logits = F.linear(self.hidden[part], weight, bias).float()
         slope = None
         if self.transform.scale != 1.0:
@@ -133,7 +133,7 @@ class _TokenLogps(torch.autograd.Function):
             for rows, weight in _tiles(head):
                 for part in parts:
                     softmax.add(part, rows.start, weight, None if bias is None else bias[rows])
-                del weight  # or it would live until the next one is unpacked
+                del weight  # else it would live until the next one is unpacked
             for part in parts:
                 softmax.finish(part, logps[block])
         if grads is not None:
@@ -147,11 +147,11 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def token_logps(hidden: Tensor, head: Any, targets: Tensor, transform: LogitTransform) -> Tensor:
-    """Return log p(target | hidden state) in nats, float32.
+    """Return log p(target | hidden state) in nats, (tokens,) float32.
 
     Args:
         hidden: (tokens, width), after the model's last norm.
-        head: the frozen output layer, weight (vocabulary, width) and perhaps a bias, or a `QuantizedHead`.
+        head: the frozen output layer, with weight (vocabulary, width) and optional bias, or a `QuantizedHead`.
         targets: (tokens,) int64.
         transform: what the model does to its logits afterwards.
     """

@@ -1,4 +1,4 @@
-"""What is done to a decoder's layers from outside: computing again, offloading, and leaving out what nobody reads."""
+"""Changes to a decoder's layers: checkpointing, offloading, and skipping positions that are not read."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lite_dil.base.errors import UserError
 
 
 class _Again(torch.autograd.Function):
-    """Runs a function without keeping anything but its input, and runs it again, with gradients, in the backward pass.
+    """Runs a function keeping only its input, and runs it again, with gradients, in the backward pass.
 
-    Gradients of parameters go straight to their ``.grad``. Unlike torch's own checkpoint the input can be offloaded, and the
-    packed row that the function ran in is there again, as is the adapter that was on.
+    Gradients of parameters go directly to their ``.grad``. Unlike torch's own checkpoint, the input can be offloaded, and the
+    packed row and the active adapter of the forward pass are restored.
     """
 
     @staticmethod
@@ -47,7 +47,7 @@ class _Again(torch.autograd.Function):
         devices = [x.device] if x.is_cuda else []
         computing, using = packed_attention.computing(ctx.config, ctx.row), ctx.switch.using(ctx.adapter)
         with torch.random.fork_rng(devices), computing, using, torch.enable_grad():
-            host, device = ctx.random  # the same dropout again
+            host, device = ctx.random  # for the same dropout
             torch.set_rng_state(host)
             if device is not None:
                 torch.cuda.set_rng_state(device)
@@ -63,7 +63,7 @@ def checkpoint(module: Any, config: Any, switch: Switch, store: ActivationOffloa
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(x, *args, **kwargs)
-        rest: list[Any] | None = None  # older models return a tuple, of which the decoder goes on with the first alone
+        rest: list[Any] | None = None  # older models return a tuple, of which the decoder uses only the first
 
         def run(x: Tensor) -> Tensor:
             nonlocal rest
@@ -73,10 +73,10 @@ def checkpoint(module: Any, config: Any, switch: Switch, store: ActivationOffloa
             return out
 
         if any(isinstance(other, Tensor) and other.requires_grad for other in (*args, *kwargs.values())):
-            # Only the first argument's gradient would come back.
+            # Only the first argument's gradient would be returned.
             raise UserError(f"--gradient-checkpointing: {type(module).__name__} takes more than one input with a gradient")
-        # The first layer's input comes from a frozen table. What needs no gradient would have no backward pass; an empty
-        # tensor that does stands in: as a leaf of the graph, the input would stay on the GPU until the end, offloaded or not.
+        # The first layer's input comes from a frozen table and needs no gradient, so there would be no backward pass. An empty
+        # tensor that needs one stands in: as a leaf of the graph, the input would stay on the GPU, offloaded or not.
         anchor = None if x.requires_grad else torch.empty(0, device=x.device, requires_grad=True)
         out = _Again.apply(x, anchor, run, config, switch, store)
         return out if rest is None else (out, *rest)
@@ -85,16 +85,16 @@ def checkpoint(module: Any, config: Any, switch: Switch, store: ActivationOffloa
 
 
 def layers_of(decoder: nn.Module) -> nn.ModuleList | None:
-    """Return the decoder's layers, which transformers keeps in a list of its own."""
+    """Return the decoder's layers, which transformers keeps in a list."""
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child)]
     same = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
     return same[0] if len(same) == 1 else None
 
 
 def skip_unread(decoder: Any, last_layer: Any) -> None:
-    """Where a row is packed, compute the last layer's MLP and the last norm only for positions that are read.
+    """In packed rows, compute the last layer's MLP and the last norm only for positions that are read.
 
-    The MLP's rows that nobody reads become 0; the decoder then returns (1, n, width), the hidden states that the row asks for.
+    The MLP's unread rows become 0, and the decoder returns (1, n, width), the hidden states of the row's `index`.
     """
     mlp: Any = getattr(last_layer, "mlp", None)
     if isinstance(mlp, nn.Module):
@@ -118,7 +118,7 @@ def skip_unread(decoder: Any, last_layer: Any) -> None:
 
 
 def offload_embeddings(embedding: Any, device: torch.device) -> None:
-    """Look up in a table that is in the computer's memory; only the rows that are looked up go to the device."""
+    """Keep the embedding table in the computer's memory; only the rows looked up go to the device."""
     forward = embedding.forward
 
     def call(ids: Tensor) -> Tensor:

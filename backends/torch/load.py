@@ -1,4 +1,4 @@
-"""Loading for the torch backend: a base model of transformers, its adapter's places, its optimiser."""
+"""Loading for the torch backend: a transformers base model, the layers for its adapter, its optimiser."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lite_dil.models.options import ModelOptions
 def load_model(
     model: str, dtype: torch.dtype, device: torch.device, options: ModelOptions, training: EngineOptions | None
 ) -> Any:
-    """Load a frozen model by itself or through unsloth, as the options say; errors as of `load_base`."""
+    """Load a frozen model directly or through unsloth, by the options. Raises as `load_base` does."""
     if training is not None and training.unsloth:
         return torch_unsloth.load(model, dtype, device, options.load_in_4bit, training.max_length)
     offload = training is not None and training.offload_embeddings
@@ -41,12 +41,12 @@ def load_base(
     """Load a frozen model without dropout.
 
     Args:
-        table_on_host: leave the embedding table in the computer's memory, and with it a head that is the same weight.
-        head_on_host: leave the output head there, unless it is a table that is not.
+        table_on_host: leave the embedding table in the computer's memory, and with it a head that shares its weight.
+        head_on_host: leave the output head there, unless it shares the weight of a table that is not.
 
     Raises:
         UserError: it cannot be loaded, with the reason.
-        RuntimeError, MemoryError: memory ran out, as `ran_out` says.
+        RuntimeError, MemoryError: memory ran out; see `ran_out`.
     """
     quantization = None
     if in_4bit:
@@ -58,7 +58,7 @@ def load_base(
         )
     try:
         config = _without_dropout(AutoConfig.from_pretrained(model))
-        # transformers 5.17 computes Gemma 2 by SDPA, which leaves out the soft cap on its attention scores.
+        # transformers 5.17 computes Gemma 2 by SDPA, which ignores the soft cap on its attention scores.
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         places = device_map(config, device, table_on_host, head_on_host)
         with conversion_report():
@@ -79,7 +79,7 @@ def load_base(
     if len(places) > 1:
         from accelerate.hooks import remove_hook_from_submodules
 
-        # transformers has accelerate move inputs to where each weight is, between layers too. Here the callers do.
+        # transformers lets accelerate move inputs to each weight's device, also between layers. Here the callers do.
         remove_hook_from_submodules(base)
         del base.hf_device_map
     if absent := sorted(report["missing_keys"]) or sorted(map(str, report["mismatched_keys"])):
@@ -94,17 +94,17 @@ def load_base(
 
 def _check_head(head: Any, what: str) -> None:
     """Raise UserError for an output head without a matrix in numbers of 16 bits or more."""
-    weight: Any = getattr(head, "weight", None)  # some formats have none
+    weight: Any = getattr(head, "weight", None)  # some formats have no weight
     packed = weight is None or weight.element_size() < 2
     if packed or (isinstance(head, torch.nn.Linear) and weight.shape != (head.out_features, head.in_features)):
         raise UserError(
-            f"{what} is packed in its checkpoint, where this backend needs 16 bits; take a checkpoint that leaves the head as "
-            "it is, or one in 16 bits with --4bit"
+            f"{what} is packed in its checkpoint, but this backend needs 16 bits; use a checkpoint with an unpacked head, "
+            "or one in 16 bits with --4bit"
         )
 
 
 def _without_dropout(config: Any) -> Any:
-    """Return the config without the model's own dropout, which would make the log-ratio noisy, and not 0 at the start."""
+    """Return the config without the model's own dropout, which would make the log-ratio noisy and not 0 at the start."""
     for part in (config, config.get_text_config()):
         for name, value in list(vars(part).items()):
             if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
@@ -113,12 +113,12 @@ def _without_dropout(config: Any) -> Any:
 
 
 def _set_up_4bit(base: Any, dtype: torch.dtype) -> None:
-    """Make every packed layer, and what is not packed, compute in `dtype`, and keep weights as training needs them."""
+    """Make all layers, packed or not, compute in `dtype`, and keep weights as training needs them."""
     import bitsandbytes
 
-    # transformers leaves a checkpoint that was packed before in its own type, bfloat16 often, which a T4 does not have.
+    # transformers leaves an already packed checkpoint in its own type, often bfloat16, which a T4 does not have.
     for parameter in base.parameters():
-        packed = isinstance(parameter, bitsandbytes.nn.Params4bit)  # whose bytes may be called bfloat16 too
+        packed = isinstance(parameter, bitsandbytes.nn.Params4bit)  # its bytes may be labelled bfloat16 too
         if parameter.dtype in (torch.bfloat16, torch.float16) and not packed:
             parameter.data = parameter.data.to(dtype)
     for module in base.modules():
@@ -128,15 +128,15 @@ def _set_up_4bit(base: Any, dtype: torch.dtype) -> None:
             module.support_avx512bf16_for_cpu = False
             module.compute_dtype, module.compute_type_is_set = dtype, True
             weight: Any = module.weight
-            weight.quant_state.dtype = dtype  # what it is unpacked to
+            weight.quant_state.dtype = dtype  # the type it is unpacked to
 
 
 def device_map(config: Any, device: torch.device, table: bool, head: bool) -> dict[str, torch.device]:
-    """Return where each part of a model goes: all to the device, or table and head to the computer's memory; see `load_base`.
+    """Return the device of each part of a model: all on `device`, or table and head in the computer's memory; see `load_base`.
 
-    Every module with weights is named: what is not would stay on the CPU, and accelerate moves all that is below a name.
+    It names every module with weights: others would stay on the CPU, and accelerate moves everything below a name.
     """
-    # An object, and not "cpu": bitsandbytes refuses a model with parts on "cpu", and accelerate fetches those for each call.
+    # An object, not "cpu": bitsandbytes refuses a model with parts on "cpu", and accelerate would fetch those for each call.
     host = torch.device("cpu")
     if device == host or not (table or head):
         return {"": device}
@@ -160,7 +160,7 @@ def device_map(config: Any, device: torch.device, table: bool, head: bool) -> di
 
 
 def linear_layers(base: Any) -> dict[str, tuple[int, int]]:
-    """Return the (out, in) shape of each linear layer of the decoder, by its name in the model."""
+    """Return the (out, in) shape of each linear layer of the decoder, by name in the model."""
     decoder = {id(module) for module in base.get_decoder().modules()} - {id(base.get_output_embeddings())}
     return {
         name: (module.out_features, module.in_features)
@@ -170,14 +170,14 @@ def linear_layers(base: Any) -> dict[str, tuple[int, int]]:
 
 
 def target_names(base: Any, wanted: set[str]) -> list[str]:
-    """Return the shortest names by which PEFT finds exactly the wanted layers: last parts where they suffice."""
+    """Return the shortest names by which PEFT finds exactly the wanted layers: last parts if they suffice."""
     suffixes = {name.rpartition(".")[2] for name in wanted}
     matched = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in suffixes}
     return sorted(suffixes if matched == wanted else wanted)
 
 
 def set_weights(model: Any, name: str, adapter: adapters.Adapter) -> None:
-    """Give the adapter `name` of a PEFT model these weights."""
+    """Set the weights of the adapter `name` of a PEFT model."""
     modules = dict(model.get_base_model().named_modules())
     with torch.no_grad():
         for layer, (a, b) in adapter.weights.items():
@@ -186,30 +186,30 @@ def set_weights(model: Any, name: str, adapter: adapters.Adapter) -> None:
 
 
 def need_bitsandbytes() -> None:
-    """Raise UserError where bitsandbytes is not installed."""
+    """Raise UserError if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--4bit, --head-bits and --optim paged_adamw_8bit need bitsandbytes: pip install bitsandbytes")
 
 
 def make_optimizer(parameters: list[Tensor], config: EngineOptions, in_4bit: bool, device: str) -> torch.optim.Optimizer:
-    """Return AdamW as --optim says."""
+    """Return the AdamW of --optim."""
     name = config.optim
     if name == "auto":
         name = "paged_adamw_8bit" if in_4bit else "adamw"
     if name == "adamw":
-        # Fused, because it needs no memory of its own: the others make temporaries between the changes to their state.
+        # Fused, because it needs no extra memory: the others make temporaries during an update.
         return torch.optim.AdamW(parameters, weight_decay=config.weight_decay, fused=True)
     import bitsandbytes
 
-    # On a CPU there is nothing to page from, and the paged class warns.
+    # A CPU has nothing to page from, and the paged class warns.
     kind = bitsandbytes.optim.PagedAdamW8bit if device == "cuda" else bitsandbytes.optim.AdamW8bit
     return kind(parameters, weight_decay=config.weight_decay)
 
 
 def create_states(optimizer: Any) -> None:
-    """Create the state of each parameter that has none yet.
+    """Create the optimiser state of each parameter that has none yet.
 
-    The optimisers would do it in their first update: bitsandbytes' between the updates of others, where memory may run out.
+    The optimisers would do so in their first update, and bitsandbytes' between parameter updates, where memory may run out.
     """
     for g, group in enumerate(optimizer.param_groups):
         for i, parameter in enumerate(group["params"]):
@@ -226,9 +226,9 @@ def create_states(optimizer: Any) -> None:
 
 
 def load_states(optimizer: Any, saved: Any) -> None:
-    """Take the state that an optimiser's `state_dict` returned.
+    """Load the state that an optimiser's `state_dict` returned.
 
-    bitsandbytes' moves all of it to the GPU; what its paged optimisers had in paged memory goes back there.
+    bitsandbytes moves all of it to the GPU; the state of its paged optimisers is moved back to paged memory.
     """
     optimizer.load_state_dict(saved)
     if not getattr(optimizer, "is_paged", False):

@@ -1,4 +1,4 @@
-"""PEFT's LoRA on a model of transformers, and the switch between the adapters."""
+"""PEFT's LoRA on a transformers model, and the switch between adapters."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ PEFT_POLICY, PEFT_REFERENCE = "default", "reference"
 def peft_name(name: str) -> str:
     """Return an adapter's name inside PEFT.
 
-    The caller's names are marked: PEFT looks for them in the names of weights, where one like "mlp" would find much else.
+    Names get a prefix: PEFT searches for them in the names of weights, where one like "mlp" would match much else.
     """
     return {POLICY: PEFT_POLICY, REFERENCE: PEFT_REFERENCE}.get(name, f"added_{name}")
 
 
 class Switch:
-    """Which adapter all the adapted layers of a model compute with, and how strong the policy is.
+    """Selects the active adapter of all adapted layers of a model, and the policy's strength.
 
     Attributes:
-        names: the adapters by their names, each with its name inside PEFT; None is the bare base.
-        on: the name of the one that is on.
+        names: each adapter's name inside PEFT, by its own name; None is the bare base.
+        on: the name of the active adapter.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Switch:
         self.on, self.strength, self.scale = POLICY, 1.0, 1.0
 
     def add(self, model: Any, name: str) -> None:
-        """Take over an adapter that was put on the model; the one that is on stays on."""
+        """Register an adapter that is on the model; the active one stays active."""
         self.layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self.names[name] = peft_name(name)
         if name == POLICY:
@@ -48,7 +48,7 @@ class Switch:
         self._set(self.on)
 
     def using(self, name: str) -> AbstractContextManager[None]:
-        """Compute as adapter `name` inside the block, and as before after it. Raises KeyError for an unknown name."""
+        """Activate adapter `name` inside the block, and the previous one after it. Raises KeyError for an unknown name."""
         if name not in self.names:
             raise KeyError(name)
         return self._using(name)
@@ -65,7 +65,7 @@ class Switch:
                 self._set(before)
 
     def set_strength(self, value: float) -> None:
-        """Multiply the policy's adapter."""
+        """Set the factor on the policy's adapter."""
         self.strength = value
         for layer in self.layers:
             if PEFT_POLICY in layer.scaling:
@@ -73,7 +73,7 @@ class Switch:
         self._set(self.on)
 
     def _set(self, name: str) -> None:
-        # PEFT's own disable_adapter() also rewrites requires_grad and costs 31 ms over 210 layers; this is what it flips.
+        # PEFT's own disable_adapter() also rewrites requires_grad and costs 31 ms over 210 layers; this sets only the switch.
         self.on = name
         inside = self.names[name]
         # A strength of 0 is switched off, not multiplied: 0 * inf would be NaN.
@@ -85,11 +85,11 @@ class Switch:
 
 
 def add_lora(model: Any, name: str, adapter: adapters.Adapter, dropout: float) -> PeftModel:
-    """Put an adapter on the base, or beside those that are there."""
+    """Add an adapter to the base, next to any that are there."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = LoraConfig(**_settings(base, adapter), lora_dropout=dropout, inference_mode=name == REFERENCE)
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5 for an attribute by its old name.
+        # PEFT 0.21 uses an attribute's old name in transformers 5.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         if isinstance(model, PeftModel):
             model.add_adapter(peft_name(name), config)
@@ -100,7 +100,7 @@ def add_lora(model: Any, name: str, adapter: adapters.Adapter, dropout: float) -
 
 
 def add_unsloth_lora(base: Any, adapter: adapters.Adapter, dropout: float, checkpointing: str, seed: int) -> Any:
-    """Put the policy's adapter on a base of unsloth's, whose layers compute again for the backward pass by themselves.
+    """Add the policy's adapter to a base loaded by unsloth, whose layers do their own gradient checkpointing.
 
     Args:
         checkpointing: "off" or "full".

@@ -1,4 +1,4 @@
-"""The memory of the GPU that torch sees."""
+"""Memory of the GPU that torch sees."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lite_dil.base.start import ALLOCATOR, EXPANDABLE, allocator_is_set
 
 
 def cuda_memory() -> Memory | None:
-    """Return what is free of the GPU's memory, or None where torch sees none."""
+    """Return the GPU's free memory, or None if torch sees no GPU."""
     if not torch.cuda.is_available():
         return None
-    free, total = torch.cuda.mem_get_info()  # CUDA's own share is taken already
+    free, total = torch.cuda.mem_get_info()  # without CUDA's own share
     return Memory(free, f"{torch.cuda.get_device_name()}, {free / GIB:.1f} of {total / GIB:.1f} GB free")
 
 
 def expand_segments() -> str:
-    """Let segments of the GPU's memory grow where `lite_dil.base.start.start` came too late: torch was imported already.
+    """Make segments of the GPU's memory expandable if torch was imported before `lite_dil.base.start.start`.
 
-    Returns a sentence for people where memory that is in use stays as it is, else nothing.
+    Returns a message if memory in use cannot be changed, else "".
     """
     if allocator_is_set() or not expandable_segments() or torch.version.cuda is None or not torch.cuda.is_available():
         return ""
-    # The first only forwards in later versions, with a warning that it will go.
+    # In later versions the first only forwards, with a deprecation warning.
     change = getattr(torch.cuda.memory, "_set_allocator_settings", None)
     change = change or getattr(torch._C, "_accelerator_setAllocatorSettings", None)
     reserved = torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
@@ -37,17 +37,17 @@ def expand_segments() -> str:
     if change is not None and not reserved:
         return ""
     return (
-        f"{reserved / GIB:.1f} GB of the GPU's memory were in use before, in segments that cannot grow: more is lost between "
+        f"{reserved / GIB:.1f} GB of the GPU's memory were already in use, in segments that cannot grow: more is lost between "
         f"tensors than --auto counts on; set {ALLOCATOR}={EXPANDABLE} before torch is imported"
     )
 
 
 def free() -> None:
-    """Give back what nobody holds, garbage in cycles too."""
+    """Free unused memory, including garbage in cycles."""
     out_of_memory.free(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def forget_peak() -> None:
-    """Let the peak be that from here on."""
+    """Reset the peak."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

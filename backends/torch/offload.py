@@ -1,4 +1,4 @@
-"""What full checkpointing keeps, in the computer's memory: --offload-activations."""
+"""--offload-activations: keep full checkpointing's activations in the computer's memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lite_dil.base.errors import first_line
 
 
 class Span(NamedTuple):
-    """Where an array lies in an `Arena`: its first byte, and what it is."""
+    """An array's place in an `Arena`: its first byte, shape, type and size."""
 
     start: int
     shape: torch.Size
@@ -33,17 +33,17 @@ def _chunk(pinned: bool) -> Tensor:
 
 
 class Arena:
-    """Arrays one after the other in chunks of the computer's memory, which grow in number and are used again.
+    """Consecutive arrays in chunks of the computer's memory, which grow in number and are reused.
 
-    Pinned memory is rounded up to a power of two for each allocation, an array of 313 MiB to 512; chunks are such a power
-    already, and an array may lie across several.
+    Each allocation of pinned memory is rounded up to a power of two, an array of 313 MiB to 512; chunks are such a power
+    already, and an array may span several.
     """
 
     def __init__(self, pinned: bool = True) -> None:
         self.pinned, self.chunks = pinned, list[Tensor]()
 
     def put(self, x: Tensor, start: int) -> Span:
-        """Copy `x` to the bytes from `start` on, asynchronously where the memory is pinned."""
+        """Copy `x` to the bytes from `start` on, asynchronously if the memory is pinned."""
         flat = x.contiguous().view(-1).view(torch.uint8)
         span = Span(start, x.shape, x.dtype, flat.numel())
         while len(self.chunks) * OFFLOAD_CHUNK < start + span.bytes:
@@ -53,13 +53,13 @@ class Arena:
         return span
 
     def get(self, span: Span, out: Tensor) -> None:
-        """Copy what was put to `out`, in the same way."""
+        """Copy a stored array to `out`, in the same way."""
         flat = out.view(-1).view(torch.uint8)
         for here, there in self._pieces(span):
             flat[there].copy_(here, non_blocking=True)
 
     def _pieces(self, span: Span) -> Iterator[tuple[Tensor, slice]]:
-        """Return the parts of the chunks that a span lies on, each with the array's own bytes that lie there."""
+        """Yield the parts of chunks that a span covers, each with its slice of the array's bytes."""
         done = 0
         while done < span.bytes:
             number, at = divmod(span.start + done, OFFLOAD_CHUNK)
@@ -69,38 +69,38 @@ class Arena:
 
 
 class ActivationOffload:
-    """Keeps activations in pinned memory, copied on a stream of their own while the GPU computes.
+    """Keeps activations in pinned memory, copied on a separate stream while the GPU computes.
 
-    What is put last is asked for first. All copies are on one stream, so that none overwrites what another still reads.
+    The last array in is the first out. All copies are on one stream, so that none overwrites what another still reads.
     """
 
     def __init__(self) -> None:
         self.stream, self.arena = torch.cuda.Stream(), Arena()
         self.kept: list[Span] = []
-        self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # arrays on their way to the computer's memory
+        self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # arrays being copied to the computer's memory
         self.fetched: dict[int, Tensor] = {}
 
     @property
     def chunks(self) -> int:
-        """Chunks of pinned memory."""
+        """The number of chunks of pinned memory."""
         return len(self.arena.chunks)
 
     def put(self, x: Tensor) -> int:
-        """Copy `x` to the computer's memory; return the number to ask for it by."""
+        """Copy `x` to the computer's memory; return the number to get it by."""
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         end = self.kept[-1].start + self.kept[-1].bytes if self.kept else 0
         with torch.cuda.stream(self.stream):
             self.kept.append(self.arena.put(x.detach(), end))
-        # Two arrays at most are still on the GPU: it waits for the copy before this one, whose array may then be overwritten.
-        # With `record_stream` they would stay for as long as Python runs ahead of the GPU.
+        # At most two arrays are still on the GPU: it waits for the previous copy, whose array may then be overwritten.
+        # With `record_stream` they would stay as long as Python runs ahead of the GPU.
         self.leaving.append((x.detach(), self.stream.record_event()))
         if len(self.leaving) > 1:
             current.wait_event(self.leaving.popleft()[1])
         return len(self.kept) - 1
 
     def get(self, number: int) -> Tensor:
-        """Return what was put last, back on the GPU, and start on the one put before it, which is asked for next."""
+        """Return the last array, back on the GPU, and start fetching the one before it, which comes next."""
         current = torch.cuda.current_stream()
         x = self.fetched.pop(number) if number in self.fetched else self._fetch(number)
         current.wait_stream(self.stream)
@@ -111,7 +111,7 @@ class ActivationOffload:
         return x
 
     def clear(self, chunks: int) -> None:
-        """Forget what was put and never asked for, and let go of all but the first `chunks` of the memory."""
+        """Forget arrays that were never fetched, and free all but the first `chunks` of the memory."""
         self.stream.synchronize()
         self.kept.clear()
         self.leaving.clear()
@@ -120,9 +120,9 @@ class ActivationOffload:
 
     def _fetch(self, number: int) -> Tensor:
         span = self.kept[number]
-        # Of the current stream's memory: a stream that allocates has blocks of its own, which no other can use.
+        # Allocated on the current stream: each stream that allocates has its own blocks, which no other can use.
         x = torch.empty(span.shape, dtype=span.dtype, device="cuda")
-        self.stream.wait_stream(torch.cuda.current_stream())  # which may still read what was there before
+        self.stream.wait_stream(torch.cuda.current_stream())  # which may still read the old content
         with torch.cuda.stream(self.stream):
             self.arena.get(span, x)
         return x

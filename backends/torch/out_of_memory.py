@@ -1,4 +1,4 @@
-"""What the torch backend does where memory runs out."""
+"""Handling of out-of-memory errors in the torch backend."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 from lite_dil.base.errors import OutOfMemory, UserError, first_line
 
 _T = TypeVar("_T")
-Random = tuple[Tensor, Tensor | None]  # the states of the host's generator and of the GPU's
+Random = tuple[Tensor, Tensor | None]  # states of the host's and the GPU's random generators
 
-ERRORS = (RuntimeError, MemoryError)  # the types of all errors that `ran_out` knows; other errors have them too
-# Not every one is a torch.OutOfMemoryError, and Inductor and transformers wrap what they meet.
+ERRORS = (RuntimeError, MemoryError)  # the types of all errors that `ran_out` recognises, and of others
+# Not all are torch.OutOfMemoryError, and Inductor and transformers wrap errors.
 _MESSAGES = (
     "CUDA out of memory",  # torch's allocator on the GPU
     "CUDA error: out of memory",  # pinned memory: an AcceleratorError, before torch 2.8 a RuntimeError
-    "CUDA driver error: out of memory",  # the driver's calls, for expandable segments and modules
-    "CUBLAS_STATUS_ALLOC_FAILED",  # a handle of cuBLAS, or its workspace
+    "CUDA driver error: out of memory",  # driver calls, for expandable segments and modules
+    "CUBLAS_STATUS_ALLOC_FAILED",  # a cuBLAS handle or its workspace
     "Triton Error [CUDA]: out of memory",  # loading or launching a kernel
     "memory: you tried to allocate",  # the CPU's allocator: "can't allocate", on Windows "not enough"
 )
@@ -33,10 +33,10 @@ class HostMemoryError(MemoryError):
 
 
 def ran_out(error: BaseException) -> bool:
-    """Return whether `error` says that memory ran out: the GPU's, pinned memory or the computer's.
+    """Return whether `error` means that memory ran out: on the GPU, pinned memory or the computer's.
 
-    After every other CUDA error, an illegal access for one, the process cannot go on. A kernel that asks for more shared
-    memory than the card has ("out of resource") does not run out of memory either.
+    After any other CUDA error, such as an illegal access, the process cannot continue. A kernel that needs more shared
+    memory than the card has ("out of resource") is not out of memory either.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -44,29 +44,29 @@ def ran_out(error: BaseException) -> bool:
 
 
 def _line(text: str) -> str:
-    """Return the first line that has a message of memory that ran out, of an error's text or of a report; "" for none."""
+    """Return the first out-of-memory line of an error's text or a report, "" if none."""
     return next((line.strip() for line in text.splitlines() if any(message in line for message in _MESSAGES)), "")
 
 
 def whole(work: str, device: torch.device, run: Callable[[], _T]) -> _T:
-    """Return what `run` returns; where memory ends in it, raise OutOfMemory with nothing of it held any more."""
+    """Return `run()`; if memory runs out in it, raise OutOfMemory after freeing everything it held."""
     try:
         return run()
     except ERRORS as error:
         if not ran_out(error):
             raise
         detail = first_line(error)
-    # Not in the except block: as this error's context, that one would keep its frames, and with them all activations.
+    # Outside the except block: as this error's context, the caught one would keep its frames and so all activations.
     free(device)
     raise OutOfMemory(work, detail)
 
 
 def helps(error: BaseException, device: torch.device, checkpointing: str, offloading: bool) -> list[str]:
-    """Return what helps a step that ran out of memory: of what it does not do already, what needs less of that memory.
+    """Return the options that reduce the memory that a step ran out of and that it does not use yet.
 
     Args:
-        checkpointing: its mode.
-        offloading: whether activations are offloaded.
+        checkpointing: the mode in use.
+        offloading: whether activations are offloaded already.
     """
     if isinstance(error, HostMemoryError):
         return ["a shorter --max-length", "--no-offload-activations", "more memory in the computer"]
@@ -76,10 +76,10 @@ def helps(error: BaseException, device: torch.device, checkpointing: str, offloa
 
 
 def loaded(model: str, device: torch.device, helps: Sequence[str], load: Callable[[], _T]) -> _T:
-    """Return what `load` returns; where memory ends in it, raise UserError with nothing of it held any more.
+    """Return `load()`; if memory runs out in it, raise UserError after freeing everything it held.
 
     Args:
-        helps: options with which loading takes less.
+        helps: options that make loading take less.
     """
     try:
         return load()
@@ -94,9 +94,9 @@ def loaded(model: str, device: torch.device, helps: Sequence[str], load: Callabl
 
 @contextmanager
 def conversion_report() -> Iterator[None]:
-    """Raise torch.OutOfMemoryError where transformers ran out of memory while it converted weights in the block.
+    """Raise torch.OutOfMemoryError if transformers runs out of memory while it converts weights in the block.
 
-    It logs pages of tracebacks, and then raises an error that only refers to them. They are kept off the terminal here.
+    It logs pages of tracebacks, then raises an error that only refers to them. This keeps them off the terminal.
     """
     logger, found = logging.getLogger("transformers.modeling_utils"), list[str]()
     level, shown = logger.level, logger.getEffectiveLevel()
@@ -121,22 +121,22 @@ def conversion_report() -> Iterator[None]:
 
 
 def free(device: torch.device) -> None:
-    """Give back what nobody holds, garbage in cycles and pinned memory too."""
+    """Free unused memory, including garbage in cycles and pinned memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        empty_pinned = getattr(torch._C, "_host_emptyCache", None)  # not in every version
+        empty_pinned = getattr(torch._C, "_host_emptyCache", None)  # not in all versions
         if empty_pinned is not None:
             empty_pinned()
 
 
 def random_state(device: torch.device) -> Random:
-    """Return the state of the generators that dropout draws from."""
+    """Return the state of the random generators that dropout uses."""
     return torch.get_rng_state(), torch.cuda.get_rng_state() if device.type == "cuda" else None
 
 
 def set_random_state(state: Random) -> None:
-    """Go back to what `random_state` returned."""
+    """Restore a state from `random_state`."""
     host, device = state
     torch.set_rng_state(host)
     if device is not None:

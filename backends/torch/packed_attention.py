@@ -1,7 +1,7 @@
-"""Attention over a packed row, for transformers' models: each prompt once, its responses after it, many pairs end to end.
+"""Attention over a packed row, for transformers' models: each prompt once, then its responses, many pairs end to end.
 
-On CUDA it is FlexAttention (`flex`). On a CPU it is a function of this file, which takes a block of queries at a time and
-leaves out the keys that no query of it can see: no mask is larger than such a block.
+On CUDA it is FlexAttention (`flex`). On a CPU it is a function in this file, which takes a block of queries at a time and
+skips the keys that none of them can see, so that no mask is larger than such a block.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from lite_dil.batching.layouts import Segment
 NAME = "lite_dil_packed"
 
 
-_active: list[PackedRow | None] = [None]  # a list, and not a context variable: CUDA's backward pass runs in another thread
+_active: list[PackedRow | None] = [None]  # a list, not a context variable: CUDA's backward pass runs in another thread
 
 
 def active() -> PackedRow | None:
-    """Return the row that is being computed, if any."""
+    """Return the row being computed, if any."""
     return _active[0]
 
 
 @contextmanager
 def computing(config: Any, row: PackedRow | None) -> Iterator[None]:
-    """Compute a row inside the block: the model of `config` attends as its segments say, and as ever after it."""
+    """Compute a row inside the block: the model of `config` attends by its segments, and normally after the block."""
     before, implementation = _active[0], config._attn_implementation
     _active[0] = row
     if row is not None:
@@ -56,7 +56,7 @@ def attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend over the active row, as a function of transformers' attention interface.
+    """Attend over the active row; a function for transformers' attention interface.
 
     Args:
         query: (1, heads, tokens, head width); key and value may have fewer heads.
@@ -67,7 +67,7 @@ def attention(
     row = active()
     assert row is not None and attention_mask is None
     if dropout or kwargs.get("s_aux") is not None or kwargs.get("is_causal") is False or key.shape[2] != query.shape[2]:
-        raise Unsupported("its attention has more than a scale, a soft cap and a window")
+        raise Unsupported("its attention uses more than a scale, a soft cap and a window")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window if sliding_window is not None and sliding_window < row.longest else None
     scores = Scores(scale, softcap or 0.0, window)
@@ -86,13 +86,13 @@ class Unit(NamedTuple):
     prompt: slice
 
     def keys(self, x: Tensor) -> Tensor:
-        """Take this unit's keys or values, (heads, n, width), from the row's."""
+        """Return this unit's keys or values, (heads, n, width), from the row's."""
         if self.rows.stop == self.prompt.stop:
             return x[:, self.prompt]
         return torch.cat((x[:, self.prompt], x[:, self.rows]), 1)
 
     def blocks(self, window: int | None) -> Iterator[tuple[slice, slice, int]]:
-        """Return the blocks of queries, which of `keys` each can see, and the place of its first query among them."""
+        """Yield blocks of queries, with the `keys` that each can see and the place of its first query among them."""
         response = self.rows.stop != self.prompt.stop
         first = (self.prompt.stop if response else self.rows.start) - self.prompt.start
         for start in range(self.rows.start, self.rows.stop, TORCH_QUERIES):
@@ -103,7 +103,7 @@ class Unit(NamedTuple):
 
 
 def units(segments: tuple[Segment, ...], last: bool) -> Iterator[Unit]:
-    """Return what a row consists of; `last` leaves out all queries of a prompt but its last token."""
+    """Yield the units of a row; `last` leaves out all queries of a prompt but its last token."""
     for segment in segments:
         at = segment.start + segment.prompt
         prompt = slice(segment.start, at)
@@ -114,7 +114,7 @@ def units(segments: tuple[Segment, ...], last: bool) -> Iterator[Unit]:
 
 
 def _scores(q: Tensor, keys: Tensor, seen: slice, place: int, of: Scores) -> Tensor:
-    """Return (heads, group, queries, keys) float32 scores, -inf where a key is not to be seen.
+    """Return (heads, group, queries, keys) float32 scores, -inf for a hidden key.
 
     Args:
         q: (heads, group, queries, width), already scaled; `keys` is (heads, width, all keys of the unit), both float32.
@@ -124,7 +124,7 @@ def _scores(q: Tensor, keys: Tensor, seen: slice, place: int, of: Scores) -> Ten
     if of.cap:
         scores.div_(of.cap).tanh_().mul_(of.cap)
     row = torch.arange(place, place + queries)[:, None]
-    if of.window is None:  # only the keys among the queries can come too late
+    if of.window is None:  # only keys among the queries can be too late
         scores[..., -queries:].masked_fill_(torch.arange(place, place + queries) > row, -torch.inf)
     else:
         key = torch.arange(seen.start, seen.stop)
@@ -138,7 +138,7 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: tuple[Segment, ...], of: Scores, last: bool) -> Tensor:
         heads, tokens = k.shape[1], q.shape[2]
-        # Laid out as what follows wants it, so that it is not copied there.
+        # In the memory order that the next operation needs, so that it is not copied.
         result = q.new_zeros(1, tokens, q.shape[1], v.shape[-1])
         out = result[0].unflatten(1, (heads, -1)).permute(1, 2, 0, 3)  # (key heads, group, tokens, width)
         grouped = q[0].unflatten(0, (heads, -1))
@@ -196,7 +196,7 @@ class _Blocks(torch.autograd.Function):
 
 
 def blockwise(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, scores: Scores, last: bool = False) -> Tensor:
-    """Attend over a row on the CPU, as `flex.attend` does on CUDA; `last` leaves out what nobody reads of the last layer.
+    """Attend over a row on the CPU, as `flex.attend` does on CUDA; `last` skips unread positions of the last layer.
 
     Args:
         q: (1, heads, tokens, head width); k and v may have fewer heads.
@@ -208,10 +208,10 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, scores: Scores, l
 
 
 def why_not(base: Any, max_length: int) -> str:
-    """Return why the model's architecture cannot be packed, or nothing where it can as far as its config tells."""
+    """Return why the model's architecture cannot be packed, or "" if its config shows no reason."""
     config = base.config.get_text_config()
     if not getattr(base, "_supports_attention_backend", False):
-        return f"{type(base).__name__} has an attention of its own"
+        return f"{type(base).__name__} has its own attention"
     if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         return f"it has layers of type {', '.join(sorted(other))}"
     if getattr(config, "use_bidirectional_attention", False):

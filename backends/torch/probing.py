@@ -1,4 +1,4 @@
-"""Trying a model on a few tokens before it is trained: what no config tells shows in its numbers."""
+"""Testing a model on a few tokens before training, which shows what no config tells."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ REPEATED = "plain layout, each prompt computed for each of its answers"
 
 
 def check_head(base: Any, reader: StateReader, logps: Logps, model: str, dtype_name: str) -> None:
-    """Compare with the model's own logits; an unknown architecture must not be trained wrongly.
+    """Compare with the model's own logits, so that an unknown architecture is not trained wrongly.
 
     Args:
-        logps: computes the log-probs of a batch's tokens through the reader.
+        logps: computes the log-probs of a batch's tokens with the reader.
     """
     batch = head_probe(vocabulary(reader.head))
     ids = np.concatenate([*batch.prompts, *batch.responses])
@@ -49,25 +49,25 @@ def choose_layout(
     dtype_name: str,
     say: Callable[[str], None],
 ) -> str:
-    """Take the packed layout where it is right for this model, which is computed and not assumed.
+    """Choose the packed layout if it is right for this model, which is tested, not assumed.
 
-    On CUDA its kernels are compiled here, which `say` is told before. Returns a sentence for people where auto could not take
-    it, else nothing.
+    On CUDA its kernels are compiled here, which `say` announces. Returns a message if auto could not choose
+    it, else "".
     """
     if training.unsloth:
-        return f"{REPEATED}: unsloth's kernels know no other"
+        return f"{REPEATED}: unsloth's kernels support no other"
     if training.layout == "plain":
         return ""
     reason = packed_attention.why_not(base, training.max_length) or _packed_differs(reader, logps, dtype_name, say)
     if not reason:
         reader.layout = "packed"
     elif training.layout == "packed":
-        raise UserError(f"--layout packed: not for {model}: {reason}; leave --layout out")
+        raise UserError(f"--layout packed: not for {model}: {reason}; leave out --layout")
     return f"{REPEATED}: {reason}" if reason else ""
 
 
 def _packed_differs(reader: StateReader, logps: Logps, dtype_name: str, say: Callable[[str], None]) -> str:
-    """Compare both layouts on a few tokens, log-probs and gradients."""
+    """Compare log-probs and gradients of both layouts on a few tokens; return how they differ, or ""."""
     if reader.last_layer < 0:
         return "its layers are unknown"
     batch = layout_probe(vocabulary(reader.head))
@@ -90,7 +90,7 @@ def _packed_differs(reader: StateReader, logps: Logps, dtype_name: str, say: Cal
 
 
 def _gradient(reader: StateReader, batch: Batch) -> Tensor:
-    """Return the gradient of all log-probs' sum, by every weight that can be trained, in one float32 array on the CPU."""
+    """Return the gradient of the sum of all log-probs by all trainable weights, as one float32 array on the CPU."""
     weights = [weight for weight in reader.decoder.parameters() if weight.requires_grad]
 
     def run() -> Tensor:

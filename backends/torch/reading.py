@@ -1,4 +1,4 @@
-"""Reading of a model what a loss wants: log-probs of the response tokens, their sums, or a head's scores."""
+"""Reading a loss's inputs from a model: log-probs of the response tokens, their sums, or a head's scores."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from lite_dil.objectives.loss import SUMS
 
 
 class StateReader:
-    """Lays batches out and reads hidden states of a decoder, as whichever adapter is on.
+    """Lays out batches and reads a decoder's hidden states with the active adapter.
 
     Args:
-        head: the output head, or what stands for it.
-        transform: what the model does to its logits afterwards.
+        head: the output head or its replacement.
+        transform: what the model applies to its logits.
 
     Attributes:
         layout: "plain" or "packed".
-        last_layer: the number of the last layer, whose unread positions a packed row leaves out; -1 where layers are unknown.
+        last_layer: the number of the last layer, whose unread positions a packed row skips; -1 if layers are unknown.
     """
 
     def __init__(self, decoder: Any, head: Any, transform: LogitTransform, device: torch.device) -> None:
@@ -37,12 +37,12 @@ class StateReader:
         self.layout, self.last_layer = "plain", -1
 
     def logps(self, batch: Batch, what: str) -> Tensor:
-        """Return summed log-probs, (responses,), or those of each response token, (tokens,)."""
+        """Return summed log-probs, (responses,), or one per response token, (tokens,)."""
         hidden, layout = self._states(batch, lambda layout: layout.hidden_index)
         logps = token_logps(hidden, self.head, self.tensor(layout.targets), self.transform)
         if what != SUMS:
             return logps
-        # A gather and a sum over rows, not index_add: the order of additions is fixed, so equal log-probs sum to equal bits.
+        # A gather and a sum over rows, not index_add, fix the order of additions: equal log-probs give bitwise equal sums.
         return (logps[self.tensor(layout.token_index)] * self.tensor(layout.token_mask)).sum(-1)
 
     def scores(self, batch: Batch, head: ScoreHead) -> Tensor:
@@ -58,7 +58,7 @@ class StateReader:
         return torch.from_numpy(array).to(self.device)
 
     def _states(self, batch: Batch, index: Callable[[Plain | Packed], np.ndarray]) -> tuple[Tensor, Layout]:
-        """Return the hidden states after the last norm that `index` names, (n, width), and the layout."""
+        """Return the hidden states after the last norm at `index`, (n, width), and the layout."""
         if self.layout == "plain":
             repeated = plain(batch)
             output = self.decoder(input_ids=self.tensor(repeated.input_ids), use_cache=False)
@@ -68,4 +68,4 @@ class StateReader:
         ids = self.tensor(in_row.input_ids)
         with packed_attention.computing(self.decoder.config, row):
             output = self.decoder(input_ids=ids, position_ids=row.position_ids, use_cache=False)
-        return output.last_hidden_state[0], in_row  # those that the row asks for
+        return output.last_hidden_state[0], in_row  # those of the row's index

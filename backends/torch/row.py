@@ -1,4 +1,4 @@
-"""A packed row while it is computed, and what attention does with its scores: shared by the CPU's attention and CUDA's."""
+"""The packed row being computed, and the attention scores' settings: shared by the CPU's attention and CUDA's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lite_dil.batching.layouts import Packed, Segment
 
 
 class Unsupported(Exception):
-    """A packed row cannot be computed: the model's attention is of another kind, or the machine lacks what it takes."""
+    """A packed row cannot be computed: the model's attention is of another kind, or the machine lacks a requirement."""
 
 
 class Scores(NamedTuple):
-    """What becomes of a query's product with a key: scaled, capped by ``cap * tanh(s / cap)``, and seen within a window."""
+    """How a query's product with a key is scaled, capped by ``cap * tanh(s / cap)``, and limited to a window."""
 
     scale: float
     cap: float
@@ -26,14 +26,14 @@ class Scores(NamedTuple):
 
 @dataclass
 class PackedRow:
-    """What the layers need to know of the row that is being computed.
+    """What the layers need to know about the row being computed.
 
     Attributes:
-        read: (n,) the positions whose output of the last layer is read: those of `index`, each once.
-        index: (n,) which of all the row's hidden states the decoder returns.
-        longest: tokens of its longest sequence.
-        last_layer: the number of the model's last layer, of whose prompts only the last token is read.
-        masks: FlexAttention's, by window.
+        read: (n,) the positions whose last-layer output is read: those of `index`, each once.
+        index: (n,) the positions of the hidden states that the decoder returns.
+        longest: the number of tokens of its longest sequence.
+        last_layer: the number of the model's last layer, in which only the last token of a prompt is read.
+        masks: FlexAttention's masks, by window.
     """
 
     segments: tuple[Segment, ...]
@@ -46,7 +46,7 @@ class PackedRow:
 
     @classmethod
     def of(cls, layout: Packed, device: torch.device, last_layer: int = -1, wanted: np.ndarray | None = None) -> PackedRow:
-        """Put a layout on the device; `wanted` are the hidden states that are read, by default those that predict."""
+        """Put a layout on the device; `wanted` are the hidden states to read, by default those that predict."""
         index = torch.from_numpy(layout.hidden_index if wanted is None else wanted)
         longest = max(segment.prompt + max(segment.responses, default=0) for segment in layout.segments)
         positions = torch.from_numpy(layout.position_ids).to(device)

@@ -1,4 +1,4 @@
-"""A head that maps hidden states to numbers: float32 whatever the model computes in, and zero at first."""
+"""A head that maps hidden states to numbers: always float32, and initially zero."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ScoreHead(nn.Module):
     """``W h + b`` for hidden states h; see `lite_dil.backends.types.Head`.
 
     Args:
-        width: of a hidden state.
+        width: the width of a hidden state.
     """
 
     def __init__(self, head: Head, width: int, device: torch.device) -> None:
@@ -34,17 +34,17 @@ class ScoreHead(nn.Module):
 
     @property
     def at_end(self) -> bool:
-        """Whether it reads the last token of each response alone."""
+        """Whether it reads only the last token of each response."""
         return self.spec.at == END
 
     def save(self, folder: Path) -> None:
-        """Write the weights, and a JSON file that says what they are."""
+        """Write the weights, and a JSON file that describes them."""
         save_file({name: value.detach().contiguous() for name, value in self.named_parameters()}, folder / HEAD_WEIGHTS)
         write_config(folder, self)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Take the weights that `save` wrote. Raises UserError where they cannot be read."""
+        """Load the weights that `save` wrote. Raises UserError if they cannot be read."""
         try:
             weights = load_file(folder / HEAD_WEIGHTS)
         except (OSError, SafetensorError) as error:

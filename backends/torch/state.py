@@ -1,11 +1,11 @@
-"""Adapters and the state of their training in files.
+"""Saving and loading adapters and the state of their training.
 
     FOLDER/adapters/NAME/adapter_config.json, adapter_model.safetensors    PEFT's format, float32
-                         head.json, head.safetensors                       where it has a head
-                         optimizer.pt                                      optimiser and loss scale, once there was a step
+                         head.json, head.safetensors                       if it has a head
+                         optimizer.pt                                      optimiser and loss scale, after the first step
     FOLDER/random.pt                                                       the state of the random generators
 
-Before there were several adapters all was in FOLDER/state.pt, which is still read.
+Older versions, with one adapter, wrote everything to FOLDER/state.pt, which is still read.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ OPTIMIZER, RANDOM, OLD = "optimizer.pt", "random.pt", "state.pt"
 def save_adapter(model: Any, adapter: Trainable, folder: Path) -> None:
     """Write an adapter of a PEFT model, and its head, into `folder`."""
     inside = peft_name(adapter.name)
-    # Without the last argument PEFT asks the hub whether the vocabulary was resized.
+    # Without the last argument, PEFT asks the hub whether the vocabulary was resized.
     model.save_pretrained(folder, selected_adapters=[inside], save_embedding_layers=False)
-    if (own := folder / inside).is_dir():  # PEFT's folder for any name but its default one
+    if (own := folder / inside).is_dir():  # PEFT's folder for any name but the default one
         for file in own.iterdir():
             move(file, folder / file.name)
         remove(own)
@@ -44,7 +44,7 @@ def save_adapter(model: Any, adapter: Trainable, folder: Path) -> None:
 
 
 def save(folder: Path, model: Any, adapters: Mapping[str, Trainable], random: Random) -> None:
-    """Write all that training goes on from."""
+    """Write everything needed to resume training."""
     for name, adapter in adapters.items():
         own = folder / ADAPTERS / name
         make_folder(own)
@@ -56,7 +56,7 @@ def save(folder: Path, model: Any, adapters: Mapping[str, Trainable], random: Ra
 
 
 def load(folder: Path, adapters: Mapping[str, Trainable]) -> Random:
-    """Take what `save` wrote; return the random state. Raises UserError where the adapters are others."""
+    """Load what `save` wrote; return the random state. Raises UserError if the adapters are different ones."""
     if (folder / OLD).is_file():
         return _load_old(folder, adapters)
     saved = {path.name for path in (folder / ADAPTERS).iterdir()}
@@ -110,5 +110,5 @@ def _save(state: dict[str, Any], path: Path) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    # On the CPU first: an optimiser itself moves what belongs on the device.
+    # To the CPU first: the optimiser moves what belongs on the device.
     return torch.load(path, map_location="cpu", weights_only=True)

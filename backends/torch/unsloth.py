@@ -1,7 +1,7 @@
-"""``--unsloth``: the torch backend's model loaded through unsloth, with its kernels; losses and log-probs stay ours.
+"""``--unsloth``: load the torch backend's model through unsloth, with its kernels; losses and log-probs stay ours.
 
-unsloth (parts of it AGPL) is used as a library and imported only when asked for: it rewrites TRL, and patches transformers and
-PEFT, which it must therefore precede. Nothing here imports them at the top.
+unsloth (parts of it AGPL) is used as a library and imported only on request: it rewrites TRL, and patches transformers and
+PEFT, so it must be imported before them. Nothing here imports them at the top.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from lite_dil.models.options import ModelOptions
 
 FIX = 'pip install "lite-dil[unsloth]"'
 PACKAGES = ("unsloth", "unsloth_zoo")
-# What it patches or computes with: another version of these breaks it. It asks for versions of much else besides.
+# What it patches or computes with: other versions of these break it. It also requires versions of much else.
 PATCHED = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "triton", "trl", "unsloth_zoo")
-# The architectures that unsloth has a forward of its own for, each tried against the plain path. It would compile others anew.
+# The architectures with unsloth's own forward pass, each tested against the plain path. It would compile others.
 KERNELS = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 
 
 class UnslothFailed(Exception):
-    """unsloth raised this, from code of its own or of what it calls: its many patches fail with errors of every kind."""
+    """unsloth raised an error, from its own code or what it calls: its many patches fail with errors of every kind."""
 
 
 def check(options: ModelOptions, training: EngineOptions, backend: str) -> None:
-    """Raise UserError where ``--unsloth`` does not go with the backend or with another option."""
+    """Raise UserError if ``--unsloth`` does not work with the backend or another option."""
     problems = []
     if backend != "cuda":
         problems.append(f"--unsloth is for the cuda backend; this run is on {backend}, leave it out")
@@ -55,7 +55,7 @@ def require() -> Any:
     """Import unsloth and return it.
 
     Raises:
-        UserError: it is not installed, the libraries around it are not of the versions it allows, transformers was imported
+        UserError: it is not installed, other libraries' versions are not those it allows, transformers was imported
             first, or it fails on this machine.
     """
     if "unsloth" in sys.modules:
@@ -63,13 +63,13 @@ def require() -> Any:
     if absent := [name for name in PACKAGES if _version(name) is None]:
         raise UserError(f"--unsloth: {' and '.join(absent)} not installed: {FIX}")
     if mismatches := _mismatches():
-        raise UserError(gather(mismatches, f"--unsloth: these versions do not go together: {FIX}", shown=20))
+        raise UserError(gather(mismatches, f"--unsloth: these versions do not work together: {FIX}", shown=20))
     if early := [name for name in ("transformers", "peft", "trl") if name in sys.modules]:
         raise UserError(
             f"--unsloth: {' and '.join(early)} already imported, and unsloth patches what is imported after it: "
             "import unsloth first (lite-dil train does)"
         )
-    # It writes compiled modules, by default into the folder one happens to be in, and counts its users by a download.
+    # It writes compiled modules, by default into the current folder, and counts its users by a download.
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled"))
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     try:
@@ -80,12 +80,12 @@ def require() -> Any:
 
 
 def load(model: str, dtype: Any, device: Any, in_4bit: bool, max_length: int) -> Any:
-    """Load a frozen model with unsloth's forward; its decoder returns the hidden states after the last norm.
+    """Load a frozen model with unsloth's forward pass; its decoder returns the hidden states after the last norm.
 
     Args:
         dtype: a torch.dtype.
         device: a torch.device.
-        max_length: longest row, in tokens; unsloth cuts longer ones off.
+        max_length: longest row, in tokens; unsloth truncates longer ones.
     """
     unsloth = require()
     from lite_dil.backends.torch.out_of_memory import ran_out
@@ -99,7 +99,7 @@ def load(model: str, dtype: Any, device: Any, in_4bit: bool, max_length: int) ->
                 dtype=dtype,
                 load_in_4bit=in_4bit,
                 device_map={"": device},
-                use_exact_model_name=True,  # else it takes a repository of its own with the same name and other weights
+                use_exact_model_name=True,  # else it uses its own repository of the same name with other weights
                 fix_tokenizer=False,
                 use_gradient_checkpointing=False,
             )
@@ -115,7 +115,7 @@ def load(model: str, dtype: Any, device: Any, in_4bit: bool, max_length: int) ->
 
 
 def adapt(base: Any, rank: int, alpha: float, targets: list[str], dropout: float, checkpointing: str, seed: int) -> Any:
-    """Put a LoRA adapter named "default" on the base and return the PEFT model; its first weights are the caller's to set.
+    """Add a LoRA adapter named "default" to the base and return the PEFT model; the caller sets its initial weights.
 
     Args:
         checkpointing: "off", or "full", which is unsloth's own, with activations kept in the computer's memory.
@@ -135,10 +135,10 @@ def adapt(base: Any, rank: int, alpha: float, targets: list[str], dropout: float
 
 @contextlib.contextmanager
 def generating(model: Any, longest: int) -> Iterator[None]:
-    """Switch to unsloth's forward for generation in the block, and back to the one for training after it.
+    """Use unsloth's forward pass for generation in the block, and the one for training after it.
 
     Args:
-        longest: of the prompts, in tokens.
+        longest: tokens of the longest prompt.
     """
     if longest > model.max_seq_length:
         raise UserError(f"--unsloth: a prompt has {longest} tokens, more than --max-length {model.max_seq_length}")
@@ -151,7 +151,7 @@ def generating(model: Any, longest: int) -> Iterator[None]:
 
 
 def check_model(model: str, max_length: int) -> None:
-    """Refuse what unsloth would compute differently from transformers."""
+    """Refuse models that unsloth would compute differently from transformers."""
     from transformers import AutoConfig
 
     try:
@@ -162,19 +162,21 @@ def check_model(model: str, max_length: int) -> None:
         raise UserError(f"--unsloth has kernels for {', '.join(KERNELS)}, not for {config.model_type}: {model}; leave it out")
     longest = config.max_position_embeddings
     if max_length > longest:  # it would stretch the rotary positions
-        raise UserError(f"--max-length {max_length}: with --unsloth at most what the model was made for, {longest}")
+        raise UserError(f"--max-length {max_length}: with --unsloth at most the model's own maximum, {longest}")
     window = getattr(config, "sliding_window", None)
-    # The window of a decoder that is called without its head is left out by unsloth.
+    # unsloth ignores the window of a decoder that is called without its head.
     if window and getattr(config, "use_sliding_window", True) and window < max_length:
-        raise UserError(f"--unsloth: {model} looks {window} tokens back; give --max-length {window} at most, or leave it out")
+        raise UserError(
+            f"--unsloth: {model} has a window of {window} tokens; give --max-length {window} or less, or leave out --unsloth"
+        )
     if getattr(config, "quantization_config", None) is None:  # packed weights cannot be put on the device "meta"
         _check_weights(model)
 
 
 def _check_weights(model: str) -> None:
-    """Raise UserError if the model's files lack a weight: unsloth says nothing, and random numbers take its place.
+    """Raise UserError if the model's files lack a weight: unsloth would silently use random numbers.
 
-    On the device "meta" only the names are read.
+    On the device "meta", only names are read.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -189,7 +191,7 @@ def _check_weights(model: str) -> None:
 
 
 def _mismatches() -> list[str]:
-    """Return a line for each library that unsloth patches whose version it does not allow."""
+    """Return a line for each library that unsloth patches and whose version it does not allow."""
     from packaging.requirements import Requirement
 
     problems: dict[str, None] = {}
@@ -216,7 +218,7 @@ def _version(package: str) -> str | None:
 
 @contextlib.contextmanager
 def _boundary() -> Iterator[None]:
-    """Raise UnslothFailed for what the library raises in the block; a mistake in the call itself stays what it is."""
+    """Raise UnslothFailed for errors from the library in the block; a mistake in the call itself is raised as it is."""
     try:
         with _quietly():
             yield
@@ -229,7 +231,7 @@ def _boundary() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep its banners and warnings off the terminal; errors come as exceptions."""
+    """Keep unsloth's banners and warnings off the terminal; errors are raised as exceptions."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

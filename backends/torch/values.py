@@ -1,4 +1,4 @@
-"""A function of arrays on torch, without a model."""
+"""Evaluating a function of arrays on torch, without a model."""
 
 from __future__ import annotations
 

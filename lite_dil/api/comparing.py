@@ -26,15 +26,15 @@ _WHERE = "dil.compare"
 
 @dataclass(frozen=True)
 class Compared:
-    """What a comparison came to.
+    """The result of a comparison.
 
     Attributes:
-        rows: a dict a loss, as table.json has them: "loss", "seeds", "diverged" (by seed, why), and "figures", by name their
+        rows: one dict per loss, as in table.json: "loss", "seeds", "diverged" (by seed, why), and "figures": by name the
             "mean" over seeds, its "std" over seeds and its standard "error" over held-out answers, each None where there is
-            none. Log-probs and log-ratios are in nats; docs/results.md says what each figure is.
+            none. Log-probs and log-ratios are in nats; docs/results.md defines each figure.
         verdict: the same in sentences.
         folder: holds the page, table.md, table.json, curves.json, figure2.png and the runs.
-        stopped: whether Ctrl-C ended it early, with what was done saved; rows and verdict are then empty.
+        stopped: whether Ctrl-C ended it early, after saving; rows and verdict are then empty.
     """
 
     rows: list[dict[str, Any]]
@@ -44,11 +44,11 @@ class Compared:
 
     @property
     def page(self) -> Path:
-        """One page with everything; it is there once the comparison has not been stopped."""
+        """The path of the page with everything, which exists unless the comparison was stopped."""
         return self.folder / PAGE
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows of it."""
+        """Return the HTML that a notebook shows."""
         said: dict[str, object] = {row["loss"]: line for row, line in zip(self.rows, self.verdict, strict=False)}
         return html.facts("Stopped, and saved" if self.stopped else "Compared", said | {"page": html.Link(self.page)})
 
@@ -70,20 +70,20 @@ def compare(
     """Train several losses from the same start on the same data, each with a fresh adapter on one base, and measure each.
 
     Args:
-        policy: one that no run has trained, which is left with a fresh adapter; or the name of a model, loaded for this.
-        data: what `lite_dil.read` returned, or anything that it takes.
-        losses: names of objectives (docs/losses.md), and losses of one's own.
-        seeds: each loss is trained with each; by default with the policy's alone.
+        policy: one that no run has trained, which is left with a fresh adapter; or the name of a model to load.
+        data: what `lite_dil.read` returned, or anything that it accepts.
+        losses: names of objectives (docs/losses.md), or your own losses.
+        seeds: each loss is trained with each seed; by default only with the policy's.
         eval_data: held-out data of the same form; without it the last tenth of the data is held out, 20 to 200 rows.
-        learning_rates: of single losses, by name; the others have learning_rate, or their own.
+        learning_rates: by loss; the others use learning_rate, or their own default.
         sample_prompts: held-out prompts that every trained model answers.
-        sample_tokens: tokens of such an answer at most.
-        output_dir: the comparison's folder; by default a new one under runs/. The same call goes on with one that was stopped.
-        display: shows messages and progress, as ``lite_dil.Terminal()``.
-        **options: others of ``lite-dil train --help``, for all losses; with the name of a model also how it is loaded.
+        sample_tokens: the maximum tokens of an answer.
+        output_dir: the comparison's folder; by default a new one under runs/. The same call continues a stopped comparison.
+        display: shows messages and progress, such as ``lite_dil.Terminal()``.
+        **options: others of ``lite-dil train --help``, for all losses; with the name of a model also those for loading it.
 
     Raises:
-        UserError: something that can be mended; runs that are finished are kept.
+        UserError: something you can fix; finished runs are kept.
         OutOfMemory: the device does not hold the smallest pass of a first step.
     """
     rows, eval_rows = as_data(data, eval_data, _WHERE)
@@ -113,7 +113,7 @@ def compare(
 
 
 def _of_policy(policy: Policy, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of all runs where the policy decides how its model is loaded."""
+    """Return the options of all runs of a given policy, which sets how its model is loaded."""
     loaded = decided(policy, _WHERE)
     check_names(options, loaded, _WHERE)
     if policy.trained:
@@ -122,7 +122,7 @@ def _of_policy(policy: Policy, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_model(model: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of all runs where they say how the model is loaded."""
+    """Return the options of all runs of a model that they load."""
     start(training=True)
     check_names(options, {}, _WHERE)
     return options | {"model": model}

@@ -18,7 +18,7 @@ from lite_dil.generation import policy
 from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models.options import MODEL_FIELDS
 
-# What is decided when a model is loaded, by the names of options.
+# The options that are fixed when a model is loaded.
 LOADED = tuple(field.name for field in fields(LoadOptions))
 _ENGINE = (*(field.name for field in fields(EngineOptions)), "head_bits")
 
@@ -44,20 +44,20 @@ def load(
     Args:
         model: a folder or Hugging Face hub id; by default the adapter's own, and without one the embedded 135M model.
         bits: 4 quantises the frozen weights; None leaves them as they are.
-        dtype: what the frozen model computes in: "bfloat16", "float16", "float32", or "auto", the default.
+        dtype: the frozen model's compute type: "bfloat16", "float16", "float32", or "auto", the default.
         backend: "cuda", "mlx", "cpu", or "auto", the default.
-        lora_r, lora_alpha, target_modules, lora_dropout: of a fresh adapter; by default rank 16, twice the rank, all linear
+        lora_r, lora_alpha, target_modules, lora_dropout: for a fresh adapter; by default rank 16, twice the rank, all linear
             layers of the decoder, no dropout.
-        seed: of the adapter's first weights; also of the order of the data and dropout in training.
+        seed: for the adapter's initial weights, and in training for the order of the data and dropout.
         adapter: a run's folder, one of its checkpoints, or a folder with an adapter in PEFT's or mlx-lm's format. The model is
-            then loaded as the run had it, where nothing else is given.
-        reference: what an `adapter` is compared with: "base" or "initial-adapter"; training asks for it.
-        trainable: False loads for inference, with nothing of what training needs.
-        **engine: how training computes, under the names of ``lite-dil train --help``: layout, gradient_checkpointing, optim,
+            then loaded as the run had it, unless other arguments are given.
+        reference: the reference of an `adapter`: "base" or "initial-adapter"; required for training.
+        trainable: False loads for inference only.
+        **engine: how training computes, named as in ``lite-dil train --help``: layout, gradient_checkpointing, optim,
             max_length, max_grad_norm, weight_decay, compile, head_bits, ...
 
     Raises:
-        UserError: something that is asked for does not go together, is not installed, or is not there.
+        UserError: arguments do not go together, or something is not installed or not found.
         OutOfMemory: the device does not hold the model.
     """
     start(training=trainable)
@@ -78,22 +78,22 @@ def load(
     source = adapter_source.find(None if adapter is None else str(adapter), of_model)
     if not trainable:
         if given := [*of_adapter, *engine]:
-            raise UserError(f"dil.load: {', '.join(given)}: of training; leave them out with trainable=False")
+            raise UserError(f"dil.load: {', '.join(given)}: only for training; leave out with trainable=False")
         return policy.load(source, tell)
     return policy.load(source, tell, _options(source, of_adapter | engine | {"seed": seed}))
 
 
 def _options(source: AdapterSource, given: dict[str, Any]) -> LoadOptions:
-    """Return all that a model is loaded by to be trained, checked as the command line's options are."""
+    """Return the options for loading a model for training, checked as on the command line."""
     values = {name: getattr(source.options, name) for name in MODEL_FIELDS} | given
     if source.adapter is not None:
         values |= {"init_adapter": str(source.adapter), "reference": given.get("reference", "base")}
     elif "reference" in given:
-        raise UserError("dil.load: reference is of an adapter; without one the reference is the base")
+        raise UserError("dil.load: reference needs an adapter; without one the reference is the base")
     config = build(values, {})
     options = LoadOptions(**{name: getattr(config, name) for name in LOADED})
     if source.adapter is not None and "reference" not in given:
-        return replace(options, reference="")  # nobody said it, which training will ask for
+        return replace(options, reference="")  # not given, so training will ask for it
     return options
 
 
@@ -102,10 +102,10 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _check_names(given: dict[str, Any]) -> None:
-    """Raise UserError for an option that is not one of loading."""
+    """Raise UserError for an option that is not for loading."""
     for name in given:
         if name in _ENGINE:
             continue
         if name in FIELDS and name not in LOADED:
-            raise UserError(f"dil.load: {name} is of training; give it to dil.train")
+            raise UserError(f"dil.load: {name} is for training; give it to dil.train")
         raise UserError(f"dil.load: unknown option {name!r}{did_you_mean(name, _ENGINE)}")

@@ -1,4 +1,4 @@
-"""Training in a notebook: one place below the cell that shows progress and messages, by IPython's own display call."""
+"""Training in a notebook: progress and messages below the cell, by IPython's own display call."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lite_dil.api.telling import Logged, tell
 from lite_dil.base import display
 from lite_dil.base.html import text
 
-_SECONDS = 0.2  # between two updates, each of which is a message to the browser
+_SECONDS = 0.2  # between updates, since each is a message to the browser
 
 
 def in_notebook() -> bool:
-    """Return whether this process is a notebook's kernel, whose cells show HTML; IPython in a terminal is not."""
+    """Return whether this process is a notebook's kernel, which shows HTML; IPython in a terminal is not one."""
     return hasattr(_shell(), "kernel")
 
 
 def display_of(given: display.Display | None) -> display.Display:
-    """Return the display that was given, else a notebook's in a notebook, else one that logs."""
+    """Return the given display, else in a notebook its own, else one that logs."""
     return given or (Notebook() if in_notebook() else Logged())
 
 
@@ -29,7 +29,7 @@ class Notebook:
     """The `lite_dil.base.display.Display` of a notebook, and its own bar. Messages are logged too."""
 
     def __init__(self) -> None:
-        self._place: Any = None  # IPython's handle of what is updated
+        self._place: Any = None  # IPython's handle of the updated output
         self._cell = -1
         self._clear()
 
@@ -53,7 +53,7 @@ class Notebook:
 
     @contextmanager
     def status(self, line: str) -> Iterator[None]:
-        """Show what takes a while in the block."""
+        """Show the line during the block."""
         self._renew()
         with self.doing(line, last=False):
             yield
@@ -71,7 +71,7 @@ class Notebook:
             self._show()
 
     def update(self, step: int, line: dict[str, Any] | None) -> None:
-        """Move to `step`, with the line of metrics where one was logged."""
+        """Move to `step`, with the line of metrics if one was logged."""
         steps = self._bar[1] if self._bar else step
         self._bar = (step, steps)
         if line:
@@ -81,7 +81,7 @@ class Notebook:
 
     @contextmanager
     def doing(self, line: str, last: bool) -> Iterator[None]:
-        """Show what takes a while in the block, if `line` says something."""
+        """Show the line, if any, during the block."""
         before, self._doing = self._doing, line and f"{line} ..."
         self._show()
         try:
@@ -96,7 +96,7 @@ class Notebook:
         self._show()
 
     def _renew(self) -> None:
-        """Take a new place where another cell runs than before, as when a run is resumed."""
+        """Start a new output if another cell is running, as when a run is resumed."""
         cell = getattr(_shell(), "execution_count", -1)
         if cell != self._cell:
             self._place, self._cell = None, cell
@@ -114,7 +114,7 @@ class Notebook:
             self._place.update(page)
 
     def html(self) -> str:
-        """Return what is shown."""
+        """Return the HTML shown."""
         parts = []
         if self._bar:
             done, steps = self._bar
@@ -128,6 +128,6 @@ class Notebook:
 
 
 def _shell() -> Any:
-    """Return the running IPython, or None: never imported here, as a notebook has done so."""
+    """Return the running IPython, or None; it is not imported here, since a notebook has imported it."""
     module = sys.modules.get("IPython")
     return module.get_ipython() if module else None

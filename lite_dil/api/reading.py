@@ -29,16 +29,16 @@ class Data:
 
     @property
     def name(self) -> str:
-        """What options and messages call it."""
+        """The data's name in options and messages."""
         return DATA if isinstance(self.source, Rows) else self.source
 
     @property
     def rows(self) -> Rows | None:
-        """A program's own rows."""
+        """A program's own rows, if any."""
         return self.source if isinstance(self.source, Rows) else None
 
     def __iter__(self) -> Iterator[Row]:
-        """Yield the rows that can be used. Raises UserError at the end where others are there, as training does before."""
+        """Yield the usable rows. Raises UserError at the end if there are others, as training does before it starts."""
         config = build(self.options, {})
         for name in [DATA] if isinstance(self.source, Rows) else [name for name, _ in split_sources(self.source)]:
             reader, kept = reader_of(name, "train", config, self.rows), 0
@@ -56,18 +56,18 @@ def read(
     max_rows: int | None = None,
     skip_bad_rows: bool = False,
 ) -> Data:
-    """Return data for `lite_dil.train`: pairs, labelled answers or demonstrations. Nothing is read before it is asked for.
+    """Return data for `lite_dil.train`: pairs, labelled responses or demonstrations. It is read only when needed.
 
     Args:
         source: a file (JSON Lines, JSON, CSV, TSV, Parquet, Arrow; packed or not), a folder of them, a hub id as
             ``owner/name[/config][:split]``, several as ``a.jsonl,b.jsonl=0.5``, or an iterable of dicts, which is read once.
-        data_format: the format of the rows; "auto" tells it from the first 100.
-        columns: for a field the column that holds it, where they differ: ``{"chosen": "good"}``.
-        max_rows: read so many of a source at most.
-        skip_bad_rows: leave rows out that cannot be used, and list them in the run's skipped_rows.jsonl, instead of stopping.
+        data_format: the format of the rows; "auto" detects it from the first 100.
+        columns: the column of a field, if they differ in name: ``{"chosen": "good"}``.
+        max_rows: the most rows to read from a source.
+        skip_bad_rows: skip unusable rows, and list them in the run's skipped_rows.jsonl, instead of stopping.
 
     Raises:
-        UserError: an option is not known. What is wrong with the rows is raised where they are read, a line a row.
+        UserError: an option is unknown. Errors in rows are raised when the rows are read, one line per row.
     """
     if isinstance(columns, Mapping):
         columns = ",".join(f"{name}={column}" for name, column in columns.items())
@@ -77,18 +77,18 @@ def read(
     if isinstance(source, (str, Path)):
         return Data(str(source), options)
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
-        raise UserError(f"dil.read: {type(source).__name__} is neither the name of data nor an iterable of rows")
+        raise UserError(f"dil.read: {type(source).__name__} is neither a name of data nor an iterable of rows")
     return Data(Rows(source), options)
 
 
 def as_data(data: Any, eval_data: Any, where: str) -> tuple[Data, Data | None]:
-    """Return what `read` returned, or what it returns for anything else that it takes; held-out data may be None.
+    """Return `Data` for what `read` returned or accepts; held-out data may be None.
 
-    Raises UserError, as of the function `where`, where both are not read alike: a run has one set of options for it.
+    Raises UserError, in the name of the function `where`, if the two are read differently: a run has one set of options.
     """
     rows, eval_rows = (given if given is None or isinstance(given, Data) else read(given) for given in (data, eval_data))
     if rows is None:
         raise UserError(f"{where}: there is no data")
     if isinstance(eval_data, Data) and eval_data.options != rows.options:
-        raise UserError(f"{where}: data and eval_data are read alike; give dil.read the same options for both")
+        raise UserError(f"{where}: data and eval_data must be read alike; give dil.read the same options for both")
     return rows, eval_rows

@@ -1,4 +1,4 @@
-"""Where messages for people go that no display shows."""
+"""Logging of messages for people that no display shows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def tell(text: str) -> None:
 
 
 class Logged(Silent):
-    """A display that shows nothing and logs what is said."""
+    """A display that shows nothing and logs its messages."""
 
     def say(self, text: str) -> None:
         """Log a line."""

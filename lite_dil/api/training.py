@@ -24,11 +24,11 @@ from lite_dil.recipes.given import Given
 from lite_dil.recipes.run import Run
 from lite_dil.runs.folder import adapter_of, find_checkpoint
 
-# Options that other arguments say.
+# Options that other arguments set.
 _NOT_HERE = {"data": "data is the second argument"} | dict.fromkeys(
     ("data_format", "columns", "max_rows", "skip_bad_rows"), "give it to dil.read"
 )
-_AUTO = {"auto": "auto is of lite-dil train; what it chooses is decided by dil.load"}
+_AUTO = {"auto": "auto is only for lite-dil train; what it chooses is set in dil.load"}
 
 
 def train(
@@ -46,24 +46,24 @@ def train(
 ) -> Run:
     """Train the policy's adapter, in place, and write a run's folder.
 
-    It is silent: what ``lite-dil train`` prints is logged at INFO by the logger "lite_dil", unless `display` shows it. In a
+    Nothing is printed: messages are logged at INFO by the logger "lite_dil", unless `display` shows them. In a
     notebook progress and messages are shown below the cell.
 
     Args:
-        policy: one that no run has trained, or `fresh` again, or one that is trained on with `continue_from`.
-        data: what `lite_dil.read` returned, or anything that it takes.
-        loss: the name of an objective (docs/losses.md), or one's own, a `lite_dil.PairLoss` or `lite_dil.SideLoss`.
+        policy: one that no run has trained, or made `fresh` again, or with `continue_from` one that is trained further.
+        data: what `lite_dil.read` returned, or anything that it accepts.
+        loss: the name of an objective (docs/losses.md), or your own, a `lite_dil.PairLoss` or `lite_dil.SideLoss`.
         eval_data: held-out data of the same form.
-        observers: are called at the start, after each step and at the end; see `lite_dil.Observer`.
-        display: shows messages and progress, as ``lite_dil.Terminal()``, also in a notebook.
-        resume: a run's folder, one of its checkpoints, or "auto": go on with it as if it had never stopped.
+        observers: called at the start, after each step and at the end; see `lite_dil.Observer`.
+        display: shows messages and progress, such as ``lite_dil.Terminal()``, also in a notebook.
+        resume: a run's folder, one of its checkpoints, or "auto": continue it as if it had never stopped.
         output_dir: the run's folder; by default a new one under runs/.
-        continue_from: train a trained policy on: this run starts from the adapter of the one before, with a new optimiser.
-        **options: others of ``lite-dil train --help``, as learning_rate, max_steps, beta, eval_steps.
+        continue_from: train a trained policy further: this run starts from the previous run's adapter, with a new optimiser.
+        **options: others of ``lite-dil train --help``, such as learning_rate, max_steps, beta, eval_steps.
 
     Raises:
-        UserError: something that can be mended, before anything was changed, or with the last step saved.
-        TrainingDiverged: loss or gradient became non-finite; the checkpoints up to then are good.
+        UserError: something you can fix, raised before anything was changed or with the last step saved.
+        TrainingDiverged: the loss or gradient became non-finite; earlier checkpoints are good.
         OutOfMemory: the device does not hold the smallest pass of a first step.
     """
     loaded = decided(policy, "dil.train")
@@ -86,20 +86,20 @@ def train(
 
 
 def decided(policy: Policy, where: str) -> dict[str, Any]:
-    """Return the options that were decided when the policy was loaded, as its runs have them."""
+    """Return the options set when the policy was loaded, as its runs have them."""
     if policy.options is None:
-        raise UserError(f"{where}: this policy was loaded for inference (trainable=False); load it to be trained")
+        raise UserError(f"{where}: this policy was loaded for inference (trainable=False); load it for training")
     found = {name: getattr(policy.options, name) for name in LOADED}
     if not found["reference"]:
         raise UserError(
-            f'{where}: what is the policy compared with? dil.load(..., reference="initial-adapter") if the adapter belongs '
-            'to the model that you prefer to stay close to (after SFT, say), reference="base" if the bare base model is that'
+            f'{where}: which model is the reference? dil.load(..., reference="initial-adapter") if the adapter belongs '
+            'to the model to stay close to (after SFT, for example), reference="base" if that is the bare base model'
         )
     return found | {"backend": policy.backend.name, "dtype": policy.backend.dtype_name}
 
 
 def check_names(options: dict[str, Any], loaded: dict[str, Any], where: str) -> None:
-    """Raise UserError for options that are not known, or that were decided when the policy was loaded, if it was."""
+    """Raise UserError for options that are unknown, or that differ from those the policy was loaded with, if any."""
     problems, not_here = [], _NOT_HERE | (_AUTO if loaded else {})
     for name, value in options.items():
         if name in not_here:
@@ -107,34 +107,34 @@ def check_names(options: dict[str, Any], loaded: dict[str, Any], where: str) -> 
         elif name not in FIELDS:
             problems.append(f"unknown option {name!r}{did_you_mean(name, FIELDS)}")
         elif name in loaded and value != loaded[name]:
-            problems.append(f"{name} is {value!r}, but dil.load decided {loaded[name]!r}; give it to dil.load")
+            problems.append(f"{name} is {value!r}, but dil.load set {loaded[name]!r}; give it to dil.load")
     if problems:
         raise UserError(gather(problems, f"{where}:") if len(problems) > 1 else f"{where}: {problems[0]}")
 
 
 def _start(policy: Policy, loaded: dict[str, Any], continue_from: bool) -> dict[str, Any]:
-    """Bring the policy to where a new run starts; return the options that say where that is."""
+    """Prepare the policy for a new run; return the options that describe its start."""
     if not policy.trained:
         return loaded
     assert policy.run is not None and policy.options is not None
     if not continue_from:
         raise UserError(
             f"dil.train: {policy.run.path} has trained this policy; policy.fresh() gives it a new adapter on the same base, "
-            "and continue_from=True trains it on"
+            "and continue_from=True trains it further"
         )
     if policy.options.reference != "base":
         raise UserError("dil.train: continue_from needs the base as reference; load the run's adapter with dil.load instead")
     latest = policy.run.latest()
     adapter = policy.run.adapter if policy.run.adapter.exists() or latest is None else adapter_of(latest)
     if not adapter.exists():
-        raise UserError(f"dil.train: {policy.run.path} saved no adapter to go on from; policy.fresh() starts anew")
+        raise UserError(f"dil.train: {policy.run.path} saved no adapter to continue from; policy.fresh() starts anew")
     changed: dict[str, Any] = {"init_adapter": str(adapter), "lora_r": None, "lora_alpha": None, "target_modules": None}
     policy.backend.renew_policy(replace(policy.options, **changed))
     return loaded | changed
 
 
 def _resumed(given: dict[str, Any], loaded: dict[str, Any], where: str) -> tuple[ResolvedConfig, Path | None]:
-    """Return the options of a run that goes on, and its checkpoint."""
+    """Return a resumed run's options and its checkpoint."""
     checkpoint = find_checkpoint(where, given.get("output_dir"))
     if checkpoint is not None:
         saved = saved_config(checkpoint)

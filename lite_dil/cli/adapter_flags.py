@@ -1,4 +1,4 @@
-"""The flags of commands that use an adapter: --adapter, --strength, and how the model is loaded."""
+"""The flags of commands that use an adapter: --adapter, --strength, and those for loading the model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser, required: bool = True, flags: Iterable[str] = MODEL_FIELDS) -> None:
-    """Add --adapter and how the model is loaded, by the `flags` of train."""
+    """Add --adapter, --strength, and `flags` of train for loading the model."""
     group = parser.add_argument_group("adapter")
     group.add_argument(
         "--adapter",
         metavar="DIR",
         required=required,
-        help="a run's folder, one of its checkpoints, or the folder of an adapter in PEFT's or mlx-lm's format; model and "
+        help="a run's folder, one of its checkpoints, or a folder with an adapter in PEFT's or mlx-lm's format; model and "
         "quantisation are the run's unless given" + ("" if required else " (default: none, the bare --model)"),
     )
     group.add_argument(
@@ -30,18 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser, required: bool = True, flags:
         metavar="X",
         type=float,
         default=1.0,
-        help=f"multiply the adapter: 0 is the bare model, {limits.MAX_STRENGTH:g} the most (default: 1, as it was trained)",
+        help=f"factor on the adapter: 0 is the bare model, {limits.MAX_STRENGTH:g} the maximum (default: 1, as trained)",
     )
     add_flags(parser, flags)
 
 
 def find(args: argparse.Namespace) -> AdapterSource:
-    """Return what --adapter and the model's flags name; raises UserError as `lite_dil.config.adapter_source.find` does."""
+    """Return the source named by --adapter and the model's flags. Raises as `lite_dil.config.adapter_source.find` does."""
     from lite_dil.config import adapter_source
 
     return adapter_source.find(args.adapter, vars(args), args.strength)
 
 
 def options_of(args: argparse.Namespace) -> ResolvedConfig:
-    """Return the options of train that are among the flags, checked; the others at their defaults."""
+    """Return the options of train among the flags, checked, with defaults for the others."""
     return build({name: value for name, value in vars(args).items() if name in FIELDS}, {})

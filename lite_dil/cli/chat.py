@@ -1,4 +1,4 @@
-"""``lite-dil chat``: talk to a tuned model, also beside the model it was made from."""
+"""``lite-dil chat``: talk to a tuned model, and compare it with its base model."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from lite_dil.generation.policy import Policy
 if TYPE_CHECKING:
     from lite_dil.generation.stream import Stream
 
-HELP = "talk to a tuned model, also beside the model it was made from"
+HELP = "talk to a tuned model, and compare it with its base model"
 DESCRIPTION = """\
-Talk to a tuned model. From a pipe each line is a message; the answers go to standard output, all else to standard error.
+Talk to a tuned model. From a pipe each line is a message; answers go to standard output, everything else to standard error.
 
   lite-dil chat --adapter runs/lsif-20260101-120000 --compare
 """
 COMMANDS = """\
 /help               this list
-/reset              forget what was said
-/undo               take the last message and its answer back
-/system TEXT        set the system message; without a text, remove it
-/strength X         0 is the model without its adapter, 1 the adapter as trained, 1.5 the most
-/temperature X      0 takes the likeliest token each time
+/reset              forget the conversation
+/undo               remove the last message and its answer
+/system TEXT        set the system message; without TEXT, remove it
+/strength X         0 is the model without its adapter, 1 the adapter as trained, 1.5 the maximum
+/temperature X      0 always takes the most likely token
 /compare on|off     answer with and without the adapter
-/save FILE          add the answers to a JSON Lines file, which trains with --loss sft
-/quit               leave; so does Ctrl-D. Ctrl-C stops an answer. Alt-Enter begins a new line
-//TEXT              say /TEXT
+/save FILE          add the answers to a JSON Lines file, which --loss sft can train on
+/quit               leave, as does Ctrl-D. Ctrl-C stops an answer. Alt-Enter starts a new line
+//TEXT              send /TEXT as a message
 """
 _SIDES = ("base", "tuned")
 
@@ -54,13 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--compare", action="store_true", help="answer with and without the adapter, side by side")
     group.add_argument("--system", metavar="TEXT", default="", help="system message")
     group.add_argument(
-        "--temperature", metavar="X", type=float, default=0.7, help="0 takes the likeliest token (default: 0.7)"
+        "--temperature", metavar="X", type=float, default=0.7, help="0 always takes the most likely token (default: 0.7)"
     )
     group.add_argument(
-        "--top-p", metavar="X", type=float, default=0.95, help="draw from the likeliest tokens that reach it (default: 0.95)"
+        "--top-p",
+        metavar="X",
+        type=float,
+        default=0.95,
+        help="sample from the likeliest tokens up to this probability (default: 0.95)",
     )
-    group.add_argument("--seed", metavar="N", type=int, default=0, help="decides what is drawn (default: 0)")
-    group.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="of an answer (default: 512)")
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="seed of sampling (default: 0)")
+    group.add_argument("--max-new-tokens", metavar="N", type=int, default=512, help="maximum tokens per answer (default: 512)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
     source = adapter_flags.find(args)
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):  # bytes of another encoding are an error of that message alone
+        if isinstance(stream, io.TextIOWrapper):  # bytes in another encoding are an error only in their message
             stream.reconfigure(errors=errors)
     screen = Screen()
     model = policy.load(source, screen.note)
@@ -91,20 +95,20 @@ class Screen:
         self.interactive = sys.stdin.isatty() and self.out.is_terminal
 
     def note(self, text: str) -> None:
-        """Print a line that is no answer."""
+        """Print a line that is not an answer."""
         from rich.text import Text
 
         self.notes.print(Text(text, style="dim"))
 
     def write(self, text: str) -> None:
-        """Print a piece of an answer as it stands."""
+        """Print a piece of an answer, unchanged."""
         sys.stdout.write(text)
         sys.stdout.flush()
 
     @contextmanager
     def hidden_keys(self) -> Iterator[None]:
-        """Keep what is typed in the block for the next line, and out of the answer that is on its way."""
-        if not self.interactive or importlib.util.find_spec("termios") is None:  # Windows has none
+        """Do not echo what is typed in the block, so that it stays out of the answer; the next line receives it."""
+        if not self.interactive or importlib.util.find_spec("termios") is None:  # not on Windows
             yield
             return
         import termios
@@ -120,7 +124,7 @@ class Screen:
             termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
     def lines(self) -> Iterator[str]:
-        """Return what the user types, or the lines of the pipe."""
+        """Yield the lines that the user types, or those of the pipe."""
         if not self.interactive:
             yield from (line.rstrip("\r\n") for line in sys.stdin)
             return
@@ -130,18 +134,18 @@ class Screen:
                 line = keyboard.read_text("> ")
             except EOFError:
                 return
-            except KeyboardInterrupt:  # perhaps meant for an answer that had just ended
+            except KeyboardInterrupt:  # perhaps meant for an answer that has just ended
                 if warned:
                     raise
                 warned = True
-                self.note("Ctrl-C again leaves, as Ctrl-D does; /save FILE keeps the conversation")
+                self.note("Ctrl-C again leaves, as does Ctrl-D; /save FILE keeps the conversation")
             else:
                 warned = False
                 yield line
 
 
 class Chat:
-    """The loop: a line is a command or a message, and a message gets an answer."""
+    """The loop: each line is a command, or a message that gets an answer."""
 
     def __init__(
         self, model: Policy, talk: Conversation, screen: Screen, sampling: Sampling, args: argparse.Namespace
@@ -161,9 +165,9 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Read lines until they end."""
+        """Read lines until the input ends."""
         if not self.talk.is_chat:
-            self.screen.note("this model has no chat template: each text is continued by itself, as it stands")
+            self.screen.note("this model has no chat template: each text is continued as it is, on its own")
         if self.screen.interactive:
             self.screen.note(f"{self.model.source.adapter}, {self._strengths()}; /help lists the commands, Ctrl-D leaves")
         for line in self.screen.lines():
@@ -176,7 +180,7 @@ class Chat:
                         raise UserError(f"no command {name}{did_you_mean(name, [*self.commands, '/quit'])}; /help lists them")
                     self.commands[name](rest.strip())
                 elif name:
-                    # Without a keyboard there is no other use for Ctrl-C than to end it all.
+                    # Without a keyboard, Ctrl-C can only mean to end the program.
                     signals = (signal.SIGINT,) if self.screen.interactive else ()
                     with StopSignal("", signals) as stop, self.screen.hidden_keys():
                         self._message(line.lstrip()[1:] if name.startswith("//") else line, stop)
@@ -190,13 +194,13 @@ class Chat:
             turns = "turn is" if prompt.left_out == 1 else f"{prompt.left_out} turns are"
             self.screen.note(f"the oldest {turns} left out: the model takes {self.talk.limit} tokens")
         self.left_out = prompt.left_out
-        # Both sides draw with the same numbers: what differs is the model.
+        # Both sides sample with the same random numbers: only the model differs.
         sides = [self._answering(prompt, side) for side in (_SIDES if self.compare else _SIDES[1:])]
         self.answers += 1
         self._show(sides, stop)
         answer = sides[-1]
         if not answer.text.strip():
-            self.screen.note("nothing was said; the message is taken back")
+            self.screen.note("the model returned nothing; the message is removed")
             return
         self.talk.add(text, answer.text, answer.whole)
         self._figures(prompt, sides, stop)
@@ -209,7 +213,7 @@ class Chat:
         return Stream(backend, encoder, prompt, seed, self.sampling, side == "base", self.talk.is_chat)
 
     def _show(self, sides: list[Stream], stop: StopSignal) -> None:
-        """Let the answers come: side by side where there is room, else one after the other."""
+        """Show the answers as they come: side by side if there is room, else one after the other."""
         from lite_dil.cli.columns import SideBySide
 
         if len(sides) > 1 and self.screen.interactive and SideBySide.fit(self.screen.out):
@@ -226,7 +230,7 @@ class Chat:
             self.screen.write("\n")
 
     def _figures(self, prompt: FittedPrompt, sides: list[Stream], stop: StopSignal) -> None:
-        """Say how long and how fast the answers were, and what the adapter changed."""
+        """Show how long and how fast the answers were, and what the adapter changed."""
         from lite_dil.generation.scoring import log_ratio
 
         parts = [side.figures() for side in sides]
@@ -245,12 +249,12 @@ class Chat:
     def _reset(self, _: str) -> None:
         self.talk.reset()
         self.left_out = 0
-        self.screen.note("what was said is forgotten")
+        self.screen.note("the conversation is forgotten")
 
     def _undo(self, _: str) -> None:
         turn = self.talk.undo()
         self.left_out = 0
-        self.screen.note(f"taken back: {turn.user}" if turn else "nothing to take back")
+        self.screen.note(f"removed: {turn.user}" if turn else "nothing to undo")
 
     def _system(self, text: str) -> None:
         self.talk.set_system(text)
@@ -277,7 +281,7 @@ class Chat:
         rows = self.talk.save(Path(text).expanduser())
         cut = sum(not turn.whole for turn in self.talk.turns)
         note = f"{rows} {'answer' if rows == 1 else 'answers'} added to {text}"
-        self.screen.note(note + (f"; {cut} that did not end left out" if cut else ""))
+        self.screen.note(note + (f"; {cut} unfinished ones left out" if cut else ""))
 
 
 def _number(command: str, text: str) -> float:

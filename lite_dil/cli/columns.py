@@ -1,4 +1,4 @@
-"""Texts that grow side by side on a terminal."""
+"""Growing texts side by side on a terminal."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-NARROW = 72  # columns of a terminal on which two texts are better shown one after the other
+NARROW = 72  # terminal columns below which two texts are shown one after the other
 GAP = 3
-SECONDS = 0.08  # between two drawings: as often as anyone sees
+SECONDS = 0.08  # between two redraws: faster would not be visible
 
 
 class SideBySide:
-    """A column a title; a context manager. While they grow, of texts longer than the screen the ends are shown."""
+    """A context manager with one column per title. While texts grow, only their last screenful is shown."""
 
     def __init__(self, console: Console, titles: tuple[str, ...]) -> None:
         self.console, self.titles = console, titles
@@ -25,7 +25,7 @@ class SideBySide:
 
     @staticmethod
     def fit(console: Console) -> bool:
-        """Whether there is a terminal, and a wide one."""
+        """Return whether `console` is a terminal that is wide enough."""
         return console.is_terminal and not console.is_dumb_terminal and console.width >= NARROW
 
     def __enter__(self) -> SideBySide:
@@ -37,14 +37,14 @@ class SideBySide:
         self._live.stop()
 
     def add(self, column: int, text: str) -> None:
-        """Let a column grow."""
+        """Append text to a column."""
         self.texts[column] += text
         if (now := time.monotonic()) - self._drawn >= SECONDS:
             self._drawn = now
             self._live.update(self._table(self.console.height - 3), refresh=True)
 
     def _table(self, lines: int | None) -> Table:
-        """Lay out the last `lines` lines of each, or all."""
+        """Lay out the last `lines` lines of each text, or all."""
         width = (self.console.width - GAP * (len(self.titles) - 1)) // len(self.titles)
         table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
         for title in self.titles:

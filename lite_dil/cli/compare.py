@@ -1,4 +1,4 @@
-"""``lite-dil compare``: several losses from the same start on the same data, side by side."""
+"""``lite-dil compare``: train several losses from the same start on the same data and compare them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from lite_dil.evaluation.comparison.settings import Comparison
     from lite_dil.objectives.own import OwnLoss
 
-HELP = "train several losses from the same start and see them side by side"
+HELP = "train several losses from the same start and compare them side by side"
 DESCRIPTION = """\
-Train several losses from the same start on the same data, and see side by side what each does to the model.
+Train several losses from the same start on the same data, and compare side by side what each does to the model.
 
   lite-dil compare --data prefs.jsonl --losses lsif,ukl,bce,dpo,simpo
   lite-dil compare --data prefs.jsonl --eval-data held_out.jsonl --losses lsif,dpo --seeds 0,1,2 --max-steps 200
 
-Takes the flags of train beside its own. Writes into --output: index.html (one page with everything), table.md, table.json,
-figure2.png and curves.json (log-probs of held-out answers during training), and the runs. Interrupted, the same command with
-the same --output goes on where it was.
+Also takes the flags of train. Writes into --output: index.html (one page with everything), table.md, table.json,
+figure2.png and curves.json (log-probs of held-out answers during training), and the runs. After an interruption, the same
+command with the same --output continues.
 """
 
 
@@ -38,11 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("comparison")
     losses = ",".join(LOSSES)
     group.add_argument(
-        "--losses", default=losses, help=f"what is compared: names, and FILE.py:NAME for one of your own (default: {losses})"
+        "--losses", default=losses, help=f"losses to compare: names, or FILE.py:NAME for your own (default: {losses})"
     )
-    group.add_argument("--seeds", help="train every loss with each of these seeds, as 0,1,2 (default: 0, or --seed)")
+    group.add_argument("--seeds", help="train every loss with each of these seeds, such as 0,1,2 (default: --seed, or 0)")
     group.add_argument(
-        "--learning-rates", help="rates of single losses, as lsif=1e-4,dpo=5e-5 (default: --learning-rate, or each loss's own)"
+        "--learning-rates", help="rates by loss, such as lsif=1e-4,dpo=5e-5 (default: --learning-rate, or each loss's own)"
     )
     group.add_argument(
         "--sample-prompts",
@@ -56,17 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=SAMPLE_TOKENS,
         metavar="N",
-        help=f"tokens of such an answer at most (default: {SAMPLE_TOKENS})",
+        help=f"maximum tokens per answer (default: {SAMPLE_TOKENS})",
     )
     group.add_argument(
-        "--output", metavar="DIR", help="folder of the comparison; an interrupted one goes on (default: new, under runs/)"
+        "--output",
+        metavar="DIR",
+        help="the comparison's folder; an interrupted one continues (default: new, under runs/)",
     )
-    group.add_argument("--config", metavar="FILE.yaml", help="options of train as 'key: value' lines; flags win over them")
+    group.add_argument("--config", metavar="FILE.yaml", help="options of train as 'key: value' lines; flags override them")
     add_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a comparison; return 0, or 130 when it was stopped."""
+    """Run a comparison; return 0, or 130 if it was stopped."""
     from lite_dil.cli.progress import Terminal
     from lite_dil.recipes.comparison import compare
 
@@ -74,19 +76,19 @@ def run(args: argparse.Namespace) -> int:
     comparison = settled(args, display)
     try:
         findings = compare(comparison, display)
-    except UserError as error:  # what is done is kept; options that change no result, as --row-tokens, may differ
-        raise UserError(f"{error}\nwhen that is mended, go on with: {comparison.again}") from error
+    except UserError as error:  # finished runs are kept; options that change no result, such as --row-tokens, may differ
+        raise UserError(f"{error}\nonce that is fixed, continue with: {comparison.again}") from error
     except KeyboardInterrupt:
         findings = None
     if findings is None:
-        print(f"lite-dil: stopped; go on with: {comparison.again}", file=sys.stderr)
+        print(f"lite-dil: stopped; continue with: {comparison.again}", file=sys.stderr)
         return 130
     _show(comparison, findings, display)
     return 0
 
 
 def settled(args: argparse.Namespace, display: Terminal) -> Comparison:
-    """Return the comparison that the command line asks for, checked."""
+    """Return the comparison described by the command line, checked."""
     from lite_dil.evaluation.comparison.settings import ComparisonRequest, settle
 
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
@@ -138,7 +140,7 @@ def _rates(text: str | None) -> dict[str, Any]:
 
 
 def _show(comparison: Comparison, findings: Findings, display: Terminal) -> None:
-    """Print the table, losses side by side: a row a loss would be wider than a terminal."""
+    """Print the table with a column per loss: with a row per loss it would be wider than a terminal."""
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -149,5 +151,5 @@ def _show(comparison: Comparison, findings: Findings, display: Terminal) -> None
     for number, heading in enumerate(findings.headings[1:], 1):
         table.add_row(heading, *(line[number] for line in findings.cells))
     display.console.print(table)
-    for text in [*findings.sentences, "", f"all of it on one page: {findings.page}"]:
+    for text in [*findings.sentences, "", f"everything on one page: {findings.page}"]:
         display.say(text)

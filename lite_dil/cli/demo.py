@@ -1,4 +1,4 @@
-"""What the demo shows: answers to held-out questions before and after, side by side, and the held-out figures."""
+"""The demo's output: answers to held-out questions before and after, side by side, and the held-out figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN, MEASURED = 6, 20
 
 
 def show(run: Run, display: Terminal) -> None:
-    """Print the answers that the run itself made for its report, adapter off and on, and the held-out figures."""
+    """Print the answers from the run's report, adapter off and on, and the held-out figures."""
     if samples := read_samples(run.folder / SAMPLES):
         table = Table(show_lines=True, title="held-out questions")
         for heading in ("question", "before", "after"):
@@ -28,7 +28,7 @@ def show(run: Run, display: Terminal) -> None:
         before, after = (sum(getattr(s, n) for s in samples) / len(samples) for n in ("before_tokens", "after_tokens"))
         display.say(f"answer length: {before:.0f} tokens before, {after:.0f} after (mean of {len(samples)})")
     display.say(outcome.outcome(outcome.read_record(run.folder)))
-    display.say(f"all of it on one page: {run.folder / REPORT}")
+    display.say(f"everything on one page: {run.folder / REPORT}")
 
 
 def _short(text: str, limit: int = 400) -> str:

@@ -1,4 +1,4 @@
-"""``lite-dil doctor``: what is here, what is missing, and whether the device computes the right numbers."""
+"""``lite-dil doctor``: show what is installed and missing, and check that the device computes the right numbers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 HELP = "check that lite-dil runs and computes the right numbers on this machine"
 DESCRIPTION = """\
-Show what is installed and what the machine has. Then check on the device, with a tiny model, that every way of computing comes
-to the same numbers. Takes a minute or two and downloads nothing. Exit code 1 if the backend cannot run or a check fails; a
+Show what is installed and what the machine has. Then check on the device, with a tiny model, that all ways of computing give
+the same numbers. Takes a minute or two and downloads nothing. Exit code 1 if the backend cannot run or a check fails; a
 missing extra is not a failure.
 
   lite-dil doctor
-  lite-dil doctor --json > doctor.json  # for a bug report: no paths, names or tokens in it
+  lite-dil doctor --json > doctor.json  # for a bug report: contains no paths, names or tokens
 """
 _PRIVATE = re.compile(r"hf_\w+|(?<![\w.])(?:[A-Za-z]:)?[\\/][^\s'\",;:)]+")
 _WORDS = {True: "ok", False: "NOT OK", None: "-"}
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look and check; return 0 where all is right, else 1."""
+    """Inspect the machine and run the checks; return 0 if all pass, else 1."""
     from lite_dil.doctor.examine import Checked, examine, names_for
     from lite_dil.doctor.machine import look
 
@@ -47,12 +47,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"disk      {machine.disk_free_gb:g} GB free for models")
         print(f"packages  {', '.join(f'{name} {version}' for name, version in machine.packages.items())}")
         if machine.missing:
-            print("\nnot installed, and needed only for:")
+            print("\nnot installed, needed only for:")
             width = max(len(what) for what, _ in machine.missing)
             for what, command in machine.missing:
                 print(f"  {what:{width}}  {command}")
         if names:
-            print(f"\nchecks on {machine.backend}, of a tiny model (a minute or two):", flush=True)
+            print(f"\nchecks on {machine.backend} with a tiny model (a minute or two):", flush=True)
     for checked in examine(machine.backend or "", names) if names else ():
         done.append(checked)
         if not args.json:
@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
         checks = [checked._asdict() | {"text": _public(checked.text)} for checked in done]
         print(json.dumps(asdict(machine) | {"device": _public(machine.device), "checks": checks}, indent=1))
     elif wrong:
-        print(f"\nNot right here: {', '.join(wrong)}. Please report it with the output of lite-dil doctor --json.")
+        print(f"\nFailed here: {', '.join(wrong)}. Please report this with the output of lite-dil doctor --json.")
     elif names:
-        print(f"\nAll is right: lite-dil trains on {machine.backend} here.")
+        print(f"\nAll checks passed: lite-dil trains on {machine.backend} here.")
     return 1 if wrong or not machine.backend else 0
 
 

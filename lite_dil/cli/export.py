@@ -1,4 +1,4 @@
-"""``lite-dil export``: a trained adapter as something that other programs load, compared with what was trained."""
+"""``lite-dil export``: convert a trained adapter for other programs, and compare the result with the trained model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lite_dil.export.formats import EXPORT_FORMATS
 from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
 from lite_dil.models.options import MODEL_FIELDS
 
-HELP = "make a trained adapter into what other programs load, and check it"
+HELP = "convert a trained adapter for other programs, and check the result"
 DESCRIPTION = """\
-Make a trained adapter into what other programs load, then compare what was made with the trained model on held-out rows. What
-answers otherwise is refused (exit code 1) and kept in OUTPUT.refused.
+Convert a trained adapter for other programs, then compare the result with the trained model on held-out rows. A result that
+differs is refused (exit code 1) and kept in OUTPUT.refused.
 
   adapter  the adapter alone, in PEFT's format or mlx-lm's
   merged   a Hugging Face folder, for transformers, vLLM and others
@@ -31,12 +31,12 @@ answers otherwise is refused (exit code 1) and kept in OUTPUT.refused.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    # --dtype is that of the weights that are written; the trained model computes as it did in training.
+    # --dtype is the type of the weights written; the trained model computes as it did in training.
     adapter_flags.add_arguments(parser, flags=[name for name in MODEL_FIELDS if name != "dtype"])
     group = parser.add_argument_group("export")
     group.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="what to make")
-    group.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder for it")
-    group.add_argument("--to", choices=("peft", "mlx-lm"), help="adapter: its format (default: the one it is not in now)")
+    group.add_argument("--output", metavar="DIR", type=Path, required=True, help="a new folder for the result")
+    group.add_argument("--to", choices=("peft", "mlx-lm"), help="adapter: its format (default: the one it is not in)")
     group.add_argument(
         "--dtype",
         dest="weights_dtype",
@@ -47,35 +47,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--merge-into",
         choices=("trained", "original"),
-        help="where training had the model in 4 bits: merge into those weights, dequantised, which is the model that was "
-        "trained (the default), or into the original ones, which is another model",
+        help="after 4-bit training: merge into the dequantised 4-bit weights, which gives the trained model (the default), or "
+        "into the original weights, which gives another model",
     )
-    group.add_argument("--bits", type=int, choices=(4, 8), help="mlx: quantise to 4 or 8 bits (default: not)")
+    group.add_argument("--bits", type=int, choices=(4, 8), help="mlx: quantise to 4 or 8 bits (default: no)")
     group.add_argument("--outtype", metavar="TYPE", help="gguf, ollama: f32, f16, bf16, q8_0 (default: q8_0)")
     group.add_argument(
-        "--llama-cpp", metavar="DIR", type=Path, help="gguf, ollama: use the converter of this folder of llama.cpp"
+        "--llama-cpp", metavar="DIR", type=Path, help="gguf, ollama: use the converter in this llama.cpp folder"
     )
     group = parser.add_argument_group("check")
     group.add_argument("--check-rows", metavar="N", type=int, help="held-out rows to compare on (default: 8)")
     group.add_argument(
         "--check-data",
         metavar="FILE",
-        help="where they are (default: what the run held out, else its data, else the embedded)",
+        help="their data (default: what the run held out, else its training data, else the embedded data)",
     )
-    group.add_argument("--no-check", action="store_true", help="compare nothing")
+    group.add_argument("--no-check", action="store_true", help="skip the comparison")
     group = parser.add_argument_group("hub")
-    group.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload what was made and passed the check")
-    group.add_argument("--private", action="store_true", help="to a repository that only its owner sees")
+    group.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result if it passed the check")
+    group.add_argument("--private", action="store_true", help="upload to a private repository")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make, check, and perhaps upload. Returns the exit code: 1 where what was made is not the trained model."""
+    """Convert, check, and upload if asked. Returns the exit code: 1 if the result is not the trained model."""
     from lite_dil.cli.progress import Terminal
     from lite_dil.export.exporting import ExportOptions
     from lite_dil.export.making import Refused, check_options, export
 
     options = ExportOptions(**{field.name: getattr(args, field.name) for field in fields(ExportOptions)})
-    check_options(options, ["--private is of --push-to-hub"] if args.private and not args.push_to_hub else [])
+    check_options(options, ["--private needs --push-to-hub"] if args.private and not args.push_to_hub else [])
     say = Terminal().say
     try:
         made = export(options, adapter_flags.find(args), say)
@@ -91,14 +91,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _next(format: str, made: Path) -> str:
-    """Return how to load what was made, in three lines."""
+    """Return how to load the result, in at most three lines."""
     path, folder = shlex.quote(str(made)), json.dumps(str(made), ensure_ascii=False)  # for a shell, and for Python
     if format == "adapter":
         from lite_dil.models.adapter_files import is_peft, read_config
 
         config = read_config(made)
         if not is_peft(config):
-            # The embedded model has no name that mlx-lm would know.
+            # mlx-lm does not know the embedded model's name.
             model = resolve_model(EMBEDDED_MODEL) if config["model"] == EMBEDDED_MODEL else config["model"]
             return f'  mlx_lm.generate --model {shlex.quote(model)} --adapter-path {path} --prompt "Hello"'
         return (

@@ -1,4 +1,4 @@
-"""``lite-dil generate``: answers for files of prompts, as rows that train as they are."""
+"""``lite-dil generate``: answer files of prompts, as rows that are ready to train on."""
 
 from __future__ import annotations
 
@@ -29,16 +29,15 @@ if TYPE_CHECKING:
     from lite_dil.data.encoder import Encoder
     from lite_dil.generation.batch_generator import BatchGenerator
 
-HELP = "write the model's answers to a file of prompts"
+HELP = "generate the model's answers to a file of prompts"
 DESCRIPTION = """\
-Answer every prompt of a file, with the adapter of a run or the bare model. The rows written train as they are, as
-demonstrations; "finish_reason" is "length" where --max-new-tokens cut an answer, else "stop". The same command goes on where
-it was stopped.
+Answer every prompt of a file, with a run's adapter or the bare model. The rows written are demonstrations, ready to train on;
+"finish_reason" is "length" if --max-new-tokens cut an answer, else "stop". If stopped, the same command continues.
 
   lite-dil generate prompts.jsonl --adapter runs/mine --output answers.jsonl
 """
 _VERSION = "2"
-# The field that tells how an answer ended, by the answer's own field.
+# The field that records how an answer ended, by the answer's field.
 _ENDED = {"completion": "finish_reason", "base": "base_finish_reason"}
 
 
@@ -46,18 +45,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_common(parser, temperature=0.0)
     group = parser.add_argument_group("answers")
-    group.add_argument("--output", metavar="FILE.jsonl", required=True, help="where answers go; - is standard output")
-    group.add_argument("--num-answers", metavar="N", type=int, default=1, help="answers a prompt, a row each (default: 1)")
+    group.add_argument("--output", metavar="FILE.jsonl", required=True, help="file for the answers; - is standard output")
+    group.add_argument("--num-answers", metavar="N", type=int, default=1, help="answers per prompt, one row each (default: 1)")
     group.add_argument(
-        "--base", action="store_true", help="write the base model's answer, the adapter off, beside it, in the field 'base'"
+        "--base", action="store_true", help="also write the base model's answer (adapter off), in the field 'base'"
     )
     group.add_argument(
-        "--batch-size", dest="rows", metavar="N", type=int, help="answers in a batch at most (default: what 8 passes hold)"
+        "--batch-size",
+        dest="rows",
+        metavar="N",
+        type=int,
+        help="maximum answers per batch (default: what 8 passes hold)",
     )
 
 
 def add_common(parser: argparse.ArgumentParser, temperature: float) -> None:
-    """Add what all commands take that answer files of prompts."""
+    """Add the arguments shared by commands that answer files of prompts."""
     parser.add_argument("prompts", metavar="PROMPTS", help=prompts.PROMPTS_HELP)
     adapter_flags.add_arguments(parser, required=False)
     add_flags(parser, prompts.FLAGS)
@@ -65,27 +68,29 @@ def add_common(parser: argparse.ArgumentParser, temperature: float) -> None:
     group.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
-        help="whether prompts of plain text are asked as a user's messages or continued as they stand (default: lines of "
-        "a .txt file are asked where the model has a chat template, rows are continued)",
+        help="whether plain-text prompts are sent as user messages or continued as they are (default: lines of "
+        "a .txt file are sent as messages if the model has a chat template, rows are continued)",
     )
-    group.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=256, help="tokens of an answer at most (default: 256)"
-    )
+    group.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="maximum tokens per answer (default: 256)")
     group.add_argument(
         "--temperature",
         metavar="X",
         type=float,
         default=temperature,
-        help=f"0 takes the likeliest token each time, 1 draws as the model has it (default: {temperature:g})",
+        help=f"0 always takes the most likely token, 1 samples from the model's distribution (default: {temperature:g})",
     )
     group.add_argument(
-        "--top-p", metavar="X", type=float, default=1.0, help="draw from the likeliest tokens up to this share (default: 1)"
+        "--top-p",
+        metavar="X",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens up to this probability (default: 1)",
     )
-    group.add_argument("--seed", dest="draw_seed", metavar="N", type=int, default=0, help="of what is drawn (default: 0)")
+    group.add_argument("--seed", dest="draw_seed", metavar="N", type=int, default=0, help="seed of sampling (default: 0)")
 
 
 def check_counts(args: argparse.Namespace, *names: str) -> None:
-    """Raise UserError where one of these arguments is given and is no count."""
+    """Raise UserError if one of these arguments is given and below 1."""
     for name in names:
         if (value := getattr(args, name)) is not None and value < 1:
             named = "--batch-size" if name == "rows" else f"--{name.replace('_', '-')}"
@@ -94,7 +99,7 @@ def check_counts(args: argparse.Namespace, *names: str) -> None:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One row that is wanted: answer number `number` to `asked`."""
+    """One row to write: answer number `number` to `asked`."""
 
     asked: Prompt
     number: int
@@ -119,21 +124,21 @@ def run(args: argparse.Namespace) -> int:
     check_counts(args, "max_new_tokens", "num_answers", "rows")
     sampling = Sampling(args.temperature, args.top_p)
     if args.num_answers > 1 and args.temperature == 0:
-        raise UserError(f"--num-answers {args.num_answers} at --temperature 0 are equal; give --temperature 1, say")
+        raise UserError(f"--num-answers {args.num_answers} at --temperature 0 gives equal answers; try --temperature 1")
     source = adapter_flags.find(args)
     if args.base and source.adapter is None:
-        raise UserError("--base writes the answer without the adapter beside the one with it; give --adapter")
+        raise UserError("--base also writes the answer without the adapter; give --adapter")
     display = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     options = adapter_flags.options_of(args)
     asked, chat = prompts.read_and_encode(
         args.prompts, options, source.options.model, args.chat, args.max_new_tokens, display.say
     )
     if args.chat is None and not asked[0].chat and chat:
-        display.say("the prompts are plain text, which the model continues as it stands; --chat asks them as messages")
+        display.say("the prompts are plain text, which the model continues as is; --chat sends them as messages")
     wanted = _wanted(asked, args, source)
     answers = _AnswerFile(None if args.output == "-" else Path(args.output), wanted)
     if answers.path:
-        display.say(f"{len(answers)} of {len(wanted)} answers are in {answers.path}, {len(wanted) - len(answers)} to draw")
+        display.say(f"{len(answers)} of {len(wanted)} answers are in {answers.path}, {len(wanted) - len(answers)} to generate")
     if len(answers) < len(wanted):
         model = policy.load(source, display.say)
         generator = model.generator(sampling)
@@ -143,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
             return 130
     answers.finish()
     if empty := answers.empty():
-        display.say(f"empty answers: {empty}; training refuses them unless it is given --skip-bad-rows")
+        display.say(f"empty answers: {empty}; training refuses them without --skip-bad-rows")
     if cut := answers.cut():
         display.say(f"cut by --max-new-tokens {args.max_new_tokens}: {cut}")
     if answers.path:
@@ -152,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _wanted(asked: Sequence[Prompt], args: argparse.Namespace, source: AdapterSource) -> list[_Wanted]:
-    """Return what is wanted, in the order of the prompts. A row's key names all that decides it."""
+    """Return the rows to write, in the order of the prompts. A row's key hashes everything that determines it."""
     room, out = args.max_new_tokens, []
     c, model = source.options, policy.identity(source)
     settings = (_VERSION, c.model, c.load_in_4bit, c.dtype, c.head_bits, model, room, args.temperature, args.top_p)
@@ -168,11 +173,11 @@ def _wanted(asked: Sequence[Prompt], args: argparse.Namespace, source: AdapterSo
 def _draw(
     batches: list[list[_Wanted]], generator: BatchGenerator, model: Policy, base: bool, answers: _AnswerFile, display: Display
 ) -> bool:
-    """Answer all batches that are not known; return False where Ctrl-C ended it early."""
+    """Answer all batches that are not complete; return False if Ctrl-C ended it early."""
     total = sum(map(len, batches))
     with StopSignal("stopping after these answers") as stop, display.bar(total, len(answers)) as bar:
         for batch in batches:
-            # Whole batches, also where a part is known: it then has what a run in one go would have.
+            # Whole batches, even if a part is known: the results then equal those of an uninterrupted run.
             if all(each.key in answers.rows for each in batch):
                 continue
             if stop.asked:
@@ -188,20 +193,20 @@ def _draw(
 
 
 def _row(wanted: _Wanted, found: dict[str, Generated], encoder: Encoder) -> dict[str, Any]:
-    """Return the row of the answers that were `found`, by their fields, each with how it ended."""
+    """Return the row with the answers in `found`, by their fields, and how each ended."""
     texts = {name: wanted.asked.text(encoder, answer.ids) for name, answer in found.items()}
     ended = {_ENDED[name]: "length" if answer.end is None else "stop" for name, answer in found.items()}
     return {**wanted.asked.row(**texts), **ended, "key": wanted.key}
 
 
 class _AnswerFile:
-    """The rows that there are, in a file to which each batch is added at once, or for standard output.
+    """The rows written so far, in a file to which each batch is added at once, or on standard output.
 
     Args:
-        path: None is standard output, which gets rows in the order of the prompts as soon as there are none missing before.
-        wanted: all that will be in it, in order.
+        path: None is standard output, which gets rows in the order of the prompts, each as soon as no earlier one is missing.
+        wanted: all rows to write, in order.
 
-    Raises UserError where the file holds rows that are not wanted.
+    Raises UserError if the file holds other rows.
     """
 
     def __init__(self, path: Path | None, wanted: Sequence[_Wanted]) -> None:
@@ -214,11 +219,11 @@ class _AnswerFile:
             try:
                 row = json.loads(line)
                 known = row["key"] in keys
-            except (ValueError, KeyError, TypeError):  # not JSON, no object, or not a row of ours
+            except (ValueError, KeyError, TypeError):  # not JSON, not an object, or not one of our rows
                 known = False
             if not known:
                 raise UserError(
-                    f"--output {path} line {number} is not of this command, but of other prompts, another model, other "
+                    f"--output {path} line {number} is not from this command, but from other prompts, another model, other "
                     "settings or an earlier version; give another --output, or remove the file"
                 )
             self.rows[row["key"]] = row
@@ -227,7 +232,7 @@ class _AnswerFile:
         return len(self.rows)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add those rows that are not there yet."""
+        """Add the rows that are not there yet."""
         new = {row["key"]: row for row in rows if row["key"] not in self.rows}
         self.rows |= new
         if self.file:
@@ -239,7 +244,7 @@ class _AnswerFile:
         sys.stdout.flush()
 
     def empty(self) -> int:
-        """Return how many answers have no text, those of earlier runs of the command too."""
+        """Return how many answers have no text, including those of earlier runs of the command."""
         texts = (
             row["completion"] if isinstance(row["completion"], str) else row["completion"][0]["content"]
             for row in self.rows.values()
@@ -247,24 +252,24 @@ class _AnswerFile:
         return sum(not text.strip() for text in texts)
 
     def cut(self) -> str:
-        """Say how many answers were cut, those of earlier runs of the command too, and what to do; nothing where none was."""
+        """Return a line on how many answers were cut, including earlier runs of the command, and what to do; "" if none."""
         own, base = (sum(row.get(field) == "length" for row in self.rows.values()) for field in _ENDED.values())
         if not own and not base:
             return ""
         counts = f"{own} of {len(self)} answers" + (f", {base} of the base model's" if base else "")
         elsewhere = " and another --output" if self.path else ""
         return (
-            f"{counts} (their finish reason is 'length'); a cut answer teaches a model that is trained on it to stop short; a "
-            f"larger --max-new-tokens{elsewhere} gives more room"
+            f"{counts} (their finish reason is 'length'); training on a cut answer teaches a model to stop too early; use "
+            f"a larger --max-new-tokens{elsewhere}"
         )
 
     def finish(self) -> None:
-        """Put the file's rows, which came by length, into the order of the prompts."""
+        """Sort the file's rows, which were written by length, into the order of the prompts."""
         ordered = [each.key for each in self.wanted]
         if self.file and list(self.rows) != ordered:
             self.file.rewrite([self.rows[key] for key in ordered])
 
     @property
     def how_to_go_on(self) -> str:
-        """What to do after a stop."""
-        return f" and in {self.path}; the same command goes on from there" if self.path else ""
+        """How to continue after a stop."""
+        return f" and in {self.path}; the same command continues from there" if self.path else ""

@@ -1,4 +1,4 @@
-"""What a person says: single keys and texts on a terminal, which prompt_toolkit reads, and lines where the input is a pipe."""
+"""Input from a person: keys and texts on a terminal, read by prompt_toolkit, or lines from a pipe."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def read_key() -> str | None:
-    """Return the key that is pressed next, or the next line where the input is no terminal; None at the input's end.
+    """Return the next key pressed, or the next line if the input is not a terminal; None at the end of the input.
 
-    What was typed before, while nothing was asked, is thrown away; keys that are no letter or digit are "".
+    Keys typed before the question are discarded; keys other than letters and digits give "".
     """
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
@@ -47,14 +47,14 @@ def read_key() -> str | None:
         termios.tcflush(sys.stdin, termios.TCIFLUSH)
     try:
         return key.run()
-    except EOFError:  # Ctrl-D, or the terminal is gone
+    except EOFError:  # Ctrl-D, or the terminal was closed
         return None
 
 
 def read_text(question: str) -> str:
-    """Return the text that is typed, of several lines too, or the next line where the input is no terminal.
+    """Return the text typed, possibly of several lines, or the next line if the input is not a terminal.
 
-    Raises EOFError at the input's end, and where Ctrl-D is typed in place of a text.
+    Raises EOFError at the end of the input, and for Ctrl-D on an empty line.
     """
     if sys.stdin.isatty():
         return _session().prompt(question, multiline=True, prompt_continuation=" " * len(question))
@@ -64,17 +64,17 @@ def read_text(question: str) -> str:
 
 
 def edit_text(text: str) -> str:
-    """Return what is left of `text` after the user's own editor. Raises UserError where there is none, or where it fails."""
+    """Return `text` as changed in the user's editor. Raises UserError if there is none or it fails."""
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or next(filter(shutil.which, ("nano", "vi", "notepad")), "")
     if not editor:
-        raise UserError("no editor: set EDITOR to one")
+        raise UserError("no editor found: set EDITOR")
     with work_folder(Path(tempfile.gettempdir()) / "lite-dil") as folder:
         path = folder / "answer.md"
         write(path, text)
         try:
             code = subprocess.call([*shlex.split(editor), str(path)])
             edited = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:  # no such program, quotes that do not close, or not UTF-8
+        except (OSError, ValueError) as error:  # no such program, unbalanced quotes, or not UTF-8
             raise UserError(f"the editor {editor!r} cannot be used ({error})") from None
     if code:
         raise UserError(f"the editor {editor!r} ended with exit code {code}")
@@ -83,7 +83,7 @@ def edit_text(text: str) -> str:
 
 @cache
 def _session() -> PromptSession[str]:
-    """Return the one that all texts of this process are typed in: it remembers them, for the arrow keys."""
+    """Return the prompt session shared by this process, which keeps a history for the arrow keys."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings
 
@@ -94,7 +94,7 @@ def _session() -> PromptSession[str]:
         event.current_buffer.validate_and_handle()
 
     @bindings.add("escape", "enter")
-    @bindings.add("escape", "c-j")  # as it comes where it was typed before the question
+    @bindings.add("escape", "c-j")  # Alt-Enter as it arrives if typed before the question
     def go_on(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
@@ -102,7 +102,7 @@ def _session() -> PromptSession[str]:
 
 
 def _single_keys() -> KeyBindings:
-    """Return bindings under which the first key ends the question."""
+    """Return key bindings by which the first key ends the question."""
     from prompt_toolkit.key_binding import KeyBindings
     from prompt_toolkit.keys import Keys
 
@@ -135,5 +135,5 @@ def _screen() -> Output:
 
     screen = create_output(always_prefer_tty=True)
     if isinstance(screen, Vt100_Output):
-        screen.enable_cpr = False  # not every terminal tells where its cursor is, and only menus need to know
+        screen.enable_cpr = False  # not every terminal reports its cursor's position, and only menus need it
     return screen

@@ -1,4 +1,4 @@
-"""``lite-dil label``: preference data made at home, by a person who says which of two answers is better."""
+"""``lite-dil label``: make preference data by choosing the better of two answers."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 HELP = "make preference data: the model offers two answers, you press 1 or 2"
 DESCRIPTION = """\
-Make preference data at home. For each prompt the model offers two answers; press the better one's number, b where both are
-bad, or t to type a better one. Every decision is on disk at once, and the same command goes on with the prompts that are left.
-The file of pairs trains as it is; answers that were bad lie beside it until one is taken to win against them.
+Make preference data. For each prompt the model offers two answers; press the better one's number, b if both are bad, or t to
+type a better one. Every decision is saved at once, and the same command continues with the remaining prompts. The file of
+pairs is ready to train on; bad answers are kept in a second file until a better answer to their prompt is chosen.
 
   lite-dil label prompts.txt --adapter runs/mine --output labels.jsonl
 """
-AHEAD = 3  # prompts whose answers are drawn while the user reads
-_SIDE_BY_SIDE = 100  # columns from which the answers stand beside each other
-_KEYS = "[1] [2] the better one  [b]oth bad  [t]ype or [e]dit a better one  [s]kip  [u]ndo  [q]uit"
+AHEAD = 3  # prompts whose answers are generated while the user reads
+_SIDE_BY_SIDE = 100  # terminal columns from which answers are shown side by side
+_KEYS = "[1] [2] choose the better one  [b]oth bad  [t]ype or [e]dit a better one  [s]kip  [u]ndo  [q]uit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,13 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="FILE.jsonl",
         default="labels.jsonl",
-        help="where pairs go; answers that were bad go beside it, as in labels.bad.jsonl (default: labels.jsonl)",
+        help="file for the pairs; bad answers go to a second file such as labels.bad.jsonl (default: labels.jsonl)",
     )
     group.add_argument(
         "--against-base",
         action="store_true",
-        help="one of the two answers is the base model's, the adapter off, and you are not told which; tells at the end how "
-        "often the adapter's was taken",
+        help="one of the two answers is the base model's (adapter off), without showing which; the summary tells how "
+        "often the adapter's was chosen",
     )
 
 
@@ -68,30 +68,30 @@ def run(args: argparse.Namespace) -> int:
     check_counts(args, "max_new_tokens")
     sampling = Sampling(args.temperature, args.top_p)
     if args.temperature == 0 and not args.against_base:
-        raise UserError("--temperature 0 gives the same answer twice; give a number above 0")
+        raise UserError("--temperature 0 gives the same answer twice; choose a value above 0")
     source = adapter_flags.find(args)
     if args.against_base and source.adapter is None:
-        raise UserError("--against-base compares an adapter with the model below it; give --adapter")
+        raise UserError("--against-base compares an adapter with its base model; give --adapter")
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):  # of another encoding than UTF-8: what cannot be read is refused as an answer
+        if isinstance(stream, io.TextIOWrapper):  # if not UTF-8: what cannot be decoded is refused as an answer
             stream.reconfigure(errors=errors)
     display = Terminal()
     labels = Labels(Path(args.output))
     options, model_name = adapter_flags.options_of(args), source.options.model
     asked, chats = prompts.read_and_encode(args.prompts, options, model_name, args.chat, args.max_new_tokens, display.say)
     if args.chat is None and chats and not asked[0].chat:
-        display.say("the prompts are plain text, which the model continues as it stands; --chat asks them as messages")
+        display.say("the prompts are plain text, which the model continues as is; --chat sends them as messages")
     labels.check_kind(asked[0].chat)
     left = [prompt for prompt in asked if not labels.is_done(prompt)]
     if len(left) < len(asked):
-        display.say(f"{len(asked) - len(left)} of {len(asked)} prompts are labelled in {args.output}, {len(left)} are left")
+        display.say(f"{len(asked) - len(left)} of {len(asked)} prompts are labelled in {args.output}, {len(left)} remain")
     stopped = False
     name = policy.identity(source)
     if left:
         model = policy.load(source, display.say)
         origins = (name, "base" if args.against_base else name)
         offers = Offers(model, sampling, args.draw_seed, args.max_new_tokens, origins)
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # which leaves the terminal as it was
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # which restores the terminal
         try:
             Session(left, labels, offers, display).run()
         except KeyboardInterrupt:
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Decision(NamedTuple):
-    """What undo goes back to: the prompt's number, the answers that were shown, and the files before it."""
+    """What undo restores: the prompt's number, the answers shown, and the files' state before the decision."""
 
     number: int
     shown: list[Candidate]
@@ -112,7 +112,7 @@ class _Decision(NamedTuple):
 
 
 class Session:
-    """Asks about one prompt after the other, until the last one or q."""
+    """Asks about one prompt after another, until the last one or q."""
 
     def __init__(self, left: Sequence[Prompt], labels: Labels, offers: Offers, display: Terminal) -> None:
         self.left, self.labels, self.offers, self.display = left, labels, offers, display
@@ -126,7 +126,7 @@ class Session:
             shown = self._undo() if key == "u" else []
 
     def _ask(self, shown: list[Candidate]) -> str:
-        """Ask about the next prompt, with answers that were `shown` before or with new ones; return the key."""
+        """Ask about the next prompt, with the answers `shown` before or with new ones; return the key."""
         if self.number == len(self.left):
             return self._end()
         prompt = self.left[self.number]
@@ -135,37 +135,36 @@ class Session:
             show(self.display, prompt, shown, f"{self.number + 1} of {len(self.left)}")
             return self._decide(prompt, shown)
         self.display.say(
-            f"{prompt.place}: passed over, because the model has no two different answers that can be used; a higher "
-            "--temperature may help"
+            f"{prompt.place}: skipped, because the model gave no two different usable answers; a higher --temperature may help"
         )
         self.number += 1
         return ""
 
     def _end(self) -> str:
-        """Ask whether the last decision stands; return u where it does not."""
+        """Ask whether the last decision stands; return u if it does not."""
         if not self.history:
             return "q"
         self.display.say("that was the last prompt: [u]ndo, or any other key to end")
         return "u" if keyboard.read_key() == "u" else "q"
 
     def _undo(self) -> list[Candidate]:
-        """Take back the last decision; return what was shown for it."""
+        """Undo the last decision; return the answers shown for it."""
         self.number, shown, mark = self.history.pop()
         self.labels.undo(mark)
-        self.display.say("the last decision is taken back")
+        self.display.say("the last decision is undone")
         return shown
 
     def _offer(self, prompt: Prompt) -> list[Candidate]:
-        """Return two answers, and begin to draw for the next prompts."""
+        """Return two answers, and start generating those for the next prompts."""
         avoid = frozenset(same_text(each.text) for each in self.labels.bad_of(prompt))
-        with self.display.console.status("drawing two answers"):
+        with self.display.console.status("generating two answers"):
             shown = self.offers.take(prompt, avoid)
         for later in self.left[self.number + 1 : self.number + 1 + AHEAD]:
             self.offers.ahead(later, frozenset(same_text(each.text) for each in self.labels.bad_of(later)))
         return shown
 
     def _decide(self, prompt: Prompt, shown: list[Candidate]) -> str:
-        """Ask until there is a decision, and write it down; return the key. q is for the input's end too, u is left to do."""
+        """Ask until there is a decision, and save it; return the key: q also at the input's end, u for the caller to undo."""
         while True:
             key = keyboard.read_key()
             if key is None or key == "q":
@@ -183,11 +182,11 @@ class Session:
                 self._take(prompt, winner, shown)
             elif key == "b":
                 self.labels.reject(prompt, shown)
-                self.display.say("both are bad: two others")
+                self.display.say("both are bad: here are two others")
             elif key == "s":
-                self.display.say("skipped; it comes again the next time")
+                self.display.say("skipped; the next run asks again")
             else:
-                self.display.say("nothing to take back" if key == "u" else _KEYS)
+                self.display.say("nothing to undo" if key == "u" else _KEYS)
                 continue
             self.history.append(_Decision(self.number, shown, mark))
             self.number += key != "b"
@@ -198,15 +197,15 @@ class Session:
         self.display.say(f"{count(added, 'pair')} added")
         if winner.cut:
             self.display.say(
-                "beware: --max-new-tokens cut this answer, and training would teach the model to end there; u takes it "
-                "back, e edits it"
+                "warning: --max-new-tokens cut this answer, and training would teach the model to end there; u undoes "
+                "the choice, e edits the answer"
             )
 
     def _written(self, prompt: Prompt, shown: list[Candidate], edit: bool) -> Candidate | None:
-        """Return the user's own answer, or None where there is none that can be used."""
+        """Return the user's own answer, or None if there is no usable one."""
         text = ""
         if edit:
-            self.display.say("edit [1], [2], or a [n]ew one?")
+            self.display.say("edit [1], [2], or a [n]ew answer?")
             which = keyboard.read_key() or ""
             try:
                 before = shown[int(which) - 1].text.strip() if which in ("1", "2") else ""
@@ -219,10 +218,10 @@ class Session:
             with suppress(EOFError):
                 text = keyboard.read_text("better answer: ").strip()
         if not text:
-            self.display.say("no other answer was written")
+            self.display.say("no new answer was written")
             return None
         if not prompt.chat and all(each.text[:1].isspace() for each in shown):
-            text = f" {text}"  # a text that continues another one begins as the model's do
+            text = f" {text}"  # a continuation starts with a space, as the model's do
         if problem := self.offers.problem(prompt, text):
             self.display.say(f"this answer could not be trained on: {problem}")
             return None
@@ -230,7 +229,7 @@ class Session:
 
 
 def show(display: Terminal, prompt: Prompt, shown: Sequence[Candidate], where: str) -> None:
-    """Print a prompt and the two answers to it, beside each other where there is room."""
+    """Print a prompt and its two answers, side by side if there is room."""
     from rich.columns import Columns
     from rich.console import Group
     from rich.panel import Panel
@@ -254,7 +253,7 @@ def show(display: Terminal, prompt: Prompt, shown: Sequence[Candidate], where: s
 
 
 def _asked(prompt: Prompt) -> str:
-    """Return a prompt as text: one question as it stands, other conversations with who says what."""
+    """Return a prompt as text: a single question as is, other conversations with the role of each message."""
     if isinstance(prompt.prompt, str):
         return prompt.prompt
     if len(prompt.prompt) == 1:
@@ -263,21 +262,21 @@ def _asked(prompt: Prompt) -> str:
 
 
 def _summary(labels: Labels, source: AdapterSource, against: str, args: argparse.Namespace, display: Terminal) -> None:
-    """Print what there is and how to train on it."""
+    """Print the number of labels and how to train on them."""
     path, bad = labels.pairs.path, labels.bad.path
     display.say(f"{count(len(labels.rows), 'pair')} in {path}")
     if labels.bad_rows:
         display.say(
-            f"{count(len(labels.bad_rows), 'bad answer')} in {bad}, which do not train by themselves: each is in a pair once "
-            "an answer to its prompt is taken"
+            f"{count(len(labels.bad_rows), 'bad answer')} in {bad}, not trained on alone: each joins a pair once "
+            "an answer to its prompt is chosen"
         )
     if against:
         won, met = labels.wins(against, "base")
         if met:
             low, high = interval(won, met)
             display.say(
-                f"the adapter's answer was taken {won} of {met} times: {won / met:.0%}, between {low:.0%} and {high:.0%} with "
-                "95 % confidence; 50% is a coin's"
+                f"the adapter's answer was chosen {won} of {met} times: {won / met:.0%}, between {low:.0%} and {high:.0%} at "
+                "95% confidence; 50% is chance"
             )
     if labels.rows:
         words = ["lite-dil", "train", "--data", str(path), "--model", source.options.model]

@@ -27,28 +27,28 @@ from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.objectives.own import OwnLoss
 
 _TRAIN = """\
-Train a LoRA adapter on preference data. With no flag: the demo's training, SmolLM2-135M-Instruct on the data in this package.
+Train a LoRA adapter on preference data. Without flags: the demo's training, SmolLM2-135M-Instruct on the embedded data.
 
   lite-dil train --model meta-llama/Llama-3.1-8B-Instruct --4bit --data prefs.jsonl
 """
 _DATA = """\
 Show what would be trained on, without loading a model: how the rows are read and which cannot be used, token lengths, what
---max-length cuts, what may spoil the training, whether held-out rows are training rows too, and three examples with their
-tokens. Exit code 2 where train would stop.
+--max-length cuts, what may spoil the training, whether held-out rows are also training rows, and three examples with their
+tokens. Exit code 2 if train would stop.
 
   lite-dil data prefs.jsonl --model meta-llama/Llama-3.1-8B-Instruct
 """
 _PLAN = """\
-Say whether a run fits into memory, and what would help, before a byte of the model is downloaded: of it only config.json is
-read. Takes the flags of train. Exit code: 0 if it fits, 1 if it does not, 2 for errors.
+Show whether a run fits into memory, and what would help, before the model is downloaded: only its config.json is read.
+Takes the flags of train. Exit code: 0 if it fits, 1 if it does not, 2 for errors.
 
   lite-dil plan --model meta-llama/Llama-3.1-8B-Instruct --4bit --memory 12
 """
 _DEMO = """\
-Train the embedded 135M model on the embedded data (about 3 minutes on 2 CPU cores), then show what it answers to held-out
+Train the embedded 135M model on the embedded data (about 3 minutes on 2 CPU cores), then show its answers to held-out
 questions before and after. Takes the flags of train.
 """
-# The flags of train that decide what is read, and what the loss makes of it.
+# The flags of train that decide which data is read and how the loss uses it.
 _DATA_FLAGS = (
     "model",
     "eval_data",
@@ -61,7 +61,7 @@ _DATA_FLAGS = (
     "sample_rejected",
     "seed",
 )
-# Commands in modules of their own, each with HELP (a line), DESCRIPTION, add_arguments(parser) and run(args), which returns
+# Commands in their own modules, each with HELP (one line), DESCRIPTION, add_arguments(parser) and run(args), which returns
 # the exit code. They import nothing heavy before `run`.
 _MODULES: tuple[str, ...] = (
     "compare",
@@ -76,7 +76,7 @@ _MODULES: tuple[str, ...] = (
 def main(argv: list[str] | None = None) -> int:
     """Run a command; return its exit code.
 
-    0; 1 where training diverged or a plan does not fit; 2 for the user's errors; 130 when stopped.
+    0; 1 if training diverged or a plan does not fit; 2 for user errors; 130 if stopped.
     """
     try:
         with failing():
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             return code
     except UserError as error:
         print(f"lite-dil: {error}", file=sys.stderr)
-        if output_fails():  # and would again, with a traceback, when Python ends
+        if output_fails():  # it would fail again, with a traceback, when Python exits
             _drop_output()
         return 2
     except TrainingDiverged as error:
@@ -94,18 +94,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lite-dil: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output is gone, as with `| head`
+    except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         _drop_output()
         return 141
 
 
 def _drop_output() -> None:
-    """Let what is still to be written to standard output go nowhere."""
+    """Discard what has not been written to standard output yet."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
-    """Return the parser of the whole command line, and that of each command by its name."""
+    """Return the parser of the whole command line, and each command's parser by name."""
     parser = Parser(prog="lite-dil", description="Preference training of language models by Direct Imitation Learning.")
     parser.add_argument("--version", action="version", version=f"lite-dil {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -115,7 +115,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         return commands.add_parser(name, help=help, description=text, formatter_class=layout, allow_abbrev=False)
 
     for name, text, help in (
-        ("plan", _PLAN, "say whether a run fits into memory, before anything is downloaded"),
+        ("plan", _PLAN, "show whether a run fits into memory, before anything is downloaded"),
         ("train", _TRAIN, "train an adapter on preference data"),
         ("data", _DATA, "show what would be trained on: lengths, problems, samples"),
         ("demo", _DEMO, "train the embedded model and see its answers before and after"),
@@ -123,7 +123,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         command = add(name, text, help)
         add_flags(command, _DATA_FLAGS if name == "data" else FIELDS)
         group = command.add_argument_group("files")
-        group.add_argument("--config", metavar="FILE.yaml", help="options as 'key: value' lines; flags win over them")
+        group.add_argument("--config", metavar="FILE.yaml", help="options as 'key: value' lines; flags override them")
         if name != "demo":
             _add_file(command)
         if name == "data":
@@ -140,8 +140,8 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
                 nargs="?",
                 const="auto",
                 metavar="DIR",
-                help="go on with a run, as if it had never stopped: its folder, one of its checkpoints, or auto (the newest "
-                "in --output-dir or under runs/, or a new run where there is none); auto if no DIR is given",
+                help="continue a run as if it had never stopped: its folder, one of its checkpoints, or auto (the newest run "
+                "in --output-dir or under runs/, or a new run if there is none); auto if no DIR is given",
             )
     for name in _MODULES:
         _module(name).add_arguments(add(name, _module(name).DESCRIPTION, _module(name).HELP))
@@ -155,7 +155,7 @@ def _module(name: str) -> Any:
 def _run(argv: list[str]) -> int:
     name = argv[0] if argv else ""
     parser, commands = parsers()
-    # Given to the sub-parser itself, so that an unknown flag is compared with that command's flags.
+    # Parsed by the sub-parser itself, so that an unknown flag is compared with that command's flags.
     chosen = commands.get(name)
     args = chosen.parse_args(argv[1:]) if chosen else parser.parse_args(argv)
     start(training=name in ("train", "demo", "compare"))
@@ -186,7 +186,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _add_file(command: argparse.ArgumentParser) -> None:
-    """Let the data be named without a flag."""
+    """Accept the data as a positional argument."""
     what = FIELDS["data"].metadata["help"].partition(". lite-dil data")[0]
     command.add_argument(
         "data", nargs="?", metavar="FILE", action=Once, default=argparse.SUPPRESS, help=f"{what} (default: {EMBEDDED})"
@@ -194,26 +194,26 @@ def _add_file(command: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(command: argparse.ArgumentParser) -> None:
-    """Add what `lite-dil plan` takes beside flags of train."""
+    """Add the flags of `lite-dil plan` that train does not have."""
     group = command.add_argument_group("plan")
     group.add_argument(
         "--memory",
         metavar="GB",
-        help="memory to plan for: of a GPU, a Mac, or with --backend cpu the computer (default: what is free here)",
+        help="memory to plan for: the GPU's, the Mac's, or with --backend cpu the computer's (default: what is free here)",
     )
     group.add_argument(
         "--host-memory",
         metavar="GB",
-        help="memory of the computer that an NVIDIA GPU is in (default: what is free here, or with --memory not limited)",
+        help="memory of the computer with the NVIDIA GPU (default: what is free here; with --memory, unlimited)",
     )
     rate = group.add_mutually_exclusive_group()
-    rate.add_argument("--tokens-per-second", metavar="X", help="what your hardware trains, for the time of an epoch")
-    rate.add_argument("--like", metavar="RUN_FOLDER", help="take the rate of this earlier run")
+    rate.add_argument("--tokens-per-second", metavar="X", help="training speed, to estimate the time of an epoch")
+    rate.add_argument("--like", metavar="RUN_FOLDER", help="use the speed of this earlier run")
     group.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
 
 
 def _config(args: argparse.Namespace) -> tuple[ResolvedConfig, Path | None, set[str]]:
-    """Merge flags, YAML, a resumed run's options and the defaults, in this order; return also what the user chose himself."""
+    """Merge flags, YAML, a resumed run's options and the defaults, in this order; return also the options the user set."""
     given, base = _options(args)
     fixed = _chosen(given, base)
     if not args.resume:
@@ -222,13 +222,13 @@ def _config(args: argparse.Namespace) -> tuple[ResolvedConfig, Path | None, set[
 
 
 def _own_loss(args: argparse.Namespace) -> OwnLoss | None:
-    """Return the loss that --loss FILE.py:NAME names, else None."""
+    """Return the loss of --loss FILE.py:NAME, else None."""
     found = named_file(getattr(args, "loss", ""))
     return None if found is None else load_loss(*found)
 
 
 def _options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the options that were given as flags, and those of the --config file."""
+    """Return the options given as flags, and those of the --config file."""
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
     if args.own_loss is not None:
         given["loss"] = args.own_loss.identity
@@ -236,13 +236,13 @@ def _options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _chosen(given: dict[str, Any], base: dict[str, Any]) -> set[str]:
-    """Return the options that --auto leaves alone: flags, and what a file sets to other than the default."""
+    """Return the options that --auto does not change: flags, and options that a file sets to a non-default value."""
     options = given | {name: value for name, value in base.items() if value != FIELDS[name].default}
     return {name for name, value in options.items() if value != "auto"}
 
 
 def _show_plan(args: argparse.Namespace) -> int:
-    """Print whether the run fits; return 0 where it does, else 1."""
+    """Print whether the run fits; return 0 if it does, else 1."""
     from lite_dil.cli import plan
 
     given, base = _options(args)
@@ -250,7 +250,7 @@ def _show_plan(args: argparse.Namespace) -> int:
 
 
 def _show_data(args: argparse.Namespace) -> int:
-    """Print the report on the data; return 0 where training would go on with it, else 2."""
+    """Print the report on the data; return 0 if training would accept it, else 2."""
     config = build(*_options(args))
     import json
 
@@ -262,7 +262,7 @@ def _show_data(args: argparse.Namespace) -> int:
     from lite_dil.data.inspect.findings import report
     from lite_dil.models.find import load_tokenizer, resolve_model
 
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe of another encoding than UTF-8 shows codes instead
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe that is not UTF-8 shows escapes
         sys.stdout.reconfigure(errors="backslashreplace")
     aside = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     quiet_bars()
@@ -276,7 +276,7 @@ def _show_data(args: argparse.Namespace) -> int:
 
 
 def _as_train(args: argparse.Namespace) -> str:
-    """Return the command that trains on what `args` of lite-dil data show."""
+    """Return the training command for the data that `args` of lite-dil data show."""
     words = ["lite-dil", "train", *(["--config", args.config] if args.config else [])]
     for name, value in vars(args).items():
         if name in FIELDS and isinstance(value, bool):

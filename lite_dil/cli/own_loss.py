@@ -1,4 +1,4 @@
-"""``--loss FILE.py:NAME``: a loss of the user's own, from a file that is run because the command line names it."""
+"""``--loss FILE.py:NAME``: the user's own loss, from a file that is run because the command line names it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lite_dil.objectives.own import OwnLoss
 
 
 def named_file(text: str) -> tuple[Path, str] | None:
-    """Return the file and the name in it that ``--loss`` names, or None where it names a loss of the table."""
+    """Return the file and the name in it that ``--loss`` gives, or None if it names a loss of the table."""
     path, _, name = text.rpartition(":")
     return (Path(path), name) if path.endswith(".py") else None
 
 
 def load_loss(path: Path, name: str) -> OwnLoss:
-    """Run the file and return the loss of that name.
+    """Run the file and return its loss of that name.
 
-    Raises UserError where the file cannot be run, or has no such loss.
+    Raises UserError if the file cannot be run or has no such loss.
     """
     where = f"--loss {path}:{name}"
     if not path.is_file():
@@ -33,7 +33,7 @@ def load_loss(path: Path, name: str) -> OwnLoss:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as error:  # the file is the user's, and may raise anything
+    except Exception as error:  # the user's file may raise anything
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
         raise UserError(f"{where}: {type(error).__name__}: {first_line(error)} (line {line})") from error
     finally:
@@ -42,5 +42,5 @@ def load_loss(path: Path, name: str) -> OwnLoss:
     if not isinstance(found, OwnLoss):
         losses = [key for key, value in vars(module).items() if isinstance(value, OwnLoss)]
         wrap = f"; wrap the function: {name} = lite_dil.PairLoss(...)" if callable(found) else did_you_mean(name, losses)
-        raise UserError(f"{where}: no lite_dil.PairLoss or SideLoss of that name there{wrap}")
+        raise UserError(f"{where}: the file has no lite_dil.PairLoss or SideLoss of that name{wrap}")
     return found

@@ -1,4 +1,4 @@
-"""The parser of a command line, whose errors are the user's in one line."""
+"""A command-line parser that reports errors in one line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _OURS = set(map(flag, FIELDS))
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with the nearest flag, as a UserError."""
+    """Raises a one-line UserError that suggests the nearest flag."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parse a command line, of which flags of other tools are refused with the flags that they are here."""
+        """Parse a command line; flags of other tools are refused, with their equivalents here."""
         if args is not None and "--loss" in self._option_string_actions:
             found = list(self._foreign(args))
             if len(found) == 1:
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def _foreign(self, args: Sequence[str]) -> Iterator[str]:
-        """Yield what each flag of another tool is here."""
+        """Yield the equivalent of each flag of another tool."""
         for word, behind in zip_longest(args, args[1:], fillvalue=""):
             if word == "--":
                 return
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
                 yield f"{said}: {ours}" if ours.startswith("leave") else f"{said} is {ours} here"
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError for what argparse found."""
+        """Raise argparse's message as a UserError."""
         if unknown := message.partition("unrecognized arguments: ")[2]:
             first = unknown.split()[0].partition("=")[0]
             flags = [option for action in self._actions for option in action.option_strings]

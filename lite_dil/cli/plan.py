@@ -1,4 +1,4 @@
-"""``lite-dil plan``: whether a run fits, why, and what would help."""
+"""``lite-dil plan``: show whether a run fits, why, and what would help."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lite_dil.planning.plan_text import lines
 
 
 def run(args: argparse.Namespace, config: ResolvedConfig, given: Set[str]) -> int:
-    """Print the plan that the flags ask for; return 0 if the run fits, else 1."""
+    """Print the plan for the flags; return 0 if the run fits, else 1."""
     size, rate = _number(args.memory, "--memory"), _number(args.tokens_per_second, "--tokens-per-second")
     host = _number(args.host_memory, "--host-memory")
     plan = make(config, given, size, rate, Path(args.like) if args.like else None, host)

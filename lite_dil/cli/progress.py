@@ -19,18 +19,18 @@ _BAR = 12  # characters of a bar
 
 
 class Terminal:
-    """The `lite_dil.base.display.Display` of the command line, on standard output unless `console` says otherwise."""
+    """The `lite_dil.base.display.Display` of the command line; it prints to standard output, or to `console`."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """Print one line of text as it stands."""
+        """Print one line of text, without markup."""
         self.console.print(text, markup=False, emoji=False)
 
     @contextmanager
     def status(self, text: str) -> Iterator[None]:
-        """Show what takes a while in the block: a spinner on a terminal, a line elsewhere."""
+        """Show the text during the block: with a spinner on a terminal, as a line elsewhere."""
         if not self.console.is_terminal:
             self.say(f"{text} ...")
             yield
@@ -39,12 +39,12 @@ class Terminal:
             yield
 
     def stopping(self, text: str) -> None:
-        """Write the line to standard error, whatever is being printed."""
+        """Write the line to standard error, even in the middle of other output."""
         to_stderr(text)
 
     @contextmanager
     def bar(self, steps: int, done: int, first: str = "") -> Iterator[TerminalBar]:
-        """Show the progress of `steps` steps, `done` of them already behind, with the text `first` until the next is done."""
+        """Show the progress of `steps` steps, `done` of which are done, with the text `first` until the next one ends."""
         if not self.console.is_terminal:
             yield TerminalBar(self, steps, None)
             return
@@ -54,14 +54,14 @@ class Terminal:
 
 
 class _Fitted(ProgressColumn):
-    """As many of a task's parts as one line holds beside the spinner and the bar, those that matter most first."""
+    """As many of a task's parts as fit on one line with the spinner and the bar, the most important first."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self.console = console
 
     def render(self, task: Task) -> Text:
-        """Return the line; one part is always there, and a part that does not fit leaves its place to the next."""
+        """Return the line: the first part always, and each later part that still fits."""
         text, *others = task.fields["parts"]
         for part in others:
             if part and len(text) + 2 + len(part) <= self.console.width - _BAR - 3:
@@ -77,7 +77,7 @@ class TerminalBar:
         self.line: dict[str, Any] | None = None
 
     def update(self, step: int, line: dict[str, Any] | None) -> None:
-        """Move to `step`, with the line of metrics where one was logged."""
+        """Move to `step`, with the line of metrics if one was logged."""
         self.line = line or self.line
         shown = parts(step, self.steps, self.line) if self.line else [f"step {step}/{self.steps}"]
         if self.live:
@@ -87,7 +87,7 @@ class TerminalBar:
 
     @contextmanager
     def doing(self, text: str, last: bool) -> Iterator[None]:
-        """Say what takes a while in the block, if there is something; printed lines do so after the `last` step alone."""
+        """Show the text, if any, during the block; without a live bar only after the `last` step."""
         if not text or not (self.live or last):
             yield
         elif not self.live:

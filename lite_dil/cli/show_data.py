@@ -1,4 +1,4 @@
-"""The report on data for people: in colour on a terminal, with marks of plain text elsewhere."""
+"""The data report for people: in colour on a terminal, with plain-text marks elsewhere."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rich.text import Text
 from lite_dil.base.text import count, visible
 from lite_dil.data.formats import FORMATS
 
-# Tokens shown from the start and from the end of what is too long to be shown whole.
+# Tokens shown from the start and from the end of a text that is too long to show whole.
 _PROMPT, _ANSWER = (40, 60), (160, 80)
 _STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
-_FORMS = {"pairs": "pairs", "unpaired": "single answers with labels", "demonstrations": "demonstrations (good answers alone)"}
+_FORMS = {"pairs": "pairs", "unpaired": "single answers with labels", "demonstrations": "demonstrations"}
 
 
 class Show:
@@ -27,7 +27,7 @@ class Show:
         self.coloured = console.color_system is not None and not console.no_color
 
     def all(self, found: dict[str, Any], command: str) -> None:
-        """Print everything; `command` is the one that trains on this data, as a shell takes it."""
+        """Print everything; `command` is the shell command that trains on this data."""
         for source in found["sources"]:
             self._source(source)
         if held_out := found["held_out"]:
@@ -53,10 +53,10 @@ class Show:
         if found["stops"]:
             self._line("what to do: ", Text("; then ".join(stop["mend"] for stop in found["stops"]), "bold"))
         else:
-            self._line("train goes on with this data: ", Text(visible(command), "bold"))
+            self._line("to train on this data: ", Text(visible(command), "bold"))
 
     def _line(self, *parts: str | Text, indent: int = 0) -> None:
-        """Print one paragraph; plain strings are data or may hold some."""
+        """Print one paragraph; plain strings may contain data, so they are printed without markup."""
         text = Text.assemble(*(part if isinstance(part, Text) else visible(part) for part in parts))
         if self.coloured:
             self.console.print(Padding(text, (0, 0, 0, indent), expand=False))
@@ -83,9 +83,9 @@ class Show:
         sides = f": {numbers['chosen']:,} good and {numbers['rejected']:,} bad" if found["form"] == "unpaired" else ""
         self._line()
         self._line(f"{_FORMS[found['form']]}{sides}; {kind}")
-        self._line(f"losses for such data: {', '.join(found['losses']) or 'none'} (--loss is {found['loss']})")
+        self._line(f"losses for this data: {', '.join(found['losses']) or 'none'} (--loss is {found['loss']})")
         if found["form"] == "demonstrations":
-            self._line("the other losses want rejected answers too: --sample-rejected 1 draws them from the model")
+            self._line("the other losses also need rejected answers: --sample-rejected 1 samples them from the model")
 
     def _lengths(self, found: dict[str, Any]) -> None:
         names = _names(found)
@@ -122,7 +122,7 @@ class Show:
         for mark in found["marks"]:
             if mark["as_token"]:
                 where = f"{mark['mark']!r} in {count(mark['rows'], 'row')}, first {mark['first']}"
-                self._line(f"the model's own control tokens in plain text, read as such: {where}")
+                self._line(f"the model's own control tokens in plain text, read as control tokens: {where}")
 
     def _sample(self, title: str, parts: list[dict[str, Any]], names: dict[str, str]) -> None:
         self._line()
@@ -140,7 +140,7 @@ class Show:
                     self._pieces(piece_run, _STYLES[side])
 
     def _pieces(self, run: list[Any], style: str) -> None:
-        """Print tokens: every other one underlined, control tokens inverse; or, without colours, with bars between them."""
+        """Print tokens: every other one underlined, control tokens in reverse; without colour, with bars between them."""
         text = Text(overflow="fold")
         for number, (piece, _, special) in enumerate(run):
             more = " underline" if number % 2 and not special else ""
@@ -158,7 +158,7 @@ class Show:
 
 
 def _names(found: dict[str, Any]) -> dict[str, str]:
-    """Return what the parts of an example are called, by their names in the report."""
+    """Return the displayed names of an example's parts, by their names in the report."""
     if found["form"] == "pairs":
         return {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "whole": "pair, prompt once"}
     return {"prompt": "prompt", "chosen": "good answer", "rejected": "bad answer", "whole": "prompt and answer"}
@@ -176,7 +176,7 @@ def _ends(run: list[Any], tokens: int, shown: tuple[int, int]) -> Iterable[Any]:
 
 
 def _reach(run: list[Any], tokens: int) -> int:
-    """Return how many pieces it takes to have at least so many tokens."""
+    """Return how many pieces hold at least `tokens` tokens."""
     total = np.cumsum([held for _, held, _ in run])
     return min(int(np.searchsorted(total, tokens)) + 1, len(run))
 

@@ -1,1 +1,1 @@
-"""What `lite-dil doctor` looks at: the machine, what is installed, and whether the device computes the right numbers."""
+"""The checks of `lite-dil doctor`: the machine, what is installed, and whether the device computes the right numbers."""

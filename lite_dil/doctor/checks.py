@@ -1,4 +1,4 @@
-"""Whether a backend computes the right numbers here: a tiny model, computed in every way with the same weights."""
+"""Checks that a backend computes the right numbers here: a tiny model, computed in all ways with the same weights."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from lite_dil.doctor import tiny_model
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.training.step import micro_batches
 
-NEAR = 2.0  # two ways of rounding to 16 bits are equally far from float32, but for chance
+NEAR = 2.0  # two ways of rounding to 16 bits differ from float32 equally, up to chance
 RELATIVE = 1e-3  # of gradients in float32
 RATE, STEPS, _TRIES = 1e-2, 3, 20
 _TOKENS = 12
 
 
 class Finding(NamedTuple):
-    """What came of a check: whether the number is right, None where nothing was computed; and the figure or the reason."""
+    """The result of a check: whether the number is right (None if nothing was computed), and the figure or the reason."""
 
     ok: bool | None
     text: str
 
 
 class Measured(NamedTuple):
-    """Log-probs of all response tokens, (tokens,), and the norm of each pair's gradient, (pairs,)."""
+    """Log-probs of all response tokens, (tokens,), and each pair's gradient norm, (pairs,)."""
 
     logps: np.ndarray
     gradients: np.ndarray
@@ -62,12 +62,12 @@ class Subject:
 
     @cached_property
     def dtype(self) -> str:
-        """What --dtype auto is here."""
+        """The type that --dtype auto means here."""
         return registry.auto_dtype(self.name)
 
     @cached_property
     def pairs(self) -> list[Example]:
-        """Pairs of random tokens, of unequal lengths."""
+        """Pairs of random tokens with unequal lengths."""
         draw = np.random.default_rng(1)
         rows = [
             [tuple(map(int, draw.integers(2, tiny_model.VOCABULARY, n))) for n in draw.integers(2, 40, 3)] for _ in range(4)
@@ -75,25 +75,25 @@ class Subject:
         return [Example(prompt, (one, other), (CHOSEN, REJECTED)) for prompt, one, other in rows]
 
     def config(self, **changes: Any) -> ResolvedConfig:
-        """Return options: float32, the plain layout and no checkpointing, unless `changes` says otherwise."""
+        """Return options: float32, the plain layout and no checkpointing, with `changes`."""
         options = {"model": self.model, "backend": self.name, "dtype": "float32", "layout": "plain", "optim": "adamw"}
         return TrainConfig(**{**options, "gradient_checkpointing": "off", "lora_r": 8, **changes}).resolved()
 
     def load(self, **changes: Any) -> Backend:
-        """Load the model with these options, the last one's memory given back."""
+        """Load the model with these options, after freeing the previous one's memory."""
         gc.collect()
         registry.free(self.name)
         config = self.config(**changes)
         return registry.load(self.name, config, config.model, config, config)
 
     def step(self, backend: Backend, examples: list[Example], rate: float) -> StepResult:
-        """Take a step of lsif, all examples in one pass."""
+        """Take a step of lsif with all examples in one pass."""
         criterion = Criterion(self.config(), examples)
         return backend.step(micro_batches([Batch.of(examples)], criterion), criterion, rate)
 
     @cached_property
     def adapter(self) -> str:
-        """A folder with an adapter that changes something: three steps were taken, in float32 and the plain layout."""
+        """A folder with a trained adapter, after three steps in float32 and the plain layout."""
         folder = self.folder / "adapter"
         backend = self.load()
         for _ in range(STEPS):
@@ -103,7 +103,7 @@ class Subject:
         return str(folder)
 
     def measured(self, **changes: Any) -> Measured:
-        """Compute log-probs and gradients with the trained adapter under these options, once."""
+        """Return log-probs and gradients with the trained adapter under these options, computed once."""
         key = repr(sorted(changes.items()))
         if key not in self._measured:
             backend = self.load(init_adapter=self.adapter, reference="base", **changes)
@@ -114,7 +114,7 @@ class Subject:
 
 
 def fresh(subject: Subject) -> Finding:
-    """Expect an untrained model to be its own reference, and to learn."""
+    """Expect an untrained model to equal its reference, and to learn."""
     backend = subject.load(dtype=subject.dtype, layout="auto")
     taken: list[StepResult] = []
     for _ in range(_TRIES):
@@ -135,7 +135,7 @@ def shared(subject: Subject) -> Finding:
 
 
 def sixteen_bits(subject: Subject) -> Finding:
-    """Expect the sharing layout in the compute type to be no farther from float32 than the plain one is."""
+    """Expect the sharing layout in the compute type to be as close to float32 as the plain one."""
     if subject.dtype == "float32":
         return Finding(None, "this machine computes in float32")
     exact = subject.measured()
@@ -157,7 +157,7 @@ def checkpointing(subject: Subject) -> Finding:
 
 
 def four_bits(subject: Subject) -> Finding:
-    """Compare the model in 4 bits with one whose weights are those 4 bits, dequantised, in float32."""
+    """Compare the 4-bit model with a float32 one whose weights are the dequantised 4 bits."""
     backend = subject.load(load_in_4bit=True)
     made = registry.module(subject.name, "export").dense(backend)
     dense = {f"{name}.weight": weight.make() for name, weight in made.items()}
@@ -170,15 +170,15 @@ def four_bits(subject: Subject) -> Finding:
 
 
 def offloads(subject: Subject) -> Finding:
-    """Expect what is kept in the computer's memory to come back as it was."""
+    """Expect offloaded data to come back from the computer's memory unchanged."""
     here = {"dtype": subject.dtype, "gradient_checkpointing": "full", "layout": "auto"}
     kept, offloaded = subject.measured(**here), subject.measured(**here, offload_activations=True, offload_embeddings=True)
     same = all(bool((a == b).all()) for a, b in zip(kept, offloaded, strict=True))
-    return Finding(same, f"log-probs and gradients {'equal to the bit' if same else 'differ'}")
+    return Finding(same, f"log-probs and gradients {'bitwise equal' if same else 'differ'}")
 
 
 def generation(subject: Subject) -> Finding:
-    """Compare answers in a batch with streamed ones, and the first token with the log-probs of all."""
+    """Compare answers in a batch with streamed ones, and the first token with the log-probs of all tokens."""
     backend = subject.load(init_adapter=subject.adapter, reference="base")
     prompts = [list(pair.prompt) for pair in subject.pairs]
     greedy = [answer.ids for answer in backend.generate(prompts, _TOKENS, [1])]
@@ -196,14 +196,14 @@ def generation(subject: Subject) -> Finding:
     said = [
         f"batch and stream {'agree' if greedy == streamed else 'differ'}",
         f"seeds {'repeat' if drawn[0] == drawn[1] else 'do not repeat'}",
-        f"the first token is {'' if first == likeliest else 'not '}the likeliest",
+        f"the first token is {'' if first == likeliest else 'not '}the most likely one",
         f"probabilities sum to {total:.6f}",
     ]
     return Finding(ok, ", ".join(said))
 
 
 def equal(one: Measured, other: Measured, what: str) -> Finding:
-    """Expect two ways to compute in float32 to come to the same numbers, but for rounding."""
+    """Expect two computations in float32 to give the same numbers, up to rounding."""
     logps, gradients = float(np.abs(one.logps - other.logps).max()), float(np.abs(one.gradients / other.gradients - 1).max())
     ok = bool(logps <= tolerance("float32") and gradients <= RELATIVE)
     text = f"log-probs within {logps:.1e} nats, gradients within {gradients:.1e} of {what}"

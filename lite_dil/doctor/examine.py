@@ -1,4 +1,4 @@
-"""Run the checks in a process of their own, and go on with the rest if one of them ends it."""
+"""Run the checks in a separate process, and continue with the rest if one of them crashes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# The names of `lite_dil.doctor.checks.CHECKS`, which takes numpy to import; of CUDA's alone where a pair says so.
+# The names in `lite_dil.doctor.checks.CHECKS`, which needs numpy to import.
 NAMES = (
     "fresh adapter",
     "shared prompts, float32",
@@ -21,11 +21,11 @@ NAMES = (
     "offloads",
     "generation",
 )
-LIMIT = 600  # seconds for all checks, imports and compilers included
+LIMIT = 600  # seconds for all checks, including imports and compilation
 
 
 class Checked(NamedTuple):
-    """A check that was made: `ok` is None where nothing was computed."""
+    """A finished check: `ok` is None if nothing was computed."""
 
     name: str
     ok: bool | None
@@ -34,17 +34,17 @@ class Checked(NamedTuple):
 
 
 def names_for(backend: str, four_bits: bool) -> list[str]:
-    """Return the checks that this backend is given.
+    """Return the checks for this backend.
 
     Args:
-        four_bits: whether what --4bit needs is installed.
+        four_bits: whether the packages for --4bit are installed.
     """
     left_out = {"offloads"} if backend != "cuda" else set()
     return [name for name in NAMES if name not in left_out and (name != "4 bits" or four_bits)]
 
 
 def examine(backend: str, names: list[str]) -> Iterator[Checked]:
-    """Yield each check when it is done. One that raises or ends its process is not ok, with its last line of error."""
+    """Yield each check when it is done. One that raises or ends its process fails, with its last line of error."""
     left = list(names)
     while left:
         done = 0
@@ -55,7 +55,7 @@ def examine(backend: str, names: list[str]) -> Iterator[Checked]:
 
 
 def _in_a_process(backend: str, names: list[str]) -> Iterator[Checked]:
-    """Yield at least one of the checks, and all up to the first that ends the process."""
+    """Yield the checks up to the first that ends the process, at least one."""
     command = [sys.executable, "-m", "lite_dil.doctor.worker", backend, *names]
     running, ended = names[0], False
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:

@@ -1,4 +1,4 @@
-"""What is installed and what the machine has, without importing what is heavy."""
+"""What is installed and what the machine has, without heavy imports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PACKAGES = (
     "numpy",
     "huggingface-hub",
 )
-# What an option needs that may not be installed: module, what for, and how to get it.
+# Optional packages: module, what needs it, and how to install it.
 _EXTRAS = (
     ("bitsandbytes", "--4bit on cuda and cpu", 'pip install -e ".[cpu]"'),
     ("pyarrow", "Parquet and Arrow files", 'pip install -e ".[data]"'),
@@ -44,21 +44,21 @@ _EXTRAS = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What is here. Nothing in it names a path, a user, a host or a serial number."""
+    """A description of this machine, without paths, users, hosts or serial numbers."""
 
     lite_dil: str
     python: str
     system: str
     packages: dict[str, str]
-    missing: list[tuple[str, str]]  # what for, and the command that installs it
+    missing: list[tuple[str, str]]  # what needs it, and the command that installs it
     backend: str | None
-    device: str  # its memory in words, or why there is none
+    device: str  # with its memory, or why there is none
     driver: str  # of an NVIDIA GPU
     disk_free_gb: float  # where models and caches go
 
 
 def look(backend: str) -> Machine:
-    """Look at this machine for `backend`, "auto" or one by name."""
+    """Inspect this machine for `backend`, "auto" or one by name."""
     try:
         found: str | None = registry.resolve(backend)
         device = memory_here(found).text if found else ""

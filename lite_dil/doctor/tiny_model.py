@@ -1,4 +1,4 @@
-"""A Llama of random weights, small enough for any machine and made without a download."""
+"""A Llama with random weights, small enough for any machine and made without a download."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONFIG = {
 
 
 def weights() -> dict[str, np.ndarray]:
-    """Return the model's weights, float32. They are large enough that a wrong mask or position shows in the log-probs."""
+    """Return the model's float32 weights, large enough that a wrong mask or position shows in the log-probs."""
     keys = _WIDTH // _HEADS * _KEY_HEADS
     matrices = {
         "self_attn.q_proj": (_WIDTH, _WIDTH),
@@ -62,7 +62,7 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def make(folder: Path, changed: Mapping[str, np.ndarray] | None = None) -> str:
-    """Write the model into a new folder, some of its weights replaced, and return the folder."""
+    """Write the model, with some weights replaced, into a new folder, and return the folder."""
     folder.mkdir()
     tensors = {**weights(), **(changed or {})}
     planned = [Planned(name, "F32", value.shape, lambda value=value: [value]) for name, value in tensors.items()]  # type: ignore[misc]

@@ -1,6 +1,6 @@
-"""python -m lite_dil.doctor.worker BACKEND NAME...: make the checks of these names, and print an object of each as it is done.
+"""python -m lite_dil.doctor.worker BACKEND NAME...: run these checks, and print a JSON object for each as it is done.
 
-They run in a process of their own: whatever ends it, the checks that are left are made in another one.
+They run in a separate process; if that dies, the remaining checks run in another one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lite_dil.base.start import quiet_bars, start
 
 
 def main(backend: str, names: list[str]) -> None:
-    """Make the checks in order."""
+    """Run the checks in order."""
     start()
     from lite_dil.backends.registry import import_library
     from lite_dil.doctor.checks import CHECKS, Subject

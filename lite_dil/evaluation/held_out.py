@@ -1,4 +1,4 @@
-"""Figures of a policy on held-out data, and when a training measures them."""
+"""Figures of a policy on held-out data, and the observer that measures them during training."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from lite_dil.training.passes import Passes
 
 
 class HeldOut:
-    """Held-out examples in batches; the reference's log-probs of them come from the cache once they are known.
+    """Held-out examples in batches; the reference's log-probs come from the cache once they are known.
 
     Args:
-        passes: of the policy that is measured.
+        passes: the passes of the policy to measure.
         options: the objective whose loss and figures are computed.
-        sizes: how large a batch may be.
-        own: the objective, where the options name one of a program's own.
+        sizes: limits on the size of a batch.
+        own: the objective, if the options name a program's own.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class HeldOut:
         )
 
     def run(self, stop: Callable[[], bool] = never) -> dict[str, float]:
-        """Return the metrics with an ``eval_`` before their names; none where `stop`, asked between passes, ended it."""
+        """Return the metrics with the prefix ``eval_``; none if `stop`, called between passes, ended it."""
         means = Means()
         baseline = self.passes.baseline(self.others, stop)
         for batch in self.batches:
@@ -67,22 +67,22 @@ class HeldOut:
         return {f"eval_{name}": value for name, value in with_margin(means.means()).items()}
 
     def _loss(self, policy: np.ndarray, reference: np.ndarray, inputs: dict[str, np.ndarray]) -> float:
-        """Return the criterion's value, summed over a batch."""
-        if self._own:  # which may know the backend's arrays alone
+        """Return the criterion's sum over a batch."""
+        if self._own:  # which may support only the backend's arrays
             return float(registry.value_and_slope(self.passes.backend.name, self.criterion, policy, reference, inputs)[0])
-        with np.errstate(over="ignore"):  # an overflow shows as a loss that is not finite
+        with np.errstate(over="ignore"):  # an overflow shows as a non-finite loss
             return float(self.criterion(policy, reference, inputs))
 
 
 class Evaluation(Observer):
-    """Measures held-out data every ``--eval-steps`` and at the end, and logs a line of it.
+    """Measures held-out data every ``--eval-steps`` and at the end, and logs one line of metrics.
 
     Args:
         every: steps between evaluations; None evaluates at the end only.
         epoch: returns how many epochs are done after a step.
-        logged: lines of metrics that a resumed training has already.
-        takers: what takes the line.
-        doing: shows a text while its block runs, given whether this is the last step.
+        logged: lines of metrics that a resumed training already has.
+        takers: called with the line.
+        doing: shows a text during its block, given whether this is the last step.
     """
 
     def __init__(
@@ -98,12 +98,12 @@ class Evaluation(Observer):
         self._logged = {line["step"] for line in logged if "eval_loss" in line}
 
     def started(self, event: Event) -> None:
-        """Evaluate the step that a training was stopped or killed at, where that was due and is missing."""
+        """Evaluate the step at which a training was stopped or killed, if that evaluation was due and is missing."""
         if event.step not in self._logged:
             self.after_step(event)
 
     def after_step(self, event: Event) -> None:
-        """Evaluate where it is due."""
+        """Evaluate if it is due."""
         if not event.due(self.every):
             return
         with self._doing("" if event.stop() else "evaluating", event.last):

@@ -1,4 +1,4 @@
-"""Several losses from the same start on the same data: each trained, then measured, and laid side by side."""
+"""Comparing losses: train each from the same start on the same data, measure it, and report them side by side."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from lite_dil.recipes.preference import train
 from lite_dil.recipes.run import Run
 from lite_dil.runs.folder import RunFolder
 
-# What the policy itself says, or what a fresh adapter is given anew.
+# Options that the policy itself has, or that a fresh adapter gets anew.
 _NOT_COMPARED = {"backend", "dtype", "seed"}
 
 
 def compare(comparison: Comparison, display: Display, policy: Policy | None = None) -> Findings | None:
-    """Train and measure what is not done yet, and report; return None where Ctrl-C ended it early.
+    """Train and measure what is not done yet, and report; return None if Ctrl-C ended it early.
 
-    All runs share one base in memory, each with a fresh adapter, unless --auto chooses for each run how its model is loaded.
+    All runs share one base in memory, each with a fresh adapter, unless --auto decides for each run how to load the model.
 
     Args:
-        policy: whose base and adapter are used; it is left with a fresh adapter. None loads one, and closes it at the end.
+        policy: the policy to use, which is left with a fresh adapter. None loads one, and closes it at the end.
 
     Raises:
-        UserError: as training does; what is finished is kept.
+        UserError: as training does; finished runs are kept.
     """
     base = _Base(policy, display)
     try:
@@ -45,7 +45,7 @@ def compare(comparison: Comparison, display: Display, policy: Policy | None = No
         for number, (loss, seed) in enumerate(runs, 1):
             name = f"{loss}, seed {seed} ({number} of {len(runs)})"
             if (Path(comparison.run(loss, seed).output_dir or "") / RESULT).exists():
-                display.say(f"{name}: done before")
+                display.say(f"{name}: already done")
                 continue
             display.say(f"\n{name}")
             if not _run(comparison, loss, seed, base, display):
@@ -56,14 +56,14 @@ def compare(comparison: Comparison, display: Display, policy: Policy | None = No
 
 
 class _Base:
-    """The base that the runs share: it gives each run a policy that nothing has trained."""
+    """The base shared by the runs: it gives each run an untrained policy."""
 
     def __init__(self, policy: Policy | None, display: Display) -> None:
         self._own, self._policy, self._display = policy is None, policy, display
         self._seed = policy.options.seed if policy and policy.options else 0
 
     def policy(self, config: ResolvedConfig) -> Policy | None:
-        """Return the policy to train; None where --auto is to decide first how it is loaded."""
+        """Return the policy to train; None if --auto must first decide how to load it."""
         if self._own and self._policy and (config.auto or not _loaded_alike(self._policy, config)):
             self._close()
         if config.auto:
@@ -74,11 +74,11 @@ class _Base:
         return self._policy.fresh(config.seed)
 
     def take(self, run: Run) -> None:
-        """Keep the policy of a run that loaded it itself."""
+        """Keep the policy of a run that loaded its own."""
         self._policy = run.policy
 
     def leave(self) -> None:
-        """Close the policy, or leave the one that was given as it was."""
+        """Close the policy, or give back the given one with a fresh adapter."""
         if self._own:
             self._close()
         elif self._policy is not None:
@@ -91,8 +91,8 @@ class _Base:
 
 
 def _loaded_alike(policy: Policy, config: ResolvedConfig) -> bool:
-    """Return whether loading by `config` would make the policy that is in memory, but for its first weights."""
-    assert policy.options is not None  # it was loaded to be trained
+    """Return whether loading by `config` would give the policy in memory, up to its initial weights."""
+    assert policy.options is not None  # it was loaded for training
     backend, dtype = policy.backend.name, policy.backend.dtype_name
     return (
         registry.resolve(config.backend) == backend
@@ -106,13 +106,13 @@ def _loaded_alike(policy: Policy, config: ResolvedConfig) -> bool:
 
 
 def _run(comparison: Comparison, loss: str, seed: int, base: _Base, display: Display) -> bool:
-    """Train one loss, from its newest checkpoint where there is one, and measure it; return False where it was stopped."""
+    """Train one loss, from its newest checkpoint if there is one, and measure it; return False if it was stopped."""
     config = comparison.run(loss, seed)
     folder = RunFolder(Path(config.output_dir or ""))
     checkpoint = folder.latest()
     if checkpoint:
         saved = saved_config(checkpoint)
-        config = replace(config, backend=saved["backend"], dtype=saved["dtype"])  # what auto came to
+        config = replace(config, backend=saved["backend"], dtype=saved["dtype"])  # what auto chose
         check_same_run(config, saved, str(checkpoint))
     elif folder.path.exists():  # killed before its first checkpoint
         remove(folder.path)
@@ -122,16 +122,16 @@ def _run(comparison: Comparison, loss: str, seed: int, base: _Base, display: Dis
         trained = train(config, display, checkpoint, given=Given(base.policy(config), comparison.own.get(loss)))
     except TrainingDiverged as error:
         diverged = str(error)
-    if diverged:  # out of the handler, where the error lets go of a model that the run had loaded itself
+    if diverged:  # outside the handler, so that the error no longer holds a model that the run loaded
         registry.free(registry.resolve(config.backend))
-        display.say(f"{loss} diverged; the comparison goes on. {diverged}")
+        display.say(f"{loss} diverged; the comparison continues. {diverged}")
         _write(folder.path / RESULT, result | {"diverged": diverged})
         return True
     base.take(trained)
     if trained.stopped:
         return False
     probe = Probe(trained.policy, config, comparison.sample_prompts, comparison.sample_tokens)
-    display.say(f"drawing an answer to each of {len(probe.prompts)} held-out prompts ...")
+    display.say(f"generating an answer to each of {len(probe.prompts)} held-out prompts ...")
     reference = measure_reference(probe, comparison.reference, comparison.seeds[0])
     figures = measure(probe, reference, folder.path, seed)
     _write(folder.path / RESULT, result | {"diverged": None, **figures})

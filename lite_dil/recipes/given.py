@@ -1,4 +1,4 @@
-"""What a program hands to a training beside options."""
+"""What a program passes to a training besides options."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lite_dil.objectives.own import OwnLoss
 
 @dataclass(frozen=True)
 class Given:
-    """Objects that no option names.
+    """Objects that no option can name.
 
     Attributes:
-        policy: is trained; None loads one as the options say.
-        loss: is trained by; the options hold its identity.
-        data, eval_data: are read instead of what the options of these names say.
+        policy: the policy to train; None loads one by the options.
+        loss: the loss to train with; the options hold its identity.
+        data, eval_data: rows that replace the options of these names.
     """
 
     policy: Policy | None = None

@@ -1,4 +1,4 @@
-"""What watches a run: who saves, logs, measures, shows and reports, and in which order."""
+"""The observers of a run, which save, log, measure, show and report, and their order."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lite_dil.runs.checkpoints import Checkpoints
 from lite_dil.runs.metrics_log import MetricsLog
 from lite_dil.training.loop import Training
 
-# It may take minutes on a large model: kernels are compiled.
+# On a large model it may take minutes, because kernels are compiled.
 FIRST = "the first step takes longest"
 
 
 class ShownSteps(Observer):
-    """Shows the steps on a display, and what takes a while between them."""
+    """Shows the steps on a display, and slow work between them."""
 
     def __init__(self, display: Display) -> None:
         self.display, self._open = display, ExitStack()
@@ -37,13 +37,13 @@ class ShownSteps(Observer):
         self._bar = self._open.enter_context(self.display.bar(event.steps, event.step, FIRST))
 
     def after_step(self, event: Event) -> None:
-        """Show a step, with its line of metrics where it has one."""
+        """Show a step, with its line of metrics if it has one."""
         if self._bar:
             self._bar.update(event.step, event.line)
 
     @contextmanager
     def doing(self, text: str, last: bool) -> Iterator[None]:
-        """Show what is done in the block."""
+        """Show the text during the block."""
         with self._bar.doing(text, last) if self._bar else ExitStack():
             yield
 
@@ -68,7 +68,7 @@ class ShownSteps(Observer):
 def observers_of(
     session: TrainingSession, training: Training, display: Display, own: Sequence[Observer]
 ) -> tuple[Observers, Checkpoints]:
-    """Return the observers of a run in their order, and by itself the one that saves: saved before what takes long."""
+    """Return the observers of a run in order, and separately the one that saves, which comes before slow ones."""
     config, folder, backend, data = session.config, session.folder, session.backend, session.data
     held_out = HeldOut(training.passes, data.held_out, config, config, session.own_loss) if data.held_out else None
     shown, trackers = ShownSteps(display), Trackers(config, folder.path, session.logged, display.say)

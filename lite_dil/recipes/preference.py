@@ -1,4 +1,4 @@
-"""Preference training of an adapter by any objective of the table."""
+"""Preference training of an adapter with any objective."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def train(
     observers: Sequence[Observer] = (),
     given: Given = NOTHING_GIVEN,
 ) -> Run:
-    """Train an adapter as `config` says, from the start or from the checkpoint `resume`.
+    """Train an adapter by `config`, from the start or from the checkpoint `resume`.
 
     Args:
-        fixed: the options that --auto leaves alone; None stands for all that are not at their default.
-        observers: what watches the training beside the observers that save, log and report it.
-        given: what a program hands over; its policy is changed in place.
+        fixed: the options that --auto does not change; None means all that are not at their default.
+        observers: further observers, besides those that save, log and report.
+        given: objects passed by a program; its policy is changed in place.
 
     Raises:
-        UserError: something that the user can mend, before anything was changed, or with the last step saved.
-        TrainingDiverged: loss or gradient became non-finite; the checkpoints up to then are good.
+        UserError: something that the user can fix, raised before anything was changed or with the last step saved.
+        TrainingDiverged: the loss or gradient became non-finite; earlier checkpoints are good.
     """
     session = open_session(config, display, resume, fixed, given)
     training, folder, policy, taken = session.training, session.folder, session.policy, session.config
 
     def ended(stopped: bool) -> Run:
-        # It holds nothing of the session: a policy that is closed gives its memory back.
+        # It holds nothing of the session, so that closing the policy frees its memory.
         def go_on(checkpoint: Path, other: Display | None, watching: Sequence[Observer]) -> Run:
             return train(taken, other or display, checkpoint, fixed, watching, replace(given, policy=policy))
 
@@ -56,9 +56,9 @@ def train(
             watching.finished(Event(training.progress.step, training.schedule.steps))
     steps, again = training.schedule.steps, f"--resume {folder.path}"
     if not training.finished:
-        display.say(f"stopped after step {training.progress.step} of {steps}, saved; go on with {again}")
+        display.say(f"stopped after step {training.progress.step} of {steps}, saved; continue with {again}")
     else:
         display.say(f"adapter in {folder.adapter}, report in {folder.path / REPORT}")
         if watching.left_out:
-            display.say(f"the training is finished; what was left out of its evaluation and report: {again}")
+            display.say(f"the training is finished; to complete its evaluation and report: {again}")
     return ended(stopped=not training.finished or watching.left_out)

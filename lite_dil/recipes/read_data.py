@@ -1,4 +1,4 @@
-"""Reading what a run is trained and evaluated on, and saying what it is."""
+"""Reading and describing the data that a run is trained and evaluated on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lite_dil.reports.samples import Intake, SamplePrompt, part_facts
 
 @dataclass(frozen=True)
 class RunData:
-    """What was read: examples, the rows that were left out, and for the report the prompts to answer and what the data is.
+    """The data read: examples, skipped rows, and for the report the prompts to answer and a description.
 
     `config` names a program's own rows by their content.
     """
@@ -37,7 +37,7 @@ class RunData:
 
 
 def read_data(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None], given: Given) -> RunData:
-    """Read the training data, and the held-out data where there is any."""
+    """Read the training data, and the held-out data if there is any."""
     data, intake, name = _load(given.data or config.data, "train", encoder, config, say)
     config = replace(config, data=name)
     if not config.eval_data:
@@ -53,18 +53,18 @@ def read_data(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], Non
 
 
 def _held_out_of(data: DataSet, intake: Intake, name: str, config: ResolvedConfig, say: Callable[[str], None]) -> RunData:
-    """Hold a part of the training data out, where it is large enough or the user says so."""
+    """Hold out part of the training data, if it is large enough or the user asks for it."""
     rows = len(data.examples)
     data, held_out = split(data, config.eval_fraction)
     facts = [intake.facts("training", name, data)]
     if held_out is None:
         if config.eval_steps:
             raise UserError(
-                f"--eval-steps: nothing is held out of {rows} rows; give --eval-data, or --eval-fraction 0.1, or leave it out"
+                f"--eval-steps: nothing is held out of {rows} rows; give --eval-data or --eval-fraction 0.1, or leave it out"
             )
         return RunData(data.examples, [], data.problems, intake.prompts, facts, config)
     number = len(held_out.examples)
-    say(f"held-out data: {number} of these rows, whole prompts, which are not trained on (--eval-fraction, --eval-data)")
+    say(f"held-out data: {number} of these rows, whole prompts, not trained on (--eval-fraction, --eval-data)")
     facts.append(part_facts(name, held_out) | {"in_training": Overlap(number, 0, 0)._asdict()})
     among = {example.prompt for example in held_out.examples}
     prompts = [prompt for prompt in intake.prompts if prompt.ids in among]
@@ -74,7 +74,7 @@ def _held_out_of(data: DataSet, intake: Intake, name: str, config: ResolvedConfi
 def _load(
     given: str | Rows, split: str, encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None]
 ) -> tuple[DataSet, Intake, str]:
-    """Read a data set and say what it is; return also what names it in the run's files."""
+    """Read and describe a data set; return also its name in the run's files."""
     intake = Intake(config.report_samples, config)
     source = DATA if isinstance(given, Rows) else given
     data = load(given, split, encoder, config, watch=intake.add, good_only=objective_of(config.loss).data == "chosen")

@@ -1,4 +1,4 @@
-"""What a training leaves to the program that asked for it."""
+"""A finished training, as an object for the calling program."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lite_dil.generation.policy import Policy
 from lite_dil.reports.run_report import REPORT
 from lite_dil.runs.folder import RunFolder
 
-# Figures that a notebook shows, the last of each.
+# Figures whose last values a notebook shows.
 _FIGURES = ["loss", "rewards/accuracies", "log_ratio/chosen", "log_ratio/rejected"]
 _SHOWN = ["step", *_FIGURES, *(f"eval_{name}" for name in _FIGURES)]
 
@@ -30,11 +30,11 @@ class Run:
     """A training that ended, in memory and in its folder.
 
     Attributes:
-        policy: as it was trained.
-        folder: holds all that the run wrote: config.yaml, metrics.jsonl, checkpoints, the adapter, the report.
+        policy: the trained policy.
+        folder: everything that the run wrote: config.yaml, metrics.jsonl, checkpoints, the adapter, the report.
         stopped: whether Ctrl-C ended it early, after saving.
-        say: takes a line for people.
-        go_on: goes on from a checkpoint as `resume` says.
+        say: called with each line for people.
+        go_on: continues from a checkpoint; see `resume`.
     """
 
     policy: Policy
@@ -45,9 +45,9 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl in their order, those of evaluations too, whose names begin with ``eval_``.
+        """The lines of metrics.jsonl in order, including those of evaluations, whose names begin with ``eval_``.
 
-        Losses and log-ratios are means over pairs or answers, in nats; None is a figure that was not finite.
+        Losses and log-ratios are means over pairs or responses, in nats; None is a value that was not finite.
         """
         path = RunFolder(self.folder).metrics
         if not path.exists():
@@ -55,20 +55,20 @@ class Run:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def frame(self) -> Any:
-        """Return the metrics as a pandas DataFrame, a row a line. Raises UserError where pandas is not installed."""
+        """Return the metrics as a pandas DataFrame, one row per line. Raises UserError if pandas is not installed."""
         try:
             pandas = importlib.import_module("pandas")
         except ImportError:
-            raise UserError("a frame needs pandas: pip install pandas; the metrics are a list of dicts too") from None
+            raise UserError("frame() needs pandas: pip install pandas; run.metrics is a list of dicts") from None
         return pandas.DataFrame(self.metrics)
 
     @property
     def report(self) -> Path:
-        """The page that tells what came of the run."""
+        """The path of the run's report."""
         return self.folder / REPORT
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows of it."""
+        """Return the HTML that a notebook shows."""
         rows: dict[str, object] = {"folder": self.folder, "state": "stopped, and saved" if self.stopped else "finished"}
         last: dict[str, Any] = {}
         for line in self.metrics:
@@ -81,36 +81,36 @@ class Run:
         return html.facts("Run", rows)
 
     def resume(self, *, display: Display | None = None, observers: Sequence[Observer] = ()) -> Run:
-        """Go on from the newest checkpoint, as if the run had never stopped; return the run that it then is.
+        """Continue from the newest checkpoint as if the run had never stopped; return the new `Run`.
 
         Rows from a generator are gone: give them to `lite_dil.train` again, with ``resume=run.folder``.
 
-        Raises UserError where there is no checkpoint.
+        Raises UserError if there is no checkpoint.
         """
         checkpoint = RunFolder(self.folder).latest()
         if checkpoint is None:
-            raise UserError(f"{self.folder} has no checkpoint to go on from")
+            raise UserError(f"{self.folder} has no checkpoint to continue from")
         return self.go_on(checkpoint, display, observers)
 
     def export(self, folder: str | Path, *, format: str = "merged", **options: Any) -> Path:
-        """Make the adapter into what other programs load, compared with the trained model; return the folder.
+        """Convert the adapter for other programs and compare the result with the trained model; return the folder.
 
-        The trained model is the policy, where that is open and still as this run left it; else it is loaded for a while. The
-        check loads what was made beside it: ``run.policy.close()`` before makes room.
+        The trained model is the policy if that is open and still as this run left it; else it is loaded for a while. The check
+        loads the result next to it; call ``run.policy.close()`` first to make room.
 
         Args:
             folder: a new one.
             format: "adapter", "merged", "mlx", "gguf" or "ollama".
-            **options: others of `lite_dil.export.exporting.ExportOptions`, as ``bits=4`` or ``check_rows=20``.
+            **options: others of `lite_dil.export.exporting.ExportOptions`, such as ``bits=4`` or ``check_rows=20``.
 
         Raises:
-            UserError: it cannot be made, or what was made answers otherwise than the trained model, and is in FOLDER.refused.
+            UserError: the export failed, or its result differs from the trained model and is kept in FOLDER.refused.
         """
         made = ExportOptions(format, Path(folder), **options)
         return export(made, adapter_source.find(str(self.folder), {}), self.say, self._trained())
 
     def _trained(self) -> Policy | None:
-        """Return the policy where it is what an export would load: unsloth and embeddings kept elsewhere change its layers."""
+        """Return the policy if it equals what an export would load: unsloth and offloaded embeddings change its layers."""
         policy, options = self.policy, self.policy.options
         same = policy.open and policy.trained and policy.run is not None and policy.run.path == self.folder
         if not same or options is None or options.unsloth or options.offload_embeddings or policy.backend.strength != 1:

@@ -44,13 +44,13 @@ LOSS_SOURCE = "loss_source.txt"
 
 @dataclass
 class TrainingSession:
-    """All that a run works with.
+    """Everything that a run works with.
 
     Attributes:
-        config: with the backend that auto came to, and what --auto chose.
-        logged: lines of metrics that a resumed run had logged before, also those that it will log again.
-        own_loss: what is trained by, where that is a program's own.
-        training: what the loop works on; None where Ctrl-C came before the first step, which the user has been told.
+        config: with the backend and options that auto chose.
+        logged: lines of metrics that a resumed run logged before, including those that it will log again.
+        own_loss: the loss, if it is a program's own.
+        training: what the loop works on; None if Ctrl-C came before the first step, which the user has been told.
     """
 
     config: ResolvedConfig
@@ -67,20 +67,20 @@ class TrainingSession:
         return self.policy.backend
 
     def taken_config(self) -> ResolvedConfig:
-        """Return the config with the type and the layout that the backend took, where "auto" was asked for."""
+        """Return the config with the type and layout that the backend chose for "auto"."""
         return replace(self.config, dtype=self.backend.dtype_name, layout=self.backend.layout)
 
     def save_state(self, folder: Path) -> None:
-        """Write what a resumed run goes on from, and the adapter for people and other programs."""
+        """Write the state for resuming, and the adapter for people and other programs."""
         self.backend.save_state(folder)
 
 
 def open_session(
     config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None, given: Given
 ) -> TrainingSession:
-    """Read the data, load the model, and bring both to where training starts, or goes on from the checkpoint `resume`.
+    """Read the data, load the model, and prepare both to start training, or to continue from the checkpoint `resume`.
 
-    `fixed` are the options that --auto leaves alone; None stands for all that are not at their default.
+    `fixed` are the options that --auto does not change; None means all that are not at their default.
     """
     session, progress = _load(config, display, resume, fixed, given)
     config = session.config
@@ -118,7 +118,7 @@ def open_session(
 def _load(
     config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None, given: Given
 ) -> tuple[TrainingSession, Progress]:
-    """Read the data and load the model; return also where the run stands."""
+    """Read the data and load the model; return also the run's progress."""
     start(training=True)
     trackers.check(config)
     config, policy = replace(config, backend=registry.resolve(config.backend)), given.policy
@@ -149,7 +149,7 @@ def _load(
 
 
 def _progress(examples: Sequence[Example], config: ResolvedConfig, resume: Path | None) -> Progress:
-    """Return where the run stands: at its start, or where the checkpoint `resume` was saved, if that is of the same data."""
+    """Return the run's progress: none, or that of the checkpoint `resume`, which must be of the same data."""
     digest = fingerprint(examples)
     if resume is None:
         return Progress(fingerprint=digest)
@@ -160,14 +160,14 @@ def _progress(examples: Sequence[Example], config: ResolvedConfig, resume: Path 
 
 
 def _draw_rejected(session: TrainingSession, count: int, display: Display) -> bool:
-    """Draw rejected answers for the examples that the run comes to and the held-out ones; False where Ctrl-C ended it."""
+    """Generate rejected responses for the examples that the run uses and the held-out ones; False if Ctrl-C ended it."""
     config, backend, data = session.config, session.backend, session.data
     key = reference_key(config, cache_folder(config), session.policy.model, backend.identity)
     reference, used = reference_digest(key), needed(config, data.examples)
     path = sample_path(config, reference)
     drawn = add_samples([*used, *data.held_out], count, backend, session.policy.encoder, path, reference, config, display)
     if drawn is None:
-        display.say(f"stopped; the same command goes on with what was drawn: {path}")
+        display.say(f"stopped; the same command continues with what was generated: {path}")
         return False
     session.data = replace(data, examples=drawn[: len(used)], held_out=drawn[len(used) :])
     return True
@@ -177,20 +177,20 @@ def _open_cache(session: TrainingSession, display: Display) -> ReferenceCache:
     """Open the cache of the reference's log-probs."""
     cache = open_cache(session.config, session.config, session.policy.model, session.backend.identity)
     if cache.damaged:
-        display.say(f"{cache.path}: {cache.damaged} damaged records, which will be computed again")
+        display.say(f"{cache.path}: {cache.damaged} damaged records, which will be recomputed")
     return cache
 
 
 def _go_on(session: TrainingSession, training: Training, checkpoint: Path) -> None:
-    """Bring model and metrics to where the checkpoint was saved."""
+    """Restore the model and metrics of the checkpoint."""
     session.backend.load_state(checkpoint)
     session.logged = session.folder.rewind(training.progress.step)
     where = f"step {training.progress.step} of {training.schedule.steps} in {session.folder.path}"
-    training.say(f"the run is finished: {where}" if training.finished else f"going on after {where}")
+    training.say(f"the run is finished: {where}" if training.finished else f"continuing after {where}")
 
 
 def _precompute(passes: Passes, parts: Sequence[Sequence[Example]], config: ResolvedConfig, display: Display) -> bool:
-    """Fill the cache with the reference's log-probs of all examples; return False where Ctrl-C ended it early."""
+    """Fill the cache with the reference's log-probs of all examples; return False if Ctrl-C ended it early."""
     total, count = sum(map(len, parts)), sum(1 for _ in missing(passes, parts))
     display.say(f"reference: {total - count} of {total} pairs are cached, {count} to compute")
     signal = StopSignal("stopping after this batch; what was computed is kept", tell=display.stopping)
@@ -206,7 +206,7 @@ def _precompute(passes: Passes, parts: Sequence[Sequence[Example]], config: Reso
 
 
 def _begin(session: TrainingSession, display: Display) -> None:
-    """Make the run's folder."""
+    """Create the run's folder."""
     folder = session.folder
     folder.create(replace(session.config, dtype=session.backend.dtype_name).as_dict())
     for name in (trackers.IDS, SAMPLES):  # of a run that was killed before it saved, perhaps of another model

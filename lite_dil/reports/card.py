@@ -1,4 +1,4 @@
-"""The model card of what is published: README.md with the hub's front matter, made from a run's own files."""
+"""The model card for publishing: README.md with the hub's front matter, made from a run's files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lite_dil.reports.outcome import FACTS, read_facts, shared, with_error
 from lite_dil.runs.folder import RunFolder, checkpoint_of
 from lite_dil.runs.history import read_history
 
-# What the embedded model is on the hub; it was made from a package, which has no card.
+# The embedded model's name on the hub; it was made from a package, which has no card.
 _EMBEDDED = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 _LIBRARIES = {"peft": "peft", "mlx-lm": "mlx", "merged": "transformers", "mlx": "mlx"}
 _PACKAGES = {
@@ -36,7 +36,7 @@ _PACKAGES = {
     "mlx": ("mlx", "mlx-lm", "transformers"),
 }
 _SIDES = ("chosen", "rejected")
-_FORMS = {"pairs": "pairs", "unpaired": "good and bad answers", "demonstrations": "good answers"}
+_FORMS = {"pairs": "pairs", "unpaired": "good and bad answers", "demonstrations": "demonstrations"}
 _BIBTEX = """\
 ```bibtex
 @inproceedings{xiao2025dil,
@@ -49,7 +49,7 @@ _BIBTEX = """\
 
 
 class ModelCard(Observer):
-    """Writes the card of the adapter that a run ends with, so that it can be uploaded as it is."""
+    """Writes the card of a run's final adapter, which is then ready to upload."""
 
     writes = True
 
@@ -57,23 +57,23 @@ class ModelCard(Observer):
         self.source = source
 
     def finished(self, event: Event) -> None:
-        """Write the card beside the adapter's files."""
+        """Write the card next to the adapter's files."""
         assert self.source.adapter is not None
         write_card(self.source.adapter, self.source, "adapter", None, "")
 
 
 def write_card(folder: Path, source: AdapterSource, format: str, check: Any, command: str) -> None:
-    """Write README.md into `folder`, over one that is there.
+    """Write README.md into `folder`, replacing any that is there.
 
-    What the run's files do not say is left out; of paths no more than the last part is published.
+    What the run's files do not say is left out; only the last part of a path is published.
 
     Args:
-        folder: what was made, its files in place.
+        folder: the exported folder, with its files in place.
         source: the adapter it was made from.
         format: "adapter", "merged", "mlx", "gguf" or "ollama".
-        check: what comparing the made files with the trained model gave: `rows`, `tokens`, `mean` and `max` (nats per token),
-            `tolerance`, `data`; None where nothing was compared.
-        command: the command that made the folder; "" where training itself did.
+        check: the comparison of these files with the trained model: `rows`, `tokens`, `mean` and `max` (nats per token),
+            `tolerance`, `data`; None if nothing was compared.
+        command: the command that made the folder; "" if training itself did.
     """
     kind = format
     if format == "adapter":
@@ -122,7 +122,7 @@ def _front_matter(kind: str, base: dict[str, Any], options: dict[str, Any]) -> s
 
 
 def _license(model: str) -> dict[str, str]:
-    """Return the licence fields of the base model's own card, as far as they can be had."""
+    """Return the licence fields of the base model's own card, as far as available."""
     import yaml
     from huggingface_hub import HfApi, metadata_load
     from huggingface_hub.errors import HTTPError
@@ -134,7 +134,7 @@ def _license(model: str) -> dict[str, str]:
         elif is_hub_id(model):
             found = HfApi().model_info(model, timeout=10).card_data
             card = found.to_dict() if found else {}
-    except (OSError, HTTPError, ValueError, yaml.YAMLError):  # no network, or a card that is broken: nothing is claimed
+    except (OSError, HTTPError, ValueError, yaml.YAMLError):  # no network or a broken card: claim nothing
         return {}
     if not isinstance(name := card.get("license"), str) or not re.fullmatch(r"[\w.-]+", name):
         return {}
@@ -143,7 +143,7 @@ def _license(model: str) -> dict[str, str]:
         if isinstance(value := card.get(key), str) and value:
             fields[key] = value
     link = fields.get("license_link", "https://")
-    if "://" not in link:  # a file of the base model's repository
+    if "://" not in link:  # a file in the base model's repository
         fields.pop("license_link")
         if is_hub_id(model):
             fields["license_link"] = f"https://huggingface.co/{model}/blob/main/{link}"
@@ -165,29 +165,29 @@ def _introduction(kind: str, model: str, base: dict[str, str], options: dict[str
     if options:
         text += f", trained by lite-dil with the loss {code(shown(options['loss']))}"
     yield f"# {code(name)}, tuned" if options else f"# {code(name)} with an adapter"
-    yield text + "." + (f" The adapter is taken {strength:g} times as strong as it was trained." if strength != 1 else "")
+    yield text + "." + (f" The adapter is applied at {strength:g} times its trained strength." if strength != 1 else "")
     if "license" in base:
         told = base.get("license_name", base["license"])
         link = f" ({base['license_link']})" if "license_link" in base else ""
-        yield f"The base model's licence is {code(told)}{link}, and holds for what is derived from it."
+        yield f"The base model's licence is {code(told)}{link}; it also applies to derived models."
     elif files := sorted(path.name for path in Path(model).glob("LICEN[SC]E*")):
-        yield f"The base model's licence, which holds for what is derived from it, is in its file {code(files[0])}."
+        yield f"The base model's licence, which also applies to derived models, is in its file {code(files[0])}."
     else:
-        yield "The base model's own licence holds for what is derived from it."
+        yield "The base model's own licence also applies to derived models."
 
 
 def _facts(run: RunFolder) -> dict[str, dict[str, Any]]:
-    """Return what the run noted of its data: by use, "training" and "held out"."""
+    """Return the run's notes on its data by use, "training" and "held out"."""
     return {data["use"]: data for data in read_facts(run.path)["data"]} if (run.path / FACTS).is_file() else {}
 
 
 def _training(options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Say what was trained on, by which loss, with which settings."""
+    """Yield the data, the loss and the settings of the training."""
     loss = options["loss"]
     objective = objective_of(loss)
     constants = [f"{name} {options[name]}" for name in ("beta", *objective.options) if options.get(name) is not None]
-    if options.get("init_adapter"):  # whose rank, alpha and layers are taken
-        lora = f"gone on with from {code(public_name(options['init_adapter']))}; reference: {options['reference']}"
+    if options.get("init_adapter"):  # its rank, alpha and layers are used
+        lora = f"continued from {code(public_name(options['init_adapter']))}; reference: {options['reference']}"
     else:
         lora = f"rank {options['lora_r']}, alpha {options['lora_alpha']:g}, on {code(options['target_modules'])}"
     steps = f"{options['max_steps']} steps" if options.get("max_steps") else f"{options['epochs']:g} times the data"
@@ -206,19 +206,19 @@ def _training(options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iter
         f"seed {options['seed']}",
     ]
     if options.get("sample_rejected"):
-        lines.insert(1, f"rejected answers: {options['sample_rejected']} a prompt, drawn from the base model")
+        lines.insert(1, f"rejected answers: {options['sample_rejected']} per prompt, generated by the base model")
     yield "\n".join(f"- {line}" for line in lines)
 
 
 def _held_out(text: str | None, facts: dict[str, Any] | None) -> str:
-    """Name the held-out data: a set of its own, or a part of the training data that was not trained on."""
+    """Name the held-out data: a separate data set, or a part of the training data that was not trained on."""
     if text:
         return _data(text, facts)
-    return f"{facts['examples']:,} rows of this data, whole prompts, which were not trained on" if facts else "none"
+    return f"{facts['examples']:,} rows of this data, whole prompts, not trained on" if facts else "none"
 
 
 def _data(text: str, facts: dict[str, Any] | None) -> str:
-    """Name a data set, with how much of which formats it was taken for."""
+    """Name a data set, with its number of examples and its formats."""
     names = ", ".join(map(code, public_sources(text)[0]))
     if facts is None:
         return names
@@ -227,13 +227,13 @@ def _data(text: str, facts: dict[str, Any] | None) -> str:
 
 
 def _step(source: AdapterSource) -> float:
-    """Return the step of the adapter: a checkpoint's own, or the run's last."""
+    """Return the adapter's step: a checkpoint's own, or the run's last."""
     checkpoint = checkpoint_of(source.adapter.absolute()) if source.adapter else None
     return int(checkpoint.name.removeprefix("step-")) if checkpoint else math.inf
 
 
 def _figures(run: RunFolder, last: float, options: dict[str, Any], facts: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Say how the adapter did on held-out data, by the last evaluation up to the step `last`."""
+    """Yield the adapter's held-out figures from the last evaluation up to the step `last`."""
     held_out = read_history(run.metrics).held_out
     lines = np.flatnonzero(held_out.get("step") <= last)
     if not len(lines):
@@ -250,7 +250,7 @@ def _figures(run: RunFolder, last: float, options: dict[str, Any], facts: dict[s
             "answer gained more than the rejected one."
         )
     if warning := shared(facts.get("held out")).warning:
-        yield f"Mind: {warning}."
+        yield f"Note: {warning}."
     per = "per token" if options["logp_reduction"] == "mean" else "per answer"
     rows = [f"| | {' | '.join(_SIDES)} |", "|---|---|---|"]
     for title, name in ((f"log-ratio to the reference, nats {per}", "log_ratio"), ("log-prob, nats per answer", "logps")):
@@ -259,7 +259,7 @@ def _figures(run: RunFolder, last: float, options: dict[str, Any], facts: dict[s
     yield "\n".join(rows)
     if (figure("log_ratio/chosen") or 0) < 0:
         yield (
-            "Mind: the chosen answers' likelihood fell. The tuned model gives them less probability than its reference does, "
+            "Note: the chosen answers' likelihood fell. The tuned model gives them less probability than its reference does, "
             "though it may prefer them to the rejected ones."
         )
 
@@ -267,13 +267,13 @@ def _figures(run: RunFolder, last: float, options: dict[str, Any], facts: dict[s
 def _checked(check: Any) -> str:
     return (
         f"{check.tokens:,} answer tokens in {check.rows:,} rows of {', '.join(map(code, public_sources(check.data)[0]))}: the "
-        f"log-probs by these files differ from those of the model as it was trained by {check.mean:.2g} nats per token on "
+        f"log-probs from these files differ from those of the trained model by {check.mean:.2g} nats per token on "
         f"average ({check.tolerance:g} is allowed), and by {check.max:.2g} at most."
     )
 
 
 def _made(options: dict[str, Any], command: str) -> Iterator[str]:
-    """Give the commands, with the last parts of paths, and the versions."""
+    """Yield the commands, with only the last parts of paths, and the versions."""
     commands = [train_command(options)] if options and not _of_a_program(options) else []
     commands += [public_command(command)] if command else []
     if options and _of_a_program(options):
@@ -290,19 +290,19 @@ def _made(options: dict[str, Any], command: str) -> Iterator[str]:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    yield f"Versions where this was written: {', '.join(found)}."
+    yield f"Versions used: {', '.join(found)}."
 
 
 def _of_a_program(options: dict[str, Any]) -> list[str]:
-    """Return what a program gave to the run that no command can name."""
+    """Return the objects that a program gave to the run and no command can name."""
     found = ["loss"] if is_own(options["loss"]) else []
     return found + ["data"] * any(is_rows_name(str(options.get(name))) for name in ("data", "eval_data"))
 
 
 def _limits(options: dict[str, Any]) -> str:
     text = (
-        "What the base model does not know, this one does not either, and it has the biases of the base model and the data. "
-        "Figures are of data like that which it was trained on; nothing was tested for safety, or for other uses."
+        "This model knows no more than the base model, and has the biases of the base model and the data. "
+        "Figures are from data similar to the training data; nothing was tested for safety or other uses."
     )
     if options.get("loss") in DIL_FAMILY and options["logp_reduction"] == "mean":
         text += (

@@ -1,4 +1,4 @@
-"""How a published folder is used: a few lines for each format, for the model card."""
+"""How to use a published folder, in a few lines per format, for the model card."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from lite_dil.base.text import one_line
 
 _HERE = 'here = "."  # this folder, or OWNER/NAME of its page on the hub'
-_HERE_LOCAL = 'here = "."  # this folder; one of the hub is fetched by huggingface_hub.snapshot_download("OWNER/NAME")'
+_HERE_LOCAL = 'here = "."  # this folder; for one on the hub: huggingface_hub.snapshot_download("OWNER/NAME")'
 _MESSAGES = 'messages = [{"role": "user", "content": "What is the capital of France?"}]\n'
 _TORCH_CHAT = (
     _MESSAGES
@@ -25,24 +25,24 @@ _MLX_TEXT = 'prompt = "The capital of France is"'
 _MLX = "print(generate(model, tokenizer, prompt=prompt, max_tokens=256))"
 
 _TRAINED_IN_NF4 = (
-    "\n\nIn training the base model was in 4 bits (NF4, double quantisation), which bitsandbytes gives: "
+    "\n\nIn training the base model was in 4 bits (NF4, double quantisation), as with bitsandbytes: "
     '`quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
     "bnb_4bit_use_double_quant=True)`. In 16 bits its answers differ a little."
 )
 _TRAINED_IN_MLX_4BIT = (
-    "\n\nIn training the base model was in 4 bits (groups of 64), which `mlx_lm.convert --quantize` makes of it. "
+    "\n\nIn training the base model was in 4 bits (groups of 64), as with `mlx_lm.convert --quantize`. "
     "In 16 bits its answers differ a little."
 )
 
 
 def how_to_use(kind: str, folder: Path, base: str, options: dict[str, Any], data: dict[str, Any]) -> str:
-    """Return Markdown that loads and asks the model.
+    """Return Markdown on how to load and run the model.
 
     Args:
         kind: "peft", "mlx-lm", "merged", "mlx", "gguf" or "ollama".
-        base: the base model's hub id, or words that stand for its folder.
-        options: the run's, or {} where they are not known.
-        data: what the run noted of its data; a chat where it says nothing.
+        base: the base model's hub id, or a placeholder for its folder.
+        options: the run's, or {} if they are not known.
+        data: the run's notes on its data; a chat is assumed if they are empty.
     """
     model, chat = json.dumps(one_line(base)), data.get("chat", True)
     if kind in ("gguf", "ollama"):
@@ -57,7 +57,7 @@ def how_to_use(kind: str, folder: Path, base: str, options: dict[str, Any], data
 
 
 def _with_transformers(base: str | None, chat: bool) -> str:
-    """Load a model of its own, or with `base` the adapter beside that model."""
+    """Return code that loads a full model, or with `base` an adapter on that model."""
     peft = "from peft import PeftModel\n" if base else ""
     if base:
         whole = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}, dtype="auto"), here)'
@@ -76,7 +76,7 @@ tokenizer = AutoTokenizer.from_pretrained({base or "here"})
 
 
 def _with_mlx(base: str | None, chat: bool) -> str:
-    """The same with mlx-lm."""
+    """Return the same with mlx-lm."""
     return f"""\
 ```python
 from mlx_lm import generate, load

@@ -1,4 +1,4 @@
-"""Words that may be published: names without a machine's folders, commands made of them, Markdown that stays text."""
+"""Text that may be published: names and commands without a machine's folders, and escaped Markdown."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lite_dil.config.train_config import FIELDS, TrainConfig, flag
 from lite_dil.data.sources import is_local, looks_like_file, split_sources
 from lite_dil.models.names import HUB_ID, last_part, public_name
 
-# What names a place on this machine: from the root, a home folder, a drive, or above the current folder.
+# Paths on this machine: from the root, a home folder, a drive, or above the current folder.
 _PLACE = re.compile(r"(?:~|\.\.|[A-Za-z]:)?[/\\][^,=]*")
 
 
 def code(text: object) -> str:
-    """Return text as Markdown code, whatever it holds."""
+    """Return text as Markdown code, whatever it contains."""
     words = one_line(str(text))
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", words)), default=0))
     space = " " if words.startswith("`") or words.endswith("`") else ""
@@ -24,7 +24,7 @@ def code(text: object) -> str:
 
 
 def public_sources(text: str) -> tuple[list[str], list[str]]:
-    """Return the names of the sources that --data names, and the hub ids of those that are on the hub."""
+    """Return the names of --data's sources, and the hub ids among them."""
     names, hub = [], []
     for source, weight in split_sources(text) if text else []:
         times = "" if weight == 1 else f"={weight:g}"
@@ -38,22 +38,22 @@ def public_sources(text: str) -> tuple[list[str], list[str]]:
 
 
 def public_command(command: str) -> str:
-    """Return a shell command on one line in which places on this machine are their last parts."""
+    """Return a shell command on one line, with paths on this machine cut to their last parts."""
     return shlex.join(_without_places(one_line(word)) for word in shlex.split(command))
 
 
 def _without_places(word: str) -> str:
-    """Shorten each place in a word as ``--data=/home/me/a.jsonl,b.jsonl=0.5``."""
+    """Shorten each path in a word such as ``--data=/home/me/a.jsonl,b.jsonl=0.5``."""
 
     def shorten(found: re.Match[str]) -> str:
         return last_part(found[0]) or "."
 
-    # Not within a word: owner/name and runs/one have a slash as well.
+    # Not within a word: owner/name and runs/one also contain a slash.
     return re.sub(rf"(?<![^,=]){_PLACE.pattern}", shorten, word)
 
 
 def train_command(options: dict[str, Any]) -> str:
-    """Return the lite-dil train command that stands for a run's resolved options: what differs from the defaults."""
+    """Return the lite-dil train command for a run's resolved options: those that differ from the defaults."""
     chosen = {name: options[name] for name in ("model", "data", "loss", "init_adapter", "sample_rejected") if name in options}
     defaults = TrainConfig(**chosen, reference=options.get("reference")).resolved().as_dict() | {
         name: FIELDS[name].default for name in chosen
@@ -70,7 +70,7 @@ def train_command(options: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-# Where things lie on this machine.
+# Options with paths on this machine.
 _OWN = {"output_dir", "reference_cache", "sample_file"}
 
 

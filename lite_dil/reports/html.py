@@ -1,4 +1,4 @@
-"""Pages made by Jinja from the templates beside this file, which escapes every text; SVG by matplotlib is the only markup."""
+"""Pages from this folder's Jinja templates, with every text escaped; matplotlib's SVG is the only markup passed in."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-# Control characters but tab and line feed, halves of surrogate pairs, and what is no character: no page may hold them.
+# Control characters except tab and line feed, lone surrogates and noncharacters, which a page must not contain.
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def render(template: str, **values: Any) -> str:
-    """Return the page that a template makes of `values`. Raises jinja2.UndefinedError where it names what is not there."""
+    """Return a template's page for `values`. Raises jinja2.UndefinedError for a missing name."""
     return _environment().get_template(template).render(values)
 
 
@@ -33,5 +33,5 @@ def _environment() -> Environment:
 
 
 def _clean(value: Any) -> Any:
-    """Return what a template prints, before it is escaped: markup as it is, all else as text that a page may hold."""
+    """Return a printed value before escaping: markup unchanged, everything else as text valid in a page."""
     return value if hasattr(value, "__html__") else _FORBIDDEN.sub("\ufffd", str(value).replace("\r\n", "\n"))

@@ -1,4 +1,4 @@
-"""report.html: a run on one page without a script or a request, by day and by night, on a desk and on a phone."""
+"""report.html: a run on one page, without scripts or requests, for light and dark mode, desktops and phones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lite_dil.reports.outcome import RunRecord
 from lite_dil.reports.samples import MAX_NEW_TOKENS, Sample
 from lite_dil.runs.history import POINTS
 
-_EVALUATIONS = 40  # of the table of evaluations at most
+_EVALUATIONS = 40  # the most rows in the table of evaluations
 _Rows = list[list[Any]]
 
 
@@ -67,10 +67,10 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _charts_note(drawn: Sequence[Drawn], held_out: bool) -> str:
-    note = "Thin lines are training, thick ones with marks held-out data; a" if held_out else "A"
+    note = "Thin lines show training, thick lines with marks held-out data; a" if held_out else "A"
     note += " gap is a value that was not finite."
     if (size := max((found.bin for found in drawn), default=1)) > 1:
-        note += f" The run is long: each point is the mean of up to {size:,} lines, {POINTS} points a curve at most."
+        note += f" The run is long: each point is the mean of up to {size:,} lines, at most {POINTS} points per curve."
     return note
 
 
@@ -84,7 +84,7 @@ def _samples_note(samples: Sequence[Sample]) -> str:
 
 
 def _sample(sample: Sample, max_length: int) -> dict[str, Any]:
-    """Return a prompt as roles (None for plain text) with texts, what was cut of it, and both answers below their titles."""
+    """Return a prompt as roles (None for plain text) with texts, what was cut from it, and both answers with titles."""
     if isinstance(sample.prompt, str):
         prompt: list[Any] = [(None, sample.prompt)]
     else:
@@ -141,14 +141,14 @@ def _data(data: dict[str, Any]) -> _Rows:
     rows = [
         ["source", data["source"]],
         ["form", f"{data['form']}, {'chat messages' if data['chat'] else 'plain text'}"],
-        ["examples an epoch", f"{data['examples']:,}"],
+        ["examples per epoch", f"{data['examples']:,}"],
         ["answers", f"{answers['chosen']:,} chosen, {answers['rejected']:,} rejected"],
         ["cut by --max-length", f"{data['prompts_cut']:,} prompts, {data['answers_cut']:,} answers"],
     ]
     if "in_training" in data:
         rows.append(["in the training data", str(outcome.shared(data)) or "none of these prompts"])
     for source in data["sources"]:
-        weight = "" if source["weight"] == 1 else f", {source['weight']:g} times an epoch"
+        weight = "" if source["weight"] == 1 else f", {source['weight']:g} times per epoch"
         rows.append([source["name"], f"{source['kept']:,} rows read as {source['format']}{weight}"])
         rows += [
             ["left out", f"{reason['rows']:,} {reason['reason']} (first: {reason['stories'][0]['first']})"]
@@ -176,7 +176,7 @@ def _machine(record: RunRecord) -> _Rows:
 
 
 def _options(config: dict[str, Any]) -> tuple[_Rows, _Rows]:
-    """Return the options that differ from the defaults of this loss and this data, and all of them."""
+    """Return the options that differ from the defaults for this loss and data, and all options."""
     known = {name: value for name, value in config.items() if name in FIELDS}
     plain = TrainConfig(**{name: known[name] for name in ("loss", "data", "init_adapter", "sample_rejected") if name in known})
     default = plain.resolved().as_dict()

@@ -1,16 +1,16 @@
 """Rehearse the CUDA backend on a machine without a GPU: a CUDA build of torch on a stand-in card that computes nothing.
 
-    make rehearse-cuda                                        # everything, in an environment of its own
+    make rehearse-cuda                                        # everything, in a separate environment
     .venv-cuda/bin/python scripts/rehearse_cuda train memory  # some parts: train, attention, out-of-memory, memory, fallbacks
-    .venv-cuda/bin/python scripts/rehearse_cuda attention --all --only sm_75   # the whole table of attention, or a part of it
-    .venv-cuda/bin/python scripts/rehearse_cuda --table                        # as far as it was made
+    .venv-cuda/bin/python scripts/rehearse_cuda attention --all --only sm_75   # the full attention table, or part of it
+    .venv-cuda/bin/python scripts/rehearse_cuda --table                        # print what is done of it
 
-Allocators, streams, autograd's threads, Inductor, Triton and ptxas are real, as are a card's limits; kernels and products do
-nothing, and what is read back is zeros. So it shows what is placed, allocated, compiled, refused and undone, and the memory
-that takes. It cannot show values, nor speed.
+Allocators, streams, autograd's threads, Inductor, Triton, ptxas and a card's limits are real; kernels and products do
+nothing, and read back as zeros. So it shows what is placed, allocated, compiled, refused and undone, and the memory
+needed. It cannot show values or speed.
 
-Prints one line a case, keeps each result in --output, and repeats only what failed there or was made by other sources. The
-exit status is 1 where a case failed.
+Prints one line per case, keeps each result in --output, and repeats only what failed there or was made by other sources. The
+exit status is 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lite_dil.base.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run cases; return 0, 1 where one failed, 2 for the user's errors, 130 when stopped."""
+    """Run cases; return 0, 1 if one failed, 2 for user errors, 130 if stopped."""
     args = _parser().parse_args(argv)
     wanted = [
         case for case in cases(tuple(args.parts) or PARTS, args.all) if args.only in f"{case.part} sm_{case.card} {case.name}"
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rehearse_cuda: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("rehearse_cuda: stopped; the same command goes on where it was", file=sys.stderr)
+        print("rehearse_cuda: stopped; the same command continues", file=sys.stderr)
         return 130
     print(summary(found))
     return 0 if all(result.ok for result in found) else 1
@@ -69,18 +69,18 @@ def _parser() -> argparse.ArgumentParser:
         "rehearse_cuda", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--all", action="store_true", help="attention: the whole table of widths, windows, caps and types")
+    parser.add_argument("--all", action="store_true", help="attention: the full table of widths, windows, caps and types")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their part, card or name")
     parser.add_argument("--list", action="store_true", help="print the cases and run none")
-    parser.add_argument("--table", action="store_true", help="print what `attention --all` has found so far, and run none")
-    parser.add_argument("--jobs", type=int, default=2, help="cases at once, each on a core or two and 2 GB (default: 2)")
-    parser.add_argument("--limit", type=int, default=900, help="seconds that a case may take (default: 900)")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "rehearse_cuda", help="folder of results and caches")
+    parser.add_argument("--table", action="store_true", help="print the results of `attention --all` so far, and run none")
+    parser.add_argument("--jobs", type=int, default=2, help="cases at once, each on one or two cores with 2 GB (default: 2)")
+    parser.add_argument("--limit", type=int, default=900, help="maximum seconds per case (default: 900)")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "rehearse_cuda", help="folder for results and caches")
     return parser
 
 
 def _run_all(wanted: Sequence[Case], output: Path, jobs: int, limit: int) -> list[Result]:
-    """Run the cases, a few at once, and print each line in the order of the cases."""
+    """Run the cases, a few at once, and print their lines in order."""
     library, results = build(output), Results(output / "results")
     print(heading(), flush=True)
     found = []
@@ -101,7 +101,7 @@ def _run_all(wanted: Sequence[Case], output: Path, jobs: int, limit: int) -> lis
 
 
 def run(case: Case, library: Path, output: Path, limit: int) -> Result:
-    """Run a case in a process of its own."""
+    """Run a case in a separate process."""
     folder = output / "cases" / case.key
     shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
     folder.mkdir(parents=True)
@@ -123,8 +123,8 @@ def run(case: Case, library: Path, output: Path, limit: int) -> Result:
 
 
 def last_error(text: str) -> str:
-    """Return the line of an exception in a traceback, the last one, or the last line of what was said."""
-    lines = [one.strip() for one in text.splitlines() if one.strip()] or ["it said nothing"]
+    """Return the last line of an exception in a traceback, or the last line of the output."""
+    lines = [one.strip() for one in text.splitlines() if one.strip()] or ["no output"]
     return next((one for one in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Unsupported)\b", one)), lines[-1])
 
 

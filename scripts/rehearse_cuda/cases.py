@@ -1,4 +1,4 @@
-"""What is rehearsed: every case by name, with all that decides its run. Nothing heavy is imported here."""
+"""All cases of the rehearsal by name, with their settings. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ PARTS = ("train", "attention", "out-of-memory", "memory", "fallbacks")
 
 @dataclass(frozen=True)
 class Case:
-    """One run in a process of its own on a stand-in card.
+    """One run in a separate process on a stand-in card.
 
     Attributes:
         card: its compute capability, 86 for sm_86.
         gib: its memory.
-        lag: launches that it may be behind.
-        settings: of the part, plain values for JSON.
+        lag: the launches that the card may be behind.
+        settings: the part's settings, as plain values for JSON.
     """
 
     part: str
@@ -32,18 +32,18 @@ class Case:
 
     @property
     def title(self) -> str:
-        """Its part, card and name, by which --only finds it."""
+        """The part, card and name, which --only searches."""
         return f"{self.part} sm_{self.card} {self.name}"
 
     @property
     def key(self) -> str:
-        """Its name among all cases, which names a file too."""
+        """A unique name, also used for files."""
         kept = "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in self.name)
         return f"{self.part}.sm_{self.card}.{kept}"
 
 
 def cases(parts: tuple[str, ...] = PARTS, everything: bool = False) -> list[Case]:
-    """Return the cases of these parts; `everything` takes the whole table of attention instead of what models have."""
+    """Return the cases of these parts; `everything` includes the full attention table instead of only models' shapes."""
     found: dict[str, list[Case]] = {
         "train": list(_train()),
         "attention": list(_table() if everything else _shipped()),
@@ -97,7 +97,7 @@ def _attention(card: int, dtype: str, name: str, shape: Mapping[str, Any]) -> Ca
 
 
 def _shipped() -> Iterator[Case]:
-    """Yield the twelve combinations of width, window, cap and type that models are shipped with, each on a card."""
+    """Yield the twelve combinations of width, window, cap and type of published models, each on a card."""
     models = dict(MODELS)
     for name in models:
         if models[name]["width"] != 512 and name != "Gemma 2, full attention":
@@ -155,7 +155,7 @@ PAIRS = (
 def _memory() -> Iterator[Case]:
     for name, card, length in PAIRS:
         settings = {"max_length": length, "memory": name}
-        # The launches that CUDA lets the host be ahead: memory that waits for the card is reused as late as on a real one.
+        # As many launches as CUDA lets the host run ahead: memory that waits for the card is reused as late as on a real one.
         yield Case("memory", f"{name}, 2 x {length:,}", card, USABLE[name], 1024, settings)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints to rehearse with: a tiny Llama, and one of 8B that takes no room on the disk."""
+"""Checkpoints for the rehearsal: a tiny Llama, and an 8B one that takes no disk space."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TINY = {
 
 
 def tiny(folder: Path) -> Path:
-    """Write a Llama of two layers, with heads of 64 numbers and room for long rows; its weights are zeros."""
+    """Write a Llama with two layers, head width 64 and room for long rows; its weights are zeros."""
     return _write(folder, TINY)
 
 
 def llama_8b(folder: Path) -> Path:
-    """Write a checkpoint of Llama 3.1's 8B shape: a safetensors header, and 16 GB that are a hole in the file."""
+    """Write a checkpoint of Llama 3.1's 8B shape: a safetensors header, then 16 GB as a hole in the file."""
     return _write(folder, LLAMA_8B)
 
 
@@ -62,7 +62,7 @@ def _write(folder: Path, sizes: dict[str, int]) -> Path:
 
 
 def _tensors(config: dict[str, Any]) -> dict[str, list[int]]:
-    """Return the shapes of a Llama's weights by their names."""
+    """Return the shapes of a Llama's weights by name."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     table = [config["vocab_size"], hidden]

@@ -1,4 +1,4 @@
-"""How a case fails."""
+"""The failure of a case."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Failed(Exception):
-    """Something was not as it must be; the figures are kept all the same."""
+    """A requirement was not met; the figures are kept."""
 
     def __init__(self, text: str, figures: Mapping[str, Any] | None = None) -> None:
         super().__init__(text)

@@ -1,4 +1,4 @@
-"""Packed attention on the card: FlexAttention's forward and backward kernels compile and fit, or why not."""
+"""Packed attention on the card: whether FlexAttention's forward and backward kernels compile and fit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
         blocks = flex.kernels(kind).blocks
     except Unsupported as error:
         return f"falls back: {first_line(error)}", {"fits": False}
-    except (RuntimeError, ImportError) as error:  # of dynamo, Inductor and Triton, which have many
+    except (RuntimeError, ImportError) as error:  # from dynamo, Inductor and Triton, which raise many kinds
         raise Failed(_reason(error)) from None
     before, compiled = doors.work()["launch"], variants()
     for window in settings.get("windows", [None]):
@@ -44,9 +44,9 @@ def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def attend(kind: flex.Kind, window: int | None) -> None:
-    """Compute packed attention over rows of two lengths as the layers of a model do, with its gradients and without."""
+    """Compute packed attention over rows of two lengths as a model's layers do, with and without gradients."""
     config: Any = SimpleNamespace(_attn_implementation="sdpa")
-    for tokens in (512, 2 * window if window else 768):  # a row whose sequences are longer than the window
+    for tokens in (512, 2 * window if window else 768):  # the second row's sequences are longer than the window
         row = _row(tokens)
         q, k, v = (
             torch.zeros(1, heads, row.position_ids.shape[1], kind.width, dtype=kind.dtype, device=kind.device).requires_grad_()
@@ -73,7 +73,7 @@ def _size(blocks: Mapping[str, int], queries: str, keys: str) -> str:
 
 
 def _row(tokens: int) -> packed_attention.PackedRow:
-    """Return a row of one pair: a prompt and two answers of as many tokens each."""
+    """Return a row of one pair: a prompt and two responses of equal length."""
     ids = np.zeros(tokens // 3, np.int64)
     batch = Batch([ids], [ids, ids], np.array([0, 0]), np.array([1, -1]))
     return packed_attention.PackedRow.of(packed(batch, multiple=FLEX_BLOCK), torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""A machine on which FlexAttention cannot be compiled: the plain layout is taken, and the reason is said."""
+"""A machine on which FlexAttention cannot be compiled: the plain layout is used, and the reason is given."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rehearse_cuda.stepping import Stepper, loaded, resolved
 
 from lite_dil.base.errors import first_line
 
-COMPILERS = ("CC", "CXX")  # by which Triton and Inductor are told of one
+COMPILERS = ("CC", "CXX")  # variables by which Triton and Inductor find one
 FIXES = {"compiler": "apt install gcc", "triton": "pip install triton"}  # what the reason must name
 
 
@@ -34,7 +34,7 @@ def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def take_away(what: str, folder: Path) -> None:
-    """Let this process find no C compiler, or no Triton, and nothing that was compiled before."""
+    """Hide the C compiler or Triton from this process, and everything compiled before."""
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
         os.environ[name] = str(folder / "empty" / f"{what}-{os.getpid()}")
     if what == "compiler":
@@ -49,9 +49,9 @@ def take_away(what: str, folder: Path) -> None:
 
 
 class WithoutTriton(PathFinder):
-    """Finds what is installed, but no Triton."""
+    """Finds everything installed except Triton."""
 
     @classmethod
     def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
-        """Return None for Triton, as where it is not installed."""
+        """Return None for Triton, as if it were not installed."""
         return None if fullname.partition(".")[0] == "triton" else super().find_spec(fullname, path, target)

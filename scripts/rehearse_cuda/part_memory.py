@@ -1,4 +1,4 @@
-"""Peaks of a pair on an 8B Llama beside the estimate of `lite-dil plan`, with the flags that `plan` itself names."""
+"""Peaks of a pair on an 8B Llama compared with `lite-dil plan`'s estimate, with the flags that `plan` suggests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lite_dil.planning.memory import CUDA_CONTEXT
 from lite_dil.planning.plan import make
 
 STEPS = 3
-LOW, HIGH = -0.01, 0.05  # how far the plan may be from what is reserved
+LOW, HIGH = -0.01, 0.05  # allowed deviation of the plan from what is reserved
 
 
 def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
@@ -49,7 +49,7 @@ def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def plan(case: Case, model: Path) -> tuple[ResolvedConfig, str, int, int]:
-    """Return a config that fits the card, the flags that `plan` names for it, and its bytes on the card and the host."""
+    """Return a config that fits the card, the flags that `plan` suggests, and its bytes on the card and the host."""
     dtype = "float16" if case.card < 80 else "bfloat16"
     options = {"load_in_4bit": True, "max_length": case.settings["max_length"], "dtype": dtype}
     config = resolved(model, options)
@@ -66,7 +66,7 @@ def plan(case: Case, model: Path) -> tuple[ResolvedConfig, str, int, int]:
 
 
 def measured() -> dict[str, int]:
-    """Return the peaks so far in bytes, and how often the allocator had to give back its cache and try again."""
+    """Return the peaks so far in bytes, and how often the allocator freed its cache and retried."""
     stats, doors = torch.cuda.memory_stats(), Doors()
     return {
         "allocated": stats["allocated_bytes.all.peak"],

@@ -1,4 +1,4 @@
-"""Memory that runs out in a step: OutOfMemory is raised, all bytes are back, and the next step is as if nothing had been."""
+"""Memory that runs out in a step: OutOfMemory is raised, all bytes are freed, and the next step is unaffected."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lite_dil.base.errors import OutOfMemory, first_line
 from lite_dil.config.train_config import ResolvedConfig
 
 PLENTY = 24 * GIB
-# By what runs out: the parts of a step in which it must have been seen to.
+# By resource: the parts of a step in which it must have run out.
 EXPECTED = {
     "device": {"forward", "backward"},
     "first step": {"optimiser"},
@@ -33,7 +33,7 @@ EXPECTED = {
 
 
 class Place:
-    """In which part of a step the process is, told by what the step calls: the loss, then the optimiser."""
+    """The current part of a step, tracked by the step's calls: the loss, then the optimiser."""
 
     def __init__(self, backend: Any, stepper: Stepper) -> None:
         self.now = "forward"
@@ -57,7 +57,7 @@ class Place:
 
 
 def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
-    """Let memory run out at many capacities; return what was seen."""
+    """Run out of memory at many capacities; return what was seen."""
     options = dict(case.settings)
     where = options.pop("where")
     model = tiny(folder / "model")
@@ -77,7 +77,7 @@ class Rehearsal:
         self.config, self.where, self.doors = config, where, Doors()
         self.first = where == "first step"
         self.backend, self.stepper, self.place = self._fresh()
-        if self.first:  # of the process it makes cuBLAS' workspace too
+        if self.first:  # a process's first step also makes cuBLAS' workspace
             self.stepper.step(self.backend)
             self._start_anew()
         self._free()
@@ -90,25 +90,25 @@ class Rehearsal:
         backend, stepper = loaded(self.config), Stepper(self.config)
         place = Place(backend, stepper)
         if not self.first:
-            for _ in range(2):  # compiles, and makes the optimiser's state
+            for _ in range(2):  # compiles, and creates the optimiser's state
                 stepper.step(backend)
         return backend, stepper, place
 
     def _start_anew(self) -> None:
-        """Take a new model: a step that was taken has made the optimiser's state."""
+        """Load a new model, since a finished step has created the optimiser's state."""
         del self.backend, self.stepper, self.place
         gc.collect()
         self.backend, self.stepper, self.place = self._fresh()
 
     def _free(self) -> None:
-        """Give caches and offloaded activations' chunks back, so that the next step takes what it needs again."""
+        """Free caches and offloaded activations' chunks, so that the next step allocates again."""
         if self.backend.store is not None:
             self.backend.store.clear(0)
         held()
         torch.cuda.empty_cache()
 
     def all(self) -> Counter[str]:
-        """Run out at each capacity; return how often in which part of a step."""
+        """Run out at each capacity; return how often in each part of a step."""
         found: Counter[str] = Counter()
         for number, limit in enumerate(self._limits(), 1):
             if self.first:
@@ -126,7 +126,7 @@ class Rehearsal:
         return found
 
     def _limits(self) -> list[Callable[[], None]]:
-        """Return what makes the resource scarce, for each try: capacities between rest and peak, or a call that fails."""
+        """Return what makes the resource scarce in each try: a capacity between rest and peak, or a failing call."""
         shares = [(i + 0.5) / CAPACITIES for i in range(CAPACITIES)]
         if self.where in ("product", "launch"):
             kind = Kind.PRODUCT if self.where == "product" else Kind.LAUNCH
@@ -146,26 +146,26 @@ class Rehearsal:
             self.doors.fail(kind, 0)
 
     def _runs_out(self) -> str | None:
-        """Take a step; return in which part of it memory ran out, or None where it did not."""
+        """Take a step; return the part in which memory ran out, or None."""
         self.place.now = "forward"
         try:
             self.stepper.step(self.backend)
         except OutOfMemory as error:
             self._advises(str(error).partition("What helps: ")[2].split(", "))
             return self.place.now
-        except RuntimeError as error:  # torch's own, which the backend must not let through
+        except RuntimeError as error:  # torch's own, which the backend must convert
             raise Failed(f"{type(error).__name__} in {self.place.now}: {first_line(error)[:160]}") from None
         return None
 
     def _advises(self, helps: list[str]) -> None:
-        """Require that the remedies are of the memory that ran out."""
+        """Require that the remedies match the memory that ran out."""
         offloads = self.config.offload_activations
         require(("--offload-activations" in helps) != offloads, f"what helps: {helps}, offloading is on: {offloads}")
-        if self.place.now == "forward":  # later it is a scalar's pinned memory, which is told as any other
+        if self.place.now == "forward":  # later it is a scalar's pinned memory, reported as any other
             require(("--no-offload-activations" in helps) == (self.where == "pinned"), f"what helps: {helps}")
 
     def _is_as_before(self, when: str, before: tuple[int, int], failed: bool) -> None:
-        """Require that nothing is held that was not, and that the next step does what a step does."""
+        """Require that no more memory is held than before, and that the next step does the usual work."""
         after = held()
         if failed:
             more = [int(number) for number in np.subtract(after, before)]

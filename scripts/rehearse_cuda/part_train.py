@@ -1,4 +1,4 @@
-"""Training on the card: two steps, each with a pass of the reference; save; load into a new model; one more step."""
+"""Training on the card: two steps, each with a reference pass; save; load into a new model; one more step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECOND = "second"
 
 
 class HeadLoss:
-    """The mean of a head's outputs: a loss that reads scores, and nothing of the reference."""
+    """The mean of a head's outputs: a loss that reads scores and no reference."""
 
     reads, reference, token_inputs = "scores", "nothing", ()
 
@@ -63,7 +63,7 @@ def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _of(backend: Any) -> str:
-    """Return the backend's own words, without the card's name."""
+    """Return the backend's description without the card's name."""
     return backend.description.partition("), ")[2]
 
 
@@ -77,7 +77,7 @@ def _loaded(config: ResolvedConfig, head: bool) -> Any:
 
 
 def _take(stepper: Stepper, backend: Any, head: bool) -> None:
-    """Take a step of the policy, and one of the second adapter where there is one."""
+    """Take a step of the policy, and one of the second adapter if there is one."""
     result = stepper.step(backend)
     require(result.reference is not None and not result.skipped, "the step had no reference, or was skipped")
     if head:
@@ -102,7 +102,7 @@ def _adapter(model: Path, folder: Path) -> Path:
 
 
 def _command(model: Path, folder: Path) -> tuple[str, dict[str, Any]]:
-    """Train by the command on the package's own data with held-out figures, and go on from its first checkpoint."""
+    """Train by the command on the embedded data with held-out figures, and resume from its first checkpoint."""
     write_tokenizer(model)
     out = folder / "out"
     flags = ["--model", str(model), "--backend", "cuda", "--max-rows", "8", "--max-steps", "3", "--save-steps", "1"]
@@ -114,6 +114,6 @@ def _command(model: Path, folder: Path) -> tuple[str, dict[str, Any]]:
     require("compiling FlexAttention" in said.getvalue(), "no word of the compilation that the start waits for")
     for step in (2, 3):
         shutil.rmtree(out / "checkpoints" / f"step-{step}")
-    require(main(["train", "--resume", str(out / "checkpoints" / "step-1")]) == 0, "going on from a checkpoint failed")
+    require(main(["train", "--resume", str(out / "checkpoints" / "step-1")]) == 0, "resuming from a checkpoint failed")
     require((out / "adapter" / "adapter_model.safetensors").exists(), "no adapter was written")
     return f"3 steps, 2 of them again from a checkpoint; {torch.cuda.get_device_name()}", {}

@@ -1,4 +1,4 @@
-"""Results of cases: kept as JSON, one file a case, and shown as one line each."""
+"""Results of cases: kept as JSON, one file per case, and shown as one line each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PART, CARD, NAME, SECONDS = 15, 6, 44, 5  # widths of the table's columns
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a case: `text` for people, in one line, and figures for programs."""
+    """The result of a case: `text`, one line for people, and figures for programs."""
 
     ok: bool
     text: str
@@ -30,14 +30,14 @@ class Result:
 
 
 class Results:
-    """A folder of results. One is of use only to the sources and libraries that it was made with."""
+    """A folder of results. Each is valid only for the sources and libraries that it was made with."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._made_with = folder, made_with()
         folder.mkdir(parents=True, exist_ok=True)
 
     def passed(self, case: Case) -> Result | None:
-        """Return the result of an earlier run that need not be repeated: it passed, and nothing has changed since."""
+        """Return an earlier result that need not be repeated: it passed, and nothing has changed since."""
         path = self._path(case)
         if not path.exists():
             return None
@@ -46,7 +46,7 @@ class Results:
         return Result(**kept["result"]) if same and kept["result"]["ok"] else None
 
     def latest(self, case: Case) -> Result | None:
-        """Return the result of an earlier run, whatever it was made with."""
+        """Return an earlier result, regardless of what it was made with."""
         path = self._path(case)
         return Result(**json.loads(path.read_text(encoding="utf-8"))["result"]) if path.exists() else None
 
@@ -60,7 +60,7 @@ class Results:
 
 
 def made_with() -> dict[str, str]:
-    """Return what decides a result beside its case: a digest of the sources, and the libraries' versions."""
+    """Return what else decides a result: a digest of the sources, and the libraries' versions."""
     files = (path for top in ("lite_dil", "backends", "scripts/rehearse_cuda") for path in sorted((ROOT / top).rglob("*")))
     sources = (path.read_bytes() for path in files if path.suffix in (".py", ".cpp", ".h"))
     return {"sources": sha256(sources)[:16]} | {name: _version(name) for name in LIBRARIES}
@@ -79,7 +79,7 @@ def heading() -> str:
 
 
 def line(case: Case, result: Result, before: bool = False) -> str:
-    """Return a case's line of the table; `before` marks what an earlier run has shown."""
+    """Return a case's line of the table; `before` marks a result of an earlier run."""
     seconds = "kept" if before else f"{result.seconds:.0f}"
     state = "ok" if result.ok else "FAILED"
     return f"{case.part:{PART}}sm_{case.card:<{CARD - 3}}  {case.name:{NAME}}  {state:6}{seconds:>{SECONDS}}  {result.text}"

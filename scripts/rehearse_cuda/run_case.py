@@ -1,4 +1,4 @@
-"""One case, in a process that runs on the stand-in card: ``run_case.py CASE.json FOLDER RESULT.json``."""
+"""Run one case, in a process on the stand-in card: ``run_case.py CASE.json FOLDER RESULT.json``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(case_file: str, folder: str, result_file: str) -> int:
         result = {"ok": True, "text": text, "figures": figures}
     except Failed as error:
         result = {"ok": False, "text": first_line(error), "figures": error.figures}
-    result["figures"] |= {"cpu_s": round(sum(os.times()[:4]), 1)}  # with the programs that it ran
+    result["figures"] |= {"cpu_s": round(sum(os.times()[:4]), 1)}  # including child processes
     Path(result_file).write_text(json.dumps(result), encoding="utf-8")
     return 0
 

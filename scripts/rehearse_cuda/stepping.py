@@ -1,4 +1,4 @@
-"""Loading a model on the card and taking steps, with what the card was given to do and what is left on it."""
+"""Loading a model on the card and taking steps, with the card's work and the memory left on it."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ RATE = 1e-4
 
 
 def resolved(model: Path, options: Mapping[str, Any]) -> ResolvedConfig:
-    """Return a checked config of these options on the card."""
+    """Return a checked config with these options for the card."""
     config = TrainConfig(**{"backend": "cuda", "model": str(model), "batch_size": 1, "max_length": 128, **options})
     config.check()
     return config.resolved()
 
 
 def loaded(config: ResolvedConfig) -> Any:
-    """Load the model for training. cuDNN has no stand-in: SDPA, which takes it on sm_90, takes another kernel."""
+    """Load the model for training. cuDNN has no stand-in, so SDPA, which uses it on sm_90, uses another kernel."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     backend: Any = registry.load("cuda", config, config.model, config, config)
     layer = backend.decoder.layers[0]
     fused = all("forward" in vars(module) for module in (layer.mlp, layer.input_layernorm))
-    # They are taken where they compute the same, which zeros always are: unless a comparison is made on the card.
+    # They are used if they compute the same, which zeros always do unless a comparison is made on the card.
     require(fused or not config.fused_layers, "stock layers in place of the fused ones")
     return backend
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a step gave the card to do, and what torch's allocator handed out for it."""
+    """A step's work on the card and its allocations by torch's allocator."""
 
     counts: dict[str, int]
     allocations: int
@@ -57,7 +57,7 @@ class Work:
 
 
 class Stepper:
-    """Takes steps of random tokens: passes of the largest load that a config allows, their reference computed in the step."""
+    """Takes steps of random tokens: passes of the largest load that a config allows, including the reference's."""
 
     def __init__(self, config: ResolvedConfig, passes: int = 1, load: Load | None = None) -> None:
         load = load or Load.worst(config)
@@ -71,7 +71,7 @@ class Stepper:
         return backend.step(self.passes, self.loss, RATE)
 
     def counted(self, backend: Any) -> Work:
-        """Take a step; return what it did."""
+        """Take a step; return its work."""
         torch.cuda.synchronize()
         before = self._totals()
         self.step(backend)
@@ -86,7 +86,7 @@ class Stepper:
 
 
 def held() -> tuple[int, int]:
-    """Return the bytes that somebody holds: of tensors on the card, and of pinned memory, whose cache is given back for it."""
+    """Return the bytes in use: of tensors on the card, and of pinned memory, after freeing its cache."""
     gc.collect()
     torch.cuda.synchronize()
     torch._C._host_emptyCache()

@@ -1,4 +1,4 @@
-"""The table of attention: what fits which card, from the results of `attention --all`."""
+"""The attention table: what fits which card, from the results of `attention --all`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rehearse_cuda.cases import BRAIN, CARDS, HALF, WIDTHS, Case, cases
 from rehearse_cuda.results import Result, Results
 
 LEGEND = """Forward / backward: `own` is torch's own blocks, two numbers are smaller blocks of queries x keys, `plain` is the
-plain layout; with a soft cap after the semicolon, where it differs. A window changes nothing: the kernels take it as data."""
-Place = tuple[int, str, int, bool]  # card, type, width, and whether there is a soft cap
+plain layout; with a soft cap after the semicolon, if different. A window changes nothing: the kernels take it as data."""
+Place = tuple[int, str, int, bool]  # card, type, width, and whether it has a soft cap
 
 
 def attention_table(results: Results) -> str:
-    """Return the table in Markdown, a row a card and type; "?" where there is no result yet."""
+    """Return the table in Markdown, a row per card and type; "?" if there is no result yet."""
     found = {_place(case): results.latest(case) for case in cases(("attention",), everything=True)}
     lines = ["| | " + " | ".join(map(str, WIDTHS)) + " |", "|---" * (len(WIDTHS) + 1) + "|"]
     for card, (dtype, short) in product(CARDS, ((HALF, "fp16"), (BRAIN, "bf16"))):
@@ -31,7 +31,7 @@ def _place(case: Case) -> Place:
 
 
 def _both(found: Mapping[Place, Result | None], card: int, dtype: str, width: int) -> str:
-    """Return the words without a soft cap and with one."""
+    """Return the results without and with a soft cap."""
     plain, capped = (words(found[card, dtype, width, cap]) for cap in (False, True))
     return plain if plain == capped else f"{plain}; {capped}"
 

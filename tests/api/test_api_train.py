@@ -118,7 +118,7 @@ def test_a_trained_policy_is_trained_on_only_where_that_is_said(load: Any, rows:
     expected = dil.train(other, rows, output_dir=tmp_path / "other", **OPTIONS)
     assert metrics(second.folder) == metrics(expected.folder)
     assert second.metrics[0]["log_ratio/chosen"] != 0
-    with pytest.raises(dil.UserError, match="what is the policy compared with"):
+    with pytest.raises(dil.UserError, match="which model is the reference"):
         dil.train(load(adapter=first.folder, lora_r=None), rows, output_dir=tmp_path / "none", **OPTIONS)
 
 
@@ -126,8 +126,8 @@ def test_a_trained_policy_is_trained_on_only_where_that_is_said(load: Any, rows:
 def test_what_cannot_be_trained(load: Any, rows: list[dict[str, Any]], tmp_path: Path) -> None:
     policy = load(lora_dropout=0.0)
     for options, said in (
-        ({"lora_r": 8}, "lora_r is 8, but dil.load decided 4; give it to dil.load"),
-        ({"max_length": 64}, "max_length is 64, but dil.load decided 1024"),
+        ({"lora_r": 8}, "lora_r is 8, but dil.load set 4; give it to dil.load"),
+        ({"max_length": 64}, "max_length is 64, but dil.load set 1024"),
         ({"learning_rte": 1}, "unknown option 'learning_rte' .did you mean 'learning_rate'"),
         ({"columns": "chosen=good"}, "columns: give it to dil.read"),
         ({"max_steps": 0}, "--max-steps is 0; expected at least 1"),

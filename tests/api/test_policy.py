@@ -160,7 +160,7 @@ def test_closing_gives_the_memory_back(tiny: str, backend_name: str, tmp_path: P
     ("given", "said"),
     [
         ({"bits": 8}, "bits is 8; expected 4"),
-        ({"learning_rate": 1e-4}, "learning_rate is of training; give it to dil.train"),
+        ({"learning_rate": 1e-4}, "learning_rate is for training; give it to dil.train"),
         ({"layuot": "plain"}, "unknown option 'layuot' .did you mean 'layout'"),
         ({"reference": "base"}, "without one the reference is the base"),
         ({"lora_r": 0}, "--lora-r is 0; expected between 1 and 1024"),

@@ -110,14 +110,14 @@ def test_packed_layout_and_fused_layers_change_nothing(kind: str, models: dict[s
 
 
 def test_layout_auto_falls_back_and_says_why(tmp_path: Path) -> None:
-    """ALiBi is no rope: transformers' Bloom has an attention of its own."""
+    """ALiBi is no rope: transformers' Bloom has its own attention."""
     architecture = BloomConfig(vocab_size=512, hidden_size=64, n_layer=2, n_head=4, hidden_dropout=0.1)
     AutoModelForCausalLM.from_config(architecture).save_pretrained(tmp_path)
     backend = load("cpu", str(tmp_path))
     assert backend.layout == "plain"
     assert "BloomForCausalLM" in backend.layout_reason
     assert gradients(backend, batch())[0].loss != 0
-    with pytest.raises(UserError, match=r"--layout packed: not for .*attention of its own; leave --layout out"):
+    with pytest.raises(UserError, match=r"--layout packed: not for .*its own attention; leave out --layout"):
         load("cpu", str(tmp_path), layout="packed")
     with pytest.raises(UserError, match="--gradient-checkpointing: BloomMLP takes more than one input with a gradient"):
         gradients(load("cpu", str(tmp_path), gradient_checkpointing="selective"), batch())

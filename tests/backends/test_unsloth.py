@@ -70,7 +70,7 @@ def test_versions_that_do_not_go_together_are_listed(tmp_path: Path) -> None:
     distribution(tmp_path, "unsloth", "2026.10.9", zoo, *pins, *other)
     distribution(tmp_path, "unsloth_zoo", "2026.10.1", "peft>=0.1,!=0.2")
     lines = python(REQUIRE, tmp_path).splitlines()
-    assert lines[0] == '--unsloth: these versions do not go together: pip install "lite-dil[unsloth]"'
+    assert lines[0] == '--unsloth: these versions do not work together: pip install "lite-dil[unsloth]"'
     assert lines[1] == "  - unsloth_zoo 2026.10.1, but unsloth 2026.10.9 needs >=2026.10.9"
     assert lines[2].startswith("  - transformers 5.")
     assert lines[2].endswith(", but unsloth 2026.10.9 needs <=4.99")
@@ -130,11 +130,11 @@ def test_a_window_long_rows_and_other_architectures_are_refused(tmp_path: Path) 
     """unsloth would leave out the window, stretch the positions, and compile the model anew."""
     cases = {
         "has kernels for .*, not for gpt2": (GPT2Config(), 64),
-        "--max-length 128: with --unsloth at most what the model was made for, 100": (
+        "--max-length 128: with --unsloth at most the model's own maximum, 100": (
             LlamaConfig(max_position_embeddings=100),
             128,
         ),
-        "looks 32 tokens back; give --max-length 32 at most": (MistralConfig(sliding_window=32), 64),
+        "has a window of 32 tokens; give --max-length 32 or less": (MistralConfig(sliding_window=32), 64),
     }
     for text, (model, longest) in cases.items():
         model.save_pretrained(tmp_path)

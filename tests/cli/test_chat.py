@@ -147,8 +147,8 @@ def test_what_was_said_is_taken_back_forgotten_and_led(tuned: Tuned, chat: Calla
     said = chat(tuned, "tea", "/undo", "tea", "bread", "/reset", "tea", "/undo", "/undo", "/system be good", "tea", "/reset")
     second = shown(tuned.answer("tea", tuned.answer("tea").rstrip(), "bread"))
     assert said.out == first + first + second + first + led
-    assert said.err.count("taken back: tea") == 2
-    assert said.err.count("take back") == 1
+    assert said.err.count("removed: tea") == 2
+    assert said.err.count("nothing to undo") == 1
     said = chat(tuned, "tea", "/undo", "/system", "tea", flags=("--temperature", "0", "--system", "be good"))
     assert said.out == led + first
     assert led != first
@@ -374,7 +374,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(tuned: Tuned, terminal: Call
     screen.type("\x03")
     screen.until("; stopped")
     screen.type("/undo\n")
-    screen.until("taken back: the red house")
+    screen.until("removed: the red house")
     screen.type("/quit\n")
     assert screen.end() == 0
 
@@ -404,7 +404,7 @@ def test_a_message_of_several_lines(tuned: Tuned, terminal: Callable[..., Termin
     screen.asks()
     for number, keys in enumerate(("the red\x1b\rhouse\r", "\x1b[200~the red\nhouse\x1b[201~\r", "\x1b[A\x1b[A\r"), 1):
         screen.type(f"{keys}/undo\r")
-        screen.until("taken back: the red\r\nhouse", number)
+        screen.until("removed: the red\r\nhouse", number)
         screen.asks()
     assert screen.end("\x04") == 0
 

@@ -143,7 +143,7 @@ def test_a_file_goes_on_and_is_never_written_over(
     assert code == 0 and "5 of 10 answers" in said
     assert path.read_bytes() == content
     code, said = generate(*flags)
-    assert code == 0 and "0 to draw" in said and "on cpu" not in said  # no model was loaded
+    assert code == 0 and "0 to generate" in said and "on cpu" not in said  # no model was loaded
     for other in (("--seed", "1"), ("--max-new-tokens", "6"), ("--temperature", "2"), ("--top-p", "0.5")):
         code, said = generate(*flags, *other)
         assert code == 2 and str(path) in said and "--output" in said
@@ -195,12 +195,12 @@ def test_plain_text_is_continued_unless_asked_as_chat(generate: Run, prompts: Pa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--num-answers", "2"), "--num-answers 2 at --temperature 0 are equal"),
+        (("--num-answers", "2"), "--num-answers 2 at --temperature 0 gives equal answers"),
         (("--num-answers", "0"), "--num-answers 0: expected at least 1"),
         (("--batch-size", "0"), "--batch-size 0: expected at least 1"),
         (("--max-new-tokens", "x"), "--max-new-tokens: invalid int value"),
         (("--top-p", "0"), "--top-p 0: expected above 0"),
-        (("--base",), "--base writes the answer without the adapter"),
+        (("--base",), "--base also writes the answer without the adapter"),
         (("--adapter", "nowhere"), "no adapter there"),
         (("--max-length", "5"), "leaves no room for a prompt"),
         (("--columns", "prompt=x"), "no column 'x'"),

@@ -111,7 +111,7 @@ def test_training_and_its_report_say_it(
         out, page = capsys.readouterr().out, (tmp_path / name / "report.html").read_text()
         assert out.count(f"warning: {said}\n") == shared and (said in page) == shared
         assert ("training row" in out) == shared and ("Beware: 2 of 6" in page) == shared
-        assert (f"Mind: {said}." in (tmp_path / name / "adapter" / "README.md").read_text()) == shared
+        assert (f"Note: {said}." in (tmp_path / name / "adapter" / "README.md").read_text()) == shared
         facts = json.loads((tmp_path / name / "report.json").read_text())["data"]
         assert tuple(facts[1]["in_training"].values()) == counts
         assert "in_training" not in facts[0]

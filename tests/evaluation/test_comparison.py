@@ -212,7 +212,7 @@ def test_other_options_in_the_same_folder_are_refused(
     [
         (["--losses", "lsif,dop"], "'dop' (did you mean 'dpo'?) is not one of"),
         (["--losses", "lsif,lsif"], "lsif is given twice"),
-        (["--losses", ","], "none are given"),
+        (["--losses", ","], "none given"),
         (["--loss", "lsif"], "--loss is given by --losses here"),
         (["--output-dir", "x"], "--output-dir is given by --output here"),
         (["--max-stepz", "3"], "unknown argument --max-stepz (did you mean '--max-steps'?)"),
@@ -260,7 +260,7 @@ def test_a_loss_that_diverges_is_a_row(tiny: str, tmp_path: Path, capsys: pytest
     assert not (tmp_path / "out" / "data" / "train.jsonl").exists()
     capsys.readouterr()
     assert main(flags) == 0  # and is not trained again
-    assert capsys.readouterr().out.count("done before") == 2
+    assert capsys.readouterr().out.count("already done") == 2
 
 
 class Tags(HTMLParser):

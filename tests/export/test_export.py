@@ -28,7 +28,7 @@ Trainer = Callable[..., Path]
         (["--format", "merged", "--check-rows", "0"], "expected at least 1; --no-check skips the check"),
         (["--format", "merged", "--no-check", "--check-rows", "3"], "--no-check skips the check"),
         (["--format", "merged", "--no-check", "--push-to-hub", "a/b"], "--push-to-hub uploads only what passed the check"),
-        (["--format", "merged", "--private"], "--private is of --push-to-hub"),
+        (["--format", "merged", "--private"], "--private needs --push-to-hub"),
         (["--format", "gguf", "--outtype", "q9"], "--outtype q9: expected one of f32"),
         (["--format", "merged", "--check-data", "none.jsonl"], "none.jsonl: no such file"),
         (["--format", "merged", "--strength", "2"], "--strength 2"),

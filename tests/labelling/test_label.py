@@ -116,14 +116,14 @@ def test_bad_ones_are_known_after_a_restart(label: Label, tmp_path: Path) -> Non
 
 def test_undo_takes_back_exactly_the_last_decisions(label: Label, tmp_path: Path) -> None:
     _, text = label("u q")
-    assert text.count("take back") == 1
+    assert text.count("nothing to undo") == 1
     assert label("1 q")[0] == 0
     before = (tmp_path / "labels.jsonl").read_bytes()
     # A pair of one, then: bad, taken (three rows), skipped, all of it taken back, and once too often.
     _, text = label("b 1 s u u u u q")
     assert (tmp_path / "labels.jsonl").read_bytes() == before
     assert (tmp_path / "labels.bad.jsonl").read_bytes() == b""
-    assert text.count("taken back") == 3 and text.count("take back") == 1
+    assert text.count("decision is undone") == 3 and text.count("nothing to undo") == 1
     # What is shown after undo is what was shown before, and is taken as such.
     label("2 u 1 q")
     taken = rows(tmp_path)[1]
@@ -138,7 +138,7 @@ def test_it_goes_on_with_what_is_left(label: Label, tmp_path: Path) -> None:
     assert [question(row) for row in rows(tmp_path)] == [QUESTIONS[1]]
     write_prompts(tmp_path, *reversed(QUESTIONS), "is it")
     _, text = label("1 1 1")
-    assert "1 of 4 prompts" in text and "3 are left" in text
+    assert "1 of 4 prompts" in text and "3 remain" in text
     assert [question(row) for row in rows(tmp_path)] == [QUESTIONS[1], QUESTIONS[2], QUESTIONS[0], "is it"]
     code, text = label("")
     assert code == 0 and "4 of 4 prompts" in text and "on CPU" not in text
@@ -208,7 +208,7 @@ def test_against_the_base(label: Label, tmp_path: Path, backend_name: str, tiny:
         if row["from"]["chosen"] != "typed":
             met, won = met + 1, won + (row["from"]["chosen"] != "base")
     assert met == 8 and 0 < won < 8  # always 1: were the sides not in a random order, all or none
-    assert f"taken {won} of 8 times" in text and "tuned-" not in text
+    assert f"chosen {won} of 8 times" in text and "tuned-" not in text
 
 
 def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(
@@ -223,7 +223,7 @@ def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(
     main(command(backend_name, tiny, tmp_path))
     assert stdin.errors == "surrogateescape" and "surrogate" in capsys.readouterr().out
     _, text = label("t a<|im_end|>b t  t tea q")
-    assert "trained on" in text and "no other answer" in text
+    assert "trained on" in text and "no new answer" in text
     assert [said(row["chosen"]) for row in rows(tmp_path)] == ["tea", "tea"]
 
 
@@ -236,7 +236,7 @@ def test_the_editor(label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert said(pairs[0]["chosen"]) == said(pairs[1]["rejected"]) + "\nand more"
     assert said(pairs[2]["chosen"]) == "and more" and len(pairs) == 4
     # An editor that cannot be used, one that fails, and one that is left without a change, take nothing.
-    for editor, problem in (("/nowhere/editor", "cannot be used"), ("false", "exit code 1"), ("true", "no other answer")):
+    for editor, problem in (("/nowhere/editor", "cannot be used"), ("false", "exit code 1"), ("true", "no new answer")):
         monkeypatch.setenv("VISUAL", editor)
         _, text = label("e 1 q")
         assert problem in text and len(rows(tmp_path)) == 4
@@ -375,7 +375,7 @@ def test_a_bad_answer_of_before_is_no_win_against_its_model(tmp_path: Path) -> N
 
 def test_no_two_different_answers_are_said_and_passed_over(label: Label, tmp_path: Path) -> None:
     code, text = label("1 1 1", "--temperature", "0.0001")
-    assert code == 0 and text.count("passed over") == 3 and "line 2: passed over" in text
+    assert code == 0 and text.count("skipped, because") == 3 and "line 2: skipped, because" in text
     assert rows(tmp_path) == []
 
 

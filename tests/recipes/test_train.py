@@ -91,7 +91,7 @@ def test_resumed_equals_never_stopped(flags: list[str], data: Path, tmp_path: Pa
 def test_resume_auto_starts_then_goes_on(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "auto"
     run(flags, folder, "--resume", "auto", "--max-steps", "3")
-    assert "going on" not in capsys.readouterr().out
+    assert "continuing after" not in capsys.readouterr().out
     run(flags, folder, "--resume", "auto", "--max-steps", "3")
     assert "step 3 of 3" in capsys.readouterr().out
     assert main(["train", *flags, "--output-dir", str(folder), "--resume", "--learning-rate", "5"]) == 2

@@ -1,5 +1,5 @@
-"""Several losses side by side: what is compared, what is measured, and the tables and the page that come of it."""
+"""Comparing losses side by side: settings, measurements, tables and the page."""
 
-# What is compared where nothing else is asked for, and how many held-out prompts are answered, in how many tokens at most.
+# Defaults: the losses compared, the number of held-out prompts answered, and the maximum tokens of an answer.
 LOSSES = ("lsif", "ukl", "bce", "dpo", "simpo")
 SAMPLE_PROMPTS, SAMPLE_TOKENS = 32, 128

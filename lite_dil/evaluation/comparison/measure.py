@@ -1,4 +1,4 @@
-"""What a comparison measures on a trained model: held-out log-probs, and answers drawn from it with their KL."""
+"""Measurements of a trained model: held-out log-probs, and generated answers with their KL."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Answer = dict[str, Any]
 
 
 class Probe:
-    """Measures a trained model, and the reference by the same model with its adapter off.
+    """Measures a trained model, and its reference, which is the same model with its adapter off.
 
     Args:
-        prompts: how many held-out prompts are answered, each once.
-        tokens: of an answer at most; one that has not ended by then is cut.
+        prompts: the number of held-out prompts to answer, each once.
+        tokens: the maximum length of an answer; one that has not ended by then is cut.
     """
 
     def __init__(self, policy: Policy, config: ResolvedConfig, prompts: int, tokens: int) -> None:
         self.backend, self.encoder, self.tokens = policy.backend, policy.encoder, tokens
         self.together = config.batch_size
-        assert config.eval_data is not None  # a comparison always has one
+        assert config.eval_data is not None  # a comparison always has eval_data
         self.examples = load(config.eval_data, "test", self.encoder, config).examples
         self.prompts = list(dict.fromkeys(example.prompt for example in self.examples))[:prompts]
         self.ends = self.encoder.end_ids()
@@ -52,7 +52,7 @@ class Probe:
         return found
 
     def answers(self, path: Path, seed: int, reference: bool = False) -> list[Answer]:
-        """Return an answer to each prompt, drawn at temperature 1; `path` keeps them, and those it holds are not drawn again.
+        """Return an answer to each prompt, sampled at temperature 1; answers that `path` holds already are reused.
 
         Each has its text, its tokens without the end token, whether it ended by itself, and, of the policy, its log-ratio
         f = log pi - log pi_ref in nats, the end token included where it was drawn.
@@ -80,7 +80,7 @@ class Probe:
 
 
 def measure_reference(probe: Probe, folder: Path, seed: int) -> dict[str, Any]:
-    """Return what is known of the reference, measured once for all runs and kept in `folder`."""
+    """Return the reference's measurements, made once for all runs and kept in `folder`."""
     path = folder / "reference.json"
     if not path.exists():
         logps = probe.logps(probe.examples, reference=True)
@@ -92,7 +92,7 @@ def measure_reference(probe: Probe, folder: Path, seed: int) -> dict[str, Any]:
 
 
 def measure(probe: Probe, reference: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
-    """Return a trained model's figures, their standard errors over answers, and how many answers they are of."""
+    """Return a trained model's figures, their standard errors over answers, and the number of answers."""
     examples = probe.examples
     figures, errors = held_out_figures(examples, probe.logps(examples), reference["logps"])
     answers = probe.answers(folder / "samples.jsonl", seed)
@@ -106,8 +106,8 @@ def held_out_figures(
     """Return means over the held-out answers, and the standard errors of some, by name.
 
     ``logps/*`` are sums over an answer's tokens, ``change/*`` their difference from the reference's, ``log_ratio/*`` that
-    difference a token; ``margin`` is the chosen answer's change minus the rejected one's, of a pair (without pairs: of the
-    means); ``accuracy`` is the share of pairs whose chosen answer gained more, in all, and ``accuracy_per_token`` a token.
+    difference per token; ``margin`` is the chosen answer's change minus the rejected one's, of a pair (without pairs: of the
+    means); ``accuracy`` is the share of pairs whose chosen answer gained more in total, ``accuracy_per_token`` per token.
     """
     ratios = [(np.array(p) - np.array(r)).tolist() for p, r in zip(policy, reference, strict=True)]
     lengths = [list(map(len, example.responses)) for example in examples]
@@ -137,7 +137,7 @@ def held_out_figures(
 
 
 def of_side(examples: Sequence[Example], values: Sequence[Sequence[float]], chosen: bool) -> np.ndarray:
-    """Return the values of the chosen or of the other answers, (answers,)."""
+    """Return the values of the chosen or of the rejected answers, (answers,)."""
     return np.array(
         [
             value
@@ -149,7 +149,7 @@ def of_side(examples: Sequence[Example], values: Sequence[Sequence[float]], chos
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
-    """Return the mean and its standard error, which one value has not."""
+    """Return the mean and its standard error, None for a single value."""
     error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
     return float(values.mean()), error
 

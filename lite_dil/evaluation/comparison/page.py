@@ -1,4 +1,4 @@
-"""The figure of a comparison, and the page that holds everything: one file, readable offline, by night and on a phone."""
+"""The figure of a comparison, and its page: one file, readable offline, in dark mode and on a phone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MARKERS, LINES = "os^Dv*", ("-", "--", ":")
 
 
 def draw(curves: dict[str, Any], path: Path) -> Markup:
-    """Write the figure to `path` as a PNG, and return it as an SVG element in the colour of the text around it."""
+    """Write the figure to `path` as a PNG, and return it as an SVG element in the surrounding text's colour."""
     drawn = io.BytesIO()
     _figure(curves, "black").savefig(drawn, dpi=150, facecolor="white", format="png")
     replace_file(path, drawn.getvalue())
@@ -25,7 +25,7 @@ def draw(curves: dict[str, Any], path: Path) -> Markup:
 
 
 def _figure(curves: dict[str, Any], ink: str) -> Any:
-    """Draw the paper's Figure 2: chosen and rejected log-probs of held-out answers during training, one curve a loss."""
+    """Draw the paper's Figure 2: chosen and rejected log-probs of held-out answers during training, one curve per loss."""
     import matplotlib
     from matplotlib.figure import Figure
 

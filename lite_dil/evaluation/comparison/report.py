@@ -1,4 +1,4 @@
-"""Writes what a comparison found: tables, curves, the figure and one page with all of it."""
+"""Writing the results of a comparison: tables, curves, the figure, and one page with everything."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lite_dil.evaluation.comparison import page
 from lite_dil.evaluation.comparison import table as tables
 from lite_dil.evaluation.comparison.settings import Comparison
 
-RESULT = "result.json"  # a run that has it is finished: trained and measured, or diverged
+RESULT = "result.json"  # marks a finished run: trained and measured, or diverged
 PAGE = "index.html"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a comparison came to: a row a loss, the same as cells for people, and sentences."""
+    """The results of a comparison: a row per loss, the same as cells for people, and sentences."""
 
     rows: list[tables.TableRow]
     headings: list[str]
@@ -27,7 +27,7 @@ class Findings:
 
 
 def report(comparison: Comparison) -> Findings:
-    """Write table.md, table.json, curves.json, figure2.png and index.html; return what they say."""
+    """Write table.md, table.json, curves.json, figure2.png and index.html; return their content."""
     output = comparison.output
     runs = tables.read_runs(comparison, RESULT)
     measured = comparison.reference / "reference.json"
@@ -52,7 +52,7 @@ def report(comparison: Comparison) -> Findings:
 
 
 def _samples(comparison: Comparison, runs: list[tables.FinishedRun]) -> dict[str, list[dict[str, str]]]:
-    """Return by loss the prompts with the reference's answer and the loss's, of its first seed that did not diverge."""
+    """Return by loss the prompts with the answers of the reference and of the first seed that did not diverge."""
     found: dict[str, list[dict[str, str]]] = {}
     for run in runs:
         if run["diverged"] or run["loss"] in found:

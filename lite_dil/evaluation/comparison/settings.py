@@ -26,31 +26,31 @@ from lite_dil.objectives.own import OwnLoss, shown
 from lite_dil.objectives.table import OBJECTIVES, OPTIONS, objective_of
 from lite_dil.runs.folder import RUNS, unused
 
-_EVALUATIONS = 8  # evaluations over a run, unless --eval-steps says otherwise
-# What is held out where --eval-data is not given: a tenth of the data, within these bounds, and half of what a run trains on:
-# it is evaluated several times, and more would take longer than the training.
+_EVALUATIONS = 8  # evaluations in a run, unless --eval-steps is given
+# Rows held out without --eval-data: a tenth of the data, within these bounds, and at most half of what a run trains on:
+# they are evaluated several times, and more would take longer than the training.
 HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 0.1, 20, 200
-PASSES_OF_A_STEP = 3  # a step's forward and backward pass cost as much as this many forward passes
-# These two decide at which steps there are figures, so that they must be the same in all runs of a comparison.
+PASSES_OF_A_STEP = 3  # a training step costs as much as this many forward passes
+# These two decide which steps have figures, so they must be the same in all runs of a comparison.
 _FREE = FREE_ON_RESUME - {"eval_steps", "logging_steps"}
-# How the comparison's own files of data are read.
+# The options for reading the comparison's own data files.
 OWN_FILES: dict[str, Any] = {"data_format": "auto", "columns": None, "max_rows": None, "skip_bad_rows": False}
 _SET_HERE = {"loss": "--losses", "output_dir": "--output", "report_samples": "--sample-prompts"}
 
 
 @dataclass(frozen=True)
 class ComparisonRequest:
-    """What somebody wants compared, not yet checked.
+    """A request for a comparison, not yet checked.
 
     Attributes:
-        losses: names of the table's, or one's own.
-        rates: learning rates of single losses, by the loss's name.
+        losses: names of objectives, or own losses.
+        rates: learning rates by loss.
         sample_prompts: held-out prompts that every trained model answers.
-        sample_tokens: of such an answer at most.
+        sample_tokens: the maximum tokens of an answer.
         output: the comparison's folder; None makes a new one under runs/.
-        given: options of training by name, which win over those of `base`.
-        rows, eval_rows: a program's own, read instead of what the options `data` and `eval_data` say.
-        again: says how to go on with the comparison in a folder.
+        given: options of training by name, which override those of `base`.
+        rows, eval_rows: a program's own rows, which replace the options `data` and `eval_data`.
+        again: returns the command or call that continues the comparison in a folder.
     """
 
     losses: Sequence[str | OwnLoss]
@@ -68,7 +68,7 @@ class ComparisonRequest:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A checked comparison. `configs` holds each loss's resolved options, still without the run's folder and seed."""
+    """A checked comparison. `configs` holds each loss's resolved options, without the run's folder and seed."""
 
     output: Path
     configs: dict[str, ResolvedConfig]
@@ -76,7 +76,7 @@ class Comparison:
     sample_prompts: int
     sample_tokens: int
     steps: int
-    again: str  # how to go on with it
+    again: str  # the command or call that continues it
     own: dict[str, OwnLoss] = field(default_factory=dict)
 
     def run(self, loss: str, seed: int) -> ResolvedConfig:
@@ -86,14 +86,14 @@ class Comparison:
 
     @property
     def reference(self) -> Path:
-        """The folder of what is measured on the reference."""
+        """The folder of the reference's measurements."""
         return self.output / "reference"
 
 
 def settle(asked: ComparisonRequest, say: Callable[[str], None]) -> Comparison:
-    """Check what is asked for, hold data out where need be, and write compare.json or check that it is the same.
+    """Check the request, hold out data if needed, and write compare.json or check that it is the same.
 
-    Raises UserError for everything that the user can mend, in one message.
+    Raises UserError with everything that the user must fix, in one message.
     """
     _check(asked)
     given, base = asked.given, asked.base
@@ -106,12 +106,12 @@ def settle(asked: ComparisonRequest, say: Callable[[str], None]) -> Comparison:
     eval_source = eval_source or (EMBEDDED if source == EMBEDDED else None)
     files = [output / "data" / name for name in ("train.jsonl", "held_out.jsonl")]
     names = {"data": source, "eval_data": eval_source}
-    # What is split here, and rows that no file holds, are written into the folder, where all runs read them.
+    # Data split here and rows that no file holds are written into the folder, where all runs read them.
     written = eval_source is None or DATA in names.values()
     if written and any(weight != 1 for _, weight in split_sources(source)):
         raise UserError(f"--data {source}: to weigh sources, give --eval-data, a file of the rows to hold out")
     fixed = {"data": str(files[0]), "eval_data": str(files[1])} if written else names
-    # One reference for all, shared even where nothing is to be kept elsewhere.
+    # One reference for all runs, shared even if nothing may be kept elsewhere.
     if given.get("reference_cache", base.get("reference_cache")) == "off":
         fixed |= {"reference_cache": str(output / "reference-cache")}
     configs = _configs(given | fixed, base, losses, _rates(asked.rates, losses))
@@ -153,7 +153,7 @@ def settle(asked: ComparisonRequest, say: Callable[[str], None]) -> Comparison:
 
 
 def _check(asked: ComparisonRequest) -> None:
-    """Raise UserError for options that others stand for here, and for counts that are none."""
+    """Raise UserError for options that other options replace here, and for counts below 1."""
     given = asked.given | asked.base
     if taken := [f"{flag(name)} is given by {instead} here" for name, instead in _SET_HERE.items() if name in given]:
         raise UserError("; ".join(taken))
@@ -164,14 +164,14 @@ def _check(asked: ComparisonRequest) -> None:
 
 def _once(values: Sequence[Any], where: str) -> Sequence[Any]:
     if not values:
-        raise UserError(f"{where}: none are given")
+        raise UserError(f"{where}: none given")
     if twice := sorted({str(value) for value in values if values.count(value) > 1}):
         raise UserError(f"{where}: {', '.join(twice)} is given twice")
     return values
 
 
 def _losses(identities: list[str]) -> list[str]:
-    """Check that all are known, and that no two have one name."""
+    """Check that all are known and no two have the same name."""
     _once([shown(loss) for loss in identities], "--losses")
     for loss in identities:
         if loss == shown(loss) and loss not in OBJECTIVES:
@@ -190,7 +190,7 @@ def _rates(rates: Mapping[str, Any], losses: list[str]) -> dict[str, float]:
 def _configs(
     given: dict[str, Any], base: dict[str, Any], losses: list[str], rates: dict[str, float]
 ) -> dict[str, ResolvedConfig]:
-    """Return each loss's checked options by its name, or raise one UserError with the problems of all."""
+    """Return each loss's checked options by name, or raise one UserError with all problems."""
     configs, problems = {}, []
     for loss in losses:
         name = shown(loss)
@@ -210,7 +210,7 @@ def _has(loss: str, option: str) -> bool:
 
 
 def of_loss(options: dict[str, Any], loss: str, losses: list[str]) -> dict[str, Any]:
-    """Leave out the constants that only others of the compared losses have. Raises UserError for one that none has."""
+    """Leave out the constants that only other compared losses have. Raises UserError for one that none has."""
     constants = [name for name in ("beta", *OPTIONS) if options.get(name) is not None]
     for name in constants:
         if not any(_has(other, name) for other in losses):
@@ -221,7 +221,7 @@ def of_loss(options: dict[str, Any], loss: str, losses: list[str]) -> dict[str, 
 
 
 def _decisive(configs: dict[str, ResolvedConfig], asked: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return by loss the options that decide its figures; `asked` are those that stand for files of the comparison's own."""
+    """Return by loss the options that decide its figures; `asked` replaces those that name the comparison's own files."""
     others = _FREE | {"seed", "output_dir", "loss"}
     return {
         loss: {name: value for name, value in (config.as_dict() | asked).items() if name not in others}
@@ -230,7 +230,7 @@ def _decisive(configs: dict[str, ResolvedConfig], asked: dict[str, Any]) -> dict
 
 
 def _rows(source: str, split: str, config: ResolvedConfig, own: Rows | None) -> list[Row]:
-    """Read and check all rows of a source, or a program's own."""
+    """Read and check all rows of a source, or of a program."""
     found = []
     for name, _ in [(DATA, 1)] if own else split_sources(source):
         reader = reader_of(name, split, config, own)
@@ -241,7 +241,7 @@ def _rows(source: str, split: str, config: ResolvedConfig, own: Rows | None) -> 
 
 
 def _split(rows: list[Row], source: str, config: ResolvedConfig) -> tuple[list[Row], list[Row]]:
-    """Return the rows to train on and the last ones, which are held out."""
+    """Return the rows to train on, and the last rows, which are held out."""
     seen = steps_of(config, len(rows))[1] * examples_per_step(config)
     count = max(min(round(len(rows) * HELD_OUT_SHARE), HELD_OUT_MOST, seen // 2), HELD_OUT_LEAST)
     if len(rows) < 2 * count:
@@ -250,7 +250,7 @@ def _split(rows: list[Row], source: str, config: ResolvedConfig) -> tuple[list[R
 
 
 def as_json(row: Row) -> str:
-    """Return a row as a line of JSON Lines, in the form that it was read in."""
+    """Return a row as a line of JSON Lines, in its original form."""
     said = [answer if isinstance(answer, dict) else {"role": "assistant", "content": answer} for answer in row.answers]
     answers: list[Any] = [[message] for message in said] if row.chat else list(row.answers)
     fields: dict[str, Any]
@@ -263,17 +263,17 @@ def as_json(row: Row) -> str:
 
 
 def digest_of(rows: list[Row]) -> str:
-    """Return a name for the rows, by their content."""
+    """Return a hash of the rows' content."""
     return blake2(as_json(row).encode() for row in rows).hex()
 
 
 def _planned(
     configs: dict[str, ResolvedConfig], steps: int, rows: int, held_out: int, asked: bool, say: Callable[[str], None]
 ) -> dict[str, ResolvedConfig]:
-    """Return the options with what depends on the length of a run filled in.
+    """Return the options, completed with those that depend on the length of a run.
 
     Args:
-        asked: whether it was said if the reference is to be precomputed.
+        asked: whether the user set whether to precompute the reference.
     """
     first = next(iter(configs.values()))
     seen = steps * examples_per_step(first)
@@ -284,7 +284,7 @@ def _planned(
             f"evaluating {held_out} rows {points} times takes longer than a run's {steps} steps; --eval-steps {steps} does it "
             "once, and --eval-data FILE may hold fewer rows"
         )
-    # In large batches before the first run, unless that run sees a part of the data only: then it computes what it needs.
+    # In large batches before the first run, unless that run uses only part of the data: then it computes what it needs.
     precompute = first.precompute_reference or (not asked and seen >= rows)
     return {
         loss: dataclasses.replace(config, eval_steps=eval_steps, precompute_reference=precompute)
@@ -293,23 +293,23 @@ def _planned(
 
 
 def _check_folder(output: Path, settings: dict[str, Any]) -> None:
-    """Raise UserError where the folder holds another comparison, or something else."""
+    """Raise UserError if the folder holds another comparison or something else."""
     known = output / "compare.json"
     if known.exists():
         _check_same(settings, _saved(known), output)
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} holds something that is no comparison; give a new folder")
+        raise UserError(f"--output {output} holds something that is not a comparison; give a new folder")
 
 
 def _write_folder(output: Path, content: dict[str, Any]) -> None:
-    """Make the folder and compare.json, where they are not there from an earlier start."""
+    """Create the folder and compare.json, unless they exist from an earlier start."""
     known = output / "compare.json"
     if known.exists():
         return
     try:
         make_folder(output / "data")
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be made ({error.strerror})") from None
+        raise UserError(f"--output {output}: cannot be created ({error.strerror})") from None
     replace_file(known, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -321,7 +321,7 @@ def _saved(path: Path) -> dict[str, Any]:
 
 
 def _check_same(settings: dict[str, Any], saved: dict[str, Any], output: Path) -> None:
-    """Raise UserError naming every difference from the comparison that the folder holds."""
+    """Raise UserError with every difference from the comparison in the folder."""
     problems = []
     for name in ("losses", "seeds", "sample_prompts", "sample_tokens"):
         if settings[name] != saved[name]:

@@ -1,4 +1,4 @@
-"""The numbers of a comparison: a row a loss, the curves over training, and what they say in plain sentences."""
+"""The numbers of a comparison: a row per loss, the curves over training, and a verdict in plain sentences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lite_dil.base.text import count
 from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.objectives.table import DIL_FAMILY
 
-FinishedRun = dict[str, Any]  # result.json and what metrics.jsonl adds to it
+FinishedRun = dict[str, Any]  # result.json, with figures from metrics.jsonl
 TableRow = dict[str, Any]
 
 # figure, heading, format
@@ -32,20 +32,20 @@ COLUMNS = (
     ("seconds", "seconds", ".0f"),
     ("peak_memory_mb", "peak MB", ".0f"),
 )
-# Wherever the comparison was run or stopped, these are the machine's and not the loss's.
+# These depend on the machine and on interruptions, not on the loss.
 MACHINE_FIGURES = ("seconds", "peak_memory_mb")
 OTHERS = ("dpo", "simpo")
 CLAIM = "DIL keeps the chosen answers' likelihood where dpo and simpo lose it"
 
 
 def read_runs(comparison: Comparison, name: str) -> list[FinishedRun]:
-    """Read the finished runs; `name` is the file that each has."""
+    """Read the finished runs; `name` is the result file of each."""
     runs = []
     for seed in comparison.seeds:
         for loss in comparison.configs:
             folder = Path(comparison.run(loss, seed).output_dir or "")
             result = json.loads((folder / name).read_text(encoding="utf-8"))
-            metrics = folder / "metrics.jsonl"  # a run that diverged in its first step has none
+            metrics = folder / "metrics.jsonl"  # missing if a run diverged in its first step
             text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
             lines = [json.loads(line) for line in text.splitlines()]
             runs.append(result | {"folder": folder} | _of_training(lines))
@@ -55,7 +55,7 @@ def read_runs(comparison: Comparison, name: str) -> list[FinishedRun]:
 def _of_training(lines: list[dict[str, Any]]) -> FinishedRun:
     training = [line for line in lines if "seconds_per_step" in line]
     seconds, before = 0.0, 0
-    for line in training:  # a line is the mean over the steps since the one before it
+    for line in training:  # a line is the mean over the steps since the previous line
         seconds += line["seconds_per_step"] * (line["step"] - before)
         before = line["step"]
     points = [line for line in lines if "eval_loss" in line]
@@ -70,7 +70,7 @@ def _of_training(lines: list[dict[str, Any]]) -> FinishedRun:
 
 
 def make_rows(runs: Sequence[FinishedRun]) -> list[TableRow]:
-    """Return a row a loss: of each figure its mean over the seeds, their standard deviation, and its error over answers."""
+    """Return a row per loss: each figure's mean over the seeds, its standard deviation, and its error over answers."""
     rows = []
     for loss in dict.fromkeys(run["loss"] for run in runs):
         mine = [run for run in runs if run["loss"] == loss]
@@ -103,7 +103,7 @@ def _summary(values: list[float], errors: list[float]) -> dict[str, float | None
 
 
 def cell(row: TableRow, name: str, form: str) -> str:
-    """Return a figure for people: with its standard deviation over seeds, or, of one seed, its error over answers."""
+    """Return a figure for people, with its standard deviation over seeds or, for one seed, its error over answers."""
     figure = row["figures"].get(name)
     if figure is None:
         return "–"
@@ -113,7 +113,7 @@ def cell(row: TableRow, name: str, form: str) -> str:
 
 
 def label(row: TableRow) -> str:
-    """Return the loss, and which of its runs diverged, and when."""
+    """Return the loss, with which of its runs diverged and when."""
     if not row["diverged"]:
         return row["loss"]
     when = ", ".join(
@@ -124,7 +124,7 @@ def label(row: TableRow) -> str:
 
 
 def reference_row(reference: dict[str, Any] | None) -> list[TableRow]:
-    """Return the reference as a row, where it was measured: every run may have diverged."""
+    """Return the reference as a row if it was measured, which it was not if every run diverged."""
     if reference is None:
         return []
     figures = {name: _summary([value], []) for name, value in reference["figures"].items()}
@@ -138,9 +138,9 @@ def table_cells(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]]]:
 
 
 def make_curves(runs: Sequence[FinishedRun], reference: dict[str, Any] | None, from_reference: bool) -> dict[str, Any]:
-    """Return the log-probs of the held-out answers during training, by loss and side: means over seeds and their deviation.
+    """Return the log-probs of the held-out answers during training, by loss and side: mean and deviation over seeds.
 
-    A step has a point where every seed that did not diverge has one; a loss of which all diverged goes as far as all went.
+    A step has a point if every seed that did not diverge has one. If all diverged, the curve ends where the first did.
 
     Args:
         from_reference: whether the untrained policy is the reference, so that its figures are those of step 0.
@@ -168,9 +168,9 @@ def make_curves(runs: Sequence[FinishedRun], reference: dict[str, Any] | None, f
 
 
 def verdict(rows: Sequence[TableRow], steps: int, answers: int) -> list[str]:
-    """Say in sentences what became of the chosen answers' likelihood, and whether that is what the DIL paper claims.
+    """Return sentences on how the chosen answers' likelihood changed, and whether this agrees with the DIL paper's claim.
 
-    A change counts where it is more than twice its standard error over answers, and than the deviation over seeds.
+    A change counts if it exceeds twice its standard error over answers and twice its deviation over seeds.
     """
     moved = {row["loss"]: direction(row["figures"].get("change/chosen")) for row in rows}
     sentences = []
@@ -203,11 +203,11 @@ def verdict(rows: Sequence[TableRow], steps: int, answers: int) -> list[str]:
     seeds = max(len(row["seeds"]) for row in rows)
     scope = f"{count(seeds, 'seed')}, {steps} steps and {answers} held-out rows at these learning rates"
     compared = f" (of {' and '.join(OTHERS)} only {theirs[0]} was compared)" if len(theirs) < len(OTHERS) else ""
-    return [*sentences, f'The claim "{CLAIM}" {judged}{compared}: {found}. That is {scope}, and says no more.']
+    return [*sentences, f'The claim "{CLAIM}" {judged}{compared}: {found}. This holds for {scope} only.']
 
 
 def direction(change: dict[str, float | None] | None) -> str:
-    """Return "rose", "fell" or "steady" for a change, or nothing where there is none; without any measure of noise, steady."""
+    """Return "rose", "fell" or "steady" for a change, or "" for None; "steady" without any measure of noise."""
     if change is None or change["mean"] is None:
         return ""
     noise = max((2 * value for value in (change["error"], change["std"]) if value is not None), default=float("inf"))
@@ -226,13 +226,13 @@ def _words(change: dict[str, float | None]) -> str:
 
 
 def notes(rows: Sequence[TableRow], tokens: int) -> list[str]:
-    """Say what the columns are."""
+    """Return notes that define the columns."""
     seeds = max((len(row["seeds"]) for row in rows), default=1)
     spread = f"the standard deviation over {seeds} seeds" if seeds > 1 else "the standard error over answers"
     return [
-        f"± is {spread}. All columns from accuracy to log-prob are of held-out answers, and defined alike for every loss.",
-        "accuracy: the share of pairs whose chosen answer gained more log-prob than the rejected one, in all (sum) or a token "
-        "(mean).",
+        f"± is {spread}. The columns from accuracy to log-prob are of held-out answers, defined alike for every loss.",
+        "accuracy: the share of pairs whose chosen answer gained more log-prob than the rejected one, in total (sum) or per "
+        "token (mean).",
         "log-ratio: log pi - log pi_ref in nats per token. log-prob: in nats, summed over the answer's tokens; its change is "
         "against the reference, and the margin is the chosen answer's change minus the rejected one's.",
         f"KL on samples: the mean of log pi - log pi_ref over the trained model's own answers, cut at {tokens} tokens: an "
