@@ -3,8 +3,8 @@
     python scripts/sample_short_answers.py questions.jsonl lite_dil/data/short_answers
 
 questions.jsonl has {"prompt", "chosen"} lines of plain text. `lite-dil generate` samples the rejected answers from
-SmolLM2-135M-Instruct at temperature 1 without truncation, that is from pi_ref itself, as DIL's derivation requires. The first of
-several samples that ended by itself is taken; a question whose answers never end within 128 tokens is left out.
+SmolLM2-135M-Instruct at temperature 1 without truncation, that is from pi_ref itself, as DIL's derivation requires. The first
+of several samples that ended by itself is taken; a question whose answers never end within 128 tokens is left out.
 """
 
 from __future__ import annotations

@@ -355,7 +355,7 @@ class TorchBackend:
         embedding = self.base.get_input_embeddings()
         if getattr(self.head, "weight", None) is embedding.weight:
             raise UserError(
-                "--offload-embeddings: the embedding table is also the output head, which the GPU needs; add --head-bits 8 or 4"
+                "--offload-embeddings: the embedding table is also the output head, needed on the GPU: add --head-bits 8 or 4"
             )
         torch_layers.offload_embeddings(embedding, self.device)
 
