@@ -132,9 +132,7 @@ class TorchBackend:
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter.init_adapter else None
         first = adapters.choose(adapter, self.linear, initial, self.base.name_or_path)
         if adapters.layout(first) != self.policy_layout:
-            raise UserError(
-                f"adapter {adapter.init_adapter}: its rank, scale or layers differ from the policy's; load the model again"
-            )
+            raise UserError(f"adapter {adapter.init_adapter}: its rank, scale or layers differ from the policy's; load anew")
         set_weights(self.model, PEFT_POLICY, first)
         self._trainable(POLICY).set_state(None)
         self.set_strength(1.0)

@@ -164,7 +164,7 @@ def test_closing_gives_the_memory_back(tiny: str, backend_name: str, tmp_path: P
         ({"layuot": "plain"}, "unknown option 'layuot' .did you mean 'layout'"),
         ({"reference": "base"}, "without one the reference is the base"),
         ({"lora_r": 0}, "--lora-r is 0; expected between 1 and 1024"),
-        ({"trainable": False, "lora_r": 4}, "lora_r: of training"),
+        ({"trainable": False, "lora_r": 4}, "lora_r: only for training"),
     ],
 )
 def test_options_that_cannot_be(tiny: str, given: dict[str, object], said: str) -> None:
