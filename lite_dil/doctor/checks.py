@@ -14,6 +14,7 @@ from lite_dil.backends import registry
 from lite_dil.backends.probes import tolerance
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Sampling, StepResult
+from lite_dil.base.files import make_folder
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import ResolvedConfig, TrainConfig
@@ -98,7 +99,7 @@ class Subject:
         backend = self.load()
         for _ in range(STEPS):
             self.step(backend, self.pairs, RATE)
-        folder.mkdir()
+        make_folder(folder)
         backend.save_adapter(folder)
         return str(folder)
 

@@ -6,10 +6,12 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from lite_dil.base.files import scratch_file
+from lite_dil.models.find import cache_dir
 
 # The names in `lite_dil.doctor.checks.CHECKS`, which needs numpy to import.
 NAMES = (
@@ -58,7 +60,7 @@ def _in_a_process(backend: str, names: list[str]) -> Iterator[Checked]:
     """Yield the checks up to the first that ends the process, at least one."""
     command = [sys.executable, "-m", "lite_dil.doctor.worker", backend, *names]
     running, ended = names[0], False
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+    with scratch_file(cache_dir()) as errors:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8") as process:
             limit = threading.Timer(LIMIT, process.kill)
             limit.start()
@@ -76,7 +78,10 @@ def _in_a_process(backend: str, names: list[str]) -> Iterator[Checked]:
                     process.kill()
         if process.returncode:
             errors.seek(0)
-            text = _exception(errors.read()) or f"its process ended with code {process.returncode}, within {LIMIT} s"
+            text = (
+                _exception(errors.read().decode(errors="replace"))
+                or f"its process ended with code {process.returncode}, within {LIMIT} s"
+            )
             yield Checked(running, False, text, 0.0)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lite_dil.base.files import write as write_text
+from lite_dil.base.files import make_folder, replace_file
 from lite_dil.models.tensors import Planned, write
 
 _WIDTH, _INNER, _LAYERS, _HEADS, _KEY_HEADS, VOCABULARY = 128, 256, 2, 2, 1, 256
@@ -63,9 +63,9 @@ def weights() -> dict[str, np.ndarray]:
 
 def make(folder: Path, changed: Mapping[str, np.ndarray] | None = None) -> str:
     """Write the model, with some weights replaced, into a new folder, and return the folder."""
-    folder.mkdir()
+    make_folder(folder)
     tensors = {**weights(), **(changed or {})}
     planned = [Planned(name, "F32", value.shape, lambda value=value: [value]) for name, value in tensors.items()]  # type: ignore[misc]
     write(folder / "model.safetensors", planned, "pt")
-    write_text(folder / "config.json", json.dumps(CONFIG, indent=1))
+    replace_file(folder / "config.json", json.dumps(CONFIG, indent=1))
     return str(folder)

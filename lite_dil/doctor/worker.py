@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
-from pathlib import Path
 
+from lite_dil.base.files import work_folder
 from lite_dil.base.start import quiet_bars, start
+from lite_dil.models.find import cache_dir
 
 
 def main(backend: str, names: list[str]) -> None:
@@ -23,8 +23,8 @@ def main(backend: str, names: list[str]) -> None:
     import_library(backend)
     quiet_bars()
 
-    with tempfile.TemporaryDirectory() as folder:
-        subject = Subject(backend, Path(folder))
+    with work_folder(cache_dir() / "doctor") as folder:
+        subject = Subject(backend, folder)
         for name in names:
             print(json.dumps({"starts": name}), flush=True)
             since = time.monotonic()

@@ -92,7 +92,7 @@ def test_the_command_imports_unsloth_before_transformers_and_says_why_it_fails(t
     distribution(tmp_path, "unsloth_zoo", "2026.10.9")
     code = "import torch, sys; torch.cuda.is_available = lambda: True; from lite_dil.cli.main import main\n"
     code += "sys.stderr = sys.stdout; print(main(['train', '--unsloth', '--backend', 'cuda']), 'transformers' in sys.modules)"
-    expected = "lite-dil: --unsloth: unsloth cannot be imported (this is no real unsloth)\n2 False"
+    expected = "importing torch ...\nlite-dil: --unsloth: unsloth cannot be imported (this is no real unsloth)\n2 False"
     assert python(code, tmp_path) == expected
 
 
