@@ -145,11 +145,7 @@ def outcome(record: RunRecord) -> str:
 
 
 def _likelier(value: float, record: RunRecord) -> str:
-    return f"{'more' if value >= 0 else 'less'} likely by {abs(value):.3g} nats {_article(record.per)}"
-
-
-def _article(unit: str) -> str:
-    return f"{'an' if unit[0] in 'aeiou' else 'a'} {unit}"
+    return f"{'more' if value >= 0 else 'less'} likely by {abs(value):.3g} nats per {record.per}"
 
 
 def warnings(record: RunRecord) -> list[str]:
@@ -173,9 +169,8 @@ def _chosen_falls(record: RunRecord) -> str:
     advice = f"a lower --learning-rate or fewer --epochs{_keeps_likely(record)}"
     where = "held out" if place == "held out" else "last training steps"
     return (
-        f"The policy now gives the {names} answers less probability than {record.start}: {value:.3g} nats "
-        f"{_article(record.per)} ({where}). If the rejected ones fall "
-        f"faster, accuracy and margin hide that; other texts gain the probability. What to try: {advice}."
+        f"The policy now gives the {names} answers less probability than {record.start}: {value:.3g} nats per "
+        f"{record.per} ({where}). If the rejected ones fall faster, accuracy and margin hide that; other texts gain the probability. What to try: {advice}."
     )
 
 
