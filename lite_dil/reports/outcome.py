@@ -169,8 +169,9 @@ def _chosen_falls(record: RunRecord) -> str:
     advice = f"a lower --learning-rate or fewer --epochs{_keeps_likely(record)}"
     where = "held out" if place == "held out" else "last training steps"
     return (
-        f"The policy now gives the {names} answers less probability than {record.start}: {value:.3g} nats per "
-        f"{record.per} ({where}). If the rejected ones fall faster, accuracy and margin hide that; other texts gain the probability. What to try: {advice}."
+        f"The policy now gives the {names} answers less probability than {record.start}: {value:.3g} nats per {record.per} "
+        f"({where}). If the rejected ones fall faster, accuracy and margin hide that; other texts gain the probability. What to "
+        f"try: {advice}."
     )
 
 
