@@ -170,8 +170,8 @@ def _chosen_falls(record: RunRecord) -> str:
     where = "held out" if place == "held out" else "last training steps"
     return (
         f"The policy now gives the {names} answers less probability than {record.start}: {value:.3g} nats per {record.per} "
-        f"({where}). If the rejected ones fall faster, accuracy and margin hide that; other texts gain the probability. What to "
-        f"try: {advice}."
+        f"({where}). If the rejected ones fall faster, accuracy and margin hide that; other texts gain the probability. "
+        f"What to try: {advice}."
     )
 
 
