@@ -13,7 +13,7 @@ import numpy as np
 from lite_dil.backends import registry
 from lite_dil.backends.probes import tolerance
 from lite_dil.backends.protocol import Backend
-from lite_dil.backends.types import Sampling, StepResult
+from lite_dil.backends.types import StepResult
 from lite_dil.base.files import make_folder
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
@@ -167,7 +167,7 @@ def four_bits(subject: Subject) -> Finding:
     original = subject.measured()
     finding = equal(packed, whole, "the weights dequantised")
     moved = float(np.abs(packed.logps - original.logps).max())
-    return Finding(finding.ok and moved > 0, f"{finding.text}")
+    return Finding(finding.ok and moved > 0, finding.text)
 
 
 def offloads(subject: Subject) -> Finding:
@@ -184,9 +184,7 @@ def generation(subject: Subject) -> Finding:
     prompts = [list(pair.prompt) for pair in subject.pairs]
     greedy = [answer.ids for answer in backend.generate(prompts, _TOKENS, [1])]
     streamed = [[token for token in backend.stream(prompt, _TOKENS, [1]) if token != 1] for prompt in prompts]
-    drawn = [
-        [a.ids for a in backend.generate(prompts, _TOKENS, [1], seeds=[1, 2, 3, 4], sampling=Sampling())] for _ in range(2)
-    ]
+    drawn = [[a.ids for a in backend.generate(prompts, _TOKENS, [1], seeds=[1, 2, 3, 4])] for _ in range(2)]
     every = np.arange(tiny_model.VOCABULARY)
     answers = [np.array([token]) for token in every]
     batch = Batch([np.array(prompts[0])], answers, np.zeros(len(every), int), np.full(len(every), CHOSEN))

@@ -11,18 +11,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lite_dil.base.files import scratch_file
+from lite_dil.doctor.checks import CHECKS
 from lite_dil.models.find import cache_dir
 
-# The names in `lite_dil.doctor.checks.CHECKS`, which needs numpy to import.
-NAMES = (
-    "fresh adapter",
-    "shared prompts, float32",
-    "shared prompts, 16 bits",
-    "checkpointing",
-    "4 bits",
-    "offloads",
-    "generation",
-)
+NAMES = tuple(CHECKS)
 LIMIT = 600  # seconds for all checks, including imports and compilation
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def make(folder: Path, changed: Mapping[str, np.ndarray] | None = None) -> str:
     """Write the model, with some weights replaced, into a new folder, and return the folder."""
     make_folder(folder)
     tensors = {**weights(), **(changed or {})}
-    planned = [Planned(name, "F32", value.shape, lambda value=value: [value]) for name, value in tensors.items()]  # type: ignore[misc]
+    planned = [Planned(name, "F32", value.shape, partial(list, [value])) for name, value in tensors.items()]
     write(folder / "model.safetensors", planned, "pt")
     replace_file(folder / "config.json", json.dumps(CONFIG, indent=1))
     return str(folder)

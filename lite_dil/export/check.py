@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,6 @@ def measure(backend: Backend, examples: list[Example], data: str) -> Trained:
     return Trained(examples, data, policy, bare, change, backend.dtype_name)
 
 
-_HELD_OUT = "held out"  # in place of a split: what the run held out of its training data
-
-
 def held_out(
     source: AdapterSource, encoder: Encoder, rows: int, data: str | None, say: Callable[[str], None]
 ) -> tuple[list[Example], str]:
@@ -187,13 +185,9 @@ def held_out(
 
     Without held-out data they come from the training data and, if that is gone, from the pairs in this package.
     """
-    for name, part, options in _sources(source, data):
+    for name, read in _sources(source, data):
         try:
-            if part == _HELD_OUT:
-                _, of = split(load(name, "train", encoder, options, strict=False), options.eval_fraction)
-                examples = list(of.examples[:rows]) if of else []
-            else:
-                examples = list(_first(name, part, options, encoder, rows))
+            examples = list(read(encoder, rows))
         except UserError as error:
             if data:
                 raise
@@ -204,22 +198,28 @@ def held_out(
     raise UserError("the check found no row that this model's tokenizer can read; give some with --check-data FILE")
 
 
-def _sources(source: AdapterSource, data: str | None) -> Iterator[tuple[str, str, DataOptions]]:
-    """Yield possible sources of rows, the best first, with the split and the options to read them."""
+def _sources(source: AdapterSource, data: str | None) -> Iterator[tuple[str, Callable[[Encoder, int], Iterable[Example]]]]:
+    """Yield possible sources of rows, the best first, with what reads some of them."""
     options = DataOptions()
     if source.run:
         options = TrainConfig(**read_yaml(source.run.path / "config.yaml"))
     if data:
-        yield data, "test", options
+        yield data, partial(_first, data, "test", options)
         return
     if source.run:
         if options.eval_data:
-            yield options.eval_data, "test", options
+            yield options.eval_data, partial(_first, options.eval_data, "test", options)
         elif options.eval_fraction != 0:
-            yield options.data, _HELD_OUT, options
+            yield options.data, partial(_held_out_part, options.data, options)
         if options.data != EMBEDDED:
-            yield options.data, "train", options
-    yield EMBEDDED, "test", DataOptions()
+            yield options.data, partial(_first, options.data, "train", options)
+    yield EMBEDDED, partial(_first, EMBEDDED, "test", DataOptions())
+
+
+def _held_out_part(name: str, options: DataOptions, encoder: Encoder, rows: int) -> Iterable[Example]:
+    """Return the first of the rows that the run held out of its training data."""
+    _, part = split(load(name, "train", encoder, options, strict=False), options.eval_fraction)
+    return part.examples[:rows] if part else []
 
 
 def _first(name: str, split: str, options: DataOptions, encoder: Encoder, rows: int) -> Iterator[Example]:

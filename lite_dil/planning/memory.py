@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import GIB, Memory, available
+
+_T = TypeVar("_T")
 
 # A process with CUDA holds this much for its context and kernels before the first tensor; it differs by card and driver.
 CUDA_CONTEXT = 6 * GIB // 10
@@ -73,32 +76,32 @@ def nvidia_gpu() -> tuple[str, int, int] | None:
     """Return name, free and total bytes of the GPU that CUDA would take first, by its driver, or None if there is none."""
     # CUDA takes the devices up to the first that does not exist: none of "", "-1" or "none".
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
-    import pynvml
 
-    try:
-        pynvml.nvmlInit()
-        try:
-            gpu = _gpu(first)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-            return pynvml.nvmlDeviceGetName(gpu), memory.free, memory.total
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError:  # no driver, or no device of that name
-        return None
+    def found(pynvml: Any) -> tuple[str, int, int]:
+        gpu = _gpu(first)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+        return pynvml.nvmlDeviceGetName(gpu), memory.free, memory.total
+
+    return _ask_driver(found)
 
 
 def nvidia_driver() -> str:
     """Return the version of the NVIDIA driver, or nothing if there is none."""
+    return _ask_driver(lambda pynvml: str(pynvml.nvmlSystemGetDriverVersion())) or ""
+
+
+def _ask_driver(ask: Callable[[Any], _T]) -> _T | None:
+    """Return what `ask` gets from NVML, or None if there is no driver or no such device."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
         try:
-            return str(pynvml.nvmlSystemGetDriverVersion())
+            return ask(pynvml)
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError:
-        return ""
+        return None
 
 
 def _gpu(name: str) -> Any:

@@ -18,7 +18,7 @@ from lite_dil.data.rows import DATA, Rows, rows_name
 from lite_dil.objectives.accepts import check_data
 from lite_dil.objectives.table import objective_of
 from lite_dil.recipes.given import Given
-from lite_dil.reports.samples import Intake, SamplePrompt, part_facts
+from lite_dil.reports.samples import Intake, SamplePrompt
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,10 @@ def _held_out_of(data: DataSet, intake: Intake, name: str, config: ResolvedConfi
         return RunData(data.examples, [], data.problems, intake.prompts, facts, config)
     number = len(held_out.examples)
     say(f"held-out data: {number} of these rows, whole prompts, not trained on (--eval-fraction, --eval-data)")
-    facts.append(part_facts(name, held_out) | {"in_training": Overlap(number, 0, 0)._asdict()})
+    part = Intake(0, config)
+    for example in held_out.examples:
+        part.measure(example)
+    facts.append(part.facts("held out", f"a part of {name}", held_out) | {"in_training": Overlap(number, 0, 0)._asdict()})
     among = {example.prompt for example in held_out.examples}
     prompts = [prompt for prompt in intake.prompts if prompt.ids in among]
     return RunData(data.examples, held_out.examples, data.problems, prompts or intake.prompts, facts, config)

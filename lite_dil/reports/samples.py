@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,13 +16,14 @@ from lite_dil.base.disk import DiskFailed, failing
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.base.files import replace_file
 from lite_dil.base.halving import Halving, halves
-from lite_dil.base.hashing import digest, tokens_digest
+from lite_dil.base.hashing import digest
 from lite_dil.base.observer import Event, Observer
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.base.streams import named
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import DataSet
 from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.held_out import place_of
 from lite_dil.data.inspect.findings import source_facts
 from lite_dil.data.inspect.survey import lengths
 from lite_dil.data.messages import Message
@@ -58,14 +58,12 @@ class Intake:
 
     def add(self, row: Row, whole: Example, cut: Example) -> None:
         """Add a row, its tokens, and its tokens cut to ``--max-length``."""
-        self.lengths["prompt"].append(len(whole.prompt))
-        for sign, response in zip(whole.signs, whole.responses, strict=True):
-            self.lengths[{CHOSEN: "chosen", REJECTED: "rejected"}[sign]].append(len(response))
+        self.measure(whole)
         if not self.count or cut.prompt in self._kept:
             return
         # Keep the rows with the smallest numbers, so that one pass over the data is enough: random numbers, or the digests of
         # the prompts, the smallest of which are held out.
-        order = _share(whole.prompt) if self._splits else self._random.random()
+        order = place_of(whole.prompt) if self._splits else self._random.random()
         order += len(cut.prompt) + MAX_NEW_TOKENS > self.max_length
         if len(self._kept) == self.count:
             last = max(self._kept, key=lambda ids: self._kept[ids][0])
@@ -73,6 +71,12 @@ class Intake:
                 return
             del self._kept[last]
         self._kept[cut.prompt] = order, SamplePrompt(cut.prompt, row.prompt, row.place, len(whole.prompt))
+
+    def measure(self, example: Example) -> None:
+        """Add the lengths of an example."""
+        self.lengths["prompt"].append(len(example.prompt))
+        for sign, response in zip(example.signs, example.responses, strict=True):
+            self.lengths[{CHOSEN: "chosen", REJECTED: "rejected"}[sign]].append(len(response))
 
     @property
     def prompts(self) -> list[SamplePrompt]:
@@ -94,31 +98,6 @@ class Intake:
             "answers_cut": data.responses_cut,
             "tokens": {name: lengths(values) for name, values in self.lengths.items() if values},
         }
-
-
-def _share(prompt: tuple[int, ...]) -> float:
-    """Return the prompt's digest, as `lite_dil.data.dataset.load` has it, on a scale from 0 to 1."""
-    return int.from_bytes(tokens_digest(prompt)[:8], sys.byteorder) / 2**64
-
-
-def part_facts(source: str, data: DataSet) -> dict[str, Any]:
-    """Return what the report says of a part of the training data `source` that is held out."""
-    sides: dict[str, list[int]] = {"prompt": [len(example.prompt) for example in data.examples], "chosen": [], "rejected": []}
-    for example in data.examples:
-        for sign, response in zip(example.signs, example.responses, strict=True):
-            sides[{CHOSEN: "chosen", REJECTED: "rejected"}[sign]].append(len(response))
-    return {
-        "use": "held out",
-        "source": f"a part of {source}",
-        "examples": len(data.examples),
-        "form": data.form,
-        "chat": data.chat,
-        "answers": {"chosen": data.answers[CHOSEN], "rejected": data.answers[REJECTED]},
-        "sources": [],
-        "prompts_cut": 0,
-        "answers_cut": 0,
-        "tokens": {name: lengths(array("i", values)) for name, values in sides.items() if values},
-    }
 
 
 @dataclass
