@@ -65,7 +65,7 @@ class MLXBackend:
         self.training, engine = training, training or INFERENCE
         limit_memory()
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter and adapter.init_adapter else None
-        self.model, self.config, bits = load(folder_of(model), model, options)
+        self.model, self.config, bits = load(folder_of(model, options.trust_remote_code), model, options)
         self.dtype = set_dtype(self.model, options.dtype, pre_quantised=bool(bits))
         self.dtype_name = str(self.dtype).removeprefix("mlx.core.")
         self.model, quantised = quantise(self.model, self.config, options, model, bits)

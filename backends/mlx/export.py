@@ -56,7 +56,7 @@ def write_model(merged: Path, target: Path, bits: int | None) -> None:
         UserError: mlx-lm does not know the architecture.
     """
     try:
-        model, config = load_model(merged, lazy=True)
+        model, config = load_model(merged, lazy=True, trust_remote_code=False)
         if bits:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints the bits per weight
                 model, config = quantize_model(model, config, GROUP_SIZE, bits)
@@ -72,7 +72,7 @@ def write_model(merged: Path, target: Path, bits: int | None) -> None:
 def model_logps(folder: Path, sequences: Sequences) -> list[np.ndarray]:
     """Return the log-probs of each response under a folder loaded by plain mlx-lm."""
     try:
-        model, *_ = load_folder(str(folder), lazy=True)
+        model, *_ = load_folder(str(folder), {"trust_remote_code": False}, lazy=True)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"mlx-lm cannot load the export ({first_line(error)})") from None
     if not mx.metal.is_available():

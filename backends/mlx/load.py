@@ -17,6 +17,7 @@ from lite_dil.backends.limits import BITS, GROUP_SIZE
 from lite_dil.backends.mlx.device import auto_dtype
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.models.find import rope_config
+from lite_dil.models.hub import needs_code
 from lite_dil.models.options import ModelOptions
 
 _CACHE_LIMIT = 4 * 2**30
@@ -28,11 +29,13 @@ def load(folder: Path, name: str, config: ModelOptions) -> tuple[Any, dict[str, 
     if (method := (raw.get("quantization_config") or {}).get("quant_method")) == "bitsandbytes":
         raise UserError(f"--model {name}: its weights are quantised by {method}, for CUDA; give the 16-bit model, with --4bit")
     try:
-        model, loaded = load_model(folder, lazy=True, model_config=rope_config(raw))
+        model, loaded = load_model(
+            folder, lazy=True, model_config=rope_config(raw), trust_remote_code=config.trust_remote_code
+        )
     except FileNotFoundError:
         raise UserError(f"--model {name}: no model*.safetensors in {folder}; MLX reads no other weights") from None
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"--model {name}: mlx-lm cannot load it ({first_line(error)})") from None
+        raise UserError(f"--model {name}: mlx-lm cannot load it ({needs_code(error) or first_line(error)})") from None
     bits = int((loaded.get("quantization") or {}).get("bits", 0))
     if config.load_in_4bit and bits not in (0, BITS):
         raise UserError(f"--4bit: {name} is quantised to {bits} bits already; leave --4bit out")

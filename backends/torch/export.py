@@ -48,9 +48,9 @@ def _head(module: QuantizedHead) -> np.ndarray:
 def peft_targets(model: str, layers: set[str]) -> list[str] | None:
     """Return the shortest names by which PEFT finds exactly these layers, or None if the model's config is not here."""
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
-            return target_names(AutoModelForCausalLM.from_config(config), layers)
+            return target_names(AutoModelForCausalLM.from_config(config, trust_remote_code=False), layers)
     except (OSError, ValueError, ImportError, RuntimeError):
         return None
 
@@ -66,7 +66,12 @@ def model_logps(folder: Path, sequences: Sequences, max_memory: dict[Any, Any] |
     with work_folder(folder) as offload:
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", device_map="auto", max_memory=max_memory, offload_folder=offload
+                folder,
+                dtype="auto",
+                device_map="auto",
+                max_memory=max_memory,
+                offload_folder=offload,
+                trust_remote_code=False,
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"transformers cannot load what was exported ({first_line(error)})") from None

@@ -17,6 +17,7 @@ from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.backends.torch.out_of_memory import conversion_report, ran_out
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.models import adapters
+from lite_dil.models.hub import needs_code
 from lite_dil.models.options import ModelOptions
 
 
@@ -25,9 +26,12 @@ def load_model(
 ) -> Any:
     """Load a frozen model directly or through unsloth, by the options. Raises as `load_base` does."""
     if training is not None and training.unsloth:
+        if options.trust_remote_code:
+            raise UserError("--trust-remote-code: unsloth runs no model's own code; leave out --unsloth")
         return torch_unsloth.load(model, dtype, device, options.load_in_4bit, training.max_length)
     offload = training is not None and training.offload_embeddings
-    return load_base(model, dtype, device, options.load_in_4bit, offload, options.head_bits is not None)
+    head = options.head_bits is not None
+    return load_base(model, dtype, device, options.load_in_4bit, offload, head, options.trust_remote_code)
 
 
 def load_base(
@@ -37,12 +41,14 @@ def load_base(
     in_4bit: bool,
     table_on_host: bool = False,
     head_on_host: bool = False,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a frozen model without dropout.
 
     Args:
         table_on_host: leave the embedding table in the computer's memory, and with it a head that shares its weight.
         head_on_host: leave the output head there, unless it shares the weight of a table that is not.
+        trust_remote_code: run the Python files that the model brings.
 
     Raises:
         UserError: it cannot be loaded, with the reason.
@@ -57,10 +63,10 @@ def load_base(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        config = _without_dropout(AutoConfig.from_pretrained(model))
+        config = _without_dropout(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
         # transformers 5.17 computes Gemma 2 by SDPA, which ignores the soft cap on its attention scores.
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        places = device_map(config, device, table_on_host, head_on_host)
+        places = device_map(config, device, table_on_host, head_on_host, trust_remote_code)
         with conversion_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 model,
@@ -70,11 +76,12 @@ def load_base(
                 dtype=dtype,
                 quantization_config=quantization,
                 device_map=places,
+                trust_remote_code=trust_remote_code,
             )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if ran_out(error):
             raise
-        raise UserError(f"--model {model}: cannot be loaded ({first_line(error)})") from None
+        raise UserError(f"--model {model}: cannot be loaded ({needs_code(error) or first_line(error)})") from None
     base, report = loaded
     if len(places) > 1:
         from accelerate.hooks import remove_hook_from_submodules
@@ -131,7 +138,9 @@ def _set_up_4bit(base: Any, dtype: torch.dtype) -> None:
             weight.quant_state.dtype = dtype  # the type it is unpacked to
 
 
-def device_map(config: Any, device: torch.device, table: bool, head: bool) -> dict[str, torch.device]:
+def device_map(
+    config: Any, device: torch.device, table: bool, head: bool, trust_remote_code: bool = False
+) -> dict[str, torch.device]:
     """Return the device of each part of a model: all on `device`, or table and head in the computer's memory; see `load_base`.
 
     It names every module with weights: others would stay on the CPU, and accelerate moves everything below a name.
@@ -141,7 +150,7 @@ def device_map(config: Any, device: torch.device, table: bool, head: bool) -> di
     if device == host or not (table or head):
         return {"": device}
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     on_host = {id(embedding)} if table else set()
     if head and output is not embedding:

@@ -155,7 +155,7 @@ def check_model(model: str, max_length: int) -> None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"--model {model}: cannot be loaded ({first_line(error)})") from None
     if config.model_type not in KERNELS:
@@ -182,7 +182,9 @@ def _check_weights(model: str) -> None:
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, device_map="meta")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model, output_loading_info=True, device_map="meta", trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {model}: cannot be loaded ({first_line(error)})") from None
     report = loaded[1]

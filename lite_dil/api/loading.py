@@ -37,6 +37,7 @@ def load(
     adapter: str | Path | None = None,
     reference: str | None = None,
     trainable: bool = True,
+    trust_remote_code: bool = False,
     **engine: Any,
 ) -> Policy:
     """Load a model with a LoRA adapter, fresh or given; its reference is the model with the adapter off.
@@ -53,6 +54,7 @@ def load(
             then loaded as the run had it, unless other arguments are given.
         reference: the reference of an `adapter`: "base" or "initial-adapter"; required for training.
         trainable: False loads for inference only.
+        trust_remote_code: run the Python files that the model's folder or repository brings, with all your rights.
         **engine: how training computes, named as in ``lite-dil train --help``: layout, gradient_checkpointing, optim,
             max_length, max_grad_norm, weight_decay, compile, head_bits, ...
 
@@ -72,6 +74,7 @@ def load(
         dtype=dtype,
         backend=backend,
         head_bits=engine.pop("head_bits", None),
+        trust_remote_code=trust_remote_code or None,
     )
     of_adapter = _given(lora_r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=lora_dropout)
     of_adapter |= _given(reference=reference)

@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     display = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     options = adapter_flags.options_of(args)
     asked, chat = prompts.read_and_encode(
-        args.prompts, options, source.options.model, args.chat, args.max_new_tokens, display.say
+        args.prompts, options, source.options.model, args.chat, args.max_new_tokens, display.say, options.trust_remote_code
     )
     if args.chat is None and not asked[0].chat and chat:
         display.say("the prompts are plain text, which the model continues as is; --chat sends them as messages")

@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
     display = Terminal()
     labels = Labels(Path(args.output))
     options, model_name = adapter_flags.options_of(args), source.options.model
-    asked, chats = prompts.read_and_encode(args.prompts, options, model_name, args.chat, args.max_new_tokens, display.say)
+    asked, chats = prompts.read_and_encode(
+        args.prompts, options, model_name, args.chat, args.max_new_tokens, display.say, options.trust_remote_code
+    )
     if args.chat is None and chats and not asked[0].chat:
         display.say("the prompts are plain text, which the model continues as is; --chat sends them as messages")
     labels.check_kind(asked[0].chat)

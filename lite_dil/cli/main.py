@@ -51,6 +51,7 @@ questions before and after. Takes the flags of train.
 # The flags of train that decide which data is read and how the loss uses it.
 _DATA_FLAGS = (
     "model",
+    "trust_remote_code",
     "eval_data",
     "data_format",
     "columns",
@@ -160,6 +161,8 @@ def _run(argv: list[str]) -> int:
     args = chosen.parse_args(argv[1:]) if chosen else parser.parse_args(argv)
     start(training=name in ("train", "demo", "compare"))
     args.argv = argv
+    if getattr(args, "trust_remote_code", False):
+        print("--trust-remote-code: Python files that come with the model are run, with all your rights", file=sys.stderr)
     if name in _MODULES:
         return int(_module(name).run(args))
     args.own_loss = _own_loss(args)
@@ -267,7 +270,7 @@ def _show_data(args: argparse.Namespace) -> int:
     aside = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     quiet_bars()
     with aside.console.status("reading the data"):
-        found = report(config, Encoder(load_tokenizer(resolve_model(config.model, aside.say))))
+        found = report(config, Encoder(load_tokenizer(resolve_model(config.model, aside.say), config.trust_remote_code)))
     if args.json:
         print(json.dumps(found))
     else:

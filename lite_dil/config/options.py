@@ -103,6 +103,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected lines of the form 'key: value'")
+    own = path.name == "config.yaml" and KEY in values
     if path.name == "config.yaml":  # may be a run's own
         check_format(values, RUN, path.parent)
         values.pop(KEY, None)
@@ -111,6 +112,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         name = "load_in_4bit" if name == "4bit" else name
+        if name == "trust_remote_code" and (own or not value):
+            continue  # a run records it, and no file grants it
+        if name == "trust_remote_code":
+            problems.append(f"key {key!r}: a file cannot grant this; give --trust-remote-code on the command line")
+            continue
         if name not in FIELDS:
             ours = key_here(name, value)
             problems.append(f"unknown key {key!r}{f', which is {ours} here' if ours else did_you_mean(name, FIELDS)}")

@@ -151,7 +151,13 @@ def encode_prompts(
 
 
 def read_and_encode(
-    source: str, options: DataOptions, model: str, chat: bool | None, room: int, say: Callable[[str], None]
+    source: str,
+    options: DataOptions,
+    model: str,
+    chat: bool | None,
+    room: int,
+    say: Callable[[str], None],
+    trust_remote_code: bool = False,
 ) -> tuple[list[Prompt], bool]:
     """Read prompts and tokenise them for `model`; only its tokenizer is loaded.
 
@@ -159,11 +165,12 @@ def read_and_encode(
         chat: whether plain-text prompts become user messages; None means only the lines of .txt files, if the model has a
             chat template.
         room: maximum tokens of a response.
+        trust_remote_code: run the Python files that the model brings.
 
     Returns:
         The prompts, and whether the model has a chat template.
     """
-    encoder = Encoder(load_tokenizer(resolve_model(model, say)))
+    encoder = Encoder(load_tokenizer(resolve_model(model, say), trust_remote_code))
     chats = bool(encoder.tokenizer.chat_template)
     lines = all(Path(name).suffix == ".txt" for name, _ in split_sources(source))
     found = read_prompts(source, options, lines and chats if chat is None else chat, say)

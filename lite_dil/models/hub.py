@@ -43,6 +43,13 @@ def fetch_config(name: str) -> Path:
         raise UserError(f"--model {name}: {refusal(name, error)}") from None
 
 
+def needs_code(error: Exception) -> str:
+    """Return why a model whose own code was not run cannot be loaded, or "" if the error is another one."""
+    if "trust_remote_code" not in str(error):
+        return ""
+    return "it brings Python files of its own; read them, and if you trust them give --trust-remote-code"
+
+
 def refusal(name: str, error: Exception) -> str:
     """Return why the Hub did not give a file of the model `name`, and what to do, from its library's error."""
     from huggingface_hub.errors import (

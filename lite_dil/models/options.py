@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from lite_dil.base.option import READ, option
+from lite_dil.base.option import FREE, READ, option
 from lite_dil.models.find import EMBEDDED_MODEL
 
 ALL_LINEAR = "all-linear"
@@ -54,6 +54,13 @@ class ModelOptions:
         None,
         "quantise the frozen output head to 8 or 4 bits: saves half or three quarters of vocabulary x width x 2 bytes, and "
         "changes the model a little, policy and reference alike (default: 16 bits; with --4bit on mlx, 4)",
+    )
+    trust_remote_code: bool = option(
+        "model",
+        False,
+        "run the Python files that the model's folder or repository brings with it, with all your rights: read them first. "
+        "Taken from the command line only, never from a file, so a resumed run needs it again",
+        kind=FREE,
     )
 
 

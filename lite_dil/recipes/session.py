@@ -132,7 +132,7 @@ def _load(
         raise UserError(missing_loss(config.loss))
     folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, shown(config.loss))
     model = policy.model if policy else resolve_model(config.model, display.say)
-    encoder = policy.encoder if policy else Encoder(load_tokenizer(model))
+    encoder = policy.encoder if policy else Encoder(load_tokenizer(model, config.trust_remote_code))
     data = read_data(encoder, config, display.say, given)
     if resume and data.config.eval_data != config.eval_data:
         raise UserError(f"--resume {resume}: the held-out rows are not those that this run was evaluated on")
