@@ -54,14 +54,6 @@ def load_base(
         UserError: it cannot be loaded, with the reason.
         RuntimeError, MemoryError: memory ran out; see `ran_out`.
     """
-    quantization = None
-    if in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
     try:
         config = _without_dropout(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
         # transformers 5.17 computes Gemma 2 by SDPA, which ignores the soft cap on its attention scores.
@@ -74,7 +66,7 @@ def load_base(
                 attn_implementation="eager" if capped else None,
                 config=config,
                 dtype=dtype,
-                quantization_config=quantization,
+                quantization_config=_nf4(dtype) if in_4bit else None,
                 device_map=places,
                 trust_remote_code=trust_remote_code,
             )
@@ -97,6 +89,12 @@ def load_base(
         _set_up_4bit(base, dtype)
     base.requires_grad_(False)
     return base
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _check_head(head: Any, what: str) -> None:

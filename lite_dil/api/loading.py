@@ -49,14 +49,13 @@ def load(
         backend: "cuda", "mlx", "cpu", or "auto", the default.
         lora_r, lora_alpha, target_modules, lora_dropout: for a fresh adapter; by default rank 16, twice the rank, all linear
             layers of the decoder, no dropout.
-        seed: for the adapter's initial weights, and in training for the order of the data and dropout.
+        seed: for the adapter's initial weights, and in training for the data's order and dropout.
         adapter: a run's folder, one of its checkpoints, or a folder with an adapter in PEFT's or mlx-lm's format. The model is
             then loaded as the run had it, unless other arguments are given.
         reference: the reference of an `adapter`: "base" or "initial-adapter"; required for training.
         trainable: False loads for inference only.
-        trust_remote_code: run the Python files that the model's folder or repository brings, with all your rights.
-        **engine: how training computes, named as in ``lite-dil train --help``: layout, gradient_checkpointing, optim,
-            max_length, max_grad_norm, weight_decay, compile, head_bits, ...
+        trust_remote_code: run the Python files that the model brings, with all your rights.
+        **engine: how training computes, named as in ``lite-dil train --help``: layout, optim, max_length, compile, ...
 
     Raises:
         UserError: arguments do not go together, or something is not installed or not found.
@@ -76,8 +75,8 @@ def load(
         head_bits=engine.pop("head_bits", None),
         trust_remote_code=trust_remote_code or None,
     )
-    of_adapter = _given(lora_r=lora_r, lora_alpha=lora_alpha, target_modules=target_modules, lora_dropout=lora_dropout)
-    of_adapter |= _given(reference=reference)
+    lora = {"lora_r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    of_adapter = _given(**lora, target_modules=target_modules, reference=reference)
     source = adapter_source.find(None if adapter is None else str(adapter), of_model)
     if not trainable:
         if given := [*of_adapter, *engine]:
