@@ -9,7 +9,9 @@ from __future__ import annotations
 import glob
 import io
 import os
+import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +20,8 @@ from typing import IO, BinaryIO
 
 from lite_dil.base.disk import writing
 
-# A new file or folder appears complete or not at all: it is written under a hidden name next to its own, then renamed.
+# A new file or folder appears complete or not at all, even if the power fails: it is written under a hidden name next to its
+# own, flushed to the disk, and renamed.
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -33,21 +36,25 @@ def replacing(path: Path) -> Iterator[Path]:
 
     For libraries and programs that open the file themselves.
     """
-    _sweep(path)
-    part = partial(path)
+    sweep(path)
+    part = _partial(path)
+    # A new file, through no link: its name cannot be known before.
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
     try:
         yield part
+        sync(part)
         os.replace(part, path)
+        sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _sweep(path: Path) -> None:
-    """Remove the temporary files of `path` that killed processes left."""
+def sweep(path: Path) -> None:
+    """Remove the temporary files and folders of `path` that killed processes left."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        number = left.name.removesuffix(".partial").rpartition(".")[2]
+        number = left.name.removeprefix(f".{path.name}.").partition(".")[0]
         if number.isdecimal() and not _runs(int(number)):
-            left.unlink(missing_ok=True)
+            _remove(left)
 
 
 def _runs(number: int) -> bool:
@@ -63,9 +70,51 @@ def _runs(number: int) -> bool:
     return True
 
 
-def partial(path: Path) -> Path:
-    """Return the temporary name under which this process writes `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+def _partial(path: Path) -> Path:
+    """Return a temporary name for this process to write `path` under."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk and not only in the system's memory.
+
+    A network drive may refuse this for folders, and Windows does not offer it: there only files are waited for.
+    """
+    if path.is_dir():
+        if os.name != "posix":
+            return
+        with suppress(OSError), _opened(path, os.O_RDONLY) as folder:
+            os.fsync(folder)
+    else:
+        with _opened(path, os.O_RDWR) as file:
+            _flush(file)
+
+
+def _sync_all(folder: Path) -> None:
+    """Wait for all files below a folder, and for the folders."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            sync(path)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    file = os.open(path, flags)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _flush(file: int) -> None:
+    """Write a file's content to its disk; on macOS fsync alone leaves it in the disk's own memory."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        with suppress(OSError):  # not every file system offers it
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file)
 
 
 def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
@@ -76,17 +125,29 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
             old.rename(target)
         try:
             for left in (new, old):
-                shutil.rmtree(left, ignore_errors=True)
-            new.mkdir(parents=True)
+                _remove(left)
+            make_folder(target.parent)
+            new.mkdir()
             fill(new)
+            _sync_all(new)
             if target.exists():
                 target.rename(old)
             new.rename(target)
+            sync(target.parent)
         finally:
             if old.exists() and not target.exists():
                 old.rename(target)
             for left in (new, old):  # leave nothing unfinished
-                shutil.rmtree(left, ignore_errors=True)
+                _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """Remove what a killed process left, if it can be; a link, not what it points to."""
+    if path.is_symlink() or not path.is_dir():
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -97,7 +158,9 @@ def work_folder(target: Path, what: str | Path = "", place: str = "") -> Iterato
     """
     with writing(what or target, place):
         make_folder(target.parent)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        sweep(target)
+        folder = _partial(target)
+        folder.mkdir(mode=0o700)
     try:
         yield folder
     finally:
@@ -119,7 +182,7 @@ def write(path: Path, content: str | bytes, sync: bool = False) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
         if sync:
             file.flush()
-            os.fsync(file.fileno())
+            _flush(file.fileno())
 
 
 @contextmanager
@@ -154,7 +217,7 @@ def append(file: io.FileIO, data: bytes, sync: bool = False) -> None:
         while written < len(data):  # a nearly full disk takes a part, and raises only at the next write
             written += file.write(data[written:])
         if sync:
-            os.fsync(file.fileno())
+            _flush(file.fileno())
     except OSError:
         with suppress(OSError):
             if file.tell() == os.fstat(file.fileno()).st_size:  # nobody has added to it meanwhile
@@ -181,8 +244,12 @@ def move(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or link, unless it is gone, or a folder with all that it holds."""
+    """Remove a file or link, unless it is gone, or a folder with all that it holds.
+
+    A folder gets a hidden name first, so that a killed process leaves none that looks whole; `sweep` removes it then.
+    """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        path.rename(gone := _partial(path))
+        shutil.rmtree(gone)
     else:
         path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 
 from lite_dil.base import disk
 from lite_dil.base.disk import DiskFailed, failing, writing
-from lite_dil.base.files import append, partial
+from lite_dil.base.files import append
 from lite_dil.cli.main import main
 from lite_dil.runs.folder import RunFolder
 
@@ -194,15 +195,18 @@ def test_what_does_not_fit_beside_the_merged_folder(adapter: str, tmp_path: Path
     merged, out = tmp_path / "merged", tmp_path / "out"
     assert main(["export", "--adapter", adapter, "--format", "merged", "--output", str(merged), "--no-check"]) == 0
     out.mkdir()
-    made = partial(out / "x.gguf")
-    for name in ("model.safetensors", made.name):
-        (out / name).symlink_to("/dev/full")
+    (out / "model.safetensors").symlink_to("/dev/full")
     told = r"out: cannot be written \(Unable to write .* bytes to file\); check whether its disk"
     with pytest.raises(DiskFailed, match=told), failing(out):
         write_model(merged, out, None)
-    with pytest.raises(DiskFailed, match=rf"out: .*\({FULL}\)"), failing(out):
-        convert(merged, out / "x.gguf", "f16", None, print)
-    assert not list(out.glob("*.gguf")) and made.name not in left(out)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+        with pytest.raises(DiskFailed, match=rf"out: .*\({TOO_LARGE}\)"), failing(out):
+            convert(merged, out / "x.gguf", "f16", None, print)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not [name for name in left(out) if "gguf" in name]
 
 
 def test_answers_that_do_not_fit(adapter: str, tmp_path: Path, tiny: str) -> None:

@@ -160,7 +160,7 @@ def test_a_work_folder_is_gone_in_the_end(tmp_path: Path) -> None:
     target = tmp_path / "new" / "out"
 
     def stopped(work: Path) -> None:
-        assert work.parent == target.parent and work.name.startswith(".out-")
+        assert work.parent == target.parent and work.name.startswith(f".out.{os.getpid()}.")
         files.write(work / "made", "x")
         files.move(work / "made", target)
         raise KeyboardInterrupt
@@ -203,12 +203,55 @@ def test_files_that_grow(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_removed_by_the_next_that_writes(tmp_path: Path) -> None:
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
-    left = tmp_path / f".model.gguf.{killed.pid}.partial"
-    alive, other = tmp_path / f".model.gguf.{os.getppid()}.partial", tmp_path / ".model.gguf.json.1.partial"
+    left, folder = (tmp_path / f".model.gguf.{killed.pid}{end}.partial" for end in ("", ".01234567"))
+    alive, other = tmp_path / f".model.gguf.{os.getppid()}.01234567.partial", tmp_path / ".model.gguf.json.1.partial"
     for path in (left, alive, other):
         path.touch()
+    (folder / "below").mkdir(parents=True)
     files.replace_file(tmp_path / "model.gguf", b"x")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, other.name, "model.gguf"])
+
+
+def test_a_file_is_written_through_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's folder may hold links under the names that are written next."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "01234567")
+    link = tmp_path / f".a.{os.getpid()}.01234567.partial"
+    link.symlink_to(victim)
+    with pytest.raises(DiskFailed, match="File exists"):
+        files.replace_file(tmp_path / "a", b"x")
+    assert victim.read_text() == "mine"
+    for name in (".folder.partial", ".folder.old"):
+        (tmp_path / name).symlink_to(tmp_path)
+    files.replace_folder(tmp_path / "folder", lambda folder: (folder / "made").touch())
+    assert victim.read_text() == "mine" and (tmp_path / "folder" / "made").exists() and not (tmp_path / "made").exists()
+
+
+def test_what_is_renamed_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, replace, rename = os.fsync, os.replace, Path.rename
+
+    def name_of(file: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{file}")).name
+
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(f"sync {name_of(file)}"), fsync(file))[1])
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("rename"), replace(old, new))[1])
+    monkeypatch.setattr(Path, "rename", lambda old, new: (done.append("rename"), rename(old, new))[1])
+    monkeypatch.setattr("secrets.token_hex", lambda _: "r")
+    files.replace_file(tmp_path / "a", b"x")
+    assert done == [f"sync .a.{os.getpid()}.r.partial", "rename", f"sync {tmp_path.name}"]
+    done.clear()
+
+    def fill(folder: Path) -> None:
+        (folder / "below").mkdir()
+        (folder / "below" / "b").touch()
+
+    files.replace_folder(tmp_path / "folder", fill)
+    assert sorted(done[:3]) == ["sync .folder.partial", "sync b", "sync below"] and done[3:] == [
+        "rename",
+        f"sync {tmp_path.name}",
+    ]
 
 
 def test_a_folder_whose_replacing_was_killed_is_not_lost(tmp_path: Path) -> None:
