@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import os
@@ -253,3 +254,56 @@ def remove(path: Path) -> None:
         shutil.rmtree(gone)
     else:
         path.unlink(missing_ok=True)
+
+
+# A file that marks what one process alone writes. The system gives it back when the process ends, however that happens.
+
+
+class Taken(Exception):
+    """Another process holds the file; its number is the text, if it could be read."""
+
+
+def hold(path: Path) -> tuple[int, OSError | None]:
+    """Open a marker file and lock it; return the open file, and the error of a file system that has no locks.
+
+    Raises:
+        Taken: another process, or another call in this one, holds it.
+        OSError: it cannot be written.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            _lock(file)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                return file, error
+            holder = os.read(file, 20).decode(errors="replace").strip()
+            os.close(file)
+            raise Taken(holder if holder.isdecimal() else "") from None
+        # Its last holder may have removed the file between the two calls.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                os.ftruncate(file, 0)
+                os.write(file, f"{os.getpid()}\n".encode())
+                return file, None
+        os.close(file)
+
+
+def give_back(file: int, path: Path) -> None:
+    """Give back what `hold` returned. The file is removed while it is locked, so that nobody locks the removed one."""
+    with suppress(OSError):  # Windows keeps an open file
+        path.unlink()
+    os.close(file)
+
+
+def _lock(file: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(file, 2**30, os.SEEK_SET)  # behind the process's number, which others read
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        os.lseek(file, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,13 +9,18 @@ from typing import Any
 from lite_dil.base.errors import UserError
 
 KEY = "format"  # the key in the file; without it the format is 1
-RUN = 2  # config.yaml, progress.json and report.json; since 2 a checkpoint holds adapters/NAME
+RUN = 3  # config.yaml, progress.json and report.json; since 2 a checkpoint holds adapters/NAME, since 3 it is sealed
+SEAL = 1  # digests.json
 HEAD = 1  # head.json and head.safetensors of an adapter
 CACHE = 1  # a file of reference log-probs
 
 
+class NewerFormat(UserError):
+    """A file was made by a newer version."""
+
+
 def check_format(content: Mapping[str, Any], known: int, place: str | Path) -> None:
-    """Raise UserError if `content` has a later format than this version knows.
+    """Raise NewerFormat if `content` has a later format than this version knows, UserError if it has none.
 
     Args:
         content: the file's fields.
@@ -26,6 +31,6 @@ def check_format(content: Mapping[str, Any], known: int, place: str | Path) -> N
     if not isinstance(found, int) or found < 1:
         raise UserError(f"{place}: format {found!r} is not a format number; this lite-dil writes {known}")
     if found > known:
-        raise UserError(
+        raise NewerFormat(
             f"{place} was made by a newer lite-dil (format {found}; this one knows up to {known}); pip install -U lite-dil"
         )

@@ -8,7 +8,7 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,11 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
                 help="continue a run as if it had never stopped: its folder, one of its checkpoints, or auto (the newest run "
                 "in --output-dir or under runs/, or a new run if there is none); auto if no DIR is given",
             )
+            group.add_argument(
+                "--accept-changes",
+                action="store_true",
+                help="with --resume: go on although the run's config.yaml, base model or data changed, and list the changes",
+            )
     for name in _MODULES:
         _module(name).add_arguments(add(name, _module(name).DESCRIPTION, _module(name).HELP))
     return parser, commands.choices
@@ -170,19 +175,20 @@ def _run(argv: list[str]) -> int:
         return _show_data(args)
     if name == "plan":
         return _show_plan(args)
-    config, resume, fixed = _config(args)
+    from lite_dil.cli.progress import Terminal
+
+    display = Terminal()
+    config, resume, fixed = _config(args, display.say)
     if name == "demo" and (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED):
         raise UserError("the demo is the embedded model on the embedded data; use lite-dil train for --model and --data")
 
     from lite_dil.cli.demo import MEASURED, show
-    from lite_dil.cli.progress import Terminal
     from lite_dil.recipes.given import Given
     from lite_dil.recipes.preference import train
 
     if name == "demo" and "report_samples" not in fixed:
         config = replace(config, report_samples=MEASURED)
-    display = Terminal()
-    trained = train(config, display, resume, fixed, given=Given(loss=args.own_loss))
+    trained = train(config, display, resume, fixed, given=Given(loss=args.own_loss, accept_changes=args.accept_changes))
     if name == "demo" and not trained.stopped:
         show(trained, display)
     return 130 if trained.stopped else 0
@@ -215,13 +221,15 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
 
 
-def _config(args: argparse.Namespace) -> tuple[ResolvedConfig, Path | None, set[str]]:
+def _config(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[ResolvedConfig, Path | None, set[str]]:
     """Merge flags, YAML, a resumed run's options and the defaults, in this order; return also the options the user set."""
     given, base = _options(args)
     fixed = _chosen(given, base)
     if not args.resume:
+        if args.accept_changes:
+            raise UserError("--accept-changes belongs to --resume, which is missing")
         return build(given, base), None, fixed
-    return *resumed(given, base, args.resume), fixed
+    return *resumed(given, base, args.resume, say, args.accept_changes), fixed
 
 
 def _own_loss(args: argparse.Namespace) -> OwnLoss | None:

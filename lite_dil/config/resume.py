@@ -3,26 +3,75 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError, gather
+from lite_dil.base.formats import NewerFormat
 from lite_dil.config.options import build, read_yaml
-from lite_dil.config.train_config import FREE_ON_RESUME, SPLIT, ResolvedConfig, flag
+from lite_dil.config.train_config import FIELDS, FREE_ON_RESUME, SPLIT, ResolvedConfig, flag
 from lite_dil.runs.folder import RunFolder, find_checkpoint
+from lite_dil.runs.seal import Damaged, unsealed
 
 
-def saved_config(checkpoint: Path) -> dict[str, Any]:
-    """Return the resolved options of a checkpoint's run."""
-    return read_yaml(checkpoint.parent.parent / "config.yaml")
+def never_mind(text: str) -> None:
+    """Show a line to nobody."""
 
 
-def resumed(given: dict[str, Any], base: dict[str, Any], where: str) -> tuple[ResolvedConfig, Path | None]:
-    """Return the options of a resumed run and its newest checkpoint, or those of a new run if "auto" finds none.
+def saved_config(checkpoint: Path, say: Callable[[str], None] = never_mind, accept: bool = False) -> dict[str, Any]:
+    """Return the resolved options of a checkpoint's run: those of config.yaml, which must be what the checkpoint records.
+
+    Args:
+        say: is told what of config.yaml is not used, and what `accept` takes from it.
+        accept: take config.yaml as somebody edited it.
+
+    Raises UserError if it was changed, or cut, or if the checkpoint is damaged.
+    """
+    path = checkpoint.parent.parent / "config.yaml"
+    try:
+        recorded = unsealed(checkpoint)
+    except Damaged as error:
+        raise UserError(f"{checkpoint} is damaged: {error}") from None
+    if recorded is None:
+        say(f"{checkpoint.parent.parent} is of an older lite-dil, so damage to its files cannot be seen")
+        return read_yaml(path)
+    recorded = {name: value for name, value in recorded.items() if name in FIELDS and name != "trust_remote_code"}
+    try:
+        written = read_yaml(path)
+    except NewerFormat:
+        raise
+    except UserError as error:
+        say(f"{error}; the options are those that {checkpoint.name} records")
+        return recorded
+    changes = [
+        f"{name} was {recorded[name]}, and is {written.get(name, 'missing')}"
+        for name in recorded
+        if name not in written or written[name] != recorded[name]
+    ]
+    if changes and not accept:
+        raise UserError(
+            gather(changes, f"{path} is not what the run wrote; restore it, or --accept-changes takes it as it is:")
+        )
+    for change in changes:
+        say(f"accepted: {change}")
+    return recorded | written
+
+
+def resumed(
+    given: dict[str, Any],
+    base: dict[str, Any],
+    where: str,
+    say: Callable[[str], None] = never_mind,
+    accept: bool = False,
+) -> tuple[ResolvedConfig, Path | None]:
+    """Return the options of a resumed run and its newest whole checkpoint, or those of a new run if "auto" finds none.
 
     Args:
         given: options by name; they override `base`, which overrides the run's own.
         where: a run's folder, a checkpoint or "auto"; see `lite_dil.runs.folder.find_checkpoint`.
+        say: is told of damaged checkpoints, and of changes to config.yaml.
+        accept: take changes to config.yaml.
 
     Raises:
         UserError: there is no such run, or an option would change what it learns.
@@ -33,7 +82,11 @@ def resumed(given: dict[str, Any], base: dict[str, Any], where: str) -> tuple[Re
         if output_dir:
             RunFolder(Path(output_dir)).drop_unsaved()
         return build(given, base), None
-    saved, run = saved_config(checkpoint), checkpoint.parent.parent
+    run = checkpoint.parent.parent
+    checkpoint, problems = RunFolder(run).whole(checkpoint)
+    for problem in problems:
+        say(f"{problem}; going back to {checkpoint.name}")
+    saved = saved_config(checkpoint, say, accept)
     if output_dir and Path(output_dir).resolve() != run.resolve():
         raise UserError(f"--resume {where} continues in {run}; leave --output-dir {output_dir} out")
     # "auto" stands for what the run already chose.

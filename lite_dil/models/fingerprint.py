@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
@@ -13,6 +14,7 @@ from lite_dil.models.find import model_folder
 from lite_dil.models.options import AdapterOptions
 
 _VERSION = "1"
+_NOT_COMPUTED = ("transformers_version", "_name_or_path")  # notes of the program that saved the model
 
 
 def reference_key(options: AdapterOptions, memo: Path, model: str, identity: str) -> dict[str, str]:
@@ -29,31 +31,51 @@ def reference_key(options: AdapterOptions, memo: Path, model: str, identity: str
     return key
 
 
-def fingerprint(folder: Path, memo: Path) -> str:
-    """Return a hash of a model's or an adapter's weights and options.
+def base_of(model: str, memo: Path) -> dict[str, Any]:
+    """Return what identifies a base model: a hash of its weights, and the fields of its config.json that may be computed with.
 
-    Reading 16 GB takes a while, so `memo` remembers a file's hash with its size and modification time; a file in the hub's
+    Args:
+        model: its folder or hub id.
+        memo: the folder in which hashes of large files are remembered.
+    """
+    folder = model_folder(model)
+    weights = _hash(folder, memo, ("*.safetensors", "*.bin", "*.gguf"))
+    config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return {"weights": weights, "config": {name: config[name] for name in config if name not in _NOT_COMPUTED}}
+
+
+def fingerprint(folder: Path, memo: Path) -> str:
+    """Return a hash of a model's or an adapter's weights and options."""
+    return _hash(folder, memo, ("*.safetensors", "*.bin", "*.gguf", "*config.json"))
+
+
+def _hash(folder: Path, memo: Path, patterns: tuple[str, ...]) -> str:
+    """Return a hash of a folder's files by name and content.
+
+    Reading 16 GB takes a while, so `memo` remembers a file's hash with its size, times and number; a file in the hub's own
     cache is named by its hash.
     """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     notes = memo / "files.json"
     try:
         remembered = json.loads(notes.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         remembered = {}
-    names = sorted({path for end in ("*.safetensors", "*.bin", "*.gguf", "*config.json") for path in folder.glob(end)})
+    names = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not any(path.suffix != ".json" for path in names):
         raise UserError(
             f"{folder}: no weights there to identify the reference cache's entries by; --reference-cache off needs none"
         )
-    values, changed = list[str](), False
+    values, changed, hub = list[str](), False, Path(HF_HUB_CACHE).resolve()
     for path in names:
         real = path.resolve()
         stat = real.stat()
-        seen = [stat.st_size, stat.st_mtime_ns]
-        if len(real.name) == 64 and real.parent.name == "blobs":
+        seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]  # the modification time can be set, ctime not
+        if len(real.name) == 64 and real.parent.name == "blobs" and real.is_relative_to(hub):
             value = real.name
-        elif (note := remembered.get(str(real))) and note[:2] == seen:
-            value = note[2]
+        elif isinstance(note := remembered.get(str(real)), list) and note[:-1] == seen:
+            value = note[-1]
         else:
             value = blake2(file_pieces(real)).hex()
             remembered[str(real)], changed = [*seen, value], True

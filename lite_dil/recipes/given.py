@@ -17,12 +17,14 @@ class Given:
         policy: the policy to train; None loads one by the options.
         loss: the loss to train with; the options hold its identity.
         data, eval_data: rows that replace the options of these names.
+        accept_changes: resume a run although its data or base model are not those that it began with.
     """
 
     policy: Policy | None = None
     loss: OwnLoss | None = None
     data: Rows | None = None
     eval_data: Rows | None = None
+    accept_changes: bool = False
 
 
 NOTHING_GIVEN = Given()

@@ -9,11 +9,13 @@ from pathlib import Path
 from lite_dil.base.display import Display
 from lite_dil.base.observer import Event, Observer
 from lite_dil.config.train_config import ResolvedConfig
+from lite_dil.objectives.own import shown
 from lite_dil.recipes.given import NOTHING_GIVEN, Given
 from lite_dil.recipes.observers import observers_of
 from lite_dil.recipes.run import Run
 from lite_dil.recipes.session import open_session
 from lite_dil.reports.run_report import REPORT
+from lite_dil.runs.folder import RunFolder
 from lite_dil.training.loop import loop
 
 
@@ -36,8 +38,23 @@ def train(
         UserError: something that the user can fix, raised before anything was changed or with the last step saved.
         TrainingDiverged: the loss or gradient became non-finite; earlier checkpoints are good.
     """
-    session = open_session(config, display, resume, fixed, given)
-    training, folder, policy, taken = session.training, session.folder, session.policy, session.config
+    folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, shown(config.loss))
+    with folder.alone(display.say):
+        return _train(config, display, folder, resume, fixed, observers, given)
+
+
+def _train(
+    config: ResolvedConfig,
+    display: Display,
+    folder: RunFolder,
+    resume: Path | None,
+    fixed: Set[str] | None,
+    observers: Sequence[Observer],
+    given: Given,
+) -> Run:
+    """Train in a folder that no other process writes to."""
+    session = open_session(config, display, folder, resume, fixed, given)
+    training, policy, taken = session.training, session.policy, session.config
 
     def ended(stopped: bool) -> Run:
         # It holds nothing of the session, so that closing the policy frees its memory.

@@ -15,15 +15,16 @@ from lite_dil.base.files import remove, replace_file
 from lite_dil.base.signals import StopSignal
 from lite_dil.base.start import quiet_bars, start
 from lite_dil.batching.schedule import LargestPass, Schedule
+from lite_dil.config.resume import saved_config
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.encoder import Encoder, Example, fingerprint
 from lite_dil.data.mismatched import mismatched
 from lite_dil.generation.policy import AdapterSource, Policy, load_found
 from lite_dil.generation.reference_samples import add_samples, needed, reference_digest, sample_path
 from lite_dil.models.find import load_tokenizer, resolve_model
-from lite_dil.models.fingerprint import reference_key
+from lite_dil.models.fingerprint import base_of, reference_key
 from lite_dil.objectives.criterion import Criterion
-from lite_dil.objectives.own import OwnLoss, is_own, shown
+from lite_dil.objectives.own import OwnLoss, is_own
 from lite_dil.objectives.own import missing as missing_loss
 from lite_dil.objectives.table import objective_of
 from lite_dil.planning.auto import fitted
@@ -31,7 +32,7 @@ from lite_dil.recipes.given import Given
 from lite_dil.recipes.read_data import RunData, read_data
 from lite_dil.reports import trackers
 from lite_dil.reports.outcome import SAMPLES
-from lite_dil.runs.folder import Progress, RunFolder, read_progress
+from lite_dil.runs.folder import Progress, RunFolder, read_progress, same_run
 from lite_dil.training.loop import Training
 from lite_dil.training.own_loss import try_out
 from lite_dil.training.passes import Passes
@@ -76,13 +77,18 @@ class TrainingSession:
 
 
 def open_session(
-    config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None, given: Given
+    config: ResolvedConfig,
+    display: Display,
+    folder: RunFolder,
+    resume: Path | None,
+    fixed: Set[str] | None,
+    given: Given,
 ) -> TrainingSession:
     """Read the data, load the model, and prepare both to start training, or to continue from the checkpoint `resume`.
 
     `fixed` are the options that --auto does not change; None means all that are not at their default.
     """
-    session, progress = _load(config, display, resume, fixed, given)
+    session, progress = _load(config, display, folder, resume, fixed, given)
     config = session.config
     if config.sample_rejected and not _draw_rejected(session, config.sample_rejected, display):
         return session
@@ -116,7 +122,12 @@ def open_session(
 
 
 def _load(
-    config: ResolvedConfig, display: Display, resume: Path | None, fixed: Set[str] | None, given: Given
+    config: ResolvedConfig,
+    display: Display,
+    folder: RunFolder,
+    resume: Path | None,
+    fixed: Set[str] | None,
+    given: Given,
 ) -> tuple[TrainingSession, Progress]:
     """Read the data and load the model; return also the run's progress."""
     start(training=True)
@@ -130,13 +141,16 @@ def _load(
         try_out(given.loss, config.backend)
     elif is_own(config.loss):
         raise UserError(missing_loss(config.loss))
-    folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, shown(config.loss))
+    if resume:
+        folder.options = saved_config(resume, accept=given.accept_changes)
     model = policy.model if policy else resolve_model(config.model, display.say)
     encoder = policy.encoder if policy else Encoder(load_tokenizer(model, config.trust_remote_code))
     data = read_data(encoder, config, display.say, given)
-    if resume and data.config.eval_data != config.eval_data:
-        raise UserError(f"--resume {resume}: the held-out rows are not those that this run was evaluated on")
-    progress, config = _progress(data.examples, config, resume), data.config
+    progress = Progress(fingerprint=fingerprint(data.examples), held_out=fingerprint(data.held_out))
+    progress.base = base_of(model, cache_folder(config))
+    if resume:
+        progress = same_run(progress, read_progress(resume), resume, display.say, given.accept_changes)
+    config = data.config
     if config.auto:
         config, chosen = fitted(config, data.examples, fixed)
         display.say(chosen)
@@ -146,17 +160,6 @@ def _load(
     if policy.backend.layout_reason:
         display.say(policy.backend.layout_reason)
     return TrainingSession(config, folder, policy, data, given.loss), progress
-
-
-def _progress(examples: Sequence[Example], config: ResolvedConfig, resume: Path | None) -> Progress:
-    """Return the run's progress: none, or that of the checkpoint `resume`, which must be of the same data."""
-    digest = fingerprint(examples)
-    if resume is None:
-        return Progress(fingerprint=digest)
-    saved = read_progress(resume)
-    if saved.fingerprint != digest:
-        raise UserError(f"--resume {resume}: {config.data} is not the data that this run was trained on; start a new run")
-    return saved
 
 
 def _draw_rejected(session: TrainingSession, count: int, display: Display) -> bool:
@@ -184,7 +187,7 @@ def _open_cache(session: TrainingSession, display: Display) -> ReferenceCache:
 def _go_on(session: TrainingSession, training: Training, checkpoint: Path) -> None:
     """Restore the model and metrics of the checkpoint."""
     session.backend.load_state(checkpoint)
-    session.logged = session.folder.rewind(training.progress.step)
+    session.logged = session.folder.rewind(training.progress, training.say)
     where = f"step {training.progress.step} of {training.schedule.steps} in {session.folder.path}"
     training.say(f"the run is finished: {where}" if training.finished else f"continuing after {where}")
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lite_dil.base.disk import DiskFailed, failing, writing
-from lite_dil.base.errors import UserError
-from lite_dil.base.files import append, appending, make_folder, remove, replace_file, replace_folder, write
+from lite_dil.base.errors import UserError, gather
+from lite_dil.base.files import append, appending, make_folder, move, remove, replace_file, replace_folder, sweep, sync, write
 from lite_dil.base.formats import KEY, RUN, check_format
+from lite_dil.base.hashing import sha256
+from lite_dil.base.lock import Lock
 from lite_dil.data.reader import Problem
+from lite_dil.runs.seal import Damaged, seal, unsealed
 
 RUNS = Path("runs")
 _POLICY = ("adapters", "policy")  # in a checkpoint
@@ -27,20 +31,35 @@ _STEP = re.compile(r"step-(\d+)")
 class Progress:
     """A run's progress, apart from the backend's state; saved with each checkpoint.
 
-    `window` holds the sums of the metrics since the last logged line, so that a resumed run logs the same means.
+    Attributes:
+        fingerprint, held_out: hashes of the tokens of the training and held-out data.
+        base: what identifies the base model, by `lite_dil.models.fingerprint.base_of`; empty if it could not be told.
+        window: sums of the metrics since the last logged line, so that a resumed run logs the same means.
+        metrics: size and hash of metrics.jsonl when the checkpoint was saved.
+
+    Of runs before format 3 the last three are empty.
     """
 
     step: int = 0
     num_tokens: int = 0
     fingerprint: str = ""
     window: dict[str, list[float]] = field(default_factory=dict)
+    held_out: str = ""
+    base: dict[str, Any] = field(default_factory=dict)
+    metrics: list[Any] = field(default_factory=list)
 
 
 class RunFolder:
-    """One run's folder."""
+    """One run's folder.
+
+    Attributes:
+        options: the run's options by name, once `create` or `select` has been called.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.options: dict[str, Any] = {}
+        self._lock: Lock | None = None
         self.metrics = path / "metrics.jsonl"
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
@@ -53,14 +72,41 @@ class RunFolder:
         """
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         folder = cls(Path(output_dir) if output_dir else unused(RUNS / f"{name}-{now}"))
-        if folder.metrics.exists() or folder.adapter.exists() or folder.checkpoints.exists():
-            raise UserError(
-                f"--output-dir {folder.path} already holds a run; continue it with --resume {folder.path}, or give another "
-                "folder"
-            )
-        if folder.path.exists() and not folder.path.is_dir():
-            raise UserError(f"--output-dir {folder.path} is a file")
+        folder._check_new()
         return folder
+
+    def _check_new(self) -> None:
+        if self.metrics.exists() or self.adapter.exists() or self.checkpoints.exists():
+            raise UserError(
+                f"--output-dir {self.path} already holds a run; continue it with --resume {self.path}, or give another folder"
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--output-dir {self.path} is a file")
+
+    @contextmanager
+    def alone(self, say: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Let no other process write to the folder during the block, from when it exists.
+
+        Raises UserError if another one does already.
+        """
+        try:
+            if self.path.is_dir():
+                self._hold(say)
+            yield
+        finally:
+            if self._lock:
+                self._lock.release()
+
+    def _hold(self, say: Callable[[str], None] | None = None) -> None:
+        """Take the folder's lock and remove what killed processes left unfinished."""
+        self._lock = Lock(self.path, "--output-dir", say)
+        for path in [self.path, *self.path.iterdir()]:
+            if path.is_symlink() and path != self.path:
+                raise UserError(f"{path} is a link; a run writes into its own folder only: put there what it points to")
+        for name in ("config.yaml", "metrics.jsonl", "adapter", "report.html"):
+            sweep(self.path / name)
+        for path in self.checkpoints.glob(".step-*") if self.checkpoints.is_dir() else ():
+            remove(path)
 
     def create(self, options: dict[str, Any]) -> None:
         """Make the folder and write `options`, by field name, to config.yaml."""
@@ -68,17 +114,23 @@ class RunFolder:
 
         with writing(f"--output-dir {self.path}", "--output-dir"):
             make_folder(self.path)
-        saved = {KEY: RUN, **options, "output_dir": str(self.path)}
+        if self._lock is None:
+            self._hold()
+            self._check_new()  # another process may have written there meanwhile
+        self.options = {**options, "output_dir": str(self.path)}
+        saved = {KEY: RUN, **self.options}
         replace_file(self.path / "config.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
 
     def drop_unsaved(self) -> None:
         """Drop the metrics of a run that was killed before its first checkpoint: there is nothing to resume."""
-        ours = (self.path / "config.yaml").is_file() and not self.adapter.exists() and self.latest() is None
-        left = [*self.checkpoints.iterdir()] if self.checkpoints.is_dir() else []
-        if ours and all(path.name.startswith(".step-") and path.suffix == ".partial" for path in left):
-            with suppress(OSError):
-                remove(self.checkpoints)
-            remove(self.metrics)
+        if not self.path.is_dir():
+            return
+        with self.alone():
+            ours = (self.path / "config.yaml").is_file() and not self.adapter.exists() and self.latest() is None
+            if ours and not (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
+                with suppress(OSError):
+                    remove(self.checkpoints)
+                remove(self.metrics)
 
     def list_skipped(self, problems: Sequence[Problem]) -> None:
         """Write skipped_rows.jsonl: the place of every row left out, and why."""
@@ -97,22 +149,62 @@ class RunFolder:
         return self.checkpoints / f"step-{steps[-1]}" if steps else None
 
     def save_checkpoint(self, progress: Progress, save: Callable[[Path], None], keep: int | None) -> Path:
-        """Write checkpoints/step-N completely or not at all, then delete all but the `keep` newest."""
+        """Write checkpoints/step-N completely or not at all, then delete all but the `keep` newest.
+
+        Raises DiskFailed, and deletes none, if the new one cannot be written or is not read back as it was written.
+        """
         target = self.checkpoints / f"step-{progress.step}"
+        if self.metrics.exists():
+            with writing(self.metrics):
+                sync(self.metrics)
+            content = self.metrics.read_bytes()
+            progress.metrics = [len(content), sha256([content])]
 
         def fill(folder: Path) -> None:
             save(folder)
             write(folder / "progress.json", json.dumps({KEY: RUN, **asdict(progress)}))
+            seal(folder, self.options)
 
         replace_folder(target, fill)
-        for step in self._steps()[: -keep if keep else 0]:
-            with writing(old := self.checkpoints / f"step-{step}"):
-                remove(old)
+        old = self._steps()[: -keep if keep else 0]
+        if old:
+            try:
+                unsealed(target)
+            except Damaged as error:
+                raise DiskFailed(target, OSError(errno.EIO, f"read back, {error}"), "--output-dir") from None
+        for step in old:
+            with writing(path := self.checkpoints / f"step-{step}"):
+                remove(path)
         return target
 
     def save_adapter(self, save: Callable[[Path], None]) -> None:
         """Write adapter/, the result of the run."""
-        replace_folder(self.adapter, save)
+
+        def fill(folder: Path) -> None:
+            save(folder)
+            seal(folder, self.options)
+
+        replace_folder(self.adapter, fill)
+
+    def whole(self, checkpoint: Path) -> tuple[Path, list[str]]:
+        """Return `checkpoint`, or if it is damaged the newest whole one before it, and what is wrong with those passed over.
+
+        Raises UserError if none is whole.
+        """
+        problems: list[str] = []
+        last = int(checkpoint.name.removeprefix("step-"))
+        for step in reversed([step for step in self._steps() if step <= last]):
+            path = self.checkpoints / f"step-{step}"
+            if (number := _format(path)) > RUN:
+                read_progress(path)  # says so
+            try:
+                if unsealed(path) is None and number >= 3:
+                    raise Damaged("digests.json is missing")
+                read_progress(path)
+                return path, problems
+            except (Damaged, UserError) as error:
+                problems.append(f"{path} is damaged: {error}")
+        raise UserError(gather(problems, f"{self.path} has no checkpoint to continue from; start a new run:"))
 
     @contextmanager
     def going_on(self) -> Iterator[None]:
@@ -132,17 +224,33 @@ class RunFolder:
         found = (path.parent.name.removeprefix("step-") for path in self.checkpoints.glob("step-*/progress.json"))
         return sorted(int(step) for step in found if step.isdigit())
 
-    def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop the lines of metrics.jsonl after `step`, which the resumed run writes again. Return all lines, also those."""
-        if not self.metrics.exists():
-            return []
-        lines = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:  # the last line of a killed run may be incomplete
-                break
-        replace_file(self.metrics, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+    def rewind(self, progress: Progress, say: Callable[[str], None]) -> list[dict[str, Any]]:
+        """Take the lines of metrics.jsonl after the checkpoint out, which the resumed run writes again.
+
+        Return all lines, also those. A damaged file is kept, and later checkpoints and their lines are moved to set_aside/.
+        """
+        content = self.metrics.read_bytes() if self.metrics.exists() else b""
+        lines, bad = _lines_of(content)
+        size, digest = progress.metrics or (0, sha256([b""]))
+        if size and not content:
+            say(f"{self.metrics} is missing: the report begins after step {progress.step}")
+        elif bad or sha256([content[:size]]) != digest:
+            kept = unused(self.path / "metrics.damaged.jsonl")
+            replace_file(kept, content)
+            what = f"{bad} lines cannot be read" if bad else "lines before the checkpoint are not those that the run wrote"
+            say(f"{self.metrics}: {what}; the others are used, and the file as it was is {kept.name}")
+        later = [line for line in lines if line["step"] > progress.step]
+        newer = [step for step in self._steps() if step > progress.step]
+        if newer:
+            aside = unused(self.path / "set_aside")
+            with writing(aside):
+                make_folder(aside)
+                for step in newer:
+                    move(self.checkpoints / f"step-{step}", aside / f"step-{step}")
+                write(aside / self.metrics.name, _encoded(later))
+            say(f"what came after step {progress.step} is in {aside}")
+        if content or lines:
+            replace_file(self.metrics, _encoded([line for line in lines if line["step"] <= progress.step]))
         return lines
 
 
@@ -158,11 +266,7 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
         return max(found, key=lambda checkpoint: checkpoint.stat().st_mtime, default=None)
     path = Path(where)
     if (path / "progress.json").is_file():
-        path = path.absolute()  # so that a checkpoint named from within the run's folder has a parent
-        latest = RunFolder(path.parent.parent).latest()
-        if latest and latest.name != path.name:
-            raise UserError(f"--resume {where}: the run has reached {latest.name}; move the later checkpoints away first")
-        return path
+        return path.absolute()  # so that a checkpoint named from within the run's folder has a parent
     if latest := RunFolder(path).latest():
         return latest
     raise UserError(f"--resume {where}: no checkpoint there; give a run's folder, one of its checkpoints, or auto")
@@ -181,6 +285,33 @@ def checkpoint_of(adapter: Path) -> Path | None:
     return found if found and found.parent.name == "checkpoints" and _STEP.fullmatch(found.name) else None
 
 
+def same_run(now: Progress, saved: Progress, checkpoint: Path, say: Callable[[str], None], accept: bool) -> Progress:
+    """Return the progress of a checkpoint to continue from, whose data and base model must be those of `now`.
+
+    With `accept` the run goes on with what is there now, and `say` is told what changed. Raises UserError otherwise.
+    """
+    changes = []
+    if saved.fingerprint != now.fingerprint:
+        changes.append("the training data, as the model's tokens, is not the data that this run was trained on")
+    if saved.held_out and saved.held_out != now.held_out:
+        changes.append("the held-out rows are not those that this run was evaluated on")
+    if saved.base and now.base and saved.base["weights"] != now.base["weights"]:
+        changes.append("the base model's weights are not those that this run began with")
+    if saved.base and now.base:
+        before, after = saved.base["config"], now.base["config"]
+        changes += [
+            f"the base model's config.json: {name} was {before.get(name)}, and is {after.get(name)}"
+            for name in sorted(before.keys() | after.keys())
+            if before.get(name) != after.get(name)
+        ]
+    if changes and not accept:
+        heading = f"--resume {checkpoint}: something has changed; start a new run, or go on with it by --accept-changes:"
+        raise UserError(gather(changes, heading))
+    for change in changes:
+        say(f"accepted: {change}")
+    return replace(saved, fingerprint=now.fingerprint, held_out=now.held_out, base=now.base)
+
+
 def read_progress(checkpoint: Path) -> Progress:
     """Read a checkpoint's progress.json."""
     try:
@@ -190,6 +321,32 @@ def read_progress(checkpoint: Path) -> Progress:
         return Progress(**content)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{checkpoint / 'progress.json'}: cannot be read ({error})") from None
+
+
+def _format(checkpoint: Path) -> int:
+    """Return the format of a checkpoint's progress.json; the latest if it cannot be read."""
+    try:
+        return int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")).get(KEY, 1))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return RUN
+
+
+def _lines_of(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Return the lines of metrics.jsonl, and the number of damaged ones; a last line that was cut off is not damaged."""
+    lines: list[dict[str, Any]] = []
+    texts = content.split(b"\n")
+    for text in texts[:-1]:
+        try:
+            line = json.loads(text)
+            line["step"] = int(line["step"])
+            lines.append(line)
+        except (ValueError, TypeError, KeyError):
+            continue
+    return lines, len(texts) - 1 - len(lines)
+
+
+def _encoded(lines: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def unused(path: Path) -> Path:

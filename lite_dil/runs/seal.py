@@ -1,0 +1,58 @@
+"""A folder's seal: digests of its files and the options of its run, so that damage is seen before a file is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.files import write
+from lite_dil.base.formats import KEY, SEAL
+from lite_dil.base.hashing import file_pieces, sha256
+
+NAME = "digests.json"
+
+
+class Damaged(Exception):
+    """A sealed folder is not what was written; the text names the file."""
+
+
+def seal(folder: Path, options: Mapping[str, Any]) -> None:
+    """Write digests.json, with a digest of every file in the folder and of itself."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    content: dict[str, Any] = {"options": dict(options), "files": {name: _of(folder / name) for name in names}}
+    write(folder / NAME, json.dumps({KEY: SEAL, "digest": _digest(content), **content}, indent=1) + "\n")
+
+
+def unsealed(folder: Path) -> dict[str, Any] | None:
+    """Return the options of the run that sealed the folder, or None if it has no seal.
+
+    Raises Damaged if the seal or one of the files is not as it was written.
+    """
+    if not (folder / NAME).exists():
+        return None
+    try:
+        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        content = {name: content[name] for name in ("options", "files")} | {"digest": content["digest"]}
+        digest = content.pop("digest")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Damaged(f"{NAME} cannot be read") from None
+    if digest != _digest(content):
+        raise Damaged(f"{NAME} was changed")
+    for name, value in content["files"].items():
+        try:
+            found = _of(folder / name)
+        except OSError as error:
+            raise Damaged(f"{name}: {error.strerror}") from None
+        if found != value:
+            raise Damaged(f"{name} is not what was written")
+    return dict(content["options"])
+
+
+def _of(path: Path) -> str:
+    return sha256(file_pieces(path))
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return sha256([json.dumps(content, sort_keys=True).encode()])
