@@ -8,10 +8,12 @@ from typing import Any
 from lite_dil.backends import limits, registry
 from lite_dil.base.errors import UserError
 from lite_dil.config.options import build, read_yaml
+from lite_dil.config.train_config import flag
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.models.adapter_files import read_config
 from lite_dil.models.options import MODEL_FIELDS
 from lite_dil.runs.folder import RunFolder, adapter_of, checkpoint_of
+from lite_dil.runs.seal import DIGESTS, Damaged, unsealed
 
 
 def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> AdapterSource:
@@ -31,7 +33,7 @@ def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> A
             raise UserError(f"--strength {strength:g} needs an adapter; give --adapter too")
         return AdapterSource(None, None, build(given, {}))
     folder, run = _locate(Path(adapter))
-    saved = read_yaml(run.path / "config.yaml") if run else {}
+    saved = _options(folder, run, given)
     base: dict[str, Any] = {}
     if "backend" not in given and "backend" in saved:
         base["backend"] = _usable(saved["backend"])
@@ -42,6 +44,31 @@ def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> A
     if "model" not in base:
         base["model"] = given.get("model") or _own_model(folder)
     return AdapterSource(folder, run, build(given, base), strength)
+
+
+def _options(adapter: Path, run: RunFolder | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the run that an adapter is of, none if there is no run.
+
+    Raises UserError if the adapter is damaged, or if config.yaml names another model than it was trained on.
+    """
+    try:
+        recorded = unsealed(checkpoint_of(adapter) or adapter) or {}
+    except Damaged as error:
+        raise UserError(
+            f"--adapter {adapter} is damaged: {error}. Give an older checkpoint, or --resume the run, which writes it again; "
+            f"if you changed it on purpose, delete {DIGESTS}"
+        ) from None
+    if run is None:
+        return {}
+    recorded.pop("trust_remote_code", None)  # no file grants it
+    written = read_yaml(run.path / "config.yaml")
+    for name in MODEL_FIELDS:
+        if name in recorded and name not in given and name in written and written[name] != recorded[name]:
+            raise UserError(
+                f"{run.path / 'config.yaml'}: {name} is {written[name]}, but the adapter was trained with {recorded[name]}; "
+                f"restore the file, or give {flag(name)}"
+            )
+    return recorded | written
 
 
 def _locate(path: Path) -> tuple[Path, RunFolder | None]:

@@ -142,14 +142,15 @@ def _load(
     elif is_own(config.loss):
         raise UserError(missing_loss(config.loss))
     if resume:
-        folder.options = saved_config(resume, accept=given.accept_changes)
+        folder.repair(saved_config(resume, accept=given.accept_changes))
     model = policy.model if policy else resolve_model(config.model, display.say)
     encoder = policy.encoder if policy else Encoder(load_tokenizer(model, config.trust_remote_code))
     data = read_data(encoder, config, display.say, given)
     progress = Progress(fingerprint=fingerprint(data.examples), held_out=fingerprint(data.held_out))
     progress.base = base_of(model, cache_folder(config))
     if resume:
-        progress = same_run(progress, read_progress(resume), resume, display.say, given.accept_changes)
+        where = {"resume": str(resume), "data": config.data, "eval_data": config.eval_data, "model": config.model}
+        progress = same_run(progress, read_progress(resume), where, display.say, given.accept_changes)
     config = data.config
     if config.auto:
         config, chosen = fitted(config, data.examples, fixed)

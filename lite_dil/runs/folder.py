@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -53,7 +53,7 @@ class RunFolder:
     """One run's folder.
 
     Attributes:
-        options: the run's options by name, once `create` or `select` has been called.
+        options: the run's options by name, once `create` or `repair` has been called.
     """
 
     def __init__(self, path: Path) -> None:
@@ -120,6 +120,21 @@ class RunFolder:
         self.options = {**options, "output_dir": str(self.path)}
         saved = {KEY: RUN, **self.options}
         replace_file(self.path / "config.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
+
+    def repair(self, options: dict[str, Any]) -> None:
+        """Write config.yaml again, with the options of a checkpoint, if it cannot be read; keep the damaged file beside it."""
+        import yaml
+
+        self.options, path = options, self.path / "config.yaml"
+        try:
+            if isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict):
+                return
+        except (OSError, ValueError, yaml.YAMLError):
+            pass
+        if path.exists():
+            with writing(path):
+                move(path, unused(self.path / "config.damaged.yaml"))
+        replace_file(path, yaml.safe_dump({KEY: RUN, **options}, sort_keys=False, allow_unicode=True))
 
     def drop_unsaved(self) -> None:
         """Drop the metrics of a run that was killed before its first checkpoint: there is nothing to resume."""
@@ -285,27 +300,34 @@ def checkpoint_of(adapter: Path) -> Path | None:
     return found if found and found.parent.name == "checkpoints" and _STEP.fullmatch(found.name) else None
 
 
-def same_run(now: Progress, saved: Progress, checkpoint: Path, say: Callable[[str], None], accept: bool) -> Progress:
+def same_run(
+    now: Progress, saved: Progress, where: Mapping[str, str | None], say: Callable[[str], None], accept: bool
+) -> Progress:
     """Return the progress of a checkpoint to continue from, whose data and base model must be those of `now`.
 
     With `accept` the run goes on with what is there now, and `say` is told what changed. Raises UserError otherwise.
+
+    Args:
+        where: the checkpoint, the data and the model, by the option that names each.
     """
     changes = []
     if saved.fingerprint != now.fingerprint:
-        changes.append("the training data, as the model's tokens, is not the data that this run was trained on")
+        changes.append(f"{where['data']} is not the data that this run was trained on")
     if saved.held_out and saved.held_out != now.held_out:
-        changes.append("the held-out rows are not those that this run was evaluated on")
+        changes.append(
+            f"the held-out rows, {where['eval_data'] or 'of the same file'}, are not those that it was evaluated on"
+        )
     if saved.base and now.base and saved.base["weights"] != now.base["weights"]:
-        changes.append("the base model's weights are not those that this run began with")
+        changes.append(f"the weights of {where['model']} are not those that it began with")
     if saved.base and now.base:
         before, after = saved.base["config"], now.base["config"]
         changes += [
-            f"the base model's config.json: {name} was {before.get(name)}, and is {after.get(name)}"
+            f"{name} in the config.json of {where['model']} was {before.get(name)}, and is {after.get(name)}"
             for name in sorted(before.keys() | after.keys())
             if before.get(name) != after.get(name)
         ]
     if changes and not accept:
-        heading = f"--resume {checkpoint}: something has changed; start a new run, or go on with it by --accept-changes:"
+        heading = f"--resume {where['resume']}: something has changed; start a new run, or go on with it by --accept-changes:"
         raise UserError(gather(changes, heading))
     for change in changes:
         say(f"accepted: {change}")

@@ -11,7 +11,7 @@ from lite_dil.base.files import write
 from lite_dil.base.formats import KEY, SEAL
 from lite_dil.base.hashing import file_pieces, sha256
 
-NAME = "digests.json"
+DIGESTS = "digests.json"
 
 
 class Damaged(Exception):
@@ -19,10 +19,11 @@ class Damaged(Exception):
 
 
 def seal(folder: Path, options: Mapping[str, Any]) -> None:
-    """Write digests.json, with a digest of every file in the folder and of itself."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Write digests.json, with a digest of every file in the folder and of itself; not of texts for people (*.md)."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"]
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
     content: dict[str, Any] = {"options": dict(options), "files": {name: _of(folder / name) for name in names}}
-    write(folder / NAME, json.dumps({KEY: SEAL, "digest": _digest(content), **content}, indent=1) + "\n")
+    write(folder / DIGESTS, json.dumps({KEY: SEAL, "digest": _digest(content), **content}, indent=1) + "\n")
 
 
 def unsealed(folder: Path) -> dict[str, Any] | None:
@@ -30,16 +31,16 @@ def unsealed(folder: Path) -> dict[str, Any] | None:
 
     Raises Damaged if the seal or one of the files is not as it was written.
     """
-    if not (folder / NAME).exists():
+    if not (folder / DIGESTS).exists():
         return None
     try:
-        content = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        content = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
         content = {name: content[name] for name in ("options", "files")} | {"digest": content["digest"]}
         digest = content.pop("digest")
     except (OSError, ValueError, KeyError, TypeError):
-        raise Damaged(f"{NAME} cannot be read") from None
+        raise Damaged(f"{DIGESTS} cannot be read") from None
     if digest != _digest(content):
-        raise Damaged(f"{NAME} was changed")
+        raise Damaged(f"{DIGESTS} was changed")
     for name, value in content["files"].items():
         try:
             found = _of(folder / name)

@@ -119,18 +119,19 @@ def test_resume_names_what_it_cannot_do(
     folder = tmp_path / "run"
     whole = run(flags, folder, "--save-steps", "2")
     for resume, more, message in (
-        (folder / "checkpoints" / "step-2", [], "the run has reached step-6; move the later checkpoints away first"),
         (folder, ["--output-dir", str(tmp_path / "other")], f"continues in {folder}; leave --output-dir"),
         (tmp_path, [], "no checkpoint there"),
     ):
         assert main(["train", "--resume", str(resume), *more]) == 2
         assert message in capsys.readouterr().err
     # From within the run's folder, by a relative name, from an earlier checkpoint, with --backend auto.
-    for step in (4, 6):
-        (folder / "checkpoints" / f"step-{step}").rename(tmp_path / f"step-{step}")
     monkeypatch.chdir(folder / "checkpoints")
     assert main(["train", "--resume", "step-2", "--backend", "auto", "--dtype", "auto"]) == 0
     assert metrics(folder) == whole
+    aside = folder / "set_aside"
+    assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "step-4", "step-6"]
+    assert metrics(aside) == [line for line in whole if line["step"] > 2]
+    assert same_weights(adapter_of(aside / "step-6"), folder / "adapter")
 
 
 @pytest.mark.parametrize("split", [(4, 1), (1, 4), (3, 2)])
@@ -154,7 +155,7 @@ def test_resume_refuses_other_data(flags: list[str], tmp_path: Path, capsys: pyt
     run(flags, tmp_path / "run", "--max-steps", "1")
     write_pairs(mine, 9)
     assert main(["train", "--resume", str(tmp_path / "run")]) == 2
-    assert f": {mine} " in capsys.readouterr().err
+    assert f"- {mine} is not the data" in capsys.readouterr().err
 
 
 def test_a_run_is_never_written_over(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
