@@ -26,6 +26,31 @@ def layout_probe(vocabulary: int) -> Batch:
     return Batch(rows[:2], rows[2:], np.array([0, 0, 1, 1]), np.array([1, -1, 1, -1]))
 
 
+def compare_head(model: str, own: np.ndarray, here: np.ndarray, dtype_name: str) -> None:
+    """Raise an error unless log-probs computed here are those that the model computes with its own head.
+
+    Args:
+        own, here: of `head_probe`'s tokens, (tokens,).
+
+    Raises:
+        HeadMismatch: they differ.
+        UserError: the model's own are not finite.
+    """
+    check_finite(model, own)
+    difference = float(np.abs(own - here).max())
+    if not difference < tolerance(dtype_name):
+        raise HeadMismatch(model, difference)
+
+
+def check_finite(model: str, logps: np.ndarray) -> None:
+    """Raise UserError if log-probs of an untrained model are not finite."""
+    if not np.isfinite(logps).all():
+        raise UserError(
+            f"{model} gives {logps[~np.isfinite(logps)][0]} as a log-probability before any training: its weights hold numbers "
+            "that are not finite (download it again), or overflow in this --dtype (try float32)"
+        )
+
+
 class HeadMismatch(UserError):
     """The log-probs computed here differ from the model's own; training on them would be wrong."""
 

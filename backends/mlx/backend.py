@@ -38,7 +38,7 @@ from lite_dil.backends.mlx.load import (
 )
 from lite_dil.backends.mlx.prefix import Pass, RowLengths, applied_windows, wrap_layers
 from lite_dil.backends.options import EngineOptions
-from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tolerance
+from lite_dil.backends.probes import compare_head, head_probe, layout_probe, tolerance
 from lite_dil.backends.types import OWN, POLICY, REFERENCE, Generated, Head, MicroBatch, Sampling, StepResult, joined, never
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
@@ -389,6 +389,4 @@ class MLXBackend:
             ) from None
         logps = logits - mx.logsumexp(logits, -1, keepdims=True)
         own = np.array(mx.take_along_axis(logps, mx.array(ids[1:, None]), -1)[:, 0])
-        difference = float(np.abs(own - here).max())
-        if not difference < tolerance(self.dtype_name):
-            raise HeadMismatch(model, difference)
+        compare_head(model, own, here, self.dtype_name)

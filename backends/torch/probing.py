@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lite_dil.backends.options import EngineOptions
-from lite_dil.backends.probes import HeadMismatch, head_probe, layout_probe, tolerance
+from lite_dil.backends.probes import compare_head, head_probe, layout_probe, tolerance
 from lite_dil.backends.torch import out_of_memory, packed_attention
 from lite_dil.backends.torch.head import vocabulary
 from lite_dil.backends.torch.reading import StateReader
@@ -35,9 +35,7 @@ def check_head(base: Any, reader: StateReader, logps: Logps, model: str, dtype_n
     with torch.no_grad():
         logits = base(input_ids=reader.tensor(ids[None, :-1])).logits[0].float()
     own = logits.log_softmax(-1).gather(-1, reader.tensor(ids[1:, None]))[:, 0].cpu().numpy()
-    difference = float(np.abs(own - here).max())
-    if not difference < tolerance(dtype_name):
-        raise HeadMismatch(model, difference)
+    compare_head(model, own, here, dtype_name)
 
 
 def choose_layout(

@@ -259,7 +259,7 @@ def remove(path: Path) -> None:
 # A file that marks what one process alone writes. The system gives it back when the process ends, however that happens.
 
 
-class Taken(Exception):
+class AlreadyHeld(Exception):
     """Another process holds the file; its number is the text, if it could be read."""
 
 
@@ -267,7 +267,7 @@ def hold(path: Path) -> tuple[int, OSError | None]:
     """Open a marker file and lock it; return the open file, and the error of a file system that has no locks.
 
     Raises:
-        Taken: another process, or another call in this one, holds it.
+        AlreadyHeld: another process, or another call in this one, holds it.
         OSError: it cannot be written.
     """
     while True:
@@ -279,7 +279,7 @@ def hold(path: Path) -> tuple[int, OSError | None]:
                 return file, error
             holder = os.read(file, 20).decode(errors="replace").strip()
             os.close(file)
-            raise Taken(holder if holder.isdecimal() else "") from None
+            raise AlreadyHeld(holder if holder.isdecimal() else "") from None
         # Its last holder may have removed the file between the two calls.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(path)):

@@ -12,6 +12,7 @@ from typing import Any
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import append, appending, cut, make_folder, replacing, write
+from lite_dil.base.lock import Lock
 
 _SAFE = "What was there before is intact, and the same command continues from it"
 
@@ -19,13 +20,14 @@ _SAFE = "What was there before is intact, and the same command continues from it
 class JSONLines:
     """An append-only file, one JSON value per line. When `add` returns, all of its rows are on disk; if it fails, none is.
 
-    A last line that was cut off, by a killed process or a full disk, is removed; one that lacks only its line feed, as
-    editors leave it, gets one.
+    A last line that was cut off, by a killed process or a full disk, is removed, and so are the zero bytes that a power cut
+    may leave; one that lacks only its line feed, as editors leave it, gets one.
 
     Args:
         path: the first `add` creates it; its folders are created at once.
         use: what the file is for, for messages.
-        alone: whether to refuse when another process writes to the file meanwhile.
+        alone: whether no other process may write to the file while this object lives; it is refused, and so is what an editor
+            saved meanwhile.
 
     Attributes:
         lines: the lines that were there, without line ends.
@@ -36,6 +38,7 @@ class JSONLines:
         self.path, self.alone = path, alone
         try:
             make_folder(path.parent)
+            self._lock = Lock(path, f"file for {use}") if alone else None
             if not os.access(
                 path if path.exists() else path.parent, os.W_OK
             ):  # fails now rather than after the first work is done
@@ -43,7 +46,8 @@ class JSONLines:
             content = path.read_bytes() if path.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
             if tail := content[len(whole) :]:
-                if not tail.lstrip().startswith(b"{"):
+                rest = tail.strip(b"\0 \t\r")
+                if rest and not rest.startswith(b"{"):
                     raise UserError(f"{path}: not JSON Lines; give another file for {use}")
                 if _is_json(tail):
                     with appending(path) as file:

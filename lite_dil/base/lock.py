@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import Taken, give_back, hold, make_folder
+from lite_dil.base.files import AlreadyHeld, give_back, hold, make_folder
 
 
 class Lock:
@@ -31,7 +31,7 @@ class Lock:
             with writing(marker):
                 make_folder(marker.parent)
                 file, problem = hold(marker)
-        except Taken as holder:
+        except AlreadyHeld as holder:
             who = f"process {holder}" if str(holder) else "another process"
             who = "this process" if str(holder) == str(os.getpid()) else who
             raise UserError(f"{path}: {who} is writing there; wait for its end or stop it, or give another {other}") from None

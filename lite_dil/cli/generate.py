@@ -213,7 +213,7 @@ class _AnswerFile:
         self.path, self.wanted = path, wanted
         self.rows: dict[str, dict[str, Any]] = {}
         self._printed = 0
-        self.file = JSONLines(path, "answers") if path else None
+        self.file = JSONLines(path, "answers", alone=True) if path else None
         keys = {each.key for each in wanted}
         for number, line in enumerate(self.file.lines if self.file else (), 1):
             try:

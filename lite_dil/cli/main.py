@@ -16,6 +16,7 @@ from typing import Any
 from lite_dil.base.disk import failing, flush, output_fails
 from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.start import quiet_bars, start
+from lite_dil.base.text import printable
 from lite_dil.base.version import __version__
 from lite_dil.cli.own_loss import load_loss, named_file
 from lite_dil.cli.parser import Parser
@@ -85,12 +86,12 @@ def main(argv: list[str] | None = None) -> int:
             flush()
             return code
     except UserError as error:
-        print(f"lite-dil: {error}", file=sys.stderr)
+        print(f"lite-dil: {printable(str(error))}", file=sys.stderr)
         if output_fails():  # it would fail again, with a traceback, when Python exits
             _drop_output()
         return 2
     except TrainingDiverged as error:
-        print(f"lite-dil: {error}", file=sys.stderr)
+        print(f"lite-dil: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("lite-dil: stopped", file=sys.stderr)

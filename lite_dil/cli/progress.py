@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lite_dil.base.display import held_out, parts
 from lite_dil.base.signals import to_stderr
+from lite_dil.base.text import printable
 
 _BAR = 12  # characters of a bar
 
@@ -26,7 +27,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Print one line of text, without markup."""
-        self.console.print(text, markup=False, emoji=False)
+        self.console.print(printable(text), markup=False, emoji=False)
 
     @contextmanager
     def status(self, text: str) -> Iterator[None]:

@@ -112,9 +112,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         name = "load_in_4bit" if name == "4bit" else name
-        if name == "trust_remote_code" and (own or not value):
-            continue  # a run records it, and no file grants it
-        if name == "trust_remote_code":
+        if name == "trust_remote_code" and own:
+            value = False  # a run records it, and no file grants it
+        if name == "trust_remote_code" and value:
             problems.append(f"key {key!r}: a file cannot grant this; give --trust-remote-code on the command line")
             continue
         if name not in FIELDS:

@@ -60,7 +60,7 @@ class TrainConfig(
         for name in ("beta", "learning_rate", "epochs", "lora_alpha", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < _BIG:
-                problems.append(f"{flag(name)} is {value:g}; expected a number above 0")
+                problems.append(f"{flag(name)} is {value:g}; expected a number above 0 and below {_BIG:g}")
         problems += self._objective_problems()
         for parse, value in ((parse_columns, self.columns), (tracker_names, self.report_to)):
             try:

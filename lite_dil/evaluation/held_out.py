@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -83,6 +84,7 @@ class Evaluation(Observer):
         logged: lines of metrics that a resumed training already has.
         takers: called with the line.
         doing: shows a text during its block, given whether this is the last step.
+        say: shows a line to the user.
     """
 
     def __init__(
@@ -93,7 +95,9 @@ class Evaluation(Observer):
         logged: Sequence[dict[str, Any]],
         takers: Sequence[Callable[[dict[str, Any]], None]],
         doing: Callable[[str, bool], AbstractContextManager[None]],
+        say: Callable[[str], None],
     ) -> None:
+        self._say = say
         self.held_out, self.every, self.epoch, self._takers, self._doing = held_out, every, epoch, takers, doing
         self._logged = {line["step"] for line in logged if "eval_loss" in line}
 
@@ -109,5 +113,7 @@ class Evaluation(Observer):
         with self._doing("" if event.stop() else "evaluating", event.last):
             found = self.held_out.run(event.stop)
         self.left_out = self.left_out or not found
+        if bad := [name for name, value in found.items() if not math.isfinite(value)]:
+            self._say(f"warning: held-out figures of step {event.step} are not finite: {', '.join(bad)}; training diverges")
         for take in self._takers if found else ():
             take({"step": event.step, "epoch": self.epoch(event.step), **found})

@@ -157,7 +157,7 @@ class SampleFile:
         self.ends, self.tokenizer = set(ends), tokenizer
         self.known: dict[str, tuple[int, ...]] = {}
         self.ignored = 0
-        self.file = JSONLines(path, "the responses that are drawn")
+        self.file = JSONLines(path, "the responses that are drawn", alone=True)
         by_key = {draw.key: draw for draw in wanted}
         for line in self.file.lines:
             try:

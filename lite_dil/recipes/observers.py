@@ -78,7 +78,7 @@ def observers_of(
     often = config.eval_steps if held_out else config.save_steps  # between sample answers, and reports
     if held_out:
         takers = [metrics.log, shown.evaluation]
-        watching.append(Evaluation(held_out, often, training.schedule.epoch, session.logged, takers, shown.doing))
+        watching.append(Evaluation(held_out, often, training.schedule.epoch, session.logged, takers, shown.doing, display.say))
 
     def memory() -> str:
         if training.largest.batch is None:

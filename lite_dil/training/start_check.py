@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lite_dil.backends.options import LoadOptions
+from lite_dil.backends.probes import check_finite
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.training.passes import Passes
@@ -30,6 +31,7 @@ def check_start(passes: Passes, batch: Batch, model: str) -> None:
         return np.stack([reference, backend.sequence_logps(batch)], -1)
 
     reference, policy = passes.run(both, batch).T
+    check_finite(model, reference)
     passes.remember(batch, reference)
     worst = float(np.abs(policy - reference).max())
     if worst != 0:

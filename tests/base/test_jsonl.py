@@ -40,6 +40,27 @@ def test_a_line_that_was_cut_off_is_removed_and_a_whole_one_is_ended(tmp_path: P
     assert path.read_bytes() == content[: content.index(b"\n", first) + 1]
 
 
+@pytest.mark.parametrize("tail", [b"\0" * 9, b'{"a": 1, "b"' + b"\0" * 4, b"\0\0{", b" \0"])
+def test_zero_bytes_at_the_end_are_removed(tail: bytes, tmp_path: Path) -> None:
+    """What a power cut leaves: the file has its new size, and nothing was written there."""
+    path = tmp_path / "a.jsonl"
+    JSONLines(path, "tests").add(*ROWS)
+    content = path.read_bytes()
+    path.write_bytes(content + tail)
+    file = JSONLines(path, "tests")
+    assert len(file.lines) == len(ROWS) and path.read_bytes() == content
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    file = JSONLines(tmp_path / "a.jsonl", "tests", alone=True)
+    with pytest.raises(UserError, match="this process is writing there"):
+        JSONLines(tmp_path / "a.jsonl", "tests", alone=True)
+    assert file.lines == []
+    del file
+    JSONLines(tmp_path / "a.jsonl", "tests", alone=True).add(ROWS[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("dear diary")

@@ -63,6 +63,7 @@ def changed(run: Path, target: Path, **options: Any) -> AdapterSource:
     shutil.copytree(run, target)
     path = target / "config.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | options))
+    (target / "adapter" / "digests.json").unlink()  # which would tell that config.yaml has changed
     return source(target, backend="cpu")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,9 @@ from conftest import write_pairs
 from trainings import metrics, run, same_weights
 
 import lite_dil as dil
+from lite_dil.base.observer import Event
 from lite_dil.cli.main import main
+from lite_dil.evaluation.held_out import Evaluation
 from lite_dil.runs.folder import RunFolder
 
 Said = pytest.CaptureFixture[str]
@@ -210,3 +215,30 @@ def test_one_process_at_a_time(place: Path, capsys: Said) -> None:
     with folder.alone(), pytest.raises(dil.UserError, match="this process is writing there"):
         RunFolder(place / "run").alone().__enter__()
     assert not (place / "run" / ".lock").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_base_with_numbers_that_are_not_finite(
+    value: float, tiny: str, tmp_path: Path, backend_name: str, capsys: Said
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    tensors = safetensors.numpy.load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = value
+    safetensors.numpy.save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    data = str(write_pairs(tmp_path / "pairs.jsonl"))
+    argv = ["train", data, "--model", str(model), "--backend", backend_name, "--output-dir", str(tmp_path / "run")]
+    assert main([*argv, "--max-steps", "1", "--report-samples", "0"]) == 2
+    assert "weights hold numbers that are not finite" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_held_out_figures_that_are_not_finite_are_said() -> None:
+    said: list[str] = []
+
+    class Diverged:
+        def run(self, stop: Callable[[], bool]) -> dict[str, float]:
+            return {"eval_loss": math.nan, "eval_rewards/margins": 1.0, "eval_logps/chosen": -math.inf}
+
+    held_out: Any = Diverged()
+    Evaluation(held_out, 1, float, [], [], lambda text, last: nullcontext(), said.append).after_step(Event(3, 5))
+    assert said == ["warning: held-out figures of step 3 are not finite: eval_loss, eval_logps/chosen; training diverges"]
