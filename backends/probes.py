@@ -46,8 +46,8 @@ def check_finite(model: str, logps: np.ndarray) -> None:
     """Raise UserError if log-probs of an untrained model are not finite."""
     if not np.isfinite(logps).all():
         raise UserError(
-            f"{model} gives {logps[~np.isfinite(logps)][0]} as a log-probability before any training: its weights hold numbers "
-            "that are not finite (download it again), or overflow in this --dtype (try float32)"
+            f"{model} gives {logps[~np.isfinite(logps)][0]} as a log-probability before any training: its weights hold "
+            "numbers that are not finite (download it again), or overflow in this --dtype (try float32)"
         )
 
 

@@ -101,7 +101,7 @@ def test_lora_defaults_follow_the_rank() -> None:
         (("--max-length", "1"), "--max-length is 1; expected at least 2"),
         (("--warmup-ratio", "2"), "--warmup-ratio is 2; expected between 0 and 1"),
         (("--learning-rate", "-1"), "--learning-rate is -1; expected a number above 0"),
-        (("--learning-rate", "1e30"), "--learning-rate is 1e+30; expected a number above 0 and below 1e+18"),
+        (("--learning-rate", "1e30"), r"--learning-rate is 1e\+30; expected a number above 0 and below 1e\+18"),
         (("--reference", "initial-adapter"), "--reference initial-adapter needs --init-adapter"),
         (("--init-adapter", "d"), "--init-adapter needs --reference"),
         (("--init-adapter", "d", "--reference", "base", "--lora-r", "4"), "--lora-r: with --init-adapter these come from"),

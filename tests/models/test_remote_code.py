@@ -109,7 +109,7 @@ def test_it_runs_with_the_flag_alone(
     assert folder.ran and "--trust-remote-code: Python files" in capsys.readouterr().err
     saved = tmp_path / "run" / "config.yaml"
     assert yaml.safe_load(saved.read_text())["trust_remote_code"] is True
-    assert "trust_remote_code" not in read_yaml(saved)
+    assert read_yaml(saved)["trust_remote_code"] is False
 
     # The run's record of it grants nothing.
     folder._marker.unlink()
