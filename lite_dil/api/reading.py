@@ -10,7 +10,7 @@ from typing import Any
 from lite_dil.base.errors import UserError
 from lite_dil.config.options import build
 from lite_dil.data.dataset import reader_of
-from lite_dil.data.reader import Row, refuse
+from lite_dil.data.reader import Row
 from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import split_sources
 
@@ -45,7 +45,7 @@ class Data:
             for row in reader:
                 kept += 1
                 yield row
-            refuse(name, [] if config.skip_bad_rows and kept else reader.problems, kept)
+            reader.check(kept, config.skip_bad_rows)
 
 
 def read(

@@ -22,7 +22,7 @@ from lite_dil.data.encoder import Encoder, Example, truncate
 from lite_dil.data.files import RowError
 from lite_dil.data.formats import FORMATS
 from lite_dil.data.options import DataOptions
-from lite_dil.data.reader import Problem, Reader, Row, parse_columns, refuse
+from lite_dil.data.reader import Problem, Reader, Row, parse_columns
 from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import split_sources
 from lite_dil.models.find import cache_dir
@@ -218,7 +218,7 @@ def load(
             prompts_cut += prompt_cut
             responses_cut += response_cut
         if strict:
-            refuse(name, [] if options.skip_bad_rows and rows else reader.problems, rows)
+            reader.check(rows, options.skip_bad_rows)
         if rows:
             if form and (reader.form, reader.chat) != (form, chat):
                 one, other = _kind(form, chat), _kind(reader.form, reader.chat)
