@@ -53,6 +53,7 @@ def read(
     *,
     data_format: str = "auto",
     columns: Mapping[str, str] | str | None = None,
+    chat: bool = False,
     max_rows: int | None = None,
     skip_bad_rows: bool = False,
 ) -> Data:
@@ -63,6 +64,7 @@ def read(
             ``owner/name[/config][:split]``, several as ``a.jsonl,b.jsonl=0.5``, or an iterable of dicts, which is read once.
         data_format: the format of the rows; "auto" detects it from the first 100.
         columns: the column of a field, if they differ in name: ``{"chosen": "good"}``.
+        chat: whether plain-text prompts become the user's messages.
         max_rows: the most rows to read from a source.
         skip_bad_rows: skip unusable rows, and list them in the run's skipped_rows.jsonl, instead of stopping.
 
@@ -71,7 +73,8 @@ def read(
     """
     if isinstance(columns, Mapping):
         columns = ",".join(f"{name}={column}" for name, column in columns.items())
-    options = {"data_format": data_format, "columns": columns, "max_rows": max_rows, "skip_bad_rows": skip_bad_rows}
+    options = {"data_format": data_format, "columns": columns, "chat": chat, "max_rows": max_rows}
+    options["skip_bad_rows"] = skip_bad_rows
     options = {name: value for name, value in options.items() if value not in (None, False, "auto")}
     build(options, {})
     if isinstance(source, (str, Path)):

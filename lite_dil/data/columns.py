@@ -92,6 +92,10 @@ class Columns(dict[str, Any]):
         super().__init__(values)
         self.left_out, self.about = left_out or {}, about or About()
 
+    def with_fields(self, **fields: Any) -> Columns:
+        """Return the same row with other or further fields."""
+        return Columns({**self, **fields}, self.left_out, self.about)
+
 
 class Recorded(Columns):
     """The same columns; the names of those whose content is asked for are added to `taken`."""
@@ -130,7 +134,7 @@ def tidy(value: Any, columns: dict[str, str] | None = None, about: About | None 
             elif not v and type(v) is Cell:
                 left_out[name] = "an empty cell"
                 continue
-        elif v is None or (type(v) is float and v != v):
+        elif v is None or (isinstance(v, float) and v != v):
             left_out[name] = NULL
             continue
         other = other or name in _OTHER_NAMES or name == "rejected"
@@ -199,7 +203,7 @@ def refuse_unreadable(row: Raw) -> None:
         if isinstance(value, str) and _PRINTED.match(value) and _SPEAKER.search(value) and not _is_json(value):
             raise RowError(
                 "messages as text",
-                f"field {name!r} is text in which Python printed messages ({value.strip()[:30]!r}...), not messages; write "
+                f"field {name!r} is text in which Python printed messages ({value.strip()[:20]!r}...), not messages; write "
                 "rows with json.dumps, or as Parquet",
             )
 

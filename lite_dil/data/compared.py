@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lite_dil.data.columns import NULL
-from lite_dil.data.draft import PAIR, Draft, Raw, Tie
+from lite_dil.data.draft import PAIR, TIES, Draft, Raw, Tie
 from lite_dil.data.files import Cell, RowError
 from lite_dil.data.messages import is_message, kind_of, read_answer, read_messages, read_text, read_tools
 from lite_dil.data.splitting import split_messages, transcript_prompt
@@ -58,7 +58,7 @@ def of_compared(row: Raw) -> Draft:
         raise RowError("no field 'better_response_id'", f"{names} without a column that says which is better; {_expected()}")
     winner = _winner(row, name, sides)
     if not winner:
-        raise Tie("ties", "ties, left out: no preference to learn")
+        raise Tie("tie", TIES)
     first, second = sides.names if winner < 0 else sides.names[::-1]
     one, other = sides.values if winner < 0 else sides.values[::-1]
     if isinstance(one, list) and len(one) > 1 and all(map(is_message, one)):

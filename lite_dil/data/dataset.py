@@ -18,6 +18,7 @@ from lite_dil.base.files import scratch_file
 from lite_dil.base.hashing import tokens_digest
 from lite_dil.base.signs import CHOSEN
 from lite_dil.base.streams import row_draws
+from lite_dil.base.text import count
 from lite_dil.data.encoder import Encoder, Example, truncate
 from lite_dil.data.files import RowError
 from lite_dil.data.formats import FORMATS
@@ -125,6 +126,7 @@ class Source:
         kept: how many rows are usable.
         format: the name of its format, in `lite_dil.data.formats.FORMATS`.
         problems: the rows that were left out, and why.
+        unread: its columns of which nothing was read.
         notes: changes to rows that their owner should know about, and to how many rows.
     """
 
@@ -134,6 +136,7 @@ class Source:
     format: str
     problems: list[Problem]
     notes: Counter[str]
+    unread: list[str]
 
 
 @dataclass
@@ -145,6 +148,8 @@ class DataSet:
         chat: whether prompts are chat messages.
         responses: how many of each sign were read.
         prompts_cut, responses_cut: in how many examples `max_length` cut the prompt, and a response.
+        prompts_halved: of how many examples it left less than half of the prompt.
+        cuts_none: the smallest `max_length` that would cut none.
         store: every example once, in the order of the data.
         names: (examples, 2) uint64, for each example a hash of its prompt, and of its prompt with its responses in any order,
             before cutting.
@@ -157,6 +162,8 @@ class DataSet:
     sources: list[Source]
     prompts_cut: int
     responses_cut: int
+    prompts_halved: int
+    cuts_none: int
     store: Sequence[Example]
     names: np.ndarray
 
@@ -169,7 +176,7 @@ class DataSet:
 def reader_of(name: str, split: str, options: DataOptions, rows: Rows | None = None) -> Reader:
     """Return the reader for one source, or for a program's rows, with the settings of `options`."""
     columns = parse_columns(options.columns)
-    return Reader(name, split, format=options.data_format, columns=columns, limit=options.max_rows, rows=rows)
+    return Reader(name, split, format=options.data_format, columns=columns, limit=options.max_rows, chat=options.chat, rows=rows)
 
 
 def load(
@@ -195,7 +202,7 @@ def load(
     """
     store, answers, names = ExampleStore(), Counter[int](), bytearray()
     sources: list[Source] = []
-    form, chat, prompts_cut, responses_cut = "", False, 0, 0
+    form, chat, prompts_cut, responses_cut, prompts_halved, cuts_none = "", False, 0, 0, 0, 0
     order: list[np.ndarray] = []
     random = row_draws(options.seed)
     for weight, reader in _readers(data, split, options):
@@ -203,11 +210,12 @@ def load(
         for row in reader:
             try:
                 whole = encoder.encode(row)
+                example, prompt_cut, response_cut = truncate(whole, options.max_length)
+                _check_cut(whole, example, options.max_length)
             except RowError as error:
                 reader.problems.append(Problem(error.kind, row.place, str(error)))
                 continue
             rows += 1
-            example, prompt_cut, response_cut = truncate(whole, options.max_length)
             if watch:
                 watch(row, whole, example)
             answers.update(row.signs)
@@ -217,6 +225,8 @@ def load(
             names += tokens_digest(whole.prompt)[:8] + tokens_digest(whole.prompt, whole.responses)[:8]
             prompts_cut += prompt_cut
             responses_cut += response_cut
+            prompts_halved += 2 * len(example.prompt) < len(whole.prompt)
+            cuts_none = max(cuts_none, _needed(whole))
         if strict:
             reader.check(rows, options.skip_bad_rows)
         if rows:
@@ -224,14 +234,45 @@ def load(
                 one, other = _kind(form, chat), _kind(reader.form, reader.chat)
                 raise UserError(f"--data: {sources[0].name} has {one} and {name} {other}; train on one kind at a time")
             form, chat = reader.form, reader.chat
-        sources.append(Source(name, weight, rows, reader.format, reader.problems, reader.notes))
+        sources.append(Source(name, weight, rows, reader.format, reader.problems, reader.notes, reader.unread))
         order.append(_often(np.arange(first, len(store)), weight, random))
     named = np.frombuffer(names, np.uint64).reshape(-1, 2)
     examples: Sequence[Example] = store
     if any(source.weight != 1 for source in sources):
         taken = np.concatenate(order)
         examples, named = Picked(store, taken), named[taken]
-    return DataSet(examples, form, chat, answers, sources, prompts_cut, responses_cut, store, named)
+    cut = (prompts_cut, responses_cut, prompts_halved, cuts_none)
+    return DataSet(examples, form, chat, answers, sources, *cut, store, named)
+
+
+def _needed(example: Example) -> int:
+    """Return the smallest ``--max-length`` that cuts nothing of an example."""
+    return len(example.prompt) + max(map(len, example.responses))
+
+
+def _check_cut(whole: Example, cut: Example, max_length: int) -> None:
+    """Raise RowError if a pair's responses differ only in what was cut off: nothing would be learned from it."""
+    if len(cut.signs) < 2 or cut.responses[0] != cut.responses[1]:
+        return
+    same = len(cut.responses[0])
+    while whole.responses[0][same : same + 1] == whole.responses[1][same : same + 1]:
+        same += 1
+    raise RowError(
+        "identical responses",
+        f"'chosen' and 'rejected' are the same as far as --max-length {max_length} keeps them, and differ from token {same + 1} "
+        f"on; --max-length {_needed(whole)} cuts nothing of this row, and {same + 2} just tells them apart",
+    )
+
+
+def halved(data: DataSet, max_length: int) -> str:
+    """Return a warning about prompts of which ``--max-length`` leaves less than half; empty if there are none."""
+    if not data.prompts_halved:
+        return ""
+    lost, rows = data.prompts_halved, len(data.store)
+    return (
+        f"{count(lost, 'prompt')} ({lost / rows:.1%} of the rows) of which --max-length {max_length} leaves less than half, "
+        f"because the responses need the room: they are learned without their questions; --max-length {data.cuts_none} cuts none"
+    )
 
 
 def _readers(data: str | Rows, split: str, options: DataOptions) -> list[tuple[float, Reader]]:

@@ -10,6 +10,7 @@ from lite_dil.data.files import RowError
 from lite_dil.data.messages import Completion, Message
 
 Raw = Mapping[str, Any]
+TIES = "ties, which are left out: no preference to learn"
 PAIR = (CHOSEN, REJECTED)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from lite_dil.base.errors import nearest
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.data.columns import question_of
-from lite_dil.data.draft import PAIR, Draft, Raw, Tie
+from lite_dil.data.draft import PAIR, TIES, Draft, Raw, Tie
 from lite_dil.data.files import Cell, RowError
 from lite_dil.data.messages import Completion, Message, kind_of, read_answer, read_messages, read_text, read_tools
 from lite_dil.data.splitting import is_transcript, split_messages, split_text, transcript, transcript_prompt
@@ -227,7 +227,7 @@ def of_ranked(row: Raw) -> Draft:
         )
     (best, first), (worst, last) = max(scored, key=lambda s: (s[0], -s[1])), min(scored)
     if best == worst:
-        raise Tie("ties", "ties, left out: no preference to learn")
+        raise Tie("tie", TIES)
     prompt = row[question]
     if isinstance(prompt, str):
         prompt = transcript_prompt(prompt) or [{"role": "user", "content": read_text(prompt, question)}]

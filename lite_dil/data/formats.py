@@ -9,7 +9,7 @@ from typing import Any
 
 from lite_dil.data import compared
 from lite_dil.data import format_readers as readers
-from lite_dil.data.columns import refuse_unreadable, rejected_of
+from lite_dil.data.columns import refuse_unreadable
 from lite_dil.data.draft import Draft, Raw
 from lite_dil.data.files import RowError
 from lite_dil.data.format_readers import LISTS, QUESTIONS, SCORE_FIELDS, TEXTS, is_pair
@@ -120,12 +120,6 @@ def read(row: Any, name: str, chat: bool = False) -> Draft:
         )
     refuse_unreadable(row)
     draft = spec.read(row)
-    if len(draft.signs) == 1 and not draft.labelled and (column := rejected_of(row)):
-        raise RowError(
-            "rejected response in another column",
-            f"the row is read as {spec.title}, and {column!r} may be its rejected response: --columns rejected={column}; if it "
-            "is not, remove that column",
-        )
     if chat and isinstance(draft.prompt, str):
         turns = transcript_prompt(draft.prompt) or [{"role": "user", "content": draft.prompt.strip()}]
         draft = draft._replace(prompt=turns, answers=tuple(_stripped(answer) for answer in draft.answers))

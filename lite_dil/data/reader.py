@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.signs import CHOSEN, REJECTED
-from lite_dil.data.columns import Columns, Recorded, learn, tidy
+from lite_dil.data.columns import Columns, Recorded, learn, rejected_of, tidy
 from lite_dil.data.compared import BETTER
 from lite_dil.data.draft import Draft, Tie
 from lite_dil.data.files import RowError
@@ -138,9 +138,10 @@ class Reader:
         try:
             draft = read(value, self.format, self._to_chat)
         except RowError as error:
-            if isinstance(value, dict) and prompts_only(value):
+            plain = dict(value) if isinstance(value, dict) else {}
+            if prompts_only(plain):
                 raise RowError(NO_RESPONSE, f"{error}. {_PROMPTS_ARE_FOR}") from None
-            other = format_of(value) if isinstance(value, dict) else ""
+            other = format_of(plain)
             if other and other != self.format and error.kind.startswith("no field"):
                 raise RowError(
                     "mixed formats",
@@ -148,6 +149,12 @@ class Reader:
                     f"{self.format}; keep one format in {self._one}",
                 ) from None
             raise
+        if len(draft.signs) == 1 and not draft.labelled and (column := rejected_of(value)):
+            raise RowError(
+                "rejected response in another column",
+                f"the row is read as {FORMATS[self.format].title}, and {column!r} may be its rejected response: --columns "
+                f"rejected={column}; if it is not, remove that column",
+            )
         row = _checked(draft, place)
         if not self._first:
             self._first, self.form, self.chat = place, row.form, row.chat
@@ -169,7 +176,7 @@ class Reader:
         """Raise UserError if rows are unusable, unless `skip` leaves them out, or `kept` is 0."""
         problems = [] if skip and kept else self.problems
         if not kept and not problems and self.notes:
-            raise UserError(f"{self.source}: no rows are left; " + ", ".join(f"{n} {note}" for note, n in self.notes.items()))
+            raise UserError(f"{self.source}: no rows are left; all are {', '.join(self.notes)}")
         refuse(self.source, problems, kept)
 
 
@@ -196,7 +203,8 @@ def refuse(source: str, problems: list[Problem], kept: int, expected: str = "") 
         heading = f"{source}: {len(problems)} of {kept + len(problems)} rows cannot be used (--skip-bad-rows leaves them out):"
         kinds = Counter(problem.kind for problem in problems).most_common()
         counts = "" if len(problems) == 1 else f"\n{', '.join(f'{count} {kind}' for kind, count in kinds)}"
-        raise UserError(gather(lines, heading) + counts + ("" if kept else f"\nExpected: {expected}"))
+        expects = "" if kept or kinds[0][0] == NO_RESPONSE else f"\nExpected: {expected}"
+        raise UserError(gather(lines, heading) + counts + expects)
     if not kept:
         raise UserError(f"{source}: no rows; expected {expected}")
 
