@@ -38,31 +38,33 @@ _TEXTS = {
 }
 # Messages as Python prints them: [{'role': ..., numpy's arrays without commas, or objects as Message(role='user', ...).
 _PRINTED = re.compile(
-    r"\s*(?:array\(|[\[(])*\s*(?:\{\s*['\"](?:role|from|content|value|name)['\"]\s*:|\w*\((?:role|content)=['\"]).*[\]})]\s*\Z", re.S
+    r"\s*(?:array\(|[\[(])*\s*(?:\{\s*['\"](?:role|from|content|value|name)['\"]\s*:|\w*\((?:role|content)=['\"]).*[\]})]\s*\Z",
+    re.S,
 )
 _SPEAKER = re.compile(r"['\"]?\b(?:role|from)['\"]?\s*[:=]")
-_MEDIA = re.compile(
-    r"(?P<before>.*_)?(?:image|img|picture|photo|video|audio)s?(?P<after>_(?:path|file|url|bytes|base64|data)s?)?", re.I
-)
+_MEDIA = re.compile(r"(?P<before>.*_)?(?:image|img|video|audio)s?(?P<after>_(?:path|file|url|bytes|base64|data)s?)?", re.I)
 _PLACEHOLDER = re.compile(r"<\|?(?:image|video|audio)[a-z_0-9]*\|?>|<\|vision_start\|>", re.I)
 # Columns that hold the question, if a row has no prompt.
 _QUESTIONS = {
-    *("question", "questions", "query", "input", "inputs", "problem", "trajectory", "instruction", "instructions", "request"),
-    *("user_input", "user_prompt", "user_query", "user_question", "user_message", "prompt_text", "input_text", "question_text"),
+    *("question", "questions", "query", "input", "inputs", "problem", "trajectory", "instruction"),
+    *("instructions", "request", "user_input", "user_prompt", "user_query", "user_question", "user_message"),
+    *("prompt_text", "input_text", "question_text"),
 }
 # Words in the names of columns that hold no question: about a row, or about its responses.
 _ABOUT_ROW = {
-    *("id", "ids", "uid", "uuid", "hash", "index", "source", "sources", "origin", "category", "categories", "subcategory", "class"),
-    *("model", "models", "type", "kind", "name", "split", "subset", "dataset", "domain", "tag", "tags", "topic", "label", "labels"),
-    *("lang", "language", "license", "author", "annotator", "annotators", "judge", "date", "time", "timestamp", "created", "url"),
-    *("urls", "link", "path", "file", "status", "version", "score", "scores", "rating", "ratings", "metadata", "system", "tools"),
-    *("chosen", "rejected", "response", "responses", "answer", "answers", "completion", "output", "outputs", "generation"),
-    *("generations", "rationale", "rationales", "reason", "reasons", "explanation", "feedback", "comment", "comments", "critique"),
-    *("note", "notes", "justification", "judgement", "judgment", "strength", "statement", "elaboration", "reference"),
+    *("id", "ids", "uid", "uuid", "hash", "index", "source", "sources", "origin", "category", "categories"),
+    *("subcategory", "class", "model", "models", "type", "kind", "name", "split", "subset", "dataset", "domain"),
+    *("tag", "tags", "topic", "label", "labels", "lang", "language", "license", "author", "annotator"),
+    *("annotators", "judge", "date", "time", "timestamp", "created", "url", "urls", "link", "path", "file"),
+    *("status", "version", "score", "scores", "rating", "ratings", "metadata", "system", "tools", "chosen"),
+    *("rejected", "response", "responses", "answer", "answers", "completion", "output", "outputs", "generation"),
+    *("generations", "rationale", "rationales", "reason", "reasons", "explanation", "feedback", "comment"),
+    *("comments", "critique", "note", "notes", "justification", "judgement", "judgment", "strength", "statement"),
+    *("elaboration", "reference"),
 }
 _REJECTED = {"rejected", "reject", "dispreferred", "loser", "losing", "worse", "worst"}
 NULL = "null"
-_OPENING = frozenset("[{\" \n\t")  # what may stand before JSON
+_OPENING = frozenset('[{" \n\t')  # what may stand before JSON
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,11 @@ class Columns(dict[str, Any]):
     def with_fields(self, **fields: Any) -> Columns:
         """Return the same row with other or further fields."""
         return Columns({**self, **fields}, self.left_out, self.about)
+
+
+def about_of(row: Raw) -> About:
+    """Return what the first rows of a row's source say; nothing for a row by itself."""
+    return row.about if isinstance(row, Columns) else About()
 
 
 class Recorded(Columns):
@@ -255,17 +262,17 @@ def question_of(row: Raw) -> str:
             return str(name)
         if isinstance(value, list) and value and is_message(value[0]) and not _ABOUT_ROW & set(words):
             return str(name)
-    about = getattr(row, "about", None)
-    return about.question if about and about.question in row else ""
+    question = about_of(row).question
+    return question if question in row else ""
 
 
 def rejected_of(row: Raw) -> str:
     """Return a column with text or messages named like a rejected response; empty if there is none."""
     for name, value in row.items():
         words = _words(name)
-        if _REJECTED & set(words) and not {"model", "id", "score", "name", "source", "reason", "rating"} & set(words):
-            if isinstance(value, (str, list, dict)) and value and value != [None]:
-                return str(name)
+        named = _REJECTED & set(words) and not {"model", "id", "score", "name", "source", "reason", "rating"} & set(words)
+        if named and isinstance(value, (str, list, dict)) and value and value != [None]:
+            return str(name)
     return ""
 
 

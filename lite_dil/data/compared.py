@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from lite_dil.data.columns import NULL
+from lite_dil.data.columns import NULL, about_of
 from lite_dil.data.draft import PAIR, TIES, Draft, Raw, Tie
 from lite_dil.data.files import Cell, RowError
 from lite_dil.data.messages import is_message, kind_of, read_answer, read_messages, read_text, read_tools
@@ -16,13 +16,22 @@ _STEMS = ("response", "answer", "completion", "output", "generation", "conversat
 _ENDS = (("0", "1"), ("1", "2"), ("a", "b"), ("A", "B"))
 # The columns of two responses: response_0 and response_1, response1 and response2, response_a and response_b, ...
 _SIDES = tuple((f"{stem}{joint}{a}", f"{stem}{joint}{b}") for stem in _STEMS for joint in ("_", "") for a, b in _ENDS)
-_FIRST = {first: (first, second) for first, second in _SIDES}
+SIDES_OF = {first: (first, second) for first, second in _SIDES}
 _LISTS = ("responses", "completions", "answers", "candidates", "generations", "outputs")
-QUESTIONS = ("prompt", "instruction", "question", "query", "context", "history", "input")
+_QUESTIONS = ("prompt", "instruction", "question", "query", "context", "history", "input")
 # Columns with the number or the name of the better response.
 BETTER = (
     *("better_response_id", "better_response", "better_id", "best_response_id", "preferred_response_id", "preferred_response"),
-    *("chosen_response_id", "chosen_response_index", "chosen_id", "chosen_index", "chosen_idx", "chosen", "preferred", "winner"),
+    *(
+        "chosen_response_id",
+        "chosen_response_index",
+        "chosen_id",
+        "chosen_index",
+        "chosen_idx",
+        "chosen",
+        "preferred",
+        "winner",
+    ),
     *("choice", "preference"),
 )
 # Columns with a number below 0 where the first response is better, and above where the second is (HelpSteer).
@@ -41,10 +50,10 @@ class _Sides(NamedTuple):
 
 def fits(row: Raw) -> bool:
     """Return whether a row has two responses and a column that says which is better."""
-    if not any(name in _FIRST or name in _LISTS for name in row):
+    if not any(name in SIDES_OF or name in _LISTS for name in row):
         return False
     sides = _sides(row)
-    return sides is not None and any(name in row for name in QUESTIONS + sides.names[:1]) and _verdict_in(row, sides) != ""
+    return sides is not None and any(name in row for name in _QUESTIONS + sides.names[:1]) and _verdict_in(row, sides) != ""
 
 
 def of_compared(row: Raw) -> Draft:
@@ -63,7 +72,7 @@ def of_compared(row: Raw) -> Draft:
     one, other = sides.values if winner < 0 else sides.values[::-1]
     if isinstance(one, list) and len(one) > 1 and all(map(is_message, one)):
         return split_messages(read_messages(one, first), read_messages(other, second), read_tools(row))
-    asked = next((field for field in QUESTIONS if row.get(field) not in (None, "", [])), None)
+    asked = next((field for field in _QUESTIONS if row.get(field) not in (None, "", [])), None)
     if asked is None:
         raise RowError("no field 'prompt'", f"no field 'prompt'; the row has {', '.join(map(str, row))}")
     prompt = _only(row[asked])
@@ -79,7 +88,7 @@ def _expected() -> str:
 
 def _sides(row: Raw) -> _Sides | None:
     for name in row:
-        if (pair := _FIRST.get(name)) and pair[1] in row:
+        if (pair := SIDES_OF.get(name)) and pair[1] in row:
             ends = tuple(side[-1].lower() for side in pair)
             return _Sides(pair, (ends[0], ends[1]), (row[pair[0]], row[pair[1]]))
     for name in _LISTS:
@@ -119,8 +128,14 @@ def _winner(row: Raw, name: str, sides: _Sides) -> float:
             return 0
         for side, sign in ((0, -1), (1, 1)):
             end = sides.ends[side]
-            called = {f"{stem}{joint}{end}" for stem in ("model", "response", "assistant", "answer") for joint in ("_", " ", "")}
-            if word in called | {sides.names[side].lower()} or (word == end and not end.isdigit()) or value == sides.values[side]:
+            called = {
+                f"{stem}{joint}{end}" for stem in ("model", "response", "assistant", "answer") for joint in ("_", " ", "")
+            }
+            if (
+                word in called | {sides.names[side].lower()}
+                or (word == end and not end.isdigit())
+                or value == sides.values[side]
+            ):
                 return sign
     return _numbered(row, name, value, sides)
 
@@ -131,19 +146,17 @@ def _numbered(row: Raw, name: str, value: Any, sides: _Sides) -> float:
         raise _unclear(name, value, sides)
     number = _number(value, name) if isinstance(value, (int, float, Cell)) else None
     # response_0 and response_1 are numbered; of others the file shows whether 1 is the first or the second.
-    start = 0 if sides.ends == ("0", "1") and not sides.names[0].endswith("]") else getattr(row, "about", None)
-    if start is not None and not isinstance(start, int):
-        start = start.counts_from
+    start = 0 if sides.ends == ("0", "1") and not sides.names[0].endswith("]") else about_of(row).counts_from
     if number is not None and start is None and number == 1:
         raise RowError(
             "which response is better",
             f"field {name!r} is 1 here and never 0 or 2 in the first rows, so it may name {sides.names[0]!r} or "
             f"{sides.names[1]!r}; rename the responses to response_0 and response_1, or write their names there",
         )
-    places = {0: -1.0, 1: 1.0} if start == 0 or (start is None and number == 0) else {1: -1.0, 2: 1.0}
+    places = (0, 1) if start == 0 or (start is None and number == 0) else (1, 2)
     if number not in places:
         raise _unclear(name, value, sides)
-    return places[number]
+    return -1 if number == places[0] else 1
 
 
 def _unclear(name: str, value: Any, sides: _Sides) -> RowError:
@@ -171,7 +184,7 @@ def _only(value: Any) -> Any:
         if len(value) > 1:
             raise RowError(
                 "more than the last response differs",
-                f"{len(value)} turns, in each of which the responses differ; expected one turn, or the shared ones in 'prompt'",
+                f"{len(value)} turns, in each of which the responses differ; expected one, or the shared turns in 'prompt'",
             )
         return value[0]
     return value

@@ -7,7 +7,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import IO, overload
 
 import numpy as np
@@ -176,7 +176,9 @@ class DataSet:
 def reader_of(name: str, split: str, options: DataOptions, rows: Rows | None = None) -> Reader:
     """Return the reader for one source, or for a program's rows, with the settings of `options`."""
     columns = parse_columns(options.columns)
-    return Reader(name, split, format=options.data_format, columns=columns, limit=options.max_rows, chat=options.chat, rows=rows)
+    return Reader(
+        name, split, format=options.data_format, columns=columns, limit=options.max_rows, chat=options.chat, rows=rows
+    )
 
 
 def load(
@@ -202,7 +204,7 @@ def load(
     """
     store, answers, names = ExampleStore(), Counter[int](), bytearray()
     sources: list[Source] = []
-    form, chat, prompts_cut, responses_cut, prompts_halved, cuts_none = "", False, 0, 0, 0, 0
+    form, chat, cuts = "", False, _Cuts()
     order: list[np.ndarray] = []
     random = row_draws(options.seed)
     for weight, reader in _readers(data, split, options):
@@ -210,8 +212,7 @@ def load(
         for row in reader:
             try:
                 whole = encoder.encode(row)
-                example, prompt_cut, response_cut = truncate(whole, options.max_length)
-                _check_cut(whole, example, options.max_length)
+                example = _cut(whole, options.max_length)
             except RowError as error:
                 reader.problems.append(Problem(error.kind, row.place, str(error)))
                 continue
@@ -223,10 +224,7 @@ def load(
                 continue
             store.append(example)
             names += tokens_digest(whole.prompt)[:8] + tokens_digest(whole.prompt, whole.responses)[:8]
-            prompts_cut += prompt_cut
-            responses_cut += response_cut
-            prompts_halved += 2 * len(example.prompt) < len(whole.prompt)
-            cuts_none = max(cuts_none, _needed(whole))
+            cuts.add(whole, example)
         if strict:
             reader.check(rows, options.skip_bad_rows)
         if rows:
@@ -241,8 +239,28 @@ def load(
     if any(source.weight != 1 for source in sources):
         taken = np.concatenate(order)
         examples, named = Picked(store, taken), named[taken]
-    cut = (prompts_cut, responses_cut, prompts_halved, cuts_none)
-    return DataSet(examples, form, chat, answers, sources, *cut, store, named)
+    return DataSet(examples, form, chat, answers, sources, *astuple(cuts), store, named)
+
+
+@dataclass
+class _Cuts:
+    """Counts what ``--max-length`` cuts; its fields are four of `DataSet`, in their order."""
+
+    prompts: int = 0
+    responses: int = 0
+    halved: int = 0
+    none_at: int = 0
+
+    def add(self, whole: Example, cut: Example) -> None:
+        """Add an example, before and after cutting."""
+        self.prompts += len(cut.prompt) < len(whole.prompt)
+        self.responses += any(map(_shorter, cut.responses, whole.responses))
+        self.halved += 2 * len(cut.prompt) < len(whole.prompt)
+        self.none_at = max(self.none_at, _needed(whole))
+
+
+def _shorter(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return len(one) < len(other)
 
 
 def _needed(example: Example) -> int:
@@ -250,17 +268,18 @@ def _needed(example: Example) -> int:
     return len(example.prompt) + max(map(len, example.responses))
 
 
-def _check_cut(whole: Example, cut: Example, max_length: int) -> None:
-    """Raise RowError if a pair's responses differ only in what was cut off: nothing would be learned from it."""
+def _cut(whole: Example, max_length: int) -> Example:
+    """Cut an example. Raises RowError if a pair's responses differ only in what is cut off: nothing is learned from it."""
+    cut, *_ = truncate(whole, max_length)
     if len(cut.signs) < 2 or cut.responses[0] != cut.responses[1]:
-        return
+        return cut
     same = len(cut.responses[0])
     while whole.responses[0][same : same + 1] == whole.responses[1][same : same + 1]:
         same += 1
     raise RowError(
         "identical responses",
-        f"'chosen' and 'rejected' are the same as far as --max-length {max_length} keeps them, and differ from token {same + 1} "
-        f"on; --max-length {_needed(whole)} cuts nothing of this row, and {same + 2} just tells them apart",
+        f"'chosen' and 'rejected' are the same as far as --max-length {max_length} keeps them, and differ from token "
+        f"{same + 1} on; --max-length {_needed(whole)} cuts nothing of this row, and {same + 2} just tells them apart",
     )
 
 
@@ -271,7 +290,8 @@ def halved(data: DataSet, max_length: int) -> str:
     lost, rows = data.prompts_halved, len(data.store)
     return (
         f"{count(lost, 'prompt')} ({lost / rows:.1%} of the rows) of which --max-length {max_length} leaves less than half, "
-        f"because the responses need the room: they are learned without their questions; --max-length {data.cuts_none} cuts none"
+        "because the responses need the room: they are learned without their questions; "
+        f"--max-length {data.cuts_none} cuts none"
     )
 
 

@@ -18,7 +18,7 @@ LISTS = ("responses", "completions", "answers", "candidates", "generations", "ou
 TEXTS = ("response", "completion", "answer", "text", "content", "output", "generation")
 SCORE_FIELDS = ("score", "overall_score", "rating", "reward")
 QUESTIONS = ("prompt", "instruction", "question", "query")
-_NOTHING = (None, "", [])
+_NOTHING: tuple[Any, ...] = (None, "", [])
 _REPEATED = "responses that began with the whole prompt: removed it"
 
 
@@ -41,7 +41,11 @@ def of_preference(row: Raw) -> Draft:
     prompt = row["prompt"] if prompted else _prompt_beside(row, sides, whole)
     if any(whole) and not prompted:
         sides = [side[-1:] if is_whole else side for side, is_whole in zip(sides, whole, strict=True)]
-    if prompt is None and all(isinstance(side, str) for side in sides) and ("prompt" not in row or all(map(is_transcript, sides))):
+    if (
+        prompt is None
+        and all(isinstance(side, str) for side in sides)
+        and ("prompt" not in row or all(map(is_transcript, sides)))
+    ):
         return split_text(sides[0], sides[1], row)
     if prompt is None:
         _need(row, ("prompt",))
@@ -62,7 +66,10 @@ def _prompt_beside(row: Raw, sides: list[Any], whole: list[bool]) -> list[Any] |
     if messages[-1]["role"] != "assistant":
         return turns
     chosen = read_answer(sides[0], "chosen")
-    if len(turns) > 1 and (chosen if isinstance(chosen, str) else chosen["content"]).strip() == messages[-1]["content"].strip():
+    if (
+        len(turns) > 1
+        and (chosen if isinstance(chosen, str) else chosen["content"]).strip() == messages[-1]["content"].strip()
+    ):
         return turns[:-1]
     raise RowError("contradictory prompt", "'messages' ends in another response than 'chosen'; expected the prompt there")
 
@@ -138,8 +145,7 @@ def _last_turn(messages: list[Message], row: Raw, field: str, tools: list[dict[s
             "no prompt", f"field {field!r} has {len(messages)} message; expected a prompt and the assistant's response"
         )
     answer = read_answer(messages[-1:], f"{field}[{len(messages) - 1}]")
-    # A label that is not boolean may mean anything, for example a topic.
-    name = next((n for n in ("kto_tag", "label") if n in row and (n == "kto_tag" or isinstance(row[n], bool))), "")
+    name = _label_of(row)
     return Draft(messages[:-1], (answer,), (_label(row, name) if name else CHOSEN,), tools, labelled=bool(name))
 
 
@@ -165,6 +171,12 @@ def of_completion(row: Raw) -> Draft:
     return Draft(prompt, (answer,), (CHOSEN,), read_tools(row))
 
 
+def _label_of(row: Raw) -> str:
+    """Return the column that says whether the only response is good; empty if none does."""
+    # A label that is not boolean may mean anything, for example a topic.
+    return next((n for n in ("kto_tag", "label") if n in row and (n == "kto_tag" or isinstance(row[n], bool))), "")
+
+
 def _label(row: Raw, name: str) -> int:
     value = row[name]
     if isinstance(value, (bool, int, float)) and value in (0, 1):  # a table column with nulls turns true into 1.0
@@ -184,20 +196,19 @@ def of_alpaca(row: Raw) -> Draft:
     if row.get("input"):
         question += f"\n{read_text(row['input'], 'input')}"
     prompt = row.get("prompt")
-    if isinstance(prompt, str) and prompt.strip() and prompt.strip() not in question and row["instruction"].strip() not in prompt:
+    if (
+        isinstance(prompt, str)
+        and prompt.strip()
+        and prompt.strip() not in question
+        and row["instruction"].strip() not in prompt
+    ):
         raise RowError(
             "two prompts",
             "'prompt' and 'instruction' are different texts; remove one, or --data-format preference (or completion) reads "
             "'prompt'",
         )
-    messages: list[Message] = []
     tools = read_tools(row)
-    for number, turn in enumerate(row.get("history") or []):
-        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
-            raise RowError("wrong type", f"history[{number}] is {kind_of(turn)}; expected [question, response]")
-        messages.append({"role": "user", "content": read_text(turn[0], f"history[{number}][0]")})
-        messages.append({"role": "assistant", "content": read_text(turn[1], f"history[{number}][1]")})
-    messages.append({"role": "user", "content": question})
+    messages = [*of_turns(row.get("history") or []), {"role": "user", "content": question}]
     if is_pair(row):
         return Draft(messages, (read_answer(row["chosen"], "chosen"), read_answer(row["rejected"], "rejected")), PAIR, tools)
     _need(row, ("output",))
@@ -207,10 +218,23 @@ def of_alpaca(row: Raw) -> Draft:
                 "too few responses", f"field 'output' has {len(row['output'])} responses; expected at least two, best first"
             )
         best, worst = row["output"][0], row["output"][-1]
-        return Draft(messages, (read_text(best, "output[0]"), read_text(worst, f"output[{len(row['output']) - 1}]")), PAIR, tools)
-    labelled = "kto_tag" in row
-    sign = _label(row, "kto_tag") if labelled else CHOSEN
-    return Draft(messages, (read_text(row["output"], "output"),), (sign,), tools, labelled=labelled)
+        return Draft(
+            messages, (read_text(best, "output[0]"), read_text(worst, f"output[{len(row['output']) - 1}]")), PAIR, tools
+        )
+    label = _label_of(row)
+    sign = _label(row, label) if label else CHOSEN
+    return Draft(messages, (read_text(row["output"], "output"),), (sign,), tools, labelled=bool(label))
+
+
+def of_turns(turns: Iterable[Any]) -> list[Message]:
+    """Return the messages of [question, response] pairs, the column 'history'. Raises RowError."""
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise RowError("wrong type", f"history[{number}] is {kind_of(turn)}; expected [question, response]")
+        messages.append({"role": "user", "content": read_text(turn[0], f"history[{number}][0]")})
+        messages.append({"role": "assistant", "content": read_text(turn[1], f"history[{number}][1]")})
+    return messages
 
 
 def of_ranked(row: Raw) -> Draft:

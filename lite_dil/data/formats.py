@@ -13,7 +13,7 @@ from lite_dil.data.columns import refuse_unreadable
 from lite_dil.data.draft import Draft, Raw
 from lite_dil.data.files import RowError
 from lite_dil.data.format_readers import LISTS, QUESTIONS, SCORE_FIELDS, TEXTS, is_pair
-from lite_dil.data.messages import Completion, Message, is_message, kind_of, read_text
+from lite_dil.data.messages import Completion, Message, is_message, kind_of, read_messages, read_text
 from lite_dil.data.splitting import is_transcript, transcript_prompt
 
 
@@ -86,6 +86,7 @@ ROW_FIELDS = sorted(
     {name for spec in FORMATS.values() for name in spec.fields}
     | {*LISTS, *QUESTIONS, *(f"{name}s" for name in (*SCORE_FIELDS, "rank")), "input", "system", "history", "tools", "kto_tag"}
 )
+_READ_HISTORY = ("alpaca", "compared")  # formats whose own readers take 'history'
 # Columns that may hold a response.
 _RESPONSES = ("chosen", "rejected", *LISTS, *TEXTS, "solution", "reply", "target")
 
@@ -103,11 +104,11 @@ def format_of(row: Raw) -> str:
 
 def prompts_only(row: Raw) -> bool:
     """Return whether a row has a prompt and nothing that may be a response to it."""
-    if any(row.get(name) not in (None, "", []) for name in _RESPONSES):
+    if any(row.get(name) not in (None, "", []) for name in _RESPONSES) or any(name in compared.SIDES_OF for name in row):
         return False
     for name in ("messages", "conversations"):
-        if _is_list(turns := row.get(name)):
-            return not is_message(turns[-1], "assistant")
+        if _is_list(row.get(name)):
+            return not is_message(row[name][-1], "assistant")
     return any(row.get(name) not in (None, "", []) for name in ("prompt", "instruction", "turns"))
 
 
@@ -123,11 +124,28 @@ def read(row: Any, name: str, chat: bool = False) -> Draft:
     if chat and isinstance(draft.prompt, str):
         turns = transcript_prompt(draft.prompt) or [{"role": "user", "content": draft.prompt.strip()}]
         draft = draft._replace(prompt=turns, answers=tuple(_stripped(answer) for answer in draft.answers))
+    if name not in _READ_HISTORY and _is_list(row.get("history")):
+        draft = _with_history(draft, row["history"])
     return _with_system(draft, row["system"]) if row.get("system") else draft
 
 
 def _stripped(answer: Completion) -> Completion:
     return answer.strip() if isinstance(answer, str) else answer
+
+
+def _with_history(draft: Draft, turns: list[Any]) -> Draft:
+    """Put the column 'history' in front of a prompt, if it holds messages or [question, response] pairs. Raises RowError."""
+    if all(map(is_message, turns)):
+        messages = read_messages(turns, "history")
+    elif all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in turns):
+        messages = readers.of_turns(turns)
+    else:
+        return draft
+    if isinstance(draft.prompt, str):
+        raise RowError(
+            "history of plain text", "'history' holds earlier turns, and the prompt is plain text; --chat makes it messages"
+        )
+    return draft._replace(prompt=[*messages, *draft.prompt])
 
 
 def _with_system(draft: Draft, value: Any) -> Draft:

@@ -27,8 +27,8 @@ from lite_dil.models.find import load_tokenizer, resolve_model
 # The flags of train that decide how prompts are read.
 FLAGS = ("data_format", "columns", "max_rows", "skip_bad_rows", "max_length")
 PROMPTS_HELP = (
-    "prompts: a .txt file with one per line, or rows (JSON Lines, JSON, CSV, ...) with 'prompt', 'messages' or 'turns', or the prompts "
-    "of any data that lite-dil train takes"
+    "prompts: a .txt file with one per line, or rows (JSON Lines, JSON, CSV, ...) with 'prompt', 'messages' or 'turns', or "
+    "the prompts of any data that lite-dil train takes"
 )
 _EXPECTED = "prompt, as text or messages; messages, or conversations; or the rows of any data that lite-dil train takes"
 _KINDS = {False: "plain text", True: "chat messages"}

@@ -132,14 +132,17 @@ class Reader:
         if not isinstance(row, Columns) or not (first or not row.keys() <= self._seen.keys()):
             return row
         self._seen |= dict.fromkeys(row)
+        self._taken |= {name for name, v in row.items() if v in ("", [], {})}
         return Recorded(row, self._taken)
 
     def _row(self, value: Any, place: str) -> Row:
         try:
             draft = read(value, self.format, self._to_chat)
+        except Tie:
+            raise
         except RowError as error:
             plain = dict(value) if isinstance(value, dict) else {}
-            if prompts_only(plain):
+            if error.kind.startswith("no") and prompts_only(plain):
                 raise RowError(NO_RESPONSE, f"{error}. {_PROMPTS_ARE_FOR}") from None
             other = format_of(plain)
             if other and other != self.format and error.kind.startswith("no field"):

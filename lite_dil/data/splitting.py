@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lite_dil.data.columns import question_of
+from lite_dil.data.columns import about_of, question_of
 from lite_dil.data.draft import PAIR, Draft, Raw
 from lite_dil.data.files import RowError
 from lite_dil.data.messages import Message, read_answer, read_text, read_tools
@@ -49,11 +49,12 @@ def split_text(chosen: str, rejected: str, row: Raw) -> Draft:
     Raises RowError, also where the rest of the row says that the start which both share is not the prompt.
     """
     read_text(chosen, "chosen"), read_text(rejected, "rejected")
+    notes: tuple[str, ...] = ()
     pairs = enumerate(zip(chosen, rejected, strict=False))
     shared = next((i for i, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
     mark = chosen.rfind(_ASSISTANT, 0, shared)
     if mark >= 0 and mark + len(_ASSISTANT) <= shared:
-        at, notes = mark + len(_ASSISTANT), ()
+        at = mark + len(_ASSISTANT)
     else:
         if _MARK.search(f"\n\n{chosen.lstrip()}"):
             raise RowError("no shared prompt", "'chosen' and 'rejected' are transcripts of different prompts")
@@ -74,11 +75,12 @@ def _refuse_guess(row: Raw) -> None:
             f"there is no 'prompt', and {column!r} may be the question: --columns prompt={column}; if it is not, remove that "
             "column",
         )
-    if getattr(row, "about", None) and row.about.prompted:
+    if about_of(row).prompted:
         raise RowError("no field 'prompt'", "no field 'prompt', or it is null; other rows have one")
 
 
 def transcript(value: Any, field: str) -> list[Message]:
+    """Return the messages of a transcript of Human: and Assistant:. Raises RowError."""
     text = f"\n\n{read_text(value, field).lstrip()}"
     first, *parts = _MARK.split(text)
     if first.strip() or not parts:

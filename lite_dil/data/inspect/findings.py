@@ -262,8 +262,8 @@ def _warnings(options: InspectOptions, found: dict[str, Any], data: DataSet, has
         )
     for private in found["private"]:
         warnings.append(
-            f"{private['number']:,} {private['kind']} in {count(private['responses'], 'response')} (first {private['first']}; not "
-            "shown here): the model may learn to repeat them"
+            f"{private['number']:,} {private['kind']} in {count(private['responses'], 'response')} (first {private['first']}; "
+            "not shown here): the model may learn to repeat them"
         )
     if marks := [mark for mark in found["marks"] if not mark["as_token"]]:
         listed = ", ".join(f"{mark['mark']!r} in {count(mark['rows'], 'row')} (first {mark['first']})" for mark in marks)

@@ -1,4 +1,4 @@
-"""E-mail addresses, telephone numbers and keys in texts, counted; meant to miss some rather than to take a sum for a number."""
+"""Counts e-mail addresses, phone numbers and keys in texts; meant to miss some rather than to take a sum for a number."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ PRIVATE = {
         r"|(?<![\w-])(?:sk-[\w-]{20,}|[sr]k_(?:live|test)_\w{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{30,}"
         r"|github_pat_\w{22,}|glpat-[\w-]{20,}|xox[abeoprs]-[\w-]{10,}|AIza[\w-]{35}|ya29\.[\w-]{20,}|hf_[A-Za-z0-9]{30,}"
         r"|npm_[A-Za-z0-9]{36}|pypi-[\w-]{40,}|SG\.[\w-]{16,}\.[\w-]{16,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,})(?![\w-])"
-        r"|(?i:\b(?:api[ _-]?key|secret(?:[ _-]?(?:access[ _-]?)?key)?|access[ _-]?token|auth[ _-]?token|token|bearer|password|passwd|pwd))"
+        r"|(?i:\b(?:api[ _-]?key|secret(?:[ _-]?(?:access[ _-]?)?key)?|(?:(?:access|auth)[ _-]?)?token|bearer|password"
+        r"|passwd|pwd))"
         r"[\"']?(?:\s*[:=]\s*|\s+)[\"']?(?=[\w/+.-]*\d)(?=[\w/+.-]*[A-Za-z])[\w/+.-]{16,}"
         r"|\b[a-z][a-z0-9+]{1,20}://[^\s:/@]{1,64}:[^\s:/@]{3,64}@[\w.-]+"
     ),
