@@ -50,7 +50,7 @@ _QUESTIONS = {
     *("instructions", "request", "user_input", "user_prompt", "user_query", "user_question", "user_message"),
     *("prompt_text", "input_text", "question_text"),
 }
-# Words in the names of columns that hold no question: about a row, or about its responses.
+# Last words in the names of columns that hold no question: about a row, or about its responses.
 _ABOUT_ROW = {
     *("id", "ids", "uid", "uuid", "hash", "index", "source", "sources", "origin", "category", "categories"),
     *("subcategory", "class", "model", "models", "type", "kind", "name", "split", "subset", "dataset", "domain"),
@@ -105,11 +105,11 @@ def about_of(row: Raw) -> About:
 
 
 class Recorded(Columns):
-    """The same columns; the names of those whose content is asked for are added to `taken`."""
+    """The same columns; `taken` has the names of those whose content was asked for."""
 
-    def __init__(self, row: Columns, taken: set[str]) -> None:
+    def __init__(self, row: Columns) -> None:
         super().__init__(row, row.left_out, row.about)
-        self.taken = taken
+        self.taken = set[str]()
 
     def __getitem__(self, name: str) -> Any:
         self.taken.add(name)
@@ -168,7 +168,8 @@ def _named(row: dict[str, Any]) -> None:
     for name, field in _OTHER_NAMES.items():
         if name in row and field not in row:
             row[field] = row.pop(name)
-    if "chosen" in row or not (row.get("rejected") and isinstance(row["rejected"], (str, list, dict))):
+    rejected = row.get("rejected")
+    if "chosen" in row or not rejected or not isinstance(rejected, (str, list, dict)) or is_word(rejected):
         return
     for name in _CONVERSATIONS:
         turns = row.get(name)
@@ -179,6 +180,11 @@ def _named(row: dict[str, Any]) -> None:
         if isinstance(row.get(name), (str, dict)) and row[name]:
             row["chosen"] = row.pop(name)
             return
+
+
+def is_word(value: Any) -> bool:
+    """Return whether a CSV cell is true or false, in any case."""
+    return isinstance(value, Cell) and value.strip().lower() in ("true", "false")
 
 
 def _stored(name: str, text: str) -> Any:
@@ -198,15 +204,15 @@ def _stored(name: str, text: str) -> Any:
 
 def refuse_unreadable(row: Raw) -> None:
     """Raise RowError for a row with images, videos or audio, or with messages as Python prints them."""
-    for name in row:
+    for name, value in row.items():
         if not (match := _media(name)):
             continue
-        value = dict.get(row, name) if isinstance(row, dict) else row[name]
         # image_url may be a fact about a text; not so where the text has a place for it.
         if _holds(value) and (match == "whole" or _PLACEHOLDER.search(repr(dict(row)))):
             raise RowError("not text", f"field {name!r} holds {_found(value)}; only text can be trained on")
-    for name in _TEXTS & row.keys():
-        value = dict.get(row, name) if isinstance(row, dict) else row[name]
+    for name, value in row.items():
+        if name not in _TEXTS:
+            continue
         if isinstance(value, str) and _PRINTED.match(value) and _SPEAKER.search(value) and not _is_json(value):
             raise RowError(
                 "messages as text",
@@ -228,7 +234,7 @@ def _holds(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_holds, value.values()))
     if isinstance(value, (str, bytes)):
-        return bool(value.strip())
+        return value.strip() not in ("", "[]", "{}", b"")
     return value is not None and not isinstance(value, (bool, int, float))
 
 
@@ -260,7 +266,7 @@ def question_of(row: Raw) -> str:
         words = _words(name)
         if "_".join(words) in _QUESTIONS and isinstance(value, str) and value.strip():
             return str(name)
-        if isinstance(value, list) and value and is_message(value[0]) and not _ABOUT_ROW & set(words):
+        if isinstance(value, list) and value and is_message(value[0]) and not _is_about(words):
             return str(name)
     question = about_of(row).question
     return question if question in row else ""
@@ -282,11 +288,16 @@ def _words(name: Any) -> tuple[str, ...]:
     return tuple(re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", " ", str(name)).lower().split())
 
 
+def _is_about(words: tuple[str, ...]) -> bool:
+    """Return whether a column's name says that it holds no question: question_id, chosen_model, source."""
+    return not words or words[-1] in _ABOUT_ROW or bool({"chosen", "rejected"} & set(words))
+
+
 def _column_of_questions(rows: list[Any]) -> str:
     """Return a column of pairs of texts whose own texts differ in most rows and are mostly sentences."""
     pairs = [row for row in rows if all(isinstance(row.get(side), str) for side in ("chosen", "rejected"))]
     for name in dict.fromkeys(name for row in pairs for name in row):
-        if name == "prompt" or _ABOUT_ROW & set(_words(name)):
+        if name == "prompt" or _is_about(_words(name)):
             continue
         texts = [
             row[name] for row in pairs if isinstance(row.get(name), str) and row[name] not in (row["chosen"], row["rejected"])

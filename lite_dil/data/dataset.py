@@ -7,7 +7,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import IO, overload
 
 import numpy as np
@@ -239,12 +239,13 @@ def load(
     if any(source.weight != 1 for source in sources):
         taken = np.concatenate(order)
         examples, named = Picked(store, taken), named[taken]
-    return DataSet(examples, form, chat, answers, sources, *astuple(cuts), store, named)
+    cut = (cuts.prompts, cuts.responses, cuts.halved, cuts.none_at)
+    return DataSet(examples, form, chat, answers, sources, *cut, store, named)
 
 
 @dataclass
 class _Cuts:
-    """Counts what ``--max-length`` cuts; its fields are four of `DataSet`, in their order."""
+    """Counts what ``--max-length`` cuts, for the fields of `DataSet`."""
 
     prompts: int = 0
     responses: int = 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from lite_dil.base.errors import nearest
 from lite_dil.base.signs import CHOSEN, REJECTED
-from lite_dil.data.columns import question_of
+from lite_dil.data.columns import is_word, question_of
 from lite_dil.data.draft import PAIR, TIES, Draft, Raw, Tie
 from lite_dil.data.files import Cell, RowError
 from lite_dil.data.messages import Completion, Message, kind_of, read_answer, read_messages, read_text, read_tools
@@ -174,7 +174,9 @@ def of_completion(row: Raw) -> Draft:
 def _label_of(row: Raw) -> str:
     """Return the column that says whether the only response is good; empty if none does."""
     # A label that is not boolean may mean anything, for example a topic.
-    return next((n for n in ("kto_tag", "label") if n in row and (n == "kto_tag" or isinstance(row[n], bool))), "")
+    return next(
+        (n for n in ("kto_tag", "label") if n in row and (n == "kto_tag" or isinstance(row[n], bool) or is_word(row[n]))), ""
+    )
 
 
 def _label(row: Raw, name: str) -> int:

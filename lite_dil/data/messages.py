@@ -144,5 +144,7 @@ def kind_of(value: Any) -> str:
         return "null"
     if isinstance(value, (list, dict)) and not value:
         return f"an empty {'list' if isinstance(value, list) else 'object'}"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    if isinstance(value, str):  # a CSV file's texts are of a type of their own
+        return "text"
+    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)

@@ -108,6 +108,12 @@ class Reader:
         """Columns of which nothing is read, judged by the first rows that have them."""
         return [name for name in self._seen if name not in self._taken]
 
+    def _note(self, row: Any) -> None:
+        """Note which columns of a row were read."""
+        if isinstance(row, Recorded) and row.taken:
+            self._seen |= dict.fromkeys(row)
+            self._taken |= row.taken | {name for name, value in row.items() if value in ("", [], {})}
+
     def __iter__(self) -> Iterator[Row]:
         head = list(itertools.islice(self._records, LOOKED_AT))
         named = [tidy(v, self.columns) for _, v in head if isinstance(v, dict) and v.keys() >= set(self.columns.values())]
@@ -118,11 +124,14 @@ class Reader:
             try:
                 if isinstance(value, RowError):
                     raise value
-                row = self._row(self._recorded(tidy(value, self.columns, self._about), number < LOOKED_AT), place)
+                value = self._recorded(tidy(value, self.columns, self._about), number < LOOKED_AT)
+                row = self._row(value, place)
+                self._note(value)
             except Tie as tie:
                 self.notes[str(tie)] += 1
                 continue
             except RowError as error:
+                self._note(value)
                 self.problems.append(Problem(error.kind, place, str(error)))
                 continue
             yield row
@@ -131,9 +140,7 @@ class Reader:
         """Return a row that notes which of its columns are read, if it is one of the first or has a column that they lack."""
         if not isinstance(row, Columns) or not (first or not row.keys() <= self._seen.keys()):
             return row
-        self._seen |= dict.fromkeys(row)
-        self._taken |= {name for name, v in row.items() if v in ("", [], {})}
-        return Recorded(row, self._taken)
+        return Recorded(row)
 
     def _row(self, value: Any, place: str) -> Row:
         try:
