@@ -24,6 +24,7 @@ ASK, HUMAN = "Why is the sky blue?", {"from": "human", "value": "Why is the sky 
 HH = "\n\nHuman: Why is the sky blue?\n\nAssistant:"
 PAIR, TURNED = (([WHY], ("Rayleigh.", "Paint."), (1, -1)),), (([WHY], ("Paint.", "Rayleigh."), (1, -1)),)
 SYSTEM_PAIR = (([KIND, WHY], ("Rayleigh.", "Paint."), (1, -1)),)
+SYSTEM_GOOD = (([KIND, WHY], ("Rayleigh.",), (1,)),)
 TEXT_PAIR = ((ASK, ("Rayleigh.", "Paint."), (1, -1)),)
 
 
@@ -98,7 +99,8 @@ UNTIED: list[tuple[str, list[dict[str, Any]], Any]] = [
         [{"conversations": [{**HUMAN, "role": None}, {"role": "assistant", "content": "Yes.", "from": None, "value": None}]}],
         (([WHY], ("Yes.",), (1,)),),
     ),
-    ("KTO", [{"system": "Be kind.", "prompt": [WHY], "completion": [CHOSEN], "label": 0}], (([KIND, WHY], ("Rayleigh.",), (-1,)),)),
+    ("KTO", [{"prompt": [KIND, WHY], "completion": [CHOSEN], "label": 0}], (([KIND, WHY], ("Rayleigh.",), (-1,)),)),
+    ("KTO, system", [{"system": "Be kind.", **two("completion", "x"), "prompt": [WHY], "label": True}], SYSTEM_GOOD),
     ("labelled Alpaca", [{"instruction": ASK, "output": "Paint.", "label": False}], (([WHY], ("Paint.",), (-1,)),)),
     ("labelled messages", [{"messages": [WHY, REJECTED], "label": False}], (([WHY], ("Paint.",), (-1,)),)),
     ("history", [{"history": [["hi", "yo"]], "prompt": [WHY], "completion": "Yes."}], (
