@@ -184,7 +184,7 @@ def _array(path: Path, text: bytes) -> list[Any] | None:
     if isinstance(value, dict):
         lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
         # A single row of the format "messages" holds such a list too.
-        return lists[0] if len(value) == len(lists) == 1 and not {"role", "from"} & lists[0][0].keys() else None
+        return lists[0] if len(value) == len(lists) == 1 and not {"role", "from", "content"} & lists[0][0].keys() else None
     return value if isinstance(value, list) else None
 
 

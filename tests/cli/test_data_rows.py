@@ -93,7 +93,8 @@ def test_a_token_beyond_the_table_is_one_message(report: Any, step: Any, tiny: s
     model = str(tmp_path / "model")
     shutil.copytree(tiny, model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.add_tokens(["<|extra|>"])  # 512, and the table has rows 0 to 511
+    fillers = [f"<|filler{number}|>" for number in range(512 - len(tokenizer))]
+    tokenizer.add_tokens([*fillers, "<|extra|>"])  # the last is 512, and the table has rows 0 to 511
     tokenizer.save_pretrained(model)
     good = pair("what", " the", " red")
     fine = write(tmp_path / "fine.jsonl", [good] * 3)  # a model may have such tokens and never use them
