@@ -10,7 +10,7 @@ from typing import Any
 from lite_dil.base.errors import UserError
 from lite_dil.config.options import build
 from lite_dil.data.dataset import reader_of
-from lite_dil.data.reader import Row, refuse
+from lite_dil.data.reader import Row
 from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import split_sources
 
@@ -45,7 +45,7 @@ class Data:
             for row in reader:
                 kept += 1
                 yield row
-            refuse(name, [] if config.skip_bad_rows and kept else reader.problems, kept)
+            reader.check(kept, config.skip_bad_rows)
 
 
 def read(
@@ -53,6 +53,7 @@ def read(
     *,
     data_format: str = "auto",
     columns: Mapping[str, str] | str | None = None,
+    chat: bool = False,
     max_rows: int | None = None,
     skip_bad_rows: bool = False,
 ) -> Data:
@@ -63,6 +64,7 @@ def read(
             ``owner/name[/config][:split]``, several as ``a.jsonl,b.jsonl=0.5``, or an iterable of dicts, which is read once.
         data_format: the format of the rows; "auto" detects it from the first 100.
         columns: the column of a field, if they differ in name: ``{"chosen": "good"}``.
+        chat: whether plain-text prompts become the user's messages.
         max_rows: the most rows to read from a source.
         skip_bad_rows: skip unusable rows, and list them in the run's skipped_rows.jsonl, instead of stopping.
 
@@ -71,7 +73,8 @@ def read(
     """
     if isinstance(columns, Mapping):
         columns = ",".join(f"{name}={column}" for name, column in columns.items())
-    options = {"data_format": data_format, "columns": columns, "max_rows": max_rows, "skip_bad_rows": skip_bad_rows}
+    options = {"data_format": data_format, "columns": columns, "chat": chat, "max_rows": max_rows}
+    options["skip_bad_rows"] = skip_bad_rows
     options = {name: value for name, value in options.items() if value not in (None, False, "auto")}
     build(options, {})
     if isinstance(source, (str, Path)):

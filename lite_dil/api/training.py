@@ -26,7 +26,7 @@ from lite_dil.runs.folder import adapter_of, find_checkpoint
 
 # Options that other arguments set.
 _NOT_HERE = {"data": "data is the second argument"} | dict.fromkeys(
-    ("data_format", "columns", "max_rows", "skip_bad_rows"), "give it to dil.read"
+    ("data_format", "columns", "chat", "max_rows", "skip_bad_rows"), "give it to dil.read"
 )
 _AUTO = {"auto": "auto is only for lite-dil train; what it chooses is set in dil.load"}
 

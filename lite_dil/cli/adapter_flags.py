@@ -44,4 +44,4 @@ def find(args: argparse.Namespace) -> AdapterSource:
 
 def options_of(args: argparse.Namespace) -> ResolvedConfig:
     """Return the options of train among the flags, checked, with defaults for the others."""
-    return build({name: value for name, value in vars(args).items() if name in FIELDS}, {})
+    return build({name: value for name, value in vars(args).items() if name in FIELDS and value is not None}, {})

@@ -56,6 +56,7 @@ _DATA_FLAGS = (
     "eval_data",
     "data_format",
     "columns",
+    "chat",
     "max_rows",
     "skip_bad_rows",
     "max_length",

@@ -76,6 +76,8 @@ class Show:
                 self._line(f"{story['first']}: {story['message']}", indent=6)
         for note in source["notes"]:
             self._line(f"{count(note['rows'], 'row')}: {note['note']}", indent=2)
+        if source["unread"]:
+            self._line(f"columns not read: {', '.join(map(str, source['unread']))}", indent=2)
 
     def _answers(self, found: dict[str, Any]) -> None:
         kind = "chat messages, laid out by the model's chat template" if found["chat"] else "plain text, no chat template"

@@ -18,11 +18,12 @@ from lite_dil.base.files import scratch_file
 from lite_dil.base.hashing import tokens_digest
 from lite_dil.base.signs import CHOSEN
 from lite_dil.base.streams import row_draws
+from lite_dil.base.text import count
 from lite_dil.data.encoder import Encoder, Example, truncate
 from lite_dil.data.files import RowError
 from lite_dil.data.formats import FORMATS
 from lite_dil.data.options import DataOptions
-from lite_dil.data.reader import Problem, Reader, Row, parse_columns, refuse
+from lite_dil.data.reader import Problem, Reader, Row, parse_columns
 from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import split_sources
 from lite_dil.models.find import cache_dir
@@ -125,6 +126,7 @@ class Source:
         kept: how many rows are usable.
         format: the name of its format, in `lite_dil.data.formats.FORMATS`.
         problems: the rows that were left out, and why.
+        unread: its columns of which nothing was read.
         notes: changes to rows that their owner should know about, and to how many rows.
     """
 
@@ -134,6 +136,7 @@ class Source:
     format: str
     problems: list[Problem]
     notes: Counter[str]
+    unread: list[str]
 
 
 @dataclass
@@ -145,6 +148,8 @@ class DataSet:
         chat: whether prompts are chat messages.
         responses: how many of each sign were read.
         prompts_cut, responses_cut: in how many examples `max_length` cut the prompt, and a response.
+        prompts_halved: of how many examples it left less than half of the prompt.
+        cuts_none: the smallest `max_length` that would cut none.
         store: every example once, in the order of the data.
         names: (examples, 2) uint64, for each example a hash of its prompt, and of its prompt with its responses in any order,
             before cutting.
@@ -157,6 +162,8 @@ class DataSet:
     sources: list[Source]
     prompts_cut: int
     responses_cut: int
+    prompts_halved: int
+    cuts_none: int
     store: Sequence[Example]
     names: np.ndarray
 
@@ -169,7 +176,9 @@ class DataSet:
 def reader_of(name: str, split: str, options: DataOptions, rows: Rows | None = None) -> Reader:
     """Return the reader for one source, or for a program's rows, with the settings of `options`."""
     columns = parse_columns(options.columns)
-    return Reader(name, split, format=options.data_format, columns=columns, limit=options.max_rows, rows=rows)
+    return Reader(
+        name, split, format=options.data_format, columns=columns, limit=options.max_rows, chat=options.chat, rows=rows
+    )
 
 
 def load(
@@ -195,7 +204,7 @@ def load(
     """
     store, answers, names = ExampleStore(), Counter[int](), bytearray()
     sources: list[Source] = []
-    form, chat, prompts_cut, responses_cut = "", False, 0, 0
+    form, chat, cuts = "", False, _Cuts()
     order: list[np.ndarray] = []
     random = row_draws(options.seed)
     for weight, reader in _readers(data, split, options):
@@ -203,11 +212,11 @@ def load(
         for row in reader:
             try:
                 whole = encoder.encode(row)
+                example = _cut(whole, options.max_length)
             except RowError as error:
                 reader.problems.append(Problem(error.kind, row.place, str(error)))
                 continue
             rows += 1
-            example, prompt_cut, response_cut = truncate(whole, options.max_length)
             if watch:
                 watch(row, whole, example)
             answers.update(row.signs)
@@ -215,23 +224,76 @@ def load(
                 continue
             store.append(example)
             names += tokens_digest(whole.prompt)[:8] + tokens_digest(whole.prompt, whole.responses)[:8]
-            prompts_cut += prompt_cut
-            responses_cut += response_cut
+            cuts.add(whole, example)
         if strict:
-            refuse(name, [] if options.skip_bad_rows and rows else reader.problems, rows)
+            reader.check(rows, options.skip_bad_rows)
         if rows:
             if form and (reader.form, reader.chat) != (form, chat):
                 one, other = _kind(form, chat), _kind(reader.form, reader.chat)
                 raise UserError(f"--data: {sources[0].name} has {one} and {name} {other}; train on one kind at a time")
             form, chat = reader.form, reader.chat
-        sources.append(Source(name, weight, rows, reader.format, reader.problems, reader.notes))
+        sources.append(Source(name, weight, rows, reader.format, reader.problems, reader.notes, reader.unread))
         order.append(_often(np.arange(first, len(store)), weight, random))
     named = np.frombuffer(names, np.uint64).reshape(-1, 2)
     examples: Sequence[Example] = store
     if any(source.weight != 1 for source in sources):
         taken = np.concatenate(order)
         examples, named = Picked(store, taken), named[taken]
-    return DataSet(examples, form, chat, answers, sources, prompts_cut, responses_cut, store, named)
+    cut = (cuts.prompts, cuts.responses, cuts.halved, cuts.none_at)
+    return DataSet(examples, form, chat, answers, sources, *cut, store, named)
+
+
+@dataclass
+class _Cuts:
+    """Counts what ``--max-length`` cuts, for the fields of `DataSet`."""
+
+    prompts: int = 0
+    responses: int = 0
+    halved: int = 0
+    none_at: int = 0
+
+    def add(self, whole: Example, cut: Example) -> None:
+        """Add an example, before and after cutting."""
+        self.prompts += len(cut.prompt) < len(whole.prompt)
+        self.responses += any(map(_shorter, cut.responses, whole.responses))
+        self.halved += 2 * len(cut.prompt) < len(whole.prompt)
+        self.none_at = max(self.none_at, _needed(whole))
+
+
+def _shorter(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return len(one) < len(other)
+
+
+def _needed(example: Example) -> int:
+    """Return the smallest ``--max-length`` that cuts nothing of an example."""
+    return len(example.prompt) + max(map(len, example.responses))
+
+
+def _cut(whole: Example, max_length: int) -> Example:
+    """Cut an example. Raises RowError if a pair's responses differ only in what is cut off: nothing is learned from it."""
+    cut, *_ = truncate(whole, max_length)
+    if len(cut.signs) < 2 or cut.responses[0] != cut.responses[1]:
+        return cut
+    same = len(cut.responses[0])
+    while whole.responses[0][same : same + 1] == whole.responses[1][same : same + 1]:
+        same += 1
+    raise RowError(
+        "identical responses",
+        f"'chosen' and 'rejected' are the same as far as --max-length {max_length} keeps them, and differ from token "
+        f"{same + 1} on; --max-length {_needed(whole)} cuts nothing of this row, and {same + 2} just tells them apart",
+    )
+
+
+def halved(data: DataSet, max_length: int) -> str:
+    """Return a warning about prompts of which ``--max-length`` leaves less than half; empty if there are none."""
+    if not data.prompts_halved:
+        return ""
+    lost, rows = data.prompts_halved, len(data.store)
+    return (
+        f"{count(lost, 'prompt')} ({lost / rows:.1%} of the rows) of which --max-length {max_length} leaves less than half, "
+        "because the responses need the room: they are learned without their questions; "
+        f"--max-length {data.cuts_none} cuts none"
+    )
 
 
 def _readers(data: str | Rows, split: str, options: DataOptions) -> list[tuple[float, Reader]]:

@@ -13,6 +13,7 @@ from lite_dil.data.files import RowError
 from lite_dil.data.messages import Message
 from lite_dil.data.reader import Row
 from lite_dil.data.rendering import Rendering
+from lite_dil.models.table import beyond_table
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Encoder:
         self.tokenizer = tokenizer
         if tokenizer.eos_token is None:
             raise UserError("the tokenizer has no end-of-sequence token, so the model cannot learn where responses end")
+        self._beyond = beyond_table(tokenizer)
         # A prompt is tokenised by itself and again before each of its responses.
         self.ids = lru_cache(16)(self._ids)
         with_special = tuple(tokenizer("a").input_ids)
@@ -51,7 +53,13 @@ class Encoder:
 
     def _ids(self, text: str) -> tuple[int, ...]:
         """Tokenise `text` without adding special tokens."""
-        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return self._in_table(tuple(self.tokenizer(text, add_special_tokens=False).input_ids))
+
+    def _in_table(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Return `ids`. Raises UserError if the model's embedding table lacks one of them."""
+        if self._beyond and (found := self._beyond.keys() & set(ids)):
+            raise UserError(self._beyond[min(found)])
+        return ids
 
     def encode(self, row: Row) -> Example:
         """Tokenise one row. Raises RowError, with the reason, if the row or the template does not allow it."""
@@ -71,7 +79,7 @@ class Encoder:
         """Tokenise a rendered prompt, with exactly one BOS if the model uses one (a chat template prints its own)."""
         ids = self.ids(prompt)
         if not chat and self.bos and ids[: len(self.bos)] != self.bos:
-            return self.bos + ids
+            return self._in_table(self.bos) + ids
         return ids
 
     def prompt(self, prompt: str | list[Message], tools: list[dict[str, Any]] | None = None) -> tuple[int, ...]:

@@ -26,11 +26,6 @@ PlacedRow = tuple[str, Any]
 TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 COLUMNAR = (".parquet", ".arrow")
 PACKED = (".gz", ".zst")
-# Table columns that hold lists as JSON; other cells are text even if it looks like JSON, since a response may be JSON.
-_LIST_COLUMNS = {
-    *("tools", "history", "conversations", "messages", "responses", "completions", "answers", "candidates", "generations"),
-    *("outputs", "scores", "overall_scores", "ratings", "rewards", "ranks"),
-}
 
 
 class Cell(str):
@@ -189,7 +184,7 @@ def _array(path: Path, text: bytes) -> list[Any] | None:
     if isinstance(value, dict):
         lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
         # A single row of the format "messages" holds such a list too.
-        return lists[0] if len(value) == len(lists) == 1 and not {"role", "from"} & lists[0][0].keys() else None
+        return lists[0] if len(value) == len(lists) == 1 and not {"role", "from", "content"} & lists[0][0].keys() else None
     return value if isinstance(value, list) else None
 
 
@@ -214,7 +209,7 @@ def _parse(line: bytes) -> Any:
 
 
 def _csv(path: Path, stream: IO[bytes], tabs: bool) -> Iterator[PlacedRow]:
-    """Read a table with a header; see `_cell` for cells that hold JSON."""
+    """Read a table with a header."""
     csv.field_size_limit(2**31 - 1)  # the default is 128 KiB, too small for long responses
     lines = _decoded(path, stream)
     header = next(lines, "")
@@ -228,7 +223,7 @@ def _csv(path: Path, stream: IO[bytes], tabs: bool) -> Iterator[PlacedRow]:
         for cells in reader:
             place, started = f"{path} line {started}", reader.line_num + 1
             if len(cells) == len(names):
-                yield place, {name: _cell(name, cell) for name, cell in zip(names, cells, strict=True)}
+                yield place, dict(zip(names, map(Cell, cells), strict=True))
             elif cells:
                 yield place, RowError("wrong number of cells", f"{len(cells)} cells, but the header has {len(names)}")
     except csv.Error as error:
@@ -241,17 +236,6 @@ def _decoded(path: Path, stream: IO[bytes]) -> Iterator[str]:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} line {number}: not UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
-
-
-def _cell(column: str, text: str) -> Any:
-    """Return a cell's text, or the value that its JSON encodes if that is messages or the column holds lists."""
-    if text.lstrip()[:1] in ("[", "{"):
-        with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(text)
-            messages = value if isinstance(value, list) and value else [value]
-            if column in _LIST_COLUMNS or all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in messages):
-                return value
-    return Cell(text)
 
 
 def _columnar(path: Path, raw: IO[bytes], start: bytes) -> Iterator[PlacedRow]:

@@ -2,62 +2,76 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 from lite_dil.base.errors import nearest
 from lite_dil.base.signs import CHOSEN, REJECTED
+from lite_dil.data.columns import is_word, question_of
+from lite_dil.data.draft import PAIR, TIES, Draft, Raw, Tie
 from lite_dil.data.files import Cell, RowError
 from lite_dil.data.messages import Completion, Message, kind_of, read_answer, read_messages, read_text, read_tools
+from lite_dil.data.splitting import is_transcript, split_messages, split_text, transcript, transcript_prompt
 
-Raw = Mapping[str, Any]
-
-
-class Draft(NamedTuple):
-    """A row's content before it is checked: a prompt, its responses, the sign of each, and the tools.
-
-    `note` says what was changed in the row, in the same words for all such rows.
-    """
-
-    prompt: str | list[Message]
-    answers: tuple[Completion, ...]
-    signs: tuple[int, ...]
-    tools: list[dict[str, Any]] | None = None
-    note: str = ""
-    labelled: bool = False  # the sign comes from a label
-
-
-PAIR = (CHOSEN, REJECTED)
-HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_MARK = re.compile(r"\n\n(Human|Assistant):")
 # Names in use for lists of responses, the text of one, its score and its rank.
 LISTS = ("responses", "completions", "answers", "candidates", "generations", "outputs")
-_TEXTS = ("response", "completion", "answer", "text", "content", "output", "generation")
+TEXTS = ("response", "completion", "answer", "text", "content", "output", "generation")
 SCORE_FIELDS = ("score", "overall_score", "rating", "reward")
 QUESTIONS = ("prompt", "instruction", "question", "query")
+_NOTHING: tuple[Any, ...] = (None, "", [])
+_REPEATED = "responses that began with the whole prompt: removed it"
 
 
 def is_pair(row: Raw) -> bool:
     """Return whether a row has both responses of a pair."""
-    return "chosen" in row and "rejected" in row
+    return row.get("chosen") not in _NOTHING and row.get("rejected") not in _NOTHING
 
 
 def of_preference(row: Raw) -> Draft:
     """Read a pair in TRL's form: the prompt is a field, or the shared start of both responses. Raises RowError."""
     _need(row, ("chosen", "rejected"))
     tools, sides = read_tools(row), [row["chosen"], row["rejected"]]
-    if "prompt" not in row and all(isinstance(side, str) for side in sides):
-        return _split_text(*sides)
-    if all(isinstance(side, list) and len(side) > 1 for side in sides):  # whole conversations, the prompt among them
-        draft = _split_messages(read_messages(sides[0], "chosen"), read_messages(sides[1], "rejected"), tools)
-        if "prompt" in row:
+    prompted = row.get("prompt") not in _NOTHING
+    whole = [isinstance(side, list) and len(side) > 1 for side in sides]  # conversations, the prompt among them
+    if all(whole):
+        draft = split_messages(read_messages(sides[0], "chosen"), read_messages(sides[1], "rejected"), tools)
+        if prompted:
             _same_prompt(row["prompt"], draft)
         return draft
-    _need(row, ("prompt",))
-    prompt, *answers = _explicit(row["prompt"], {"chosen": sides[0], "rejected": sides[1]})
+    prompt = row["prompt"] if prompted else _prompt_beside(row, sides, whole)
+    if any(whole) and not prompted:
+        sides = [side[-1:] if is_whole else side for side, is_whole in zip(sides, whole, strict=True)]
+    if (
+        prompt is None
+        and all(isinstance(side, str) for side in sides)
+        and ("prompt" not in row or all(map(is_transcript, sides)))
+    ):
+        return split_text(sides[0], sides[1], row)
+    if prompt is None:
+        _need(row, ("prompt",))
+        prompt = row["prompt"]
+    prompt, *answers = _explicit(prompt, {"chosen": sides[0], "rejected": sides[1]})
     draft = Draft(prompt, tuple(answers), PAIR, tools)
     return _without_prompt(draft) if isinstance(prompt, str) else draft
+
+
+def _prompt_beside(row: Raw, sides: list[Any], whole: list[bool]) -> list[Any] | None:
+    """Return the prompt of two responses without one: the conversation that one of them ends, or the column 'messages'."""
+    if any(whole):
+        return list(sides[whole.index(True)][:-1])
+    turns = row.get("messages")
+    if not isinstance(turns, list) or not turns:
+        return None
+    messages = read_messages(turns, "messages")
+    if messages[-1]["role"] != "assistant":
+        return turns
+    chosen = read_answer(sides[0], "chosen")
+    if (
+        len(turns) > 1
+        and (chosen if isinstance(chosen, str) else chosen["content"]).strip() == messages[-1]["content"].strip()
+    ):
+        return turns[:-1]
+    raise RowError("contradictory prompt", "'messages' ends in another response than 'chosen'; expected the prompt there")
 
 
 def _explicit(prompt: Any, answers: dict[str, Any]) -> list[Any]:
@@ -98,7 +112,7 @@ def _without_prompt(draft: Draft) -> Draft:
     repeats = [bool(prompt) and repeated(answer) for answer in draft.answers]
     if all(repeats):
         answers = tuple(str(answer)[len(prompt) :] for answer in draft.answers)
-        return draft._replace(prompt=prompt, answers=answers, note="responses that began with the whole prompt: removed it")
+        return draft._replace(prompt=prompt, answers=answers, notes=(_REPEATED,))
     if any(repeats):
         raise RowError(
             "prompt in one response",
@@ -108,73 +122,17 @@ def _without_prompt(draft: Draft) -> Draft:
     return draft
 
 
-def _split_messages(chosen: list[Message], rejected: list[Message], tools: list[dict[str, Any]] | None = None) -> Draft:
-    """Split two conversations after the last shared message; one message must remain in each."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    if shared == len(chosen) == len(rejected):
-        raise RowError("identical responses", "'chosen' and 'rejected' are the same conversation: no preference to learn")
-    if not shared:
-        raise RowError("no shared prompt", "'chosen' and 'rejected' have no common first message, so there is no prompt")
-    if len(chosen) != len(rejected):
-        raise RowError(
-            "different numbers of turns",
-            f"'chosen' has {len(chosen)} messages and 'rejected' {len(rejected)}, of which the first {shared} are the same; "
-            "expected conversations that differ only in the last response",
-        )
-    if shared < len(chosen) - 1:
-        raise RowError(
-            "more than the last response differs",
-            f"'chosen' and 'rejected' differ from message {shared + 1} of {len(chosen)} on; expected only the last to differ",
-        )
-    answers = (read_answer(chosen[shared:], "chosen"), read_answer(rejected[shared:], "rejected"))
-    return Draft(chosen[:shared], answers, PAIR, tools)
-
-
-def _split_text(chosen: str, rejected: str) -> Draft:
-    """Split two plain texts at their last shared assistant mark, or before the first word that differs."""
-    read_text(chosen, "chosen"), read_text(rejected, "rejected")
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    shared = next((i for i, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
-    mark = chosen.rfind(_ASSISTANT, 0, shared)
-    if mark >= 0 and mark + len(_ASSISTANT) <= shared:
-        at, note = mark + len(_ASSISTANT), ""
-    else:
-        if _MARK.search(f"\n\n{chosen.lstrip()}"):
-            raise RowError("no shared prompt", "'chosen' and 'rejected' are transcripts of different prompts")
-        # Never split a word: it belongs to the responses.
-        at = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared))
-        note = "prompts guessed: the shared start of both texts, up to the last whole word"
-    if at <= 0 or not chosen[:at].strip():
-        raise RowError("no shared prompt", "there is no 'prompt', and 'chosen' and 'rejected' share no start")
-    return Draft(chosen[:at], (chosen[at:], rejected[at:]), PAIR, None, note)
-
-
-def _transcript(value: Any, field: str) -> list[Message]:
-    text = f"\n\n{read_text(value, field).lstrip()}"
-    first, *parts = _MARK.split(text)
-    if first.strip() or not parts:
-        raise RowError(
-            "no transcript", f"field {field!r} does not begin with 'Human:'; expected a transcript of Human: and Assistant:"
-        )
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
-
-
 def of_hh(row: Raw) -> Draft:
     """Read a pair of raw HH transcripts. Raises RowError."""
     _need(row, ("chosen", "rejected"))
-    return _split_messages(_transcript(row["chosen"], "chosen"), _transcript(row["rejected"], "rejected"))
+    return split_messages(transcript(row["chosen"], "chosen"), transcript(row["rejected"], "rejected"), read_tools(row))
 
 
 def of_sharegpt(row: Raw) -> Draft:
     """Read a ShareGPT or LLaMA-Factory conversation: a pair next to it, or its last turn as the response. Raises RowError."""
     _need(row, ("conversations",))
     messages, tools = read_messages(row["conversations"], "conversations"), read_tools(row)
-    if row.get("system"):
-        messages = [{"role": "system", "content": read_text(row["system"], "system")}, *messages]
-    if row.get("chosen") is not None or row.get("rejected") is not None:
+    if row.get("chosen") not in _NOTHING or row.get("rejected") not in _NOTHING:
         _need(row, ("chosen", "rejected"))
         return Draft(messages, (read_answer(row["chosen"], "chosen"), read_answer(row["rejected"], "rejected")), PAIR, tools)
     return _last_turn(messages, row, "conversations", tools)
@@ -187,8 +145,7 @@ def _last_turn(messages: list[Message], row: Raw, field: str, tools: list[dict[s
             "no prompt", f"field {field!r} has {len(messages)} message; expected a prompt and the assistant's response"
         )
     answer = read_answer(messages[-1:], f"{field}[{len(messages) - 1}]")
-    # A label that is not boolean may mean anything, for example a topic.
-    name = next((n for n in ("kto_tag", "label") if n in row and (n == "kto_tag" or isinstance(row[n], bool))), "")
+    name = _label_of(row)
     return Draft(messages[:-1], (answer,), (_label(row, name) if name else CHOSEN,), tools, labelled=bool(name))
 
 
@@ -214,6 +171,14 @@ def of_completion(row: Raw) -> Draft:
     return Draft(prompt, (answer,), (CHOSEN,), read_tools(row))
 
 
+def _label_of(row: Raw) -> str:
+    """Return the column that says whether the only response is good; empty if none does."""
+    # A label that is not boolean may mean anything, for example a topic.
+    return next(
+        (n for n in ("kto_tag", "label") if n in row and (n == "kto_tag" or isinstance(row[n], bool) or is_word(row[n]))), ""
+    )
+
+
 def _label(row: Raw, name: str) -> int:
     value = row[name]
     if isinstance(value, (bool, int, float)) and value in (0, 1):  # a table column with nulls turns true into 1.0
@@ -232,17 +197,22 @@ def of_alpaca(row: Raw) -> Draft:
     question = read_text(row["instruction"], "instruction")
     if row.get("input"):
         question += f"\n{read_text(row['input'], 'input')}"
-    messages: list[Message] = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": read_text(row["system"], "system")})
-    for number, turn in enumerate(row.get("history") or []):
-        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
-            raise RowError("wrong type", f"history[{number}] is {kind_of(turn)}; expected [question, response]")
-        messages.append({"role": "user", "content": read_text(turn[0], f"history[{number}][0]")})
-        messages.append({"role": "assistant", "content": read_text(turn[1], f"history[{number}][1]")})
-    messages.append({"role": "user", "content": question})
+    prompt = row.get("prompt")
+    if (
+        isinstance(prompt, str)
+        and prompt.strip()
+        and prompt.strip() not in question
+        and row["instruction"].strip() not in prompt
+    ):
+        raise RowError(
+            "two prompts",
+            "'prompt' and 'instruction' are different texts; remove one, or --data-format preference (or completion) reads "
+            "'prompt'",
+        )
+    tools = read_tools(row)
+    messages = [*of_turns(row.get("history") or []), {"role": "user", "content": question}]
     if is_pair(row):
-        return Draft(messages, (read_answer(row["chosen"], "chosen"), read_answer(row["rejected"], "rejected")), PAIR)
+        return Draft(messages, (read_answer(row["chosen"], "chosen"), read_answer(row["rejected"], "rejected")), PAIR, tools)
     _need(row, ("output",))
     if isinstance(row["output"], list):  # ranked, the best first
         if len(row["output"]) < 2:
@@ -250,11 +220,23 @@ def of_alpaca(row: Raw) -> Draft:
                 "too few responses", f"field 'output' has {len(row['output'])} responses; expected at least two, best first"
             )
         best, worst = row["output"][0], row["output"][-1]
-        return Draft(messages, (read_text(best, "output[0]"), read_text(worst, f"output[{len(row['output']) - 1}]")), PAIR)
-    labelled = "kto_tag" in row
-    return Draft(
-        messages, (read_text(row["output"], "output"),), (_label(row, "kto_tag") if labelled else CHOSEN,), labelled=labelled
-    )
+        return Draft(
+            messages, (read_text(best, "output[0]"), read_text(worst, f"output[{len(row['output']) - 1}]")), PAIR, tools
+        )
+    label = _label_of(row)
+    sign = _label(row, label) if label else CHOSEN
+    return Draft(messages, (read_text(row["output"], "output"),), (sign,), tools, labelled=bool(label))
+
+
+def of_turns(turns: Iterable[Any]) -> list[Message]:
+    """Return the messages of [question, response] pairs, the column 'history'. Raises RowError."""
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise RowError("wrong type", f"history[{number}] is {kind_of(turn)}; expected [question, response]")
+        messages.append({"role": "user", "content": read_text(turn[0], f"history[{number}][0]")})
+        messages.append({"role": "assistant", "content": read_text(turn[1], f"history[{number}][1]")})
+    return messages
 
 
 def of_ranked(row: Raw) -> Draft:
@@ -271,24 +253,17 @@ def of_ranked(row: Raw) -> Draft:
         )
     (best, first), (worst, last) = max(scored, key=lambda s: (s[0], -s[1])), min(scored)
     if best == worst:
-        raise RowError("identical scores", f"all {len(scored)} responses have the same score: no preference to learn")
+        raise Tie("tie", TIES)
     prompt = row[question]
     if isinstance(prompt, str):
-        prompt = _transcript_prompt(prompt) or [{"role": "user", "content": read_text(prompt, question)}]
+        prompt = transcript_prompt(prompt) or [{"role": "user", "content": read_text(prompt, question)}]
     texts = tuple(read_answer(_text_of(row[field][i]), f"{field}[{i}]") for i in (first, last))
     return Draft(read_messages(prompt, question), texts, PAIR, read_tools(row))
 
 
-def _transcript_prompt(text: str) -> list[Message] | None:
-    """Read a prompt that is an HH transcript ending at the assistant's turn."""
-    if not f"\n\n{text.lstrip()}".startswith(HUMAN) or not text.rstrip().endswith(_ASSISTANT):
-        return None
-    return _transcript(text, "prompt")[:-1]
-
-
 def _text_of(item: Any) -> Any:
     if isinstance(item, dict) and "role" not in item:
-        return next((item[name] for name in _TEXTS if name in item), item)
+        return next((item[name] for name in TEXTS if name in item), item)
     return item
 
 
@@ -322,19 +297,24 @@ def _score(row: Raw, item: Any, field: str, number: int) -> float:
 def _need(row: Raw, fields: Iterable[str]) -> None:
     """Raise RowError if a field is missing or null."""
     for name in fields:
-        if name not in row:
-            near = nearest(name, set(map(str, row)) - set(fields), cutoff=0.75)
-            has = f"the row has {', '.join(map(str, row)) or 'none'}"
-            hint = f"is it {near!r}? Then --columns {name}={near}" if near else has + _questions_and_answers(row)
-            raise RowError(f"no field {name!r}", f"no field {name!r}; {hint}")
-        if row[name] is None:
-            raise RowError("wrong type", f"field {name!r} is null; expected it in every row")
+        if name in row:
+            if row[name] is None:
+                raise RowError("wrong type", f"field {name!r} is null; expected it in every row")
+            continue
+        if empty := getattr(row, "left_out", {}).get(name):
+            raise RowError("wrong type", f"field {name!r} is {empty}; expected it in every row")
+        near = nearest(name, set(map(str, row)) - set(fields), cutoff=0.75)
+        has = f"the row has {', '.join(map(str, row)) or 'none'}"
+        hint = f"is it {near!r}? Then --columns {name}={near}" if near else has + _questions_and_answers(row)
+        if name == "prompt" and (question := question_of(row)):
+            hint = f"is it {question!r}? Then --columns prompt={question}"
+        raise RowError(f"no field {name!r}", f"no field {name!r}; {hint}")
 
 
 def _questions_and_answers(row: Raw) -> str:
     """Return a hint for rows with a question and a response under other names, the most common other format."""
     question = next((name for name in (*QUESTIONS, "input", "problem") if isinstance(row.get(name), str)), "")
-    answer = next((name for name in (*_TEXTS, "solution", "reply", "target") if isinstance(row.get(name), str)), "")
+    answer = next((name for name in (*TEXTS, "solution", "reply", "target") if isinstance(row.get(name), str)), "")
     if not question or not answer or question == "prompt":
         return ""
     return f"; if these are demonstrations: --columns prompt={question},completion={answer}"

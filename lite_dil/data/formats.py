@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from lite_dil.data import compared
 from lite_dil.data import format_readers as readers
+from lite_dil.data.columns import refuse_unreadable
+from lite_dil.data.draft import Draft, Raw
 from lite_dil.data.files import RowError
-from lite_dil.data.format_readers import HUMAN, LISTS, QUESTIONS, SCORE_FIELDS, Draft, Raw, is_pair
-from lite_dil.data.messages import kind_of
+from lite_dil.data.format_readers import LISTS, QUESTIONS, SCORE_FIELDS, TEXTS, is_pair
+from lite_dil.data.messages import Completion, Message, is_message, kind_of, read_messages, read_text
+from lite_dil.data.splitting import is_transcript, transcript_prompt
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,16 @@ class Format:
 
 def _fits_hh(row: Raw) -> bool:
     sides = (row.get("chosen"), row.get("rejected"))
-    return "prompt" not in row and all(isinstance(side, str) and f"\n\n{side.lstrip()}".startswith(HUMAN) for side in sides)
+    return not row.get("prompt") and all(isinstance(side, str) and is_transcript(side) for side in sides)
 
 
 def _fits_sharegpt(row: Raw) -> bool:
-    return isinstance(row.get("conversations"), list)
+    return _is_list(row.get("conversations"))
 
 
 def _fits_alpaca(row: Raw) -> bool:
-    return "instruction" in row and ("output" in row or is_pair(row)) and not any(name in row for name in LISTS)
+    asked = "instruction" in row and (row["instruction"] != "" or "prompt" not in row)
+    return asked and ("output" in row or is_pair(row)) and not any(_is_list(row.get(name)) for name in LISTS)
 
 
 def _fits_unpaired(row: Raw) -> bool:
@@ -41,7 +46,7 @@ def _fits_unpaired(row: Raw) -> bool:
 
 
 def _fits_ranked(row: Raw) -> bool:
-    return any(name in row for name in QUESTIONS) and any(isinstance(row.get(name), list) for name in LISTS)
+    return any(name in row for name in QUESTIONS) and any(_is_list(row.get(name)) for name in LISTS)
 
 
 def _fits_completion(row: Raw) -> bool:
@@ -49,7 +54,11 @@ def _fits_completion(row: Raw) -> bool:
 
 
 def _fits_messages(row: Raw) -> bool:
-    return isinstance(row.get("messages"), list)
+    return _is_list(row.get("messages"))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value)
 
 
 FORMATS: dict[str, Format] = {
@@ -57,6 +66,12 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format("ShareGPT / LLaMA-Factory conversations", ("conversations",), _fits_sharegpt, readers.of_sharegpt),
     "alpaca": Format("Alpaca instructions", ("instruction", "output"), _fits_alpaca, readers.of_alpaca),
     "preference": Format("chosen and rejected", ("prompt", "chosen", "rejected"), is_pair, readers.of_preference),
+    "compared": Format(
+        "two responses and which one is better",
+        ("prompt", "response_0", "response_1", "better_response_id"),
+        compared.fits,
+        compared.of_compared,
+    ),
     "unpaired": Format(
         "single responses with a label", ("prompt", "completion", "label"), _fits_unpaired, readers.of_unpaired
     ),
@@ -71,6 +86,9 @@ ROW_FIELDS = sorted(
     {name for spec in FORMATS.values() for name in spec.fields}
     | {*LISTS, *QUESTIONS, *(f"{name}s" for name in (*SCORE_FIELDS, "rank")), "input", "system", "history", "tools", "kto_tag"}
 )
+_READ_HISTORY = ("alpaca", "compared")  # formats whose own readers take 'history'
+# Columns that may hold a response.
+_RESPONSES = ("chosen", "rejected", *LISTS, *TEXTS, "solution", "reply", "target")
 
 
 def detect(rows: Iterable[Any]) -> str:
@@ -84,11 +102,63 @@ def format_of(row: Raw) -> str:
     return next((name for name, spec in FORMATS.items() if spec.fits(row)), "")
 
 
-def read(row: Any, name: str) -> Draft:
-    """Read a row in the format `name`. Raises RowError."""
+def prompts_only(row: Raw) -> bool:
+    """Return whether a row has a prompt and nothing that may be a response to it."""
+    if any(row.get(name) not in (None, "", []) for name in _RESPONSES) or any(name in compared.SIDES_OF for name in row):
+        return False
+    for name in ("messages", "conversations"):
+        if _is_list(row.get(name)):
+            return not is_message(row[name][-1], "assistant")
+    return any(row.get(name) not in (None, "", []) for name in ("prompt", "instruction", "turns"))
+
+
+def read(row: Any, name: str, chat: bool = False) -> Draft:
+    """Read a row in the format `name`; with `chat`, a plain-text prompt becomes the user's message. Raises RowError."""
     spec = FORMATS[name]
     if not isinstance(row, dict):
         raise RowError(
             "not an object", f"expected a JSON object with the fields {', '.join(spec.fields)}, found {kind_of(row)}"
         )
-    return spec.read(row)
+    refuse_unreadable(row)
+    draft = spec.read(row)
+    if chat and isinstance(draft.prompt, str):
+        turns = transcript_prompt(draft.prompt) or [{"role": "user", "content": draft.prompt.strip()}]
+        draft = draft._replace(prompt=turns, answers=tuple(_stripped(answer) for answer in draft.answers))
+    if name not in _READ_HISTORY and _is_list(row.get("history")):
+        draft = _with_history(draft, row["history"])
+    return _with_system(draft, row["system"]) if row.get("system") else draft
+
+
+def _stripped(answer: Completion) -> Completion:
+    return answer.strip() if isinstance(answer, str) else answer
+
+
+def _with_history(draft: Draft, turns: list[Any]) -> Draft:
+    """Put the column 'history' in front of a prompt, if it holds messages or [question, response] pairs. Raises RowError."""
+    if all(map(is_message, turns)):
+        messages = read_messages(turns, "history")
+    elif all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in turns):
+        messages = readers.of_turns(turns)
+    else:
+        return draft
+    if isinstance(draft.prompt, str):
+        raise RowError(
+            "history of plain text", "'history' holds earlier turns, and the prompt is plain text; --chat makes it messages"
+        )
+    return draft._replace(prompt=[*messages, *draft.prompt])
+
+
+def _with_system(draft: Draft, value: Any) -> Draft:
+    """Put the column 'system' in front of a prompt. Raises RowError if the prompt has another system message."""
+    system = read_text(value, "system")
+    if not system.strip():
+        return draft
+    if isinstance(draft.prompt, str):
+        note = "'system' put in front of a plain-text prompt, with a blank line (--chat makes it a system message)"
+        return draft._replace(prompt=f"{system.strip()}\n\n{draft.prompt}", notes=(*draft.notes, note))
+    message: Message = {"role": "system", "content": system}
+    if draft.prompt[0]["role"] != "system":
+        return draft._replace(prompt=[message, *draft.prompt])
+    if draft.prompt[0]["content"].strip() != system.strip():
+        raise RowError("two system messages", "'system' is another text than the conversation's system message; remove one")
+    return draft

@@ -53,7 +53,9 @@ def split(data: DataSet, fraction: float | None) -> tuple[DataSet, DataSet | Non
         data, examples=Picked(data.store, order[~is_held]), names=data.names[~is_held], answers=data.answers - answers
     )
     names = data.names[is_held][first]
-    return training, replace(data, examples=examples, names=names, answers=answers, prompts_cut=0, responses_cut=0, sources=[])
+    return training, replace(
+        data, examples=examples, names=names, answers=answers, prompts_cut=0, responses_cut=0, prompts_halved=0, sources=[]
+    )
 
 
 def place_of(prompt: tuple[int, ...]) -> float:

@@ -78,10 +78,21 @@ def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return tools
 
 
+def is_message(value: Any, role: str = "") -> bool:
+    """Return whether a value looks like a message of a known speaker; with `role`, of that one."""
+    if not isinstance(value, dict) or not {"content", "value", "tool_calls"} & value.keys():
+        return False
+    speaker = value.get("from") if value.get("role") is None else value["role"]
+    known = _SPEAKERS.get(speaker.lower(), "") if isinstance(speaker, str) else ""
+    if speaker == "function_call":
+        known = "assistant"
+    return known == role if role else bool(known)
+
+
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise RowError("wrong type", f"{where} is {kind_of(value)}; expected an object with 'role' and 'content'")
-    if "from" in value and "role" not in value:
+    if value.get("role") is None and value.get("from") is not None:  # a table has null where other rows have roles
         return _spoken(value, where)
     calls = bool(value.get("tool_calls"))
     if lacking := {"role", "content"} - value.keys() - ({"content"} if calls else set()):
@@ -122,7 +133,8 @@ def _content(value: Any, where: str) -> str:
         if kind != "text":
             found = f"of type {kind!r}" if kind else kind_of(block)
             raise RowError("not text", f"{where}[{index}] is {found}; only text can be trained on")
-        texts.append(read_text(block.get("text"), f"{where}[{index}].text"))
+        text = block.get("value") if block.get("text") is None else block["text"]  # LLaMA-Factory v1 calls it value
+        texts.append(read_text(text, f"{where}[{index}].text"))
     return "".join(texts)
 
 
@@ -132,5 +144,7 @@ def kind_of(value: Any) -> str:
         return "null"
     if isinstance(value, (list, dict)) and not value:
         return f"an empty {'list' if isinstance(value, list) else 'object'}"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    if isinstance(value, str):  # a CSV file's texts are of a type of their own
+        return "text"
+    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)

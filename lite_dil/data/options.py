@@ -57,6 +57,11 @@ class DataOptions(Lengths, Seeded):
         "columns whose names differ from the format's fields, such as chosen=good,rejected=bad",
         metavar="FIELD=COLUMN,...",
     )
+    chat: bool = option(
+        "data",
+        False,
+        "lay plain-text prompts out as the user's messages, with the model's chat template, instead of continuing them",
+    )
     max_rows: int | None = option(
         "data",
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -11,24 +12,27 @@ from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
+from lite_dil.data.columns import Columns, learn, refuse_unreadable, tidy
+from lite_dil.data.compared import BETTER
+from lite_dil.data.draft import Draft, Tie
 from lite_dil.data.encoder import Encoder, continuation_text
 from lite_dil.data.files import PlacedRow, RowError, text_lines
-from lite_dil.data.format_readers import Draft
 from lite_dil.data.formats import format_of, read
-from lite_dil.data.messages import Message, kind_of
+from lite_dil.data.messages import Message, is_message, kind_of, read_text
 from lite_dil.data.options import DataOptions
-from lite_dil.data.reader import Problem, check_prompt, parse_columns, refuse, renamed
+from lite_dil.data.reader import LOOKED_AT, Problem, check_prompt, parse_columns, refuse
 from lite_dil.data.sources import records, split_sources
 from lite_dil.models.find import load_tokenizer, resolve_model
 
 # The flags of train that decide how prompts are read.
 FLAGS = ("data_format", "columns", "max_rows", "skip_bad_rows", "max_length")
 PROMPTS_HELP = (
-    "prompts: a .txt file with one per line, or rows (JSON Lines, JSON, CSV, ...) with 'prompt' or 'messages', or the prompts "
-    "of any data that lite-dil train takes"
+    "prompts: a .txt file with one per line, or rows (JSON Lines, JSON, CSV, ...) with 'prompt', 'messages' or 'turns', or "
+    "the prompts of any data that lite-dil train takes"
 )
 _EXPECTED = "prompt, as text or messages; messages, or conversations; or the rows of any data that lite-dil train takes"
 _KINDS = {False: "plain text", True: "chat messages"}
+_FIRST_TURN = "prompts of several turns: only the first is asked"
 _ASSISTANT = {"role": "assistant", "content": "x"}
 
 
@@ -85,15 +89,16 @@ def read_prompts(source: str, options: DataOptions, chat: bool, say: Callable[[s
             raise UserError(f"{source}: each prompt is used once; leave ={times:g} out")
         problems: list[Problem] = []
         kept = 0
-        for place, value in _records(name, options.max_rows):
+        rows = _records(name, options.max_rows)
+        head = list(itertools.islice(rows, LOOKED_AT))
+        about = learn((tidy(v, columns) for _, v in head if isinstance(v, dict) and v.keys() >= set(columns.values())), BETTER)
+        for place, value in itertools.chain(head, rows):
             try:
                 if isinstance(value, RowError):
                     raise value
-                draft = _draft(renamed(value, columns), options.data_format)
+                draft = _draft(tidy(value, columns, about), options.data_format, chat)
                 check_prompt(draft.prompt)
                 prompt = Prompt(draft.prompt, place, draft.tools)
-                if chat and isinstance(prompt.prompt, str):
-                    prompt = replace(prompt, prompt=[{"role": "user", "content": prompt.prompt}])
                 first = first or prompt
                 if prompt.chat != first.chat:
                     raise RowError(
@@ -101,18 +106,21 @@ def read_prompts(source: str, options: DataOptions, chat: bool, say: Callable[[s
                         f"the prompt is {_KINDS[prompt.chat]}, but {first.place} has {_KINDS[first.chat]}; keep one kind in a "
                         "file, or make all of them messages with --chat",
                     )
+            except Tie as tie:
+                notes[str(tie)] += 1
+                continue
             except RowError as error:
                 problems.append(Problem(error.kind, place, str(error)))
                 continue
             kept += 1
-            notes[draft.note] += bool(draft.note)
+            notes.update(draft.notes)
             repeats += prompt.key in found
             found.setdefault(prompt.key, prompt)
         refuse(name, [] if options.skip_bad_rows and kept else problems, kept, _EXPECTED)
         if problems:
             several = "rows that cannot be used are" if len(problems) > 1 else "row that cannot be used is"
             say(f"{name}: {len(problems)} {several} left out")
-    for note, count in (+notes).items():
+    for note, count in notes.items():
         say(f"{count} {note}")
     if repeats:
         say(f"{repeats} prompt{'s repeat' if repeats > 1 else ' repeats'} an earlier one: each is used once")
@@ -194,24 +202,30 @@ def _records(source: str, limit: int | None) -> Iterator[PlacedRow]:
         yield place, line if isinstance(line, RowError) else {"prompt": line}
 
 
-def _draft(row: Any, format: str) -> Draft:
+def _draft(row: Any, format: str, chat: bool) -> Draft:
     """Read a row in its format. A row without a response gets a placeholder, which is not used."""
-    if not isinstance(row, dict):
+    if not isinstance(row, Columns):
         raise RowError("not an object", f"expected a JSON object with 'prompt' or 'messages', found {kind_of(row)}")
-    known = format_of(row)
+    refuse_unreadable(row)
+    known, notes = format_of(row), tuple[str, ...]()
+    if not known:  # a label, such as a topic, makes nothing of the placeholder
+        row = Columns({name: v for name, v in row.items() if name not in ("label", "kto_tag")}, row.left_out, row.about)
     if known in ("messages", "sharegpt"):
         field = "messages" if known == "messages" else "conversations"
-        turns = row[field]
-        last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
-        speaks = {last.get("role"), last.get("from")}
-        if turns and not row.get("chosen") and not speaks & {"assistant", "gpt", "chatgpt", "model", "bot", "function_call"}:
-            row = {**row, field: [*turns, _ASSISTANT]}
+        if not row.get("chosen") and not is_message(row[field][-1], "assistant"):
+            row = row.with_fields(**{field: [*row[field], _ASSISTANT]})
+    elif not known and row.get("turns") not in (None, "", []):
+        turns = row["turns"] if isinstance(row["turns"], list) else [row["turns"]]
+        first = turns[0].get("content") if isinstance(turns[0], dict) else turns[0]
+        notes = (_FIRST_TURN,) if len(turns) > 1 else ()
+        row = row.with_fields(prompt=[{"role": "user", "content": read_text(first, "turns[0]")}], completion="x")
     elif not known and "prompt" in row:
-        row = {"prompt": row["prompt"], "completion": "x", "tools": row.get("tools")}
+        row = row.with_fields(completion="x")
     elif not known and "instruction" in row:
-        row = {"output": "x", **{n: row[n] for n in ("instruction", "input", "system", "history") if n in row}}
+        row = row.with_fields(output="x")
     elif not known:
         near = next((name for name in ("question", "query", "text", "input", "problem") if isinstance(row.get(name), str)), "")
         hint = f"; if it is {near!r}: --columns prompt={near}" if near else ""
         raise RowError("no field 'prompt'", f"no field 'prompt'; the row has {', '.join(map(str, row)) or 'none'}{hint}")
-    return read(row, format_of(row) if format == "auto" else format)
+    draft = read(row, format_of(row) if format == "auto" else format, chat)
+    return draft._replace(notes=(*draft.notes, *notes))

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.signs import CHOSEN, REJECTED
+from lite_dil.data.columns import Columns, Recorded, learn, rejected_of, tidy
+from lite_dil.data.compared import BETTER
+from lite_dil.data.draft import Draft, Tie
 from lite_dil.data.files import RowError
-from lite_dil.data.format_readers import Draft
-from lite_dil.data.formats import FORMATS, ROW_FIELDS, detect, format_of, read
+from lite_dil.data.formats import FORMATS, ROW_FIELDS, detect, format_of, prompts_only, read
 from lite_dil.data.messages import Completion, Message
 from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import EMBEDDED, records, split_sources
@@ -21,8 +23,11 @@ from lite_dil.data.sources import EMBEDDED, records, split_sources
 __all__ = ["CHOSEN", "EMBEDDED", "REJECTED", "Completion", "Message", "Problem", "Reader", "Row", "RowError", "parse_columns"]
 
 LOOKED_AT = 100  # rows from which the format is detected
-# Zero-width characters: two texts that differ only in them look the same to a reader.
-_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
+NO_RESPONSE = "no response"
+_PROMPTS_ARE_FOR = "Prompts without responses are for lite-dil label, which makes pairs of them, and lite-dil generate"
+# Characters that show nothing and change nothing: two texts that differ only in them look the same to a reader. Joiners
+# (U+200C, U+200D) are not among them: they change Persian words and emoji.
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Reader:
         format: a name in `lite_dil.data.formats.FORMATS`, or "auto" to detect it from the first rows.
         columns: the column to read a field from, if their names differ; see `parse_columns`.
         limit: read at most this many rows.
+        chat: whether plain-text prompts become user messages.
         rows: rows to read instead of `source`, which then names them in messages.
 
     Attributes:
@@ -74,7 +80,8 @@ class Reader:
         form: "pairs", "unpaired" or "demonstrations", of the rows read so far.
         chat: whether prompts are chat messages.
         problems: what was left out and why, in the order of the source.
-        notes: changes to rows that their owner should know about, and to how many rows.
+        notes: changes to rows that their owner should know about, and to how many rows; and rows left out as ties.
+        unread: columns of which nothing is read.
     """
 
     def __init__(
@@ -85,35 +92,66 @@ class Reader:
         format: str = "auto",
         columns: dict[str, str] | None = None,
         limit: int | None = None,
+        chat: bool = False,
         rows: Rows | None = None,
     ) -> None:
         self.source, self.format, self.columns = source, format, columns or {}
-        self.form, self.chat, self._first = "", False, ""
+        self.form, self.chat, self._first, self._to_chat = "", False, "", chat
+        self._seen, self._taken = dict[str, None](), set[str]()
         self._whole, self._one = (DATA, "the data") if rows else ("file", "a file")
         self.problems: list[Problem] = []
         self.notes: Counter[str] = Counter()
         self._records = itertools.islice(rows.records(), limit) if rows else records(source, split, limit)
 
+    @property
+    def unread(self) -> list[str]:
+        """Columns of which nothing is read, judged by the first rows that have them."""
+        return [name for name in self._seen if name not in self._taken]
+
+    def _note(self, row: Any) -> None:
+        """Note which columns of a row were read."""
+        if isinstance(row, Recorded) and row.taken:
+            self._seen |= dict.fromkeys(row)
+            self._taken |= row.taken | {name for name, value in row.items() if value in ("", [], {})}
+
     def __iter__(self) -> Iterator[Row]:
         head = list(itertools.islice(self._records, LOOKED_AT))
+        named = [tidy(v, self.columns) for _, v in head if isinstance(v, dict) and v.keys() >= set(self.columns.values())]
+        self._about = learn(named, BETTER)
         if self.format == "auto":
-            named = [v for _, v in head if isinstance(v, dict) and v.keys() >= set(self.columns.values())]
-            self.format = detect(renamed(value, self.columns) for value in named)
-        for place, value in itertools.chain(head, self._records):
+            self.format = detect(named)
+        for number, (place, value) in enumerate(itertools.chain(head, self._records)):
             try:
                 if isinstance(value, RowError):
                     raise value
-                row = self._row(renamed(value, self.columns), place)
+                value = self._recorded(tidy(value, self.columns, self._about), number < LOOKED_AT)
+                row = self._row(value, place)
+                self._note(value)
+            except Tie as tie:
+                self.notes[str(tie)] += 1
+                continue
             except RowError as error:
+                self._note(value)
                 self.problems.append(Problem(error.kind, place, str(error)))
                 continue
             yield row
 
+    def _recorded(self, row: Any, first: bool) -> Any:
+        """Return a row that notes which of its columns are read, if it is one of the first or has a column that they lack."""
+        if not isinstance(row, Columns) or not (first or not row.keys() <= self._seen.keys()):
+            return row
+        return Recorded(row)
+
     def _row(self, value: Any, place: str) -> Row:
         try:
-            draft = read(value, self.format)
+            draft = read(value, self.format, self._to_chat)
+        except Tie:
+            raise
         except RowError as error:
-            other = format_of(value) if isinstance(value, dict) else ""
+            plain = dict(value) if isinstance(value, dict) else {}
+            if error.kind.startswith("no") and prompts_only(plain):
+                raise RowError(NO_RESPONSE, f"{error}. {_PROMPTS_ARE_FOR}") from None
+            other = format_of(plain)
             if other and other != self.format and error.kind.startswith("no field"):
                 raise RowError(
                     "mixed formats",
@@ -121,6 +159,12 @@ class Reader:
                     f"{self.format}; keep one format in {self._one}",
                 ) from None
             raise
+        if len(draft.signs) == 1 and not draft.labelled and (column := rejected_of(value)):
+            raise RowError(
+                "rejected response in another column",
+                f"the row is read as {FORMATS[self.format].title}, and {column!r} may be its rejected response: --columns "
+                f"rejected={column}; if it is not, remove that column",
+            )
         row = _checked(draft, place)
         if not self._first:
             self._first, self.form, self.chat = place, row.form, row.chat
@@ -134,21 +178,16 @@ class Reader:
                 "mixed formats",
                 f"the prompt is {kinds[row.chat]}, but {self._first} has {kinds[self.chat]}; keep one kind in {self._one}",
             )
-        if draft.note:
-            self.notes[draft.note] += 1
+        if draft.notes:
+            self.notes.update(draft.notes)
         return row
 
-
-def renamed(value: Any, columns: dict[str, str]) -> Any:
-    """Return a row with its columns renamed to fields by the map of `parse_columns`. Raises RowError."""
-    if not columns or not isinstance(value, dict):
-        return value
-    for column in columns.values():
-        if column not in value:
-            hint = did_you_mean(column, map(str, value))
-            raise RowError(f"no column {column!r}", f"no column {column!r}, which --columns names{hint}")
-    moved = {name: value[column] for name, column in columns.items()}
-    return {name: v for name, v in value.items() if name not in columns.values()} | moved
+    def check(self, kept: int, skip: bool) -> None:
+        """Raise UserError if rows are unusable, unless `skip` leaves them out, or `kept` is 0."""
+        problems = [] if skip and kept else self.problems
+        if not kept and not problems and self.notes:
+            raise UserError(f"{self.source}: no rows are left; all are {', '.join(self.notes)}")
+        refuse(self.source, problems, kept)
 
 
 def read_rows(source: str, split: str = "train", *, skip: bool = False, **settings: Any) -> list[Row]:
@@ -161,7 +200,7 @@ def read_rows(source: str, split: str = "train", *, skip: bool = False, **settin
     for name, _ in split_sources(source):
         reader = Reader(name, split, **settings)
         rows = list(reader)
-        refuse(name, [] if skip and rows else reader.problems, len(rows))
+        reader.check(len(rows), skip)
         found += rows
     return found
 
@@ -174,7 +213,8 @@ def refuse(source: str, problems: list[Problem], kept: int, expected: str = "") 
         heading = f"{source}: {len(problems)} of {kept + len(problems)} rows cannot be used (--skip-bad-rows leaves them out):"
         kinds = Counter(problem.kind for problem in problems).most_common()
         counts = "" if len(problems) == 1 else f"\n{', '.join(f'{count} {kind}' for kind, count in kinds)}"
-        raise UserError(gather(lines, heading) + counts + ("" if kept else f"\nExpected: {expected}"))
+        expects = "" if kept or kinds[0][0] == NO_RESPONSE else f"\nExpected: {expected}"
+        raise UserError(gather(lines, heading) + counts + expects)
     if not kept:
         raise UserError(f"{source}: no rows; expected {expected}")
 
@@ -205,6 +245,8 @@ def same_text(answer: Completion) -> Any:
     """Return a form that is equal for responses that look the same: stripped, without zero-width characters, normalised."""
     if isinstance(answer, dict):
         return {**answer, "content": same_text(answer["content"])}
+    if answer.isascii():
+        return answer.strip()
     return unicodedata.normalize("NFC", answer.translate(_INVISIBLE)).strip()
 
 
@@ -227,7 +269,7 @@ def _checked(draft: Draft, place: str) -> Row:
     """Return a draft as a row, or raise RowError if nothing can be learned from it."""
     check_prompt(draft.prompt)
     for answer, sign in zip(draft.answers, draft.signs, strict=True):
-        if isinstance(answer, str) and not same_text(answer):
+        if isinstance(answer, str) and not answer.strip():
             side = "" if len(draft.signs) == 1 else "chosen " if sign == CHOSEN else "rejected "
             raise RowError("empty response", f"the {side}response is empty; write one or remove the row")
     form = "pairs" if len(draft.signs) > 1 else "unpaired" if draft.labelled else "demonstrations"

@@ -9,7 +9,7 @@ from typing import Any
 from lite_dil.base.errors import UserError
 from lite_dil.base.signs import CHOSEN
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.data.dataset import DataSet, describe, load, remarks
+from lite_dil.data.dataset import DataSet, describe, halved, load, remarks
 from lite_dil.data.encoder import Encoder, Example, fingerprint
 from lite_dil.data.held_out import split
 from lite_dil.data.overlap import Overlap, overlap
@@ -96,4 +96,6 @@ def _load(
     say(text)
     for line in remarks(data):
         say(line)
+    if lost := halved(data, config.max_length):
+        say(f"warning: {lost}")
     return data, intake, rows_name(fingerprint(data.examples)) if isinstance(given, Rows) else source

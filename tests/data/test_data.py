@@ -55,7 +55,7 @@ def test_answers_without_partners(tmp_path: Path) -> None:
     [
         (({**SINGLE, "label": 2},), "line 1: field 'label' is a number (2); expected true (1) for a good response, false"),
         (({**SINGLE, "label": "true"},), "line 1: field 'label' is text ('true'); expected true"),
-        (({**SINGLE, "label": None},), "line 1: field 'label' is null"),
+        (({**SINGLE, "label": True}, {**SINGLE, "label": None}), "line 2: field 'label' is null"),
         (({**SINGLE, "label": True}, SINGLE), "line 2: no field 'label'; the row has prompt, completion"),
         ((SINGLE, {**SINGLE, "label": True}), "line 2: the row has a 'label', which other rows lack"),
         ((SINGLE, TEXT), "line 2: no field 'completion'; the row has prompt, chosen, rejected"),
@@ -119,7 +119,6 @@ MESSAGE = {"role": "user", "content": "x"}
         ),
         ({"instruction": "a", "good": "b"}, "line 2: no field 'chosen'; the row has instruction, good"),
         ({**TEXT, "chosen": " \n"}, "line 2: the chosen response is empty"),
-        ({**TEXT, "rejected": "\u200b"}, "line 2: the rejected response is empty"),
         ({**TEXT, "prompt": ""}, "line 2: field 'prompt' is empty"),
         ({**TEXT, "rejected": "4 "}, "line 2: 'chosen' and 'rejected' are the same text"),
         ({**TEXT, "rejected": "4\u200b"}, "line 2: 'chosen' and 'rejected' are the same text"),

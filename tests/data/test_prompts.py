@@ -39,6 +39,14 @@ def write(path: Path, *rows: Any) -> Path:
         ({"conversations": [{"from": "human", "value": "what is tea"}]}, [USER]),
         ({"conversations": [{"from": "human", "value": "what is tea"}, {"from": "gpt", "value": "a drink"}]}, [USER]),
         ({"instruction": "what is tea"}, [USER]),
+        ({"turns": ["what is tea"], "question_id": 81}, [USER]),
+        ({"turns": [{"content": "what is tea"}]}, [USER]),
+        ({"system": "be kind", "prompt": [USER]}, [{"role": "system", "content": "be kind"}, USER]),
+        ({"system": "be kind", "messages": [USER]}, [{"role": "system", "content": "be kind"}, USER]),
+        ({"prompt": [USER], "messages": None, "instruction": None, "conversations": None}, [USER]),
+        ({"messages": json.dumps([USER])}, [USER]),
+        ({"messages": [USER, BOT], "rejected_response": "no"}, [USER]),
+        ({"prompt": "what is tea", "response_0": "a", "response_1": "b", "better_response_id": 1}, [USER]),
         ({"instruction": "what is", "input": "tea", "output": "a drink"}, [{"role": "user", "content": "what is\ntea"}]),
         ({"prompt": "what is tea", "chosen": " a drink", "rejected": " a house"}, "what is tea"),
         ({"chosen": [USER, BOT], "rejected": [USER, {**BOT, "content": "no"}]}, [USER]),
@@ -65,11 +73,24 @@ def test_lines_of_text_columns_limits_and_repeats(tmp_path: Path) -> None:
     assert read(Path(f"{both},{path}"))[0] == ["is it", "what is tea", "a red house"]
 
 
+def test_turns_and_system_prompts_of_plain_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"turns": ["what is tea", "why"]}, {"turns": ["is it", "why"]})
+    asked, said = read(path)
+    assert [prompt[0]["content"] for prompt in asked] == ["what is tea", "is it"]
+    assert said == ["2 prompts of several turns: only the first is asked"]
+    path = write(tmp_path / "b.jsonl", {"prompt": "what is tea", "system": "be kind"})
+    assert read(path)[0] == ["be kind\n\nwhat is tea"]
+    assert read(path, chat=True) == ([[{"role": "system", "content": "be kind"}, USER]], [])
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"question": "x"}], r"a.jsonl line 1: no field 'prompt'; the row has question; .*--columns prompt=question"),
         ([{"prompt": "x"}, {"prompt": [USER]}], r"line 2: the prompt is chat messages, but .*line 1 has plain text; .*--chat"),
+        ([{"question": "x", "chosen": "a b", "rejected": "a c"}], "there is no 'prompt'.*--columns prompt=question"),
+        ([{"prompt": "x", "images": ["a.png"]}], "'images' holds a list of 1; only text"),
+        ([{"messages": "[{'role': 'user', 'content': 'x'}]"}], "'messages' is text in which Python printed messages"),
         ([{"prompt": " "}], "'prompt' is empty"),
         ([{"prompt": [USER, BOT]}], "ends with the assistant's turn"),
         ([{"messages": [{"role": "users", "content": "x"}]}], "did you mean 'user'"),

@@ -6,7 +6,7 @@
 * ``form``: "pairs", "unpaired" or "demonstrations"; ``chat``: whether prompts are chat messages. Empty and false without rows.
 * ``sources``: for each its ``name``, ``weight`` (how often an epoch takes its rows), ``format``, ``kept`` (rows), ``left_out``
   (for each reason: ``reason``, ``rows``, and ``stories``, up to 3 different messages, each with its ``first`` place and its
-  ``message``) and ``notes`` (changes to rows: ``note``, ``rows``).
+  ``message``), ``notes`` (changes to rows: ``note``, ``rows``) and ``unread``, the columns that nothing is read of.
 * ``answers``: the numbers of ``chosen`` and ``rejected`` responses.
 * ``tokens``: for ``prompt``, ``chosen``, ``rejected`` and ``whole`` (the prompt once and its responses) the lengths ``p50``,
   ``p90``, ``p95``, ``p99``, ``max`` and ``mean``, before cutting; a side without responses is absent.
@@ -19,6 +19,8 @@
   preference; the place of the ``first`` such row and of the ``earlier`` one.
 * ``marks``: texts that look like a template's control tokens: ``mark``, ``rows``, ``first``, and whether it is the model's own
   and read ``as_token``.
+* ``private``: e-mail addresses, phone numbers, and keys or passwords in responses: ``kind``, ``number``, ``responses`` that
+  have any, and the ``first`` row. No sample is of a row with them.
 * ``losses``: the losses that can train on this data.
 * ``samples``: up to 3 examples as they are trained on: ``place`` and ``parts``, each with its ``side`` ("prompt", "chosen",
   "rejected"), ``trained``, ``ids``, ``text`` and ``pieces``, which are [text, number of tokens, whether a control token], one
@@ -39,11 +41,13 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from lite_dil.base.errors import UserError
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.base.streams import named
 from lite_dil.base.text import count
-from lite_dil.data.dataset import DataSet, Source, load
+from lite_dil.data.dataset import DataSet, Source, halved, load
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.held_out import split
 from lite_dil.data.inspect.pieces import pieces
@@ -51,6 +55,7 @@ from lite_dil.data.inspect.survey import Survey, enough_for, length_bias, length
 from lite_dil.data.mismatched import mismatched
 from lite_dil.data.options import InspectOptions
 from lite_dil.data.overlap import Overlap, overlap
+from lite_dil.data.reader import NO_RESPONSE
 from lite_dil.objectives.accepts import check_data
 from lite_dil.objectives.table import OBJECTIVES, objective_of
 
@@ -77,10 +82,10 @@ def report(options: InspectOptions, encoder: Encoder) -> dict[str, Any]:
     stops = _bad_rows(options, data)
     if len(survey):
         found |= _figures(options, data, survey)
-        found["samples"] = [_sample(data.store[i], i, survey, options) for i in _drawn(len(survey), options.seed)]
+        found["samples"] = [_sample(data.store[i], i, survey, options) for i in _drawn(survey, options.seed)]
         if refusal := _refusal(options, data, survey):
             stops.append({"why": refusal, "mend": _fix(data, found["losses"])})
-    found["warnings"] = _warnings(options, found, bool(encoder.tokenizer.chat_template)) if len(survey) else []
+    found["warnings"] = _warnings(options, found, data, encoder.rendering.chats) if len(survey) else []
     if not options.eval_data and len(survey) and not stops:
         _, part = split(data, options.eval_fraction)
         found["held_out"] = part and {
@@ -121,6 +126,7 @@ def source_facts(source: Source) -> dict[str, Any]:
             for kind, rows in kinds.most_common()
         ],
         "notes": [{"note": note, "rows": rows} for note, rows in source.notes.most_common()],
+        "unread": source.unread,
     }
 
 
@@ -144,10 +150,10 @@ def _figures(options: InspectOptions, data: DataSet, survey: Survey) -> dict[str
         "max_length": {
             "given": options.max_length,
             "prompts_cut": survey.prompts_cut,
-            "prompts_halved": survey.prompts_halved,
+            "prompts_halved": data.prompts_halved,
             "answers_cut": survey.answers_cut,
             "examples_cut": survey.examples_cut,
-            "cuts_none": enough_for(survey.needed, 0),
+            "cuts_none": data.cuts_none,
             "cuts_one_percent": enough_for(survey.needed, 1),
         },
     }
@@ -163,6 +169,10 @@ def _figures(options: InspectOptions, data: DataSet, survey: Survey) -> dict[str
         {"mark": mark, "rows": rows, "first": survey.first_with[mark], "as_token": survey.is_token(mark)}
         for mark, rows in survey.marks.most_common()
     ]
+    found["private"] = [
+        {"kind": kind, "number": number, "responses": responses, "first": first}
+        for kind, (number, responses, first) in survey.private.items()
+    ]
     plain = replace(options, sample_rejected=None)
     found["losses"] = [name for name in OBJECTIVES if not _refusal(replace(plain, loss=name), data, survey)]
     return found
@@ -173,7 +183,21 @@ def _bad_rows(options: InspectOptions, data: DataSet) -> list[dict[str, str]]:
     stops = []
     for source in data.sources:
         bad = len(source.problems)
-        if not source.kept:
+        if not source.kept and {problem.kind for problem in source.problems} == {NO_RESPONSE}:
+            stops.append(
+                {
+                    "why": f"{source.name}: {count(bad, 'prompt')} without responses",
+                    "mend": f"make pairs of them with lite-dil label {source.name}, or responses with lite-dil generate",
+                }
+            )
+        elif not source.kept and not bad:
+            stops.append(
+                {
+                    "why": f"{source.name}: no rows are left; all are {', '.join(source.notes)}",
+                    "mend": "take rows in which one response is better",
+                }
+            )
+        elif not source.kept:
             stops.append(
                 {
                     "why": f"{source.name}: none of {count(bad, 'row')} can be used",
@@ -207,13 +231,13 @@ def _refusal(options: InspectOptions, data: DataSet, survey: Survey) -> str:
     return ""
 
 
-def _warnings(options: InspectOptions, found: dict[str, Any], has_template: bool) -> list[str]:
+def _warnings(options: InspectOptions, found: dict[str, Any], data: DataSet, has_template: bool) -> list[str]:
     """Return what does not stop training but may harm it."""
     warnings = []
     if has_template and not found["chat"] and not any(mark["as_token"] for mark in found["marks"]):
         warnings.append(
             "the prompts are plain text, which the responses continue without the model's chat template; a model for chat "
-            'learns more from messages: "prompt": [{"role": "user", "content": "..."}]'
+            "learns more from messages: --chat makes user messages of the prompts"
         )
     if found.get("length_bias", {}).get("beyond_chance"):
         warnings.append(_length_warning(options, found["length_bias"]))
@@ -229,16 +253,17 @@ def _warnings(options: InspectOptions, found: dict[str, Any], has_template: bool
             f"{count(repeats['rows'], 'row')} that repeat an earlier one (first {repeats['first']} of {repeats['earlier']}): "
             "duplicates count twice"
         )
-    if lost := found["max_length"]["prompts_halved"]:
-        warnings.append(
-            f"{count(lost, 'prompt')} of which --max-length {options.max_length} leaves less than half, because the responses "
-            f"need the room: they are learned without their questions; --max-length {found['max_length']['cuts_none']} cuts "
-            "none"
-        )
+    if lost := halved(data, options.max_length):
+        warnings.append(lost)
     if cut := found["max_length"]["answers_cut"]:
         warnings.append(
             f"{count(cut, 'response')} without an end token, cut by --max-length {options.max_length}, so they do not teach "
             f"the model to stop; --max-length {found['max_length']['cuts_none']} cuts none"
+        )
+    for private in found["private"]:
+        warnings.append(
+            f"{private['number']:,} {private['kind']} in {count(private['responses'], 'response')} (first {private['first']}; "
+            "not shown here): the model may learn to repeat them"
         )
     if marks := [mark for mark in found["marks"] if not mark["as_token"]]:
         listed = ", ".join(f"{mark['mark']!r} in {count(mark['rows'], 'row')} (first {mark['first']})" for mark in marks)
@@ -268,9 +293,9 @@ def _length_warning(options: InspectOptions, bias: dict[str, Any]) -> str:
     return f"{text}. What the responses teach about length depends on the pairs: drop some whose longer response won"
 
 
-def _drawn(rows: int, seed: int) -> list[int]:
-    random = named("data/samples", seed)
-    return sorted(int(i) for i in random.choice(rows, min(_SAMPLES, rows), replace=False))
+def _drawn(survey: Survey, seed: int) -> list[int]:
+    rows = np.flatnonzero(np.frombuffer(survey.shown, np.int8))
+    return sorted(int(i) for i in named("data/samples", seed).choice(rows, min(_SAMPLES, len(rows)), replace=False))
 
 
 def _sample(example: Example, number: int, survey: Survey, options: InspectOptions) -> dict[str, Any]:

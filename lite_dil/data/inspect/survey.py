@@ -14,6 +14,7 @@ import numpy as np
 from lite_dil.base.hashing import tokens_digest
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.inspect.private import private_in
 from lite_dil.data.reader import Row
 
 PERCENTILES = (50, 90, 95, 99)
@@ -49,9 +50,12 @@ class Survey:
         self.encoder = encoder
         self.prompt, self.whole, self.needed = array("i"), array("i"), array("i")
         self.answers = {CHOSEN: array("i"), REJECTED: array("i")}
-        self.prompts_cut = self.prompts_halved = self.answers_cut = self.examples_cut = self.computed = self.trained = 0
+        self.prompts_cut = self.answers_cut = self.examples_cut = self.computed = self.trained = 0
         self.marks: Counter[str] = Counter()
         self.first_with: dict[str, str] = {}
+        # E-mail addresses and the like in responses: their number, the responses and the first row with them.
+        self.private: dict[str, tuple[int, int, str]] = {}
+        self.shown = array("b")  # whether a row may be shown: nothing like that is anywhere in it
         # The first example, and the first with another prompt, for a loss that compares responses to different prompts.
         self.two_prompts: list[Example] = []
         self._digests, self._preferred = bytearray(), array("b")
@@ -74,7 +78,6 @@ class Survey:
         prompt_cut = len(cut.prompt) < len(whole.prompt)
         self.answers_cut += answers_cut
         self.prompts_cut += prompt_cut
-        self.prompts_halved += 2 * len(cut.prompt) < len(whole.prompt)
         self.examples_cut += bool(answers_cut or prompt_cut)
         if len(self.two_prompts) < 2 and (not self.two_prompts or self.two_prompts[0].prompt != cut.prompt):
             self.two_prompts.append(cut)
@@ -82,7 +85,16 @@ class Survey:
             if mark in self.marks or len(self.marks) < _KINDS_OF_MARKS:
                 self.marks[mark] += 1
                 self.first_with.setdefault(mark, row.place)
+        self._private(row)
         self._digest(whole)
+
+    def _private(self, row: Row) -> None:
+        """Count e-mail addresses and the like in the responses, and look for them in the prompt."""
+        found = [private_in(answer if isinstance(answer, str) else answer["content"]) for answer in row.answers]
+        for kind, number in ((kind, number) for counts in found for kind, number in counts.items()):
+            total, answers, first = self.private.get(kind, (0, 0, row.place))
+            self.private[kind] = (total + number, answers + 1, first)
+        self.shown.append(not any(found) and not any(map(private_in, _texts(row))))
 
     def _digest(self, example: Example) -> None:
         """Keep a digest of the row that ignores which response is preferred, and, separately, which one is."""

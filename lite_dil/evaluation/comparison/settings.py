@@ -34,7 +34,7 @@ PASSES_OF_A_STEP = 3  # a training step costs as much as this many forward passe
 # These two decide which steps have figures, so they must be the same in all runs of a comparison.
 _FREE = FREE_ON_RESUME - {"eval_steps", "logging_steps"}
 # The options for reading the comparison's own data files.
-OWN_FILES: dict[str, Any] = {"data_format": "auto", "columns": None, "max_rows": None, "skip_bad_rows": False}
+OWN_FILES: dict[str, Any] = {"data_format": "auto", "columns": None, "chat": False, "max_rows": None, "skip_bad_rows": False}
 _SET_HERE = {"loss": "--losses", "output_dir": "--output", "report_samples": "--sample-prompts"}
 
 
