@@ -130,9 +130,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--base also writes the answer without the adapter; give --adapter")
     display = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     options = adapter_flags.options_of(args)
-    asked, chat = prompts.read_and_encode(
-        args.prompts, options, source.options.model, args.chat, args.max_new_tokens, display.say
-    )
+    asked, chat = prompts.read_and_encode(args.prompts, options, source.options, args.chat, args.max_new_tokens, display.say)
     if args.chat is None and not asked[0].chat and chat:
         display.say("the prompts are plain text, which the model continues as is; --chat sends them as messages")
     wanted = _wanted(asked, args, source)

@@ -51,6 +51,7 @@ questions before and after. Takes the flags of train.
 # The flags of train that decide which data is read and how the loss uses it.
 _DATA_FLAGS = (
     "model",
+    "chat_template_kwargs",
     "eval_data",
     "data_format",
     "columns",
@@ -258,6 +259,7 @@ def _show_data(args: argparse.Namespace) -> int:
 
     from lite_dil.cli.progress import Terminal
     from lite_dil.cli.show_data import Show
+    from lite_dil.data.arguments import parse_arguments
     from lite_dil.data.encoder import Encoder
     from lite_dil.data.inspect.findings import report
     from lite_dil.models.find import load_tokenizer, resolve_model
@@ -267,7 +269,8 @@ def _show_data(args: argparse.Namespace) -> int:
     aside = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     quiet_bars()
     with aside.console.status("reading the data"):
-        found = report(config, Encoder(load_tokenizer(resolve_model(config.model, aside.say))))
+        tokenizer = load_tokenizer(resolve_model(config.model, aside.say))
+        found = report(config, Encoder(tokenizer, parse_arguments(config.chat_template_kwargs)))
     if args.json:
         print(json.dumps(found))
     else:

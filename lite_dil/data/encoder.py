@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -34,9 +35,12 @@ class Encoder:
 
     The prompt is tokenised once, so that both responses share its tokens, the same ones that a chat feeds the model. A
     response is tokenised as the prompt's continuation: by itself, SentencePiece would put a space in front of its first word.
+
+    Args:
+        arguments: further arguments of the chat template, such as `enable_thinking`.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
         if tokenizer.eos_token is None:
             raise UserError("the tokenizer has no end-of-sequence token, so the model cannot learn where responses end")
@@ -47,16 +51,21 @@ class Encoder:
         # What the tokenizer puts in front of a text: its BOS token, if the model uses one.
         at = next((i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain), 0)
         self.bos = with_special[:at]
-        self.rendering = Rendering(tokenizer)
+        self.rendering = Rendering(tokenizer, arguments)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         """Tokenise `text` without adding special tokens."""
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def encode(self, row: Row) -> Example:
-        """Tokenise one row. Raises RowError, with the reason, if the row or the template does not allow it."""
-        prompt = self.rendering.prompt(row.prompt, row.tools)
-        texts = [self.rendering.answer(row.prompt, prompt, answer, row.tools) for answer in row.answers]
+    def encode(self, row: Row, notes: Counter[str] | None = None) -> Example:
+        """Tokenise one row. Raises RowError, with the reason, if the row or the template does not allow it.
+
+        Args:
+            notes: counts the rows by what their owner should know about them.
+        """
+        self.rendering.notes.clear()
+        prompt = self.rendering.prompt(row.prompt, row.tools, row.arguments)
+        texts = [self.rendering.answer(row.prompt, prompt, answer, row.tools, row.arguments) for answer in row.answers]
         prompt_ids = self.prompt_ids(prompt, chat=row.chat)
         if not prompt_ids:
             raise RowError("empty prompt", "the prompt has no token, so nothing predicts the first token of the responses")
@@ -65,6 +74,8 @@ class Encoder:
             raise RowError(
                 "identical responses", "'chosen' and 'rejected' are the same tokens; there is no preference to learn"
             )
+        if notes is not None:
+            notes.update(self.rendering.notes)
         return Example(prompt_ids, responses, row.signs, row.place)
 
     def prompt_ids(self, prompt: str, chat: bool) -> tuple[int, ...]:
@@ -74,9 +85,14 @@ class Encoder:
             return self.bos + ids
         return ids
 
-    def prompt(self, prompt: str | list[Message], tools: list[dict[str, Any]] | None = None) -> tuple[int, ...]:
+    def prompt(
+        self,
+        prompt: str | list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         """Tokenise a prompt, text or chat messages, up to where a response begins."""
-        return self.prompt_ids(self.rendering.prompt(prompt, tools), chat=not isinstance(prompt, str))
+        return self.prompt_ids(self.rendering.prompt(prompt, tools, arguments), chat=not isinstance(prompt, str))
 
     def end_ids(self) -> list[int]:
         """Return the tokens that end a response; see `Rendering.ends`. Raises UserError if the template has none."""

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lite_dil.data import format_readers as readers
+from lite_dil.data.arguments import FIELD, read_arguments
 from lite_dil.data.files import RowError
 from lite_dil.data.format_readers import HUMAN, LISTS, QUESTIONS, SCORE_FIELDS, Draft, Raw, is_pair
-from lite_dil.data.messages import kind_of
+from lite_dil.data.messages import kind_of, read_tools
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,17 @@ FORMATS: dict[str, Format] = {
 # Fields that --columns can name.
 ROW_FIELDS = sorted(
     {name for spec in FORMATS.values() for name in spec.fields}
-    | {*LISTS, *QUESTIONS, *(f"{name}s" for name in (*SCORE_FIELDS, "rank")), "input", "system", "history", "tools", "kto_tag"}
+    | {
+        *LISTS,
+        *QUESTIONS,
+        *(f"{name}s" for name in (*SCORE_FIELDS, "rank")),
+        "input",
+        "system",
+        "history",
+        "tools",
+        "kto_tag",
+        FIELD,
+    }
 )
 
 
@@ -91,4 +102,5 @@ def read(row: Any, name: str) -> Draft:
         raise RowError(
             "not an object", f"expected a JSON object with the fields {', '.join(spec.fields)}, found {kind_of(row)}"
         )
-    return spec.read(row)
+    draft = spec.read(row)
+    return draft._replace(tools=draft.tools or read_tools(row), arguments=read_arguments(row))

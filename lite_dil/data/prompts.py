@@ -11,6 +11,7 @@ from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
+from lite_dil.data.arguments import FIELD, parse_arguments
 from lite_dil.data.encoder import Encoder, continuation_text
 from lite_dil.data.files import PlacedRow, RowError, text_lines
 from lite_dil.data.format_readers import Draft
@@ -20,6 +21,7 @@ from lite_dil.data.options import DataOptions
 from lite_dil.data.reader import Problem, check_prompt, parse_columns, refuse, renamed
 from lite_dil.data.sources import records, split_sources
 from lite_dil.models.find import load_tokenizer, resolve_model
+from lite_dil.models.options import ModelOptions
 
 # The flags of train that decide how prompts are read.
 FLAGS = ("data_format", "columns", "max_rows", "skip_bad_rows", "max_length")
@@ -40,6 +42,7 @@ class Prompt:
     place: str
     tools: list[dict[str, Any]] | None = None
     ids: tuple[int, ...] = ()
+    arguments: dict[str, Any] | None = None
 
     @property
     def chat(self) -> bool:
@@ -54,7 +57,8 @@ class Prompt:
     def row(self, **answers: str) -> dict[str, Any]:
         """Return a data row with this prompt and `answers` by field, in the prompt's own form."""
         said = {name: [{"role": "assistant", "content": text}] if self.chat else text for name, text in answers.items()}
-        return {"prompt": self.prompt, **said, **({"tools": self.tools} if self.tools else {})}
+        further = {"tools": self.tools, FIELD: self.arguments}
+        return {"prompt": self.prompt, **said, **{name: value for name, value in further.items() if value}}
 
     def text(self, encoder: Encoder, ids: Sequence[int]) -> str:
         """Return a response's text without control tokens; in a chat, also without surrounding space."""
@@ -64,7 +68,8 @@ class Prompt:
 
 def key_of(row: dict[str, Any]) -> str:
     """Return the `Prompt.key` of the prompt in a row made by `Prompt.row`."""
-    return digest(json.dumps([row["prompt"], row.get("tools")], sort_keys=True))
+    arguments = [row[FIELD]] if row.get(FIELD) else []
+    return digest(json.dumps([row["prompt"], row.get("tools"), *arguments], sort_keys=True))
 
 
 def read_prompts(source: str, options: DataOptions, chat: bool, say: Callable[[str], None]) -> list[Prompt]:
@@ -91,7 +96,7 @@ def read_prompts(source: str, options: DataOptions, chat: bool, say: Callable[[s
                     raise value
                 draft = _draft(renamed(value, columns), options.data_format)
                 check_prompt(draft.prompt)
-                prompt = Prompt(draft.prompt, place, draft.tools)
+                prompt = Prompt(draft.prompt, place, draft.tools, arguments=draft.arguments)
                 if chat and isinstance(prompt.prompt, str):
                     prompt = replace(prompt, prompt=[{"role": "user", "content": prompt.prompt}])
                 first = first or prompt
@@ -133,6 +138,7 @@ def encode_prompts(
     encoded: list[Prompt] = []
     problems: list[Problem] = []
     cut = 0
+    encoder.rendering.notes.clear()
     for prompt in prompts:
         try:
             ids = _ids(prompt, encoder)
@@ -145,15 +151,17 @@ def encode_prompts(
     refuse("prompts", [] if options.skip_bad_rows and encoded else problems, len(encoded), _EXPECTED)
     if problems:
         say(f"{len(problems)} prompts that the model cannot take are left out; the first: {problems[0].place}")
+    for note in sorted(encoder.rendering.notes):
+        say(f"some prompts: {note}")
     if cut:
         say(f"{cut} prompts are cut from the left to {limit} tokens, by --max-length {options.max_length}")
     return encoded
 
 
 def read_and_encode(
-    source: str, options: DataOptions, model: str, chat: bool | None, room: int, say: Callable[[str], None]
+    source: str, options: DataOptions, model: ModelOptions, chat: bool | None, room: int, say: Callable[[str], None]
 ) -> tuple[list[Prompt], bool]:
-    """Read prompts and tokenise them for `model`; only its tokenizer is loaded.
+    """Read prompts and tokenise them for the model; only its tokenizer is loaded.
 
     Args:
         chat: whether plain-text prompts become user messages; None means only the lines of .txt files, if the model has a
@@ -163,7 +171,7 @@ def read_and_encode(
     Returns:
         The prompts, and whether the model has a chat template.
     """
-    encoder = Encoder(load_tokenizer(resolve_model(model, say)))
+    encoder = Encoder(load_tokenizer(resolve_model(model.model, say)), parse_arguments(model.chat_template_kwargs))
     chats = bool(encoder.tokenizer.chat_template)
     lines = all(Path(name).suffix == ".txt" for name, _ in split_sources(source))
     found = read_prompts(source, options, lines and chats if chat is None else chat, say)
@@ -171,7 +179,7 @@ def read_and_encode(
 
 
 def _ids(prompt: Prompt, encoder: Encoder) -> tuple[int, ...]:
-    ids = encoder.prompt(prompt.prompt, prompt.tools)
+    ids = encoder.prompt(prompt.prompt, prompt.tools, prompt.arguments)
     if not ids:
         raise RowError("empty prompt", "the prompt has no token, so nothing predicts the first token of a response")
     return ids
@@ -200,9 +208,9 @@ def _draft(row: Any, format: str) -> Draft:
         if turns and not row.get("chosen") and not speaks & {"assistant", "gpt", "chatgpt", "model", "bot", "function_call"}:
             row = {**row, field: [*turns, _ASSISTANT]}
     elif not known and "prompt" in row:
-        row = {"prompt": row["prompt"], "completion": "x", "tools": row.get("tools")}
+        row = {"prompt": row["prompt"], "completion": "x", **{name: row[name] for name in ("tools", FIELD) if name in row}}
     elif not known and "instruction" in row:
-        row = {"output": "x", **{n: row[n] for n in ("instruction", "input", "system", "history") if n in row}}
+        row = {"output": "x", **{n: row[n] for n in ("instruction", "input", "system", "history", "tools", FIELD) if n in row}}
     elif not known:
         near = next((name for name in ("question", "query", "text", "input", "problem") if isinstance(row.get(name), str)), "")
         hint = f"; if it is {near!r}: --columns prompt={near}" if near else ""

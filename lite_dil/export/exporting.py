@@ -18,6 +18,7 @@ from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import make_folder, write
 from lite_dil.base.version import __version__
+from lite_dil.data.arguments import parse_arguments
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.export import merge
 from lite_dil.export.check import Check, Trained, held_out, measure, tolerance
@@ -180,7 +181,7 @@ class Export:
         config, checkpoint = self.source.options, self.checkpoint
         rows: tuple[list[Example], str] | None = None
         if not self.options.no_check:  # before loading the model, which is slow
-            encoder = Encoder(load_tokenizer(self.model))
+            encoder = Encoder(load_tokenizer(self.model), parse_arguments(config.chat_template_kwargs))
             rows = held_out(self.source, encoder, self.options.check_rows or CHECK_ROWS, self.options.check_data, self.say)
         loaded: Policy | None = None
         quantised = checkpoint is not None and (config.load_in_4bit or config.head_bits or checkpoint.packed)

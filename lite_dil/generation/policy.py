@@ -18,6 +18,7 @@ from lite_dil.base.files import replace_folder
 from lite_dil.base.hashing import file_pieces, sha256
 from lite_dil.base.memory import peak_rss_mb
 from lite_dil.base.start import quiet_bars
+from lite_dil.data.arguments import parse_arguments
 from lite_dil.data.encoder import Encoder
 from lite_dil.generation.asked import Asked, Several, answer_seed, encode_requests, encode_responses, is_one
 from lite_dil.models.find import load_tokenizer, resolve_model
@@ -363,7 +364,8 @@ def load(source: AdapterSource, say: Callable[[str], None], training: LoadOption
     registry.prepare(name, options, training)
     quiet_bars()
     model = resolve_model(options.model, say)
-    return load_found(source, name, model, Encoder(load_tokenizer(model)), say, training)
+    encoder = Encoder(load_tokenizer(model), parse_arguments(options.chat_template_kwargs))
+    return load_found(source, name, model, encoder, say, training)
 
 
 def load_found(

@@ -55,6 +55,13 @@ class ModelOptions:
         "quantise the frozen output head to 8 or 4 bits: saves half or three quarters of vocabulary x width x 2 bytes, and "
         "changes the model a little, policy and reference alike (default: 16 bits; with --4bit on mlx, 4)",
     )
+    chat_template_kwargs: str | None = option(
+        "model",
+        None,
+        """further arguments of the model's chat template, a JSON object such as '{"enable_thinking": false}'; a row's own """
+        "chat_template_kwargs come on top of them",
+        metavar="JSON",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from lite_dil.base.signals import StopSignal
 from lite_dil.base.start import quiet_bars, start
 from lite_dil.batching.schedule import LargestPass, Schedule
 from lite_dil.config.train_config import ResolvedConfig
+from lite_dil.data.arguments import parse_arguments
 from lite_dil.data.encoder import Encoder, Example, fingerprint
 from lite_dil.data.mismatched import mismatched
 from lite_dil.generation.policy import AdapterSource, Policy, load_found
@@ -132,7 +133,7 @@ def _load(
         raise UserError(missing_loss(config.loss))
     folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, shown(config.loss))
     model = policy.model if policy else resolve_model(config.model, display.say)
-    encoder = policy.encoder if policy else Encoder(load_tokenizer(model))
+    encoder = policy.encoder if policy else _encoder(model, config)
     data = read_data(encoder, config, display.say, given)
     if resume and data.config.eval_data != config.eval_data:
         raise UserError(f"--resume {resume}: the held-out rows are not those that this run was evaluated on")
@@ -146,6 +147,10 @@ def _load(
     if policy.backend.layout_reason:
         display.say(policy.backend.layout_reason)
     return TrainingSession(config, folder, policy, data, given.loss), progress
+
+
+def _encoder(model: str, config: ResolvedConfig) -> Encoder:
+    return Encoder(load_tokenizer(model), parse_arguments(config.chat_template_kwargs))
 
 
 def _progress(examples: Sequence[Example], config: ResolvedConfig, resume: Path | None) -> Progress:
