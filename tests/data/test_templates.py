@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -75,3 +76,122 @@ def test_the_prompt_is_what_generation_feeds_and_the_response_what_the_template_
             assert tokenizer.decode(ids) == expected
             if answer[0].isalpha():  # else a token of white space may join the two, and belongs to neither
                 assert [*fed, *ids] == tokenizer(tokenizer.decode(fed) + expected, add_special_tokens=False).input_ids
+
+
+def pair(chosen: Any, rejected: Any, messages: list[Any] | None = None, **further: Any) -> Row:
+    return Row(messages or [USER], (chosen, rejected), (1, -1), "", "pairs", **further)
+
+
+def thought(content: str, reasoning: str, name: str = "reasoning_content") -> dict[str, Any]:
+    return {"role": "assistant", "content": content, name: reasoning}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("qwen3", "<think>\nA or B\n</think>\n\nB.<|im_end|>"),
+        ("think always", "A or B\n</think>\n\nB.<|im_end|>"),
+        ("nemotron", "A or B\n</think>\nB.<|im_end|>"),
+        ("glm", "\n<think>A or B</think>\nB.<|im_end|>"),
+        (
+            "harmony",
+            "<|channel|>analysis<|message|>A or B<|end|><|start|>assistant<|channel|>final<|message|>B.<|return|>",
+        ),
+        # These print no reasoning; what their generation prompts open is closed.
+        ("chatml", "B.<|im_end|>"),
+        ("think open", "</think>\n\nB.<|im_end|>"),
+        ("r1", "</think>\n\nB.<|eos|>"),
+        ("deepseek", "B.<|eos|>"),
+        ("gemma4", "B.<turn|>"),
+    ],
+)
+def test_reasoning_in_a_field_of_its_own_is_trained_where_the_template_prints_it(
+    template: str, name: str, expected: str
+) -> None:
+    encoder, notes = Encoder(tokenizer_of(template)), Counter[str]()
+    row = pair(thought("B.", "A or B", name), thought("A.", "A or B", name))
+    example = encoder.encode(row, notes)
+    assert encoder.tokenizer.decode(example.responses[0]) == expected
+    assert ["leaves out the reasoning" in note for note in notes].count(True) == ("A or B" not in expected)
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "expected", "note"),
+    [
+        # What the generation prompt opened is not opened again, whatever the white space.
+        ("think open", "<think>\nA or B\n</think>\n\nB.", "A or B\n</think>\n\nB.<|im_end|>", ""),
+        ("think open", "<think>A or B</think>B.", "A or B</think>B.<|im_end|>", ""),
+        ("think open", "A or B\n</think>\n\nB.", "A or B\n</think>\n\nB.<|im_end|>", ""),
+        ("nemotron", "<think>A or B</think>B.", "A or B</think>B.<|im_end|>", ""),
+        ("nemotron", "A or B</think>B.", "A or B</think>B.<|im_end|>", ""),
+        # Printed by the template in a form of its own.
+        ("qwen3", "<think>A or B</think>B.", "<think>\nA or B\n</think>\n\nB.<|im_end|>", ""),
+        # Left out by the template.
+        ("r1", "<think>\nA or B\n</think>\n\nB.", "</think>\n\n\n\nB.<|eos|>", "leaves out the reasoning"),
+        ("deepseek", "<think>A or B</think>B.", "B.<|eos|>", "leaves out the reasoning"),
+        ("gemma4", "<|channel>thought\nA or B<channel|>B.", "B.<turn|>", "leaves out the reasoning"),
+        # Closed at once: in the template's own form, or with a blank line.
+        ("think open", "B.", "</think>\n\nB.<|im_end|>", "with '</think>\\n\\n'"),
+        ("think open", "<b>B</b>", "</think>\n\n<b>B</b><|im_end|>", "with '</think>\\n\\n'"),
+        ("think always", "B.", "\n</think>\n\nB.<|im_end|>", "with '\\n</think>\\n\\n'"),
+        ("nemotron", "B.", "</think>B.<|im_end|>", "with '</think>'"),
+        # Opened and closed by the generation prompt: it stays.
+        ("gemma4", "B.", "B.<turn|>", ""),
+    ],
+)
+def test_reasoning_in_the_content(template: str, content: str, expected: str, note: str) -> None:
+    encoder, notes = Encoder(tokenizer_of(template)), Counter[str]()
+    example = encoder.encode(pair(content, content.replace("B", "C")), notes)
+    assert encoder.tokenizer.decode(example.responses[0]) == expected
+    assert list(example.prompt) == encoder.tokenizer.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+    assert note in "".join(notes) if note else not notes
+
+
+def test_the_templates_own_way_to_close_a_block() -> None:
+    """What it prints behind reasoning of a response, else in a generation prompt without reasoning."""
+    tokenizer = tokenizer_of("think open")
+    opened = "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\n' }}{%- if m.reasoning_content -%}"
+    opened += "{{ '<think>\n' + m.reasoning_content + '\n</think>\n~' }}{%- endif -%}{{ m.content + '<|im_end|>\n' }}"
+    tokenizer.chat_template = (
+        opened + "{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    assert texts(Encoder(tokenizer), pair("B.", "C."))[1] == ["\n</think>\n~B.<|im_end|>", "\n</think>\n~C.<|im_end|>"]
+    told = "{{ '<think>\\n\\n</think>\\n' if enable_thinking is defined and not enable_thinking else '<think>\\n' }}"
+    tokenizer.chat_template = KINDS["think open"].template.replace(
+        "{{ '<|im_start|>assistant\\n<think>\\n' }}", "{{ '<|im_start|>assistant\\n' }}" + told
+    )
+    assert texts(Encoder(tokenizer), pair("B.", "C."))[1] == ["\n</think>\nB.<|im_end|>", "\n</think>\nC.<|im_end|>"]
+    # A channel's header, which only the template can close.
+    tokenizer = tokenizer_of("harmony")
+    header = "<|start|>assistant<|channel|>analysis<|message|>"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ '<|start|>assistant' }}", f"{{{{ '{header}' }}}}")
+    prompt, responses = texts(Encoder(tokenizer), pair("B.", thought("C.", "A or C")))
+    assert prompt.endswith(header)
+    final = "<|end|><|start|>assistant<|channel|>final<|message|>"
+    assert responses == [f"{final}B.<|return|>", f"A or C{final}C.<|return|>"]
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "analysis<|message|>' }}{%- endif -%}", "commentary<|message|>' }}{%- endif -%}"
+    )
+    with pytest.raises(RowError, match=r"prints 'commentary<\|message\|>' for generation and 'final<\|message\|>' in front"):
+        Encoder(tokenizer).encode(pair("B.", "C."))
+
+
+def test_arguments_of_the_template_and_of_a_row() -> None:
+    tokenizer, off = tokenizer_of("qwen3"), {"enable_thinking": False}
+    fed = {
+        thinking: tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=False, enable_thinking=thinking)
+        for thinking in (True, False)
+    }
+    assert fed[False] == fed[True] + "<think>\n\n</think>\n\n"
+    assert texts(Encoder(tokenizer, off), pair("B.", "C.")) == (fed[False], ["B.<|im_end|>", "C.<|im_end|>"])
+    assert texts(Encoder(tokenizer), pair("B.", "C.", arguments=off))[0] == fed[False]
+    assert texts(Encoder(tokenizer, off), pair("B.", "C.", arguments={"enable_thinking": True}))[0] == fed[True]
+    with pytest.raises(RowError, match="the generation prompt closes that block"):
+        Encoder(tokenizer, off).encode(pair("<think>a</think>B.", "C."))
+    # Empty blocks of two spellings are one.
+    assert texts(Encoder(tokenizer_of("glm"), off), pair("B.", "C."))[1] == ["\nB.<|im_end|>", "\nC.<|im_end|>"]
+    prompt, responses = texts(Encoder(tokenizer_of("deepseek"), {"thinking": True}), pair("B.", "C."))
+    assert (prompt[-7:], responses[0]) == ("<think>", "</think>B.<|eos|>")
+    prompt, responses = texts(Encoder(tokenizer_of("gemma4"), {"enable_thinking": True}), pair("B.", "C."))
+    assert (prompt[-6:], responses[0]) == ("model\n", "B.<turn|>")
