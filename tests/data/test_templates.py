@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from chat_templates import KINDS, tokenizer_of
-from conftest import pair_row
+from conftest import CHATML, byte_level_tokenizer, pair_row
+from tokenizers import AddedToken
 
 from lite_dil.data.encoder import Encoder
 from lite_dil.data.files import RowError
@@ -195,3 +196,87 @@ def test_arguments_of_the_template_and_of_a_row() -> None:
     assert (prompt[-7:], responses[0]) == ("<think>", "</think>B.<|eos|>")
     prompt, responses = texts(Encoder(tokenizer_of("gemma4"), {"enable_thinking": True}), pair("B.", "C."))
     assert (prompt[-6:], responses[0]) == ("model\n", "B.<turn|>")
+
+
+def test_an_ordinary_token_behind_the_response_is_its_end() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_tokens([AddedToken("<end>", special=False), AddedToken("\n\n", special=False)])
+    tokenizer.chat_template = CHATML.replace("<|im_end|>\n", "\n\n<end>\nbye<|endoftext|>")
+    encoder = Encoder(tokenizer)
+    assert texts(encoder, pair("A drink.\n", "a <|endo"))[1] == ["A drink.\n\n\n<end>", "a <|endo\n\n<end>"]
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<end>"])
+    assert encoder.end_ids() == sorted(ends)
+    for row in (pair("a <end> b", "c"), pair("a", "b", [{"role": "user", "content": "<end>"}])):
+        with pytest.raises(RowError, match="control token '<end>'"):
+            encoder.encode(row)
+    # White space is no end, though it may be a token.
+    tokenizer.chat_template = CHATML.replace("<|im_end|>\n", "\n\n")
+    assert texts(Encoder(tokenizer), pair("A", "B"))[1] == ["A<|im_end|>", "B<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("qwen3", {"<|im_end|>"}),
+        ("harmony", {"<|return|>", "<|call|>", "<|im_end|>"}),
+        ("gemma4", {"<turn|>", "<|im_end|>"}),
+        ("glm", {"<|im_end|>"}),
+    ],
+)
+def test_the_ends_at_which_generation_stops(name: str, ends: set[str]) -> None:
+    tokenizer = tokenizer_of(name)
+    assert Encoder(tokenizer).end_ids() == sorted(tokenizer.convert_tokens_to_ids(list(ends)))
+
+
+def test_what_a_template_leaves_out_of_a_response_is_refused() -> None:
+    encoder = Encoder(tokenizer_of("qwen3"))
+    with pytest.raises(RowError, match="leaves out a part of the response, 'Well"):
+        encoder.encode(pair("Well. <think>hm</think> B.", "C."))
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = CHATML.replace("m['content']", "m['content'] | upper")
+    with pytest.raises(RowError, match="changes the text of the response"):
+        Encoder(tokenizer).encode(pair("Paris", "Rome"))
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "problem"),
+    [
+        (
+            "gemma",
+            [{"role": "assistant", "content": "Hi."}, USER],
+            "refuses these messages: Conversation roles must alternate",
+        ),
+        ("gemma", [USER, USER], "refuses these messages: Conversation roles must alternate"),
+        ("{{ 1 / 0 }}", [USER], "refuses these messages: division by zero"),
+        ("{{ messages[0].content.title.x() }}", [USER], "refuses these messages"),
+        ("{{ messages[3].content + 'x' }}", [USER], "refuses these messages: list object has no element 3"),
+        ("{% if %}", [USER], "refuses these messages"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", [USER], "changes the text of the response"),
+    ],
+)
+def test_templates_with_demands_say_them_once(template: str, messages: list[Any], problem: str) -> None:
+    tokenizer = tokenizer_of(template) if template in KINDS else byte_level_tokenizer()
+    if template not in KINDS:
+        tokenizer.chat_template = template
+    with pytest.raises(RowError, match=problem):
+        Encoder(tokenizer).encode(pair("A.", "B.", messages))
+
+
+def test_conversations_of_unusual_shape() -> None:
+    """A system message alone, an assistant that begins, and one that speaks twice, where the template takes them."""
+    hi = {"role": "assistant", "content": "Hi."}
+    for messages in ([{"role": "system", "content": "Talk."}], [hi, USER], [USER, hi, hi, USER]):
+        encoder = Encoder(tokenizer_of("chatml"))
+        fed = encoder.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert texts(encoder, pair("A.", "B.", messages)) == (fed, ["A.<|im_end|>", "B.<|im_end|>"])
+
+
+@pytest.mark.parametrize("start", ["\n", "  ", "\n  ", " x"])
+def test_white_space_at_a_templates_start_is_kept(start: str) -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = start + "{% if true %}{{ strftime_now('%A, %Y-%m-%d %H:%M') }}{% endif %}\n" + CHATML
+    prompt = Encoder(tokenizer).rendering.prompt([USER])
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "strftime_now('%A, %Y-%m-%d %H:%M')", "'Friday, 2024-07-26 00:00'"
+    )
+    assert prompt == tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
