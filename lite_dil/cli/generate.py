@@ -192,9 +192,9 @@ def _draw(
 
 def _row(wanted: _Wanted, found: dict[str, Generated], encoder: Encoder) -> dict[str, Any]:
     """Return the row with the answers in `found`, by their fields, and how each ended."""
-    texts = {name: wanted.asked.text(encoder, answer.ids) for name, answer in found.items()}
+    answers = {name: wanted.asked.answer(encoder, answer.ids) for name, answer in found.items()}
     ended = {_ENDED[name]: "length" if answer.end is None else "stop" for name, answer in found.items()}
-    return {**wanted.asked.row(**texts), **ended, "key": wanted.key}
+    return {**wanted.asked.row(**answers), **ended, "key": wanted.key}
 
 
 class _AnswerFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from keyword import iskeyword
 from typing import Any
 
 from lite_dil.base.errors import UserError
@@ -58,7 +59,7 @@ def _checked(value: Any, where: str, error: Any) -> dict[str, Any]:
             raise error(f"{where}: not valid JSON ({problem}); expected an object such as {_EXAMPLE}") from None
     if not isinstance(value, dict):
         raise error(f"{where} is {kind_of(value)}; expected a JSON object such as {_EXAMPLE}")
-    if bad := [name for name in value if not name.isidentifier()]:
+    if bad := [name for name in value if not name.isidentifier() or iskeyword(name) or name in ("none", "true", "false")]:
         raise error(f"{where}: {bad[0]!r} is not a name that a template can read")
     if taken := sorted(RESERVED & value.keys()):
         raise error(f"{where}: {', '.join(taken)} cannot be set; it takes the template's own variables, such as {_EXAMPLE}")

@@ -94,6 +94,16 @@ class Encoder:
         """Tokenise a prompt, text or chat messages, up to where a response begins."""
         return self.prompt_ids(self.rendering.prompt(prompt, tools, arguments), chat=not isinstance(prompt, str))
 
+    def message(self, prompt: Sequence[int], ids: Sequence[int]) -> Message:
+        """Return a generated response to a chat as the assistant's message, without control tokens.
+
+        Args:
+            ids: its tokens without the one that ended it.
+        """
+        spelled = self.rendering.read(continuation_text(self.tokenizer, prompt, ids))
+        text = spelled["content"] if spelled else continuation_text(self.tokenizer, prompt, ids, plain=True)
+        return {"role": "assistant", **(spelled or {}), "content": text.strip()}
+
     def end_ids(self) -> list[int]:
         """Return the tokens that end a response; see `Rendering.ends`. Raises UserError if the template has none."""
         try:

@@ -16,7 +16,7 @@ from lite_dil.data.encoder import Encoder, continuation_text
 from lite_dil.data.files import PlacedRow, RowError, text_lines
 from lite_dil.data.format_readers import Draft
 from lite_dil.data.formats import format_of, read
-from lite_dil.data.messages import Message, kind_of
+from lite_dil.data.messages import Completion, Message, kind_of
 from lite_dil.data.options import DataOptions
 from lite_dil.data.reader import Problem, check_prompt, parse_columns, refuse, renamed
 from lite_dil.data.sources import records, split_sources
@@ -54,16 +54,27 @@ class Prompt:
         """A hash of it that does not depend on where it came from."""
         return key_of(self.row())
 
-    def row(self, **answers: str) -> dict[str, Any]:
+    def row(self, **answers: Completion) -> dict[str, Any]:
         """Return a data row with this prompt and `answers` by field, in the prompt's own form."""
-        said = {name: [{"role": "assistant", "content": text}] if self.chat else text for name, text in answers.items()}
+
+        def spoken(answer: Completion) -> Message:
+            return answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
+
+        said = {name: [spoken(answer)] if self.chat else answer for name, answer in answers.items()}
         further = {"tools": self.tools, FIELD: self.arguments}
         return {"prompt": self.prompt, **said, **{name: value for name, value in further.items() if value}}
 
+    def answer(self, encoder: Encoder, ids: Sequence[int]) -> Completion:
+        """Return a response without control tokens and its end: text; in a chat the message, if it holds more than text."""
+        if not self.chat:
+            return continuation_text(encoder.tokenizer, self.ids, ids, plain=True)
+        message = encoder.message(self.ids, ids)
+        return message if len(message) > 2 else str(message["content"])
+
     def text(self, encoder: Encoder, ids: Sequence[int]) -> str:
-        """Return a response's text without control tokens; in a chat, also without surrounding space."""
-        text = continuation_text(encoder.tokenizer, self.ids, ids, plain=True)
-        return text.strip() if self.chat else text
+        """Return what a response says; in a chat, without surrounding space."""
+        answer = self.answer(encoder, ids)
+        return answer if isinstance(answer, str) else str(answer["content"])
 
 
 def key_of(row: dict[str, Any]) -> str:

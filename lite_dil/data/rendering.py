@@ -20,6 +20,8 @@ _CLOCK = {"%H": "00", "%I": "12", "%M": "00", "%S": "00", "%p": "AM"}
 _REPLACED = "".join(f"|replace('{code}', '{text}')" for code, text in (_DATE | _CLOCK).items())
 FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_REPLACED} }}}}{{%- endmacro %}}\n"
 
+_THOUGHT = "\ue001"  # stands for a message's reasoning, as MARK does for its content
+
 Tools = list[dict[str, Any]] | None
 Arguments = Mapping[str, Any] | None
 
@@ -119,6 +121,43 @@ class Rendering:
             found |= {self._ended(ending, 0)} if shown else set()
             found |= self._end_of_calls(turns, ending) if shown else set()
         return found
+
+    def read(self, text: str) -> Message | None:
+        """Return the message of a generated response, or None if its text without control tokens is the message's.
+
+        Where control tokens set the reasoning apart, as in harmony's channels, the text without them would run together.
+
+        Args:
+            text: the response with its control tokens, without its end.
+        """
+        reasoning, (lead, opening, between) = "", self._framed
+        if between and between in text:
+            reasoning, _, text = text.partition(between)
+            reasoning = reasoning.removeprefix(opening)
+        elif lead and text.startswith(lead):
+            text = text.removeprefix(lead)
+        elif not any(token in text for token in self._special & MARKS):
+            return None
+        for token in self._special - MARKS:
+            text, reasoning = text.replace(token, ""), reasoning.replace(token, "")
+        return {"role": "assistant", "content": text, **({"reasoning_content": reasoning} if reasoning else {})}
+
+    @cached_property
+    def _framed(self) -> tuple[str, str, str]:
+        """What the template prints in front of a plain response, of reasoning, and between that and what is said."""
+        asked: list[Message] = [{"role": "user", "content": "Is it?"}]
+        plain, thought = {"role": "assistant", "content": MARK}, {"role": "assistant", "content": MARK, REASONING[0]: _THOUGHT}
+        try:
+            before = self.lay_out(asked, None, add_generation_prompt=True)
+            one, other = (self.lay_out([*asked, each], None, add_generation_prompt=False) for each in (plain, thought))
+        except RowError:
+            return "", "", ""
+        if not other.startswith(before) or _THOUGHT not in other:
+            return "", "", ""
+        opening, _, rest = other.removeprefix(before).partition(_THOUGHT)
+        lead = one.removeprefix(before).partition(MARK)[0] if one.startswith(before) else ""
+        found = lead, opening, rest.partition(MARK)[0]
+        return found if any(token in part for token in self._special for part in found) else ("", "", "")
 
     def _end_of_calls(self, turns: list[Message], ending: str) -> set[str]:
         """Return what ends tool calls, if that is not what ends other responses, as harmony's <|call|>."""

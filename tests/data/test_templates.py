@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from lite_dil.data.encoder import Encoder
 from lite_dil.data.files import RowError
 from lite_dil.data.reader import Row
+from lite_dil.generation.conversation import Conversation
 
 USER = {"role": "user", "content": "What is tea?"}
 EARLIER = [USER, {"role": "assistant", "content": "<think>hm</think>\n\nA drink."}, {"role": "user", "content": "Which?"}]
@@ -280,3 +281,43 @@ def test_white_space_at_a_templates_start_is_kept(start: str) -> None:
         "strftime_now('%A, %Y-%m-%d %H:%M')", "'Friday, 2024-07-26 00:00'"
     )
     assert prompt == tokenizer.apply_chat_template([USER], add_generation_prompt=True, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reasoning", "content"),
+    [
+        (
+            "harmony",
+            "<|channel|>analysis<|message|>A or B<|end|><|start|>assistant<|channel|>final<|message|>B.",
+            "A or B",
+            "B.",
+        ),
+        ("harmony", "<|channel|>final<|message|>B.", "", "B."),
+        ("nemotron", "A or B\n</think>\nB.", "A or B", "B."),
+        ("nemotron", "</think>B.", "", "</think>B."),
+    ],
+)
+def test_what_was_generated_becomes_the_message_that_the_template_prints_so(
+    name: str, text: str, reasoning: str, content: str
+) -> None:
+    encoder = Encoder(tokenizer_of(name))
+    prompt = encoder.prompt([USER])
+    expected = {"role": "assistant", "content": content} | ({"reasoning_content": reasoning} if reasoning else {})
+    ids = encoder.continuation(encoder.rendering.prompt([USER]), text)
+    assert encoder.message(prompt, ids) == expected
+    assert texts(encoder, pair(expected, "C."))[1][0].startswith(text)
+    # A turn of a chat, in the next prompt and in the rows that are saved.
+    talk = Conversation(encoder, None)
+    talk.add("What is tea?", "as decoded without them", True, text)
+    assert talk.turns[0].messages == [USER, expected]
+    following = encoder.tokenizer.decode(talk.prompt("Which?", 9).ids)
+    assert content in following
+    assert not reasoning or name == "nemotron" or reasoning not in following
+
+
+def test_generated_text_without_marks_of_control_is_left_as_it_is() -> None:
+    for name, text in (("qwen3", "<think>\nA or B\n</think>\n\nB."), ("chatml", "B."), ("gemma", " B.\n")):
+        encoder = Encoder(tokenizer_of(name))
+        ids = encoder.continuation(encoder.rendering.prompt([USER]), text)
+        assert encoder.rendering.read(text) is None
+        assert encoder.message(encoder.prompt([USER]), ids) == {"role": "assistant", "content": text.strip()}
