@@ -51,18 +51,20 @@ def turn_text(turn: ResponseTurn, ending: str | None, tokens: Set[str]) -> tuple
 
     Raises RowError if the response cannot be told from what the template prints around it.
     """
-    whole = turn.whole()
-    said = pieces(turn.message["content"])[-1].text.strip()
+    whole, content = turn.whole(), turn.message["content"].strip()
+    said = pieces(content)[-1].text.strip()
     end, cut = _content_end(turn, whole, said, ending, tokens)
     if turn.calls:
-        at = whole.find(said, _common(turn.before, whole)) if said else -1
+        latest, at = end, whole.find(said, _common(turn.before, whole)) if said else -1
     else:
-        at = len(whole[:end].rstrip()) - len(said)
+        printed = whole[:end].rstrip()
+        latest = len(printed) - len(said)
+        at = len(printed) - len(content) if printed.endswith(content) else latest  # else reasoning is printed otherwise
     if whole.startswith(turn.before):
         lead, start, note = "", len(turn.before), _closed_there(turn.before, whole, len(turn.before), at)
     else:
         lead, start, note = _parted(turn, whole, at)
-    if start > (end if turn.calls else at):
+    if start > latest:
         raise RowError("chat template", "the chat template changes the text of the response")
     if cut:
         return lead + whole[start:end], None, note
@@ -149,9 +151,12 @@ def _after_closed(before: str, whole: str, start: int, at: int) -> tuple[str, in
                 "remove the reasoning, or let the template open it (--chat-template-kwargs)",
             )
         return "", start + empty.end()
-    lead = whole[start:at] if at >= start else ""
-    if lead and before.endswith(lead):
+    lead, tail = whole[start:at] if at >= start else "", before[start:]
+    if lead and tail.endswith(lead):
         return lead, start + len(lead)
+    if lead.lstrip().startswith(header := tail.strip()):  # the same header after other white space
+        begin = start + lead.index(header) + len(header)
+        return lead, begin + _common(tail[len(tail.rstrip()) :], whole[begin:])
     return lead, -1 if lead.strip() else start
 
 

@@ -140,6 +140,7 @@ def test_reasoning_in_a_field_of_its_own_is_trained_where_the_template_prints_it
         ("nemotron", "B.", "</think>B.<|im_end|>", "with '</think>'"),
         # Opened and closed by the generation prompt: it stays.
         ("gemma4", "B.", "B.<turn|>", ""),
+        ("gemma4", "<think>A or B</think>B.", "<think>A or B</think>B.<turn|>", ""),  # no mark of this template's
     ],
 )
 def test_reasoning_in_the_content(template: str, content: str, expected: str, note: str) -> None:
@@ -321,3 +322,15 @@ def test_generated_text_without_marks_of_control_is_left_as_it_is() -> None:
         ids = encoder.continuation(encoder.rendering.prompt([USER]), text)
         assert encoder.rendering.read(text) is None
         assert encoder.message(encoder.prompt([USER]), ids) == {"role": "assistant", "content": text.strip()}
+
+
+def test_a_header_after_other_white_space_is_the_same_header() -> None:
+    """Templates written over many lines print more of it in front of a response than in front of a generated one."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}\n\n    {% if m.role == 'user' %}\n{{ 'USER: ' + m.content + '\\n' }}\n"
+        "    {% else %}\n{{ 'BOT: ' + m.content + '<|im_end|>\\n' }}\n    {% endif %}\n{% endfor %}\n"
+        "{% if add_generation_prompt %}\n{{ 'BOT:' }}{% endif %}"
+    )
+    prompt, responses = texts(Encoder(tokenizer), pair("A drink.", "<b>"))
+    assert (prompt, responses) == ("\nUSER: What is tea?\n\nBOT:", [" A drink.<|im_end|>", " <b><|im_end|>"])
