@@ -51,6 +51,12 @@ def opened(text: str) -> ReasoningBlock | None:
     return None
 
 
+def enclosed(text: str) -> ReasoningBlock | None:
+    """Return the block that a text begins with, up to white space, and closes; or None."""
+    begun = text.lstrip()
+    return next((ReasoningBlock(*pair) for pair in _PAIRS if begun.startswith(pair[0]) and pair[1] in begun), None)
+
+
 def pieces(content: str) -> list[ContentPart]:
     """Split a message's content at the marks of reasoning; the last piece is what is said in the end.
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
-from lite_dil.data.blocks import REASONING, opened, pieces, tag_start
+from lite_dil.data.blocks import REASONING, enclosed, opened, pieces, tag_start
 from lite_dil.data.files import RowError
 from lite_dil.data.messages import Message
 
@@ -140,18 +140,22 @@ def _after_closed(before: str, whole: str, start: int, at: int) -> tuple[str, in
     The prompt is complete: it opens nothing that it does not close. The place is negative if what the conversation prints
     instead is something else.
     """
-    inside = opened(before[:start])
-    if inside and inside.closer in before[start:]:  # both have a block here, and the prompt's is closed
-        rest = whole[start:]
-        empty = re.match(rf"\s*{re.escape(inside.closer)}\s*", rest)
+    tail, rest = before[start:], whole[start:]
+    block, begin = opened(before[:start]), start
+    if not block or block.closer not in tail:
+        block = enclosed(tail)
+        begin = start + rest.index(block.opener) + len(block.opener) if block and block.opener in rest else start
+        block = block if block and rest.lstrip().startswith(block.opener) else None
+    if block:  # both have one here, and the prompt's is closed
+        empty = re.match(rf"\s*{re.escape(block.closer)}\s*", whole[begin:])
         if empty is None:
             raise RowError(
                 "reasoning after a closed block",
-                f"the response has reasoning in a {inside.opener!r} block, but the generation prompt closes that block; "
+                f"the response has reasoning in a {block.opener!r} block, but the generation prompt closes that block; "
                 "remove the reasoning, or let the template open it (--chat-template-kwargs)",
             )
-        return "", start + empty.end()
-    lead, tail = whole[start:at] if at >= start else "", before[start:]
+        return "", begin + empty.end()
+    lead = whole[start:at] if at >= start else ""
     if lead and tail.endswith(lead):
         return lead, start + len(lead)
     if lead.lstrip().startswith(header := tail.strip()):  # the same header after other white space

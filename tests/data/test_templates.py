@@ -190,8 +190,9 @@ def test_arguments_of_the_template_and_of_a_row() -> None:
     assert texts(Encoder(tokenizer, off), pair("B.", "C.")) == (fed[False], ["B.<|im_end|>", "C.<|im_end|>"])
     assert texts(Encoder(tokenizer), pair("B.", "C.", arguments=off))[0] == fed[False]
     assert texts(Encoder(tokenizer, off), pair("B.", "C.", arguments={"enable_thinking": True}))[0] == fed[True]
-    with pytest.raises(RowError, match="the generation prompt closes that block"):
-        Encoder(tokenizer, off).encode(pair("<think>a</think>B.", "C."))
+    for reasoning in ("<think>a</think>B.", "<think>\na\n</think>\n\nB.", thought("B.", "a")):
+        with pytest.raises(RowError, match="the generation prompt closes that block"):
+            Encoder(tokenizer, off).encode(pair(reasoning, "C."))
     # Empty blocks of two spellings are one.
     assert texts(Encoder(tokenizer_of("glm"), off), pair("B.", "C."))[1] == ["\nB.<|im_end|>", "\nC.<|im_end|>"]
     prompt, responses = texts(Encoder(tokenizer_of("deepseek"), {"thinking": True}), pair("B.", "C."))
