@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def load(
     reference: str | None = None,
     trainable: bool = True,
     trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **engine: Any,
 ) -> Policy:
     """Load a model with a LoRA adapter, fresh or given; its reference is the model with the adapter off.
@@ -47,14 +49,14 @@ def load(
         bits: 4 quantises the frozen weights; None leaves them as they are.
         dtype: the frozen model's compute type: "bfloat16", "float16", "float32", or "auto", the default.
         backend: "cuda", "mlx", "cpu", or "auto", the default.
-        lora_r, lora_alpha, target_modules, lora_dropout: for a fresh adapter; by default rank 16, twice the rank, all linear
-            layers of the decoder, no dropout.
+        lora_r, lora_alpha, target_modules, lora_dropout: for a fresh adapter (16, twice the rank, all linear layers, none).
         seed: for the adapter's initial weights, and in training for the data's order and dropout.
         adapter: a run's folder, one of its checkpoints, or a folder with an adapter in PEFT's or mlx-lm's format. The model is
             then loaded as the run had it, unless other arguments are given.
         reference: the reference of an `adapter`: "base" or "initial-adapter"; required for training.
         trainable: False loads for inference only.
         trust_remote_code: run the Python files that the model brings, with all your rights.
+        chat_template_kwargs: of the chat template, such as {"enable_thinking": False}; by default those of the adapter's run.
         **engine: how training computes, named as in ``lite-dil train --help``: layout, optim, max_length, compile, ...
 
     Raises:
@@ -74,6 +76,7 @@ def load(
         backend=backend,
         head_bits=engine.pop("head_bits", None),
         trust_remote_code=trust_remote_code or None,
+        chat_template_kwargs=None if chat_template_kwargs is None else json.dumps(dict(chat_template_kwargs)),
     )
     lora = {"lora_r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     of_adapter = _given(**lora, target_modules=target_modules, reference=reference)

@@ -202,7 +202,7 @@ class Chat:
         if not answer.text.strip():
             self.screen.note("the model returned nothing; the message is removed")
             return
-        self.talk.add(text, answer.text, answer.whole)
+        self.talk.add(text, answer.text, answer.whole, answer.spelled)
         self._figures(prompt, sides, stop)
 
     def _answering(self, prompt: FittedPrompt, side: str) -> Stream:

@@ -130,9 +130,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--base also writes the answer without the adapter; give --adapter")
     display = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     options = adapter_flags.options_of(args)
-    asked, chat = prompts.read_and_encode(
-        args.prompts, options, source.options.model, args.chat, args.max_new_tokens, display.say, options.trust_remote_code
-    )
+    asked, chat = prompts.read_and_encode(args.prompts, options, source.options, args.chat, args.max_new_tokens, display.say)
     if args.chat is None and not asked[0].chat and chat:
         display.say("the prompts are plain text, which the model continues as is; --chat sends them as messages")
     wanted = _wanted(asked, args, source)
@@ -194,9 +192,9 @@ def _draw(
 
 def _row(wanted: _Wanted, found: dict[str, Generated], encoder: Encoder) -> dict[str, Any]:
     """Return the row with the answers in `found`, by their fields, and how each ended."""
-    texts = {name: wanted.asked.text(encoder, answer.ids) for name, answer in found.items()}
+    answers = {name: wanted.asked.answer(encoder, answer.ids) for name, answer in found.items()}
     ended = {_ENDED[name]: "length" if answer.end is None else "stop" for name, answer in found.items()}
-    return {**wanted.asked.row(**texts), **ended, "key": wanted.key}
+    return {**wanted.asked.row(**answers), **ended, "key": wanted.key}
 
 
 class _AnswerFile:

@@ -77,10 +77,8 @@ def run(args: argparse.Namespace) -> int:
             stream.reconfigure(errors=errors)
     display = Terminal()
     labels = Labels(Path(args.output))
-    options, model_name = adapter_flags.options_of(args), source.options.model
-    asked, chats = prompts.read_and_encode(
-        args.prompts, options, model_name, args.chat, args.max_new_tokens, display.say, options.trust_remote_code
-    )
+    options = adapter_flags.options_of(args)
+    asked, chats = prompts.read_and_encode(args.prompts, options, source.options, args.chat, args.max_new_tokens, display.say)
     if args.chat is None and chats and not asked[0].chat:
         display.say("the prompts are plain text, which the model continues as is; --chat sends them as messages")
     labels.check_kind(asked[0].chat)
@@ -284,6 +282,8 @@ def _summary(labels: Labels, source: AdapterSource, against: str, args: argparse
         words = ["lite-dil", "train", "--data", str(path), "--model", source.options.model]
         words += ["--4bit"] * source.options.load_in_4bit
         words += [flag("backend"), args.backend] if "backend" in args else []
+        kwargs = source.options.chat_template_kwargs
+        words += [flag("chat_template_kwargs"), kwargs] if kwargs else []
         if source.adapter:
             words += ["--init-adapter", str(source.adapter), "--reference", "initial-adapter"]
         display.say(f"train on them: {shlex.join(words)}")

@@ -53,6 +53,7 @@ questions before and after. Takes the flags of train.
 _DATA_FLAGS = (
     "model",
     "trust_remote_code",
+    "chat_template_kwargs",
     "eval_data",
     "data_format",
     "columns",
@@ -271,16 +272,16 @@ def _show_data(args: argparse.Namespace) -> int:
 
     from lite_dil.cli.progress import Terminal
     from lite_dil.cli.show_data import Show
-    from lite_dil.data.encoder import Encoder
+    from lite_dil.data.encoder import encoder_of
     from lite_dil.data.inspect.findings import report
-    from lite_dil.models.find import load_tokenizer, resolve_model
+    from lite_dil.models.find import resolve_model
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe that is not UTF-8 shows escapes
         sys.stdout.reconfigure(errors="backslashreplace")
     aside = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     quiet_bars()
     with aside.console.status("reading the data"):
-        found = report(config, Encoder(load_tokenizer(resolve_model(config.model, aside.say), config.trust_remote_code)))
+        found = report(config, encoder_of(resolve_model(config.model, aside.say), config))
     if args.json:
         print(json.dumps(found))
     else:

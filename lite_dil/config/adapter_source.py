@@ -39,7 +39,8 @@ def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> A
         base["backend"] = _usable(saved["backend"])
     same = given.get("backend", base.get("backend")) == saved.get("backend")
     # Another backend may have another 16-bit type, and no quantised head.
-    names = [name for name in MODEL_FIELDS if name in saved and (same or name in ("model", "load_in_4bit"))]
+    always = ("model", "load_in_4bit", "chat_template_kwargs")
+    names = [name for name in MODEL_FIELDS if name in saved and (same or name in always)]
     base |= {name: saved[name] for name in names if name != "backend"}
     if "model" not in base:
         base["model"] = given.get("model") or _own_model(folder)

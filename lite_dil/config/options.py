@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import types
 import typing
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.formats import KEY, RUN, check_format
 from lite_dil.config.foreign import key_here
 from lite_dil.config.train_config import FIELDS, ResolvedConfig, TrainConfig, flag
+from lite_dil.data.arguments import FIELD
 from lite_dil.objectives.own import is_own
 
 _HINTS = typing.get_type_hints(TrainConfig)
@@ -124,6 +126,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         # These may be YAML lists.
         if name in ("target_modules", "data", "eval_data", "report_to") and isinstance(value, list):
             value = ",".join(map(str, value))
+        if name == FIELD and isinstance(value, dict):
+            value = json.dumps(value)
         if name in ("columns", "data", "eval_data") and isinstance(value, dict):
             value = ",".join(f"{part}={of}" for part, of in value.items())
         try:

@@ -10,6 +10,7 @@ from lite_dil.backends.options import EngineOptions, LoadOptions
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.option import FREE, WRITTEN, option
 from lite_dil.batching.options import EMBEDDED_RATE, DrawOptions, ScheduleOptions
+from lite_dil.data.arguments import canonical, parse_arguments
 from lite_dil.data.options import InspectOptions, Lengths, SampleOptions
 from lite_dil.data.reader import parse_columns
 from lite_dil.data.sources import EMBEDDED
@@ -62,9 +63,13 @@ class TrainConfig(
             if value is not None and not 0 < value < _BIG:
                 problems.append(f"{flag(name)} is {value:g}; expected a number above 0 and below {_BIG:g}")
         problems += self._objective_problems()
-        for parse, value in ((parse_columns, self.columns), (tracker_names, self.report_to)):
+        for check, value in (
+            (parse_columns, self.columns),
+            (tracker_names, self.report_to),
+            (parse_arguments, self.chat_template_kwargs),
+        ):
             try:
-                parse(value)
+                check(value)
             except UserError as error:
                 problems.append(str(error))
         if self.head_bits not in (None, 4, 8):
@@ -142,7 +147,7 @@ class TrainConfig(
             fill |= {"reference": "base", "lora_r": rank, "lora_alpha": 2.0 * rank, "target_modules": ALL_LINEAR}
         if self.data == EMBEDDED:
             fill |= {"learning_rate": EMBEDDED_RATE} | ({} if self.eval_fraction else {"eval_data": EMBEDDED})
-        given = self.as_dict()
+        given = self.as_dict() | {"chat_template_kwargs": canonical(self.chat_template_kwargs)}
         return ResolvedConfig(**given | {name: value for name, value in fill.items() if given[name] is None})
 
     def as_dict(self) -> dict[str, Any]:

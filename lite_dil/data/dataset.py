@@ -211,7 +211,7 @@ def load(
         first, rows, name = len(store), 0, reader.source
         for row in reader:
             try:
-                whole = encoder.encode(row)
+                whole = encoder.encode(row, reader.notes)
                 example = _cut(whole, options.max_length)
             except RowError as error:
                 reader.problems.append(Problem(error.kind, row.place, str(error)))

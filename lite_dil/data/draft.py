@@ -15,7 +15,7 @@ PAIR = (CHOSEN, REJECTED)
 
 
 class Draft(NamedTuple):
-    """A row's content before it is checked: a prompt, its responses, the sign of each, and the tools.
+    """A row's content before it is checked: a prompt, its responses, the sign of each, tools and template arguments.
 
     `notes` say what was changed in the row, each in the same words for all such rows.
     """
@@ -26,6 +26,7 @@ class Draft(NamedTuple):
     tools: list[dict[str, Any]] | None = None
     notes: tuple[str, ...] = ()
     labelled: bool = False  # the sign comes from a label
+    arguments: dict[str, Any] | None = None
 
 
 class Tie(RowError):

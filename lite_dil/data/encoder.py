@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import sha256
+from lite_dil.data.arguments import parse_arguments
 from lite_dil.data.files import RowError
 from lite_dil.data.messages import Message
 from lite_dil.data.reader import Row
 from lite_dil.data.rendering import Rendering
+from lite_dil.models.find import load_tokenizer
+from lite_dil.models.options import ModelOptions
 from lite_dil.models.table import beyond_table
 
 
@@ -35,9 +39,12 @@ class Encoder:
 
     The prompt is tokenised once, so that both responses share its tokens, the same ones that a chat feeds the model. A
     response is tokenised as the prompt's continuation: by itself, SentencePiece would put a space in front of its first word.
+
+    Args:
+        arguments: further arguments of the chat template, such as `enable_thinking`.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
         if tokenizer.eos_token is None:
             raise UserError("the tokenizer has no end-of-sequence token, so the model cannot learn where responses end")
@@ -49,7 +56,7 @@ class Encoder:
         # What the tokenizer puts in front of a text: its BOS token, if the model uses one.
         at = next((i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain), 0)
         self.bos = with_special[:at]
-        self.rendering = Rendering(tokenizer)
+        self.rendering = Rendering(tokenizer, arguments)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         """Tokenise `text` without adding special tokens."""
@@ -61,10 +68,15 @@ class Encoder:
             raise UserError(self._beyond[min(found)])
         return ids
 
-    def encode(self, row: Row) -> Example:
-        """Tokenise one row. Raises RowError, with the reason, if the row or the template does not allow it."""
-        prompt = self.rendering.prompt(row.prompt, row.tools)
-        texts = [self.rendering.answer(row.prompt, prompt, answer, row.tools) for answer in row.answers]
+    def encode(self, row: Row, notes: Counter[str] | None = None) -> Example:
+        """Tokenise one row. Raises RowError, with the reason, if the row or the template does not allow it.
+
+        Args:
+            notes: counts the rows by what their owner should know about them.
+        """
+        self.rendering.notes.clear()
+        prompt = self.rendering.prompt(row.prompt, row.tools, row.arguments)
+        texts = [self.rendering.answer(row.prompt, prompt, answer, row.tools, row.arguments) for answer in row.answers]
         prompt_ids = self.prompt_ids(prompt, chat=row.chat)
         if not prompt_ids:
             raise RowError("empty prompt", "the prompt has no token, so nothing predicts the first token of the responses")
@@ -73,6 +85,8 @@ class Encoder:
             raise RowError(
                 "identical responses", "'chosen' and 'rejected' are the same tokens; there is no preference to learn"
             )
+        if notes is not None:
+            notes.update(self.rendering.notes)
         return Example(prompt_ids, responses, row.signs, row.place)
 
     def prompt_ids(self, prompt: str, chat: bool) -> tuple[int, ...]:
@@ -82,9 +96,24 @@ class Encoder:
             return self._in_table(self.bos) + ids
         return ids
 
-    def prompt(self, prompt: str | list[Message], tools: list[dict[str, Any]] | None = None) -> tuple[int, ...]:
+    def prompt(
+        self,
+        prompt: str | list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
         """Tokenise a prompt, text or chat messages, up to where a response begins."""
-        return self.prompt_ids(self.rendering.prompt(prompt, tools), chat=not isinstance(prompt, str))
+        return self.prompt_ids(self.rendering.prompt(prompt, tools, arguments), chat=not isinstance(prompt, str))
+
+    def message(self, prompt: Sequence[int], ids: Sequence[int]) -> Message:
+        """Return a generated response to a chat as the assistant's message, without control tokens.
+
+        Args:
+            ids: its tokens without the one that ended it.
+        """
+        spelled = self.rendering.read(continuation_text(self.tokenizer, prompt, ids))
+        text = spelled["content"] if spelled else continuation_text(self.tokenizer, prompt, ids, plain=True)
+        return {"role": "assistant", **(spelled or {}), "content": text.strip()}
 
     def end_ids(self) -> list[int]:
         """Return the tokens that end a response; see `Rendering.ends`. Raises UserError if the template has none."""
@@ -138,3 +167,9 @@ def fingerprint(examples: Iterable[Example]) -> str:
     """Return a digest of the token ids and their split, by which a resumed run recognises its data."""
     parts = ((example.prompt, example.responses, example.signs) for example in examples)
     return sha256(repr(part).encode() for part in parts)[:16]
+
+
+def encoder_of(model: str, options: ModelOptions) -> Encoder:
+    """Return the encoder of a model, given by its folder or hub id, with the options' template arguments. Raises UserError."""
+    tokenizer = load_tokenizer(model, options.trust_remote_code)
+    return Encoder(tokenizer, parse_arguments(options.chat_template_kwargs))

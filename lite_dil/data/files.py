@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.data.arrow import without_added
 
 # A row's place in words, "prefs.jsonl line 3", and the row: a dict, or a RowError that says why it could not be read.
 PlacedRow = tuple[str, Any]
@@ -252,7 +253,7 @@ def _columnar(path: Path, raw: IO[bytes], start: bytes) -> Iterator[PlacedRow]:
         for batch in batches:
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path} row {number}", row
+                yield f"{path} row {number}", without_added(row)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from lite_dil.data import compared
 from lite_dil.data import format_readers as readers
+from lite_dil.data.arguments import FIELD, read_arguments
 from lite_dil.data.columns import refuse_unreadable
 from lite_dil.data.draft import Draft, Raw
 from lite_dil.data.files import RowError
 from lite_dil.data.format_readers import LISTS, QUESTIONS, SCORE_FIELDS, TEXTS, is_pair
-from lite_dil.data.messages import Completion, Message, is_message, kind_of, read_messages, read_text
+from lite_dil.data.messages import Completion, Message, is_message, kind_of, read_messages, read_text, read_tools
 from lite_dil.data.splitting import is_transcript, transcript_prompt
 
 
@@ -84,7 +85,17 @@ FORMATS: dict[str, Format] = {
 # Fields that --columns can name.
 ROW_FIELDS = sorted(
     {name for spec in FORMATS.values() for name in spec.fields}
-    | {*LISTS, *QUESTIONS, *(f"{name}s" for name in (*SCORE_FIELDS, "rank")), "input", "system", "history", "tools", "kto_tag"}
+    | {
+        *LISTS,
+        *QUESTIONS,
+        *(f"{name}s" for name in (*SCORE_FIELDS, "rank")),
+        "input",
+        "system",
+        "history",
+        "tools",
+        "kto_tag",
+        FIELD,
+    }
 )
 _READ_HISTORY = ("alpaca", "compared")  # formats whose own readers take 'history'
 # Columns that may hold a response.
@@ -121,6 +132,7 @@ def read(row: Any, name: str, chat: bool = False) -> Draft:
         )
     refuse_unreadable(row)
     draft = spec.read(row)
+    draft = draft._replace(tools=draft.tools or read_tools(row), arguments=read_arguments(row))
     if chat and isinstance(draft.prompt, str):
         turns = transcript_prompt(draft.prompt) or [{"role": "user", "content": draft.prompt.strip()}]
         draft = draft._replace(prompt=turns, answers=tuple(_stripped(answer) for answer in draft.answers))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lite_dil.base.errors import did_you_mean
+from lite_dil.data.blocks import REASONING
 from lite_dil.data.files import RowError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -18,10 +19,10 @@ _SPEAKERS = {
     **dict.fromkeys(("tool", "observation", "function"), "tool"),
 }
 # Fields of a message that a chat template may read besides role and content.
-_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+_KEPT = ("tool_call_id", "name")
 
 Message = dict[str, Any]
-# What the assistant says: text, or a whole message with tool calls.
+# What the assistant says: text, or a whole message if it holds more, such as reasoning or tool calls.
 Completion = str | Message
 
 
@@ -44,7 +45,25 @@ def read_messages(value: Any, field: str) -> list[Message]:
     if not isinstance(value, list) or not value:
         kind = "empty prompt" if value == [] else "wrong type"
         raise RowError(kind, f"field {field!r} is {kind_of(value)}; expected a list of messages")
-    return [_message(message, f"{field}[{index}]") for index, message in enumerate(value)]
+    return _joined([_message(message, f"{field}[{index}]") for index, message in enumerate(value)], field)
+
+
+def _joined(messages: list[Message], field: str) -> list[Message]:
+    """Make a message of harmony's analysis channel the reasoning of the assistant's next message."""
+    found: list[Message] = []
+    analysis = None
+    for message in messages:
+        channel = message.pop("channel", None)
+        if analysis is not None and message["role"] != "assistant":
+            break
+        if analysis is not None:
+            message = {"reasoning_content": analysis, **message}
+        analysis = message["content"] if channel == "analysis" and message["role"] == "assistant" else None
+        if analysis is None:
+            found.append(message)
+    if analysis is not None:
+        raise RowError("analysis alone", f"field {field!r} has an analysis message without the assistant's message after it")
+    return found
 
 
 def read_answer(value: Any, field: str) -> Completion:
@@ -60,7 +79,7 @@ def read_answer(value: Any, field: str) -> Completion:
             f"field {field!r} has the roles {[m['role'] for m in messages]}; expected one assistant message, with everything "
             "before it in 'prompt'",
         )
-    return messages[0] if messages[0].get("tool_calls") else messages[0]["content"]
+    return messages[0]["content"] if messages[0].keys() == {"role", "content"} else messages[0]
 
 
 def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
@@ -103,7 +122,47 @@ def _message(value: Any, where: str) -> Message:
         hint = f" (did you mean {known!r}?)" if known else did_you_mean(str(value["role"]).lower(), ROLES)
         raise RowError("unknown role", f"{where} has role {value['role']!r}{hint}; expected one of {', '.join(ROLES)}")
     content = "" if calls and value.get("content") is None else _content(value["content"], f"{where}.content")
-    return {"role": value["role"], "content": content, **{name: value[name] for name in _KEPT if value.get(name) is not None}}
+    return {"role": value["role"], "content": content, **_further(value, where)}
+
+
+def _further(value: Mapping[str, Any], where: str) -> Message:
+    """Return what a message holds besides its role and content, under its own names."""
+    found = {name: value[name] for name in (*_KEPT, "channel") if value.get(name) is not None}
+    for name in REASONING:
+        if value.get(name) is not None:
+            found[name] = read_text(value[name], f"{where}.{name}")
+    if value.get("tool_calls"):
+        found["tool_calls"] = _calls(value["tool_calls"], f"{where}.tool_calls")
+    return found
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return tool calls with their arguments as objects; OpenAI's form has them as JSON text."""
+    if not isinstance(value, list):
+        raise RowError("tools", f"{where} is {kind_of(value)}; expected a list of tool calls")
+    found = []
+    for index, call in enumerate(value):
+        place = f"{where}[{index}]"
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError("tools", f"{place} has no function with a name; expected 'function' with 'name' and 'arguments'")
+        function = {name: part for name, part in function.items() if part is not None or name == "arguments"}
+        if "arguments" in function:
+            function["arguments"] = _call_arguments(function["arguments"], f"{place}.arguments")
+        whole = {name: part for name, part in call.items() if part is not None}
+        found.append(whole | {"function": function} if "function" in call else function)
+    return found
+
+
+def _call_arguments(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else {}
+        except ValueError as error:
+            raise RowError("tools", f"{where} is not valid JSON ({error}); expected an object, or its JSON text") from None
+    if value is not None and not isinstance(value, dict):
+        raise RowError("tools", f"{where} is {kind_of(value)}; expected an object, or its JSON text")
+    return value or {}
 
 
 def _spoken(value: Mapping[str, Any], where: str) -> Message:
@@ -117,10 +176,10 @@ def _spoken(value: Mapping[str, Any], where: str) -> Message:
         except ValueError as error:
             raise RowError("tools", f"{where}.value is not valid JSON ({error}); expected name and arguments") from None
         calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
-        return {"role": "assistant", "content": "", "tool_calls": calls}
+        return {"role": "assistant", "content": "", **_further({**value, "tool_calls": calls}, where)}
     if not isinstance(speaker, str) or speaker not in _SPEAKERS:
         raise RowError("unknown role", f"{where} is from {speaker!r}; expected one of {', '.join(_SPEAKERS)}")
-    return {"role": _SPEAKERS[speaker], "content": text}
+    return {"role": _SPEAKERS[speaker], "content": text, **_further(value, where)}
 
 
 def _content(value: Any, where: str) -> str:

@@ -12,17 +12,19 @@ from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
+from lite_dil.data.arguments import FIELD
 from lite_dil.data.columns import Columns, learn, refuse_unreadable, tidy
 from lite_dil.data.compared import BETTER
 from lite_dil.data.draft import Draft, Tie
-from lite_dil.data.encoder import Encoder, continuation_text
+from lite_dil.data.encoder import Encoder, continuation_text, encoder_of
 from lite_dil.data.files import PlacedRow, RowError, text_lines
 from lite_dil.data.formats import format_of, read
-from lite_dil.data.messages import Message, is_message, kind_of, read_text
+from lite_dil.data.messages import Completion, Message, is_message, kind_of, read_text
 from lite_dil.data.options import DataOptions
 from lite_dil.data.reader import LOOKED_AT, Problem, check_prompt, parse_columns, refuse
 from lite_dil.data.sources import records, split_sources
-from lite_dil.models.find import load_tokenizer, resolve_model
+from lite_dil.models.find import resolve_model
+from lite_dil.models.options import ModelOptions
 
 # The flags of train that decide how prompts are read.
 FLAGS = ("data_format", "columns", "max_rows", "skip_bad_rows", "max_length")
@@ -44,6 +46,7 @@ class Prompt:
     place: str
     tools: list[dict[str, Any]] | None = None
     ids: tuple[int, ...] = ()
+    arguments: dict[str, Any] | None = None
 
     @property
     def chat(self) -> bool:
@@ -55,20 +58,33 @@ class Prompt:
         """A hash of it that does not depend on where it came from."""
         return key_of(self.row())
 
-    def row(self, **answers: str) -> dict[str, Any]:
+    def row(self, **answers: Completion) -> dict[str, Any]:
         """Return a data row with this prompt and `answers` by field, in the prompt's own form."""
-        said = {name: [{"role": "assistant", "content": text}] if self.chat else text for name, text in answers.items()}
-        return {"prompt": self.prompt, **said, **({"tools": self.tools} if self.tools else {})}
+
+        def spoken(answer: Completion) -> Message:
+            return answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
+
+        said = {name: [spoken(answer)] if self.chat else answer for name, answer in answers.items()}
+        further = {"tools": self.tools, FIELD: self.arguments}
+        return {"prompt": self.prompt, **said, **{name: value for name, value in further.items() if value}}
+
+    def answer(self, encoder: Encoder, ids: Sequence[int]) -> Completion:
+        """Return a response without control tokens and its end: text; in a chat the message, if it holds more than text."""
+        if not self.chat:
+            return continuation_text(encoder.tokenizer, self.ids, ids, plain=True)
+        message = encoder.message(self.ids, ids)
+        return message if len(message) > 2 else str(message["content"])
 
     def text(self, encoder: Encoder, ids: Sequence[int]) -> str:
-        """Return a response's text without control tokens; in a chat, also without surrounding space."""
-        text = continuation_text(encoder.tokenizer, self.ids, ids, plain=True)
-        return text.strip() if self.chat else text
+        """Return what a response says; in a chat, without surrounding space."""
+        answer = self.answer(encoder, ids)
+        return answer if isinstance(answer, str) else str(answer["content"])
 
 
 def key_of(row: dict[str, Any]) -> str:
     """Return the `Prompt.key` of the prompt in a row made by `Prompt.row`."""
-    return digest(json.dumps([row["prompt"], row.get("tools")], sort_keys=True))
+    arguments = [row[FIELD]] if row.get(FIELD) else []
+    return digest(json.dumps([row["prompt"], row.get("tools"), *arguments], sort_keys=True))
 
 
 def read_prompts(source: str, options: DataOptions, chat: bool, say: Callable[[str], None]) -> list[Prompt]:
@@ -98,7 +114,7 @@ def read_prompts(source: str, options: DataOptions, chat: bool, say: Callable[[s
                     raise value
                 draft = _draft(tidy(value, columns, about), options.data_format, chat)
                 check_prompt(draft.prompt)
-                prompt = Prompt(draft.prompt, place, draft.tools)
+                prompt = Prompt(draft.prompt, place, draft.tools, arguments=draft.arguments)
                 first = first or prompt
                 if prompt.chat != first.chat:
                     raise RowError(
@@ -141,6 +157,7 @@ def encode_prompts(
     encoded: list[Prompt] = []
     problems: list[Problem] = []
     cut = 0
+    encoder.rendering.notes.clear()
     for prompt in prompts:
         try:
             ids = _ids(prompt, encoder)
@@ -153,21 +170,17 @@ def encode_prompts(
     refuse("prompts", [] if options.skip_bad_rows and encoded else problems, len(encoded), _EXPECTED)
     if problems:
         say(f"{len(problems)} prompts that the model cannot take are left out; the first: {problems[0].place}")
+    for note in sorted(encoder.rendering.notes):
+        say(f"some prompts: {note}")
     if cut:
         say(f"{cut} prompts are cut from the left to {limit} tokens, by --max-length {options.max_length}")
     return encoded
 
 
 def read_and_encode(
-    source: str,
-    options: DataOptions,
-    model: str,
-    chat: bool | None,
-    room: int,
-    say: Callable[[str], None],
-    trust_remote_code: bool = False,
+    source: str, options: DataOptions, model: ModelOptions, chat: bool | None, room: int, say: Callable[[str], None]
 ) -> tuple[list[Prompt], bool]:
-    """Read prompts and tokenise them for `model`; only its tokenizer is loaded.
+    """Read prompts and tokenise them for the model; only its tokenizer is loaded.
 
     Args:
         chat: whether plain-text prompts become user messages; None means only the lines of .txt files, if the model has a
@@ -178,7 +191,7 @@ def read_and_encode(
     Returns:
         The prompts, and whether the model has a chat template.
     """
-    encoder = Encoder(load_tokenizer(resolve_model(model, say), trust_remote_code))
+    encoder = encoder_of(resolve_model(model.model, say), model)
     chats = bool(encoder.tokenizer.chat_template)
     lines = all(Path(name).suffix == ".txt" for name, _ in split_sources(source))
     found = read_prompts(source, options, lines and chats if chat is None else chat, say)
@@ -186,7 +199,7 @@ def read_and_encode(
 
 
 def _ids(prompt: Prompt, encoder: Encoder) -> tuple[int, ...]:
-    ids = encoder.prompt(prompt.prompt, prompt.tools)
+    ids = encoder.prompt(prompt.prompt, prompt.tools, prompt.arguments)
     if not ids:
         raise RowError("empty prompt", "the prompt has no token, so nothing predicts the first token of a response")
     return ids

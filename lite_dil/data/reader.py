@@ -35,8 +35,8 @@ class Row:
     """One row: a prompt and its responses, each with the sign ``CHOSEN`` or ``REJECTED``.
 
     A pair has one of each, an unpaired row a single response, a demonstration a single chosen one. With `chat` the prompt is a
-    list of messages, rendered by the model's chat template with the `tools`; otherwise it is plain text that the responses
-    continue. `place` is where the row came from, for error messages.
+    list of messages, rendered by the model's chat template with the `tools` and the row's own `arguments` of the template;
+    otherwise it is plain text that the responses continue. `place` is where the row came from, for error messages.
     """
 
     prompt: str | list[Message]
@@ -45,6 +45,7 @@ class Row:
     place: str
     form: str
     tools: list[dict[str, Any]] | None = field(default=None, compare=False)
+    arguments: dict[str, Any] | None = field(default=None, compare=False)
 
     @property
     def chat(self) -> bool:
@@ -269,7 +270,8 @@ def _checked(draft: Draft, place: str) -> Row:
     """Return a draft as a row, or raise RowError if nothing can be learned from it."""
     check_prompt(draft.prompt)
     for answer, sign in zip(draft.answers, draft.signs, strict=True):
-        if isinstance(answer, str) and not answer.strip():
+        said = answer if isinstance(answer, str) else answer["content"]
+        if not said.strip() and not (isinstance(answer, dict) and answer.get("tool_calls")):
             side = "" if len(draft.signs) == 1 else "chosen " if sign == CHOSEN else "rejected "
             raise RowError("empty response", f"the {side}response is empty; write one or remove the row")
     form = "pairs" if len(draft.signs) > 1 else "unpaired" if draft.labelled else "demonstrations"
@@ -277,4 +279,4 @@ def _checked(draft: Draft, place: str) -> Row:
         raise RowError(
             "identical responses", "'chosen' and 'rejected' are the same text: no preference to learn; remove the row"
         )
-    return Row(draft.prompt, draft.answers, draft.signs, place, form, draft.tools)
+    return Row(draft.prompt, draft.answers, draft.signs, place, form, draft.tools, draft.arguments)

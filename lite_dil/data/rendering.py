@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 from lite_dil.base.errors import first_line
+from lite_dil.data.blocks import MARKS, REASONING, pieces
 from lite_dil.data.files import RowError
 from lite_dil.data.messages import Completion, Message
+from lite_dil.data.turns import MARK, ResponseTurn, added_end, turn_text
 
-# With a template that prints today's date, a run resumed tomorrow would see other tokens. This is Llama 3's own fallback.
-FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+# With a template that prints today's date, a run resumed tomorrow would see other tokens. This is Llama 3's own fallback, in
+# the format that the template asks for. The line feed belongs to the tag, so that the template still starts a line.
+_DATE = {"%Y": "2024", "%y": "24", "%m": "07", "%d": "26", "%b": "Jul", "%B": "July", "%A": "Friday", "%a": "Fri"}
+_CLOCK = {"%H": "00", "%I": "12", "%M": "00", "%S": "00", "%p": "AM"}
+_REPLACED = "".join(f"|replace('{code}', '{text}')" for code, text in (_DATE | _CLOCK).items())
+FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ format{_REPLACED} }}}}{{%- endmacro %}}\n"
+
+_THOUGHT = "\ue001"  # stands for a message's reasoning, as MARK does for its content
 
 Tools = list[dict[str, Any]] | None
+Arguments = Mapping[str, Any] | None
 
 
 class Rendering:
@@ -22,39 +32,82 @@ class Rendering:
     Training, chat, generation, sampling, reports and exports all use it, so that a model reads what it was trained on.
 
     Args:
-        arguments: further arguments of the chat template, such as `enable_thinking`.
+        arguments: further arguments of the chat template, such as `enable_thinking`; a row's own come on top of them.
 
     Attributes:
-        control: the texts of tokens that open or end a turn; no message may contain one.
+        notes: what the owner of the rows should know about those rendered since it was last emptied.
     """
 
-    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, tokenizer: Any, arguments: Arguments = None) -> None:
         self.tokenizer, self.arguments = tokenizer, dict(arguments or {})
-        added = tokenizer.added_tokens_decoder.values()
-        self.control = {token.content for token in added if token.special} | {tokenizer.eos_token}
+        self.notes: set[str] = set()
+        tokens = tokenizer.added_tokens_decoder.values()
+        self._special = {token.content for token in tokens if token.special} | {tokenizer.eos_token}
+        # White space may be a token too (Gemma's line feeds); it ends nothing.
+        self._added = {token.content for token in tokens if token.content.strip()} | {tokenizer.eos_token}
+        self._lengths = sorted(set(map(len, self._added)), reverse=True)
+        self._endings: dict[str, str | None] = {}
+        self._tools_shown = False
 
     @property
     def chats(self) -> bool:
         """Whether the tokenizer has a chat template."""
         return bool(self.tokenizer.chat_template)
 
-    def prompt(self, prompt: str | list[Message], tools: Tools = None) -> str:
-        """Return what comes before a response: text as it is, or messages up to the start of the assistant's turn."""
+    @cached_property
+    def control(self) -> set[str]:
+        """The texts of tokens that open or end a turn; no message may contain one."""
+        turns = [{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}]
+        try:
+            frame = self.lay_out(turns, None, add_generation_prompt=False) if self.chats else ""
+        except RowError:  # a template with demands of its own: the special tokens must do
+            frame = ""
+        return self._special | ({token for token in self._added if token in frame} - MARKS)
+
+    def prompt(self, prompt: str | list[Message], tools: Tools = None, arguments: Arguments = None) -> str:
+        """Return what comes before a response: text as it is, or messages up to the start of the assistant's turn.
+
+        Args:
+            arguments: the row's own arguments of the template.
+        """
         if isinstance(prompt, str):
+            if tools:
+                self.notes.add("their tools are not used: the prompts are plain text, without the chat template")
             return prompt
         for message in prompt:
             self._refuse_control(message)
-        return self.lay_out(prompt, tools, add_generation_prompt=True)
+        text = self.lay_out(prompt, tools, add_generation_prompt=True, arguments=arguments)
+        if tools and not self._tools_shown:
+            self._tools_shown = text != self.lay_out(prompt, None, add_generation_prompt=True, arguments=arguments)
+            if not self._tools_shown:
+                self.notes.add("the chat template prints the same with their tools as without them")
+        if any(name not in text for name in _called(prompt)):
+            self.notes.add("the chat template does not print the tool calls of earlier turns")
+        return text
 
-    def answer(self, prompt: str | list[Message], before: str, answer: Completion, tools: Tools = None) -> str:
-        """Return a response with its end, as the continuation of `before`, the result of `self.prompt(prompt, tools)`.
+    def answer(
+        self,
+        prompt: str | list[Message],
+        before: str,
+        answer: Completion,
+        tools: Tools = None,
+        arguments: Arguments = None,
+    ) -> str:
+        """Return a response with its end, as the continuation of `before`, the result of `self.prompt` for the same prompt.
 
         Raises RowError, with the reason, if the response or the template does not allow it.
         """
         if isinstance(prompt, str):
             assert isinstance(answer, str)  # the readers pair texts with texts
             return self._text_answer(answer)
-        return self._chat_answer(prompt, before, answer, tools)
+        message = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
+        self._refuse_control(message)
+        turn = ResponseTurn(prompt, message, before, partial(self.lay_out, tools=tools, arguments=arguments), arguments or {})
+        text, end, note = turn_text(turn, self._ending(arguments), self._added)
+        if note:
+            self.notes.add(note)
+        self._check_shown(message, text)
+        return text if end is None else self._ended(text, end)
 
     def ends(self) -> set[str]:
         """Return the texts that end a response: EOS and the chat template's end of turn; a model may have learned both.
@@ -63,16 +116,62 @@ class Rendering:
         """
         found = {self.tokenizer.eos_token}
         if self.chats:
-            answer = "Yes."
-            turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}]
-            # Not through `answer`, which refuses some templates that begin a response (say with <think>).
-            text = self.lay_out(turns, None, add_generation_prompt=False)
-            if (at := text.rfind(answer)) >= 0:
-                end = at + len(answer)
-                found.add(self._ended(text, end)[end:])
+            turns: list[Message] = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": MARK}]
+            _, shown, ending = self.lay_out(turns, None, add_generation_prompt=False).rpartition(MARK)
+            found |= {self._ended(ending, 0)} if shown else set()
+            found |= self._end_of_calls(turns, ending) if shown else set()
         return found
 
-    def lay_out(self, messages: list[Message], tools: Tools, add_generation_prompt: bool) -> str:
+    def read(self, text: str) -> Message | None:
+        """Return the message of a generated response, or None if its text without control tokens is the message's.
+
+        Where control tokens set the reasoning apart, as in harmony's channels, the text without them would run together.
+
+        Args:
+            text: the response with its control tokens, without its end.
+        """
+        reasoning, (lead, opening, between) = "", self._framed
+        if between and between in text:
+            reasoning, _, text = text.partition(between)
+            reasoning = reasoning.removeprefix(opening)
+        elif lead and text.startswith(lead):
+            text = text.removeprefix(lead)
+        elif not any(token in text for token in self._special & MARKS):
+            return None
+        for token in self._special - MARKS:
+            text, reasoning = text.replace(token, ""), reasoning.replace(token, "")
+        return {"role": "assistant", "content": text, **({"reasoning_content": reasoning} if reasoning else {})}
+
+    @cached_property
+    def _framed(self) -> tuple[str, str, str]:
+        """What the template prints in front of a plain response, of reasoning, and between that and what is said."""
+        asked: list[Message] = [{"role": "user", "content": "Is it?"}]
+        plain, thought = {"role": "assistant", "content": MARK}, {"role": "assistant", "content": MARK, REASONING[0]: _THOUGHT}
+        try:
+            before = self.lay_out(asked, None, add_generation_prompt=True)
+            one, other = (self.lay_out([*asked, each], None, add_generation_prompt=False) for each in (plain, thought))
+        except RowError:
+            return "", "", ""
+        if not other.startswith(before) or _THOUGHT not in other:
+            return "", "", ""
+        opening, _, rest = other.removeprefix(before).partition(_THOUGHT)
+        lead = one.removeprefix(before).partition(MARK)[0] if one.startswith(before) else ""
+        found = lead, opening, rest.partition(MARK)[0]
+        return found if any(token in part for token in self._special for part in found) else ("", "", "")
+
+    def _end_of_calls(self, turns: list[Message], ending: str) -> set[str]:
+        """Return what ends tool calls, if that is not what ends other responses, as harmony's <|call|>."""
+        call = {"type": "function", "function": {"name": "is_it", "arguments": {"what": "it"}}}
+        try:
+            text = self.lay_out([turns[0], {**turns[1], "content": "", "tool_calls": [call]}], None, False)
+        except RowError:
+            return set()
+        if "is_it" not in text or text.endswith(ending):
+            return set()
+        end = added_end(text, self._added)
+        return {end} if end else set()
+
+    def lay_out(self, messages: list[Message], tools: Tools, add_generation_prompt: bool, arguments: Arguments = None) -> str:
         """Return messages as the chat template renders them. Raises RowError if it refuses them."""
         from jinja2 import TemplateError
 
@@ -82,18 +181,46 @@ class Rendering:
                 "the data is chat messages but this model has no chat template; use an instruct model, or give prompts and "
                 "responses as plain text",
             )
-        try:
-            template = self.tokenizer.get_chat_template()  # the default of several named ones
-            return self.tokenizer.apply_chat_template(
+
+        def render(messages: list[Message]) -> str:
+            text = self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                chat_template=FIXED_DATE + template,
-                **self.arguments,
+                chat_template=template,
+                **{**self.arguments, **(arguments or {})},
             )
-        except (TemplateError, TypeError) as error:  # TypeError: the template does not expect such tools
+            return str(text)
+
+        try:
+            template = self.tokenizer.get_chat_template(tools=tools)  # of several named ones, as transformers takes them
+            messages = [_with_reasoning(message, template) for message in messages]
+            template = FIXED_DATE + template if "strftime_now" in template else template
+            calls = list(_arguments_of_calls(messages))
+            try:
+                text = render(messages)
+            except TypeError:
+                if not calls:
+                    raise
+                return render(_with_text_arguments(messages))  # a template that joins them to text
+            if any(value and str(value) in text for value in calls):  # Python's spelling, as of a template for text
+                return render(_with_text_arguments(messages))
+            return text
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise RowError("chat template", f"the model's chat template refuses these messages: {first_line(error)}") from None
+
+    def _ending(self, arguments: Arguments) -> str | None:
+        """Return what the template prints behind a plain response, or None if it does not take one by itself."""
+        key = json.dumps(arguments or {}, sort_keys=True)
+        if key not in self._endings:
+            turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": MARK}]
+            try:
+                text = self.lay_out(turns, None, add_generation_prompt=False, arguments=arguments)
+            except RowError:
+                text = ""
+            self._endings[key] = text.rpartition(MARK)[2] if MARK in text else None
+        return self._endings[key]
 
     def _text_answer(self, text: str) -> str:
         """Return a plain-text response with exactly one EOS at its end; the text may already have it."""
@@ -103,38 +230,79 @@ class Rendering:
             raise RowError("control token", f"a response contains {eos!r} before its end; remove it")
         return content + eos
 
-    def _chat_answer(self, messages: list[Message], prompt: str, answer: Completion, tools: Tools) -> str:
-        message = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
-        self._refuse_control(message)
-        whole = self.lay_out([*messages, message], tools, add_generation_prompt=False)
-        if not whole.startswith(prompt):
-            raise RowError("chat template", "the chat template renders the prompt differently once a response follows it")
-        text = whole[len(prompt) :]
-        if message.get("tool_calls"):
-            # Templates write tool calls in many ways; a plain turn shows how a turn ends.
-            end = self._chat_answer(messages, prompt, "x", tools).removeprefix("x")
-            if end not in text:
-                raise RowError("chat template", "the chat template ends tool calls differently from other responses")
-            return text[: text.rfind(end) + len(end)]
-        stripped = message["content"].strip()
-        found = text.find(stripped)
-        if found < 0:
-            raise RowError("chat template", "the chat template changes the text of the response")
-        return self._ended(text, found + len(stripped))
+    def _check_shown(self, message: Message, text: str) -> None:
+        """Note reasoning that the template leaves out. Raises RowError if it leaves out what the response says or calls."""
+        parts = pieces(message["content"])
+        if lost := [part for part in parts[:-1] if not part.reasoning and part.text.strip() not in text]:
+            raise RowError(
+                "chat template", f"the chat template leaves out a part of the response, {lost[0].text.strip()[:40]!r}"
+            )
+        reasons = [part.text for part in parts if part.reasoning] + [message[name] for name in REASONING if name in message]
+        if any(reason.strip() not in text for reason in reasons):
+            self.notes.add("the chat template leaves out the reasoning of their responses: it is not trained on")
+        if any(name not in text for name in _called([message])):
+            raise RowError("chat template", "the chat template does not print the tool calls of the response")
+        if any(None in value.values() for value in _arguments_of_calls([message])):
+            self.notes.add(
+                "null in the arguments of their tool calls is trained on; columnar files add it for the arguments of other "
+                "calls: store arguments as JSON text there"
+            )
 
     def _ended(self, text: str, content_end: int) -> str:
-        """Cut `text` after its end-of-turn token, the first control token after the content; add EOS if there is none."""
-        marks = [(text.find(token, content_end), token) for token in self.control]
-        found = [(at, -len(token), token) for at, token in marks if at >= 0]
-        if found:
-            at, _, token = min(found)
-            return text[: at + len(token)]
-        return text[:content_end] + self.tokenizer.eos_token
+        """Cut `text` after its end of turn; add EOS if there is none.
+
+        It is the added token, special or not, right behind the content, else the first special token after it.
+        """
+        rest = text[content_end:]
+        behind = rest.lstrip()
+        if near := next((behind[:length] for length in self._lengths if behind[:length] in self._added), ""):
+            return text[:content_end] + rest[: len(rest) - len(behind)] + near
+        marks = [(rest.find(token), -len(token), token) for token in self._special if token in rest]
+        if marks:
+            at, _, token = min(marks)
+            return text[: content_end + at + len(token)]
+        return text[:content_end].rstrip() + self.tokenizer.eos_token
 
     def _refuse_control(self, message: Message) -> None:
         texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in message.values()]
-        for token in self.control:
+        for token in self.control - MARKS if message["role"] == "assistant" else self.control:
             if any(token in text for text in texts):
                 raise RowError(
                     "control token", f"a message contains the control token {token!r}, which ends or opens a turn; remove it"
                 )
+
+
+def _with_reasoning(message: Message, template: str) -> Message:
+    """Return a message with its reasoning under each name that the template mentions."""
+    value = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    if value is None:
+        return message
+    return {**{name: value for name in REASONING if name in template}, **message}
+
+
+def _arguments_of_calls(messages: Iterable[Message]) -> Iterable[dict[str, Any]]:
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            value = call.get("function", call).get("arguments")
+            if isinstance(value, dict):
+                yield value
+
+
+def _called(messages: Iterable[Message]) -> list[str]:
+    """Return the names of the functions that messages call."""
+    return [call.get("function", call)["name"] for message in messages for call in message.get("tool_calls") or ()]
+
+
+def _with_text_arguments(messages: list[Message]) -> list[Message]:
+    """Return messages whose tool calls have their arguments as JSON text."""
+
+    def spelled(function: dict[str, Any]) -> dict[str, Any]:
+        return {**function, "arguments": json.dumps(function.get("arguments", {}), ensure_ascii=False)}
+
+    def call_of(call: dict[str, Any]) -> dict[str, Any]:
+        return {**call, "function": spelled(call["function"])} if "function" in call else spelled(call)
+
+    return [
+        {**message, "tool_calls": [call_of(call) for call in message["tool_calls"]]} if message.get("tool_calls") else message
+        for message in messages
+    ]

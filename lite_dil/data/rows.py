@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lite_dil.base.errors import UserError
+from lite_dil.data.arrow import without_added
 from lite_dil.data.files import PlacedRow
 
 DATA = "data"  # their name in messages
@@ -24,8 +25,10 @@ class Rows:
         if self._taken and iter(self._rows) is self._rows:
             raise UserError("these rows came from an iterator that was already read; pass a new one, or a list")
         self._taken = True
+        columnar = hasattr(self._rows, "features")  # a data set of the datasets package
         for number, row in enumerate(self._rows, 1):
-            yield f"{DATA} row {number}", dict(row) if hasattr(row, "keys") else row
+            value = dict(row) if hasattr(row, "keys") else row
+            yield f"{DATA} row {number}", without_added(value) if columnar else value
 
 
 def rows_name(fingerprint: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.data.arrow import without_added
 from lite_dil.data.files import COLUMNAR, PACKED, TEXT, PlacedRow, file_rows
 from lite_dil.data.rows import is_rows_name
 from lite_dil.models.hub import offline
@@ -149,7 +150,7 @@ def _hub(source: str, split: str, stream: bool) -> Iterator[PlacedRow]:
     try:
         rows = datasets.load_dataset(f"{owner}/{name}", config or None, split=named_split or split, streaming=stream)
         for number, row in enumerate(rows, 1):
-            yield f"{source} row {number}", row
+            yield f"{source} row {number}", without_added(row)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         hint = f"; name it as {source}:SPLIT" if "split" in str(error) and not named_split else ""
         why = f"{first_line(error)}; {unreachable}" if unreachable else first_line(error)

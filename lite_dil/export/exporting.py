@@ -18,7 +18,7 @@ from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import make_folder, write
 from lite_dil.base.version import __version__
-from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.encoder import Example, encoder_of
 from lite_dil.export import merge
 from lite_dil.export.check import Check, Trained, held_out, measure, tolerance
 from lite_dil.generation import policy as policies
@@ -180,7 +180,7 @@ class Export:
         config, checkpoint = self.source.options, self.checkpoint
         rows: tuple[list[Example], str] | None = None
         if not self.options.no_check:  # before loading the model, which is slow
-            encoder = Encoder(load_tokenizer(self.model, config.trust_remote_code))
+            encoder = encoder_of(self.model, config)
             rows = held_out(self.source, encoder, self.options.check_rows or CHECK_ROWS, self.options.check_data, self.say)
         loaded: Policy | None = None
         quantised = checkpoint is not None and (config.load_in_4bit or config.head_bits or checkpoint.packed)

@@ -24,7 +24,8 @@ _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"
 class Turn:
     """A message, its answer, and the system message at that time.
 
-    `whole` is false if the answer was stopped; `saved` are the files that hold the turn.
+    `whole` is false if the answer was stopped; `saved` are the files that hold the turn. `reasoning` is what control tokens
+    set apart from the answer, as harmony's channels do.
     """
 
     user: str
@@ -32,6 +33,13 @@ class Turn:
     whole: bool
     system: str
     saved: set[Path] = field(default_factory=set)
+    reasoning: str = ""
+
+    @property
+    def messages(self) -> list[Message]:
+        """The turn without its system message."""
+        further = {"reasoning_content": self.reasoning} if self.reasoning else {}
+        return [{"role": "user", "content": self.user}, {"role": "assistant", "content": self.answer, **further}]
 
 
 class FittedPrompt(NamedTuple):
@@ -62,9 +70,12 @@ class Conversation:
             self._layout([{"role": "system", "content": text}, {"role": "user", "content": "x"}])
         self.system, self.left_out = text, 0
 
-    def add(self, user: str, answer: str, whole: bool) -> None:
-        """Add a turn, with the answer as the model gave it."""
-        self.turns.append(Turn(user, answer.rstrip() if self.is_chat else answer, whole, self.system))
+    def add(self, user: str, answer: str, whole: bool, text: str = "") -> None:
+        """Add a turn, with the answer as the model gave it; `text` is the answer with its control tokens, without its end."""
+        message = self.encoder.rendering.read(text) if self.is_chat else None
+        answer, reasoning = (message["content"], message.get("reasoning_content", "")) if message else (answer, "")
+        turn = Turn(user, answer.rstrip() if self.is_chat else answer, whole, self.system, reasoning=reasoning)
+        self.turns.append(turn)
 
     def undo(self) -> Turn | None:
         """Remove the last turn and return it, or None if there is none."""
@@ -127,7 +138,7 @@ class Conversation:
 def _messages(system: str, turns: Sequence[Turn]) -> list[Message]:
     messages = [{"role": "system", "content": system}] if system else []
     for turn in turns:
-        messages += [{"role": "user", "content": turn.user}, {"role": "assistant", "content": turn.answer}]
+        messages += turn.messages
     return messages
 
 

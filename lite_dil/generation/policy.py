@@ -18,9 +18,9 @@ from lite_dil.base.files import replace_folder
 from lite_dil.base.hashing import file_pieces, sha256
 from lite_dil.base.memory import peak_rss_mb
 from lite_dil.base.start import quiet_bars
-from lite_dil.data.encoder import Encoder
+from lite_dil.data.encoder import Encoder, encoder_of
 from lite_dil.generation.asked import Asked, Several, answer_seed, encode_requests, encode_responses, is_one
-from lite_dil.models.find import load_tokenizer, resolve_model
+from lite_dil.models.find import resolve_model
 from lite_dil.models.options import ModelOptions, ResolvedAdapter
 from lite_dil.runs.folder import RunFolder, checkpoint_of
 
@@ -363,7 +363,7 @@ def load(source: AdapterSource, say: Callable[[str], None], training: LoadOption
     registry.prepare(name, options, training)
     quiet_bars()
     model = resolve_model(options.model, say)
-    return load_found(source, name, model, Encoder(load_tokenizer(model, options.trust_remote_code)), say, training)
+    return load_found(source, name, model, encoder_of(model, options), say, training)
 
 
 def load_found(

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Sampling
 from lite_dil.base.text import count
-from lite_dil.data.encoder import Encoder
+from lite_dil.data.encoder import Encoder, continuation_text
 from lite_dil.generation.conversation import FittedPrompt
 from lite_dil.generation.text_stream import TextStream
 
@@ -34,6 +34,7 @@ class Stream:
         strip: bool,
     ) -> None:
         self.backend, self.reference, self.strip = backend, reference, strip
+        self.encoder, self.prompt = encoder, prompt.ids
         self.end_ids = encoder.end_ids()
         self.tokens = backend.stream(prompt.ids, prompt.room, self.end_ids, seed, sampling)
         self.decoded = TextStream(encoder.tokenizer, prompt.ids)
@@ -56,6 +57,11 @@ class Stream:
         text = text.lstrip() if self.strip and not self.text else text
         self.text += text
         return text
+
+    @property
+    def spelled(self) -> str:
+        """The answer with its control tokens, without its end."""
+        return continuation_text(self.encoder.tokenizer, self.prompt, self.ids[:-1] if self.whole else self.ids)
 
     def figures(self) -> str:
         """Return its length and speed, for people."""

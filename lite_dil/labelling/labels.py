@@ -12,17 +12,27 @@ from typing import Any, NamedTuple
 from lite_dil.base.errors import UserError
 from lite_dil.base.jsonl import JSONLines
 from lite_dil.data.formats import read
+from lite_dil.data.messages import Completion, Message
 from lite_dil.data.prompts import Prompt, key_of
 from lite_dil.data.reader import same_text
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An answer to choose from: its text, its origin ("base", "tuned-...", "typed"), and whether it was cut short."""
+    """An answer to choose from: its text, its origin ("base", "tuned-...", "typed"), and whether it was cut short.
+
+    `message` is the whole message, if it holds more than text, such as reasoning.
+    """
 
     text: str
     origin: str
     cut: bool = False
+    message: Message | None = None
+
+    @property
+    def answer(self) -> Completion:
+        """What is trained on."""
+        return self.message or self.text
 
 
 class Mark(NamedTuple):
@@ -81,7 +91,7 @@ class Labels:
             if same_text(loser.text) in seen:
                 continue
             seen.add(same_text(loser.text))
-            row = prompt.row(chosen=winner.text, rejected=loser.text)
+            row = prompt.row(chosen=winner.answer, rejected=loser.answer)
             row["from"] = {"chosen": winner.origin, "rejected": loser.origin}
             new.append({**row, "earlier": True} if earlier else row)
         self.pairs.add(*new)
@@ -91,7 +101,7 @@ class Labels:
 
     def reject(self, prompt: Prompt, shown: Sequence[Candidate]) -> None:
         """Add answers of which none is good."""
-        new = [{**prompt.row(completion=each.text), "label": False, "from": each.origin} for each in shown]
+        new = [{**prompt.row(completion=each.answer), "label": False, "from": each.origin} for each in shown]
         self.bad.add(*new)
         self.bad_rows += new
         self._index()
@@ -113,7 +123,11 @@ class Labels:
         self._done = {key_of(row) for row in self.rows}
         self._bad_of: dict[str, list[Candidate]] = {}
         for row in self.bad_rows:
-            self._bad_of.setdefault(key_of(row), []).append(Candidate(_text(row), str(row.get("from", ""))))
+            (answer,) = read(row, "unpaired").answers
+            message = answer if isinstance(answer, dict) else None
+            text = str(answer["content"]) if isinstance(answer, dict) else answer
+            found = Candidate(text, str(row.get("from", "")), message=message)
+            self._bad_of.setdefault(key_of(row), []).append(found)
 
 
 def interval(won: int, of: int) -> tuple[float, float]:
@@ -135,9 +149,3 @@ def _rows(file: JSONLines, format: str) -> list[dict[str, Any]]:
         except ValueError as error:  # not JSON, or a RowError
             raise UserError(f"{file.path} line {number}: {error}; fix the line, remove it, or give another --output") from None
     return rows
-
-
-def _text(row: dict[str, Any]) -> str:
-    """Return the text of a bad answer, in either form."""
-    (answer,) = read(row, "unpaired").answers
-    return answer if isinstance(answer, str) else str(answer["content"])

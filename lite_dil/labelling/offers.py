@@ -11,7 +11,7 @@ from lite_dil.backends.types import Sampling
 from lite_dil.base.hashing import digest
 from lite_dil.base.signs import CHOSEN
 from lite_dil.data.files import RowError
-from lite_dil.data.messages import read_text
+from lite_dil.data.messages import Message, read_text
 from lite_dil.data.prompts import Prompt
 from lite_dil.data.reader import Row, same_text
 from lite_dil.generation.policy import Policy
@@ -61,14 +61,15 @@ class Offers:
         self.ahead(prompt, avoid)
         return self._begun.pop((prompt.key, avoid)).result()
 
-    def problem(self, prompt: Prompt, text: str) -> str:
-        """Return why an answer cannot be trained on, or an empty string."""
+    def problem(self, prompt: Prompt, text: str, message: Message | None = None) -> str:
+        """Return why an answer, a text or with that text a `message`, cannot be trained on, or an empty string."""
         if not same_text(text):
             return "the answer is empty"
         try:
             read_text(text, "answer")
+            row = Row(prompt.prompt, (message or text,), (CHOSEN,), "", "demonstrations", prompt.tools, prompt.arguments)
             with self._tokenizer:
-                self.tuned.encoder.encode(Row(prompt.prompt, (text,), (CHOSEN,), "", "demonstrations", prompt.tools))
+                self.tuned.encoder.encode(row)
         except RowError as error:
             return str(error)
         return ""
@@ -82,7 +83,7 @@ class Offers:
         found: list[Candidate | None] = [None, None]
         for number in range(TRIES):
             for side, candidate in self._draw(prompt, [i for i in (0, 1) if found[i] is None], number).items():
-                if same_text(candidate.text) not in avoid and not self.problem(prompt, candidate.text):
+                if same_text(candidate.text) not in avoid and not self.problem(prompt, candidate.text, candidate.message):
                     found[side] = candidate
             one, two = found
             if one and two:
@@ -107,6 +108,7 @@ class Offers:
                 answers = self._generator.draw(wanted)
             for side, (ids, end) in zip(group, answers, strict=True):
                 with self._tokenizer:
-                    text = prompt.text(self.tuned.encoder, ids)
-                out[side] = Candidate(text, self.origins[side], end is None)
+                    answer = prompt.answer(self.tuned.encoder, ids)
+                text, message = (answer, None) if isinstance(answer, str) else (str(answer["content"]), answer)
+                out[side] = Candidate(text, self.origins[side], end is None, message)
         return out

@@ -62,6 +62,13 @@ class ModelOptions:
         "Taken from the command line only, never from a file, so a resumed run needs it again",
         kind=FREE,
     )
+    chat_template_kwargs: str | None = option(
+        "model",
+        None,
+        """further arguments of the model's chat template, a JSON object such as '{"enable_thinking": false}'; a row's own """
+        "chat_template_kwargs come on top of them",
+        metavar="JSON",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ from lite_dil.base.start import quiet_bars, start
 from lite_dil.batching.schedule import LargestPass, Schedule
 from lite_dil.config.resume import saved_config
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.data.encoder import Encoder, Example, fingerprint
+from lite_dil.data.encoder import Example, encoder_of, fingerprint
 from lite_dil.data.mismatched import mismatched
 from lite_dil.generation.policy import AdapterSource, Policy, load_found
 from lite_dil.generation.reference_samples import add_samples, needed, reference_digest, sample_path
-from lite_dil.models.find import load_tokenizer, resolve_model
+from lite_dil.models.find import resolve_model
 from lite_dil.models.fingerprint import base_of, reference_key
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.own import OwnLoss, is_own
@@ -144,7 +144,7 @@ def _load(
     if resume:
         folder.repair(saved_config(resume, accept=given.accept_changes))
     model = policy.model if policy else resolve_model(config.model, display.say)
-    encoder = policy.encoder if policy else Encoder(load_tokenizer(model, config.trust_remote_code))
+    encoder = policy.encoder if policy else encoder_of(model, config)
     data = read_data(encoder, config, display.say, given)
     progress = Progress(fingerprint=fingerprint(data.examples), held_out=fingerprint(data.held_out))
     progress.base = base_of(model, cache_folder(config))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.base.text import one_line
+from lite_dil.data.arguments import parse_arguments
 
 _HERE = 'here = "."  # this folder, or OWNER/NAME of its page on the hub'
 _HERE_LOCAL = 'here = "."  # this folder; for one on the hub: huggingface_hub.snapshot_download("OWNER/NAME")'
@@ -49,6 +50,9 @@ def how_to_use(kind: str, folder: Path, base: str, options: dict[str, Any], data
         return _with_llama_cpp(folder, ollama=kind == "ollama")
     library = _with_mlx if kind in ("mlx-lm", "mlx") else _with_transformers
     text = library(model if kind in ("peft", "mlx-lm") else None, chat)
+    if given := parse_arguments(options.get("chat_template_kwargs")) if chat else {}:
+        further = "".join(f", {name}={value!r}" for name, value in given.items())
+        text = text.replace("add_generation_prompt=True", f"add_generation_prompt=True{further}")
     if kind == "peft" and options.get("load_in_4bit") and options["backend"] != "mlx":
         text += _TRAINED_IN_NF4
     if kind == "mlx-lm" and options.get("load_in_4bit"):

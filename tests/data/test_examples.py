@@ -106,7 +106,8 @@ def test_a_template_without_an_end_mark_gets_eos() -> None:
     [
         ({"chat_template": None}, "no chat template"),
         ({"chat_template": "{{ raise_exception('no system role') }}"}, "refuses these messages: no system role"),
-        ({"chat_template": "{% if add_generation_prompt %}A{% else %}B{% endif %}"}, "renders the prompt differently"),
+        ({"chat_template": "{% if add_generation_prompt %}A{% else %}B{% endif %}"}, "changes the text of the response"),
+        ({"chat_template": "{{ messages | length }}{{ messages[-1].content }}"}, "renders the prompt differently"),
         ({"chat_template": "x{% if not add_generation_prompt %}y{% endif %}"}, "changes the text of the response"),
     ],
 )

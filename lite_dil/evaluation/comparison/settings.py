@@ -17,6 +17,7 @@ from lite_dil.base.hashing import blake2
 from lite_dil.batching.schedule import examples_per_step, steps_of
 from lite_dil.config.options import build, coerce
 from lite_dil.config.train_config import FREE_ON_RESUME, ResolvedConfig, flag
+from lite_dil.data.arguments import FIELD
 from lite_dil.data.dataset import reader_of
 from lite_dil.data.reader import Row, refuse
 from lite_dil.data.rows import DATA, Rows
@@ -258,8 +259,8 @@ def as_json(row: Row) -> str:
         fields = {"chosen": answers[0], "rejected": answers[1]}
     else:
         fields = {"completion": answers[0]} | ({"label": row.signs[0] > 0} if row.form == "unpaired" else {})
-    tools = {"tools": row.tools} if row.tools else {}
-    return json.dumps({"prompt": row.prompt, **fields, **tools}, ensure_ascii=False) + "\n"
+    further = {name: value for name, value in (("tools", row.tools), (FIELD, row.arguments)) if value}
+    return json.dumps({"prompt": row.prompt, **fields, **further}, ensure_ascii=False) + "\n"
 
 
 def digest_of(rows: list[Row]) -> str:
