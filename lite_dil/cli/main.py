@@ -52,6 +52,7 @@ questions before and after. Takes the flags of train.
 _DATA_FLAGS = (
     "model",
     "eval_data",
+    "eval_fraction",
     "data_format",
     "columns",
     "max_rows",
