@@ -79,6 +79,9 @@ def main(argv: list[str] | None = None) -> int:
 
     0; 1 if training diverged or a plan does not fit; 2 for user errors; 130 if stopped.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe that is not UTF-8 shows escapes
+            stream.reconfigure(errors="backslashreplace")
     try:
         with failing():
             code = _run(sys.argv[1:] if argv is None else argv)
@@ -263,8 +266,6 @@ def _show_data(args: argparse.Namespace) -> int:
     from lite_dil.data.inspect.findings import report
     from lite_dil.models.find import load_tokenizer, resolve_model
 
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe that is not UTF-8 shows escapes
-        sys.stdout.reconfigure(errors="backslashreplace")
     aside = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     quiet_bars()
     with aside.console.status("reading the data"):

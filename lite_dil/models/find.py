@@ -27,6 +27,7 @@ _DOWNLOADED = [
     "LICEN[CS]E*",
     "NOTICE*",
 ]
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def cache_dir() -> Path:
@@ -194,6 +195,11 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
+        if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _TOKENIZERS):
+            raise UserError(
+                f"--model {path}: the folder has no tokenizer; copy tokenizer.json and tokenizer_config.json into it from the "
+                "model that it was made from"
+            ) from None
         raise UserError(f"--model {path}: its tokenizer cannot be loaded ({first_line(error)})") from None
     if not tokenizer.is_fast:
         raise UserError(f"--model {path}: only a slow tokenizer was found; the model folder needs tokenizer.json")
