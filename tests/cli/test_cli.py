@@ -194,7 +194,7 @@ def test_a_backend_that_is_not_there_is_one_line_with_the_fix(monkeypatch: pytes
         registry.resolve("cuda")
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
     for name in ("cpu", "cuda", "mlx"):
-        with pytest.raises(UserError, match=rf'--backend {name}: .*not installed: pip install "lite-dil\[{name}\]"'):
+        with pytest.raises(UserError, match=rf'--backend {name}: .*not installed: pip install -e ".*\[{name}\]"'):
             registry.resolve(name)
     with pytest.raises(UserError, match="no backend is installed"):
         registry.resolve("auto")
