@@ -175,6 +175,7 @@ def _run(argv: list[str]) -> int:
     if name == "demo" and (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED):
         raise UserError("the demo is the embedded model on the embedded data; use lite-dil train for --model and --data")
 
+    from lite_dil.cli import next_steps
     from lite_dil.cli.demo import MEASURED, show
     from lite_dil.cli.progress import Terminal
     from lite_dil.recipes.given import Given
@@ -186,6 +187,8 @@ def _run(argv: list[str]) -> int:
     trained = train(config, display, resume, fixed, given=Given(loss=args.own_loss))
     if name == "demo" and not trained.stopped:
         show(trained, display)
+    for line in [] if trained.stopped else next_steps.lines(trained.folder):
+        display.say(line)
     return 130 if trained.stopped else 0
 
 
