@@ -10,6 +10,7 @@ import numpy as np
 
 from lite_dil.backends import registry
 from lite_dil.backends.types import never
+from lite_dil.base.display import Tell, TimeLeft, unheard
 from lite_dil.base.observer import Event, Observer
 from lite_dil.batching.options import ScheduleOptions
 from lite_dil.batching.schedule import plan, row_tokens
@@ -49,9 +50,12 @@ class HeldOut:
             plan(part, passes.backend.layout, sizes.batch_size, row_tokens(sizes)) for part in (examples, others)
         )
 
-    def run(self, stop: Callable[[], bool] = never) -> dict[str, float]:
-        """Return the metrics with the prefix ``eval_``; none if `stop`, called between passes, ended it."""
-        means = Means()
+    def run(self, stop: Callable[[], bool] = never, tell: Tell = unheard) -> dict[str, float]:
+        """Return the metrics with the prefix ``eval_``; none if `stop`, called between passes, ended it.
+
+        `tell` is called with the time left.
+        """
+        means, left = Means(), TimeLeft(tell, len(self.batches))
         baseline = self.passes.baseline(self.others, stop)
         for batch in self.batches:
             if stop():
@@ -62,6 +66,7 @@ class HeldOut:
             loss = self._loss(policy, reference, self.criterion.inputs(batch, baseline))
             means.add("loss", loss / batch.examples, batch.examples)
             answer_metrics(means, batch.sums(policy) if tokens else policy, reference, batch, self.options)
+            left.add()
         if self.others:
             means.add("kl", baseline)
         return {f"eval_{name}": value for name, value in with_margin(means.means()).items()}
@@ -82,7 +87,7 @@ class Evaluation(Observer):
         epoch: returns how many epochs are done after a step.
         logged: lines of metrics that a resumed training already has.
         takers: called with the line.
-        doing: shows a text during its block, given whether this is the last step.
+        doing: shows a text during its block, and what is told in it.
     """
 
     def __init__(
@@ -92,7 +97,7 @@ class Evaluation(Observer):
         epoch: Callable[[int], float],
         logged: Sequence[dict[str, Any]],
         takers: Sequence[Callable[[dict[str, Any]], None]],
-        doing: Callable[[str, bool], AbstractContextManager[None]],
+        doing: Callable[[str], AbstractContextManager[Tell]],
     ) -> None:
         self.held_out, self.every, self.epoch, self._takers, self._doing = held_out, every, epoch, takers, doing
         self._logged = {line["step"] for line in logged if "eval_loss" in line}
@@ -106,8 +111,8 @@ class Evaluation(Observer):
         """Evaluate if it is due."""
         if not event.due(self.every):
             return
-        with self._doing("" if event.stop() else "evaluating", event.last):
-            found = self.held_out.run(event.stop)
+        with self._doing("" if event.stop() else "evaluating") as tell:
+            found = self.held_out.run(event.stop, tell)
         self.left_out = self.left_out or not found
         for take in self._takers if found else ():
             take({"step": event.step, "epoch": self.epoch(event.step), **found})
