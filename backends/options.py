@@ -67,7 +67,7 @@ class EngineOptions(Lengths):
         kind=FREE,
     )
     unsloth: bool = option(
-        "engine", False, "load the model through unsloth and use its kernels (cuda, plain layout; pip install unsloth)"
+        "engine", False, "load the model through unsloth and use its kernels (cuda, plain layout; an extra of this name)"
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lite_dil.backends.types import OWN, POLICY, Generated, Head, MicroBatch, Sampling, StepResult, never
+from lite_dil.base.display import Count, uncounted
 
 if TYPE_CHECKING:  # --help imports this file, and importing numpy takes longer than all the rest
     import numpy as np
@@ -29,6 +30,7 @@ class Backend(Protocol):
     dtype_name: str  # the resolved --dtype
     layout: str  # "plain", "packed" or "prefix"
     layout_reason: str  # why auto could not take the layout that shares prompts, as a sentence, or empty
+    batched: bool  # whether `generate` continues several prompts at once, not one after the other
     identity: str  # what the reference's log-probs depend on besides the checkpoint: library, dtype, quantisation
 
     def using(self, name: str) -> AbstractContextManager[None]:
@@ -85,10 +87,18 @@ class Backend(Protocol):
         and OutOfMemory as `token_logps` does.
         """
 
-    def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float, adapter: str = POLICY) -> StepResult:
+    def step(
+        self,
+        passes: Sequence[MicroBatch],
+        loss: Loss,
+        learning_rate: float,
+        adapter: str = POLICY,
+        count: Count = uncounted,
+    ) -> StepResult:
         """Take one AdamW step on the mean of `loss` over all examples of `passes`, for one adapter and its head only.
 
-        The reference's figures that the loss reads are computed if they are not given.
+        The reference's figures that the loss reads are computed if they are not given. `count` is called with the
+        number of passes done after each.
 
         Raises OutOfMemory if the device does not hold it, with everything as before the step and its memory freed; KeyError
         for an unknown name; ValueError for what cannot be trained: the reference, a model loaded for inference, or an adapter

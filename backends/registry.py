@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lite_dil.base.errors import UserError
+from lite_dil.base.install import install
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,12 +18,6 @@ if TYPE_CHECKING:
     from lite_dil.backends.protocol import Backend
     from lite_dil.models.options import ModelOptions, ResolvedAdapter
 
-INSTALL = {
-    "cuda": 'pip install "lite-dil[cuda]"',
-    "cpu": 'pip install "lite-dil[cpu]"',
-    "mlx": 'pip install "lite-dil[mlx]"',
-}
-
 
 def resolve(name: str) -> str:
     """Return the backend that `name` means on this machine, or raise UserError with the fix."""
@@ -30,11 +25,11 @@ def resolve(name: str) -> str:
         return _best()
     if name == "mlx":
         if importlib.util.find_spec("mlx") is None or importlib.util.find_spec("mlx_lm") is None:
-            raise UserError(f"--backend mlx: mlx and mlx-lm are not installed: {INSTALL['mlx']}")
+            raise UserError(f"--backend mlx: mlx and mlx-lm are not installed: {install('mlx')}")
         return name
     missing = [module for module in ("torch", "peft") if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(f"--backend {name}: {' and '.join(missing)} not installed: {INSTALL[name]}")
+        raise UserError(f"--backend {name}: {' and '.join(missing)} not installed: {install(name)}")
     if name == "cuda" and not _has_cuda():
         raise UserError("--backend cuda: torch finds no CUDA GPU here; use --backend cpu, or install a CUDA build of torch")
     return name
@@ -49,7 +44,7 @@ def _best() -> str:
     if importlib.util.find_spec("mlx_lm") is not None:
         return "mlx"
     best = "mlx" if apple else "cpu"
-    raise UserError(f"no backend is installed: {INSTALL[best]}" + ("" if apple else f" (with a GPU: {INSTALL['cuda']})"))
+    raise UserError(f"no backend is installed: {install(best)}" + ("" if apple else f" (with a GPU: {install('cuda')})"))
 
 
 def _has_cuda() -> bool:

@@ -40,6 +40,7 @@ from lite_dil.backends.mlx.prefix import Pass, RowLengths, applied_windows, wrap
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.probes import compare_head, head_probe, layout_probe, tolerance
 from lite_dil.backends.types import OWN, POLICY, REFERENCE, Generated, Head, MicroBatch, Sampling, StepResult, joined, never
+from lite_dil.base.display import Count, uncounted
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.layouts import plain, prefix
@@ -94,6 +95,7 @@ class MLXBackend:
         check_windows(self.config, applied_windows(self.model), engine.max_length, model)
         self._check_head(model)
         self._choose_layout(engine.layout, model)
+        self.batched = mlx_generate.batchable(self.model)
         device = "Metal" if mx.metal.is_available() else "CPU"
         self.identity = f"mlx {self.dtype_name} {quantised}".strip()
         self.description = ", ".join(filter(None, [f"mlx ({device})", self.dtype_name, quantised, f"{self.layout} layout"]))
@@ -154,7 +156,9 @@ class MLXBackend:
             self.model.eval()
             return cut(self._read(self._arrays(batch, head), SCORES), batch)
 
-    def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float, adapter: str = POLICY) -> StepResult:
+    def step(
+        self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float, adapter: str = POLICY, count: Count = uncounted
+    ) -> StepResult:
         """Take one AdamW step of an adapter and its head on the mean loss over all examples of `passes`."""
         if adapter == REFERENCE:
             raise ValueError("the reference is never trained")
@@ -178,6 +182,7 @@ class MLXBackend:
                 total += value.item()
                 policies.append(cut(policy, one.batch))
                 references.append(None if reference is None else cut(reference, one.batch))
+                count(len(policies))
 
             grads, norm = optimizers.clip_grad_norm(grads, self.max_grad_norm)
             if np.isfinite([norm.item(), total]).all():

@@ -29,7 +29,7 @@ from lite_dil.backends.torch.offload import ActivationOffload
 from lite_dil.backends.torch.reading import StateReader
 from lite_dil.backends.torch.score_head import ScoreHead
 from lite_dil.backends.types import OWN, POLICY, REFERENCE, Generated, Head, MicroBatch, Sampling, StepResult, joined, never
-from lite_dil.base.display import Silent
+from lite_dil.base.display import Count, Silent, uncounted
 from lite_dil.base.errors import OutOfMemory, UserError, first_line
 from lite_dil.base.memory import keep_freed_memory, peak_rss_mb
 from lite_dil.batching.batch import Batch
@@ -85,7 +85,7 @@ class TorchBackend:
             self._arrange_layers(model)
         torch.manual_seed(self.seed)
         torch_probing.check_head(base, self.reader, self.token_logps, model, self.dtype_name)
-        self.layout_reason = ""
+        self.layout_reason, self.batched = "", True
         if training:
             probe = (base, self.reader, self.token_logps, training, model, self.dtype_name)
             self.layout_reason = torch_probing.choose_layout(*probe, say or Silent().say)
@@ -161,7 +161,9 @@ class TorchBackend:
 
         return out_of_memory.whole("a pass without gradients", self.device, run)
 
-    def step(self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float, adapter: str = POLICY) -> StepResult:
+    def step(
+        self, passes: Sequence[MicroBatch], loss: Loss, learning_rate: float, adapter: str = POLICY, count: Count = uncounted
+    ) -> StepResult:
         """Take one AdamW step of an adapter and its head on the mean loss over all examples of `passes`."""
         trained = self._trainable(adapter)
         if self.training is None:
@@ -179,6 +181,7 @@ class TorchBackend:
             with self.using(adapter):
                 for one in passes:
                     done.append(self._gradients(one, loss, read, trained.scaler, examples))
+                    count(len(done))
             result = self._update(trained, done, learning_rate)
         except out_of_memory.ERRORS as error:
             if not out_of_memory.ran_out(error):
@@ -292,9 +295,7 @@ class TorchBackend:
 
     def peak_memory_mb(self) -> float:
         """Return the allocator's peak on a GPU, the process's on a CPU, in MiB."""
-        if self.name == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        return peak_rss_mb()
+        return torch.cuda.max_memory_allocated() / 2**20 if self.name == "cuda" else peak_rss_mb()
 
     def _add_policy(self, options: ResolvedAdapter, initial: adapters.Adapter | None) -> None:
         """Add the policy's adapter, and the frozen initial one if it is the reference, to the base."""

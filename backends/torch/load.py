@@ -16,6 +16,7 @@ from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.backends.torch.out_of_memory import conversion_report, ran_out
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.install import install
 from lite_dil.models import adapters
 from lite_dil.models.hub import needs_code
 from lite_dil.models.options import ModelOptions
@@ -195,7 +196,7 @@ def set_weights(model: Any, name: str, adapter: adapters.Adapter) -> None:
 def need_bitsandbytes() -> None:
     """Raise UserError if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("--4bit, --head-bits and --optim paged_adamw_8bit need bitsandbytes: pip install bitsandbytes")
+        raise UserError(f"--4bit, --head-bits and --optim paged_adamw_8bit need bitsandbytes: {install('cpu')}")
 
 
 def make_optimizer(parameters: list[Tensor], config: EngineOptions, in_4bit: bool, device: str) -> torch.optim.Optimizer:

@@ -19,10 +19,10 @@ from typing import Any
 
 from lite_dil.backends.options import EngineOptions
 from lite_dil.base.errors import UserError, first_line, gather
+from lite_dil.base.install import install
 from lite_dil.models.find import cache_dir
 from lite_dil.models.options import ModelOptions
 
-FIX = 'pip install "lite-dil[unsloth]"'
 PACKAGES = ("unsloth", "unsloth_zoo")
 # What it patches or computes with: other versions of these break it. It also requires versions of much else.
 PATCHED = ("accelerate", "bitsandbytes", "datasets", "peft", "torch", "transformers", "triton", "trl", "unsloth_zoo")
@@ -61,9 +61,9 @@ def require() -> Any:
     if "unsloth" in sys.modules:
         return sys.modules["unsloth"]
     if absent := [name for name in PACKAGES if _version(name) is None]:
-        raise UserError(f"--unsloth: {' and '.join(absent)} not installed: {FIX}")
+        raise UserError(f"--unsloth: {' and '.join(absent)} not installed: {install('unsloth')}")
     if mismatches := _mismatches():
-        raise UserError(gather(mismatches, f"--unsloth: these versions do not work together: {FIX}", shown=20))
+        raise UserError(gather(mismatches, f"--unsloth: these versions do not work together: {install('unsloth')}", shown=20))
     if early := [name for name in ("transformers", "peft", "trl") if name in sys.modules]:
         raise UserError(
             f"--unsloth: {' and '.join(early)} already imported, and unsloth patches what is imported after it: "

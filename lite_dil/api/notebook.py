@@ -55,7 +55,7 @@ class Notebook:
     def status(self, line: str) -> Iterator[None]:
         """Show the line during the block."""
         self._renew()
-        with self.doing(line, last=False):
+        with self.doing(line):
             yield
 
     @contextmanager
@@ -73,19 +73,31 @@ class Notebook:
     def update(self, step: int, line: dict[str, Any] | None) -> None:
         """Move to `step`, with the line of metrics if one was logged."""
         steps = self._bar[1] if self._bar else step
-        self._bar = (step, steps)
+        self._bar, self._doing = (step, steps), ""
         if line:
             self._status = "  ".join(display.parts(step, steps, line)[1:])
         if step == steps or time.monotonic() - self._shown >= _SECONDS:
             self._show()
 
+    def passes(self, done: int, of: int) -> None:
+        """Show the passes of a slow step."""
+        if time.monotonic() - self._shown >= display.SLOW:
+            self._doing = f"pass {done}/{of}"
+            self._show()
+
     @contextmanager
-    def doing(self, line: str, last: bool) -> Iterator[None]:
-        """Show the line, if any, during the block."""
-        before, self._doing = self._doing, line and f"{line} ..."
-        self._show()
+    def doing(self, line: str) -> Iterator[display.Tell]:
+        """Show the line, if any, during the block, and what is told."""
+        before = self._doing
+
+        def tell(more: str) -> None:
+            self._doing = line and f"{line} ... {more}"
+            if not more or time.monotonic() - self._shown >= _SECONDS:
+                self._show()
+
+        tell("")
         try:
-            yield
+            yield tell
         finally:
             self._doing = before
             self._show()

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
+
+SLOW = 2.0  # seconds after which something slow says how far it is
+Tell = Callable[[str], None]
+Count = Callable[[int], None]
+
+
+def uncounted(done: int) -> None:
+    """Ignore how much is done."""
+
+
+def unheard(text: str) -> None:
+    """Ignore the text."""
 
 
 class Bar(Protocol):
@@ -13,8 +26,11 @@ class Bar(Protocol):
     def update(self, step: int, line: dict[str, Any] | None) -> None:
         """Move to `step`, with its line of metrics if one was logged."""
 
-    def doing(self, text: str, last: bool) -> AbstractContextManager[None]:
-        """Show `text`, unless it is empty, while the block runs; `last` is true once the last step is done."""
+    def passes(self, done: int, of: int) -> None:
+        """Show how many passes of the next step are done, if it is slow."""
+
+    def doing(self, text: str) -> AbstractContextManager[Tell]:
+        """Show `text`, unless it is empty, while the block runs, and beside it what the yielded function is called with."""
 
     def evaluation(self, metrics: dict[str, float]) -> None:
         """Show the held-out figures."""
@@ -58,13 +74,36 @@ class Silent:
     def update(self, step: int, line: dict[str, Any] | None) -> None:
         """Ignore the step."""
 
+    def passes(self, done: int, of: int) -> None:
+        """Ignore the passes."""
+
     @contextmanager
-    def doing(self, text: str, last: bool) -> Iterator[None]:
+    def doing(self, text: str) -> Iterator[Tell]:
         """Run the block."""
-        yield
+        yield unheard
 
     def evaluation(self, metrics: dict[str, float]) -> None:
         """Ignore the figures."""
+
+
+class TimeLeft:
+    """Tells how long the rest of some work will take, from what is done; nothing while it is not slow.
+
+    Args:
+        tell: called with a few words.
+        of: the pieces of the whole work.
+        word: "about", or "at most" if the work may end before the last piece.
+    """
+
+    def __init__(self, tell: Tell, of: int, word: str = "about", clock: Callable[[], float] = time.monotonic) -> None:
+        self._tell, self._of, self._word, self._clock = tell, of, word, clock
+        self._began, self._done = clock(), 0
+
+    def add(self) -> None:
+        """Count one more piece as done."""
+        self._done += 1
+        if (seconds := self._clock() - self._began) >= SLOW:
+            self._tell(f"{self._word} {duration(max(0, self._of - self._done) * seconds / self._done)} left")
 
 
 def parts(step: int, steps: int, line: dict[str, Any]) -> list[str]:

@@ -32,5 +32,5 @@ def check_format(content: Mapping[str, Any], known: int, place: str | Path) -> N
         raise UserError(f"{place}: format {found!r} is not a format number; this lite-dil writes {known}")
     if found > known:
         raise NewerFormat(
-            f"{place} was made by a newer lite-dil (format {found}; this one knows up to {known}); pip install -U lite-dil"
+            f"{place} was made by a newer lite-dil (format {found}; this one knows up to {known}); update lite-dil"
         )

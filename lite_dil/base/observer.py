@@ -56,6 +56,10 @@ class Observer(Protocol):
         """Called at the start of the loop; in a resumed training, catch up on what `event.step` lacks."""
         return
 
+    def within_step(self, event: Event, passes: int, done: int) -> None:
+        """Called when `done` of the `passes` of the step after `event.step` are done."""
+        return
+
     def after_step(self, event: Event) -> None:
         """Called after a step that changed the weights and had a finite loss."""
         return
@@ -88,6 +92,11 @@ class Observers:
         """See `Observer`."""
         for observer in self._observers:
             observer.started(event)
+
+    def within_step(self, event: Event, passes: int, done: int) -> None:
+        """See `Observer`."""
+        for observer in self._observers:
+            observer.within_step(event, passes, done)
 
     def after_step(self, event: Event) -> None:
         """See `Observer`."""

@@ -74,9 +74,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")
     source = adapter_flags.find(args)
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):  # bytes in another encoding are an error only in their message
-            stream.reconfigure(errors=errors)
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes in another encoding are an error only in their message
+        sys.stdin.reconfigure(errors="surrogateescape")
     screen = Screen()
     model = policy.load(source, screen.note)
     talk = Conversation(model.encoder, context_limit(model.model), args.system)

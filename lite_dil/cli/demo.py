@@ -9,7 +9,6 @@ from lite_dil.cli.progress import Terminal
 from lite_dil.recipes.run import Run
 from lite_dil.reports import outcome
 from lite_dil.reports.outcome import SAMPLES
-from lite_dil.reports.run_report import REPORT
 from lite_dil.reports.samples import read_samples
 
 SHOWN, MEASURED = 6, 20
@@ -28,7 +27,6 @@ def show(run: Run, display: Terminal) -> None:
         before, after = (sum(getattr(s, n) for s in samples) / len(samples) for n in ("before_tokens", "after_tokens"))
         display.say(f"answer length: {before:.0f} tokens before, {after:.0f} after (mean of {len(samples)})")
     display.say(outcome.outcome(outcome.read_record(run.folder)))
-    display.say(f"everything on one page: {run.folder / REPORT}")
 
 
 def _short(text: str, limit: int = 400) -> str:

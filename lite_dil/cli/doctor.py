@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Inspect the machine and run the checks; return 0 if all pass, else 1."""
     from lite_dil.doctor.examine import Checked, examine, names_for
-    from lite_dil.doctor.machine import look
+    from lite_dil.doctor.machine import how_to_install, look
 
     machine = look(args.backend)
     names: list[str] = []
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"packages  {', '.join(f'{name} {version}' for name, version in machine.packages.items())}")
         if machine.missing:
             print("\nnot installed, needed only for:")
-            width = max(len(what) for what, _ in machine.missing)
-            for what, command in machine.missing:
-                print(f"  {what:{width}}  {command}")
+            width = max(map(len, machine.missing))
+            for what in machine.missing:
+                print(f"  {what:{width}}  {how_to_install(what)}")
         if names:
             print(f"\nchecks on {machine.backend} with a tiny model (a minute or two):", flush=True)
     for checked in examine(machine.backend or "", names) if names else ():

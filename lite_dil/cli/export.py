@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
 
+from lite_dil.base.shell import quote
 from lite_dil.cli import adapter_flags
 from lite_dil.export.formats import EXPORT_FORMATS
 from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _next(format: str, made: Path) -> str:
     """Return how to load the result, in at most three lines."""
-    path, folder = shlex.quote(str(made)), json.dumps(str(made), ensure_ascii=False)  # for a shell, and for Python
+    path, folder = quote(str(made)), json.dumps(str(made), ensure_ascii=False)  # for a shell, and for Python
     if format == "adapter":
         from lite_dil.models.adapter_files import is_peft, read_config
 
@@ -100,7 +100,7 @@ def _next(format: str, made: Path) -> str:
         if not is_peft(config):
             # mlx-lm does not know the embedded model's name.
             model = resolve_model(EMBEDDED_MODEL) if config["model"] == EMBEDDED_MODEL else config["model"]
-            return f'  mlx_lm.generate --model {shlex.quote(model)} --adapter-path {path} --prompt "Hello"'
+            return f'  mlx_lm.generate --model {quote(model)} --adapter-path {path} --prompt "Hello"'
         return (
             "  from peft import AutoPeftModelForCausalLM\n"
             f"  model = AutoPeftModelForCausalLM.from_pretrained({folder})  # on {config['base_model_name_or_path']}"
@@ -115,7 +115,7 @@ def _next(format: str, made: Path) -> str:
         return f'  mlx_lm.generate --model {path} --prompt "Hello"'
     file = next(made.glob("*.gguf"))
     if format == "gguf":
-        return f"  llama-cli -m {shlex.quote(str(file))}"
+        return f"  llama-cli -m {quote(str(file))}"
     from lite_dil.export.ollama import model_name
 
     name = model_name(file.name)

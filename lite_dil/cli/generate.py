@@ -236,8 +236,9 @@ class _AnswerFile:
         if self.file:
             self.file.add(*new.values())
             return
+        escape = sys.stdout.encoding.lower().replace("-", "") != "utf8"  # by JSON's escapes, which read back as the same text
         while self._printed < len(self.wanted) and (row := self.rows.get(self.wanted[self._printed].key)):
-            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(row, ensure_ascii=escape) + "\n")
             self._printed += 1
         sys.stdout.flush()
 

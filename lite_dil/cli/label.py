@@ -72,9 +72,8 @@ def run(args: argparse.Namespace) -> int:
     source = adapter_flags.find(args)
     if args.against_base and source.adapter is None:
         raise UserError("--against-base compares an adapter with its base model; give --adapter")
-    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):  # if not UTF-8: what cannot be decoded is refused as an answer
-            stream.reconfigure(errors=errors)
+    if isinstance(sys.stdin, io.TextIOWrapper):  # if not UTF-8: what cannot be decoded is refused as an answer
+        sys.stdin.reconfigure(errors="surrogateescape")
     display = Terminal()
     labels = Labels(Path(args.output))
     options = adapter_flags.options_of(args)

@@ -6,13 +6,13 @@ import argparse
 import importlib
 import io
 import os
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lite_dil.base import shell
 from lite_dil.base.disk import failing, flush, output_fails
 from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.start import quiet_bars, start
@@ -55,6 +55,7 @@ _DATA_FLAGS = (
     "trust_remote_code",
     "chat_template_kwargs",
     "eval_data",
+    "eval_fraction",
     "data_format",
     "columns",
     "chat",
@@ -82,6 +83,9 @@ def main(argv: list[str] | None = None) -> int:
 
     0; 1 if training diverged or a plan does not fit; 2 for user errors; 130 if stopped.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe that is not UTF-8 shows escapes
+            stream.reconfigure(errors="backslashreplace")
     try:
         with failing():
             code = _run(sys.argv[1:] if argv is None else argv)
@@ -185,6 +189,7 @@ def _run(argv: list[str]) -> int:
     if name == "demo" and (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED):
         raise UserError("the demo is the embedded model on the embedded data; use lite-dil train for --model and --data")
 
+    from lite_dil.cli import next_steps
     from lite_dil.cli.demo import MEASURED, show
     from lite_dil.recipes.given import Given
     from lite_dil.recipes.preference import train
@@ -194,6 +199,8 @@ def _run(argv: list[str]) -> int:
     trained = train(config, display, resume, fixed, given=Given(loss=args.own_loss, accept_changes=args.accept_changes))
     if name == "demo" and not trained.stopped:
         show(trained, display)
+    for line in [] if trained.stopped else next_steps.lines(trained.folder):
+        display.say(line)
     return 130 if trained.stopped else 0
 
 
@@ -276,8 +283,6 @@ def _show_data(args: argparse.Namespace) -> int:
     from lite_dil.data.inspect.findings import report
     from lite_dil.models.find import resolve_model
 
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or pipe that is not UTF-8 shows escapes
-        sys.stdout.reconfigure(errors="backslashreplace")
     aside = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     quiet_bars()
     with aside.console.status("reading the data"):
@@ -297,4 +302,4 @@ def _as_train(args: argparse.Namespace) -> str:
             words.append(flag(name) if value else f"--no-{flag(name)[2:]}")
         elif name in FIELDS:
             words += [flag(name), value]
-    return shlex.join(words)
+    return shell.command(*words)

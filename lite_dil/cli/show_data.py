@@ -35,9 +35,13 @@ class Show:
             for source in held_out["sources"]:
                 self._source(source, ", held out")
             if not held_out["sources"]:
-                self._line(f"{held_out['in_training']['of']} of these rows would be held out, whole prompts (--eval-fraction)")
+                number = held_out["in_training"]["of"]
+                self._line(f"{number} of these rows would be held out, whole prompts, and not trained on (--eval-fraction)")
             elif not held_out["in_training"]["prompts"]:
                 self._line("no held-out prompt is in the training data")
+        elif found["form"] and not found["stops"]:
+            self._line()
+            self._line("nothing would be held out; --eval-fraction 0.1 holds out a tenth, --eval-data FILE other rows")
         if found["form"]:
             self._answers(found)
             self._lengths(found)

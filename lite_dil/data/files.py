@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.install import install
 from lite_dil.data.arrow import without_added
 
 # A row's place in words, "prefs.jsonl line 3", and the row: a dict, or a RowError that says why it could not be read.
@@ -262,4 +263,4 @@ def _need(module: str, path: Path) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f'{path}: files of this kind need {module}: pip install "lite-dil[data]"') from None
+        raise UserError(f"{path}: files of this kind need {module}: {install('data')}") from None

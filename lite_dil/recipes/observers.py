@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
-from lite_dil.base.display import Bar, Display
+from lite_dil.base.display import Bar, Display, Tell, unheard
 from lite_dil.base.observer import Event, Observer, Observers
 from lite_dil.evaluation.held_out import Evaluation, HeldOut
 from lite_dil.generation.policy import AdapterSource
@@ -41,11 +41,16 @@ class ShownSteps(Observer):
         if self._bar:
             self._bar.update(event.step, event.line)
 
+    def within_step(self, event: Event, passes: int, done: int) -> None:
+        """Show the passes of a slow step."""
+        if self._bar:
+            self._bar.passes(done, passes)
+
     @contextmanager
-    def doing(self, text: str, last: bool) -> Iterator[None]:
-        """Show the text during the block."""
-        with self._bar.doing(text, last) if self._bar else ExitStack():
-            yield
+    def doing(self, text: str) -> Iterator[Tell]:
+        """Show the text during the block, and what is told."""
+        with self._bar.doing(text) if self._bar else nullcontext(unheard) as tell:
+            yield tell
 
     def evaluation(self, figures: dict[str, float]) -> None:
         """Show held-out figures."""

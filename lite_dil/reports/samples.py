@@ -13,6 +13,7 @@ from typing import Any
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Generated, never
 from lite_dil.base.disk import DiskFailed, failing
+from lite_dil.base.display import Tell, TimeLeft, unheard
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.base.files import replace_file
 from lite_dil.base.halving import Halving, halves
@@ -20,6 +21,7 @@ from lite_dil.base.hashing import digest
 from lite_dil.base.observer import Event, Observer
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.base.streams import named
+from lite_dil.base.text import count
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import DataSet
 from lite_dil.data.encoder import Encoder, Example
@@ -133,7 +135,7 @@ class SampleAnswers(Observer):
         path: report_samples.jsonl; existing answers with the adapter off are not generated again.
         max_length: tokens of prompt and answer together that the model supports.
         every: steps between answers; None answers only at the end.
-        doing: shows a text while its block runs; it is told whether this is the last step.
+        doing: shows a text while its block runs, and what is told in it.
     """
 
     writes = True
@@ -148,7 +150,7 @@ class SampleAnswers(Observer):
         max_length: int,
         say: Callable[[str], None],
         every: int | None = None,
-        doing: Callable[[str, bool], AbstractContextManager[None]] = lambda text, last: nullcontext(),
+        doing: Callable[[str], AbstractContextManager[Tell]] = lambda text: nullcontext(unheard),
     ) -> None:
         self.prompts, self.held_out, self.path, self.backend, self.encoder = prompts, held_out, path, backend, encoder
         self.every, self._doing = every, doing
@@ -167,29 +169,32 @@ class SampleAnswers(Observer):
         """Answer if due; a full disk does not end the training."""
         if not event.due(self.every) or not self.prompts:
             return
-        text = "" if event.stop() else "answering the sample prompts of the report"
+        text = "" if event.stop() else f"answering {count(len(self.prompts), 'sample prompt')} of the report"
         try:
-            with self._doing(text, event.last), failing(self.path):
-                self.refresh(event.step, event.stop)
+            with self._doing(text) as tell, failing(self.path):
+                self.refresh(event.step, event.stop, tell)
         except DiskFailed as error:
             self.say(f"{error}. The run continues without these sample answers")
         self.left_out = self.left_out or (event.stop() and bool(self.prompts))
 
-    def refresh(self, step: int, stop: Callable[[], bool] = never) -> None:
+    def refresh(self, step: int, stop: Callable[[], bool] = never, tell: Tell = unheard) -> None:
         """Answer with the policy after `step` steps and write the file, unless `stop`, called between tokens, ends it.
 
-        A prompt too long for memory ends all answering.
+        A prompt too long for memory ends all answering. `tell` is called with the time left.
         """
         if not self.prompts or stop():
             return
         known = {sample.key: sample for sample in read_samples(self.path)}
         samples = [known.get(self._key(prompt)) for prompt in self.prompts]
+        missing = [p for p, sample in zip(self.prompts, samples, strict=True) if sample is None]
+        rows = [missing, self.prompts] if self.backend.batched else [[p] for p in (*missing, *self.prompts)]
+        left = TimeLeft(tell, self.room * sum(map(bool, rows)), "at most")
         try:
-            if missing := [p for p, sample in zip(self.prompts, samples, strict=True) if sample is None]:
+            if missing:
                 with self.backend.adapter_off():
-                    made = iter(self._answers(missing, stop))
+                    made = iter(self._answers(missing, stop, left))
                 samples = [sample or self._first(p, next(made)) for p, sample in zip(self.prompts, samples, strict=True)]
-            after = self._answers(self.prompts, stop)
+            after = [] if stop() else self._answers(self.prompts, stop, left)
         except OutOfMemory as error:
             self.say(f"no sample answers from here on: {error}")
             self.prompts = []
@@ -202,11 +207,16 @@ class SampleAnswers(Observer):
             sample.prompt_tokens, sample.prompt_seen, sample.step = prompt.tokens, len(prompt.ids), step
         write_samples(self.path, found)
 
-    def _answers(self, prompts: Sequence[SamplePrompt], stop: Callable[[], bool]) -> list[Generated]:
+    def _answers(self, prompts: Sequence[SamplePrompt], stop: Callable[[], bool], left: TimeLeft) -> list[Generated]:
         ends = self.encoder.end_ids()
 
+        def between_tokens() -> bool:
+            left.add()
+            return stop()
+
         def generate(part: Sequence[SamplePrompt]) -> list[Generated]:
-            return self.backend.generate([p.ids for p in part], self.room, ends, stop=stop)
+            whole = len(part) == len(prompts)  # of the parts that memory holds the time is not known
+            return self.backend.generate([p.ids for p in part], self.room, ends, stop=between_tokens if whole else stop)
 
         return [answer for part in self._halving.run(generate, prompts) for answer in part]
 

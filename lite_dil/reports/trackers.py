@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import replace_file
+from lite_dil.base.install import install
 from lite_dil.base.observer import Event, Observer
 from lite_dil.config.train_config import ResolvedConfig, tracker_names
 
@@ -37,7 +38,7 @@ def check(config: ResolvedConfig) -> None:
     for name in tracker_names(config.report_to):
         module = _MODULES[name]
         if importlib.util.find_spec(module) is None:
-            raise UserError(f'--report-to {name}: {module} is not installed: pip install "lite-dil[{name}]"')
+            raise UserError(f"--report-to {name}: {module} is not installed: {install(name)}")
         if name == "wandb":
             _check_login()
 

@@ -34,7 +34,7 @@ class RunOptions:
         "run",
         None,
         "also send every line of metrics to these trackers: tensorboard (event files in the run's folder), wandb, trackio. "
-        'Each is an extra: pip install "lite-dil[wandb]" (default: none)',
+        "Each is an extra of this name, as lite-dil doctor says (default: none)",
         metavar="NAME,...",
         kind=FREE,
     )

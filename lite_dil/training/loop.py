@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ class Training:
         while not self.finished and not stop.asked:
             yield self.progress.step + 1
 
-    def take(self, step: int) -> Taken:
-        """Take a step, and remember its largest pass."""
-        taken = take_step(self.passes, self.schedule, step, self.criterion, self.say, self.dropout)
+    def take(self, step: int, tell: Callable[[int, int], None]) -> Taken:
+        """Take a step, and remember its largest pass; `tell` is called with the number of its passes, and of those done."""
+        taken = take_step(self.passes, self.schedule, step, self.criterion, self.say, self.dropout, tell)
         self.largest.add(taken.batches)
         return taken
 
@@ -94,7 +95,7 @@ def loop(training: Training, observers: Observers, keep: Callable[[], Path]) -> 
         observers.started(training.event(stop))
         for step in training.remaining_steps(stop):
             began = time.perf_counter()
-            taken = training.take(step)
+            taken = training.take(step, partial(observers.within_step, training.event(stop)))
             if not finite(taken.result):  # the weights are still those after the previous, finite step
                 kept = keep() if training.progress.step else None
                 raise TrainingDiverged(explain(step, taken, training.examples, training.objective, kept))

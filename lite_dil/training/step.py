@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -42,9 +43,17 @@ def micro_batches(
 
 
 def take_step(
-    passes: Passes, schedule: Schedule, step: int, criterion: Criterion, say: Callable[[str], None], dropout: bool
+    passes: Passes,
+    schedule: Schedule,
+    step: int,
+    criterion: Criterion,
+    say: Callable[[str], None],
+    dropout: bool,
+    tell: Callable[[int, int], None] = lambda passes, done: None,
 ) -> Taken:
     """Take step 1, 2, ... in passes that memory holds: if one does not fit, `schedule` plans smaller ones from then on.
+
+    `tell` is called after each pass with the number of passes in the step, and of those done.
 
     Raises OutOfMemory if the failed pass cannot be split; backend and schedule are then unchanged.
     """
@@ -54,7 +63,8 @@ def take_step(
         baseline = passes.baseline(schedule.others(step))
         try:
             work = micro_batches(batches, criterion, known, baseline)
-            result = passes.backend.step(work, criterion, schedule.learning_rate(step))
+            rate = schedule.learning_rate(step)
+            result = passes.backend.step(work, criterion, rate, count=partial(tell, len(work)))
         except OutOfMemory as error:
             failed = None if error.micro_batch is None else batches[error.micro_batch]
             before = schedule.limits

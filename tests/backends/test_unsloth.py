@@ -22,6 +22,7 @@ from unsloth_run import make, measure
 from lite_dil.backends import registry
 from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.base.errors import UserError
+from lite_dil.base.install import install
 from lite_dil.config.train_config import TrainConfig
 
 RUN = Path(__file__).parent.parent / "unsloth_run.py"
@@ -51,6 +52,7 @@ def distribution(folder: Path, name: str, version: str, *requirements: str) -> N
 REQUIRE = """
 from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.base.errors import UserError
+from lite_dil.base.install import install
 try:
     torch_unsloth.require()
 except UserError as error:
@@ -60,7 +62,7 @@ except UserError as error:
 
 @pytest.mark.skipif(importlib.util.find_spec("unsloth") is not None, reason="unsloth is installed here")
 def test_missing_unsloth_is_one_line_with_the_fix() -> None:
-    assert python(REQUIRE) == '--unsloth: unsloth and unsloth_zoo not installed: pip install "lite-dil[unsloth]"'
+    assert python(REQUIRE) == f"--unsloth: unsloth and unsloth_zoo not installed: {install('unsloth')}"
 
 
 def test_versions_that_do_not_go_together_are_listed(tmp_path: Path) -> None:
@@ -70,7 +72,7 @@ def test_versions_that_do_not_go_together_are_listed(tmp_path: Path) -> None:
     distribution(tmp_path, "unsloth", "2026.10.9", zoo, *pins, *other)
     distribution(tmp_path, "unsloth_zoo", "2026.10.1", "peft>=0.1,!=0.2")
     lines = python(REQUIRE, tmp_path).splitlines()
-    assert lines[0] == '--unsloth: these versions do not work together: pip install "lite-dil[unsloth]"'
+    assert lines[0] == f"--unsloth: these versions do not work together: {install('unsloth')}"
     assert lines[1] == "  - unsloth_zoo 2026.10.1, but unsloth 2026.10.9 needs >=2026.10.9"
     assert lines[2].startswith("  - transformers 5.")
     assert lines[2].endswith(", but unsloth 2026.10.9 needs <=4.99")

@@ -31,7 +31,7 @@ def test_what_is_known_is_read(content: dict[str, Any]) -> None:
 def test_a_newer_file_is_one_line_with_the_fix() -> None:
     with pytest.raises(UserError) as told:
         check_format({KEY: 3}, 2, Path("runs/x"))
-    assert re.fullmatch(r"runs/x .*\b3\b.*\b2\b.*; pip install -U lite-dil", str(told.value))
+    assert re.fullmatch(r"runs/x .*\b3\b.*\b2\b.*; update lite-dil", str(told.value))
 
 
 @pytest.mark.parametrize("number", ["two", 0, -1, 1.5, None])

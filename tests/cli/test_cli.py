@@ -62,8 +62,10 @@ def test_bad_data_and_models_are_found_before_anything_is_written(
     (tmp_path / "no-weights").mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / "no-weights" / name).write_bytes((Path(tiny) / name).read_bytes())
+    shutil.copytree(tiny, tmp_path / "mute", ignore=lambda _, names: [name for name in names if "tokenizer" in name])
     before = set(tmp_path.rglob("*"))
     for flags, message in (
+        (["--model", "mute", "--data", good], "--model mute: the folder has no tokenizer; copy tokenizer.json and"),
         (["--model", tiny, "--data", "bad.jsonl"], "line 1: no field 'chosen'"),
         (["--model", tiny, "--data", good, "--eval-data", "none.jsonl"], "none.jsonl: no such file"),
         (["--model", "empty", "--data", good], "the folder has no config.json"),
@@ -192,7 +194,7 @@ def test_a_backend_that_is_not_there_is_one_line_with_the_fix(monkeypatch: pytes
         registry.resolve("cuda")
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
     for name in ("cpu", "cuda", "mlx"):
-        with pytest.raises(UserError, match=rf'--backend {name}: .*not installed: pip install "lite-dil\[{name}\]"'):
+        with pytest.raises(UserError, match=rf'--backend {name}: .*not installed: pip install -e ".*\[{name}\]"'):
             registry.resolve(name)
     with pytest.raises(UserError, match="no backend is installed"):
         registry.resolve("auto")

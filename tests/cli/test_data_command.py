@@ -17,6 +17,7 @@ from conftest import config, sentencepiece_tokenizer
 from lite_dil.cli.main import main
 from lite_dil.data.dataset import load
 from lite_dil.data.encoder import Encoder
+from lite_dil.data.held_out import split
 from lite_dil.models.find import load_tokenizer
 
 
@@ -115,6 +116,26 @@ def test_length_bias_beyond_chance(data: Any, tmp_path: Path, longer: int, short
     warnings = [warning for warning in found["warnings"] if "longer is better" in warning]
     assert bool(warnings) == bool(said)
     assert all(said in warning and ("--loss simpo" in warning) == (loss == "dpo") for warning in warnings)
+
+
+def test_what_is_held_out_is_what_train_holds_out(
+    data: Any, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.jsonl", [pair(f"what is {n // 2}", words(n), "red") for n in range(1, 41)])
+    encoder = Encoder(load_tokenizer(tiny))
+    for fraction in ("0.1", "0.3"):
+        _, held_out = split(load(file, "train", encoder, config(), good_only=False), float(fraction))
+        code, found = data(file, "--eval-fraction", fraction)
+        assert held_out and code == 0 and found["held_out"]["in_training"]["of"] == len(held_out.examples) > 0
+        assert main(["data", file, "--model", tiny, "--eval-fraction", fraction]) == 0
+        out = capsys.readouterr().out
+        assert f"{len(held_out.examples)} of these rows would be held out" in out and f"--eval-fraction {fraction}" in out
+    assert main(["data", file, "--model", tiny]) == 0
+    assert "nothing would be held out" in capsys.readouterr().out
+    code, found = data(file, "--eval-fraction", "0.01")
+    assert code == 2 and [stop["why"] for stop in found["stops"]] == [
+        "--eval-fraction 0.01 of 40 rows is 0, and no prompt has so few; give --eval-data"
+    ]
 
 
 def test_duplicates_and_contradictions_of_pairs(data: Any, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,18 @@ def test_every_row_tells_how_its_answers_ended(
     # Such a file is one of prompts too, as for lite-dil label.
     asked = read_prompts(str(tmp_path / "answers.jsonl"), config(), False, print)
     assert [prompt.prompt for prompt in asked] == [row["prompt"] for row in found]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
+def test_a_console_of_any_encoding_gets_the_same_rows(
+    encoding: str, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["héé → 你好", "\U0001f600"]  # the last takes two of JSON's escapes
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in asked))
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    assert main(["generate", str(tmp_path / "p.jsonl"), "--model", tiny, "--max-new-tokens", "2", "--output", "-"]) == 0
+    assert [json.loads(line)["prompt"] for line in raw.getvalue().decode(encoding).splitlines()] == asked
 
 
 def test_nothing_cut_and_standard_output(generate: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lite_dil.base.display import duration, held_out
+from lite_dil.base.display import TimeLeft, duration, held_out
+from lite_dil.cli import progress
 from lite_dil.cli.progress import Terminal
 
 LINE = {
@@ -32,7 +33,7 @@ def shown(width: int, line: dict[str, Any] | None = LINE, doing: str = "") -> st
     with Terminal(console).bar(200, 39, "the first step takes longest") as bar:
         bar.update(40, line)
         if doing:
-            with bar.doing(doing, False):
+            with bar.doing(doing):
                 bar.live.refresh()  # type: ignore[union-attr]
                 return last(file.getvalue())
     return last(file.getvalue())
@@ -62,12 +63,60 @@ def test_what_is_being_done_stands_beside_the_step() -> None:
     assert "step 40/200  evaluating ..." in shown(80, doing="evaluating")
 
 
-def test_a_pipe_gets_a_line_a_step() -> None:
+def test_it_moves_after_the_last_step_too() -> None:
     file = io.StringIO()
-    with Terminal(Console(file=file, width=80, soft_wrap=True)).bar(200, 39) as bar:
+    console = Console(file=file, force_terminal=True, width=80, color_system=None, legacy_windows=False)
+    with Terminal(console).bar(2, 1) as bar:
+        bar.update(2, LINE)
+        with bar.doing("evaluating"):
+            frames = set()
+            for now in (0.0, 0.2, 0.4):
+                bar.live.tasks[0]._get_time = lambda now=now: now  # type: ignore[union-attr]
+                bar.live.refresh()  # type: ignore[union-attr]
+                frames.add(last(file.getvalue())[0])
+            assert len(frames) == 3
+    assert last(file.getvalue())[0] == " "
+
+
+def test_a_slow_step_shows_its_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, color_system=None, legacy_windows=False)
+    with Terminal(console).bar(200, 39, "the first step takes longest") as bar:
+        bar.passes(3, 16)
+        bar.live.refresh()  # type: ignore[union-attr]
+        assert "pass" not in file.getvalue()  # a step of less than 2 seconds
+        monkeypatch.setattr(progress, "SLOW", 0.0)
+        bar.passes(5, 16)
+        bar.live.refresh()  # type: ignore[union-attr]
+        assert "step 39/200  pass 5/16  the first step takes longest" in last(file.getvalue())
+        bar.update(40, LINE)
+        bar.live.refresh()  # type: ignore[union-attr]
+        assert "pass " not in last(file.getvalue())
+
+
+def test_a_pipe_gets_a_line_a_step_and_one_as_each_phase_starts() -> None:
+    file = io.StringIO()
+    with Terminal(Console(file=file, width=80, soft_wrap=True)).bar(200, 39, "the first step takes longest") as bar:
+        bar.passes(5, 16)
         bar.update(40, LINE)
         bar.update(41, None)
-    assert file.getvalue() == "  ".join([STEP, LEFT, LOSS, ACCURACY, RATIOS, SPEED, MEMORY]) + "\n"
+        with bar.doing("evaluating") as tell:
+            assert file.getvalue().endswith("\nevaluating ...\n")
+            for seconds in (9, 8, 7):
+                tell(f"about {seconds} s left")
+    line = "  ".join([STEP, LEFT, LOSS, ACCURACY, RATIOS, SPEED, MEMORY])
+    lines = ["step 40/200: the first step takes longest ...", line, "evaluating ...", "evaluating: about 9 s left"]
+    assert file.getvalue().splitlines() == lines
+
+
+def test_the_time_left_of_slow_work() -> None:
+    """Ten pieces of three quarters of a second each: nothing is said of the first two, which are no slow work yet."""
+    now, said = 100.0, list[str]()
+    left = TimeLeft(said.append, 10, "at most", clock=lambda: now)
+    for _ in range(11):
+        now += 0.75
+        left.add()
+    assert said[:2] == ["at most 5 s left", "at most 4 s left"] and said[-2:] == ["at most 0 s left"] * 2 and len(said) == 9
 
 
 def test_demonstrations_have_no_rejected_side() -> None:

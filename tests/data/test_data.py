@@ -200,5 +200,5 @@ def test_sources_that_are_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match="no such file"):
         read_rows("prefs")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r'owner/name: .* pip install "lite-dil\[hub\]"'):
+    with pytest.raises(UserError, match=r'owner/name: .* pip install -e ".*\[hub\]"'):
         read_rows("owner/name")

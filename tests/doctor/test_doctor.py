@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import BACKENDS
 
-from lite_dil.backends import registry
+from lite_dil.base.install import install
 from lite_dil.cli.main import main
 from lite_dil.doctor import checks, examine
 from lite_dil.doctor.checks import CHECKS, Subject
@@ -84,4 +85,6 @@ def test_no_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     gone = {"torch", "peft", "mlx", "mlx_lm", "bitsandbytes"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else find(name))
     assert main(["doctor"]) == 1
-    assert registry.INSTALL["cpu"] in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"no backend is installed: {install('cpu')}" in out
+    assert re.search(rf"  --4bit on cuda and cpu +{re.escape(install('cpu'))}\n", out)

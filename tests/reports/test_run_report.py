@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from trainings import metrics
 
 from lite_dil.backends.types import Generated
+from lite_dil.base import display
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.base.observer import Event, Observers
 from lite_dil.cli.demo import show
@@ -26,6 +27,7 @@ from lite_dil.cli.main import main
 from lite_dil.cli.progress import Terminal
 from lite_dil.data.encoder import Encoder
 from lite_dil.data.reader import Row
+from lite_dil.models.find import load_tokenizer
 from lite_dil.recipes.run import Run
 from lite_dil.reports.run_report import RunReport, write_report
 from lite_dil.reports.samples import Intake, SampleAnswers, read_samples
@@ -193,6 +195,8 @@ def test_a_report_that_cannot_be_written_does_not_end_training(
 class Small:
     """A backend whose memory holds so many prompts at once; it answers with a prompt's first token, or none when off."""
 
+    batched = True
+
     def __init__(self, most: int) -> None:
         self.most, self.off, self.calls = most, False, list[int]()
 
@@ -238,6 +242,45 @@ def test_sample_answers_fit_into_memory_or_are_left_out(most: int, tmp_path: Pat
     assert all(sample.before_tokens == 0 and sample.after_tokens == 1 for sample in read_samples(path))
     assert any("no sample answers" in text for text in said) == (most == 0)
     assert not most or max(backend.calls[-3:]) <= most  # what was too large once is not tried again
+
+
+def answering(backend: Any, tiny: str, path: Path, room: int) -> SampleAnswers:
+    prompts, encoder = intake(3).prompts, Encoder(load_tokenizer(tiny))
+    return SampleAnswers(prompts, True, path, backend, encoder, room + max(len(prompt.ids) for prompt in prompts), print)
+
+
+def test_ctrl_c_ends_sample_answers_at_the_next_token(backend_name: str, tiny: str, tmp_path: Path) -> None:
+    """Before and after the adapter is switched on."""
+    backend, path, room = load(backend_name, tiny), tmp_path / "report_samples.jsonl", 12
+    for tokens in (3, room + 3):
+        asked: list[bool] = []
+
+        def stop(asked: list[bool] = asked, tokens: int = tokens) -> bool:
+            asked.append(True)
+            return len(asked) > tokens
+
+        answering(backend, tiny, path, room).refresh(1, stop)
+        assert not path.exists() and tokens < len(asked) <= tokens + 4  # it is asked once more by each part that ends
+
+
+@pytest.mark.parametrize(("backend_name", "one_by_one"), [("cpu", False), ("mlx", False), ("mlx", True)])
+def test_sample_answers_tell_the_time_left(
+    backend_name: str, one_by_one: bool, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all tokens that the answers may have: tiny models use up their room."""
+    if one_by_one:
+        from lite_dil.backends.mlx import generate as mlx_generate
+
+        monkeypatch.setattr(mlx_generate, "batchable", lambda model: False)
+    monkeypatch.setattr(display, "SLOW", 0.0)
+    backend, room, said = load(backend_name, tiny), 12, list[str]()
+    answers = answering(backend, tiny, tmp_path / "report_samples.jsonl", room)
+    for parts in (2, 1):  # the answers without the adapter are known at the second time
+        said.clear()
+        answers.refresh(parts, tell=said.append)
+        rows = len(answers.prompts) if one_by_one else 1
+        assert room * rows * parts <= len(said) <= (room + 2) * rows * parts
+        assert said[-1] == "at most 0 s left" and all(text.startswith("at most ") for text in said)
 
 
 def test_sample_answers_that_cannot_be_written_do_not_end_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

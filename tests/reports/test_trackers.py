@@ -182,9 +182,7 @@ def test_wandb_without_a_key_is_one_line_and_no_question(flags: list[str], tmp_p
 def test_what_is_not_installed_is_one_line_with_the_fix(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio", "trackio")):
-        with pytest.raises(
-            UserError, match=rf'--report-to {name}: {module} is not installed: pip install "lite-dil\[{name}\]"'
-        ):
+        with pytest.raises(UserError, match=rf'--report-to {name}: {module} is not installed: pip install -e ".*\[{name}\]"'):
             trackers.check(config(report_to=name))
 
 

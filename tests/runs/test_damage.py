@@ -236,9 +236,9 @@ def test_held_out_figures_that_are_not_finite_are_said() -> None:
     said: list[str] = []
 
     class Diverged:
-        def run(self, stop: Callable[[], bool]) -> dict[str, float]:
+        def run(self, stop: Callable[[], bool], tell: Any) -> dict[str, float]:
             return {"eval_loss": math.nan, "eval_rewards/margins": 1.0, "eval_logps/chosen": -math.inf}
 
     held_out: Any = Diverged()
-    Evaluation(held_out, 1, float, [], [], lambda text, last: nullcontext(), said.append).after_step(Event(3, 5))
+    Evaluation(held_out, 1, float, [], [], lambda text: nullcontext(print), said.append).after_step(Event(3, 5))
     assert said == ["warning: held-out figures of step 3 are not finite: eval_loss, eval_logps/chosen; training diverges"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
-import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,12 +15,9 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 from packaging.requirements import Requirement
 
 import lite_dil
-from lite_dil.cli.main import main
-from lite_dil.models.find import EMBEDDED_MODEL
 
 PATH = Path(__file__).parent.parent.parent / "scripts" / "colab.ipynb"
 
@@ -34,24 +31,30 @@ def settings(cells: Any) -> Any:
     return cell
 
 
-def execute(place: Path, source: str = "lite-dil", **values: object) -> str:
-    """Run the notebook in the folder `place` with other settings; return all that it printed."""
+def execute(place: Path, before: str, after: str, **values: object) -> tuple[str, str]:
+    """Run a copy of the notebook in the folder `place` with other settings; return all that it printed.
+
+    Then run the cells from the one that loads the model once more, between two others; return also what these printed.
+    """
     book = notebook()
     cell = settings(book.cells)
-    names = [node.targets[0].id for node in ast.parse(cell.source).body]  # type: ignore[attr-defined]
-    assert set(values) <= set(names)
+    targets = [target for node in ast.parse(cell.source).body for target in node.targets]  # type: ignore[attr-defined]
+    assert set(values) <= {name.id for target in targets for name in getattr(target, "elts", [target])}
     cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in values.items())
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(Path(lite_dil.__file__).parent.parent)
-    try:
+    code, number = [cell for cell in book.cells if cell.cell_type == "code"], len(book.cells)
+    (load,) = (place for place, cell in enumerate(code) if "dil.load(" in cell.source)
+    book.cells += [nbformat.v4.new_code_cell(source) for source in (before, *(cell.source for cell in code[load:]), after)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(lite_dil.__file__).parent.parent))
         NotebookClient(book, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(place)}}).execute()
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
     outputs = [output for cell in book.cells for output in cell.get("outputs", ())]
     assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
+    return printed(book.cells[:number]), printed(book.cells[number:])
+
+
+def printed(cells: Any) -> str:
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
     return "".join(o.text if o.output_type == "stream" else o.data.get("text/html", "") for o in outputs)
 
 
@@ -76,57 +79,34 @@ def test_it_is_short_and_every_cell_is_introduced() -> None:
     assert all(before == "markdown" for before, kind in itertools.pairwise(kinds) if kind == "code")
 
 
-def execute_here(place: Path, monkeypatch: pytest.MonkeyPatch, **values: object) -> dict[str, Any]:
-    """Run the notebook as `execute` does, but in this process, which has imported what it needs; return its names."""
-
-    def command(*words: str, may_fail: bool = False, **options: object) -> None:
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        if words != ("--version",):  # which ends the process
-            assert main([*words, *flags]) == 0 or may_fail
-
-    monkeypatch.chdir(place)
-    names: dict[str, Any] = {}
-    for cell in notebook().cells:
-        if cell.cell_type == "code":
-            exec(cell.source, names)
-            names |= values if "MODEL = " in cell.source else {}
-            names |= {"lite_dil": command} if "def lite_dil(" in cell.source else {}
-    return names
+def test_each_step_says_how_long_it_takes() -> None:
+    steps = [cell.source for cell in notebook().cells if cell.cell_type == "markdown" and cell.source.startswith("## ")][1:]
+    assert len(steps) == 10
+    for text in steps:
+        assert re.search(r"\*[A-Z][^*]*(second|minute|long as)[^*]*\.\*$", text), text
 
 
-def test_it_runs_and_runs_again(
-    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    questions = ["What is the capital of France?", "Is bread good?"]
+def test_it_runs_and_runs_again(tiny: str, tmp_path: Path) -> None:
+    questions = ["What is the capital of France?"]
     values: dict[str, object] = {"MODEL": tiny, "OUTPUT": "drive/run", "MAX_STEPS": 2, "SAVE_STEPS": 1, "QUESTIONS": questions}
-    values |= {"READ": {"max_rows": 6}, "LOAD": {"lora_r": 4}, "TRAIN": {"report_samples": 2}}
-    first = execute(tmp_path, **values)
+    values |= {"READ": {"max_rows": 6}, "LOAD": {"lora_r": 4}, "TRAIN": {"report_samples": 0}}
+    note = "files = [path.read_bytes() for path in sorted(Path(OUTPUT).glob('adapter/*'))]"
+    first, second = execute(
+        tmp_path, f"FORMAT = 'merged'; {note}; old_files = files", f"{note}; print('same:', files == old_files)", **values
+    )
     run = tmp_path / "drive" / "run"
-    made = [run / "adapter" / "adapter_model.safetensors", run / "metrics.jsonl"]
-    before = [path.read_bytes() for path in made]
-    assert json.loads(made[1].read_text().splitlines()[-1])["step"] == 2
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
     assert "It fits" in first and "short-answers" in first and "\x1b" not in first
     assert (run / "report.html").is_file() and "<iframe srcdoc=" in first and "&lt;!doctype html" in first.lower()
-    assert first.count("before: ") == first.count("after:  ") == len(questions)
     assert '<progress value="2" max="2"' in first and "trained by" not in first and "finished" in first
     assert (run / "checkpoints" / "step-2").is_dir()
     home = run / "export" / "ollama"
     assert list(home.glob("*.gguf")) and (home / "Modelfile").is_file()
 
-    names = execute_here(tmp_path, monkeypatch, **values, FORMAT="merged")
-    assert not names["run"].stopped and [path.read_bytes() for path in made] == before
-    second = capsys.readouterr().out
-    assert [line for line in second.splitlines() if "before:" in line or "after:" in line] == [
-        line for line in first.splitlines() if line.startswith(("  before:", "  after:"))
-    ]
+    assert "the run is finished: step 2 of 2" in second and "same: True" in second
+    answers = [[line for line in text.splitlines() if line.startswith(("  before:", "  after:"))] for text in (first, second)]
+    assert answers[0] == answers[1] and len(answers[0]) == 2 * len(questions)
     assert (run / "export" / "merged" / "model.safetensors").is_file()
-
-
-def test_what_it_installs_is_there() -> None:
-    (cell,) = (cell.source for cell in notebook().cells if "extras = " in cell.source)
-    project = (PATH.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
-    for extra in cell.partition('extras = "[')[2].partition("]")[0].split(","):
-        assert f"\n{extra} = [" in project
 
 
 def code(mark: str) -> str:
@@ -165,42 +145,77 @@ def test_on_colab_the_run_is_on_the_drive(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=SimpleNamespace(mount=mounted.append)))
     cell: dict[str, Any] = {"sys": sys, "Path": Path, "OUTPUT": "lite-dil/run", "LOGIN": False}
     for _ in range(2):
-        exec(code("google.colab"), cell)
+        exec(code("drive.mount("), cell)
         assert cell["OUTPUT"] == Path("/content/drive/MyDrive/lite-dil/run")
     assert mounted == ["/content/drive"] * 2
 
 
+def install(monkeypatch: pytest.MonkeyPatch, source: str = "", upload: str = "") -> list[tuple[str, ...]]:
+    """Run the cell that installs where nothing but torch is installed; return the commands it runs."""
+    there = {"torch": "2.9.0+cu126"}
+    found = lambda name: (SimpleNamespace(version=there[name]) for _ in [0] if name in there)  # noqa: E731
+    monkeypatch.setattr("importlib.metadata.distributions", found)
+    if upload:
+        files = SimpleNamespace(upload=lambda: Path(upload).touch())
+        monkeypatch.setitem(sys.modules, "google", SimpleNamespace(colab=SimpleNamespace()))
+        monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(files=files))
+    ran: list[tuple[str, ...]] = []
+
+    def command(*words: str) -> None:
+        ran.append(words)
+        there["lite-dil"] = "1.2.3"
+
+    exec(code("def beside("), {"sys": sys, "SOURCE": source, "command": command})
+    return ran
+
+
 @pytest.mark.parametrize(
-    ("source", "package"),
+    ("source", "file", "place"),
     [
-        ("lite-dil", "lite-dil[cuda,gguf,hub]"),
-        ("git+https://example.com/x", "lite-dil[cuda,gguf,hub] @ git+https://example.com/x"),
-        ("/content/lite-dil", "/content/lite-dil[cuda,gguf,hub]"),
+        ("https://example.com/x", "", "git+https://example.com/x"),
+        ("git+ssh://git@example.com/x", "", "git+ssh://git@example.com/x"),
+        ("https://example.com/x/archive/main.zip", "", "https://example.com/x/archive/main.zip"),
+        ("elsewhere", "elsewhere/pyproject.toml", "{here}/elsewhere"),
+        ("", "lite-dil/lite_dil/__init__.py", "{here}/lite-dil"),
+        ("", "../lite_dil/__init__.py", "{above}"),  # the notebook is in a clone's scripts/
+        ("", "lite_dil-0.1.0-py3-none-any.whl", "{here}/lite_dil-0.1.0-py3-none-any.whl"),
+        ("", "lite-dil-main.zip", "{here}/lite-dil-main.zip"),
     ],
 )
-def test_what_is_missing_is_installed_and_torch_is_kept(
-    source: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_it_is_installed_from_where_it_is(
+    source: str, file: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its place, so that no package index is asked for its name; torch is kept."""
+    here = tmp_path / "clone" / "empty"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    if file:
+        (here / file).parent.mkdir(parents=True, exist_ok=True)
+        (here / file).touch()
+    ((*pip, package),) = install(monkeypatch, source)
+    assert tuple(pip) == (sys.executable, "-m", "pip", "install", "--quiet", "--constraint", "keep.txt")
+    requirement = Requirement(package)
+    assert requirement.name == "lite-dil" and requirement.extras == {"cuda", "gguf", "hub"}
+    assert requirement.url == place.format(here=here.as_uri(), above=here.parent.as_uri())
+    assert (here / "keep.txt").read_text() == "torch==2.9.0+cu126"
+
+
+def test_without_it_an_upload_is_asked_for_and_else_one_line_says_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lite_dil" else object())
-    monkeypatch.setattr("importlib.metadata.version", lambda name: {"torch": "2.9.0+cu126"}[name])
-    ran: list[tuple[str, ...]] = []
-    exec(
-        code("extras = "),
-        {
-            "sys": sys,
-            "SOURCE": source,
-            "command": lambda *words: ran.append(words),
-            "lite_dil": lambda *words: ran.append(words),
-        },
-    )
-    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--constraint", "keep.txt", package)
-    assert ran == [pip, ("--version",)]
-    assert (tmp_path / "keep.txt").read_text() == "torch==2.9.0+cu126"
-    Requirement(package.removeprefix("/content/"))
+    for source in ("", "nowhere"):
+        with pytest.raises(RuntimeError, match=r"^lite-dil was not found: set SOURCE") as told:
+            install(monkeypatch, source)
+        assert "\n" not in str(told.value)
+    ((*_, package),) = install(monkeypatch, upload="lite_dil-1.2.3-py3-none-any.whl")
+    assert Requirement(package).url == (tmp_path / "lite_dil-1.2.3-py3-none-any.whl").as_uri()
 
 
-def test_a_command_that_fails_stops_it(tmp_path: Path) -> None:
-    with pytest.raises(CellExecutionError, match="code 2"):
-        execute(tmp_path, MODEL=EMBEDDED_MODEL, DATA="none.jsonl", OUTPUT="run")
-    assert not (tmp_path / "run").exists()
+def test_a_command_that_fails_stops_it(capfd: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(code("def command("), names)
+    with pytest.raises(RuntimeError, match="ended with code 2: the reason is above"):
+        names["lite_dil"]("train", loss="lsi", resume=True)
+    assert "lite-dil: " in capfd.readouterr().out
+    names["command"](sys.executable, "-c", "raise SystemExit(1)", may_fail=True)

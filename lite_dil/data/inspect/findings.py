@@ -87,12 +87,16 @@ def report(options: InspectOptions, encoder: Encoder) -> dict[str, Any]:
             stops.append({"why": refusal, "mend": _fix(data, found["losses"])})
     found["warnings"] = _warnings(options, found, data, encoder.rendering.chats) if len(survey) else []
     if not options.eval_data and len(survey) and not stops:
-        _, part = split(data, options.eval_fraction)
-        found["held_out"] = part and {
-            "data": options.data,
-            **_read(part),
-            "in_training": Overlap(len(part.examples), 0, 0)._asdict(),
-        }
+        try:
+            _, part = split(data, options.eval_fraction)
+        except UserError as error:
+            stops.append({"why": str(error), "mend": "take a larger --eval-fraction"})
+        else:
+            found["held_out"] = part and {
+                "data": options.data,
+                **_read(part),
+                "in_training": Overlap(len(part.examples), 0, 0)._asdict(),
+            }
     if options.eval_data:
         survey = Survey(encoder)
         held_out = load(options.eval_data, "test", encoder, options, watch=survey.add, strict=False)
