@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
 
 @pytest.fixture(scope="module", params=["cpu", "mlx"])
 def flags(request: pytest.FixtureRequest, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """40 pairs, of which the last 20 are held out; an answer to 9 of those prompts is two draws, of 8 and of 1."""
+    """40 pairs, of which 20 are held out; an answer to 9 of those prompts is two draws, of 8 and of 1."""
     data = write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 40)
     return [
         "--model", tiny, "--backend", request.param, "--dtype", "float32", "--data", str(data), "--losses", "lsif,dpo",
@@ -82,9 +83,9 @@ def test_the_table_is_of_the_runs(whole: Path, flags: list[str], tiny: str) -> N
     held_out = whole / "data" / "held_out.jsonl"
     encoder = Encoder(load_tokenizer(tiny))
     examples = load(str(held_out), "test", encoder, TrainConfig()).examples
-    # Held out are the last rows, word for word, and they are not trained on.
-    written = [(whole / "data" / name).read_text() for name in ("train.jsonl", "held_out.jsonl")]
-    assert "".join(written) == Path(flags[flags.index("--data") + 1]).read_text()
+    # Each row is on one side, word for word.
+    written = [(whole / "data" / name).read_text().splitlines() for name in ("train.jsonl", "held_out.jsonl")]
+    assert sorted(chain(*written)) == sorted(Path(flags[flags.index("--data") + 1]).read_text().splitlines())
     assert len(examples) == 20
     # The reference's figures by the textbook.
     batch = Batch.of(examples)
@@ -446,4 +447,45 @@ def test_options_of_a_config_file_are_used(tmp_path: Path, capsys: pytest.Captur
         {"output_dir": str(tmp_path / "out" / "runs" / "lsif-seed3")},
     )
     assert made.again == shlex.join(["lite-dil", "compare", *argv])
-    assert "the last 30 of 300 rows" in capsys.readouterr().out
+    assert "30 of 300 rows" in capsys.readouterr().out
+
+
+def settled(folder: Path, data: Path, *more: str) -> list[set[str]]:
+    """Return the prompts that `lite-dil compare` would train on and hold out; nothing is trained."""
+    argv = ["--losses", "lsif", "--data", str(data), "--max-steps", "40", "--output", str(folder), *more]
+    args = command_line.parsers()[1]["compare"].parse_args(argv)
+    args.argv = argv
+    made = compare.settled(args, Terminal()).configs["lsif"]
+    assert made.eval_fraction is None and made.eval_data
+    return [{str(row.prompt) for row in read_rows(path)} for path in (made.data, made.eval_data)]
+
+
+def test_no_prompt_is_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one that differs only in white space around a message, which a chat template may drop."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is {i % 60}?" + " " * (i % 2)}], "chosen": f"{i}.", "rejected": "No."}
+        for i in range(300)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for more, least, most in (([], 20, 30), (["--eval-fraction", "0.2"], 50, 60)):
+        folder = tmp_path / f"out{most}"
+        sides = settled(folder, data, *more)
+        bare = [{prompt.replace(" '", "'") for prompt in side} for side in sides]
+        assert not bare[0] & bare[1] and len(bare[0] | bare[1]) == 60
+        held_out = (folder / "data" / "held_out.jsonl").read_text().splitlines()
+        assert least <= len(held_out) <= most
+    assert main(["--data", str(data), "--eval-fraction", "0"]) == 2
+    assert "a comparison measures held-out rows" in capsys.readouterr().err
+
+
+def test_a_comparison_that_goes_on_keeps_its_parts(tmp_path: Path) -> None:
+    """Also one of an earlier version, which held the last rows out: its finished runs were measured on those."""
+    data = write_pairs(tmp_path / "pairs.jsonl", 100)
+    settled(tmp_path / "out", data)
+    lines = data.read_text().splitlines(keepends=True)
+    files = {tmp_path / "out/data/train.jsonl": lines[:-20], tmp_path / "out/data/held_out.jsonl": lines[-20:]}
+    for path, part in files.items():
+        path.write_text("".join(part))
+    settled(tmp_path / "out", data)
+    assert all(path.read_text() == "".join(part) for path, part in files.items())
