@@ -28,7 +28,7 @@ Train several losses from the same start on the same data, and compare side by s
   lite-dil compare --data prefs.jsonl --eval-data held_out.jsonl --losses lsif,dpo --seeds 0,1,2 --max-steps 200
 
 Also takes the flags of train. Writes into --output: index.html (one page with everything), table.md, table.json,
-figure2.png and curves.json (log-probs of held-out answers during training), and the runs. After an interruption, the same
+figure2.png and curves.json (log-probs of held-out responses during training), and the runs. After an interruption, the same
 command with the same --output continues.
 """
 

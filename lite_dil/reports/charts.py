@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,39 @@ def svg(make: Callable[[str], Any], salt: str = "lite-dil", text: str = "path") 
     for pattern, instead in _NOT_OURS:
         found = re.sub(pattern, instead, found)
     return Markup(found)
+
+
+def plain_ticks(axis: Any) -> None:
+    """Label an axis of matplotlib by `tick_labels`: its own labels may be the rest over an offset or a power of ten."""
+    from matplotlib.ticker import Formatter
+
+    class Plain(Formatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return tick_labels([x])[0]
+
+        def format_ticks(self, values: list[float]) -> list[str]:
+            return tick_labels(values)
+
+    axis.set_major_formatter(Plain())
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Return evenly spaced values as whole numbers, each by itself, with as many digits as it takes to tell them apart."""
+    size = max(map(abs, values), default=0.0)
+    gap = min((abs(a - b) for a, b in pairwise(values)), default=size)
+    form = "e" if size >= 1e6 or 0 < size < 1e-3 else "f"
+    labels: list[str] = []
+    for digits in range(13):
+        labels = [f"{value:.{digits}{form}}" for value in values]
+        if all(abs(float(text) - value) <= gap / 50 for text, value in zip(labels, values, strict=True)):
+            break
+    return ["0" if form == "e" and not float(text) else _short(text) for text in labels]
+
+
+def _short(text: str) -> str:
+    """Return a number with a real minus, and without needless digits of its exponent."""
+    number, power, exponent = text.partition("e")
+    return (number + (f"e{int(exponent)}" if power else "")).replace("-", "\u2212")
 
 
 @dataclass(frozen=True)
@@ -157,6 +191,7 @@ def _figure(chart: Chart, curves: Sequence[tuple[Line, str, Curve]], ink: str) -
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
+        plain_ticks(axes.yaxis)
         if chart.level is not None:
             axes.axhline(chart.level, color=ink, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.5)
         for line, part, curve in curves:

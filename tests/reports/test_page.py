@@ -15,7 +15,7 @@ from jinja2 import UndefinedError
 from reported import HOSTILE, make_run
 
 from lite_dil.objectives.table import OBJECTIVES
-from lite_dil.reports import html
+from lite_dil.reports import charts, html
 from lite_dil.reports.outcome import outcome, read_record, warnings, what
 from lite_dil.reports.page import render
 from lite_dil.reports.run_report import write_report
@@ -104,6 +104,31 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
     assert len(page) < 400_000
     assert re.search(r"\b13\b.* of 500 evaluations", page)
     assert (" 21 lines" in page, " lines, " in make_run(tmp_path / "short")) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([-191.02, -191.0, -190.98], ["\u2212191.02", "\u2212191.00", "\u2212190.98"]),
+        ([0.0, 0.25, 0.5], ["0.00", "0.25", "0.50"]),
+        ([0.0, 5e-5, 1e-4], ["0", "5e\u22125", "1e\u22124"]),
+        ([0.0, 2500.0, 5000.0], ["0", "2500", "5000"]),
+        ([-2.5e6, 0.0, 2.5e6], ["\u22122.5e6", "0", "2.5e6"]),
+        ([0.0], ["0"]),
+        ([], []),
+    ],
+)
+def test_each_label_of_an_axis_is_a_whole_number(values: list[float], labels: list[str]) -> None:
+    assert charts.tick_labels(values) == labels
+
+
+@pytest.mark.usefixtures("drawn")
+def test_no_axis_is_the_rest_over_an_offset(tmp_path: Path) -> None:
+    page = make_run(
+        tmp_path, eval_steps=None, change=set_line(logps__chosen=lambda step: -191 - step / 1e3, logps__rejected=-191)
+    )
+    (chart,) = (part for part in page.split("<figure>") if part.startswith("<figcaption>Log-prob"))
+    assert len(re.findall(">\u2212191\\.0\\d+<", chart)) >= 3 and "e2<" not in chart
 
 
 def test_a_curve_of_many_lines_is_their_means() -> None:
