@@ -70,6 +70,7 @@ _MODULES: tuple[str, ...] = (
     "label",
     "export",
     "doctor",
+    "runs",
 )
 
 
