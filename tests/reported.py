@@ -90,7 +90,21 @@ def make_run(
     (folder / FACTS).write_text(json.dumps(content | (facts or {})))
     prompts: list[Any] = [text, [{"role": text, "content": text}, {"role": "user", "content": None}]]
     answers = [
-        Sample(f"{i}", prompts[i % 2], text, bool(eval_steps), text, 20, False, text, 30, True, steps, 1012, 1012 - i)
+        Sample(
+            f"{i}",
+            prompts[i % 2],
+            text,
+            bool(eval_steps),
+            f"{text} before",
+            20,
+            False,
+            f"{text} after",
+            30,
+            True,
+            steps,
+            1012,
+            1012 - i,
+        )
         for i in range(samples)
     ]
     write_samples(folder / SAMPLES, answers)

@@ -154,7 +154,7 @@ def draw(chart: Chart, history: History) -> Drawn | None:
     sentence = f"{chart.title}{f' ({chart.unit})' if chart.unit else ''}. " + " ".join(
         f"{_name(line, part)}: {_figures(curve)}." for line, part, curve in curves
     )
-    drawn = _coloured(lambda ink: _figure(chart, curves, ink), chart.key)
+    drawn = themed(lambda ink: _figure(chart, curves, ink), chart.key)
     return Drawn(chart, drawn, sentence, max(curve.bin for _, _, curve in curves))
 
 
@@ -169,11 +169,11 @@ def draw_margins(margins: np.ndarray) -> Drawn | None:
         f"Margins of {len(shown):,} held-out pairs. Between {low:.4g} and {high:.4g}, median {median:.4g}; "
         f"{int((shown <= 0).sum()):,} not above 0."
     )
-    return Drawn(chart, _coloured(lambda ink: _histogram(shown, ink), chart.key), sentence, 1)
+    return Drawn(chart, themed(lambda ink: _histogram(shown, ink), chart.key), sentence, 1)
 
 
-def _coloured(make: Callable[[str], Any], salt: str) -> Markup:
-    """Return `svg` with the page's own colours for the first three curves, so that a dark page can lighten them."""
+def themed(make: Callable[[str], Any], salt: str) -> Markup:
+    """Return `svg` in the page's font, the first three curves in its own colours, which are lighter on a dark page."""
     text = svg(make, salt=salt, text="none")
     for number, colour in enumerate(COLOURS[:3]):
         text = text.replace(colour.lower(), f"var(--curve-{number})")

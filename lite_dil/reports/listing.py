@@ -16,7 +16,7 @@ from lite_dil.reports.outcome import FACTS, RunRecord, read_facts
 from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.history import History, read_history
 
-CONFIG = "config.yaml"
+_CONFIG = "config.yaml"
 _DEPTH = 3  # folders below the given one: a comparison's are in NAME/runs/
 _UNFINISHED = "unfinished"
 
@@ -88,25 +88,25 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _has_options(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and (folder / "adapter").is_dir()
+    return (folder / _CONFIG).is_file() and (folder / "adapter").is_dir()
 
 
 def _read(folder: Path) -> ListedRun:
     run = RunFolder(folder)
-    written = [path.stat().st_mtime for path in (run.metrics, folder / CONFIG) if path.exists()]
+    written = [path.stat().st_mtime for path in (run.metrics, folder / _CONFIG) if path.exists()]
     changed = max(written, default=folder.stat().st_mtime)
     try:
-        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        config = yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict) or not isinstance(config.get("loss"), str):
-            return ListedRun(folder, changed, "damaged", f"{CONFIG} does not hold a run's options")
+            return ListedRun(folder, changed, "damaged", f"{_CONFIG} does not hold a run's options")
         check_format(config, RUN, folder)
         facts = read_facts(folder) if (folder / FACTS).exists() else {}
         history = read_history(run.metrics)
         return _listed(folder, changed, config, facts, history)
     except FileNotFoundError:
-        return ListedRun(folder, changed, "damaged", f"{CONFIG} is missing")
+        return ListedRun(folder, changed, "damaged", f"{_CONFIG} is missing")
     except yaml.YAMLError:
-        return ListedRun(folder, changed, "damaged", f"{CONFIG} is not valid YAML")
+        return ListedRun(folder, changed, "damaged", f"{_CONFIG} is not valid YAML")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:
         return ListedRun(folder, changed, "damaged", " ".join(str(error).split()) or type(error).__name__)
 

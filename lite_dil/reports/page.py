@@ -89,7 +89,7 @@ def _samples_note(samples: Sequence[Sample]) -> str:
     return (
         f"Prompts of the {'held-out' if samples[0].held_out else 'training'} data, drawn by the seed, answered greedily in at "
         f"most {MAX_NEW_TOKENS} tokens: before with the adapter off, after by the policy at step {samples[0].step:,}. "
-        "Where they have much in common, dots underline what only the first has, and a line what only the second has."
+        "Where the two have much in common, dots underline what only the first has, a line what only the second has."
     )
 
 

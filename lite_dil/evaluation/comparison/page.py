@@ -14,7 +14,7 @@ from lite_dil.base.text import count
 from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.evaluation.comparison.table import TableRow, cell, spread
 from lite_dil.reports import html
-from lite_dil.reports.charts import COLOURS, inked, plain_ticks, svg
+from lite_dil.reports.charts import COLOURS, inked, plain_ticks, themed
 
 MARKERS, LINES = "os^Dv*", ("-", "--", ":")
 OPEN = 4  # prompts whose answers are shown at once
@@ -32,7 +32,7 @@ def draw_curves(curves: dict[str, Any], path: Path) -> Markup:
     drawn = io.BytesIO()
     _curves(curves, "black").savefig(drawn, dpi=150, facecolor="white", format="png")
     replace_file(path, drawn.getvalue())
-    return svg(lambda ink: _curves(curves, ink), salt="curves")
+    return themed(lambda ink: _curves(curves, ink), "curves")
 
 
 def draw_accuracy(rows: Sequence[TableRow]) -> Plot | None:
@@ -42,7 +42,7 @@ def draw_accuracy(rows: Sequence[TableRow]) -> Plot | None:
         return None
     said = (f"{loss}: {cell(row, 'accuracy', '.3f')} at {cell(row, 'kl', '.2f')} nats" for loss, row in found.items())
     order = [row["loss"] for row in rows]
-    drawn = svg(lambda ink: _accuracy(found, order, ink), salt="accuracy")
+    drawn = themed(lambda ink: _accuracy(found, order, ink), "accuracy")
     return Plot(drawn, f"Accuracy against KL. {'; '.join(said)}.")
 
 
