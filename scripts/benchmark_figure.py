@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-CASES = {"hh": "HH helpful", "long": "prompt 512, answers 64", "short": "prompt 64, answers 128"}
+CASES = {"hh": "HH helpful", "long": "prompt 512, responses 64", "short": "prompt 64, responses 128"}
 # Label and colour (Okabe and Ito's) by contestant and checkpointing, as named in the rows.
 BARS = {
     ("lite-dil", "off"): ("lite-dil", "#0072B2"),

@@ -13,6 +13,7 @@ from conftest import config
 
 from lite_dil.objectives.table import OBJECTIVES
 from lite_dil.reports.outcome import FACTS, SAMPLES
+from lite_dil.reports.pairs import PAIRS, HeldOutPairs, WrongPair, write_pairs
 from lite_dil.reports.run_report import write_report
 from lite_dil.reports.samples import Sample, write_samples
 
@@ -89,11 +90,35 @@ def make_run(
     (folder / FACTS).write_text(json.dumps(content | (facts or {})))
     prompts: list[Any] = [text, [{"role": text, "content": text}, {"role": "user", "content": None}]]
     answers = [
-        Sample(f"{i}", prompts[i % 2], text, bool(eval_steps), text, 20, False, text, 30, True, steps, 1012, 1012 - i)
+        Sample(
+            f"{i}",
+            prompts[i % 2],
+            text,
+            bool(eval_steps),
+            f"{text} before",
+            20,
+            False,
+            f"{text} after",
+            30,
+            True,
+            steps,
+            1012,
+            1012 - i,
+        )
         for i in range(samples)
     ]
     write_samples(folder / SAMPLES, answers)
+    if eval_steps and form == "pairs":
+        write_pairs(folder / PAIRS, _pairs(held_out, steps, text))
     return write_report(folder).read_text(encoding="utf-8")
+
+
+def _pairs(number: int, step: int, text: str) -> HeldOutPairs:
+    """Nine pairs of ten right, with the same share of each length."""
+    margins = [float(f"{i % 10 - 0.5:.6g}") for i in range(number)]
+    lengths = [10 + i // 10 % 10 for i in range(number)]
+    wrong = [WrongPair(text, -0.5, text, text, text, -0.3, 0.2, 10, 15)] * min(number // 10, 10)
+    return HeldOutPairs(step, margins, [margin > 0 for margin in margins], lengths, [15] * number, wrong)
 
 
 def _data(use: str, text: str, form: str, examples: int = 100) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def compare(
         data: what `lite_dil.read` returned, or anything that it accepts.
         losses: names of objectives (docs/losses.md), or your own losses.
         seeds: each loss is trained with each seed; by default only with the policy's.
-        eval_data: held-out data of the same form; without it the last tenth of the data is held out, 20 to 200 rows.
+        eval_data: held-out data of the same form; without it a tenth of the data is held out, whole prompts, 20 to 200 rows.
         learning_rates: by loss; the others use learning_rate, or their own default.
         sample_prompts: held-out prompts that every trained model answers.
         sample_tokens: the maximum tokens of an answer.

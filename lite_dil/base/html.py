@@ -1,4 +1,4 @@
-"""A few facts as HTML, for notebooks."""
+"""Text as it may stand in HTML, and a few facts as HTML, for notebooks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from urllib.parse import quote
 from lite_dil.base.text import printable
 
 
+def clean(value: object) -> str:
+    """Return anything as text that a page may hold and a person can read, before escaping."""
+    return printable(str(value).replace("\r\n", "\n"))
+
+
 def text(value: object) -> str:
     """Return anything as text that is safe in HTML, in an attribute too."""
-    return escape(printable(str(value)), quote=True)
+    return escape(clean(value), quote=True)
 
 
 def facts(title: str, rows: Mapping[str, object]) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-# What a terminal would act on or the eye would miss: control characters (except tab and line feed), direction marks.
+# What a terminal would act on, the eye would miss or no file may hold: control characters (except tab and line feed),
+# direction marks, lone surrogates and noncharacters.
 _CONTROL = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_CONTROL += [*range(0xD800, 0xE000), 0xFFFE, 0xFFFF]
 _ESCAPED = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROL if chr(code) not in "\t\n"}
 
 
 def printable(text: str) -> str:
-    """Return a text for reading, such as a model's response, with control characters escaped and the rest unchanged."""
+    """Return a text for reading, such as a model's response, with control characters and kin escaped, the rest unchanged."""
     return text.translate(_ESCAPED)
 
 

@@ -28,7 +28,7 @@ Train several losses from the same start on the same data, and compare side by s
   lite-dil compare --data prefs.jsonl --eval-data held_out.jsonl --losses lsif,dpo --seeds 0,1,2 --max-steps 200
 
 Also takes the flags of train. Writes into --output: index.html (one page with everything), table.md, table.json,
-figure2.png and curves.json (log-probs of held-out answers during training), and the runs. After an interruption, the same
+figure2.png and curves.json (log-probs of held-out responses during training), and the runs. After an interruption, the same
 command with the same --output continues.
 """
 
@@ -145,9 +145,10 @@ def _show(comparison: Comparison, findings: Findings, display: Terminal) -> None
     from rich.table import Table
 
     title = f"{comparison.steps} steps, seeds {', '.join(map(str, comparison.seeds))}"
-    table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for number, line in enumerate([findings.headings[:1], *([line[0]] for line in findings.cells)]):
-        table.add_column(line[0], justify="left" if number == 0 else "right", no_wrap=number == 0, overflow="fold")
+    table = Table(title=title, box=SIMPLE, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(findings.headings[0], no_wrap=True)
+    for name, *cells in findings.cells:
+        table.add_column(name, justify="right", no_wrap=not any("±" in cell for cell in cells), overflow="fold")
     for number, heading in enumerate(findings.headings[1:], 1):
         table.add_row(heading, *(line[number] for line in findings.cells))
     display.console.print(table)

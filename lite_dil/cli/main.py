@@ -75,6 +75,7 @@ _MODULES: tuple[str, ...] = (
     "label",
     "export",
     "doctor",
+    "runs",
 )
 
 

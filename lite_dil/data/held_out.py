@@ -23,28 +23,34 @@ def wanted(rows: int, fraction: float | None) -> int:
     return round(fraction * rows)
 
 
-def split(data: DataSet, fraction: float | None) -> tuple[DataSet, DataSet | None]:
-    """Return what is left to train on, and what is held out, None where nothing is.
+def taken(prompts: np.ndarray, count: int) -> np.ndarray:
+    """Return which rows to hold out, (rows,) bool: at most `count`, and each prompt with all its rows or none of them.
 
-    Prompts are taken in the order of their digests, which is as good as a random one, and the same for any seed and order of
-    the rows. A prompt with all its rows is taken as long as no more than what is wanted is held out.
+    Prompts are taken in the order of their digests `prompts`, (rows,) uint64, which is as good as a random one, and the same
+    for any seed and order of the rows.
+    """
+    _, prompt_of, rows_of = np.unique(prompts, return_inverse=True, return_counts=True)
+    small = np.flatnonzero(rows_of <= count)
+    held = np.zeros(len(rows_of), bool)
+    held[small[np.cumsum(rows_of[small]) <= count]] = True
+    return np.asarray(held[prompt_of])
+
+
+def split(data: DataSet, fraction: float | None) -> tuple[DataSet, DataSet | None]:
+    """Return what is left to train on, and what is held out, None where nothing is; see `taken`.
 
     Raises:
         UserError: a fraction was given, and no prompt has so few rows.
     """
     count = wanted(len(data.examples), fraction)
-    _, prompt_of, rows_of = np.unique(data.names[:, 0], return_inverse=True, return_counts=True)
-    small = np.flatnonzero(rows_of <= count)
-    held = np.zeros(len(rows_of), bool)
-    held[small[np.cumsum(rows_of[small]) <= count]] = True
-    if not held.any():
+    is_held = taken(data.names[:, 0], count)
+    if not is_held.any():
         if fraction:
             raise UserError(
                 f"--eval-fraction {fraction:g} of {len(data.examples)} rows is {count}, and no prompt has so few; give "
                 "--eval-data"
             )
         return data, None
-    is_held = held[prompt_of]
     order = data.examples.order if isinstance(data.examples, Picked) else np.arange(len(data.examples))
     rows, first = np.unique(order[is_held], return_index=True)  # a source's weight may take a row several times
     examples = Picked(data.store, rows)

@@ -17,6 +17,7 @@ from lite_dil.batching.options import ScheduleOptions
 from lite_dil.batching.schedule import plan, row_tokens
 from lite_dil.data.encoder import Example
 from lite_dil.data.mismatched import mismatched
+from lite_dil.evaluation.pairs import PairFigures
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.loss import TOKENS
 from lite_dil.objectives.options import ResolvedObjective
@@ -34,6 +35,9 @@ class HeldOut:
         options: the objective whose loss and figures are computed.
         sizes: limits on the size of a batch.
         own: the objective, if the options name a program's own.
+
+    Attributes:
+        pairs: what the last complete `run` found of each pair.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class HeldOut:
         own: OwnLoss | None = None,
     ) -> None:
         self.passes, self.options, self._own = passes, options, own is not None
+        self.pairs = PairFigures(options)
         self.criterion = Criterion(options, examples, own)
         others = mismatched(examples, options.loss, sizes.max_length) if objective_of(options.loss).baseline else []
         self.batches, self.others = (
@@ -56,7 +61,7 @@ class HeldOut:
 
         `tell` is called with the time left.
         """
-        means, left = Means(), TimeLeft(tell, len(self.batches))
+        means, pairs, left = Means(), PairFigures(self.options), TimeLeft(tell, len(self.batches))
         baseline = self.passes.baseline(self.others, stop)
         for batch in self.batches:
             if stop():
@@ -66,10 +71,13 @@ class HeldOut:
             policy = self.passes.token_logps(batch) if tokens else self.passes.sequence_logps(batch)
             loss = self._loss(policy, reference, self.criterion.inputs(batch, baseline))
             means.add("loss", loss / batch.examples, batch.examples)
-            answer_metrics(means, batch.sums(policy) if tokens else policy, reference, batch, self.options)
+            sums = batch.sums(policy) if tokens else policy
+            answer_metrics(means, sums, reference, batch, self.options)
+            pairs.add(sums, reference, batch)
             left.add()
         if self.others:
             means.add("kl", baseline)
+        self.pairs = pairs
         return {f"eval_{name}": value for name, value in with_margin(means.means()).items()}
 
     def _loss(self, policy: np.ndarray, reference: np.ndarray, inputs: dict[str, np.ndarray]) -> float:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from lite_dil.base.display import Bar, Display, Tell, unheard
 from lite_dil.base.observer import Event, Observer, Observers
 from lite_dil.evaluation.held_out import Evaluation, HeldOut
+from lite_dil.evaluation.pairs import PairsFile
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.planning.estimate import Load
 from lite_dil.planning.fit import memory_line
@@ -82,7 +83,8 @@ def observers_of(
     watching: list[Observer] = [metrics, shown, checkpoints]
     often = config.eval_steps if held_out else config.save_steps  # between sample answers, and reports
     if held_out:
-        takers = [metrics.log, shown.evaluation]
+        pairs = PairsFile(folder.path, lambda: held_out.pairs, session.policy.encoder, display.say)
+        takers = [metrics.log, shown.evaluation, pairs.write]
         watching.append(Evaluation(held_out, often, training.schedule.epoch, session.logged, takers, shown.doing, display.say))
 
     def memory() -> str:

@@ -32,6 +32,7 @@ from lite_dil.recipes.given import Given
 from lite_dil.recipes.read_data import RunData, read_data
 from lite_dil.reports import trackers
 from lite_dil.reports.outcome import SAMPLES
+from lite_dil.reports.pairs import PAIRS
 from lite_dil.runs.folder import Progress, RunFolder, read_progress, same_run
 from lite_dil.training.loop import Training
 from lite_dil.training.own_loss import try_out
@@ -213,7 +214,7 @@ def _begin(session: TrainingSession, display: Display) -> None:
     """Create the run's folder."""
     folder = session.folder
     folder.create(replace(session.config, dtype=session.backend.dtype_name).as_dict())
-    for name in (trackers.IDS, SAMPLES):  # of a run that was killed before it saved, perhaps of another model
+    for name in (trackers.IDS, SAMPLES, PAIRS):  # of a run that was killed before it saved, perhaps of another model
         remove(folder.path / name)
     if session.data.skipped:
         folder.list_skipped(session.data.skipped)

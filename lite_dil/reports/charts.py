@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ INK = "#010203"  # a placeholder for the page's text colour
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 # Beyond this, matplotlib's axis arithmetic overflows; such values are left out, like values that are not finite.
 LARGEST = 1e100
+BINS = 24  # of a distribution
 # Removed: group names, which would repeat across charts on a page, and styles and fonts, which would affect the whole page.
 _NOT_OURS = (
     (r'<g id="[^"]*">', "<g>"),
@@ -55,6 +57,39 @@ def svg(make: Callable[[str], Any], salt: str = "lite-dil", text: str = "path") 
     return Markup(found)
 
 
+def plain_ticks(axis: Any) -> None:
+    """Label an axis of matplotlib by `tick_labels`: its own labels may be the rest over an offset or a power of ten."""
+    from matplotlib.ticker import Formatter
+
+    class Plain(Formatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return tick_labels([x])[0]
+
+        def format_ticks(self, values: list[float]) -> list[str]:
+            return tick_labels(values)
+
+    axis.set_major_formatter(Plain())
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Return evenly spaced values as whole numbers, each by itself, with as many digits as it takes to tell them apart."""
+    size = max(map(abs, values), default=0.0)
+    gap = min((abs(a - b) for a, b in pairwise(values)), default=size)
+    form = "e" if size >= 1e6 or 0 < size < 1e-3 else "f"
+    labels: list[str] = []
+    for digits in range(13):
+        labels = [f"{value:.{digits}{form}}" for value in values]
+        if all(abs(float(text) - value) <= gap / 50 for text, value in zip(labels, values, strict=True)):
+            break
+    return ["0" if form == "e" and not float(text) else _short(text) for text in labels]
+
+
+def _short(text: str) -> str:
+    """Return a number with a real minus, and without needless digits of its exponent."""
+    number, power, exponent = text.partition("e")
+    return (number + (f"e{int(exponent)}" if power else "")).replace("-", "\u2212")
+
+
 @dataclass(frozen=True)
 class Line:
     """One curve of a chart: the metric's name without ``eval_``, and its label."""
@@ -80,20 +115,20 @@ def _sides(prefix: str) -> tuple[Line, ...]:
 
 
 def charts(per: str) -> list[Chart]:
-    """Return every chart; `per` is the unit of log-ratios, "token" or "answer"."""
+    """Return every chart; `per` is the unit of log-ratios, "token" or "response"."""
     return [
         Chart("loss", "Loss", "", (Line("loss"),)),
-        Chart("accuracy", "Accuracy: pairs whose chosen answer gained more", "share", (Line("rewards/accuracies"),), 0.5),
+        Chart("accuracy", "Accuracy: pairs whose chosen response gained more", "share", (Line("rewards/accuracies"),), 0.5),
         Chart("margin", "Margin: reward of chosen less rejected", "beta x nats", (Line("rewards/margins"),), 0.0),
         Chart("log-ratio", "Log-ratio to the reference, by side", f"nats per {per}", _sides("log_ratio"), 0.0),
-        Chart("log-prob", "Log-prob of the answers, by side", "nats per answer", _sides("logps")),
+        Chart("log-prob", "Log-prob of the responses, by side", "nats per response", _sides("logps")),
         Chart("kl", "KTO's baseline z0", f"nats per {per}", (Line("kl"),), 0.0),
-        Chart("capped", "Answers beyond --log-ratio-cap", "share", (Line("capped"),)),
+        Chart("capped", "Responses beyond --log-ratio-cap", "share", (Line("capped"),)),
         Chart("grad-norm", "Gradient norm before clipping", "", (Line("grad_norm"),)),
         Chart("learning-rate", "Learning rate", "", (Line("learning_rate"),)),
         Chart("speed", "Speed", "tokens per second", (Line("tokens_per_second"),)),
         Chart("memory", "Peak memory so far", "MB", (Line("peak_memory_mb"),)),
-        Chart("skipped", "Skipped steps", "a line", (Line("skipped_steps"),)),
+        Chart("skipped", "Skipped steps", "per line of metrics", (Line("skipped_steps"),)),
     ]
 
 
@@ -119,10 +154,30 @@ def draw(chart: Chart, history: History) -> Drawn | None:
     sentence = f"{chart.title}{f' ({chart.unit})' if chart.unit else ''}. " + " ".join(
         f"{_name(line, part)}: {_figures(curve)}." for line, part, curve in curves
     )
-    text = svg(lambda ink: _figure(chart, curves, ink), salt=chart.key, text="none")
-    for number, colour in enumerate(COLOURS[:3]):  # classes, so that a dark page can lighten them
+    drawn = themed(lambda ink: _figure(chart, curves, ink), chart.key)
+    return Drawn(chart, drawn, sentence, max(curve.bin for _, _, curve in curves))
+
+
+def draw_margins(margins: np.ndarray) -> Drawn | None:
+    """Draw how the margins of pairs, (pairs,), are distributed; None where nothing is to be seen of them."""
+    shown = margins[np.abs(margins) < LARGEST]
+    if not len(shown):
+        return None
+    chart = Chart("margins", "Margin: reward of chosen less rejected", "beta x nats", ())
+    low, median, high = np.quantile(shown, (0, 0.5, 1))
+    sentence = (
+        f"Margins of {len(shown):,} held-out pairs. Between {low:.4g} and {high:.4g}, median {median:.4g}; "
+        f"{int((shown <= 0).sum()):,} not above 0."
+    )
+    return Drawn(chart, themed(lambda ink: _histogram(shown, ink), chart.key), sentence, 1)
+
+
+def themed(make: Callable[[str], Any], salt: str) -> Markup:
+    """Return `svg` in the page's font, the first three curves in its own colours, which are lighter on a dark page."""
+    text = svg(make, salt=salt, text="none")
+    for number, colour in enumerate(COLOURS[:3]):
         text = text.replace(colour.lower(), f"var(--curve-{number})")
-    return Drawn(chart, text, sentence, max(curve.bin for _, _, curve in curves))
+    return text
 
 
 def _within(curve: Curve) -> Curve:
@@ -157,6 +212,7 @@ def _figure(chart: Chart, curves: Sequence[tuple[Line, str, Curve]], ink: str) -
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
+        plain_ticks(axes.yaxis)
         if chart.level is not None:
             axes.axhline(chart.level, color=ink, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.5)
         for line, part, curve in curves:
@@ -175,4 +231,41 @@ def _figure(chart: Chart, curves: Sequence[tuple[Line, str, Curve]], ink: str) -
             )
         if len(curves) > 1:
             figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=11, handlelength=1.4, borderaxespad=0.1)
+    return figure
+
+
+def bins(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the edges of about `BINS` bins, (bins + 1,), one of them 0, and how many values are in each, (bins,).
+
+    A value on an edge is counted below it, so that 0 is not among the positive ones.
+    """
+    low, high = float(values.min()), float(values.max())
+    width = (max(high, 0.0) - min(low, 0.0)) / BINS or 1.0
+    first, last = (min(np.floor(low / width), -1) if low <= 0 else 0), (max(np.ceil(high / width), 1) if high > 0 else 0)
+    edges = width * np.arange(first, last + 1)
+    counts, _ = np.histogram(-np.clip(values, edges[0], edges[-1]), -edges[::-1])  # clipped, since edges are rounded
+    return edges, counts[::-1]
+
+
+def _histogram(values: np.ndarray, ink: str) -> Any:
+    """Draw the bins, those that are not above 0 in another colour."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    edges, counts = bins(values)
+    with matplotlib.rc_context(inked(ink) | {"font.size": 12.0}):
+        figure = Figure(figsize=(5, 2.9), layout="constrained")
+        axes = figure.subplots()
+        axes.patch.set_alpha(0)
+        axes.set(xlabel="margin", ylabel="pairs")
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        plain_ticks(axes.xaxis)
+        wrong = edges[1:] <= 0
+        for picked, colour, label in ((wrong, COLOURS[1], "wrong"), (~wrong, COLOURS[0], "right")):
+            if counts[picked].any():
+                axes.bar(edges[:-1][picked], counts[picked], np.diff(edges)[picked], align="edge", color=colour, label=label)
+        axes.axvline(0, color=ink, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.5)
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=11, handlelength=1.4, borderaxespad=0.1)
     return figure

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from lite_dil.base.html import clean
+
 if TYPE_CHECKING:
     from jinja2 import Environment
-
-# Control characters except tab and line feed, lone surrogates and noncharacters, which a page must not contain.
-_FORBIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def render(template: str, **values: Any) -> str:
@@ -26,12 +24,12 @@ def _environment() -> Environment:
         loader=PackageLoader("lite_dil.reports"),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_clean,
+        finalize=_printed,
         trim_blocks=True,
         lstrip_blocks=True,
     )
 
 
-def _clean(value: Any) -> Any:
-    """Return a printed value before escaping: markup unchanged, everything else as text valid in a page."""
-    return value if hasattr(value, "__html__") else _FORBIDDEN.sub("\ufffd", str(value).replace("\r\n", "\n"))
+def _printed(value: Any) -> Any:
+    """Return a printed value before escaping: markup unchanged, everything else as text that a page may hold."""
+    return value if hasattr(value, "__html__") else clean(value)

@@ -13,6 +13,7 @@ from lite_dil.config.train_config import flag
 from lite_dil.data.overlap import Overlap
 from lite_dil.objectives.own import shown
 from lite_dil.objectives.table import objective_of
+from lite_dil.reports.pairs import PAIRS, HeldOutPairs, by_longer, read_pairs
 from lite_dil.reports.samples import Sample, read_samples
 from lite_dil.runs.history import History, read_history
 
@@ -20,6 +21,7 @@ FACTS, SAMPLES = "report.json", "report_samples.jsonl"
 _MEMORISED = 0.2  # share of the training loss's fall that the held-out loss may rise again before a warning
 _GAP = 0.15  # between training and held-out accuracy, before a warning
 _LONGER = 1.5  # times the tokens before training, before a warning
+_BY_LENGTH, _ENOUGH = 0.15, 10  # between accuracies by length, and pairs of each kind, before a warning
 _CUT = 0.1  # share of examples cut, before a warning
 # Pairwise losses with a likelihood term on chosen responses, and its weight (docs/losses.md, docs/results.md).
 _LIKELIHOOD = {"cpo": "cpo_lambda", "slic": "slic_lambda"}
@@ -27,18 +29,19 @@ _LIKELIHOOD = {"cpo": "cpo_lambda", "slic": "slic_lambda"}
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run's folder for its report: options, facts (report.json), metrics and sample answers."""
+    """The content of a run's folder for its report; `facts` are report.json. Old runs have no held-out pairs one by one."""
 
     folder: Path
     config: dict[str, Any]
     facts: dict[str, Any]
     history: History = field(default_factory=History)
     samples: list[Sample] = field(default_factory=list)
+    pairs: HeldOutPairs | None = None
 
     @property
     def per(self) -> str:
-        """The unit of a log-ratio: "token" if it is averaged, else "answer"."""
-        return "token" if self.config.get("logp_reduction") == "mean" else "answer"
+        """The unit of a log-ratio: "token" if it is averaged, else "response"."""
+        return "token" if self.config.get("logp_reduction") == "mean" else "response"
 
     @property
     def start(self) -> str:
@@ -86,20 +89,21 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> RunRecord:
-    """Read a run's folder: config.yaml, report.json, metrics.jsonl and report_samples.jsonl."""
+    """Read a run's folder: config.yaml, report.json, metrics.jsonl, report_samples.jsonl and held_out_pairs.json."""
     import yaml
 
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     check_format(config, RUN, folder)
     samples = read_samples(folder / SAMPLES)
-    return RunRecord(folder, config, read_facts(folder), read_history(folder / "metrics.jsonl"), samples)
+    history = read_history(folder / "metrics.jsonl")
+    return RunRecord(folder, config, read_facts(folder), history, samples, read_pairs(folder / PAIRS))
 
 
 def what(record: RunRecord) -> str:
     """Return a sentence or two on what the run is and how far it got."""
     config, facts, history = record.config, record.facts, record.history
     data = record.data("training") or {}
-    kinds = {"pairs": "pairs of answers", "unpaired": "labelled answers", "demonstrations": "demonstrations"}
+    kinds = {"pairs": "pairs of responses", "unpaired": "labelled responses", "demonstrations": "demonstrations"}
     title = objective_of(config["loss"]).title
     steps = f"{history.step:,} of {facts['steps']:,} steps"
     rank = f" of rank {config['lora_r']}" if config["lora_r"] else f", continued from {config['init_adapter']},"
@@ -128,14 +132,14 @@ def outcome(record: RunRecord) -> str:
     if record.accuracy:
         share, error, number = record.accuracy
         parts.append(
-            f"In {share:.1%} of {number:,} held-out pairs (plus or minus {error:.1%}, one standard error) the chosen answer "
+            f"In {share:.1%} of {number:,} held-out pairs (plus or minus {error:.1%}, one standard error) the chosen response "
             "gained more probability than the rejected one; chance is 50%."
         )
     elif (trained := record.history.train.recent("rewards/accuracies")) is not None and record.history.step > 1:
-        parts.append(f"In {trained:.1%} of the last training pairs the chosen answer gained more than the rejected one.")
+        parts.append(f"In {trained:.1%} of the last training pairs the chosen response gained more than the rejected one.")
     if chosen is not None:
         kind = "chosen" if rejected is not None else "good"
-        text = f"The {where} {kind} answers became {_likelier(chosen, record)}"
+        text = f"The {where} {kind} responses became {_likelier(chosen, record)}"
         if rejected is not None:
             text += f", the rejected ones {_likelier(rejected, record)}"
         parts.append(f"{text}, by the mean log-ratio to {record.start}.")
@@ -151,7 +155,7 @@ def _likelier(value: float, record: RunRecord) -> str:
 def warnings(record: RunRecord) -> list[str]:
     """Return the warnings, each with what to try."""
     found = [_skipped(record), _shared(record), _chosen_falls(record), _chance(record), *_memorised(record), _longer(record)]
-    found += [_cut(record), _unseen(record)]
+    found += [_by_length(record), _cut(record), _unseen(record)]
     return [text for text in found if text]
 
 
@@ -169,7 +173,7 @@ def _chosen_falls(record: RunRecord) -> str:
     advice = f"a lower --learning-rate or fewer --epochs{_keeps_likely(record)}"
     where = "held out" if place == "held out" else "last training steps"
     return (
-        f"The policy now gives the {names} answers less probability than {record.start}: {value:.3g} nats per {record.per} "
+        f"The policy now gives the {names} responses less probability than {record.start}: {value:.3g} nats per {record.per} "
         f"({where}). If the rejected ones fall faster, accuracy and margin hide that; other texts gain the probability. "
         f"What to try: {advice}."
     )
@@ -181,9 +185,9 @@ def _keeps_likely(record: RunRecord) -> str:
     if objective_of(loss).data == "chosen":
         return ""
     if loss in _LIKELIHOOD:
-        return f", or a higher {flag(_LIKELIHOOD[loss])}, the weight of the chosen answers' likelihood"
+        return f", or a higher {flag(_LIKELIHOOD[loss])}, the weight of the chosen responses' likelihood"
     others = ["sft"] if form == "unpaired" else [*_LIKELIHOOD, "sft"]
-    return f", or --loss {' or '.join(others)}, with a term for the chosen answers' likelihood"
+    return f", or --loss {' or '.join(others)}, with a term for the chosen responses' likelihood"
 
 
 def _chance(record: RunRecord) -> str:
@@ -252,23 +256,42 @@ def _longer(record: RunRecord) -> str:
     text = f"The sample answers got much longer: {means[0]:.0f} tokens before, {means[1]:.0f} after (means)"
     if "chosen" in tokens and "rejected" in tokens and tokens["chosen"]["mean"] > tokens["rejected"]["mean"]:
         text += (
-            f". The chosen answers of the data are longer than the rejected ones ({tokens['chosen']['mean']:.0f} against "
+            f". The chosen responses of the data are longer than the rejected ones ({tokens['chosen']['mean']:.0f} against "
             f"{tokens['rejected']['mean']:.0f} tokens), which teaches that"
         )
     if objective_of(record.config["loss"]).data == "chosen":
-        return f"{text}. What to try: shorter chosen answers, since the loss learns their lengths."
+        return f"{text}. What to try: shorter chosen responses, since the loss learns their lengths."
     advice = "" if record.per == "token" else ", or --logp-reduction mean"
-    return f"{text}. What to try: chosen and rejected answers of similar lengths{advice}."
+    return f"{text}. What to try: chosen and rejected responses of similar lengths{advice}."
+
+
+def _by_length(record: RunRecord) -> str:
+    if record.pairs is None:
+        return ""
+    better, worse = sorted(by_longer(record.pairs), key=lambda share: share.accuracy, reverse=True)
+    if min(better.pairs, worse.pairs) < _ENOUGH:
+        return ""
+    # The gap's standard error if both had the same accuracy: a share of 100 % would have none by itself.
+    both = (better.accuracy * better.pairs + worse.accuracy * worse.pairs) / (better.pairs + worse.pairs)
+    error = math.sqrt(both * (1 - both) * (1 / better.pairs + 1 / worse.pairs))
+    if better.accuracy - worse.accuracy <= max(_BY_LENGTH, 3 * error):
+        return ""
+    advice = "" if record.per == "token" else ", or --logp-reduction mean"
+    return (
+        f"The policy seems to go by length: it is right in {better.accuracy:.1%} of the {better.pairs:,} held-out pairs whose "
+        f"chosen response is the {better.name} one, and in {worse.accuracy:.1%} of the {worse.pairs:,} where it is the "
+        f"{worse.name} one. What to try: more training pairs whose chosen response is the {worse.name} one{advice}."
+    )
 
 
 def _cut(record: RunRecord) -> str:
     data = record.data("training") or {}
-    prompts, answers = data.get("prompts_cut", 0), data.get("answers_cut", 0)
-    if max(prompts, answers) <= _CUT * data.get("examples", 0):
+    prompts, responses = data.get("prompts_cut", 0), data.get("answers_cut", 0)
+    if max(prompts, responses) <= _CUT * data.get("examples", 0):
         return ""
     return (
-        f"--max-length cut {prompts:,} prompts, at their start, and the answers of {answers:,} of {data['examples']:,} "
-        "examples: the model cannot learn what was cut, and answers without an end teach it to ramble. What to try: a "
+        f"--max-length cut {prompts:,} prompts, at their start, and the responses of {responses:,} of {data['examples']:,} "
+        "examples: the model cannot learn what was cut, and responses without an end teach it to ramble. What to try: a "
         "larger --max-length; lite-dil data shows which cuts none."
     )
 
@@ -277,6 +300,6 @@ def _unseen(record: RunRecord) -> str:
     if record.data("held out"):
         return ""
     return (
-        "There is no held-out data, so these figures are for answers that the run was trained on and say little about new "
+        "There is no held-out data, so these figures are for responses that the run was trained on and say little about new "
         "prompts. What to try: --eval-data FILE."
     )

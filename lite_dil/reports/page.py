@@ -9,8 +9,10 @@ from typing import Any
 from lite_dil.config.train_config import FIELDS, TrainConfig, flag
 from lite_dil.objectives.own import shown
 from lite_dil.reports import html, outcome
-from lite_dil.reports.charts import Drawn, charts, draw
+from lite_dil.reports.charts import Drawn, charts, draw, draw_margins
+from lite_dil.reports.difference import difference
 from lite_dil.reports.outcome import RunRecord
+from lite_dil.reports.pairs import page_of
 from lite_dil.reports.samples import MAX_NEW_TOKENS, Sample
 from lite_dil.runs.history import POINTS
 
@@ -33,6 +35,7 @@ def render(record: RunRecord) -> str:
         tiles=_tiles(record),
         charts=drawn,
         charts_note=_charts_note(drawn, bool(record.history.held_out.number)),
+        pairs=_pairs(record),
         samples=[_sample(sample, config["max_length"]) for sample in record.samples],
         samples_note=_samples_note(record.samples),
         evaluations=_evaluations(record),
@@ -74,31 +77,41 @@ def _charts_note(drawn: Sequence[Drawn], held_out: bool) -> str:
     return note
 
 
+def _pairs(record: RunRecord) -> dict[str, Any] | None:
+    if record.pairs is None:
+        return None
+    return page_of(record.pairs) | {"chart": draw_margins(record.pairs.finite), "step": f"{record.pairs.step:,}"}
+
+
 def _samples_note(samples: Sequence[Sample]) -> str:
     if not samples:
         return ""
     return (
         f"Prompts of the {'held-out' if samples[0].held_out else 'training'} data, drawn by the seed, answered greedily in at "
-        f"most {MAX_NEW_TOKENS} tokens: before with the adapter off, after by the policy at step {samples[0].step:,}."
+        f"most {MAX_NEW_TOKENS} tokens: before with the adapter off, after by the policy at step {samples[0].step:,}. "
+        "Where the two have much in common, dots underline what only the first has, a line what only the second has."
     )
 
 
 def _sample(sample: Sample, max_length: int) -> dict[str, Any]:
-    """Return a prompt as roles (None for plain text) with texts, what was cut from it, and both answers with titles."""
+    """Return a prompt as roles (None for plain text) with texts, what was cut from it, and both answers in marked pieces."""
     if isinstance(sample.prompt, str):
         prompt: list[Any] = [(None, sample.prompt)]
     else:
         prompt = [(message.get("role", ""), message.get("content") or "") for message in sample.prompt]
-    cut = (
+    seen = (
         f"cut at its start by --max-length {max_length}: the model saw {sample.prompt_seen:,} of the prompt's "
         f"{sample.prompt_tokens:,} tokens"
     )
+    before, after = difference(sample.before, sample.after)
     sides = (
-        ("before", sample.before, sample.before_tokens, sample.before_cut),
-        ("after", sample.after, sample.after_tokens, sample.after_cut),
+        ("before", "del", before, sample.before_tokens, sample.before_cut),
+        ("after", "ins", after, sample.after_tokens, sample.after_cut),
     )
-    answers = [(f"{name}, {tokens} tokens{', cut there' if ended else ''}", text) for name, text, tokens, ended in sides]
-    return {"prompt": prompt, "cut": cut if sample.prompt_seen < sample.prompt_tokens else "", "answers": answers}
+    answers = [
+        (f"{name}, {tokens} tokens{', cut there' if cut else ''}", mark, pieces) for name, mark, pieces, tokens, cut in sides
+    ]
+    return {"prompt": prompt, "cut": seen if sample.prompt_seen < sample.prompt_tokens else "", "answers": answers}
 
 
 def _evaluations(record: RunRecord) -> dict[str, Any] | None:
@@ -137,13 +150,13 @@ def _answer_lengths(record: RunRecord) -> str:
 
 
 def _data(data: dict[str, Any]) -> _Rows:
-    answers = data["answers"]
+    number = data["answers"]
     rows = [
         ["source", data["source"]],
         ["form", f"{data['form']}, {'chat messages' if data['chat'] else 'plain text'}"],
         ["examples per epoch", f"{data['examples']:,}"],
-        ["answers", f"{answers['chosen']:,} chosen, {answers['rejected']:,} rejected"],
-        ["cut by --max-length", f"{data['prompts_cut']:,} prompts, {data['answers_cut']:,} answers"],
+        ["responses", f"{number['chosen']:,} chosen, {number['rejected']:,} rejected"],
+        ["cut by --max-length", f"{data['prompts_cut']:,} prompts, {data['answers_cut']:,} responses"],
     ]
     if "in_training" in data:
         rows.append(["in the training data", str(outcome.shared(data)) or "none of these prompts"])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import unescape
 from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 @pytest.fixture(scope="module", params=["cpu", "mlx"])
 def flags(request: pytest.FixtureRequest, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """40 pairs, of which the last 20 are held out; an answer to 9 of those prompts is two draws, of 8 and of 1."""
+    """40 pairs, of which 20 are held out; an answer to 9 of those prompts is two draws, of 8 and of 1."""
     data = write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 40)
     return [
         "--model", tiny, "--backend", request.param, "--dtype", "float32", "--data", str(data), "--losses", "lsif,dpo",
@@ -82,9 +85,9 @@ def test_the_table_is_of_the_runs(whole: Path, flags: list[str], tiny: str) -> N
     held_out = whole / "data" / "held_out.jsonl"
     encoder = Encoder(load_tokenizer(tiny))
     examples = load(str(held_out), "test", encoder, TrainConfig()).examples
-    # Held out are the last rows, word for word, and they are not trained on.
-    written = [(whole / "data" / name).read_text() for name in ("train.jsonl", "held_out.jsonl")]
-    assert "".join(written) == Path(flags[flags.index("--data") + 1]).read_text()
+    # Each row is on one side, word for word.
+    written = [(whole / "data" / name).read_text().splitlines() for name in ("train.jsonl", "held_out.jsonl")]
+    assert sorted(chain(*written)) == sorted(Path(flags[flags.index("--data") + 1]).read_text().splitlines())
     assert len(examples) == 20
     # The reference's figures by the textbook.
     batch = Batch.of(examples)
@@ -127,11 +130,18 @@ def test_the_curves_start_at_the_reference_and_end_in_the_table(whole: Path) -> 
     assert (whole / "figure2.png").read_bytes()[:4] == b"\x89PNG"
     page = (whole / "index.html").read_text()
     assert "currentColor" in page and INK not in page
-    assert "http" not in page.replace("http://www.w3.org/", "").replace("http://purl.org/dc/", "").replace(
-        "http://creativecommons.org/ns#", ""
-    ).replace("https://matplotlib.org/", "")  # names inside the SVG, which nothing fetches
-    first = compare_samples(whole, "dpo")[0]
-    assert first["prompt"].splitlines()[0] in page
+    assert set(re.findall(r"https?://[^\s\"'<]+", page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    # Each prompt stands once, with the answers of all beside each other.
+    tags = Tags()
+    tags.feed(page)
+    assert tags.levels == [1, 2, 2, 2, 2, 2]
+    reference = [json.loads(line) for line in (whole / "reference" / "samples.jsonl").read_text().splitlines()]
+    blocks = [unescape(block) for block in page.split('<div class="sample">')[1:]]
+    assert len(blocks) == PROMPTS
+    for block, *answers in zip(blocks, reference, *(compare_samples(whole, loss) for loss in ("lsif", "dpo")), strict=True):
+        said = [block.index(f'dir="auto">{text}</div>') for text in (answers[0]["prompt"], *(a["answer"] for a in answers))]
+        assert said == sorted(said)
+    assert re.search(r'aria-label="Accuracy against KL. lsif: [\d.]+ ± [\d.]+ at [\d.-]+ ± [\d.]+ nats; dpo: ', page)
     assert (whole / "table.md").read_text().count("\n| lsif |") == 1
 
 
@@ -270,9 +280,11 @@ class Tags(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.seen: list[str] = []
+        self.levels: list[int] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen += [tag, *(name for name, _ in attrs)]
+        self.levels += [int(tag[1])] if re.fullmatch("h[1-6]", tag) else []
         if tag not in ("meta", "use"):
             self.open.append(tag)
 
@@ -285,15 +297,14 @@ def test_the_page_escapes_what_data_and_models_say(tmp_path: Path) -> None:
     hostile = "</div><script>alert(1)</script><img src=x onerror=\"alert('1')\"> & \x00"
     options = config(data=hostile, eval_data=hostile, model=hostile)
     comparison = Comparison(tmp_path, {"lsif": options}, [0], 1, 1, 1, hostile)
-    samples = {"lsif": [dict.fromkeys(("prompt", "before", "after"), hostile)]}
-    page = compare_page.render(
-        comparison, ["loss", hostile], [[hostile, hostile]], [hostile], [hostile], Markup("<svg></svg>"), samples
-    )
+    samples = [{"prompt": hostile, "answers": [(hostile, hostile), ("lsif", hostile)]}] * (compare_page.OPEN + 1)
+    plot, drawn = compare_page.Plot(Markup("<svg></svg>"), hostile), Markup("<svg></svg>")
+    page = compare_page.render(comparison, ["loss", hostile], [[hostile, hostile]], [hostile], [hostile], drawn, plot, samples)
     tags = Tags()
     tags.feed(page)
     assert not tags.open
     assert not {"script", "img", "onerror"} & set(tags.seen)
-    assert page.count("&lt;script&gt;") == 12
+    assert page.count("&lt;script&gt;") == 10 + 4 * len(samples)
 
 
 def figure(mean: float, error: float | None = None, std: float | None = None) -> dict[str, float | None]:
@@ -313,6 +324,8 @@ def row(loss: str, change: float, error: float = 0.1, std: float | None = None) 
         ([row("lsif", 1), row("bce", -1), row("dpo", -1), row("simpo", -1)], "agrees with these numbers in part: it rose"),
         ([row("lsif", 1), row("dpo", -1), row("simpo", 1)], "agrees with these numbers in part: it rose with lsif, simpo"),
         ([row("lsif", 1), row("dpo", 0.1)], "does not agree with these numbers"),
+        ([row("lsif", 0.1), row("dpo", -0.1)], "cannot tell whether DIL keeps"),
+        ([row("lsif", 0.1), row("ukl", 1), row("dpo", -0.1)], "does not agree with these numbers"),
         ([row("lsif", -1), row("dpo", -1)], "does not agree with these numbers"),
         ([row("lsif", 1, std=0.6), row("dpo", -1)], "no change beyond the noise with lsif"),
         ([row("lsif", 1), row("ipo", -1)], "is not tested here: there is no result of dpo or simpo"),
@@ -327,7 +340,7 @@ def test_the_verdict_claims_no_more_than_the_numbers(rows: list[dict[str, Any]],
 
 def test_a_sentence_names_the_change_and_its_noise() -> None:
     assert compare_table.verdict([row("lsif", 1.234)], 1, 1)[0] == (
-        "lsif: the chosen answers' log-prob rose by 1.23 ± 0.10 nats; the rejected answers' fell by 1.00 ± 0.10 nats."
+        "lsif: the chosen responses' log-prob rose by 1.23 ± 0.10 nats; the rejected responses' fell by 1.00 ± 0.10 nats."
     )
     assert "(+0.19 ± 0.10 nats)" in compare_table.verdict([row("lsif", 0.19)], 1, 1)[0]
 
@@ -348,6 +361,7 @@ def test_held_out_figures_by_hand() -> None:
         "accuracy_per_token": 1.0,
     }
     assert errors["change/chosen"] == pytest.approx(0.5)  # 2 and 1: deviation 0.5 ** 0.5, over 2 ** 0.5
+    assert errors["accuracy"] == pytest.approx(0.5) and errors["accuracy_per_token"] == 0  # of 1 and 0, and of 1 and 1
     alone = [Example((1,), ((1, 1),), (1,)), Example((2,), ((1,),), (-1,))]
     figures, errors = compare_measure.held_out_figures(alone, [[-1], [-4]], [[-3], [-3]])
     assert figures["margin"] == 3 and "accuracy" not in figures and errors["change/chosen"] is None
@@ -446,4 +460,45 @@ def test_options_of_a_config_file_are_used(tmp_path: Path, capsys: pytest.Captur
         {"output_dir": str(tmp_path / "out" / "runs" / "lsif-seed3")},
     )
     assert made.again == shlex.join(["lite-dil", "compare", *argv])
-    assert "the last 30 of 300 rows" in capsys.readouterr().out
+    assert "30 of 300 rows" in capsys.readouterr().out
+
+
+def settled(folder: Path, data: Path, *more: str) -> list[set[str]]:
+    """Return the prompts that `lite-dil compare` would train on and hold out; nothing is trained."""
+    argv = ["--losses", "lsif", "--data", str(data), "--max-steps", "40", "--output", str(folder), *more]
+    args = command_line.parsers()[1]["compare"].parse_args(argv)
+    args.argv = argv
+    made = compare.settled(args, Terminal()).configs["lsif"]
+    assert made.eval_fraction is None and made.eval_data
+    return [{str(row.prompt) for row in read_rows(path)} for path in (made.data, made.eval_data)]
+
+
+def test_no_prompt_is_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one that differs only in white space around a message, which a chat template may drop."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is {i % 60}?" + " " * (i % 2)}], "chosen": f"{i}.", "rejected": "No."}
+        for i in range(300)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for more, least, most in (([], 20, 30), (["--eval-fraction", "0.2"], 50, 60)):
+        folder = tmp_path / f"out{most}"
+        sides = settled(folder, data, *more)
+        bare = [{prompt.replace(" '", "'") for prompt in side} for side in sides]
+        assert not bare[0] & bare[1] and len(bare[0] | bare[1]) == 60
+        held_out = (folder / "data" / "held_out.jsonl").read_text().splitlines()
+        assert least <= len(held_out) <= most
+    assert main(["--data", str(data), "--eval-fraction", "0"]) == 2
+    assert "a comparison measures held-out rows" in capsys.readouterr().err
+
+
+def test_a_comparison_that_goes_on_keeps_its_parts(tmp_path: Path) -> None:
+    """Also one of an earlier version, which held the last rows out: its finished runs were measured on those."""
+    data = write_pairs(tmp_path / "pairs.jsonl", 100)
+    settled(tmp_path / "out", data)
+    lines = data.read_text().splitlines(keepends=True)
+    files = {tmp_path / "out/data/train.jsonl": lines[:-20], tmp_path / "out/data/held_out.jsonl": lines[-20:]}
+    for path, part in files.items():
+        path.write_text("".join(part))
+    settled(tmp_path / "out", data)
+    assert all(path.read_text() == "".join(part) for path, part in files.items())

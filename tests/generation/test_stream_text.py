@@ -67,6 +67,7 @@ def test_bytes_that_make_no_character_are_no_error(name: str) -> None:
 
 def test_nothing_that_a_terminal_would_obey() -> None:
     assert printable("a\x1b[31mb\x07\r\x9b\u202ec\td\ne\x7f€") == "a\\x1b[31mb\\x07\\x0d\\x9b\\u202ec\td\ne\\x7f€"
+    assert printable("\ud83d \uffff") == "\\ud83d \\uffff"
     assert printable("größer 👩‍🚀 日本") == "größer 👩‍🚀 日本"
 
 

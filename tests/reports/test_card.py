@@ -153,7 +153,7 @@ def test_the_embedded_model_and_data(runs: dict[str, Path], tmp_path: Path) -> N
     assert (data.base_model, data.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
     assert data.tags == ["lite-dil", "dpo", "lora", "preference", "gguf"] and data.datasets is None
     assert "ollama create tuned -f Modelfile" in text and "llama-cli -m tuned.gguf" in text
-    assert "nats per answer" in text and "nats per token" not in text
+    assert "nats per response" in text and "nats per token" not in text
     assert "Rafailov" in text and "theorem" not in text
 
 
@@ -195,7 +195,7 @@ def test_check_command_and_strength(runs: dict[str, Path], tmp_path: Path) -> No
     )
     write_card(tmp_path, source(runs["cpu"], strength="0.5"), "merged", CHECK, command)
     _, text = card(tmp_path)
-    assert "1,234 answer tokens in 8 rows of `held.jsonl`" in text
+    assert "1,234 response tokens in 8 rows of `held.jsonl`" in text
     assert re.search(r"0\.0012 nats .*\b0\.02\b.*\b0\.045\b", text)
     assert "lite-dil export --adapter adapter --output=out --check-data a.jsonl,c.csv=2 --push-to-hub o/n" in text
     assert "0.5 times" in text

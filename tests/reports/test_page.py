@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from jinja2 import UndefinedError
 from reported import HOSTILE, make_run
 
 from lite_dil.objectives.table import OBJECTIVES
-from lite_dil.reports import html
-from lite_dil.reports.outcome import outcome, read_record, warnings, what
+from lite_dil.reports import charts, html
+from lite_dil.reports.outcome import SAMPLES, outcome, read_record, warnings, what
 from lite_dil.reports.page import render
+from lite_dil.reports.pairs import PAIRS, HeldOutPairs, beginning, by_length, end, write_pairs
 from lite_dil.reports.run_report import write_report
+from lite_dil.reports.samples import read_samples, write_samples
 from lite_dil.runs.history import POINTS, MetricColumns, read_history
 
 FINE = 'class="note good"'  # what stands in the place of warnings
@@ -57,13 +60,13 @@ class Tags(HTMLParser):
 
 @pytest.mark.parametrize("loss", list(OBJECTIVES))
 def test_every_objective_has_its_page(loss: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if loss in ("lsif", "dpo", "kto", "sft"):  # of each form of data, and in nats per token and an answer
+    if loss in ("lsif", "dpo", "kto", "sft"):  # of each form of data, and in nats per token and per response
         request.getfixturevalue("drawn")
     form = {"chosen": "demonstrations", "pairs": "pairs", "sides": "unpaired"}[OBJECTIVES[loss].data]
     page = Tags(make_run(tmp_path, loss=loss, form=form))
     assert not page.open
     titles = {spoken.partition(".")[0].partition(" (")[0] for spoken in page.spoken}
-    wanted = {"Loss", "Log-ratio to the reference, by side", "Log-prob of the answers, by side", "Learning rate", "Speed"}
+    wanted = {"Loss", "Log-ratio to the reference, by side", "Log-prob of the responses, by side", "Learning rate", "Speed"}
     assert titles >= wanted | {"Gradient norm before clipping", "Peak memory so far"}
     assert any("Accuracy" in title for title in titles) == (form == "pairs")
     assert any("Margin" in title for title in titles) == (form != "demonstrations")
@@ -104,6 +107,31 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
     assert len(page) < 400_000
     assert re.search(r"\b13\b.* of 500 evaluations", page)
     assert (" 21 lines" in page, " lines, " in make_run(tmp_path / "short")) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([-191.02, -191.0, -190.98], ["\u2212191.02", "\u2212191.00", "\u2212190.98"]),
+        ([0.0, 0.25, 0.5], ["0.00", "0.25", "0.50"]),
+        ([0.0, 5e-5, 1e-4], ["0", "5e\u22125", "1e\u22124"]),
+        ([0.0, 2500.0, 5000.0], ["0", "2500", "5000"]),
+        ([-2.5e6, 0.0, 2.5e6], ["\u22122.5e6", "0", "2.5e6"]),
+        ([0.0], ["0"]),
+        ([], []),
+    ],
+)
+def test_each_label_of_an_axis_is_a_whole_number(values: list[float], labels: list[str]) -> None:
+    assert charts.tick_labels(values) == labels
+
+
+@pytest.mark.usefixtures("drawn")
+def test_no_axis_is_the_rest_over_an_offset(tmp_path: Path) -> None:
+    page = make_run(
+        tmp_path, eval_steps=None, change=set_line(logps__chosen=lambda step: -191 - step / 1e3, logps__rejected=-191)
+    )
+    (chart,) = (part for part in page.split("<figure>") if part.startswith("<figcaption>Log-prob"))
+    assert len(re.findall(">\u2212191\\.0\\d+<", chart)) >= 3 and "e2<" not in chart
 
 
 def test_a_curve_of_many_lines_is_their_means() -> None:
@@ -152,10 +180,10 @@ def set_line(**values: float) -> Any:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"change": set_line(eval_log_ratio__chosen=-0.3)}, "chosen answers less probability"),
+        ({"change": set_line(eval_log_ratio__chosen=-0.3)}, "chosen responses less probability"),
         ({"change": set_line(log_ratio__chosen=-0.3), "eval_steps": None}, "-0.3 nats per token (last training steps)"),
-        ({"change": set_line(eval_log_ratio__chosen=-1), "loss": "dpo", "form": "pairs"}, "-1 nats per answer (held out)"),
-        ({"change": set_line(log_ratio__chosen=-1), "eval_steps": None, "loss": "sft"}, "gives the good answers less"),
+        ({"change": set_line(eval_log_ratio__chosen=-1), "loss": "dpo", "form": "pairs"}, "-1 nats per response (held out)"),
+        ({"change": set_line(log_ratio__chosen=-1), "eval_steps": None, "loss": "sft"}, "gives the good responses less"),
         (
             {"change": set_line(eval_rewards__accuracies=0.57)},
             "chance: 57.0% of 100 pairs, where chance reaches 60.0%",
@@ -184,7 +212,7 @@ def test_a_warning_where_there_is_reason(options: dict[str, Any], said: str, tmp
 @pytest.mark.parametrize("loss", list(OBJECTIVES))
 @pytest.mark.parametrize("form", ["pairs", "unpaired", "demonstrations"])
 def test_the_advice_for_falling_chosen_answers_is_what_was_measured(loss: str, form: str, tmp_path: Path) -> None:
-    """docs/results.md: cpo, slic and sft raised the chosen answers' likelihood, and every other loss lowered it."""
+    """docs/results.md: cpo, slic and sft raised the chosen responses' likelihood, and every other loss lowered it."""
     make_run(tmp_path, loss=loss, form=form, change=set_line(eval_log_ratio__chosen=-1))
     (text,) = (text for text in warnings(read_record(tmp_path)) if "less probability" in text)
     said = text.partition("fewer --epochs")[2]
@@ -207,7 +235,7 @@ def test_what_max_length_cuts_is_said(tmp_path: Path) -> None:
 
 
 def test_a_sample_prompt_that_was_cut_says_so(tmp_path: Path) -> None:
-    blocks = make_run(tmp_path, max_length=900, samples=2).split('<div class="sample">')[1:]
+    blocks = make_run(tmp_path, max_length=900, samples=2).split('<div class="sample">')[-2:]
     said = "cut at its start by --max-length 900: the model saw 1,011 of the prompt&#39;s 1,012 tokens"
     assert [said in block for block in blocks] == [False, True]
     assert blocks[1].index(said) < blocks[1].index("before, 20 tokens")
@@ -261,9 +289,9 @@ def test_a_run_that_goes_on_from_an_adapter_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"loss": "lsif"}, "rejected answers of similar lengths."),
-        ({"loss": "dpo"}, "rejected answers of similar lengths, or --logp-reduction mean."),
-        ({"loss": "sft-occupancy", "form": "demonstrations"}, "shorter chosen answers"),
+        ({"loss": "lsif"}, "rejected responses of similar lengths."),
+        ({"loss": "dpo"}, "rejected responses of similar lengths, or --logp-reduction mean."),
+        ({"loss": "sft-occupancy", "form": "demonstrations"}, "shorter chosen responses"),
     ],
 )
 def test_the_advice_for_longer_answers_can_be_taken(options: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -311,7 +339,7 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     assert page.count("</style>") == page.count("</title>") == 1
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", page)
     assert tags.text.count("<script>window.hit=1</script>") > 20  # as text
-    assert "\ufffd[31m\ufffd \ufffd https:" in tags.text  # what was no character, two controls and half a pair
+    assert "\\x00\\x1b[31m\\x85 \\ud800 https:" in tags.text  # three controls and half a pair
 
 
 def test_templates_vouch_for_no_text() -> None:
@@ -338,3 +366,85 @@ def test_options_that_differ_from_the_defaults_come_first(tmp_path: Path) -> Non
     assert "--learning-rate" in first and "0.003" in first
     assert "--weight-decay" not in first and "--weight-decay" in rest
     assert "--beta" not in first  # the loss's own default
+
+
+def test_headings_go_down_a_level_at_a_time(tmp_path: Path) -> None:
+    page = make_run(tmp_path)
+    levels = [int(level) for level in re.findall(r"<h([1-6])\b", page)]
+    assert levels[0] == 1 and levels.count(1) == 1 and {2, 3} <= set(levels)
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_what_changed_is_marked_on_its_own_side(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    path = tmp_path / SAMPLES
+    write_samples(path, [replace(sample, before="It is <b>Rome</b>.", after="It is Oslo.") for sample in read_samples(path)])
+    page = write_report(tmp_path).read_text()
+    assert page.count('dir="auto">It is <del>&lt;b&gt;Rome&lt;/b&gt;</del>.</div>') == 2
+    assert page.count('dir="auto">It is <ins>Oslo</ins>.</div>') == 2
+    write_samples(path, [replace(sample, before="", after="It is Oslo.") for sample in read_samples(path)])
+    page = write_report(tmp_path).read_text()
+    assert page.count('dir="auto">(nothing)</div>') == page.count('dir="auto">It is Oslo.</div>') == 2
+
+
+def held_out(*groups: tuple[int, int, int, int]) -> HeldOutPairs:
+    """Pairs in groups of a number, how many of them are right, and the lengths of the chosen and the rejected response."""
+    right = [i < good for number, good, _, _ in groups for i in range(number)]
+    lengths = [(chosen, rejected) for number, _, chosen, rejected in groups for _ in range(number)]
+    margins = [1.0 if each else -2.0 for each in right]
+    return HeldOutPairs(3, margins, right, [chosen for chosen, _ in lengths], [rejected for _, rejected in lengths], [])
+
+
+def test_accuracy_by_length_by_hand() -> None:
+    """Relative differences -0.5, 0, 0.1 and 0.9: of the two in the middle 3 of 8 pairs are right."""
+    shares = by_length(held_out((4, 1, 10, 20), (4, 3, 10, 10), (4, 0, 10, 9), (10, 10, 100, 10)))
+    assert [(share.name, share.pairs, share.accuracy, share.margin) for share in shares] == [
+        ("shorter by more than a third", 4, 0.25, -1.25),
+        ("about as long, within a tenth", 8, 0.375, -0.875),
+        ("longer by more than a third", 10, 1.0, 1.0),
+    ]
+    assert shares[0].error == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ([(60, 57, 20, 10), (40, 20, 10, 20)], "95.0% of the 60 held-out pairs whose chosen response is the longer one"),
+        ([(60, 30, 20, 10), (40, 39, 10, 20)], "97.5% of the 40 held-out pairs whose chosen response is the shorter one"),
+        ([(60, 57, 20, 10), (9, 0, 10, 20)], ""),  # too few
+        ([(12, 12, 20, 10), (12, 9, 10, 20)], ""),  # 25 points, which is 1.9 standard errors
+        ([(2000, 1800, 20, 10), (2000, 1600, 10, 20)], ""),  # 10 points, though far beyond the error
+        ([(60, 54, 20, 10), (40, 36, 10, 10)], ""),  # of the same length
+    ],
+)
+def test_a_policy_that_goes_by_length_is_told(groups: list[tuple[int, int, int, int]], said: str, tmp_path: Path) -> None:
+    make_run(tmp_path)
+    write_pairs(tmp_path / PAIRS, held_out(*groups))
+    told = [text for text in warnings(read_record(tmp_path)) if "go by length" in text]
+    assert len(told) == bool(said) and all(said in text for text in told)
+
+
+def test_the_pairs_that_are_wrong_are_shown_and_old_runs_have_none(tmp_path: Path) -> None:
+    page = make_run(tmp_path, text="a <b> c")
+    assert "10 of 100, the worst first." in page and page.count("margin -0.5, a &lt;b&gt; c") == 10
+    assert "Margins of 100 held-out pairs. Between -0.5 and 8.5, median 4; 10 not above 0." in page
+    assert "rejected, 15 tokens, log-ratio +0.2" in page
+    (tmp_path / PAIRS).write_text('{"step": 1}')
+    assert "Held-out pairs" not in write_report(tmp_path).read_text()
+    (tmp_path / PAIRS).unlink()
+    assert "Held-out pairs" not in write_report(tmp_path).read_text()
+    assert "Held-out pairs" not in make_run(tmp_path / "unpaired", loss="kto", form="unpaired")
+
+
+@pytest.mark.parametrize(
+    "values", [[0.0], [1.0], [-1.0, 2.0], [0.0, 3.0], [-0.1, 0.0], [-3e-7, 1e5], [0.1 * i - 0.7 for i in range(24)]]
+)
+def test_no_margin_is_lost_in_the_chart(values: list[float]) -> None:
+    edges, counts = charts.bins(np.array(values))
+    assert 0.0 in edges and counts.sum() == len(values)
+    assert counts[edges[1:] <= 0].sum() == sum(value <= 0 for value in values)
+
+
+def test_a_cut_text_says_so() -> None:
+    assert (beginning("a" * 700), end("a" * 699 + "?")) == ("a" * 600 + "…", "…" + "a" * 599 + "?")
+    assert beginning("a" * 600) == end("a" * 600) == "a" * 600

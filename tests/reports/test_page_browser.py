@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SVG
+from conftest import SVG, config
 from reported import HOSTILE, make_run
 
+from lite_dil.evaluation.comparison import LOSSES, page, table
+from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.reports import charts
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -75,7 +77,28 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         patch.setattr(charts, "svg", SVG)
         make_run(folder / "calm")
         make_run(folder / "hostile", text=HOSTILE, facts={"state": "failed", "why": HOSTILE})
-    return {name: folder / name / "report.html" for name in ("calm", "hostile")}
+        found = {name: folder / name / "report.html" for name in ("calm", "hostile")}
+        return found | {"comparison": make_comparison(folder / "comparison")}
+
+
+def make_comparison(folder: Path) -> Path:
+    """The page of a comparison of the default losses with two seeds."""
+    figures = {name: {"mean": -1234.5, "std": 123.4, "error": 1.0} for name, _, _ in table.COLUMNS}
+    figures |= {"accuracy": {"mean": 0.7, "std": 0.1, "error": 0.1}, "kl": {"mean": 12.0, "std": 3.0, "error": 1.0}}
+    rows = [{"loss": loss, "seeds": [0, 1], "diverged": {}, "figures": figures} for loss in LOSSES]
+    curve = {"steps": [0, 50, 100], "mean": [-191.02, -191.01, -191.0], "std": [0.0, 0.01, 0.02]}
+    sides = {"chosen": curve, "rejected": curve}
+    folder.mkdir()
+    curves = page.draw_curves(
+        {"reference": dict.fromkeys(sides, -191.02), "losses": dict.fromkeys(LOSSES, sides)}, folder / "figure2.png"
+    )
+    options = config(data="prefs.jsonl", eval_data="held_out.jsonl", model="a-model")
+    comparison = Comparison(folder, dict.fromkeys(LOSSES, options), [0, 1], 6, 128, 100, "lite-dil compare " + "--flag " * 40)
+    samples = [{"prompt": "What is tea?", "answers": [(name, "It is a drink. " * 9) for name in ("reference", *LOSSES)]}] * 6
+    said = table.verdict(rows, 100, 24), table.notes(rows, 128)
+    whole = page.render(comparison, *table.table_cells(rows), *said, curves, page.draw_accuracy(rows), samples)
+    (folder / "index.html").write_text(whole, encoding="utf-8")
+    return folder / "index.html"
 
 
 def show(browser: Any, page: Path, width: int, scheme: str) -> None:
@@ -90,7 +113,7 @@ def show(browser: Any, page: Path, width: int, scheme: str) -> None:
     browser.get(page.as_uri())
 
 
-@pytest.mark.parametrize("name", ["calm", "hostile"])
+@pytest.mark.parametrize("name", ["calm", "hostile", "comparison"])
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)
 def test_a_view(browser: Any, pages: dict[str, Path], name: str, width: int, scheme: str) -> None:
     show(browser, pages[name], width, scheme)
@@ -102,7 +125,7 @@ def test_a_view(browser: Any, pages: dict[str, Path], name: str, width: int, sch
     # The page is as wide as the screen; what is wider scrolls in its own box.
     assert browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]") == [width, width]
     texts = browser.execute_script(CONTRAST)
-    assert len(texts) > 100
+    assert len(texts) > 90
     assert [text for text in texts if text[0] < 4.5] == []
     assert browser.execute_script("return matchMedia('(prefers-color-scheme: dark)').matches") == (scheme == "dark")
 
@@ -111,6 +134,9 @@ def test_a_view(browser: Any, pages: dict[str, Path], name: str, width: int, sch
 def test_charts_are_there_to_be_seen(browser: Any, pages: dict[str, Path], width: int, scheme: str) -> None:
     show(browser, pages["calm"], width, scheme)
     charts = browser.execute_script(CHARTS)
+    (margins,) = (chart for chart in charts if chart["label"].startswith("Margins of"))
+    assert 300 < margins["width"] < width and margins["smallest"] > 10
+    charts.remove(margins)
     assert len(charts) == 9
     for chart in charts:
         assert 300 < chart["width"] < width and chart["height"] > 150
@@ -121,11 +147,19 @@ def test_charts_are_there_to_be_seen(browser: Any, pages: dict[str, Path], width
     assert all(curve in chart["strokes"] for chart in charts)
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_comparison_fits_a_screen(browser: Any, pages: dict[str, Path], scheme: str) -> None:
+    """Its table has a column per loss, and none is out of sight."""
+    show(browser, pages["comparison"], 1280, scheme)
+    boxes = browser.execute_script("return [...document.querySelectorAll('.wide')].map(e => [e.clientWidth, e.scrollWidth])")
+    assert len(boxes) == 3 and all(seen == whole for seen, whole in boxes)
+
+
 def test_hostile_text_is_shown_as_it_is(browser: Any, pages: dict[str, Path]) -> None:
     show(browser, pages["hostile"], 390, "light")
     shown = browser.execute_script("return document.querySelector('.said').textContent")
     assert shown.startswith("<script>window.hit=1</script>\"><img src=x onerror='window.hit=1'></style>")
-    assert "שלום" in shown and "\U0001f469\u200d\U0001f4bb" in shown and "\ufffd[31m" in shown
+    assert "שלום" in shown and "\U0001f469\u200d\U0001f4bb" in shown and "\\x1b[31m" in shown
     assert shown.endswith("W" * 5000)
     assert browser.execute_script("return document.querySelectorAll('script, img, link, iframe').length") == 0
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,16 @@ from lite_dil.backends.types import Generated
 from lite_dil.base import display
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.base.observer import Event, Observers
+from lite_dil.batching.batch import Batch
 from lite_dil.cli.demo import show
 from lite_dil.cli.main import main
 from lite_dil.cli.progress import Terminal
-from lite_dil.data.encoder import Encoder
-from lite_dil.data.reader import Row
+from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.reader import Row, read_rows
+from lite_dil.evaluation.pairs import PairFigures
 from lite_dil.models.find import load_tokenizer
 from lite_dil.recipes.run import Run
+from lite_dil.reports.pairs import read_pairs
 from lite_dil.reports.run_report import RunReport, write_report
 from lite_dil.reports.samples import Intake, SampleAnswers, read_samples
 from lite_dil.runs.folder import RunFolder
@@ -113,6 +117,7 @@ def test_without_held_out_data_it_samples_training_prompts_at_checkpoints(flags:
     samples = read_samples(folder / "report_samples.jsonl")
     assert len(samples) == 2 and not any(sample.held_out for sample in samples)
     assert "the training data" in (folder / "report.html").read_text()
+    assert not (folder / "held_out_pairs.json").exists()
 
 
 def test_a_stopped_run_has_its_report_and_goes_on_with_it(
@@ -357,10 +362,62 @@ def test_the_demo_shows_what_any_loss_has(loss: str, tmp_path: Path, capsys: pyt
     out = capsys.readouterr().out
     assert "[bold]tea[/] :tea:" in out
     assert "length: 20 tokens" in out
-    assert f"nats {'per token' if loss == 'lsif' else 'per answer'}" in out
+    assert f"nats {'per token' if loss == 'lsif' else 'per response'}" in out
     assert ("held-out pairs" in out) == (loss != "sft")
 
 
 def test_what_is_said_stands_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     Terminal().say("prefs.jsonl:100: field 'chosen' [red]is[/] :cat:")
     assert capsys.readouterr().out == "prefs.jsonl:100: field 'chosen' [red]is[/] :cat:\n"
+
+
+def test_the_held_out_pairs_are_recorded_one_by_one(flags: list[str], tiny: str, data: Path, tmp_path: Path) -> None:
+    """Held out are the training pairs with their sides swapped, so that a policy that learns gets them wrong."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    (tmp_path / "swapped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    flags[flags.index("--eval-data") + 1] = str(tmp_path / "swapped.jsonl")
+    folder = run(flags, tmp_path / "run", "--report-samples", "0", "--beta", "0.5")
+    pairs = read_pairs(folder / "held_out_pairs.json")
+    assert pairs is not None and pairs.step == 6
+    # The oracle: the adapter that was saved, on and off, an example at a time.
+    backend, encoder = (
+        load(flags[3], tiny, init_adapter=str(folder / "adapter"), reference="base"),
+        Encoder(byte_level_tokenizer()),
+    )
+    expected = []
+    for row in read_rows(str(tmp_path / "swapped.jsonl")):
+        one = Batch.of([encoder.encode(row)])
+        policy = backend.sequence_logps(one)
+        with backend.adapter_off():
+            f = (policy - backend.sequence_logps(one)) / one.lengths
+        expected.append((*map(int, one.lengths), 0.5 * (f[0] - f[1]), row))
+    found = sorted(zip(pairs.chosen_tokens, pairs.rejected_tokens, pairs.margins, strict=True))
+    np.testing.assert_allclose(np.array(found), np.array(sorted(each[:3] for each in expected)), atol=1e-4)
+    last = [line for line in metrics(folder) if "eval_loss" in line][-1]
+    assert np.mean(pairs.right) == last["eval_rewards/accuracies"] < 0.5
+    assert np.mean(pairs.margins) == pytest.approx(last["eval_rewards/margins"], abs=1e-6)  # type: ignore[arg-type]
+    worst = sorted((each for each in expected if each[2] <= 0), key=lambda each: each[2])[:10]
+    assert len(pairs.wrong) == len(worst) > 5
+    for pair, (chosen, rejected, margin, row) in zip(pairs.wrong, worst, strict=True):
+        assert (pair.chosen_tokens, pair.rejected_tokens, pair.place) == (chosen, rejected, row.place)
+        assert pair.margin == pytest.approx(margin, abs=1e-4) and 0.5 * (
+            pair.chosen_log_ratio - pair.rejected_log_ratio  # type: ignore[operator]
+        ) == pytest.approx(margin, abs=1e-4)
+        assert row.prompt[-1]["content"] in pair.prompt  # type: ignore[index]
+        assert (pair.chosen, pair.rejected) == tuple(str(answer).strip() for answer in row.answers)
+    assert (folder / "report.html").read_text().count('<div class="dim">margin -') == len(worst)
+
+
+def test_what_is_not_finite_is_the_worst_and_a_gap(tiny: str) -> None:
+    """By hand: f is 0 and 2, nan and 1, 3 and 1, with a beta of 2."""
+    examples = [Example((1,), ((5,), (6, 7)), (1, -1), f"row {i}") for i in range(3)]
+    figures = PairFigures(config(logp_reduction="sum", beta=2.0))
+    figures.add(np.array([0.0, 2, np.nan, 1, 3, 1]), np.zeros(6), Batch.of(examples))
+    pairs = figures.at(4, Encoder(byte_level_tokenizer()))
+    assert (pairs.margins, pairs.right) == ([-4.0, None, 4.0], [False, False, True])
+    assert [(pair.place, pair.margin, pair.chosen_log_ratio) for pair in pairs.wrong] == [
+        ("row 1", None, None),
+        ("row 0", -4.0, 0.0),
+    ]
+    assert json.loads(json.dumps(asdict(pairs), allow_nan=False))["step"] == 4

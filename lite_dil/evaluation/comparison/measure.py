@@ -92,7 +92,7 @@ def measure_reference(probe: Probe, folder: Path, seed: int) -> dict[str, Any]:
 
 
 def measure(probe: Probe, reference: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
-    """Return a trained model's figures, their standard errors over answers, and the number of answers."""
+    """Return a trained model's figures, their standard errors, and the numbers of held-out examples and answers."""
     examples = probe.examples
     figures, errors = held_out_figures(examples, probe.logps(examples), reference["logps"])
     answers = probe.answers(folder / "samples.jsonl", seed)
@@ -103,11 +103,11 @@ def measure(probe: Probe, reference: dict[str, Any], folder: Path, seed: int) ->
 def held_out_figures(
     examples: Sequence[Example], policy: list[list[float]], reference: list[list[float]]
 ) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Return means over the held-out answers, and the standard errors of some, by name.
+    """Return means over the held-out responses, and the standard errors of some, by name.
 
-    ``logps/*`` are sums over an answer's tokens, ``change/*`` their difference from the reference's, ``log_ratio/*`` that
-    difference per token; ``margin`` is the chosen answer's change minus the rejected one's, of a pair (without pairs: of the
-    means); ``accuracy`` is the share of pairs whose chosen answer gained more in total, ``accuracy_per_token`` per token.
+    ``logps/*`` are sums over a response's tokens, ``change/*`` their difference from the reference's, ``log_ratio/*`` that
+    difference per token; ``margin`` is the chosen response's change minus the rejected one's, of a pair (without pairs: of the
+    means); ``accuracy`` is the share of pairs whose chosen response gained more in total, ``accuracy_per_token`` per token.
     """
     ratios = [(np.array(p) - np.array(r)).tolist() for p, r in zip(policy, reference, strict=True)]
     lengths = [list(map(len, example.responses)) for example in examples]
@@ -129,15 +129,15 @@ def held_out_figures(
     if pairs:
         f_w, f_l, n_w, n_l = np.array(pairs).T
         figures["margin"], errors["margin"] = mean_and_error(f_w - f_l)
-        figures["accuracy"] = float((f_w > f_l).mean())
-        figures["accuracy_per_token"] = float((f_w / n_w > f_l / n_l).mean())
+        figures["accuracy"], errors["accuracy"] = mean_and_error((f_w > f_l).astype(float))
+        figures["accuracy_per_token"], errors["accuracy_per_token"] = mean_and_error((f_w / n_w > f_l / n_l).astype(float))
     elif {"change/chosen", "change/rejected"} <= figures.keys():
         figures["margin"] = figures["change/chosen"] - figures["change/rejected"]
     return figures, errors
 
 
 def of_side(examples: Sequence[Example], values: Sequence[Sequence[float]], chosen: bool) -> np.ndarray:
-    """Return the values of the chosen or of the rejected answers, (answers,)."""
+    """Return the values of the chosen or of the rejected responses, (responses,)."""
     return np.array(
         [
             value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lite_dil.base.files import replace_file
 from lite_dil.evaluation.comparison import page
@@ -45,24 +46,25 @@ def report(comparison: Comparison) -> Findings:
     content = {"rows": rows, "reference": reference["figures"] if reference else None, "verdict": sentences, "notes": remarks}
     replace_file(output / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     replace_file(output / "curves.json", json.dumps(curves, indent=1) + "\n")
-    svg = page.draw(curves, output / "figure2.png")
-    html = page.render(comparison, headings, cells, sentences, remarks, svg, _samples(comparison, runs))
+    drawn = page.draw_curves(curves, output / "figure2.png"), page.draw_accuracy(rows)
+    html = page.render(comparison, headings, cells, sentences, remarks, *drawn, _samples(comparison, runs))
     replace_file(output / PAGE, html)
     return Findings(rows, headings, cells, sentences, output / PAGE)
 
 
-def _samples(comparison: Comparison, runs: list[tables.FinishedRun]) -> dict[str, list[dict[str, str]]]:
-    """Return by loss the prompts with the answers of the reference and of the first seed that did not diverge."""
-    found: dict[str, list[dict[str, str]]] = {}
+def _samples(comparison: Comparison, runs: list[tables.FinishedRun]) -> list[dict[str, Any]]:
+    """Return each prompt with the answers of the reference and, by loss, of the first seed that did not diverge."""
+    folders = {"reference": comparison.reference}
     for run in runs:
-        if run["diverged"] or run["loss"] in found:
-            continue
-        both = [
-            [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-            for folder in (comparison.reference, run["folder"])
-        ]
-        found[run["loss"]] = [
-            {"prompt": before["prompt"], "before": before["answer"], "after": after["answer"]}
-            for before, after in zip(*both, strict=True)
-        ]
-    return found
+        if not run["diverged"]:
+            folders.setdefault(run["loss"], run["folder"])
+    if len(folders) == 1:
+        return []
+    found = [
+        [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+        for folder in folders.values()
+    ]
+    return [
+        {"prompt": answers[0]["prompt"], "answers": [(name, a["answer"]) for name, a in zip(folders, answers, strict=True)]}
+        for answers in zip(*found, strict=True)
+    ]

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.files import make_folder, replace_file
 from lite_dil.base.hashing import blake2
@@ -19,6 +21,7 @@ from lite_dil.config.options import build, coerce
 from lite_dil.config.train_config import FREE_ON_RESUME, ResolvedConfig, flag
 from lite_dil.data.arguments import FIELD
 from lite_dil.data.dataset import reader_of
+from lite_dil.data.held_out import taken, wanted
 from lite_dil.data.reader import Row, refuse
 from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import EMBEDDED, split_sources
@@ -28,8 +31,8 @@ from lite_dil.objectives.table import OBJECTIVES, OPTIONS, objective_of
 from lite_dil.runs.folder import RUNS, unused
 
 _EVALUATIONS = 8  # evaluations in a run, unless --eval-steps is given
-# Rows held out without --eval-data: a tenth of the data, within these bounds, and at most half of what a run trains on:
-# they are evaluated several times, and more would take longer than the training.
+# Rows held out without --eval-data and --eval-fraction: a tenth of the data, within these bounds, and at most half of what a
+# run trains on: they are evaluated several times, and more would take longer than the training.
 HELD_OUT_SHARE, HELD_OUT_LEAST, HELD_OUT_MOST = 0.1, 20, 200
 PASSES_OF_A_STEP = 3  # a training step costs as much as this many forward passes
 # These two decide which steps have figures, so they must be the same in all runs of a comparison.
@@ -103,15 +106,18 @@ def settle(asked: ComparisonRequest, say: Callable[[str], None]) -> Comparison:
 
     output = asked.output or unused(RUNS / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     source = DATA if asked.rows else coerce("data", given.get("data", base.get("data", EMBEDDED)), "--data")
+    fraction = _fraction(given, base)
     eval_source = DATA if asked.eval_rows else given.get("eval_data", base.get("eval_data"))
-    eval_source = eval_source or (EMBEDDED if source == EMBEDDED else None)
+    eval_source = eval_source or (EMBEDDED if source == EMBEDDED and not fraction else None)
     files = [output / "data" / name for name in ("train.jsonl", "held_out.jsonl")]
-    names = {"data": source, "eval_data": eval_source}
+    names = {"data": source, "eval_data": eval_source, "eval_fraction": fraction}
     # Data split here and rows that no file holds are written into the folder, where all runs read them.
-    written = eval_source is None or DATA in names.values()
+    written = eval_source is None or DATA in (source, eval_source)
     if written and any(weight != 1 for _, weight in split_sources(source)):
         raise UserError(f"--data {source}: to weigh sources, give --eval-data, a file of the rows to hold out")
-    fixed = {"data": str(files[0]), "eval_data": str(files[1])} if written else names
+    placed = {"data": str(files[0]), "eval_data": eval_source and str(files[1])} if written else {}
+    fixed = {name: value for name, value in (names | placed).items() if value is not None}
+    given, base = ({name: value for name, value in part.items() if name not in names} for part in (given, base))
     # One reference for all runs, shared even if nothing may be kept elsewhere.
     if given.get("reference_cache", base.get("reference_cache")) == "off":
         fixed |= {"reference_cache": str(output / "reference-cache")}
@@ -131,22 +137,19 @@ def settle(asked: ComparisonRequest, say: Callable[[str], None]) -> Comparison:
     _check_folder(output, settings)
     whole = len(rows)
     if eval_source is None:
-        rows, held_out = _split(rows, source, first)
-    signs = {sign for row in rows for sign in row.signs}
-    for config in configs.values():
-        check_data(config.loss, rows[0].form, signs, source, config.sample_rejected is not None)
+        rows, held_out = _earlier(files, first) if files[1].exists() else _split(rows, source, first)
+    _check_rows(rows, source, configs)
+    if eval_source is None:
+        part = f"{len(held_out)} of {whole} rows of {source}, whole prompts, are held out"
+        say(f"no --eval-data: {part}, the same for every loss ({files[1]})")
 
     again = asked.again(output)
     _write_folder(output, {"again": again, "settings": settings})
     if written:
         replace_file(files[0], "".join(map(as_json, rows)))
         replace_file(files[1], "".join(map(as_json, held_out)))
-        configs = {name: dataclasses.replace(config, **OWN_FILES) for name, config in configs.items()}
-    if eval_source is None:
-        say(
-            f"no --eval-data: the last {len(held_out)} of {whole} rows of {source} are held out, the same for every loss "
-            f"({files[1]})"
-        )
+        mine = OWN_FILES | {"eval_data": str(files[1]), "eval_fraction": None}
+        configs = {name: dataclasses.replace(config, **mine) for name, config in configs.items()}
     _, steps = steps_of(first, len(rows))
     configs = _planned(configs, steps, len(rows), len(held_out), "precompute_reference" in given | base, say)
     own = {loss.name: loss for loss in asked.losses if isinstance(loss, OwnLoss)}
@@ -186,6 +189,15 @@ def _rates(rates: Mapping[str, Any], losses: list[str]) -> dict[str, float]:
         if name not in names:
             raise UserError(f"--learning-rates: {name!r}{did_you_mean(name, names)} is not one of --losses {','.join(names)}")
     return {name: coerce("learning_rate", value, f"--learning-rates {name}") for name, value in rates.items()}
+
+
+def _fraction(given: dict[str, Any], base: dict[str, Any]) -> float | None:
+    """Return the share of the data to hold out; None takes the default. Of a file, such as a run's own, 0 is the default."""
+    value = given.get("eval_fraction", base.get("eval_fraction"))
+    fraction = None if value is None else coerce("eval_fraction", value, "--eval-fraction")
+    if fraction == 0 and "eval_fraction" in given:
+        raise UserError("--eval-fraction 0: a comparison measures held-out rows; leave it out, or give --eval-data")
+    return fraction or None
 
 
 def _configs(
@@ -241,13 +253,41 @@ def _rows(source: str, split: str, config: ResolvedConfig, own: Rows | None) -> 
     return found
 
 
+def _check_rows(rows: list[Row], source: str, configs: dict[str, ResolvedConfig]) -> None:
+    """Raise UserError if a loss cannot be trained on such rows."""
+    signs = {sign for row in rows for sign in row.signs}
+    for config in configs.values():
+        check_data(config.loss, rows[0].form, signs, source, config.sample_rejected is not None)
+
+
+def _earlier(files: Sequence[Path], config: ResolvedConfig) -> list[list[Row]]:
+    """Read the parts of a comparison that goes on, which stay as they are even if an earlier version chose them."""
+    own = dataclasses.replace(config, **OWN_FILES)
+    return [_rows(str(path), "train", own, None) for path in files]
+
+
 def _split(rows: list[Row], source: str, config: ResolvedConfig) -> tuple[list[Row], list[Row]]:
-    """Return the rows to train on, and the last rows, which are held out."""
-    seen = steps_of(config, len(rows))[1] * examples_per_step(config)
-    count = max(min(round(len(rows) * HELD_OUT_SHARE), HELD_OUT_MOST, seen // 2), HELD_OUT_LEAST)
+    """Return the rows to train on, and those that are held out, by prompt."""
+    if not config.eval_fraction:
+        seen = steps_of(config, len(rows))[1] * examples_per_step(config)
+        count = max(min(round(len(rows) * HELD_OUT_SHARE), HELD_OUT_MOST, seen // 2), HELD_OUT_LEAST)
+    else:
+        count = wanted(len(rows), config.eval_fraction)
     if len(rows) < 2 * count:
         raise UserError(f"--data {source} has {len(rows)} rows, too few to hold {count} of them out; give --eval-data")
-    return rows[:-count], rows[-count:]
+    held = taken(np.frombuffer(b"".join(map(_prompt_digest, rows)), np.uint64), count)
+    if not held.any():
+        raise UserError(f"--data {source}: no prompt has as few as {count} rows, to be held out whole; give --eval-data")
+    sides = [[row for row, is_held in zip(rows, held, strict=True) if is_held == side] for side in (False, True)]
+    return sides[0], sides[1]
+
+
+def _prompt_digest(row: Row) -> bytes:
+    """Return 8 bytes that name a prompt; chat templates may drop white space around a message, so it does not count there."""
+    prompt: Any = row.prompt
+    if row.chat:
+        prompt = [(message.get("role"), (message.get("content") or "").strip()) for message in prompt]
+    return blake2([json.dumps(prompt).encode()], 8)
 
 
 def as_json(row: Row) -> str:

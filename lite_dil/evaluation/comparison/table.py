@@ -24,9 +24,9 @@ COLUMNS = (
     ("log_ratio/chosen", "log-ratio chosen", "+.3f"),
     ("log_ratio/rejected", "log-ratio rejected", "+.3f"),
     ("logps/chosen", "log-prob chosen", ".1f"),
-    ("change/chosen", "its change", "+.2f"),
+    ("change/chosen", "change of chosen", "+.2f"),
     ("logps/rejected", "log-prob rejected", ".1f"),
-    ("change/rejected", "its change", "+.2f"),
+    ("change/rejected", "change of rejected", "+.2f"),
     ("kl", "KL on samples", "+.2f"),
     ("length", "answer length", ".0f"),
     ("seconds", "seconds", ".0f"),
@@ -35,7 +35,7 @@ COLUMNS = (
 # These depend on the machine and on interruptions, not on the loss.
 MACHINE_FIGURES = ("seconds", "peak_memory_mb")
 OTHERS = ("dpo", "simpo")
-CLAIM = "DIL keeps the chosen answers' likelihood where dpo and simpo lose it"
+CLAIM = "DIL keeps the chosen responses' likelihood where dpo and simpo lose it"
 
 
 def read_runs(comparison: Comparison, name: str) -> list[FinishedRun]:
@@ -70,7 +70,7 @@ def _of_training(lines: list[dict[str, Any]]) -> FinishedRun:
 
 
 def make_rows(runs: Sequence[FinishedRun]) -> list[TableRow]:
-    """Return a row per loss: each figure's mean over the seeds, its standard deviation, and its error over answers."""
+    """Return a row per loss: each figure's mean over the seeds, its standard deviation, and its error."""
     rows = []
     for loss in dict.fromkeys(run["loss"] for run in runs):
         mine = [run for run in runs if run["loss"] == loss]
@@ -103,13 +103,17 @@ def _summary(values: list[float], errors: list[float]) -> dict[str, float | None
 
 
 def cell(row: TableRow, name: str, form: str) -> str:
-    """Return a figure for people, with its standard deviation over seeds or, for one seed, its error over answers."""
+    """Return a figure for people, with its `spread`."""
     figure = row["figures"].get(name)
     if figure is None:
         return "–"
-    spread = figure["error"] if figure["std"] is None else figure["std"]
-    text = format(figure["mean"], form)
-    return text if spread is None else f"{text} ± {format(spread, form.replace('+', ''))}"
+    text, noise = format(figure["mean"], form), spread(figure)
+    return text if noise is None else f"{text} ± {format(noise, form.replace('+', ''))}"
+
+
+def spread(figure: dict[str, float | None]) -> float | None:
+    """Return a figure's standard deviation over seeds or, for one seed, its error over responses or answers."""
+    return figure["error"] if figure["std"] is None else figure["std"]
 
 
 def label(row: TableRow) -> str:
@@ -138,7 +142,7 @@ def table_cells(rows: Sequence[TableRow]) -> tuple[list[str], list[list[str]]]:
 
 
 def make_curves(runs: Sequence[FinishedRun], reference: dict[str, Any] | None, from_reference: bool) -> dict[str, Any]:
-    """Return the log-probs of the held-out answers during training, by loss and side: mean and deviation over seeds.
+    """Return the log-probs of the held-out responses during training, by loss and side: mean and deviation over seeds.
 
     A step has a point if every seed that did not diverge has one. If all diverged, the curve ends where the first did.
 
@@ -163,24 +167,24 @@ def make_curves(runs: Sequence[FinishedRun], reference: dict[str, Any] | None, f
                 "mean": [fmean(some) for some in values],
                 "std": [stdev(some) for some in values] if len(mine) > 1 else None,
             }
-    unit = "log-probs of held-out answers in nats, summed over an answer's tokens, averaged over the answers"
+    unit = "log-probs of held-out responses in nats, summed over a response's tokens, averaged over the responses"
     return {"unit": unit, "reference": start, "losses": losses}
 
 
-def verdict(rows: Sequence[TableRow], steps: int, answers: int) -> list[str]:
-    """Return sentences on how the chosen answers' likelihood changed, and whether this agrees with the DIL paper's claim.
+def verdict(rows: Sequence[TableRow], steps: int, held_out: int) -> list[str]:
+    """Return sentences on how the chosen responses' likelihood changed, and whether this agrees with the DIL paper's claim.
 
-    A change counts if it exceeds twice its standard error over answers and twice its deviation over seeds.
+    A change counts if it exceeds twice its standard error over responses and twice its deviation over seeds.
     """
     moved = {row["loss"]: direction(row["figures"].get("change/chosen")) for row in rows}
     sentences = []
     for row in rows:
         chosen, rejected = (row["figures"].get(f"change/{side}") for side in ("chosen", "rejected"))
         if chosen is None:
-            sentences.append(f"{label(row)}: no result." if row["diverged"] else f"{label(row)}: no chosen answers held out.")
+            sentences.append(f"{label(row)}: {'no result' if row['diverged'] else 'no chosen responses held out'}.")
             continue
-        text = f"{label(row)}: the chosen answers' log-prob {_words(chosen)}"
-        sentences.append(text + (f"; the rejected answers' {_words(rejected)}." if rejected else "."))
+        text = f"{label(row)}: the chosen responses' log-prob {_words(chosen)}"
+        sentences.append(text + (f"; the rejected responses' {_words(rejected)}." if rejected else "."))
     ours = [loss for loss in DIL_FAMILY if moved.get(loss)]
     theirs = [loss for loss in OTHERS if moved.get(loss)]
     if not ours or not theirs:
@@ -188,12 +192,13 @@ def verdict(rows: Sequence[TableRow], steps: int, answers: int) -> list[str]:
         return [*sentences, f'The claim "{CLAIM}" is not tested here: there is no result of {lacking}.']
     kept = [loss for loss in ours if moved[loss] in ("rose", "steady")]
     lost = [loss for loss in theirs if moved[loss] == "fell"]
-    if kept == ours and lost == theirs:
-        judged = "agrees with these numbers"
+    judged = f'The claim "{CLAIM}" does not agree with these numbers'
+    if {moved[loss] for loss in [*ours, *theirs]} == {"steady"}:
+        judged = f"These numbers cannot tell whether {CLAIM}"
+    elif kept == ours and lost == theirs:
+        judged = f'The claim "{CLAIM}" agrees with these numbers'
     elif kept and lost:
-        judged = "agrees with these numbers in part"
-    else:
-        judged = "does not agree with these numbers"
+        judged = f'The claim "{CLAIM}" agrees with these numbers in part'
     names = {name: ", ".join(loss for loss in [*ours, *theirs] if moved[loss] == name) for name in ("rose", "steady", "fell")}
     found = "; ".join(
         f"{text} with {names[name]}"
@@ -201,9 +206,9 @@ def verdict(rows: Sequence[TableRow], steps: int, answers: int) -> list[str]:
         if names[name]
     )
     seeds = max(len(row["seeds"]) for row in rows)
-    scope = f"{count(seeds, 'seed')}, {steps} steps and {answers} held-out rows at these learning rates"
+    scope = f"{count(seeds, 'seed')}, {steps} steps and {held_out} held-out rows at these learning rates"
     compared = f" (of {' and '.join(OTHERS)} only {theirs[0]} was compared)" if len(theirs) < len(OTHERS) else ""
-    return [*sentences, f'The claim "{CLAIM}" {judged}{compared}: {found}. This holds for {scope} only.']
+    return [*sentences, f"{judged}{compared}: {found}. This holds for {scope} only."]
 
 
 def direction(change: dict[str, float | None] | None) -> str:
@@ -217,8 +222,8 @@ def direction(change: dict[str, float | None] | None) -> str:
 
 
 def _words(change: dict[str, float | None]) -> str:
-    mean, spread = change["mean"] or 0.0, change["error"] if change["std"] is None else change["std"]
-    within = "" if spread is None else f" ± {spread:.2f}"
+    mean, noise = change["mean"] or 0.0, spread(change)
+    within = "" if noise is None else f" ± {noise:.2f}"
     which = direction(change)
     if which == "steady":
         return f"did not clearly move ({mean:+.2f}{within} nats)"
@@ -228,13 +233,13 @@ def _words(change: dict[str, float | None]) -> str:
 def notes(rows: Sequence[TableRow], tokens: int) -> list[str]:
     """Return notes that define the columns."""
     seeds = max((len(row["seeds"]) for row in rows), default=1)
-    spread = f"the standard deviation over {seeds} seeds" if seeds > 1 else "the standard error over answers"
+    noise = f"the standard deviation over {seeds} seeds" if seeds > 1 else "the standard error"
     return [
-        f"± is {spread}. The columns from accuracy to log-prob are of held-out answers, defined alike for every loss.",
-        "accuracy: the share of pairs whose chosen answer gained more log-prob than the rejected one, in total (sum) or per "
+        f"± is {noise}. The figures from accuracy to log-prob are of held-out responses, defined alike for every loss.",
+        "accuracy: the share of pairs whose chosen response gained more log-prob than the rejected one, in total (sum) or per "
         "token (mean).",
-        "log-ratio: log pi - log pi_ref in nats per token. log-prob: in nats, summed over the answer's tokens; its change is "
-        "against the reference, and the margin is the chosen answer's change minus the rejected one's.",
+        "log-ratio: log pi - log pi_ref in nats per token. log-prob: in nats, summed over the response's tokens; its change "
+        "is against the reference, and the margin is the chosen response's change minus the rejected one's.",
         f"KL on samples: the mean of log pi - log pi_ref over the trained model's own answers, cut at {tokens} tokens: an "
         "estimate of KL(pi, pi_ref) in nats per answer, which may come out below 0 by chance. Length in tokens, cut likewise.",
         "seconds: of training steps alone. Peak memory: of the device's allocator; on a CPU the process's, the runs before "
