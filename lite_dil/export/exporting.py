@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lite_dil.base.version import __version__
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.export import merge
 from lite_dil.export.check import Check, Trained, held_out, measure, tolerance
+from lite_dil.export.runtime import MORE_CONTEXT, Runtime, faults, preferred_ends
 from lite_dil.generation import policy as policies
 from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models import adapter_files
@@ -96,6 +98,7 @@ class Export:
         self.reader = self._reader()
         self.files = adapter_files.read_files(source.adapter)
         self.model = resolve_model(source.options.model, say)
+        self.encoder = Encoder(load_tokenizer(self.model))
         self.checkpoint: merge.Checkpoint | None = None
         if self.format != "adapter":
             self.checkpoint = merge.Checkpoint.open(folder_of(self.model), source.options.model)
@@ -120,7 +123,7 @@ class Export:
         check = None
         if trained is not None:
             self.say(f"checking {self.format} on {len(trained.examples)} rows of {trained.data} ...")
-            check = trained.compare(self._logps(trained), self._tolerance(trained))
+            check = self._check(trained)
         self.facts["check"] = check.as_dict() if check else None
         text = json.dumps(self.facts, indent=2, ensure_ascii=False, allow_nan=False)
         write(self.made / "export.json", text + "\n")
@@ -180,12 +183,12 @@ class Export:
         config, checkpoint = self.source.options, self.checkpoint
         rows: tuple[list[Example], str] | None = None
         if not self.options.no_check:  # before loading the model, which is slow
-            encoder = Encoder(load_tokenizer(self.model))
-            rows = held_out(self.source, encoder, self.options.check_rows or CHECK_ROWS, self.options.check_data, self.say)
+            count = self.options.check_rows or CHECK_ROWS
+            rows = held_out(self.source, self.encoder, count, self.options.check_data, self.say)
         loaded: Policy | None = None
         quantised = checkpoint is not None and (config.load_in_4bit or config.head_bits or checkpoint.packed)
         if quantised or rows:
-            loaded = self.policy or policies.load(self.source, self.say)
+            loaded = self.policy or policies.load(self.source, self.say, in_files=True)
         if checkpoint is None:
             self._write_adapter()
         else:
@@ -201,7 +204,7 @@ class Export:
         self._need_disk(sum(tensor.nbytes for tensor in planned))
         self.say(f"merging the adapter into {len(adapter.weights)} layers" + (f", {len(dense)} dequantised" if dense else ""))
         make_folder(self.merged)
-        merge.write(self.merged, planned, checkpoint, dtype)
+        merge.write(self.merged, planned, checkpoint, dtype, self.encoder.end_ids())
         self.facts |= {"dtype": dtype or checkpoint.dtype, "dequantised_weights": len(dense)}
 
     def _need_disk(self, merged: int) -> None:
@@ -261,17 +264,30 @@ class Export:
             settings = json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else None
             write_modelfile(self.made, file.name, load_tokenizer(str(self.merged)), settings)
 
-    def _logps(self, trained: Trained) -> list[np.ndarray]:
-        """Return the made model's log-probs, loaded by the libraries that it is for."""
-        if self.reader == "gguf":
-            from lite_dil.export import gguf as gguf_export
+    def _check(self, trained: Trained) -> Check:
+        """Compare what was made, loaded by the libraries that it is for, with the trained model."""
+        library = None if self.reader == "gguf" else registry.module(self.reader, "export")
+        sequences = trained.sequences
+        if self.format == "adapter":
+            config = self.source.options if self._same_library() else replace(self.source.options, dtype="auto")
+            return trained.compare(library.adapter_logps(self.model, self.made, config, sequences), self._tolerance(trained))
+        with library.exported(self.made) if library else self._opened(trained) as made:
+            logps = made.logps(sequences)
+            check = trained.compare(logps, self._tolerance(trained))
+            ends = preferred_ends(sequences, logps, self.encoder.end_ids())
+            return replace(check, ends=ends, faults=tuple(faults(made, self.encoder, sequences, self.say)))
 
-            return gguf_export.token_logps(self._gguf(), trained.sequences, self.say)
-        library = registry.module(self.reader, "export")
-        if self.format != "adapter":
-            return library.model_logps(self.made, trained.sequences)
-        config = self.source.options if self._same_library() else replace(self.source.options, dtype="auto")
-        return library.adapter_logps(self.model, self.made, config, trained.sequences)
+    def _opened(self, trained: Trained) -> AbstractContextManager[Runtime]:
+        """Open the GGUF file, as Ollama does by its Modelfile where there is one."""
+        from lite_dil.export import gguf_reading
+
+        tokenizer, render, stops = self.encoder.tokenizer, None, None
+        if self.format == "ollama":
+            from lite_dil.export.ollama import probe, stops_of
+
+            render, stops = probe(tokenizer).render, stops_of(self.made / "Modelfile")
+        context = max(sum(map(len, sequence)) for sequence in trained.sequences) + MORE_CONTEXT
+        return gguf_reading.opened(self._gguf(), context, tokenizer, self.say, render, stops)
 
     def _tolerance(self, trained: Trained) -> float:
         """Return the allowed mean difference, given the rounding on both sides."""

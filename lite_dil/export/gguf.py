@@ -1,23 +1,24 @@
-"""Convert a model folder to a GGUF file (for llama.cpp, Ollama, LM Studio), and compute the file's log-probs for the check."""
+"""Convert a model folder to a GGUF file, for llama.cpp, Ollama, LM Studio and others."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.errors import UserError
 from lite_dil.base.files import make_folder, replacing
-from lite_dil.base.start import without_bar
 from lite_dil.export import gguf_vocabulary, gguf_weights
+from lite_dil.export.gguf_reading import different_tokens, reader
+from lite_dil.export.merge import end_tokens
 from lite_dil.models.find import load_tokenizer
 from lite_dil.models.tensors import Stored
 
@@ -38,7 +39,6 @@ PROBES = (
     'for (int i=0; i<10; i++) { x[i] += "a\\n"; }  // done',
 )
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
-_Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
 def convert(merged: Path, target: Path, kind: str, llama_cpp: Path | None, say: Callable[[str], None]) -> None:
@@ -73,14 +73,14 @@ def check(model: Path, found: Mapping[str, Stored], llama_cpp: Path | None, logp
     Args:
         model: the folder of the model, not merged yet.
         found: the tensors in it.
-        logps: whether `token_logps` will follow.
+        logps: whether the file will be read for the check.
     """
     if find_converter(llama_cpp) is None:
         _need_gguf()
         gguf_weights.read_config(model)
         gguf_vocabulary.read(load_tokenizer(str(model)), gguf_weights.vocabulary_rows(found), lambda line: None)
     if logps:
-        _reader()
+        reader()
 
 
 def find_converter(llama_cpp: Path | None) -> Path | None:
@@ -115,7 +115,9 @@ def _write(merged: Path, made: Path, kind: str, name: str, say: Callable[[str], 
     found = gguf_weights.tensors(merged)
     planned = gguf_weights.plan(config, found)
     rows = gguf_weights.vocabulary_rows(found)
-    vocabulary = gguf_vocabulary.read(load_tokenizer(str(merged)), rows, say)
+    defaults = merged / "generation_config.json"
+    ends = end_tokens(json.loads(defaults.read_text(encoding="utf-8"))) if defaults.is_file() else []
+    vocabulary = gguf_vocabulary.read(load_tokenizer(str(merged)), rows, say, ends)
     if getattr(config, "sliding_window", None) and config.model_type == "mistral":
         say(f"note: the format has no sliding window for this model; results differ beyond {config.sliding_window} tokens")
     writer = gguf.GGUFWriter(made, gguf_weights.ARCHITECTURES[config.model_type])
@@ -160,122 +162,3 @@ def _stored_type(kind: str, shape: tuple[int, ...]) -> Any:
     if len(shape) == 1:
         return GGMLQuantizationType.F32
     return GGMLQuantizationType["F16" if kind == "q8_0" and shape[-1] % 32 else kind.upper()]
-
-
-def token_logps(path: Path, sequences: _Sequences, say: Callable[[str], None]) -> list[np.ndarray]:
-    """Return the log-probs (nats) of each sequence's response tokens, (tokens,) float32, under the file's model.
-
-    llama.cpp, which Ollama uses, computes them if llama-cpp-python is installed; else transformers does, from the file's
-    weights in float32 (4 bytes of memory per parameter).
-
-    Args:
-        sequences: (prompt ids, response ids) of each response; no list may be empty.
-
-    Raises:
-        UserError: neither is installed, or the file cannot be loaded.
-    """
-    if _reader() == "llama.cpp":
-        say(f"reading {path.name} with llama.cpp")
-        return _by_llama_cpp(path, sequences)
-    say(f"reading {path.name} with transformers (llama-cpp-python is not installed)")
-    return _by_transformers(path, sequences)
-
-
-def _reader() -> str:
-    """Return the installed reader of GGUF files. Raises UserError if there is none."""
-    if importlib.util.find_spec("llama_cpp") is not None:
-        return "llama.cpp"
-    if any(importlib.util.find_spec(module) is None for module in ("torch", "gguf", "accelerate")):
-        raise UserError("checking a GGUF file needs llama-cpp-python or torch: pip install llama-cpp-python")
-    return "transformers"
-
-
-def open_file(path: Path, **options: Any) -> Any:
-    """Open a GGUF file in llama.cpp without its log. `options` are llama_cpp.Llama's."""
-    from llama_cpp import Llama, llama_log_set
-
-    llama_log_set(_silence(), None)  # type: ignore[arg-type]
-    try:
-        return Llama(str(path), verbose=False, **options)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: llama.cpp cannot load it ({first_line(error)})") from None
-
-
-@cache
-def _silence() -> Any:
-    """Return a log callback for llama.cpp that drops everything; it is kept alive, since the library calls it until exit."""
-    from llama_cpp import llama_log_callback
-
-    return llama_log_callback(lambda level, text, data: None)
-
-
-def different_tokens(path: Path, tokenizer: Any, texts: Iterable[str]) -> list[str]:
-    """Return the `texts` that llama.cpp, with the file's tokenizer, splits into other tokens than `tokenizer`.
-
-    Nothing is added to the texts, and control tokens in them are read as such. Needs llama-cpp-python.
-    """
-    file = open_file(path, vocab_only=True)
-    try:
-        return [
-            text
-            for text in texts
-            if file.tokenize(text.encode(), add_bos=False, special=True) != tokenizer(text, add_special_tokens=False).input_ids
-        ]
-    finally:
-        file.close()
-
-
-def _by_llama_cpp(path: Path, sequences: _Sequences) -> list[np.ndarray]:
-    longest = max(len(prompt) + len(response) for prompt, response in sequences)
-    file = open_file(path, n_ctx=longest, logits_all=True)
-    try:
-        logps = []
-        for prompt, response in sequences:
-            file.reset()
-            file.eval([*prompt, *response])
-            logps.append(_log_softmax_at(file.scores[len(prompt) - 1 : len(prompt) + len(response) - 1], response))
-        return logps
-    finally:
-        file.close()
-
-
-def _log_softmax_at(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """Return the log-probs of `ids` (tokens,) under `logits` (tokens, vocabulary)."""
-    logits = logits.astype(np.float64)
-    top = logits.max(-1)
-    total = top + np.log(np.exp(logits - top[:, None]).sum(-1))
-    return (logits[np.arange(len(ids)), list(ids)] - total).astype(np.float32)
-
-
-def _by_transformers(path: Path, sequences: _Sequences) -> list[np.ndarray]:
-    import torch
-    from gguf import GGUFReader
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
-
-    file = GGUFReader(path)
-    fields = {key.partition(".")[2]: field.contents() for key, field in file.fields.items()}
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        # transformers ignores the head size of Qwen 3 and the rope scaling in the file.
-        config.head_dim = fields.get("attention.key_length", gguf_weights.head_size(config))
-        if (factor := fields.get("rope.scaling.factor")) is not None:
-            config.rope_parameters |= {"rope_type": fields["rope.scaling.type"], "factor": factor}
-        with without_bar():
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                config=config,
-                gguf_file=path.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-            ).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: transformers cannot load it ({first_line(error)})") from None
-    factors = next((tensor.data for tensor in file.tensors if tensor.name == "rope_freqs.weight"), None)
-    if factors is not None:
-        model.model.rotary_emb.inv_freq /= torch.tensor(np.array(factors))
-    logps = []
-    for prompt, response in sequences:
-        with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-        logps.append(_log_softmax_at(logits.numpy(), response))
-    return logps

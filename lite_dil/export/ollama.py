@@ -17,7 +17,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.files import write
 from lite_dil.data.files import RowError
 from lite_dil.data.rendering import Rendering
-from lite_dil.export.gguf_vocabulary import around
+from lite_dil.export.gguf_vocabulary import puts_bos
 
 _Messages = Sequence[Mapping[str, str]]
 # generation_config.json -> Ollama's parameters.
@@ -123,6 +123,11 @@ def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, defaults: Mapp
     write(folder / "Modelfile", "\n".join(lines) + "\n")
 
 
+def stops_of(modelfile: Path) -> list[str]:
+    """Return the texts at which Ollama ends a response."""
+    return re.findall(r'^PARAMETER stop "(.*)"$', modelfile.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def model_name(gguf_name: str) -> str:
     """Return a valid Ollama model name for a GGUF file."""
     return re.sub(r"[^a-z0-9._-]+", "-", gguf_name.lower().removesuffix(".gguf")).strip("-._") or "model"
@@ -179,7 +184,7 @@ def _conversations(system: bool) -> list[_Messages]:
 
 def renderer(tokenizer: Any) -> Callable[[_Messages, bool], str]:
     """Return a function that renders a conversation with the chat template, without the BOS token that the runtime adds."""
-    rendering, bos = Rendering(tokenizer), tokenizer.bos_token if around(tokenizer)[0] else ""
+    rendering, bos = Rendering(tokenizer), tokenizer.bos_token if puts_bos(tokenizer) else ""
 
     def render(messages: _Messages, generation: bool) -> str:
         try:

@@ -218,8 +218,10 @@ def test_what_memory_does_not_hold_is_read_from_the_disk(tiny: str, tmp_path: Pa
 
     sequences = [((5, 6, 7), (8, 9, 10)), ((3, 4), (11,))]
     (tmp_path / "model").symlink_to(tiny)
-    whole = torch_export.model_logps(tmp_path / "model", sequences)
-    spread = torch_export.model_logps(tmp_path / "model", sequences, {"cpu": 200_000})
+    with torch_export.exported(tmp_path / "model") as model:
+        whole = model.logps(sequences)
+    with torch_export.exported(tmp_path / "model", {"cpu": 200_000}) as model:
+        spread = model.logps(sequences)
     for one, two in zip(whole, spread, strict=True):
         np.testing.assert_array_equal(one, two)
 
