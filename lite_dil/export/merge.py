@@ -6,8 +6,10 @@ holds one tensor at a time. Weights that training had in 4 or 8 bits come dequan
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -236,5 +238,33 @@ def _config(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Any]:
         parts = [config, config["text_config"]] if "text_config" in config else [config]
         for part in parts:
             part |= {key: dtype or checkpoint.dtype for key in ("dtype", "torch_dtype") if key in part}
-    # mlx-lm, transformers 4 and programs modelled on it read rope_theta, and use 10000 if it is missing.
-    return config | {key: value for key, value in rope_config(checkpoint.config).items() if value is not None}
+    return config | _rope_spelling(config)
+
+
+def _rope_spelling(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what to add to a config.json for mlx-lm, transformers 4 and programs modelled on it.
+
+    They read rope_theta, and use 10000 if it is missing. Where each type of layers has its own rope, transformers may read
+    another from it, or fail, as for Gemma 4, of which mlx-lm reads rope_parameters itself: then nothing is added.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    text = config.get("text_config") or config
+    nested = any(isinstance(rope, dict) for rope in (text.get("rope_parameters") or {}).values())
+    try:
+        added = {key: value for key, value in rope_config(config).items() if value is not None}
+        return added if not nested or _ropes(config | added) == _ropes(config) else {}
+    except (KeyError, ValueError, TypeError, AttributeError, StrictDataclassError, UserError):
+        if not nested:
+            raise
+        return {}
+
+
+def _ropes(config: dict[str, Any]) -> Any:
+    """Return the ropes that transformers reads from a config.json."""
+    from transformers import CONFIG_MAPPING
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`rope_scaling` is deprecated", FutureWarning)  # whether it is understood
+        read = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
+    return read.get_text_config().rope_parameters

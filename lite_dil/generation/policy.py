@@ -355,8 +355,8 @@ def load(
 
     Args:
         say: shows a line to the user.
-        training: options for training, including the initial adapter; None loads it for inference, with the source's adapter.
-        in_files: for a few passes in little memory; see `registry.load`.
+        training: options for training, with the initial adapter; None loads it for inference, with the source's adapter.
+        in_files: see `registry.load`.
     """
     checkpoint = checkpoint_of(source.adapter) if source.adapter else None
     if checkpoint and source.run and not source.run.adapter.exists() and checkpoint == source.run.latest():

@@ -22,8 +22,8 @@ from lite_dil.models.find import load_tokenizer
 
 Trainer = Callable[..., Path]
 ASK = [{"role": "user", "content": "how do you make tea"}]
-# The base's own end and BOS are <|endoftext|>, 0, and its tokenizer puts it in front of a text; ChatML prints neither, and ends
-# a turn in <|im_end|>, 2.
+# The base's own end and BOS are <|endoftext|>, 0, which its tokenizer puts in front of a text. ChatML prints neither, and ends a
+# turn in <|im_end|>, 2.
 EOS, END = 0, 2
 
 
