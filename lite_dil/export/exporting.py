@@ -32,8 +32,8 @@ from lite_dil.models.names import public_name
 
 CHECK_ROWS = 8
 OUTTYPE = "q8_0"
-# So that a weight is rounded only once, and for q8_0 through float16, since bfloat16 rounds small changes away.
-_GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
+# So that a weight is rounded only once, and for fewer bits through float16, since bfloat16 rounds small changes away.
+_GGUF_DTYPES = {"f32": "float32", "bf16": "bfloat16"}  # float16 for the others
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ExportOptions:
         weights_dtype: the type of the written weights, by default the checkpoint's.
         merge_into: "trained", the weights as training had them, or "original".
         bits: bits of an MLX model, 4 or 8.
-        outtype: the type of a GGUF file: f32, f16, bf16 or q8_0.
+        outtype: the type of a GGUF file: f32, f16, bf16, q8_0, or q4_K_M, q5_K_M or q6_K by llama.cpp's own quantisation.
         llama_cpp: the folder of llama.cpp with the converter to use.
         check_rows, check_data: how many held-out rows to compare, and their source.
         no_check: skip the comparison.
@@ -89,8 +89,11 @@ class Export:
         assert source.adapter is not None  # the bare model has no adapter to export
         self.options, self.work, self.made, self.say = options, work, made, say
         self.format: str = options.format
-        # Both are named like --output, since llama.cpp's converter takes the folder's name as the model's.
-        self.merged = made if self.format == "merged" else work / "merged" / made.name
+        # A folder called as its format gives the model no name.
+        run = source.run.path.absolute().name if source.run else f"{Path(public_name(source.options.model)).name}-tuned"
+        self.name = run if made.name == self.format else made.name
+        # Named like the file, since llama.cpp's converter takes the folder's name as the model's.
+        self.merged = made if self.format == "merged" else work / "merged" / self.name
         self.backend = registry.resolve(source.options.backend)
         self.to: str | None = None
         if self.format == "adapter":
@@ -150,7 +153,9 @@ class Export:
         """Raise UserError early if the model cannot become a GGUF file, or its template an Ollama one."""
         from lite_dil.export import gguf as gguf_export
 
-        gguf_export.check(checkpoint.folder, checkpoint.tensors, self.options.llama_cpp, logps=not self.options.no_check)
+        gguf_export.check(
+            checkpoint.folder, checkpoint.tensors, self._outtype(), self.options.llama_cpp, not self.options.no_check
+        )
         if self.format == "ollama":
             from lite_dil.export.ollama import probe
 
@@ -198,7 +203,7 @@ class Export:
     def _merge(self, checkpoint: merge.Checkpoint, loaded: Policy | None) -> None:
         """Write the merged Hugging Face folder, the result or an intermediate step."""
         dense = registry.module(self.backend, "export").dense(loaded.backend) if loaded else {}
-        dtype = self.options.weights_dtype or (_GGUF_DTYPES.get(self._outtype()) if self.reader == "gguf" else None)
+        dtype = self.options.weights_dtype or (_GGUF_DTYPES.get(self._outtype(), "float16") if self.reader == "gguf" else None)
         adapter = adapter_files.float_adapter(self.files, self.source.strength)
         planned = merge.plan(checkpoint, adapter, dense, dtype, self.source.options.model)
         self._need_disk(sum(tensor.nbytes for tensor in planned))
@@ -209,7 +214,7 @@ class Export:
 
     def _need_disk(self, merged: int) -> None:
         """Raise UserError if the disk has no room for the merged weights and what is made from them."""
-        second = {"merged": 0.0, "mlx": (self.options.bits + 0.5) / 16 if self.options.bits else 1.0}.get(self.format, 1.0)
+        second = {"merged": 0.0, "mlx": (self.options.bits + 0.5) / 16 if self.options.bits else 1.0}.get(self.format, 1.35)
         needed, free = merged * (1 + second) * 1.02, shutil.disk_usage(self.work).free
         if free < needed:
             beside = ", for the merged model and what is made from it" if second else ""
@@ -262,7 +267,8 @@ class Export:
 
             defaults = self.merged / "generation_config.json"
             settings = json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else None
-            write_modelfile(self.made, file.name, load_tokenizer(str(self.merged)), settings)
+            for note in write_modelfile(self.made, file.name, load_tokenizer(str(self.merged)), settings):
+                self.say(f"Modelfile: {note}")
 
     def _check(self, trained: Trained) -> Check:
         """Compare what was made, loaded by the libraries that it is for, with the trained model."""
@@ -309,7 +315,7 @@ class Export:
         return self.options.outtype or OUTTYPE
 
     def _gguf(self) -> Path:
-        return self.made / f"{self.options.output.name}.gguf"
+        return self.made / f"{self.name}.gguf"
 
 
 def describe(folder: Path, source: AdapterSource, format: str, check: Check | None) -> None:

@@ -109,10 +109,11 @@ def check_options(options: ExportOptions, more: Sequence[str] = ()) -> None:
         problems.append("--push-to-hub uploads only what passed the check; leave --no-check out")
     problems += more
     if options.format in ("gguf", "ollama"):
-        from lite_dil.export.gguf import KINDS
+        from lite_dil.export.gguf import KINDS, QUANTISED
 
-        if options.outtype is not None and options.outtype not in KINDS:
-            problems.append(f"--outtype {options.outtype}: expected one of {', '.join(KINDS)}")
+        if options.outtype is not None and options.outtype not in KINDS | QUANTISED:
+            near = did_you_mean(options.outtype, KINDS | QUANTISED)
+            problems.append(f"--outtype {options.outtype}{near}: expected one of {', '.join(KINDS | QUANTISED)}")
     problems += _not_free(options.output)
     if problems:
         raise UserError(gather(problems, "export cannot start:") if len(problems) > 1 else problems[0])

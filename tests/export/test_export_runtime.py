@@ -22,7 +22,7 @@ from lite_dil.models.find import load_tokenizer
 
 Trainer = Callable[..., Path]
 ASK = [{"role": "user", "content": "how do you make tea"}]
-# The base's own end and BOS are <|endoftext|>, 0, which its tokenizer puts in front of a text. ChatML prints neither, and ends a
+# The base ends in <|endoftext|>, 0, which its tokenizer also puts in front of a text. ChatML prints neither, and ends a
 # turn in <|im_end|>, 2.
 EOS, END = 0, 2
 
