@@ -103,6 +103,7 @@ def load(
     adapter: ResolvedAdapter | None,
     training: EngineOptions | None,
     say: Callable[[str], None] | None = None,
+    in_files: bool = False,
 ) -> Backend:
     """Load `model` (a folder or hub id) on backend `name`, "cuda", "cpu" or "mlx".
 
@@ -110,6 +111,7 @@ def load(
         adapter: the policy's adapter; None makes the bare base the policy.
         training: options for training; None loads it for inference, without what only training needs.
         say: shows a line to the user before slow work without progress; MLX has none.
+        in_files: on a CPU leave full weights in the model's files, from which each pass reads them: slower, in little memory.
     """
     prepare(name, options, training)
     import_library(name)
@@ -119,7 +121,7 @@ def load(
         return MLXBackend(options, model, adapter, training)
     from lite_dil.backends.torch import backend
 
-    return backend.load(options, model, adapter, training, name, say)
+    return backend.load(options, model, adapter, training, name, say, in_files)
 
 
 def value_and_slope(

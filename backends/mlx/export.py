@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.generate import stream_generate
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load as load_folder
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
@@ -69,15 +71,52 @@ def write_model(merged: Path, target: Path, bits: int | None) -> None:
     save_config(config, target / "config.json")
 
 
-def model_logps(folder: Path, sequences: Sequences) -> list[np.ndarray]:
-    """Return the log-probs of each response under a folder loaded by plain mlx-lm."""
+class Exported:
+    """A folder as plain mlx-lm loads it; see `lite_dil.export.runtime.Runtime`."""
+
+    name = "mlx-lm"
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def logps(self, sequences: Sequences) -> list[np.ndarray]:
+        """Return each response's log-probs, by the model's own logits."""
+        return _logps(self.model, sequences)
+
+    def prompt(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Return the tokens of a text or a conversation."""
+        if isinstance(prompt, str):
+            return list(self.tokenizer.encode(prompt))
+        return list(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
+
+    def end_ids(self) -> set[int]:
+        """Return the tokens that end a generation."""
+        return set(self.tokenizer.eos_token_ids)
+
+    def ends_after(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+        """Return whether a generation in which `tokens` are forced ends with the last of them."""
+        left = iter(tokens)
+
+        def force(_: mx.array, logits: mx.array) -> mx.array:
+            token = next(left, None)
+            return logits if token is None else mx.where(mx.arange(logits.shape[-1]) == token, 0.0, -mx.inf)[None]
+
+        found = list(
+            stream_generate(self.model, self.tokenizer, list(prompt), max_tokens=len(tokens) + 2, logits_processors=[force])
+        )
+        return [each.token for each in found] == list(tokens) and found[-1].finish_reason == "stop"
+
+
+@contextlib.contextmanager
+def exported(folder: Path) -> Iterator[Exported]:
+    """Load a folder by plain mlx-lm."""
     try:
-        model, *_ = load_folder(str(folder), {"trust_remote_code": False}, lazy=True)
+        model, tokenizer, *_ = load_folder(str(folder), {"trust_remote_code": False}, lazy=True)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"mlx-lm cannot load the export ({first_line(error)})") from None
     if not mx.metal.is_available():
         model.set_dtype(mx.float32)  # the same numbers; on a CPU, quantised weights in bfloat16 are many times slower
-    return _logps(model, sequences)
+    yield Exported(model, tokenizer)
 
 
 def adapter_logps(model: str, folder: Path, config: ModelOptions, sequences: Sequences) -> list[np.ndarray]:

@@ -50,6 +50,7 @@ class TorchBackend:
         training: EngineOptions | None,
         device: str,
         say: Callable[[str], None] | None = None,
+        in_files: bool = False,
     ) -> None:
         self.name, self.device, self.training = device, torch.device(device), training
         check_options(device, options, training)
@@ -61,7 +62,7 @@ class TorchBackend:
         self.dtype_name = str(self.dtype).removeprefix("torch.")
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter and adapter.init_adapter else None
         self.unsloth = bool(training and training.unsloth)
-        base = load_model(model, self.dtype, self.device, options, training)
+        base = load_model(model, self.dtype, self.device, options, training, in_files)
         self.in_4bit = bool(getattr(base, "is_loaded_in_4bit", False))  # also for an already packed checkpoint
         # A packed weight holds two parameters per byte.
         parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
@@ -389,9 +390,10 @@ def load(
     training: EngineOptions | None,
     device: str,
     say: Callable[[str], None] | None = None,
+    in_files: bool = False,
 ) -> TorchBackend:
     """Load a model, or raise UserError if memory does not hold it."""
-    make = partial(TorchBackend, options, model, adapter, training, device, say)
+    make = partial(TorchBackend, options, model, adapter, training, device, say, in_files)
     helps = [] if options.load_in_4bit else ["--4bit"]
     if training is None or not training.unsloth:
         helps += [] if options.head_bits else ["--head-bits 8"]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList
 
 from lite_dil.backends.torch import out_of_memory
 from lite_dil.backends.torch.device import compute_dtype
@@ -18,7 +21,10 @@ from lite_dil.backends.torch.load import load_base, target_names
 from lite_dil.backends.types import DenseWeight, Sequences
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import work_folder
+from lite_dil.models.find import load_tokenizer
 from lite_dil.models.options import ModelOptions
+
+_LOGITS = 2**28  # in a pass: a GiB in float32
 
 
 def dense(backend: Any) -> dict[str, DenseWeight]:
@@ -55,8 +61,54 @@ def peft_targets(model: str, layers: set[str]) -> list[str] | None:
         return None
 
 
-def model_logps(folder: Path, sequences: Sequences, max_memory: dict[Any, Any] | None = None) -> list[np.ndarray]:
-    """Return each response's log-probs by a Hugging Face folder as transformers loads it, in its own type.
+class Exported:
+    """A Hugging Face folder as transformers loads it; see `lite_dil.export.runtime.Runtime`."""
+
+    name = "transformers"
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def logps(self, sequences: Sequences) -> list[np.ndarray]:
+        """Return each response's log-probs, by the model's own logits."""
+        return own_logps(self.model, sequences)
+
+    def prompt(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Return the tokens of a text or a conversation."""
+        if isinstance(prompt, str):
+            return list(self.tokenizer(prompt).input_ids)
+        return list(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+
+    def end_ids(self) -> set[int]:
+        """Return the tokens that end a generation."""
+        found = self.model.generation_config.eos_token_id
+        return set() if found is None else {found} if isinstance(found, int) else set(found)
+
+    def ends_after(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+        """Return whether a generation in which `tokens` are forced ends with the last of them."""
+        start = len(prompt)
+
+        def force(ids: Tensor, scores: Tensor) -> Tensor:
+            if (at := ids.shape[1] - start) < len(tokens):
+                scores = torch.full_like(scores, -torch.inf)
+                scores[:, tokens[at]] = 0
+            return scores
+
+        ids = torch.tensor([list(prompt)], device=_device(self.model))
+        with torch.no_grad():
+            found = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=len(tokens) + 2,
+                logits_processor=LogitsProcessorList([force]),
+            )
+        return found[0, start:].tolist() == list(tokens)
+
+
+@contextmanager
+def exported(folder: Path, max_memory: dict[Any, Any] | None = None) -> Iterator[Exported]:
+    """Load a Hugging Face folder, in its own type, while the block lasts.
 
     Weights that do not fit in memory stay in the folder's files and are read layer by layer.
 
@@ -75,7 +127,7 @@ def model_logps(folder: Path, sequences: Sequences, max_memory: dict[Any, Any] |
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"transformers cannot load what was exported ({first_line(error)})") from None
-        return _logps(model, sequences)
+        yield Exported(model.eval(), load_tokenizer(str(folder)))
 
 
 def adapter_logps(model: str, folder: Path, config: ModelOptions, sequences: Sequences) -> list[np.ndarray]:
@@ -90,18 +142,41 @@ def adapter_logps(model: str, folder: Path, config: ModelOptions, sequences: Seq
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         # It warns of tensors that its model or the file lacks.
         warnings.filterwarnings("error", "Found missing adapter keys")
-        return _logps(PeftModel.from_pretrained(base, str(folder)), sequences)
+        return own_logps(PeftModel.from_pretrained(base, str(folder)), sequences)
 
 
-def _logps(model: Any, sequences: Sequences) -> list[np.ndarray]:
-    """Compute log-probs from the model's own logits, one response at a time, independently of training's way."""
+def own_logps(model: Any, sequences: Sequences) -> list[np.ndarray]:
+    """Compute log-probs from the model's own logits, independently of training's way, in passes of few logits."""
     model.eval()
-    device = model.get_input_embeddings().weight.device
-    found = []
-    for prompt, response in sequences:
-        ids = torch.tensor([[*prompt, *response]], device="cpu" if device.type == "meta" else device)
+    found: list[np.ndarray] = []
+    for group in _groups(sequences, _LOGITS // model.config.get_text_config().vocab_size):
+        longest = max(len(prompt) + len(response) for prompt, response in group)
+        # Padded on the right, where no token looks. Zeros, since any token would do.
+        rows = [[*prompt, *response] + [0] * (longest - len(prompt) - len(response)) for prompt, response in group]
         with torch.no_grad():
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        logps = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None].to(logits.device))
-        found.append(logps[:, 0].cpu().numpy())
+            logits = model(input_ids=torch.tensor(rows, device=_device(model)), use_cache=False).logits
+        for row, (prompt, response) in zip(logits, group, strict=True):
+            own = row[len(prompt) - 1 : len(prompt) + len(response) - 1].float().log_softmax(-1)
+            ids = torch.tensor(response, device=own.device)
+            found.append(own.gather(-1, ids[:, None])[:, 0].cpu().numpy())
     return found
+
+
+def _groups(sequences: Sequences, limit: int) -> Iterator[Sequences]:
+    """Yield the sequences in groups of at most `limit` tokens with their padding, or of one."""
+    group: Sequences = []
+    longest = 0
+    for sequence in sequences:
+        longest = max(longest, sum(map(len, sequence)))
+        if group and longest * (len(group) + 1) > limit:
+            yield group
+            group, longest = [], sum(map(len, sequence))
+        group.append(sequence)
+    if group:
+        yield group
+
+
+def _device(model: Any) -> torch.device:
+    """Return where a model takes its tokens."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device

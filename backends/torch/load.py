@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.torch import unsloth as torch_unsloth
+from lite_dil.backends.torch.lazy import leave_in_files
 from lite_dil.backends.torch.out_of_memory import conversion_report, ran_out
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.install import install
@@ -23,9 +24,25 @@ from lite_dil.models.options import ModelOptions
 
 
 def load_model(
-    model: str, dtype: torch.dtype, device: torch.device, options: ModelOptions, training: EngineOptions | None
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: ModelOptions,
+    training: EngineOptions | None,
+    in_files: bool = False,
 ) -> Any:
-    """Load a frozen model directly or through unsloth, by the options. Raises as `load_base` does."""
+    """Load a frozen model directly or through unsloth, by the options. Raises as `load_base` does.
+
+    Args:
+        in_files: leave the weights of linear layers in the model's files, where the device is a CPU and they are in full.
+    """
+    if in_files and device.type == "cpu" and not options.load_in_4bit:
+        base = load_base(model, "auto", device, False)
+        if getattr(base, "is_loaded_in_4bit", False):
+            _set_up_4bit(base, dtype)
+        else:
+            leave_in_files(base, model, dtype)
+        return base
     if training is not None and training.unsloth:
         if options.trust_remote_code:
             raise UserError("--trust-remote-code: unsloth runs no model's own code; leave out --unsloth")
@@ -37,7 +54,7 @@ def load_model(
 
 def load_base(
     model: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["auto"],
     device: torch.device,
     in_4bit: bool,
     table_on_host: bool = False,
@@ -47,6 +64,7 @@ def load_base(
     """Load a frozen model without dropout.
 
     Args:
+        dtype: the type to compute in; "auto" is the files' own.
         table_on_host: leave the embedding table in the computer's memory, and with it a head that shares its weight.
         head_on_host: leave the output head there, unless it shares the weight of a table that is not.
         trust_remote_code: run the Python files that the model brings.
@@ -86,13 +104,13 @@ def load_base(
         # transformers would fill them with random numbers.
         raise UserError(f"--model {model}: its files lack {len(absent)} of the model's weights, the first is {absent[0]}")
     _check_head(base.get_output_embeddings(), f"{'--head-bits' if head_on_host else '--model'}: the output head of {model}")
-    if getattr(base, "is_loaded_in_4bit", False):
+    if getattr(base, "is_loaded_in_4bit", False) and dtype != "auto":
         _set_up_4bit(base, dtype)
     base.requires_grad_(False)
     return base
 
 
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+def _nf4(dtype: torch.dtype | Literal["auto"]) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )

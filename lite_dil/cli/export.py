@@ -51,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "into the original weights, which gives another model",
     )
     group.add_argument("--bits", type=int, choices=(4, 8), help="mlx: quantise to 4 or 8 bits (default: no)")
-    group.add_argument("--outtype", metavar="TYPE", help="gguf, ollama: f32, f16, bf16, q8_0 (default: q8_0)")
+    group.add_argument(
+        "--outtype",
+        metavar="TYPE",
+        help="gguf, ollama: f32, f16, bf16, q8_0; or q4_K_M, q5_K_M, q6_K by llama.cpp, from llama-cpp-python or as "
+        "llama-quantize on the PATH (default: q8_0)",
+    )
     group.add_argument(
         "--llama-cpp", metavar="DIR", type=Path, help="gguf, ollama: use the converter in this llama.cpp folder"
     )

@@ -56,6 +56,9 @@ class Check:
         share: the share of that effect in the exported model, (exported - bare) over (trained - bare); see `Trained.compare`.
             It is 1 for the trained model, 0 if the adapter was lost, 2 if it was merged twice.
         share_error: standard error of `share`.
+        ends: after how many of the responses, of those that have their end token, the exported model gives it more than half
+            of the probability, and of how many; it is said, and decides nothing.
+        faults: in what a program that runs the files differs from training besides; see `lite_dil.export.runtime`.
     """
 
     rows: int
@@ -67,22 +70,27 @@ class Check:
     effect: float
     share: float
     share_error: float
+    ends: tuple[int, int] = (0, 0)
+    faults: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether the exported model is the trained one, as far as these tokens show."""
-        whole = not self._outweighs or abs(self.share - 1) <= self._allowed
-        return bool(self.mean <= self.tolerance and whole)  # false for NaN
+        whole = not self._telling or abs(self.share - 1) <= self._allowed
+        return bool(self.mean <= self.tolerance and whole and not self.faults)  # false for NaN
 
     @property
     def conclusive(self) -> bool:
-        """Whether `share` would reveal a lost adapter. A barely trained one may have less effect than rounding."""
-        return bool(self._outweighs and self._allowed < 1)
+        """Whether a lost adapter would have been seen. A barely trained one may have less effect than rounding."""
+        return bool(self._telling and self._allowed < 1)
 
     @property
-    def _outweighs(self) -> bool:
-        """Whether the effect is large enough: below this, 8-bit rounding moved `share` to 2, beyond its standard error."""
-        return self.effect > self.tolerance / 2
+    def _telling(self) -> bool:
+        """Whether `share` says something: below the first limit, 8-bit rounding moved it to 2, beyond its standard error.
+
+        By the second, the exported model is so near the trained one that at least three quarters of the effect are there.
+        """
+        return self.effect > self.tolerance / 2 or self.mean < self.effect / 4
 
     @property
     def _allowed(self) -> float:
@@ -95,11 +103,16 @@ class Check:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
 
     def __str__(self) -> str:
-        doubt = "" if self.conclusive else "; too small to tell whether the adapter is there: compare more rows (--check-rows)"
+        share = f", of which the share {self.share:.2f} +- {self.share_error:.2f} is there (expected 1)"
+        if not self._telling:
+            share = ": too small, beside the rounding of these files, to tell whether the adapter is there"
+        elif not self.conclusive:
+            share += "; these are too few rows to tell whether the adapter is there: compare more (--check-rows)"
+        own = f"; after {self.ends[0]} of {self.ends[1]} responses the model itself prefers to end" if self.ends[1] else ""
         return (
             f"{self.tokens} tokens of {self.rows} rows of {self.data}: log-probs differ by {self.mean:.2g} nats per token on "
             f"average (at most {self.tolerance:g} allowed), {self.max:.2g} at worst; the adapter changes them by "
-            f"{self.effect:.2g}, of which the share {self.share:.2f} +- {self.share_error:.2f} is there (expected 1){doubt}"
+            f"{self.effect:.2g}{share}{own}"
         )
 
 

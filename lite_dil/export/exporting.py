@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.files import make_folder, write
 from lite_dil.base.install import install
 from lite_dil.base.version import __version__
-from lite_dil.data.encoder import Example, encoder_of
+from lite_dil.data.encoder import Example
 from lite_dil.export import merge
 from lite_dil.export.check import Check, Trained, held_out, measure, tolerance
+from lite_dil.export.runtime import MORE_CONTEXT, Runtime, faults, preferred_ends
 from lite_dil.generation import policy as policies
 from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models import adapter_files
@@ -31,8 +33,8 @@ from lite_dil.models.names import public_name
 
 CHECK_ROWS = 8
 OUTTYPE = "q8_0"
-# So that a weight is rounded only once, and for q8_0 through float16, since bfloat16 rounds small changes away.
-_GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "float16"}
+# So that a weight is rounded only once, and for fewer bits through float16, since bfloat16 rounds small changes away.
+_GGUF_DTYPES = {"f32": "float32", "bf16": "bfloat16"}  # float16 for the others
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class ExportOptions:
         weights_dtype: the type of the written weights, by default the checkpoint's.
         merge_into: "trained", the weights as training had them, or "original".
         bits: bits of an MLX model, 4 or 8.
-        outtype: the type of a GGUF file: f32, f16, bf16 or q8_0.
+        outtype: the type of a GGUF file: f32, f16, bf16, q8_0, or q4_K_M, q5_K_M or q6_K by llama.cpp's own quantisation.
         llama_cpp: the folder of llama.cpp with the converter to use.
         check_rows, check_data: how many held-out rows to compare, and their source.
         no_check: skip the comparison.
@@ -88,8 +90,11 @@ class Export:
         assert source.adapter is not None  # the bare model has no adapter to export
         self.options, self.work, self.made, self.say = options, work, made, say
         self.format: str = options.format
-        # Both are named like --output, since llama.cpp's converter takes the folder's name as the model's.
-        self.merged = made if self.format == "merged" else work / "merged" / made.name
+        # A folder called as its format gives the model no name.
+        run = source.run.path.absolute().name if source.run else f"{Path(public_name(source.options.model)).name}-tuned"
+        self.name = run if made.name == self.format else made.name
+        # Named like the file, since llama.cpp's converter takes the folder's name as the model's.
+        self.merged = made if self.format == "merged" else work / "merged" / self.name
         self.backend = registry.resolve(source.options.backend)
         self.to: str | None = None
         if self.format == "adapter":
@@ -97,6 +102,7 @@ class Export:
         self.reader = self._reader()
         self.files = adapter_files.read_files(source.adapter)
         self.model = resolve_model(source.options.model, say)
+        self.encoder = encoder_of(self.model, source.options)
         self.checkpoint: merge.Checkpoint | None = None
         if self.format != "adapter":
             self.checkpoint = merge.Checkpoint.open(folder_of(self.model), source.options.model)
@@ -121,7 +127,7 @@ class Export:
         check = None
         if trained is not None:
             self.say(f"checking {self.format} on {len(trained.examples)} rows of {trained.data} ...")
-            check = trained.compare(self._logps(trained), self._tolerance(trained))
+            check = self._check(trained)
         self.facts["check"] = check.as_dict() if check else None
         text = json.dumps(self.facts, indent=2, ensure_ascii=False, allow_nan=False)
         write(self.made / "export.json", text + "\n")
@@ -148,7 +154,9 @@ class Export:
         """Raise UserError early if the model cannot become a GGUF file, or its template an Ollama one."""
         from lite_dil.export import gguf as gguf_export
 
-        gguf_export.check(checkpoint.folder, checkpoint.tensors, self.options.llama_cpp, logps=not self.options.no_check)
+        gguf_export.check(
+            checkpoint.folder, checkpoint.tensors, self._outtype(), self.options.llama_cpp, not self.options.no_check
+        )
         if self.format == "ollama":
             from lite_dil.export.ollama import probe
 
@@ -181,12 +189,12 @@ class Export:
         config, checkpoint = self.source.options, self.checkpoint
         rows: tuple[list[Example], str] | None = None
         if not self.options.no_check:  # before loading the model, which is slow
-            encoder = encoder_of(self.model, config)
-            rows = held_out(self.source, encoder, self.options.check_rows or CHECK_ROWS, self.options.check_data, self.say)
+            count = self.options.check_rows or CHECK_ROWS
+            rows = held_out(self.source, self.encoder, count, self.options.check_data, self.say)
         loaded: Policy | None = None
         quantised = checkpoint is not None and (config.load_in_4bit or config.head_bits or checkpoint.packed)
         if quantised or rows:
-            loaded = self.policy or policies.load(self.source, self.say)
+            loaded = self.policy or policies.load(self.source, self.say, in_files=True)
         if checkpoint is None:
             self._write_adapter()
         else:
@@ -196,18 +204,18 @@ class Export:
     def _merge(self, checkpoint: merge.Checkpoint, loaded: Policy | None) -> None:
         """Write the merged Hugging Face folder, the result or an intermediate step."""
         dense = registry.module(self.backend, "export").dense(loaded.backend) if loaded else {}
-        dtype = self.options.weights_dtype or (_GGUF_DTYPES.get(self._outtype()) if self.reader == "gguf" else None)
+        dtype = self.options.weights_dtype or (_GGUF_DTYPES.get(self._outtype(), "float16") if self.reader == "gguf" else None)
         adapter = adapter_files.float_adapter(self.files, self.source.strength)
         planned = merge.plan(checkpoint, adapter, dense, dtype, self.source.options.model)
         self._need_disk(sum(tensor.nbytes for tensor in planned))
         self.say(f"merging the adapter into {len(adapter.weights)} layers" + (f", {len(dense)} dequantised" if dense else ""))
         make_folder(self.merged)
-        merge.write(self.merged, planned, checkpoint, dtype)
+        merge.write(self.merged, planned, checkpoint, dtype, self.encoder.end_ids())
         self.facts |= {"dtype": dtype or checkpoint.dtype, "dequantised_weights": len(dense)}
 
     def _need_disk(self, merged: int) -> None:
         """Raise UserError if the disk has no room for the merged weights and what is made from them."""
-        second = {"merged": 0.0, "mlx": (self.options.bits + 0.5) / 16 if self.options.bits else 1.0}.get(self.format, 1.0)
+        second = {"merged": 0.0, "mlx": (self.options.bits + 0.5) / 16 if self.options.bits else 1.0}.get(self.format, 1.35)
         needed, free = merged * (1 + second) * 1.02, shutil.disk_usage(self.work).free
         if free < needed:
             beside = ", for the merged model and what is made from it" if second else ""
@@ -260,19 +268,33 @@ class Export:
 
             defaults = self.merged / "generation_config.json"
             settings = json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else None
-            write_modelfile(self.made, file.name, load_tokenizer(str(self.merged)), settings)
+            for note in write_modelfile(self.made, file.name, load_tokenizer(str(self.merged)), settings):
+                self.say(f"Modelfile: {note}")
 
-    def _logps(self, trained: Trained) -> list[np.ndarray]:
-        """Return the made model's log-probs, loaded by the libraries that it is for."""
-        if self.reader == "gguf":
-            from lite_dil.export import gguf as gguf_export
+    def _check(self, trained: Trained) -> Check:
+        """Compare what was made, loaded by the libraries that it is for, with the trained model."""
+        library = None if self.reader == "gguf" else registry.module(self.reader, "export")
+        sequences = trained.sequences
+        if self.format == "adapter":
+            config = self.source.options if self._same_library() else replace(self.source.options, dtype="auto")
+            return trained.compare(library.adapter_logps(self.model, self.made, config, sequences), self._tolerance(trained))
+        with library.exported(self.made) if library else self._opened(trained) as made:
+            logps = made.logps(sequences)
+            check = trained.compare(logps, self._tolerance(trained))
+            ends = preferred_ends(sequences, logps, self.encoder.end_ids())
+            return replace(check, ends=ends, faults=tuple(faults(made, self.encoder, sequences, self.say)))
 
-            return gguf_export.token_logps(self._gguf(), trained.sequences, self.say)
-        library = registry.module(self.reader, "export")
-        if self.format != "adapter":
-            return library.model_logps(self.made, trained.sequences)
-        config = self.source.options if self._same_library() else replace(self.source.options, dtype="auto")
-        return library.adapter_logps(self.model, self.made, config, trained.sequences)
+    def _opened(self, trained: Trained) -> AbstractContextManager[Runtime]:
+        """Open the GGUF file, as Ollama does by its Modelfile where there is one."""
+        from lite_dil.export import gguf_reading
+
+        tokenizer, render, stops = self.encoder.tokenizer, None, None
+        if self.format == "ollama":
+            from lite_dil.export.ollama import probe, stops_of
+
+            render, stops = probe(tokenizer).render, stops_of(self.made / "Modelfile")
+        context = max(sum(map(len, sequence)) for sequence in trained.sequences) + MORE_CONTEXT
+        return gguf_reading.opened(self._gguf(), context, tokenizer, self.say, render, stops)
 
     def _tolerance(self, trained: Trained) -> float:
         """Return the allowed mean difference, given the rounding on both sides."""
@@ -294,7 +316,7 @@ class Export:
         return self.options.outtype or OUTTYPE
 
     def _gguf(self) -> Path:
-        return self.made / f"{self.options.output.name}.gguf"
+        return self.made / f"{self.name}.gguf"
 
 
 def describe(folder: Path, source: AdapterSource, format: str, check: Check | None) -> None:

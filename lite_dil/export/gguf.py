@@ -1,34 +1,39 @@
-"""Convert a model folder to a GGUF file (for llama.cpp, Ollama, LM Studio), and compute the file's log-probs for the check."""
+"""Convert a model folder to a GGUF file, for llama.cpp, Ollama, LM Studio and others."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lite_dil.base.errors import UserError, first_line
-from lite_dil.base.files import make_folder, replacing
+from lite_dil.base.errors import UserError
+from lite_dil.base.files import make_folder, remove, replacing
 from lite_dil.base.install import install
-from lite_dil.base.start import without_bar
 from lite_dil.export import gguf_vocabulary, gguf_weights
+from lite_dil.export.gguf_reading import different_tokens, reader, silence
+from lite_dil.export.merge import end_tokens
 from lite_dil.models.find import load_tokenizer
 from lite_dil.models.tensors import Stored
 
 # Type of the numbers -> its name in a GGUF file's general.file_type. llama.cpp's converter makes the same types.
 KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+# llama.cpp's own quantisations, by the number of their llama_ftype.
+QUANTISED = {"q4_K_M": 15, "q5_K_M": 17, "q6_K": 18}
 # Allowed mean difference of a token's log-prob from the trained model's, in nats, over held-out responses; the rounding of the
 # trained side's compute type is added. Measured on SmolLM2-135M, 772 tokens, llama.cpp against float32 (transformers reads the
 # file's numbers, llama.cpp computes in the file's type and caches keys and values in float16): f32 0.001, f16 0.002, bf16
 # 0.012, q8_0 0.077. The limits are about three times that; a file with one wrong projection is off by nats.
-GGUF_TOLERANCES = {"f32": 0.005, "f16": 0.01, "bf16": 0.04, "q8_0": 0.25}
+# llama.cpp's q6_K 0.12, q5_K_M 0.34, q4_K_M 0.32: rows of that model are too short for blocks of 256, and get 5 bits for 4.
+GGUF_TOLERANCES = {"f32": 0.005, "f16": 0.01, "bf16": 0.04, "q8_0": 0.25, "q6_K": 0.4, "q5_K_M": 1.0, "q4_K_M": 1.5}
 # Texts on which tokenizers disagree: contractions, digits, kinds of space, scripts, emoji of several code points, code.
 PROBES = (
     "Hello world, it's Tom's; I'LL go.\n\n\n  and   then\t\ttabs \r\n and",
@@ -39,26 +44,34 @@ PROBES = (
     'for (int i=0; i<10; i++) { x[i] += "a\\n"; }  // done',
 )
 _CONVERTERS = ("convert_hf_to_gguf.py", "convert-hf-to-gguf")
-_Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
 def convert(merged: Path, target: Path, kind: str, llama_cpp: Path | None, say: Callable[[str], None]) -> None:
     """Make the GGUF file `target` from the model folder `merged`, completely or not at all.
 
-    It uses llama.cpp's own converter if that is found in the folder `llama_cpp`, in $LLAMA_CPP_DIR or on the PATH. Otherwise
+    A kind of ``QUANTISED`` is made from an f16 file by llama.cpp, from llama-cpp-python or as llama-quantize on the PATH. The
+    rest uses llama.cpp's own converter if that is found in the folder `llama_cpp`, in $LLAMA_CPP_DIR or on the PATH. Otherwise
     the file is written here, for the architectures and tokenizers that can be written exactly. If llama-cpp-python is
     installed, `PROBES` must give the same tokens.
 
     Args:
         merged: a Hugging Face folder with weights of 16 or 32 bits, without an adapter.
-        kind: one of ``KINDS``, the type of the matrices; vectors stay float32.
+        kind: one of ``KINDS`` or ``QUANTISED``, the type of the matrices; vectors stay float32.
         say: shows a line to the user.
 
     Raises:
         UserError: the model or its tokenizer cannot be written exactly, a package is missing, or the converter failed.
     """
-    converter = find_converter(llama_cpp)
     make_folder(target.parent)
+    if kind in QUANTISED:
+        whole = target.parent / "f16" / target.name
+        convert(merged, whole, "f16", llama_cpp, say)
+        say(f"quantising to {kind} with llama.cpp")
+        with replacing(target) as made:
+            _quantise(whole, made, kind)
+        remove(whole.parent)
+        return
+    converter = find_converter(llama_cpp)
     with replacing(target) as made:
         if converter:
             say(f"converting with {converter}")
@@ -68,20 +81,44 @@ def convert(merged: Path, target: Path, kind: str, llama_cpp: Path | None, say: 
         _check_tokens(made, merged)
 
 
-def check(model: Path, found: Mapping[str, Stored], llama_cpp: Path | None, logps: bool) -> None:
+def check(model: Path, found: Mapping[str, Stored], kind: str, llama_cpp: Path | None, logps: bool) -> None:
     """Raise UserError if `convert` would refuse a model, as far as that is known before the merge.
 
     Args:
         model: the folder of the model, not merged yet.
         found: the tensors in it.
-        logps: whether `token_logps` will follow.
+        logps: whether the file will be read for the check.
     """
     if find_converter(llama_cpp) is None:
         _need_gguf()
         gguf_weights.read_config(model)
         gguf_vocabulary.read(load_tokenizer(str(model)), gguf_weights.vocabulary_rows(found), lambda line: None)
     if logps:
-        _reader()
+        reader()
+    if kind in QUANTISED and not _quantiser():
+        raise UserError(
+            f"--outtype {kind} needs llama.cpp: pip install llama-cpp-python, or its llama-quantize on the PATH. Or export "
+            f"with --outtype f16, and where llama.cpp is: llama-quantize MODEL.gguf MODEL-{kind}.gguf {kind.upper()}"
+        )
+
+
+def _quantiser() -> str | None:
+    """Return what quantises: "llama_cpp", the path of llama-quantize, or None."""
+    return "llama_cpp" if importlib.util.find_spec("llama_cpp") is not None else shutil.which("llama-quantize")
+
+
+def _quantise(whole: Path, made: Path, kind: str) -> None:
+    if (program := _quantiser()) != "llama_cpp":
+        assert program is not None  # `check` came first
+        _call([program, str(whole), str(made), kind.upper()], made)
+        return
+    import llama_cpp
+
+    llama_cpp.llama_log_set(silence(), None)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = QUANTISED[kind]
+    if code := llama_cpp.llama_model_quantize(str(whole).encode(), str(made).encode(), ctypes.byref(params)):
+        raise UserError(f"llama.cpp could not quantise {whole.name} to {kind} (code {code})")
 
 
 def find_converter(llama_cpp: Path | None) -> Path | None:
@@ -101,11 +138,16 @@ def find_converter(llama_cpp: Path | None) -> Path | None:
 
 def _run(converter: Path, merged: Path, made: Path, kind: str) -> None:
     python = [sys.executable] if converter.suffix == ".py" else []
-    command = [*python, str(converter), str(merged), "--outfile", str(made), "--outtype", kind]
+    _call([*python, str(converter), str(merged), "--outfile", str(made), "--outtype", kind], made)
+
+
+def _call(command: list[str], made: Path) -> None:
+    """Run a program of llama.cpp that makes a file."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode or not made.is_file():
         last = "\n".join(line for line in done.stdout.splitlines()[-8:] if line.strip())
-        raise UserError(f"{converter} failed (exit code {done.returncode}). Its last lines:\n{last}")
+        program = next(word for word in command if word != sys.executable)
+        raise UserError(f"{program} failed (exit code {done.returncode}). Its last lines:\n{last}")
 
 
 def _write(merged: Path, made: Path, kind: str, name: str, say: Callable[[str], None]) -> None:
@@ -116,7 +158,9 @@ def _write(merged: Path, made: Path, kind: str, name: str, say: Callable[[str], 
     found = gguf_weights.tensors(merged)
     planned = gguf_weights.plan(config, found)
     rows = gguf_weights.vocabulary_rows(found)
-    vocabulary = gguf_vocabulary.read(load_tokenizer(str(merged)), rows, say)
+    defaults = merged / "generation_config.json"
+    ends = end_tokens(json.loads(defaults.read_text(encoding="utf-8"))) if defaults.is_file() else []
+    vocabulary = gguf_vocabulary.read(load_tokenizer(str(merged)), rows, say, ends)
     if getattr(config, "sliding_window", None) and config.model_type == "mistral":
         say(f"note: the format has no sliding window for this model; results differ beyond {config.sliding_window} tokens")
     writer = gguf.GGUFWriter(made, gguf_weights.ARCHITECTURES[config.model_type])
@@ -161,123 +205,3 @@ def _stored_type(kind: str, shape: tuple[int, ...]) -> Any:
     if len(shape) == 1:
         return GGMLQuantizationType.F32
     return GGMLQuantizationType["F16" if kind == "q8_0" and shape[-1] % 32 else kind.upper()]
-
-
-def token_logps(path: Path, sequences: _Sequences, say: Callable[[str], None]) -> list[np.ndarray]:
-    """Return the log-probs (nats) of each sequence's response tokens, (tokens,) float32, under the file's model.
-
-    llama.cpp, which Ollama uses, computes them if llama-cpp-python is installed; else transformers does, from the file's
-    weights in float32 (4 bytes of memory per parameter).
-
-    Args:
-        sequences: (prompt ids, response ids) of each response; no list may be empty.
-
-    Raises:
-        UserError: neither is installed, or the file cannot be loaded.
-    """
-    if _reader() == "llama.cpp":
-        say(f"reading {path.name} with llama.cpp")
-        return _by_llama_cpp(path, sequences)
-    say(f"reading {path.name} with transformers (llama-cpp-python is not installed)")
-    return _by_transformers(path, sequences)
-
-
-def _reader() -> str:
-    """Return the installed reader of GGUF files. Raises UserError if there is none."""
-    if importlib.util.find_spec("llama_cpp") is not None:
-        return "llama.cpp"
-    if any(importlib.util.find_spec(module) is None for module in ("torch", "gguf", "accelerate")):
-        raise UserError("checking a GGUF file needs llama-cpp-python or torch: pip install llama-cpp-python")
-    return "transformers"
-
-
-def open_file(path: Path, **options: Any) -> Any:
-    """Open a GGUF file in llama.cpp without its log. `options` are llama_cpp.Llama's."""
-    from llama_cpp import Llama, llama_log_set
-
-    llama_log_set(_silence(), None)  # type: ignore[arg-type]
-    try:
-        return Llama(str(path), verbose=False, **options)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: llama.cpp cannot load it ({first_line(error)})") from None
-
-
-@cache
-def _silence() -> Any:
-    """Return a log callback for llama.cpp that drops everything; it is kept alive, since the library calls it until exit."""
-    from llama_cpp import llama_log_callback
-
-    return llama_log_callback(lambda level, text, data: None)
-
-
-def different_tokens(path: Path, tokenizer: Any, texts: Iterable[str]) -> list[str]:
-    """Return the `texts` that llama.cpp, with the file's tokenizer, splits into other tokens than `tokenizer`.
-
-    Nothing is added to the texts, and control tokens in them are read as such. Needs llama-cpp-python.
-    """
-    file = open_file(path, vocab_only=True)
-    try:
-        return [
-            text
-            for text in texts
-            if file.tokenize(text.encode(), add_bos=False, special=True) != tokenizer(text, add_special_tokens=False).input_ids
-        ]
-    finally:
-        file.close()
-
-
-def _by_llama_cpp(path: Path, sequences: _Sequences) -> list[np.ndarray]:
-    longest = max(len(prompt) + len(response) for prompt, response in sequences)
-    file = open_file(path, n_ctx=longest, logits_all=True)
-    try:
-        logps = []
-        for prompt, response in sequences:
-            file.reset()
-            file.eval([*prompt, *response])
-            logps.append(_log_softmax_at(file.scores[len(prompt) - 1 : len(prompt) + len(response) - 1], response))
-        return logps
-    finally:
-        file.close()
-
-
-def _log_softmax_at(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """Return the log-probs of `ids` (tokens,) under `logits` (tokens, vocabulary)."""
-    logits = logits.astype(np.float64)
-    top = logits.max(-1)
-    total = top + np.log(np.exp(logits - top[:, None]).sum(-1))
-    return (logits[np.arange(len(ids)), list(ids)] - total).astype(np.float32)
-
-
-def _by_transformers(path: Path, sequences: _Sequences) -> list[np.ndarray]:
-    import torch
-    from gguf import GGUFReader
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
-
-    file = GGUFReader(path)
-    fields = {key.partition(".")[2]: field.contents() for key, field in file.fields.items()}
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        # transformers ignores the head size of Qwen 3 and the rope scaling in the file.
-        config.head_dim = fields.get("attention.key_length", gguf_weights.head_size(config))
-        if (factor := fields.get("rope.scaling.factor")) is not None:
-            config.rope_parameters |= {"rope_type": fields["rope.scaling.type"], "factor": factor}
-        with without_bar():
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                config=config,
-                trust_remote_code=False,
-                gguf_file=path.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-            ).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: transformers cannot load it ({first_line(error)})") from None
-    factors = next((tensor.data for tensor in file.tensors if tensor.name == "rope_freqs.weight"), None)
-    if factors is not None:
-        model.model.rotary_emb.inv_freq /= torch.tensor(np.array(factors))
-    logps = []
-    for prompt, response in sequences:
-        with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-        logps.append(_log_softmax_at(logits.numpy(), response))
-    return logps

@@ -6,14 +6,17 @@ A tokenizer that llama.cpp would not reproduce exactly is refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lite_dil.base.errors import UserError
+from lite_dil.data.encoder import Encoder
+from lite_dil.data.files import RowError
 
 # The format's token kinds.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+EOS_IDS = "tokenizer.ggml.eos_token_ids"  # Ollama's own engine reads the list, llama.cpp eos, eot and eom
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,8 +39,9 @@ _SPLITS: dict[tuple[str | None, ...], tuple[str, bool]] = {
 class Vocabulary:
     """A tokenizer's content in a GGUF file.
 
-    `model` is "gpt2" (byte-level BPE, with `merges`) or "llama" (SentencePiece, with `scores`); `special` maps bos, eos, unk
-    and pad to their ids.
+    `model` is "gpt2" (byte-level BPE, with `merges`) or "llama" (SentencePiece, with `scores`); `special` maps bos, eos, unk,
+    pad, and where training ended responses in another token than eos also eot, to their ids. `ends` are all tokens that end
+    a response.
     """
 
     model: str
@@ -48,8 +52,8 @@ class Vocabulary:
     scores: list[float] = field(default_factory=list)
     add_space_prefix: bool = False
     add_bos: bool = False
-    add_eos: bool = False
     special: dict[str, int] = field(default_factory=dict)
+    ends: list[int] = field(default_factory=list)
     chat_template: str | None = None
 
     def write(self, writer: Any) -> None:
@@ -64,15 +68,20 @@ class Vocabulary:
             writer.add_token_merges(self.merges)
         for name, index in self.special.items():
             getattr(writer, f"add_{name}_token_id")(index)
+        if len(self.ends) > 1:
+            writer.add_array(EOS_IDS, self.ends)
         writer.add_add_space_prefix(self.add_space_prefix)
         writer.add_add_bos_token(self.add_bos)
-        writer.add_add_eos_token(self.add_eos)
+        writer.add_add_eos_token(False)  # training's prompts have none behind them, even if the tokenizer puts one there
         if self.chat_template:
             writer.add_chat_template(self.chat_template)
 
 
-def read(tokenizer: Any, rows: int, say: Callable[[str], None]) -> Vocabulary:
+def read(tokenizer: Any, rows: int, say: Callable[[str], None], ends: Sequence[int] = ()) -> Vocabulary:
     """Return the vocabulary of a Hugging Face fast tokenizer for a model whose embedding table has `rows` rows.
+
+    Args:
+        ends: the tokens that end a response by the model's generation_config.json.
 
     Raises:
         UserError: llama.cpp has no such tokenizer.
@@ -99,11 +108,12 @@ def read(tokenizer: Any, rows: int, say: Callable[[str], None]) -> Vocabulary:
         types[index] = CONTROL if token["special"] else USER_DEFINED
 
     merges = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
-    bos, eos = around(tokenizer)
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    trained = [index for index in Encoder(tokenizer).end_ids() if index != ids["eos"]]
+    ids |= dict(zip(("eot", "eom"), trained, strict=False))
     common: dict[str, Any] = {
-        "add_bos": bos,
-        "add_eos": eos,
+        "add_bos": puts_bos(tokenizer),
+        "ends": list(dict.fromkeys([ids["eos"], *trained, *ends])),
         "special": {name: int(index) for name, index in ids.items() if index is not None},
         "chat_template": tokenizer.get_chat_template() if tokenizer.chat_template else None,
     }
@@ -126,6 +136,22 @@ def _unknown(reason: str) -> UserError:
         f"this tokenizer cannot be written into a GGUF file exactly: {reason}. llama.cpp's own converter may know the model: "
         "--llama-cpp DIR"
     )
+
+
+def puts_bos(tokenizer: Any) -> bool:
+    """Return whether a runtime must put BOS before a prompt, so that it reads what training read.
+
+    A chat template prints the BOS of its prompts itself, or training had none, even if the tokenizer puts one before a text.
+    """
+    if not around(tokenizer)[0]:
+        return False
+    encoder = Encoder(tokenizer)
+    if not encoder.rendering.chats:
+        return True
+    try:
+        return encoder.prompt([{"role": "user", "content": "a"}])[:1] == (tokenizer.bos_token_id,)
+    except RowError:  # so no conversation was trained on
+        return True
 
 
 def around(tokenizer: Any) -> tuple[bool, bool]:

@@ -58,9 +58,10 @@ def export(options: ExportOptions, source: AdapterSource, say: Callable[[str], N
     say(f"check: {check}" if check else "check: skipped (--no-check); whether this is the trained model is unknown")
     if check and not check.ok:
         # The checkpoint's weights lie on the 16-bit grid: a change of less than half a grid step is rounded away.
-        lost = check.mean <= check.tolerance and 0 < check.share < 1
+        lost = not check.faults and check.mean <= check.tolerance and 0 < check.share < 1
         hint = "; rounding may have erased the adapter: try float32 weights, or --format adapter" if lost else ""
-        raise Refused(f"refused: this is not the trained model; the result is in {target}{hint}")
+        why = "; ".join(check.faults) or "this is not the trained model"
+        raise Refused(f"refused: {why}; the result is in {target}{hint}")
     say(f"{target}: {options.format}, {size:.2f} GB")
     return target
 
@@ -108,10 +109,11 @@ def check_options(options: ExportOptions, more: Sequence[str] = ()) -> None:
         problems.append("--push-to-hub uploads only what passed the check; leave --no-check out")
     problems += more
     if options.format in ("gguf", "ollama"):
-        from lite_dil.export.gguf import KINDS
+        from lite_dil.export.gguf import KINDS, QUANTISED
 
-        if options.outtype is not None and options.outtype not in KINDS:
-            problems.append(f"--outtype {options.outtype}: expected one of {', '.join(KINDS)}")
+        if options.outtype is not None and options.outtype not in KINDS | QUANTISED:
+            near = did_you_mean(options.outtype, KINDS | QUANTISED)
+            problems.append(f"--outtype {options.outtype}{near}: expected one of {', '.join(KINDS | QUANTISED)}")
     problems += _not_free(options.output)
     if problems:
         raise UserError(gather(problems, "export cannot start:") if len(problems) > 1 else problems[0])

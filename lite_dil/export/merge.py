@@ -6,10 +6,12 @@ holds one tensor at a time. Weights that training had in 4 or 8 bits come dequan
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.models import tensors
 from lite_dil.models.adapters import Adapter
 from lite_dil.models.find import rope_config
-from lite_dil.models.tensors import CODES, FLOATS, Planned, Stored, encode
+from lite_dil.models.tensors import CODES, FLOATS, Planned, Stored, core_name, encode
 
 SHARD_BYTES = 5 * 10**9
 # Files of a model besides its weights and config.json.
@@ -93,7 +95,7 @@ class Checkpoint:
         """Whether its output head is its embedding table."""
         tied = (self.config.get("text_config") or self.config).get("tie_word_embeddings")
         # Without the key the model class decides; files without a head mean that it is.
-        return not any(_core(key) == "lm_head.weight" for key in self.tensors) if tied is None else bool(tied)
+        return not any(core_name(key) == "lm_head.weight" for key in self.tensors) if tied is None else bool(tied)
 
 
 def plan(checkpoint: Checkpoint, adapter: Adapter, dense: Dense, dtype: str | None, name: str) -> list[Planned]:
@@ -110,15 +112,15 @@ def plan(checkpoint: Checkpoint, adapter: Adapter, dense: Dense, dtype: str | No
     """
     code = CODES[dtype] if dtype else None
     planned, left = [], set(adapter.weights) | set(dense)
-    ours = {_core(layer): layer for layer in left}
+    ours = {core_name(layer): layer for layer in left}
     if len(ours) != len(left):
         raise UserError(f"--model {name}: its layer names are ambiguous; cannot be merged")
     for key, stored in checkpoint.tensors.items():
         layer, _, leaf = key.rpartition(".")
-        own = ours.get(_core(layer))
+        own = ours.get(core_name(layer))
         if checkpoint.packed and not (leaf == "weight" and own) and _packing(key, dense, ours):
             continue
-        if checkpoint.tied and _core(layer) == "lm_head":
+        if checkpoint.tied and core_name(layer) == "lm_head":
             continue  # loaders use the embedding table
         if own is None or leaf != "weight":
             if checkpoint.packed and not stored.floating:
@@ -138,18 +140,13 @@ def plan(checkpoint: Checkpoint, adapter: Adapter, dense: Dense, dtype: str | No
     return planned
 
 
-def _core(layer: str) -> str:
-    """Return a layer's name without the library-specific prefixes around a language model."""
-    return ".".join(part for part in layer.split(".") if part not in ("model", "language_model"))
-
-
 def _packing(key: str, dense: Dense, ours: dict[str, str]) -> bool:
     """Return whether a tensor of a quantised checkpoint describes how a weight is packed."""
     layer, _, leaf = key.rpartition(".")
-    if leaf in ("scales", "biases") and ours.get(_core(layer)) in dense:  # MLX
+    if leaf in ("scales", "biases") and ours.get(core_name(layer)) in dense:  # MLX
         return True
     owner, weight, _ = key.partition(".weight.")  # bitsandbytes
-    return bool(weight) and ours.get(_core(owner)) in dense
+    return bool(weight) and ours.get(core_name(owner)) in dense
 
 
 def _unchanged(key: str, stored: Stored, code: str | None) -> Planned:
@@ -172,16 +169,17 @@ def _merged(key: str, stored: Stored, adapter: Adapter, weight: DenseWeight, lay
     return Planned(key, code, weight.shape, pieces)
 
 
-def write(folder: Path, planned: list[Planned], checkpoint: Checkpoint, dtype: str | None) -> None:
-    """Write the planned tensors and the model's other files into `folder`."""
+def write(folder: Path, planned: list[Planned], checkpoint: Checkpoint, dtype: str | None, ends: Sequence[int]) -> None:
+    """Write the planned tensors and the model's other files into `folder`; `ends` are the tokens that end a response."""
     for pattern in _BESIDE:
         for path in checkpoint.folder.glob(pattern):
             if path.is_file():
                 to = folder / path.relative_to(checkpoint.folder)
                 files.make_folder(to.parent)
                 files.copy(path, to)
-    text = json.dumps(_config(checkpoint, dtype), indent=2, ensure_ascii=False)
-    files.write(folder / "config.json", text + "\n")
+    config = _config(checkpoint, dtype)
+    _write_ends(folder / "generation_config.json", config, ends)
+    _write_json(folder / "config.json", config)
     shards = _shards(planned)
     if len(shards) == 1:
         tensors.write(folder / "model.safetensors", shards[0], "pt")
@@ -192,7 +190,32 @@ def write(folder: Path, planned: list[Planned], checkpoint: Checkpoint, dtype: s
         tensors.write(folder / file, shard, "pt")
         where |= {tensor.name: file for tensor in shard}
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in planned)}, "weight_map": where}
-    files.write(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_ends(file: Path, config: dict[str, Any], ends: Sequence[int]) -> None:
+    """Add `ends` to the end tokens in the model's generation_config.json and in `config`.
+
+    A base's own end another than that of the chat template it is trained on: without the latter no runtime stops.
+    """
+    own = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else own
+    known = end_tokens(settings)
+    if missing := [token for token in ends if token not in known]:
+        found = [*known, *missing]
+        settings["eos_token_id"] = found if len(found) > 1 else found[0]
+        config["eos_token_id"] = settings["eos_token_id"]
+        _write_json(file, settings)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    files.write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def end_tokens(settings: Mapping[str, Any]) -> list[int]:
+    """Return the end tokens that the content of a generation_config.json or config.json names."""
+    ids = settings.get("eos_token_id")
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _shards(planned: list[Planned]) -> list[list[Planned]]:
@@ -215,5 +238,33 @@ def _config(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Any]:
         parts = [config, config["text_config"]] if "text_config" in config else [config]
         for part in parts:
             part |= {key: dtype or checkpoint.dtype for key in ("dtype", "torch_dtype") if key in part}
-    # mlx-lm, transformers 4 and programs modelled on it read rope_theta, and use 10000 if it is missing.
-    return config | {key: value for key, value in rope_config(checkpoint.config).items() if value is not None}
+    return config | _rope_spelling(config)
+
+
+def _rope_spelling(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what to add to a config.json for mlx-lm, transformers 4 and programs modelled on it.
+
+    They read rope_theta, and use 10000 if it is missing. Where each type of layers has its own rope, transformers may read
+    another from it, or fail, as for Gemma 4, of which mlx-lm reads rope_parameters itself: then nothing is added.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    text = config.get("text_config") or config
+    nested = any(isinstance(rope, dict) for rope in (text.get("rope_parameters") or {}).values())
+    try:
+        added = {key: value for key, value in rope_config(config).items() if value is not None}
+        return added if not nested or _ropes(config | added) == _ropes(config) else {}
+    except (KeyError, ValueError, TypeError, AttributeError, StrictDataclassError, UserError):
+        if not nested:
+            raise
+        return {}
+
+
+def _ropes(config: dict[str, Any]) -> Any:
+    """Return the ropes that transformers reads from a config.json."""
+    from transformers import CONFIG_MAPPING
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`rope_scaling` is deprecated", FutureWarning)  # whether it is understood
+        read = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
+    return read.get_text_config().rope_parameters

@@ -17,11 +17,17 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.files import write
 from lite_dil.data.files import RowError
 from lite_dil.data.rendering import Rendering
-from lite_dil.export.gguf_vocabulary import around
+from lite_dil.export.gguf_vocabulary import puts_bos
 
 _Messages = Sequence[Mapping[str, str]]
 # generation_config.json -> Ollama's parameters.
 _SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
+# Only of the last message, which the model is to continue. A template with .Thinking and these tags as text makes Ollama take
+# <think> blocks out of responses, so that earlier messages come without theirs (its thinking/template.go).
+_THINKING = (
+    '{{ if and $last .Thinking }}<think>{{ "\\n" }}{{ .Thinking }}{{ "\\n" }}</think>{{ end }}'
+    '{{ if and $last .Thinking }}{{ "\\n\\n" }}{{ end }}'
+)
 _REFUSED = "the chat template cannot be written for Ollama: {}. Export with --format gguf, and write the Modelfile by hand"
 
 
@@ -32,7 +38,7 @@ class TemplateParts:
     `first_user` comes before a user message that opens the conversation (with BOS, unless the runtime adds it, and the
     template's own system prompt), `after_system` before one that follows the system message. `system` is the text around the
     system message, None if the template has none; `in_last` the text after it if a template (Mistral's) moves it in front of
-    the last user message.
+    the last user message. `thinks` is whether the template takes the reasoning out of earlier messages.
     """
 
     first_user: str
@@ -44,6 +50,7 @@ class TemplateParts:
     system: tuple[str, str] | None = None
     after_system: str = ""
     in_last: str | None = None
+    thinks: bool = False
 
     def render(self, messages: _Messages) -> str:
         """Return the prompt text of a conversation, the same that `go_template` renders in Go."""
@@ -72,11 +79,12 @@ class TemplateParts:
         if self.in_last is not None:
             moved = "{{ (index $.Messages 0).Content }}" + _quoted(self.in_last)
             before += f"{{{{ if and $last {opened} }}}}{moved}{{{{ end }}}}"
+        thinking = _THINKING if self.thinks else ""
         lines = [
             "range $i, $_ := .Messages }}",
             "$last := eq (len (slice $.Messages $i)) 1 }}",
             'if eq .Role "user" }}' + before + "{{ .Content }}" + _quoted(self.user_end),
-            'else if eq .Role "assistant" }}' + _quoted(self.assistant) + "{{ .Content }}",
+            'else if eq .Role "assistant" }}' + _quoted(self.assistant) + thinking + "{{ .Content }}",
             f"if not $last }}}}{_quoted(self.assistant_end)}{{{{ end }}}}",
             "end }}",
             f'if and $last (ne .Role "assistant") }}}}{_quoted(self.generation)}{{{{ end }}}}',
@@ -93,8 +101,8 @@ def _quoted(text: str) -> str:
     return "{{ " + json.dumps(text, ensure_ascii=False) + " }}" if text else ""
 
 
-def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, defaults: Mapping[str, Any] | None) -> None:
-    """Write `folder`/Modelfile for the GGUF file `gguf_name` in the same folder.
+def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, defaults: Mapping[str, Any] | None) -> list[str]:
+    """Write `folder`/Modelfile for the GGUF file `gguf_name` in the same folder; return what it cannot express, in sentences.
 
     Args:
         tokenizer: the model's fast tokenizer, with its chat template.
@@ -112,15 +120,36 @@ def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, defaults: Mapp
     lines = [
         f"# ollama create {name} -f Modelfile",
         f"# ollama run {name}",
-        "# Ollama does not quantise GGUF files. For a smaller one, run llama-quantize on an f16 export and name it in FROM.",
     ]
-    if not layout.system and layout.in_last is None:
-        lines.append("# The model's chat template has no system message: a given one is ignored.")
+    notes = _left_out(tokenizer, layout)
+    lines += [f"# {note}" for note in notes]
     ends = dict.fromkeys(end for end in (tokenizer.eos_token, layout.assistant_end.strip()) if end)
     lines += [f"FROM ./{gguf_name}", "", f'TEMPLATE """{layout.go_template()}"""', ""]
     lines += [f'PARAMETER stop "{end}"' for end in ends if '"' not in end and end.isprintable()]
     lines += [f"PARAMETER {key} {value}" for key, value in _sampling(defaults or {}).items()]
     write(folder / "Modelfile", "\n".join(lines) + "\n")
+    return notes
+
+
+def _left_out(tokenizer: Any, layout: TemplateParts) -> list[str]:
+    """Return what the model's chat template does, or refuses, that its Modelfile does not, or cannot refuse."""
+    notes = []
+    if not layout.system and layout.in_last is None:
+        notes.append("The model's chat template has no system message: a given one is ignored.")
+    rendering, ask = Rendering(tokenizer), [{"role": "user", "content": "Xquestionx"}]
+    tool = {"name": "Xtoolx", "description": "Xuse", "parameters": {"type": "object", "properties": {}}}
+    try:
+        prints_tools = "Xtoolx" in rendering.lay_out(ask, [{"type": "function", "function": tool}], True)
+    except RowError:
+        prints_tools = False
+    if prints_tools:
+        notes.append("Tools are left out: Ollama prints their JSON otherwise than the model's chat template, which has them.")
+    return notes
+
+
+def stops_of(modelfile: Path) -> list[str]:
+    """Return the texts at which Ollama ends a response."""
+    return re.findall(r'^PARAMETER stop "(.*)"$', modelfile.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def model_name(gguf_name: str) -> str:
@@ -150,7 +179,13 @@ def probe(tokenizer: Any) -> TemplateParts:
     user_end = _common([_cut(render(asked, False), user)[1], to_answer, end])
     answer_end = _common([_cut(render(answered, False), user, answer)[2], to_more])
     layout = TemplateParts(
-        first, to_more[len(answer_end) :], user_end, to_answer[len(user_end) :], answer_end, more_end[len(user_end) :]
+        first,
+        to_more[len(answer_end) :],
+        user_end,
+        to_answer[len(user_end) :],
+        answer_end,
+        more_end[len(user_end) :],
+        thinks=_takes_out_reasoning(render),
     )
     tries = [layout]
     system = {"role": "system", "content": rules}
@@ -169,6 +204,17 @@ def probe(tokenizer: Any) -> TemplateParts:
     raise UserError(_REFUSED.format("it does more than put fixed text around each message"))
 
 
+def _takes_out_reasoning(render: Callable[[_Messages, bool], str]) -> bool:
+    """Return whether a template prints an earlier message without its <think> block."""
+    turns = [{"role": "user", "content": "Xquestionx"}, {"role": "assistant", "content": "Xanswerx"}]
+    turns.append({"role": "user", "content": "Xmorex"})
+    thought = [turns[0], {"role": "assistant", "content": "<think>\nXthoughtx\n</think>\n\nXanswerx"}, turns[2]]
+    try:
+        return render(thought, True) == render(turns, True)
+    except UserError:
+        return False
+
+
 def _conversations(system: bool) -> list[_Messages]:
     """Return conversations of one to three turns, without and with a system message, to compare renderings."""
     texts = ["Hello, who are you?", "A model.\nOne that answers.", "Why <b>2 + 2</b>?", "It is 4: {{ 2 + 2 }}.", "¿Qué? 你好"]
@@ -179,7 +225,7 @@ def _conversations(system: bool) -> list[_Messages]:
 
 def renderer(tokenizer: Any) -> Callable[[_Messages, bool], str]:
     """Return a function that renders a conversation with the chat template, without the BOS token that the runtime adds."""
-    rendering, bos = Rendering(tokenizer), tokenizer.bos_token if around(tokenizer)[0] else ""
+    rendering, bos = Rendering(tokenizer), tokenizer.bos_token if puts_bos(tokenizer) else ""
 
     def render(messages: _Messages, generation: bool) -> str:
         try:

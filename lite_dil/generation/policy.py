@@ -348,12 +348,15 @@ class Policy:
         return [float(each.sum(dtype="float64")) for several in found for each in several]
 
 
-def load(source: AdapterSource, say: Callable[[str], None], training: LoadOptions | None = None) -> Policy:
+def load(
+    source: AdapterSource, say: Callable[[str], None], training: LoadOptions | None = None, in_files: bool = False
+) -> Policy:
     """Load the model with its adapter.
 
     Args:
         say: shows a line to the user.
-        training: options for training, including the initial adapter; None loads it for inference, with the source's adapter.
+        training: options for training, with the initial adapter; None loads it for inference, with the source's adapter.
+        in_files: see `registry.load`.
     """
     checkpoint = checkpoint_of(source.adapter) if source.adapter else None
     if checkpoint and source.run and not source.run.adapter.exists() and checkpoint == source.run.latest():
@@ -363,7 +366,7 @@ def load(source: AdapterSource, say: Callable[[str], None], training: LoadOption
     registry.prepare(name, options, training)
     quiet_bars()
     model = resolve_model(options.model, say)
-    return load_found(source, name, model, encoder_of(model, options), say, training)
+    return load_found(source, name, model, encoder_of(model, options), say, training, in_files)
 
 
 def load_found(
@@ -373,12 +376,13 @@ def load_found(
     encoder: Encoder,
     say: Callable[[str], None],
     training: LoadOptions | None,
+    in_files: bool = False,
 ) -> Policy:
     """Finish `load` after `model`, a result of `resolve_model`, was found and its tokenizer loaded."""
     if remark := registry.import_library(backend):
         say(remark)
     before = peak_rss_mb()
-    loaded = registry.load(backend, source.options, model, training or _adapter(source), training, say)
+    loaded = registry.load(backend, source.options, model, training or _adapter(source), training, say, in_files)
     loaded.set_strength(source.strength)
     say(f"{source.options.model} on {loaded.description}")
     return Policy(loaded, encoder, source, model, say, training, before)

@@ -76,6 +76,11 @@ class Planned:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(_NUMPY[self.code]).itemsize
 
 
+def core_name(name: str) -> str:
+    """Return the name of a weight or layer without the prefixes around a language model, which differ between libraries."""
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
+
+
 def read(path: Path) -> dict[str, Stored]:
     """Return the tensors of a file by name, in the order of their bytes; only the header is read.
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import warm
+from gguf import GGUFReader
+from test_gguf import needs_llama_cpp, read_by
 from trainings import export
 
 from lite_dil.cli.main import main
@@ -30,6 +33,7 @@ Trainer = Callable[..., Path]
         (["--format", "merged", "--no-check", "--push-to-hub", "a/b"], "--push-to-hub uploads only what passed the check"),
         (["--format", "merged", "--private"], "--private needs --push-to-hub"),
         (["--format", "gguf", "--outtype", "q9"], "--outtype q9: expected one of f32"),
+        (["--format", "gguf", "--outtype", "q4_k_m"], "--outtype q4_k_m (did you mean 'q4_K_M'?): expected one of f32"),
         (["--format", "merged", "--check-data", "none.jsonl"], "none.jsonl: no such file"),
         (["--format", "merged", "--strength", "2"], "--strength 2"),
     ],
@@ -105,6 +109,41 @@ def test_gguf(format: str, backend_name: str, tiny: str, trained: Trainer, tmp_p
     assert sorted(path.name for path in output.iterdir()) == [*modelfile, "README.md", "export.json", "merged.gguf"]
 
 
+@needs_llama_cpp
+def test_llama_cpp_quantises(tiny: str, trained: Trainer, tmp_path: Path) -> None:
+    run = trained("--model", tiny, "--backend", "cpu")
+    report = export(run, tmp_path / "small", "--format", "gguf", "--outtype", "q4_K_M")
+    assert report["check"]["ok"] and report["outtype"] == "q4_K_M" and 0 < report["check"]["mean"] < 1
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["README.md", "export.json", "small.gguf"]
+    file = GGUFReader(tmp_path / "small" / "small.gguf")
+    assert file.fields["general.file_type"].contents() == 15 and file.fields["general.name"].contents() == "small"
+    # Rows of 64 numbers are too short for its blocks of 256, in place of which llama.cpp takes these.
+    types = {tensor.tensor_type.name for tensor in file.tensors if "norm" not in tensor.name}
+    assert types <= {"Q5_0", "Q8_0", "Q4_K", "Q6_K"} and "Q5_0" in types
+
+
+def test_where_llama_cpp_is_missing_the_command_is_said(
+    tiny: str, trained: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    read_by("transformers", monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = trained("--model", tiny, "--backend", "cpu")
+    command = ["export", "--adapter", str(run), "--format", "gguf", "--output", str(tmp_path / "x"), "--outtype", "q4_K_M"]
+    assert main(command) == 2
+    assert "llama-quantize MODEL.gguf MODEL-q4_K_M.gguf Q4_K_M" in capsys.readouterr().err
+    # A program of that name: what it is called with, and that its file is read and checked.
+    program = tmp_path / "llama-quantize"
+    copies = 'import shutil, sys\nassert sys.argv[3] == "Q4_K_M"\nshutil.copy(*sys.argv[1:3])\n'
+    program.write_text(f"#!{sys.executable}\n{copies}")
+    program.chmod(0o755)
+    assert main(command) == 0
+    assert "quantising to q4_K_M with llama.cpp" in capsys.readouterr().out
+    program.write_text(f'#!{sys.executable}\nraise SystemExit("no such type")\n')
+    assert main([*command[:-3], str(tmp_path / "y"), *command[-2:]]) == 2
+    told = capsys.readouterr().err
+    assert "llama-quantize failed (exit code 1)" in told and "no such type" in told
+
+
 def test_the_modelfile_has_the_models_own_sampling(tiny: str, trained: Trainer, tmp_path: Path, capsys: Any) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny, model)
@@ -115,6 +154,9 @@ def test_the_modelfile_has_the_models_own_sampling(tiny: str, trained: Trainer, 
     text = (tmp_path / "My model" / "Modelfile").read_text()
     assert "PARAMETER temperature 0.6\nPARAMETER top_k 20\n" in text
     assert f"cd '{tmp_path}/My model'\n  ollama create my-model -f Modelfile" in capsys.readouterr().out
+    export(run, tmp_path / "ollama", "--format", "ollama", "--model", str(model), "--no-check")
+    assert "ollama create out -f Modelfile" in capsys.readouterr().out, "the name of the run's folder"
+    assert (tmp_path / "ollama" / "out.gguf").is_file()
 
 
 def test_what_cannot_be_a_gguf_or_an_ollama_model_is_told_before_the_work(

@@ -218,8 +218,10 @@ def test_what_memory_does_not_hold_is_read_from_the_disk(tiny: str, tmp_path: Pa
 
     sequences = [((5, 6, 7), (8, 9, 10)), ((3, 4), (11,))]
     (tmp_path / "model").symlink_to(tiny)
-    whole = torch_export.model_logps(tmp_path / "model", sequences)
-    spread = torch_export.model_logps(tmp_path / "model", sequences, {"cpu": 200_000})
+    with torch_export.exported(tmp_path / "model") as model:
+        whole = model.logps(sequences)
+    with torch_export.exported(tmp_path / "model", {"cpu": 200_000}) as model:
+        spread = model.logps(sequences)
     for one, two in zip(whole, spread, strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -237,6 +239,49 @@ def test_files_that_cannot_be_merged_are_named(tiny: str, trained: Trainer, tmp_
     checkpoint = merge.Checkpoint(tmp_path, packed, {"model.layers.0.mlp.switch_mlp.up_proj.weight": stored})
     with pytest.raises(UserError, match=r"up_proj\.weight .*quantised"):
         merge.plan(checkpoint, adapter_files.Adapter(1, 1.0, {}), {}, None, "x")
+
+
+def make_gemma4(folder: Path) -> None:
+    """A tiny Gemma 4, which has a rope for each type of layer."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma4TextConfig(
+        vocab_size=512,
+        vocab_size_per_layer_input=512,
+        hidden_size=64,
+        hidden_size_per_layer_input=16,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_kv_shared_layers=0,
+        head_dim=16,
+        global_head_dim=32,
+    )
+    Gemma4ForCausalLM(config).save_pretrained(folder)
+
+
+def test_each_type_of_layers_keeps_its_rope(tmp_path: Path) -> None:
+    make_gemma4(tmp_path / "model")
+    checkpoint = merge.Checkpoint.open(tmp_path / "model", "x")
+    ropes = checkpoint.config["rope_parameters"]
+    assert ropes["full_attention"]["rope_theta"] == 1e6 and ropes["sliding_attention"]["rope_theta"] == 1e4
+    layer, draw = "model.layers.1.mlp.up_proj", torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 64, generator=draw), torch.randn(128, 2, generator=draw)
+    adapter = adapter_files.Adapter(2, 0.5, {layer: (a.numpy(), b.numpy())})
+    (tmp_path / "out").mkdir()
+    merge.write(tmp_path / "out", merge.plan(checkpoint, adapter, {}, None, "x"), checkpoint, None, [])
+    expected, ids = bare_model(str(tmp_path / "model")), torch.arange(30)[None]
+    bare = expected(ids).logits
+    with torch.no_grad():
+        expected.get_submodule(layer).weight += 0.5 * b @ a
+    found = bare_model(str(tmp_path / "out"))
+    torch.testing.assert_close(found(ids).logits, expected(ids).logits, atol=1e-4, rtol=0)
+    assert (found(ids).logits - bare).abs().max() > 1e-2
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_parameters"] == ropes
 
 
 def test_the_file_that_loaders_take_is_merged(tiny: str, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from transformers import (
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.export import gguf_vocabulary
-from lite_dil.export.gguf import GGUF_TOLERANCES, PROBES, convert, different_tokens, open_file, token_logps
+from lite_dil.export.gguf import GGUF_TOLERANCES, PROBES, convert
+from lite_dil.export.gguf_reading import different_tokens, open_file, opened
 from lite_dil.models.find import load_tokenizer
 
 HAS_LLAMA_CPP = importlib.util.find_spec("llama_cpp") is not None
@@ -86,6 +87,11 @@ def sequences(data: Batch) -> list[tuple[list[int], list[int]]]:
         (data.prompts[prompt].tolist(), response.tolist())
         for response, prompt in zip(data.responses, data.prompt_of, strict=True)
     ]
+
+
+def token_logps(path: Path, tokens: list[tuple[list[int], list[int]]], say: Any) -> list[np.ndarray]:
+    with opened(path, 512, byte_level_tokenizer(), say) as file:
+        return file.logps(tokens)
 
 
 def read_by(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:

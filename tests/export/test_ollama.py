@@ -52,7 +52,14 @@ ZEPHYR = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+THINKING = (
+    "{% if tools %}<|im_start|>system\nTools:{% for t in tools %} {{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% set c = m.content %}{% if m.role == 'assistant' and '</think>' in c and not loop.last %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\\n') %}{% endif %}<|im_start|>{{ m.role }}\n{{ c }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
 TEMPLATES = {
+    "thinking": THINKING,
     "chatml": CHATML,
     "default system": DEFAULT_SYSTEM,
     "llama 2": LLAMA2_SYSTEM,
@@ -104,7 +111,7 @@ import (
 	"text/template"
 )
 
-type Message struct{ Role, Content string }
+type Message struct{ Role, Content, Thinking string }
 type Case struct {
 	Template string
 	Talks    [][]Message
@@ -145,6 +152,11 @@ def test_go_makes_the_same_text(tmp_path: Path) -> None:
         cases.append({"Template": template_of(modelfile(tmp_path, tokenizer)), "Talks": [*talks, begun]})
         expected.append([*(render(talk, True) for talk in talks), probe(tokenizer).render(begun)])
         assert expected[-1][-1].endswith("I am")
+        if name == "thinking":  # of earlier messages it is left out, and of the one to go on with it stays
+            thought = [{**message, "thinking": "Hm."} for message in [*talks[1], {"role": "assistant", "content": "I am"}]]
+            cases[-1]["Talks"].append(thought)
+            whole = probe(tokenizer).render([*talks[1], {"role": "assistant", "content": "I am"}])
+            expected[-1].append(whole.removesuffix("I am") + "<think>\nHm.\n</think>\n\nI am")
     (tmp_path / "main.go").write_text(GO, encoding="utf-8")
     environment = {
         "PATH": os.environ["PATH"],
@@ -168,6 +180,19 @@ def test_the_modelfile(tmp_path: Path) -> None:
     assert "no system message" in modelfile(tmp_path, tokenizer_of(GEMMA))
     ends = re.findall('PARAMETER stop "(.*)"', modelfile(tmp_path, tokenizer_of(CHATML, bos=False)))
     assert ends == ["<|im_end|>"]
+
+
+def test_reasoning_leaves_earlier_messages_and_what_cannot_be_said_is(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(THINKING, bos=False)
+    notes = write_modelfile(tmp_path, "tiny.gguf", tokenizer, None)
+    text = (tmp_path / "Modelfile").read_text(encoding="utf-8")
+    # Ollama looks for the first and the last text around .Thinking, and then takes such blocks out of responses.
+    assert "{{ if and $last .Thinking }}<think>" in text and "</think>{{ end }}" in text
+    assert notes == ["Tools are left out: Ollama prints their JSON otherwise than the model's chat template, which has them."]
+    assert f"\n# {notes[0]}\n" in text
+    for template in (CHATML, LLAMA3):
+        assert ".Thinking" not in modelfile(tmp_path, tokenizer_of(template))
+        assert write_modelfile(tmp_path, "tiny.gguf", tokenizer_of(template), None) == []
 
 
 def test_sampling_is_the_models_own(tmp_path: Path) -> None:
