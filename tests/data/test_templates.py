@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_templates import KINDS, tokenizer_of
 from conftest import CHATML, byte_level_tokenizer, pair_row
 from tokenizers import AddedToken
+from transformers.utils import chat_template_utils
 
+from lite_dil.base.errors import UserError
 from lite_dil.data.encoder import Encoder
 from lite_dil.data.files import RowError
-from lite_dil.data.reader import Row
+from lite_dil.data.reader import Row, read_rows
 from lite_dil.generation.conversation import Conversation
 
 USER = {"role": "user", "content": "What is tea?"}
@@ -214,7 +218,7 @@ def test_an_ordinary_token_behind_the_response_is_its_end() -> None:
             encoder.encode(row)
     # White space is no end, though it may be a token.
     tokenizer.chat_template = CHATML.replace("<|im_end|>\n", "\n\n")
-    assert texts(Encoder(tokenizer), pair("A", "B"))[1] == ["A<|im_end|>", "B<|im_end|>"]
+    assert texts(Encoder(tokenizer), pair("A\n\nA", "B"))[1] == ["A\n\nA<|im_end|>", "B<|im_end|>"]
 
 
 @pytest.mark.parametrize(
@@ -323,6 +327,46 @@ def test_generated_text_without_marks_of_control_is_left_as_it_is() -> None:
         ids = encoder.continuation(encoder.rendering.prompt([USER]), text)
         assert encoder.rendering.read(text) is None
         assert encoder.message(encoder.prompt([USER]), ids) == {"role": "assistant", "content": text.strip()}
+
+
+def test_a_header_for_generation_alone() -> None:
+    """It stays, and a response that happens to begin with its letters keeps them."""
+    tokenizer = tokenizer_of("harmony")
+    for generation, conversation in (("BOT: (now) ", "BOT: "), ("BOT<|channel|>final<|message|>", "BOT<|message|>")):
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ (m.role if m.role == 'user' else '" + conversation + "') + m.content + '<|end|>' }}"
+            "{% endfor %}{% if add_generation_prompt %}{{ '" + generation + "' }}{% endif %}"
+        )
+        prompt, responses = texts(Encoder(tokenizer), pair("(no) tea", "tea"))
+        assert prompt.endswith(generation)
+        assert responses == ["(no) tea<|end|>", "tea<|end|>"]
+
+
+def test_older_transformers_do_not_map_the_names_of_reasoning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template_utils, "_alias_reasoning_fields", lambda chat: chat, raising=False)
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        row = pair(thought("B.", "A or B", name), "C.")
+        assert texts(Encoder(tokenizer_of("qwen3")), row)[1][0] == "<think>\nA or B\n</think>\n\nB.<|im_end|>"
+        assert "<|message|>A or B<|end|>" in texts(Encoder(tokenizer_of("harmony")), row)[1][0]
+
+
+@pytest.mark.parametrize("form", ["pairs", "messages", "sharegpt"])
+def test_reasoning_is_read_from_every_kind_of_row(form: str, tmp_path: Path) -> None:
+    one, other = thought("B.", "A or B"), thought("A.", "A, surely")
+    spoken = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "B.", "reasoning": "A or B"}]
+    rows = {
+        "pairs": {"prompt": [USER], "chosen": [one], "rejected": other},
+        "messages": {"messages": [USER, one], "chat_template_kwargs": {"a": 1}},
+        "sharegpt": {"conversations": spoken},
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[form]) + "\n")
+    (row,) = read_rows(str(tmp_path / "rows.jsonl"))
+    assert row.arguments == ({"a": 1} if form == "messages" else None)
+    assert "A or B" in texts(Encoder(tokenizer_of("qwen3")), row)[1][0]
+    for empty in ({**one, "content": " "}, {**one, "content": ""}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [USER, empty]}) + "\n")
+        with pytest.raises(UserError, match="response is empty"):
+            read_rows(str(tmp_path / "rows.jsonl"))
 
 
 def test_a_header_after_other_white_space_is_the_same_header() -> None:
