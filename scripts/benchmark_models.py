@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from benchmark_cases import EOS, read_config
 
+from lite_dil.doctor.tiny_model import shapes
+
 # A Llama small enough that MLX's CPU backend trains it in less than a second per step.
 TINY = {
     "hidden_size": 128,
@@ -72,34 +74,11 @@ def make_llama(folder: Path, shape: dict[str, int], nf4: bool, device: str = "cp
     folder.mkdir(parents=True, exist_ok=True)
     word_tokenizer(shape["vocab_size"]).save_pretrained(folder)
     if nf4:
-        _write_nf4(folder, _shards(config), device)
+        _write_nf4(folder, shapes(config), device)
     else:
-        _write_float32(folder, _shards(config))
+        _write_float32(folder, shapes(config))
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")  # last: now the folder is complete
     return str(folder)
-
-
-def _shards(config: dict[str, Any]) -> list[dict[str, tuple[int, ...]]]:
-    """Return the shapes of a Llama's tensors by name: the embeddings, each layer, and the head."""
-    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    queries, keys = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
-    layer: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }
-    layers = range(config["num_hidden_layers"])
-    return [
-        {"model.embed_tokens.weight": (vocabulary, hidden)},
-        *({f"model.layers.{i}.{name}.weight": size for name, size in layer.items()} for i in layers),
-        {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)},
-    ]
 
 
 def _write_float32(folder: Path, shards: list[dict[str, tuple[int, ...]]]) -> None:

@@ -229,6 +229,7 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     rate = group.add_mutually_exclusive_group()
     rate.add_argument("--tokens-per-second", metavar="X", help="training speed, to estimate the time of an epoch")
     rate.add_argument("--like", metavar="RUN_FOLDER", help="use the speed of this earlier run")
+    rate.add_argument("--measure", action="store_true", help="load the model and take a few steps here, to know its speed")
     group.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
 
 
@@ -283,11 +284,14 @@ def _show_data(args: argparse.Namespace) -> int:
     from lite_dil.data.encoder import encoder_of
     from lite_dil.data.inspect.findings import report
     from lite_dil.models.find import resolve_model
+    from lite_dil.planning import how_long
 
     aside = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     quiet_bars()
     with aside.console.status("reading the data"):
         found = report(config, encoder_of(resolve_model(config.model, aside.say), config))
+    if found["form"] and not found["stops"]:
+        found["time"] = how_long.time_of(config, found)
     if args.json:
         print(json.dumps(found))
     else:

@@ -10,15 +10,24 @@ from pathlib import Path
 
 from lite_dil.base.errors import UserError
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.planning.plan import make
+from lite_dil.planning.plan import make, with_rate
 from lite_dil.planning.plan_text import lines
 
 
 def run(args: argparse.Namespace, config: ResolvedConfig, given: Set[str]) -> int:
     """Print the plan for the flags; return 0 if the run fits, else 1."""
+    from rich.console import Console
+
     size, rate = _number(args.memory, "--memory"), _number(args.tokens_per_second, "--tokens-per-second")
     host = _number(args.host_memory, "--host-memory")
+    if args.measure and size is not None:
+        raise UserError("--measure measures this machine; leave out --memory")
     plan = make(config, given, size, rate, Path(args.like) if args.like else None, host)
+    if args.measure and plan.fits:
+        from lite_dil.cli.progress import Terminal
+        from lite_dil.recipes.measure import measure
+
+        plan = with_rate(plan, measure(config, Terminal(Console(stderr=True, highlight=False, soft_wrap=True)), given))
     print(json.dumps(plan.as_json(), indent=2) if args.json else "\n".join(lines(plan)))
     return 0 if plan.fits else 1
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lite_dil.base.text import count, visible
 from lite_dil.data.formats import FORMATS
+from lite_dil.planning.how_long import in_words
 
 # Tokens shown from the start and from the end of a text that is too long to show whole.
 _PROMPT, _ANSWER = (40, 60), (160, 80)
@@ -57,6 +58,7 @@ class Show:
         if found["stops"]:
             self._line("what to do: ", Text("; then ".join(stop["mend"] for stop in found["stops"]), "bold"))
         else:
+            self._line(in_words(found["time"]))
             self._line("to train on this data: ", Text(visible(command), "bold"))
 
     def _line(self, *parts: str | Text, indent: int = 0) -> None:

@@ -107,11 +107,17 @@ class Subject:
         """Return log-probs and gradients with the trained adapter under these options, computed once."""
         key = repr(sorted(changes.items()))
         if key not in self._measured:
-            backend = self.load(init_adapter=self.adapter, reference="base", **changes)
-            logps = backend.token_logps(Batch.of(self.pairs))
-            norms = [self.step(backend, [pair], 0.0).grad_norm for pair in self.pairs]
-            self._measured[key] = Measured(logps, np.array(norms))
+            self._measured[key] = self.measure(self.load_trained(**changes))
         return self._measured[key]
+
+    def load_trained(self, **changes: Any) -> Backend:
+        """Load the model with the trained adapter and these options."""
+        return self.load(init_adapter=self.adapter, reference="base", **changes)
+
+    def measure(self, backend: Backend) -> Measured:
+        """Return log-probs and gradients of a loaded model."""
+        logps = backend.token_logps(Batch.of(self.pairs))
+        return Measured(logps, np.array([self.step(backend, [pair], 0.0).grad_norm for pair in self.pairs]))
 
 
 def fresh(subject: Subject) -> Finding:
@@ -159,10 +165,10 @@ def checkpointing(subject: Subject) -> Finding:
 
 def four_bits(subject: Subject) -> Finding:
     """Compare the 4-bit model with a float32 one whose weights are the dequantised 4 bits."""
-    backend = subject.load(load_in_4bit=True)
+    backend = subject.load_trained(load_in_4bit=True)
     made = registry.module(subject.name, "export").dense(backend)
     dense = {f"{name}.weight": weight.make() for name, weight in made.items()}
-    packed = subject.measured(load_in_4bit=True)
+    packed = subject.measure(backend)
     whole = subject.measured(model=tiny_model.make(subject.folder / "dense", dense))
     original = subject.measured()
     finding = equal(packed, whole, "the weights dequantised")
@@ -180,7 +186,7 @@ def offloads(subject: Subject) -> Finding:
 
 def generation(subject: Subject) -> Finding:
     """Compare answers in a batch with streamed ones, and the first token with the log-probs of all tokens."""
-    backend = subject.load(init_adapter=subject.adapter, reference="base")
+    backend = subject.load_trained()
     prompts = [list(pair.prompt) for pair in subject.pairs]
     greedy = [answer.ids for answer in backend.generate(prompts, _TOKENS, [1])]
     streamed = [[token for token in backend.stream(prompt, _TOKENS, [1]) if token != 1] for prompt in prompts]

@@ -6,22 +6,23 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lite_dil.base.files import make_folder, replace_file
 from lite_dil.models.tensors import Planned, write
 
-_WIDTH, _INNER, _LAYERS, _HEADS, _KEY_HEADS, VOCABULARY = 128, 256, 2, 2, 1, 256
-CONFIG = {
+VOCABULARY = 256
+CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": _WIDTH,
-    "intermediate_size": _INNER,
-    "num_hidden_layers": _LAYERS,
-    "num_attention_heads": _HEADS,
-    "num_key_value_heads": _KEY_HEADS,
-    "head_dim": _WIDTH // _HEADS,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
@@ -36,29 +37,36 @@ CONFIG = {
 }
 
 
+def shapes(config: Mapping[str, Any]) -> list[dict[str, tuple[int, ...]]]:
+    """Return the shapes of a Llama's tensors by name: the embeddings, each layer, and the head."""
+    hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    queries, keys = (config[f"num_{kind}_heads"] * config["head_dim"] for kind in ("attention", "key_value"))
+    layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    layers = range(config["num_hidden_layers"])
+    return [
+        {"model.embed_tokens.weight": (vocabulary, hidden)},
+        *({f"model.layers.{i}.{name}.weight": size for name, size in layer.items()} for i in layers),
+        {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)},
+    ]
+
+
 def weights() -> dict[str, np.ndarray]:
     """Return the model's float32 weights, large enough that a wrong mask or position shows in the log-probs."""
-    keys = _WIDTH // _HEADS * _KEY_HEADS
-    matrices = {
-        "self_attn.q_proj": (_WIDTH, _WIDTH),
-        "self_attn.k_proj": (keys, _WIDTH),
-        "self_attn.v_proj": (keys, _WIDTH),
-        "self_attn.o_proj": (_WIDTH, _WIDTH),
-        "mlp.gate_proj": (_INNER, _WIDTH),
-        "mlp.up_proj": (_INNER, _WIDTH),
-        "mlp.down_proj": (_WIDTH, _INNER),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, _WIDTH)}
-    for layer in range(_LAYERS):
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in matrices.items()}
-        shapes |= {
-            f"model.layers.{layer}.{name}.weight": (_WIDTH,) for name in ("input_layernorm", "post_attention_layernorm")
-        }
-    shapes |= {"model.norm.weight": (_WIDTH,), "lm_head.weight": (VOCABULARY, _WIDTH)}
     draw = np.random.default_rng(0)
     return {
         name: np.ones(shape, np.float32) if len(shape) == 1 else draw.normal(0, 0.15, shape).astype(np.float32)
-        for name, shape in shapes.items()
+        for shard in shapes(CONFIG)
+        for name, shape in shard.items()
     }
 
 

@@ -14,6 +14,7 @@ from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import Memory
 from lite_dil.base.signs import CHOSEN
+from lite_dil.batching.schedule import examples_per_step, steps_of
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import epoch_rows, reader_of
 from lite_dil.data.held_out import wanted
@@ -25,6 +26,7 @@ from lite_dil.objectives.table import objective_of
 from lite_dil.planning import auto, fit
 from lite_dil.planning.estimate import BYTES, Estimate, Load
 from lite_dil.planning.memory import memory_here, memory_of, nvidia_gpu
+from lite_dil.runs.rates import Rate, Setting, known, named
 
 _WEIGHTS = (".safetensors", ".bin")
 CARDS = (8, 12, 16, 24)
@@ -44,12 +46,17 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch's examples and duration in seconds; `at_most` if only --max-length is known, not the lengths."""
+    """An epoch's examples and duration in seconds; `at_most` if only --max-length is known, not the lengths.
+
+    `steps` and `run_seconds` are those of the whole run. Evaluations and sample answers take more.
+    """
 
     examples: int | None
     seconds: float | None
     at_most: bool
     rate: str
+    steps: int | None = None
+    run_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ def make(
     config = replace(config, backend=backend)
     model = fit.Model(shape, backend, fit.planned_dtype(config, backend, here=size is None))
     memory = memory_here(backend, host) if size is None else memory_of(size, backend, host)
-    count, answers = _examples(config)
+    count, answers = _examples(config, "data" in given)
     answers += config.sample_rejected or 0
     one = Load.worst(replace(config, batch_size=1), answers)
     choice = ""
@@ -155,7 +162,8 @@ def make(
     sizes = [("this memory", memory), *((f"{card} GB", memory_of(card, backend, host)) for card in CARDS)]
     least = auto.sparing(config, model, one)
     rooms = tuple(_room(name, config, least, model, memory, answers) for name, memory in sizes)
-    epoch = _epoch(config, count, answers, rate, like)
+    kept = known(config.model, setting_of(config, model)) if size is None else None
+    epoch = _epoch(config, count, answers, rate, like, kept)
     return Plan(
         config, model, memory, load, answers, found, remedy, rooms, _download(config.model, shape), epoch, remark, choice
     )
@@ -185,13 +193,25 @@ def planned_backend(name: str, memory_given: bool) -> tuple[str, str]:
     return here, ""
 
 
-def _examples(config: ResolvedConfig) -> tuple[int, int]:
+def setting_of(config: ResolvedConfig, model: fit.Model) -> Setting:
+    """Return what the rate of a planned run depends on; the layout may be "auto"."""
+    return Setting(named(config.model), model.backend, model.dtype, config.load_in_4bit, config.layout)
+
+
+def with_rate(plan: Plan, rate: Rate) -> Plan:
+    """Return the plan with the times that follow from a rate measured for it."""
+    return replace(plan, epoch=_epoch(plan.config, plan.epoch.examples or 0, plan.answers, None, None, rate))
+
+
+def _examples(config: ResolvedConfig, chosen: bool) -> tuple[int, int]:
     """Return the number of examples in an epoch, 0 if --data is not a local file, and the number of responses of each.
+
+    The embedded data is counted if the user has `chosen` it.
 
     Data on the hub is not downloaded.
     """
     sources = split_sources(config.data)
-    if config.data == EMBEDDED or not all(is_local(name) or looks_like_file(name) for name, _ in sources):
+    if not chosen if config.data == EMBEDDED else not all(is_local(name) or looks_like_file(name) for name, _ in sources):
         return 0, 1 if config.sample_rejected else 2  # --sample-rejected is for demonstrations
     good_only, total, answers = objective_of(config.loss).data == "chosen", 0, 0
     for name, weight in sources:
@@ -225,16 +245,24 @@ def _download(name: str, shape: ModelShape) -> int | None:
     return linear * packed.bits // 8 + scales + (shape.parameters - linear) * 2
 
 
-def _epoch(config: ResolvedConfig, examples: int, answers: int, rate: float | None, like: Path | None) -> Epoch:
-    count = examples or None
+def _epoch(
+    config: ResolvedConfig, count: int, answers: int, rate: float | None, like: Path | None, kept: Rate | None
+) -> Epoch:
+    seconds, at_most, name = 0.0, False, ""  # seconds of an example
     if like:
         figures = _measured(like)
-        seconds = count / figures["examples_per_second"] if count else None
-        return Epoch(count, seconds, False, f"{figures['tokens_per_second']:,.0f} tokens/s in {like}")
-    if rate is None:
-        return Epoch(count, None, True, "")
-    # Every response counts with its prompt, as in metrics.jsonl.
-    return Epoch(count, count and count * answers * config.max_length / rate, True, f"{rate:,.0f} tokens/s")
+        seconds, name = 1 / figures["examples_per_second"], f"{figures['tokens_per_second']:,.0f} tokens/s in {like}"
+    elif rate is not None:  # every response counts with its prompt, as in metrics.jsonl
+        seconds, at_most, name = answers * config.max_length / rate, True, f"{rate:,.0f} tokens/s"
+    elif kept is not None:
+        seconds, name = 1 / kept.examples_per_second, str(kept)
+    if not count:
+        return Epoch(None, None, at_most, name)
+    _, steps = steps_of(config, count)
+    trained = config.max_steps * examples_per_step(config) if config.max_steps else config.epochs * count
+    if not name:
+        return Epoch(count, None, at_most, name, steps)
+    return Epoch(count, count * seconds, at_most, name, steps, trained * seconds)
 
 
 def _measured(folder: Path) -> dict[str, float]:

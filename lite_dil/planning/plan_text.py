@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from textwrap import wrap
 
+from lite_dil.base.display import duration
 from lite_dil.base.memory import GIB, on_wsl
+from lite_dil.base.text import count
 from lite_dil.planning.auto import TUNABLE
 from lite_dil.planning.fit import gigabytes
 from lite_dil.planning.plan import Plan
@@ -43,10 +45,10 @@ def _about(plan: Plan) -> list[str]:
 
 def _examples(plan: Plan) -> str:
     """Return the content of the largest pass, in which each response with its prompt is as long as --max-length allows."""
-    count, tokens = len(plan.load.prompts), plan.load.longest
+    examples, tokens = len(plan.load.prompts), plan.load.longest
     kind = {1: "answer", 2: "pair"}.get(plan.answers, f"prompt with {plan.answers} answers")
     plural = {1: "answers", 2: "pairs"}.get(plan.answers, f"prompts with {plan.answers} answers")
-    return f"{count:,} {kind if count == 1 else plural} of {tokens:,} tokens (prompt plus answer)"
+    return f"{examples:,} {kind if examples == 1 else plural} of {tokens:,} tokens (prompt plus answer)"
 
 
 def _table(plan: Plan) -> list[str]:
@@ -114,22 +116,17 @@ def _download(plan: Plan) -> str:
 
 def _time(plan: Plan) -> str:
     epoch = plan.epoch
-    if not epoch.rate:
-        return "Time: not known; give --tokens-per-second X, or --like RUN_FOLDER for the rate of an earlier run."
-    if epoch.examples is None or epoch.seconds is None:
-        return f"Time: at {epoch.rate}; of an epoch not known without --data FILE."
-    most = (
-        f"at most {_duration(epoch.seconds)}, if all were of --max-length" if epoch.at_most else f"{_duration(epoch.seconds)}"
+    steps = (
+        f"Steps: {epoch.steps:,}, over {count(epoch.examples, 'example')} an epoch. " if epoch.steps and epoch.examples else ""
     )
-    same = "" if epoch.at_most else ", if these examples are as long as that run's"
-    return f"Time of an epoch of {epoch.examples:,} examples at {epoch.rate}: {most}{same}."
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return "less than a minute"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+    if not epoch.rate:
+        return f"{steps}Time: not known; --measure takes a few steps here, --like RUN_FOLDER uses the rate of an earlier run."
+    if epoch.run_seconds is None:
+        return f"Time: at {epoch.rate}; of a run not known without --data FILE."
+    most, lengths = (
+        ("at most ", "all were of --max-length") if epoch.at_most else ("", "the examples are as long as those measured")
+    )
+    return f"{steps}Time at {epoch.rate}: {most}{duration(epoch.run_seconds)}, if {lengths}; evaluations take more."
 
 
 def _count(number: int) -> str:

@@ -20,6 +20,7 @@ from lite_dil.reports.samples import SampleAnswers
 from lite_dil.reports.trackers import Trackers
 from lite_dil.runs.checkpoints import Checkpoints
 from lite_dil.runs.metrics_log import MetricsLog
+from lite_dil.runs.rates import KeepRate, Setting, named
 from lite_dil.training.loop import Training
 
 # On a large model it may take minutes, because kernels are compiled.
@@ -71,6 +72,12 @@ class ShownSteps(Observer):
         self._open.close()
 
 
+def setting_of(session: TrainingSession) -> Setting:
+    """Return what the rate of a run depends on."""
+    config, backend = session.config, session.backend
+    return Setting(named(config.model), config.backend, backend.dtype_name, config.load_in_4bit, backend.layout)
+
+
 def observers_of(
     session: TrainingSession, training: Training, display: Display, own: Sequence[Observer]
 ) -> tuple[Observers, Checkpoints]:
@@ -107,4 +114,5 @@ def observers_of(
     card = ModelCard(AdapterSource(folder.adapter, folder, config))
     facts = facts_of(config, backend, training.schedule.steps, data.facts)
     report = RunReport(folder, facts, often, memory, display.say)
-    return Observers([*watching, answers, card, report, *own, trackers]), checkpoints
+    rate = KeepRate(setting_of(session), display.say)
+    return Observers([*watching, answers, card, report, rate, *own, trackers]), checkpoints

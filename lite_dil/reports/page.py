@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lite_dil.base.display import duration
 from lite_dil.config.train_config import FIELDS, TrainConfig, flag
 from lite_dil.objectives.own import shown
 from lite_dil.reports import html, outcome
@@ -65,7 +66,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     if (memory := history.train.last("peak_memory_mb")) is not None:
         tiles.append((f"{memory / 1024:.2f} GB", "peak memory"))
     if history.train.number:
-        tiles.append((_time(history.seconds), "training time"))
+        tiles.append((duration(history.seconds), "training time"))
     return tiles
 
 
@@ -200,8 +201,3 @@ def _options(config: dict[str, Any]) -> tuple[_Rows, _Rows]:
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
-
-
-def _time(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{hours:.1f} h"

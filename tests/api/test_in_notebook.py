@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,42 @@ pairs = dil.read("short-answers", max_rows=2)
 small = {{"batch_size": 1, "gradient_accumulation_steps": 1, "report_samples": 0, "output_dir": "run"}}
 run = dil.train(policy, pairs, loss="lsif", max_steps=2, eval_data=pairs, **small)
 print(run.metrics[-1]["step"], policy.generate("Why?", max_new_tokens=2), policy.log_ratio("2 + 2?", "4."))
-run.export("my-model", format="adapter", no_check=True)
+run.export("my-model", format="ollama", no_check=True)
+"""
+# In the same kernel; it waits after its first step for the stop button, which is pressed when it has made a file.
+STOPPED = """\
+import pathlib, time
+class Wait(dil.Observer):
+    def after_step(self, event):
+        pathlib.Path("now").touch()
+        while event.step == 1 and not event.stop():
+            time.sleep(0.01)
+small["output_dir"] = "other"
+run = dil.train(policy.fresh(), pairs, max_steps=2, observers=[Wait()], **small)
+print(run.stopped, len(run.metrics))
 """
 
 
 def execute(place: Path, monkeypatch: pytest.MonkeyPatch, *cells: str) -> list[list[Any]]:
-    """Run cells in a fresh kernel; return the outputs of each."""
+    """Run cells in a fresh kernel, which is interrupted when there is a file "now"; return the outputs of each."""
     monkeypatch.setenv("PYTHONPATH", str(Path(lite_dil.__file__).parent.parent), prepend=os.pathsep)
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(place)}}).execute()
+    client = NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(place)}})
+    over = threading.Event()
+
+    def press() -> None:
+        while not over.wait(0.05):
+            if (place / "now").exists():
+                asyncio.run(client.km.interrupt_kernel())
+                return
+
+    watcher = threading.Thread(target=press)
+    watcher.start()
+    try:
+        client.execute()
+    finally:
+        over.set()
+        watcher.join()
     return [cell.outputs for cell in book.cells]
 
 
@@ -50,8 +79,9 @@ class Shown(HTMLParser):
         self.text += data
 
 
-def test_the_five_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    five, policy, run = execute(tmp_path, monkeypatch, FIVE, "policy", "run")
+def test_the_five_lines_and_the_stop_button(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [FIVE, "policy", "run", STOPPED, "run = run.resume()\nprint(run.stopped, run.metrics[-1]['step'])"]
+    five, policy, run, stopped, resumed = execute(tmp_path, monkeypatch, *cells)
     assert {output.output_type for output in five} <= {"stream", "display_data", "execute_result"}
     printed = "".join(output.text for output in five if output.output_type == "stream")
     assert printed.startswith("2 ") and not [o for o in five if o.output_type == "stream" and o.name == "stderr"]
@@ -64,7 +94,12 @@ def test_the_five_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     shown = Shown(run[0].data["text/html"])
     assert re.search(r"step2loss-0\.\d+", shown.text) and "finished" in shown.text
     assert ("a", {"href": "run/report.html", "target": "_blank"}) in shown.tags
-    assert (tmp_path / "my-model" / "export.json").is_file()
+    made = tmp_path / "my-model"
+    assert list(made.glob("*.gguf")) and (made / "Modelfile").is_file()
+    # The stop button: the cell returns a run that was saved, and that is finished later.
+    assert "".join(o.text for o in stopped if o.output_type == "stream") == "True 1\n"
+    assert "".join(o.text for o in resumed if o.output_type == "stream") == "False 2\n"
+    assert (tmp_path / "other" / "adapter").is_dir()
 
 
 def test_what_is_shown_is_escaped() -> None:

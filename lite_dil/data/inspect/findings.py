@@ -32,6 +32,9 @@
 * ``warnings``: what may harm the training or its figures.
 * ``stops``: for each reason why ``lite-dil train`` would stop, ``why`` and the fix, ``mend``; empty if it would run.
 
+* ``time`` (added by the command, if train would run): the ``steps`` with the default options, and, if a ``rate`` of the model
+  on this machine is known, about how many ``seconds`` they take.
+
 Without usable rows the fields from ``tokens`` to ``samples`` are absent.
 """
 
