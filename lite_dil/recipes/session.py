@@ -28,6 +28,7 @@ from lite_dil.objectives.own import missing as missing_loss
 from lite_dil.objectives.table import objective_of
 from lite_dil.planning.auto import fitted
 from lite_dil.recipes.given import Given
+from lite_dil.recipes.inputs import recognise, say_paths
 from lite_dil.recipes.read_data import RunData, read_data
 from lite_dil.reports import trackers
 from lite_dil.reports.outcome import SAMPLES
@@ -84,6 +85,7 @@ def open_session(
     """
     session, progress = _load(config, display, resume, fixed, given)
     config = session.config
+    recognise(progress, config, session.policy.model, session.data.held_out, resume, display.say)
     if config.sample_rejected and not _draw_rejected(session, config.sample_rejected, display):
         return session
     examples = session.data.examples
@@ -121,6 +123,8 @@ def _load(
     """Read the data and load the model; return also the run's progress."""
     start(training=True)
     trackers.check(config)
+    if resume:
+        say_paths(config, resume, display.say)
     config, policy = replace(config, backend=registry.resolve(config.backend)), given.policy
     with display.status(f"importing {'MLX' if config.backend == 'mlx' else 'torch'}"):
         registry.prepare(config.backend, config, config)

@@ -27,12 +27,16 @@ _STEP = re.compile(r"step-(\d+)")
 class Progress:
     """A run's progress, apart from the backend's state; saved with each checkpoint.
 
-    `window` holds the sums of the metrics since the last logged line, so that a resumed run logs the same means.
+    `window` holds the sums of the metrics since the last logged line, so that a resumed run logs the same means. Fingerprints
+    are of the training data, the held-out data, the model's weights and the initial adapter; "" for none, or unknown.
     """
 
     step: int = 0
     num_tokens: int = 0
     fingerprint: str = ""
+    held_out: str = ""
+    weights: str = ""
+    init_adapter: str = ""
     window: dict[str, list[float]] = field(default_factory=dict)
 
 
