@@ -209,7 +209,7 @@ class Export:
         self._need_disk(sum(tensor.nbytes for tensor in planned))
         self.say(f"merging the adapter into {len(adapter.weights)} layers" + (f", {len(dense)} dequantised" if dense else ""))
         make_folder(self.merged)
-        merge.write(self.merged, planned, checkpoint, dtype, self.encoder.end_ids())
+        merge.write(self.merged, planned, checkpoint, dtype, self.encoder.end_ids(), self.encoder.rendering.arguments)
         self.facts |= {"dtype": dtype or checkpoint.dtype, "dequantised_weights": len(dense)}
 
     def _need_disk(self, merged: int) -> None:
@@ -272,7 +272,7 @@ class Export:
 
     def _check(self, trained: Trained) -> Check:
         """Compare what was made, loaded by the libraries that it is for, with the trained model."""
-        library = None if self.reader == "gguf" else registry.module(self.reader, "export")
+        library: Any = None if self.reader == "gguf" else registry.module(self.reader, "export")
         sequences = trained.sequences
         if self.format == "adapter":
             config = self.source.options if self._same_library() else replace(self.source.options, dtype="auto")
