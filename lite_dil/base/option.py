@@ -6,8 +6,8 @@ from dataclasses import field
 from typing import Any
 
 # What an option means when a run is resumed.
-READ = "read"  # a path that is read: its content decides what is learned
-WRITTEN = "written"  # a path that is written; free on resume
+READ = "read"  # a path that is read: its content decides what is learned, and it may have moved
+WRITTEN = "written"  # a path that is written; a resumed run has it from the user alone
 LEARNED = "learned"  # changes what is learned: must be the same on resume
 FREE = "free"  # changes how it is computed or shown, not what is learned
 

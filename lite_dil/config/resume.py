@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError, gather
 from lite_dil.base.formats import NewerFormat
+from lite_dil.base.option import READ, WRITTEN
 from lite_dil.config.options import build, read_yaml
 from lite_dil.config.train_config import FIELDS, FREE_ON_RESUME, SPLIT, ResolvedConfig, flag
 from lite_dil.runs.folder import RunFolder, find_checkpoint
@@ -47,7 +48,8 @@ def saved_config(checkpoint: Path, say: Callable[[str], None] = never_mind, acce
     changes = [
         f"{name} was {recorded[name]}, and is {written.get(name, 'missing')}"
         for name in recorded
-        if name not in written or written[name] != recorded[name]
+        # A run may move; of what it reads the content is compared.
+        if name not in written or (written[name] != recorded[name] and FIELDS[name].metadata["kind"] not in (READ, WRITTEN))
     ]
     if changes and not accept:
         raise UserError(
@@ -91,16 +93,30 @@ def resumed(
         raise UserError(f"--resume {where} continues in {run}; leave --output-dir {output_dir} out")
     # "auto" stands for what the run already chose.
     given, base = ({n: v for n, v in options.items() if v != "auto" and n != "output_dir"} for options in (given, base))
+    # Only the user says where to write: the run may come from another machine, or from somebody else.
+    own = {name: value for name, value in saved.items() if name not in paths_of(saved)[1]}
     # The choices of --auto are saved; it chooses again only if it is given again.
-    config = build(given, saved | {"auto": False} | base | {"output_dir": str(run)})
+    config = build(given, own | {"auto": False} | base | {"output_dir": str(run)})
     check_same_run(config, saved, where)
     return config, checkpoint
 
 
+def paths_of(saved: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the paths in a run's options by name: those that it reads, and those other than its own folder that it writes."""
+    paths = {name: value for name, value in saved.items() if value not in (None, "off") and name in FIELDS}
+    read, written = ({n: v for n, v in paths.items() if FIELDS[n].metadata["kind"] == kind} for kind in (READ, WRITTEN))
+    written.pop("output_dir", None)
+    return read, written
+
+
 def check_same_run(config: ResolvedConfig, saved: dict[str, Any], where: str) -> None:
-    """Raise UserError if an option that decides what is learned differs from the resumed run."""
+    """Raise UserError if an option that decides what is learned differs from the resumed run.
+
+    Of the paths that are read, the content decides; see `lite_dil.recipes.inputs`.
+    """
     # The split of a step affects only what dropout draws.
     free = FREE_ON_RESUME if config.lora_dropout else FREE_ON_RESUME | SPLIT
+    free = free | {name for name, field in FIELDS.items() if field.metadata["kind"] == READ}
     problems = [
         f"{flag(name)} is {value}, but the run has {saved[name]}"
         for name, value in config.as_dict().items()

@@ -20,7 +20,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.files import make_folder, write
 from lite_dil.base.install import install
 from lite_dil.base.version import __version__
-from lite_dil.data.encoder import Example
+from lite_dil.data.encoder import Example, encoder_of
 from lite_dil.export import merge
 from lite_dil.export.check import Check, Trained, held_out, measure, tolerance
 from lite_dil.export.runtime import MORE_CONTEXT, Runtime, faults, preferred_ends
@@ -210,7 +210,7 @@ class Export:
         self._need_disk(sum(tensor.nbytes for tensor in planned))
         self.say(f"merging the adapter into {len(adapter.weights)} layers" + (f", {len(dense)} dequantised" if dense else ""))
         make_folder(self.merged)
-        merge.write(self.merged, planned, checkpoint, dtype, self.encoder.end_ids())
+        merge.write(self.merged, planned, checkpoint, dtype, self.encoder.end_ids(), self.encoder.rendering.arguments)
         self.facts |= {"dtype": dtype or checkpoint.dtype, "dequantised_weights": len(dense)}
 
     def _need_disk(self, merged: int) -> None:
@@ -273,7 +273,7 @@ class Export:
 
     def _check(self, trained: Trained) -> Check:
         """Compare what was made, loaded by the libraries that it is for, with the trained model."""
-        library = None if self.reader == "gguf" else registry.module(self.reader, "export")
+        library: Any = None if self.reader == "gguf" else registry.module(self.reader, "export")
         sequences = trained.sequences
         if self.format == "adapter":
             config = self.source.options if self._same_library() else replace(self.source.options, dtype="auto")

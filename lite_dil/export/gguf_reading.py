@@ -158,7 +158,8 @@ class _LlamaCpp:
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         bos, eos = (self._text(token) if token >= 0 else "" for token in (self.file.token_bos(), self.file.token_eos()))
-        text = Jinja2ChatFormatter(self.file.metadata["tokenizer.chat_template"], eos, bos)(messages=messages).prompt
+        render: Any = Jinja2ChatFormatter(self.file.metadata["tokenizer.chat_template"], eos, bos)
+        text = str(render(messages=messages).prompt)
         # llama.cpp's own programs drop the template's BOS where the tokenizer puts one.
         return text.removeprefix(bos) if self.file.metadata.get("tokenizer.ggml.add_bos_token") == "true" else text
 
@@ -188,7 +189,8 @@ class _Unread:
 
     def end_ids(self) -> set[int]:
         """Return the tokens that end a generation."""
-        ids = {self.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
+        keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+        ids: set[int] = {self.fields[key] for key in keys if key in self.fields}
         tokens, stops = self.fields["tokenizer.ggml.tokens"], self.stops
         ids |= {token for token, text in enumerate(tokens) if text in _ENDS} | set(self.fields.get(EOS_IDS, []))
         return ids if stops is None else {token for token in ids if tokens[token] in stops}

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -169,14 +170,28 @@ def _merged(key: str, stored: Stored, adapter: Adapter, weight: DenseWeight, lay
     return Planned(key, code, weight.shape, pieces)
 
 
-def write(folder: Path, planned: list[Planned], checkpoint: Checkpoint, dtype: str | None, ends: Sequence[int]) -> None:
-    """Write the planned tensors and the model's other files into `folder`; `ends` are the tokens that end a response."""
+def write(
+    folder: Path,
+    planned: list[Planned],
+    checkpoint: Checkpoint,
+    dtype: str | None,
+    ends: Sequence[int],
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write the planned tensors and the model's other files into `folder`.
+
+    Args:
+        ends: the tokens that end a response.
+        arguments: those of the chat template in training, which the written template then has of itself.
+    """
     for pattern in _BESIDE:
         for path in checkpoint.folder.glob(pattern):
             if path.is_file():
                 to = folder / path.relative_to(checkpoint.folder)
                 files.make_folder(to.parent)
                 files.copy(path, to)
+    if arguments:
+        _set_arguments(folder, arguments)
     config = _config(checkpoint, dtype)
     _write_ends(folder / "generation_config.json", config, ends)
     _write_json(folder / "config.json", config)
@@ -193,12 +208,36 @@ def write(folder: Path, planned: list[Planned], checkpoint: Checkpoint, dtype: s
     _write_json(folder / "model.safetensors.index.json", index)
 
 
+def _set_arguments(folder: Path, arguments: Mapping[str, Any]) -> None:
+    """Set the chat template's arguments in its text: programs that run the model give none, or their own."""
+    # JSON is what Jinja reads but for null. trim_blocks takes the line feed away.
+    set_all = "".join(f"{{%- set {name} = {_jinja(value)} %}}\n" for name, value in arguments.items())
+    for file in [folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")]:
+        if file.is_file():
+            files.write(file, set_all + file.read_text(encoding="utf-8"))
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    template = settings.get("chat_template")
+    if template:
+        named = [each | {"template": set_all + each["template"]} for each in template] if isinstance(template, list) else []
+        _write_json(file, settings | {"chat_template": named or set_all + template})
+
+
+def _jinja(value: Any) -> str:
+    """Return a JSON value as Jinja writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_jinja(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_jinja, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
 def _write_ends(file: Path, config: dict[str, Any], ends: Sequence[int]) -> None:
     """Add `ends` to the end tokens in the model's generation_config.json and in `config`.
 
     A base's own end another than that of the chat template it is trained on: without the latter no runtime stops.
     """
-    own = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    own: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else own
     known = end_tokens(settings)
     if missing := [token for token in ends if token not in known]:

@@ -16,6 +16,7 @@ from lite_dil.recipes.given import NOTHING_GIVEN
 from lite_dil.recipes.observers import FIRST, setting_of
 from lite_dil.recipes.session import open_session
 from lite_dil.runs import rates
+from lite_dil.runs.folder import RunFolder
 
 
 def measure(config: ResolvedConfig, display: Display, fixed: Set[str]) -> rates.Rate:
@@ -44,7 +45,7 @@ def measure(config: ResolvedConfig, display: Display, fixed: Set[str]) -> rates.
     display.say(f"measuring {changes['max_steps']} steps, of which only the speed is kept")
     with work_folder(cache_dir() / "measure") as folder:
         short = replace(config, **changes, **no_more, output_dir=str(folder / "run"))
-        session = open_session(short, display, None, fixed, NOTHING_GIVEN)
+        session = open_session(short, display, RunFolder(folder / "run"), None, fixed, NOTHING_GIVEN)
         training, lines = session.training, []
         assert training is not None  # only drawing and caching before the first step can be stopped
         with display.bar(training.schedule.steps, 0, FIRST) as bar:

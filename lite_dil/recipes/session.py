@@ -17,23 +17,24 @@ from lite_dil.base.start import quiet_bars, start
 from lite_dil.batching.schedule import LargestPass, Schedule
 from lite_dil.config.resume import saved_config
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.data.encoder import Example, encoder_of, fingerprint
+from lite_dil.data.encoder import Example, encoder_of
 from lite_dil.data.mismatched import mismatched
 from lite_dil.generation.policy import AdapterSource, Policy, load_found
 from lite_dil.generation.reference_samples import add_samples, needed, reference_digest, sample_path
 from lite_dil.models.find import resolve_model
-from lite_dil.models.fingerprint import base_of, reference_key
+from lite_dil.models.fingerprint import reference_key
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.own import OwnLoss, is_own
 from lite_dil.objectives.own import missing as missing_loss
 from lite_dil.objectives.table import objective_of
 from lite_dil.planning.auto import fitted
 from lite_dil.recipes.given import Given
+from lite_dil.recipes.inputs import recognise, say_paths
 from lite_dil.recipes.read_data import RunData, read_data
 from lite_dil.reports import trackers
 from lite_dil.reports.outcome import SAMPLES
 from lite_dil.reports.pairs import PAIRS
-from lite_dil.runs.folder import Progress, RunFolder, read_progress, same_run
+from lite_dil.runs.folder import Progress, RunFolder
 from lite_dil.training.loop import Training
 from lite_dil.training.own_loss import try_out
 from lite_dil.training.passes import Passes
@@ -133,6 +134,9 @@ def _load(
     """Read the data and load the model; return also the run's progress."""
     start(training=True)
     trackers.check(config)
+    if resume:
+        folder.repair(saved_config(resume, accept=given.accept_changes))
+        say_paths(config, folder.options, display.say)
     config, policy = replace(config, backend=registry.resolve(config.backend)), given.policy
     with display.status(f"importing {'MLX' if config.backend == 'mlx' else 'torch'}"):
         registry.prepare(config.backend, config, config)
@@ -142,17 +146,11 @@ def _load(
         try_out(given.loss, config.backend)
     elif is_own(config.loss):
         raise UserError(missing_loss(config.loss))
-    if resume:
-        folder.repair(saved_config(resume, accept=given.accept_changes))
     model = policy.model if policy else resolve_model(config.model, display.say)
     encoder = policy.encoder if policy else encoder_of(model, config)
     data = read_data(encoder, config, display.say, given)
-    progress = Progress(fingerprint=fingerprint(data.examples), held_out=fingerprint(data.held_out))
-    progress.base = base_of(model, cache_folder(config))
-    if resume:
-        where = {"resume": str(resume), "data": config.data, "eval_data": config.eval_data, "model": config.model}
-        progress = same_run(progress, read_progress(resume), where, display.say, given.accept_changes)
     config = data.config
+    progress = recognise(data, config, model, folder, resume, display.say, given.accept_changes)
     if config.auto:
         config, chosen = fitted(config, data.examples, fixed)
         display.say(chosen)

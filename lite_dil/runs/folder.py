@@ -7,9 +7,9 @@ import errno
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,13 @@ class Progress:
     """A run's progress, apart from the backend's state; saved with each checkpoint.
 
     Attributes:
-        fingerprint, held_out: hashes of the tokens of the training and held-out data.
-        base: what identifies the base model, by `lite_dil.models.fingerprint.base_of`; empty if it could not be told.
+        fingerprint, held_out: hashes of the tokens of the training and held-out data; "" for none, or unknown.
+        base: what identifies the base model, by `lite_dil.models.fingerprint.base_of`.
+        init_adapter: a hash of the initial adapter's files.
         window: sums of the metrics since the last logged line, so that a resumed run logs the same means.
         metrics: size and hash of metrics.jsonl when the checkpoint was saved.
 
-    Of runs before format 3 the last three are empty.
+    Runs before format 3 recorded the training data alone.
     """
 
     step: int = 0
@@ -45,6 +46,7 @@ class Progress:
     fingerprint: str = ""
     window: dict[str, list[float]] = field(default_factory=dict)
     held_out: str = ""
+    init_adapter: str = ""
     base: dict[str, Any] = field(default_factory=dict)
     metrics: list[Any] = field(default_factory=list)
 
@@ -298,40 +300,6 @@ def checkpoint_of(adapter: Path) -> Path | None:
     names = (_POLICY, ("adapter",))
     found = next((adapter.parents[len(name) - 1] for name in names if adapter.parts[-len(name) :] == name), None)
     return found if found and found.parent.name == "checkpoints" and _STEP.fullmatch(found.name) else None
-
-
-def same_run(
-    now: Progress, saved: Progress, where: Mapping[str, str | None], say: Callable[[str], None], accept: bool
-) -> Progress:
-    """Return the progress of a checkpoint to continue from, whose data and base model must be those of `now`.
-
-    With `accept` the run goes on with what is there now, and `say` is told what changed. Raises UserError otherwise.
-
-    Args:
-        where: the checkpoint, the data and the model, by the option that names each.
-    """
-    changes = []
-    if saved.fingerprint != now.fingerprint:
-        changes.append(f"{where['data']} is not the data that this run was trained on")
-    if saved.held_out and saved.held_out != now.held_out:
-        changes.append(
-            f"the held-out rows, {where['eval_data'] or 'of the same file'}, are not those that it was evaluated on"
-        )
-    if saved.base and now.base and saved.base["weights"] != now.base["weights"]:
-        changes.append(f"the weights of {where['model']} are not those that it began with")
-    if saved.base and now.base:
-        before, after = saved.base["config"], now.base["config"]
-        changes += [
-            f"{name} in the config.json of {where['model']} was {before.get(name)}, and is {after.get(name)}"
-            for name in sorted(before.keys() | after.keys())
-            if before.get(name) != after.get(name)
-        ]
-    if changes and not accept:
-        heading = f"--resume {where['resume']}: something has changed; start a new run, or go on with it by --accept-changes:"
-        raise UserError(gather(changes, heading))
-    for change in changes:
-        say(f"accepted: {change}")
-    return replace(saved, fingerprint=now.fingerprint, held_out=now.held_out, base=now.base)
 
 
 def read_progress(checkpoint: Path) -> Progress:

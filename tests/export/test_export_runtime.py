@@ -109,3 +109,23 @@ def test_an_export_that_does_not_stop_or_is_fed_otherwise_is_refused(
         assert "at which mlx-lm does not stop" in refused("--format", "mlx")
     monkeypatch.setattr(gguf_vocabulary, "puts_bos", lambda _: True)
     assert "feeds '<|endoftext|><|im_start|>user" in refused("--format", "gguf", "--outtype", "f32")
+
+
+def test_a_template_has_the_arguments_of_training(tiny: str, tmp_path: Path) -> None:
+    """Set in the exported template, whatever a program says; transformers renders both."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+        "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}{{ names }}{{ nothing is none }}"
+    )
+    (model / "chat_template.jinja").write_text(template)
+    arguments = {"enable_thinking": False, "names": ["a", {"b": None}], "nothing": None}
+    checkpoint = merge.Checkpoint.open(model, "x")
+    (tmp_path / "out").mkdir()
+    merge.write(tmp_path / "out", [], checkpoint, None, [END], arguments)
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (model, tmp_path / "out"))
+    expected = before.apply_chat_template(ASK, tokenize=False, add_generation_prompt=True, **arguments)
+    assert expected.endswith("assistant\n['a', {'b': None}]True")
+    for given in ({}, {"enable_thinking": True}):
+        assert after.apply_chat_template(ASK, tokenize=False, add_generation_prompt=True, **given) == expected

@@ -158,6 +158,63 @@ def test_resume_refuses_other_data(flags: list[str], tmp_path: Path, capsys: pyt
     assert f"- {mine} is not the data" in capsys.readouterr().err
 
 
+def test_a_moved_run_goes_on(flags: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On another machine: every path is another, and none of the old ones is read or written."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        shutil.copytree(flags[flags.index("--model") + 1], folder / "model")
+        shutil.copy(data, folder / "train.jsonl")
+        write_pairs(folder / "test.jsonl", 3)
+
+    def paths(folder: Path) -> list[str]:
+        return [
+            "--model",
+            str(folder / "model"),
+            "--data",
+            str(folder / "train.jsonl"),
+            "--eval-data",
+            str(folder / "test.jsonl"),
+        ]
+
+    for name in ("--model", "--data"):
+        del flags[flags.index(name) : flags.index(name) + 2]
+    flags += [*paths(old), "--save-steps", "2", "--max-steps", "4", "--reference-cache", str(old / "cache")]
+    whole = run(flags, old / "run")
+    shutil.move(old / "run", new / "run")
+    (new / "run" / "checkpoints" / "step-4").rename(tmp_path / "step-4")
+    shutil.rmtree(old)
+    make_checkpoint(tmp_path / "other", seed=5)
+    write_pairs(tmp_path / "other.jsonl", 2)
+    resume = ["train", "--resume", str(new / "run"), *paths(new)]
+    before = (new / "run" / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    for name, path in (
+        ("--model", tmp_path / "other"),
+        ("--eval-data", tmp_path / "other.jsonl"),
+        ("--data", new / "test.jsonl"),
+    ):
+        command = list(resume)
+        command[command.index(name) + 1] = str(path)
+        assert main(command) == 2
+        assert str(path) in (told := capsys.readouterr()).err and "this run" in told.err
+    assert (new / "run" / "metrics.jsonl").read_text() == before
+    assert main(resume) == 0
+    assert f"not written to, unless it is given again: --reference-cache {old / 'cache'}" in capsys.readouterr().out
+    assert metrics(new / "run") == whole and not old.exists()
+    saved = yaml.safe_load((new / "run" / "config.yaml").read_text())
+    assert (saved["data"], saved["output_dir"]) == (str(new / "train.jsonl"), str(new / "run"))
+    # A run of before the fingerprints.
+    progress = new / "run" / "checkpoints" / "step-2" / "progress.json"
+    shutil.rmtree(new / "run" / "checkpoints" / "step-4")
+    kept = json.loads(progress.read_text())
+    progress.write_text(json.dumps({k: v for k, v in kept.items() if k not in ("weights", "held_out", "init_adapter")}))
+    (new / "model").rename(new / "model-2")
+    assert main(["train", "--resume", str(new / "run"), "--model", str(new / "model-2")]) == 0
+    told = capsys.readouterr().out
+    assert "kept no fingerprint of its --model" in told and f"reading what the run did: --data {new / 'train.jsonl'}" in told
+    assert metrics(new / "run") == whole
+
+
 def test_a_run_is_never_written_over(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = run(flags, tmp_path / "run", "--max-steps", "1")
     assert main(["train", *flags, "--output-dir", str(tmp_path / "run")]) == 2

@@ -157,7 +157,7 @@ def test_another_base_model_or_other_held_out_rows(made: Path, place: Path, caps
     try:
         assert resume(place, step=2) == 2
         said = capsys.readouterr().err.splitlines()[1:]
-        assert len(said) == 3 and "held-out rows" in said[0] and "weights of" in said[1] and "rms_norm_eps" in said[2]
+        assert len(said) == 3 and "--eval-data" in said[0] and "other weights" in said[1] and "rms_norm_eps" in said[2]
         assert resume(place, "--accept-changes", step=2) == 0
         assert capsys.readouterr().out.count("accepted: ") == 3
         assert resume(place) == 0  # accepted once
