@@ -30,7 +30,7 @@ class Compared:
 
     Attributes:
         rows: one dict per loss, as in table.json: "loss", "seeds", "diverged" (by seed, why), and "figures": by name the
-            "mean" over seeds, its "std" over seeds and its standard "error" over held-out answers, each None where there is
+            "mean" over seeds, its "std" over seeds and its standard "error" over held-out responses, each None where there is
             none. Log-probs and log-ratios are in nats; docs/results.md defines each figure.
         verdict: the same in sentences.
         folder: holds the page, table.md, table.json, curves.json, figure2.png and the runs.

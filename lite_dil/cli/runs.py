@@ -63,8 +63,8 @@ def _show(runs: list[ListedRun], folder: Path) -> None:
     widths = _widths([list(_HEADINGS), *cells], console.width)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for heading, width in zip(_HEADINGS, widths, strict=True):
-        right, overflow = heading in _FIGURES, "ellipsis" if heading == "data" else "fold"
-        table.add_column(heading, justify="right" if right else "left", width=width, overflow=overflow)
+        table.add_column(heading, justify="right" if heading in _FIGURES else "left", width=width, overflow="fold")
+    table.columns[_HEADINGS.index("data")].overflow = "ellipsis"
     for row in cells:
         table.add_row(*map(Text, row))
     console.print(table)

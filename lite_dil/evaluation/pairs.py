@@ -68,9 +68,19 @@ class PairFigures:
         wrong = []
         for pair in self._wrong:
             prompt, chosen, rejected = map(text, pair.tokens)
-            texts, ratios = (end(prompt), beginning(chosen), beginning(rejected)), map(_finite, pair.ratios)
-            margin = pair.margin if pair.finite else None
-            wrong.append(WrongPair(pair.place, margin, *texts, *ratios, len(pair.tokens[1]), len(pair.tokens[2])))
+            wrong.append(
+                WrongPair(
+                    pair.place,
+                    pair.margin if pair.finite else None,
+                    end(prompt),
+                    beginning(chosen),
+                    beginning(rejected),
+                    _finite(pair.ratios[0]),
+                    _finite(pair.ratios[1]),
+                    len(pair.tokens[1]),
+                    len(pair.tokens[2]),
+                )
+            )
         margins = [_finite(float(f"{margin:.6g}")) for margin in self.margins]
         chosen_tokens, rejected_tokens = ([lengths[side] for lengths in self.lengths] for side in (0, 1))
         return HeldOutPairs(step, margins, self.right, chosen_tokens, rejected_tokens, wrong)

@@ -31,7 +31,7 @@ def difference(before: str, after: str) -> tuple[list[Marked], list[Marked]]:
     unmarked = [Marked(before)] if before else [], [Marked(after)] if after else []
     if len(bare[0]) * len(bare[1]) > _MOST:
         return unmarked
-    blocks = SequenceMatcher(None, *bare, autojunk=False).get_matching_blocks()
+    blocks = SequenceMatcher(None, bare[0], bare[1], autojunk=False).get_matching_blocks()
     few = min(sum(map(_is_word, some)) for some in bare)
     if not few or sum(_is_word(word) for b in blocks for word in bare[0][b.a : b.a + b.size]) < _COMMON * few:
         return unmarked

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import bare_model, config, oracle_logps, write_pairs
+from conftest import SVG, bare_model, config, oracle_logps, write_pairs
 from markupsafe import Markup
 
 from lite_dil.backends.types import Generated
@@ -36,6 +36,7 @@ from lite_dil.evaluation.comparison import settings as compare_settings
 from lite_dil.evaluation.comparison import table as compare_table
 from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.models.find import load_tokenizer
+from lite_dil.reports import charts
 from lite_dil.reports.charts import INK
 from lite_dil.runs.folder import RunFolder
 
@@ -61,7 +62,9 @@ def flags(request: pytest.FixtureRequest, tiny: str, tmp_path_factory: pytest.Te
 def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison that was never stopped, with a reference cache of its own."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    assert main([*flags, "--output", str(folder), "--reference-cache", "off"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "svg", SVG)
+        assert main([*flags, "--output", str(folder), "--reference-cache", "off"]) == 0
     return folder
 
 

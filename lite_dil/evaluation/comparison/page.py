@@ -93,9 +93,9 @@ def _accuracy(rows: dict[str, TableRow], order: Sequence[str], ink: str) -> Any:
         axes.axvline(0, color=ink, linewidth=0.8, linestyle=":", alpha=0.6, label="reference")
         for loss, row in rows.items():
             kl, accuracy = row["figures"]["kl"], row["figures"]["accuracy"]
-            noise = {name: spread(figure) or 0.0 for name, figure in (("xerr", kl), ("yerr", accuracy))}
             style = _style(order.index(loss)) | {"markersize": 7, "linestyle": "", "elinewidth": 1}
-            axes.errorbar(kl["mean"], accuracy["mean"], label=loss, **noise, **style)
+            noise = {"xerr": spread(kl) or 0.0, "yerr": spread(accuracy) or 0.0}
+            axes.errorbar(kl["mean"], accuracy["mean"], label=loss, **style | noise)
         for axis in (axes.xaxis, axes.yaxis):
             plain_ticks(axis)
         handles, labels = axes.get_legend_handles_labels()
