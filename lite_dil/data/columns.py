@@ -62,9 +62,13 @@ _ABOUT_ROW = {
     *("comments", "critique", "note", "notes", "justification", "judgement", "judgment", "strength", "statement"),
     *("elaboration", "reference"),
 }
-_REJECTED = {"rejected", "reject", "dispreferred", "loser", "losing", "worse", "worst"}
+_REJECTED = {
+    *("rejected", "reject", "dispreferred", "unpreferred", "unchosen", "loser", "losing", "worse", "worst", "bad", "negative"),
+    "disliked",
+}
 NULL = "null"
-_OPENING = frozenset('[{" \n\t')  # what may stand before JSON
+_PLAIN = frozenset((str, Cell, list, dict, int, float, bool, type(None)))
+_OPENING = frozenset('[{" \n\r\t')  # what may stand before JSON
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,8 @@ def tidy(value: Any, columns: dict[str, str] | None = None, about: About | None 
     kept: dict[str, Any] = {}
     other = False
     for name, v in row.items():
+        if type(v) not in _PLAIN and hasattr(v, "tolist"):  # numpy's arrays and numbers, in a program's rows
+            v = v.tolist()
         if type(v) is str or type(v) is Cell:
             if v[:1] in _OPENING and (found := _stored(name, v)) is not None:
                 v = found
@@ -195,6 +201,8 @@ def _stored(name: str, text: str) -> Any:
         value = json.loads(text)
         if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # encoded twice
             value = json.loads(value)
+        if isinstance(value, dict) and len(value) == 1 and isinstance(inner := next(iter(value.values())), list):
+            value = inner if any(map(is_message, inner)) else value  # {"messages": [...]}
         if isinstance(value, (list, dict)):
             messages = value if isinstance(value, list) and value else [value]
             if name in _LISTS or (all(isinstance(m, dict) for m in messages) and any(map(is_message, messages))):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -46,6 +47,7 @@ UNTIED: list[tuple[str, list[dict[str, Any]], Any]] = [
     ("HH, an empty prompt", [{"prompt": "", "chosen": f"{HH} Rayleigh.", "rejected": f"{HH} Paint."}], PAIR),
     ("null columns", [{**NULLS, "prompt": [WHY], "chosen": [CHOSEN], "rejected": [REJECTED]}], PAIR),
     ("empty columns", [{"instruction": "", "messages": [], **two("chosen", "rejected")}], TEXT_PAIR),
+    ("JSON of a request", [{"prompt": json.dumps({"messages": [WHY]}), "chosen": "Rayleigh.", "rejected": "Paint."}], PAIR),
     ("a null prompt", [{"prompt": None, "chosen": [WHY, CHOSEN], "rejected": [WHY, REJECTED]}], PAIR),
     ("system", [{"system": "Be kind.", "prompt": [WHY], "chosen": [CHOSEN], "rejected": [REJECTED]}], SYSTEM_PAIR),
     ("ShareGPT", [{"system": "Be kind.", "conversations": [HUMAN], "chosen": CHOSEN, "rejected": REJECTED}], SYSTEM_PAIR),
@@ -158,7 +160,9 @@ def test_a_public_layout_reads_alike_from_every_file(tmp_path: Path, rows: list[
         reader = Reader(str(tmp_path / name))
         found = tuple((row.prompt, row.answers, row.signs) for row in reader)
         assert (found, reader.problems) == (expected, []), name
-    assert tuple((row.prompt, row.answers, row.signs) for row in Reader("data", rows=Rows(rows))) == expected
+    arrays = [{k: np.array(v, object) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
+    for given in (rows, arrays):
+        assert tuple((row.prompt, row.answers, row.signs) for row in Reader("data", rows=Rows(given))) == expected
 
 
 @pytest.mark.parametrize(
@@ -212,6 +216,7 @@ REFUSED: list[tuple[list[dict[str, Any]], str, str]] = [
     ([{"messages": PRINTED}], "messages as text", "'messages' is text in which"),
     ([{"conversations": PRINTED.replace("}, {", "}\n {"), "label": True}], "messages as text", "'conversations'"),
     ([{"messages": [WHY, CHOSEN], "dispreferred": "Paint."}], "rejected response in another column", "rejected=dispreferred;"),
+    ([{**two("completion", "bad")}], "rejected response in another column", "rejected=bad;"),
     ([{**two("completion", "worse_answer")}], "rejected response in another column", "rejected=worse_answer;"),
     ([{"messages": [WHY, CHOSEN], "chosen": "Ice.", "rejected": "Paint."}], "contradictory prompt", "'messages' ends in"),
     ([{"system": "Be rude.", "messages": [KIND, WHY, CHOSEN]}], "two system messages", "remove one"),

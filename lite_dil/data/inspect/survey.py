@@ -90,7 +90,7 @@ class Survey:
 
     def _private(self, row: Row) -> None:
         """Count e-mail addresses and the like in the responses, and look for them in the prompt."""
-        found = [private_in(answer if isinstance(answer, str) else answer["content"]) for answer in row.answers]
+        found = [private_in("\n".join(_strings(answer))) for answer in row.answers]
         for kind, number in ((kind, number) for counts in found for kind, number in counts.items()):
             total, answers, first = self.private.get(kind, (0, 0, row.place))
             self.private[kind] = (total + number, answers + 1, first)
@@ -132,6 +132,15 @@ def _first_equal(*keys: np.ndarray) -> np.ndarray:
     first = np.empty(len(order), np.int64)
     first[order] = order[np.flatnonzero(new)][np.cumsum(new) - 1]
     return first
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the texts of a response, with those of its calls."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
 
 
 def _texts(row: Row) -> Iterator[str]:
