@@ -55,10 +55,9 @@ def load_base(
     table_on_host: bool = False,
     head_on_host: bool = False,
 ) -> Any:
-    """Load a frozen model without dropout.
+    """Load a frozen model without dropout, in the type `dtype`, or "auto", the files' own.
 
     Args:
-        dtype: the type to compute in; "auto" is the files' own.
         table_on_host: leave the embedding table in the computer's memory, and with it a head that shares its weight.
         head_on_host: leave the output head there, unless it shares the weight of a table that is not.
 
