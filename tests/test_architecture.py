@@ -57,7 +57,6 @@ EXCEPTIONS = {
         "lite_dil/models/find.py",
         "torch",
     ): "transformers turns the embedded GGUF file into a folder, and takes torch for it",
-    ("lite_dil/export/gguf.py", "torch"): "transformers reads a GGUF file back for its check, and takes torch for it",
 }
 
 

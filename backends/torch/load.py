@@ -61,10 +61,9 @@ def load_base(
     head_on_host: bool = False,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a frozen model without dropout.
+    """Load a frozen model without dropout, in the type `dtype`, or "auto", the files' own.
 
     Args:
-        dtype: the type to compute in; "auto" is the files' own.
         table_on_host: leave the embedding table in the computer's memory, and with it a head that shares its weight.
         head_on_host: leave the output head there, unless it shares the weight of a table that is not.
         trust_remote_code: run the Python files that the model brings.

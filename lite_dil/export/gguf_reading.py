@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from lite_dil.backends import registry
 from lite_dil.backends.types import Sequences
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.export.gguf_vocabulary import EOS_IDS
-from lite_dil.export.runtime import Prompt, Runtime
+from lite_dil.export.runtime import Fed, Runtime
 
 # Texts of tokens that llama.cpp takes for ends by their names alone (llama-vocab.cpp), the frequent ones.
 _ENDS = {"<|im_end|>", "<|eot_id|>", "<|end|>", "<|return|>", "<end_of_turn>", "<turn|>", "<|endoftext|>", "<|end_of_text|>"}
@@ -52,9 +53,7 @@ def opened(
     """
     if reader() == "transformers":
         say(f"reading {path.name} with transformers (llama-cpp-python is not installed)")
-        from lite_dil.backends.torch.gguf import GgufModel
-
-        yield _Unread(path, GgufModel(path), tokenizer, render, stops)
+        yield _Unread(path, registry.module("torch", "gguf").GgufModel(path), tokenizer, render, stops)
         return
     say(f"reading {path.name} with llama.cpp")
     file = open_file(path, n_ctx=context, logits_all=True)
@@ -116,7 +115,7 @@ class _LlamaCpp:
             found.append(_log_softmax_at(self.file.scores[len(prompt) - 1 : len(prompt) + len(response) - 1], response))
         return found
 
-    def prompt(self, prompt: Prompt) -> list[int]:
+    def prompt(self, prompt: Fed) -> list[int]:
         """Return the tokens of a text or a conversation, with what llama.cpp puts around them."""
         text = prompt if isinstance(prompt, str) else (self.render or self._render)(prompt)
         return list(self.file.tokenize(text.encode(), add_bos=True, special=True))  # true: if the file says so
@@ -177,7 +176,7 @@ class _Unread:
         self.fields = metadata(path)
         self.render = render or self._render
 
-    def prompt(self, prompt: Prompt) -> list[int]:
+    def prompt(self, prompt: Fed) -> list[int]:
         """Return the tokens of a text or a conversation, with what llama.cpp puts around them by the metadata."""
         text = prompt if isinstance(prompt, str) else self.render(prompt)
         ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)

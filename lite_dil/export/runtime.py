@@ -12,7 +12,7 @@ from lite_dil.backends.types import Sequences
 from lite_dil.data.encoder import Encoder
 from lite_dil.data.files import RowError
 
-Prompt = str | list[dict[str, str]]
+Fed = str | list[dict[str, str]]
 FORCED_STEP = 5  # at which a generation is made to draw the end token
 MORE_CONTEXT = 16  # tokens that a generation may add
 _TALK = ("Hello, who are you?", "A model.\nOne that answers.", "Why 2 + 2? ¿Qué? 你好")
@@ -26,7 +26,7 @@ class Runtime(Protocol):
     def logps(self, sequences: Sequences) -> list[np.ndarray]:
         """Return each response's log-probs, (tokens,) float32."""
 
-    def prompt(self, prompt: Prompt) -> list[int]:
+    def prompt(self, prompt: Fed) -> list[int]:
         """Return the tokens that it feeds the model for a text, or for a conversation up to the assistant's turn."""
 
     def end_ids(self) -> set[int]:

@@ -351,12 +351,9 @@ class Policy:
 def load(
     source: AdapterSource, say: Callable[[str], None], training: LoadOptions | None = None, in_files: bool = False
 ) -> Policy:
-    """Load the model with its adapter.
+    """Load the model with its adapter for inference, or by options for `training`, which hold the initial adapter.
 
-    Args:
-        say: shows a line to the user.
-        training: options for training, with the initial adapter; None loads it for inference, with the source's adapter.
-        in_files: see `registry.load`.
+    `say` shows a line to the user; `in_files` is that of `registry.load`.
     """
     checkpoint = checkpoint_of(source.adapter) if source.adapter else None
     if checkpoint and source.run and not source.run.adapter.exists() and checkpoint == source.run.latest():
