@@ -75,8 +75,7 @@ class TorchBackend:
         self.head = base.get_output_embeddings()
         if training and training.offload_embeddings:
             self._offload_embeddings()
-        self.linear = linear_layers(base)
-        self.switch, self.adapters = Switch(), dict[str, Trainable]()
+        self.linear, self.switch, self.adapters = linear_layers(base), Switch(), dict[str, Trainable]()
         self.seed = adapter.seed if adapter else 0
         if adapter:
             self._add_policy(adapter, initial)
@@ -95,8 +94,8 @@ class TorchBackend:
         bits += ", unsloth" if self.unsloth else ""
         where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         self.description = f"{device} ({where}), {self.dtype_name}{bits}, {self.layout} layout"
-        self.identity = f"torch {self.dtype_name}{' nf4' if self.in_4bit else ''} head {options.head_bits or 16}"
-        self.identity += " unsloth" if self.unsloth else ""
+        kind = f"{' nf4' if self.in_4bit else ''} head {options.head_bits or 16}{' unsloth' if self.unsloth else ''}"
+        self.identity = f"torch {self.dtype_name}{kind}"
 
     def using(self, name: str) -> AbstractContextManager[None]:
         """Activate adapter `name` inside the block."""

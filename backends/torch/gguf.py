@@ -49,7 +49,7 @@ class GgufModel:
 
 
 def _config(path: Path, file: Any) -> Any:
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     fields = {key.partition(".")[2]: field for key, field in file.fields.items()}
 
     def field(name: str) -> Any:
@@ -69,6 +69,7 @@ def _whole(path: Path, config: Any) -> Any:
             path.parent,
             config=config,
             gguf_file=path.name,
+            trust_remote_code=False,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
         ).eval()
@@ -77,7 +78,7 @@ def _whole(path: Path, config: Any) -> Any:
 def _unpacked_lazily(path: Path, file: Any, config: Any) -> Any:
     """Return the model with its linear layers left packed in the file, by the names and order that transformers gives them."""
     with init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     made = TENSOR_PROCESSORS.get(file.fields["general.architecture"].contents(), TensorProcessor)(config=config.to_dict())
     names = get_gguf_hf_weights_map(model, made)
     modules = dict(model.named_modules())

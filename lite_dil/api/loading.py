@@ -51,8 +51,8 @@ def load(
         backend: "cuda", "mlx", "cpu", or "auto", the default.
         lora_r, lora_alpha, target_modules, lora_dropout: for a fresh adapter (16, twice the rank, all linear layers, none).
         seed: for the adapter's initial weights, and in training for the data's order and dropout.
-        adapter: a run's folder, one of its checkpoints, or a folder with an adapter in PEFT's or mlx-lm's format. The model is
-            then loaded as the run had it, unless other arguments are given.
+        adapter: a run, a checkpoint, or an adapter's folder, in PEFT's or mlx-lm's format; the model is then loaded as the run
+            had it, unless other arguments are given.
         reference: the reference of an `adapter`: "base" or "initial-adapter"; required for training.
         trainable: False loads for inference only.
         trust_remote_code: run the Python files that the model brings, with all your rights.
@@ -67,7 +67,7 @@ def load(
     _check_names(engine)
     if bits not in (None, 4):
         raise UserError(f"dil.load: bits is {bits}; expected 4, or None for the weights as they are")
-    if target_modules is not None and not isinstance(target_modules, str):
+    if not isinstance(target_modules, str | None):
         target_modules = ",".join(target_modules)
     of_model = _given(
         model=model and str(model),
@@ -78,14 +78,18 @@ def load(
         trust_remote_code=trust_remote_code or None,
         chat_template_kwargs=None if chat_template_kwargs is None else json.dumps(dict(chat_template_kwargs)),
     )
-    lora = {"lora_r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
-    of_adapter = _given(**lora, target_modules=target_modules, reference=reference)
+    shape = {"lora_r": lora_r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    of_adapter = _given(**shape, target_modules=target_modules, reference=reference)
     source = adapter_source.find(None if adapter is None else str(adapter), of_model)
     if not trainable:
-        if given := [*of_adapter, *engine]:
-            raise UserError(f"dil.load: {', '.join(given)}: only for training; leave out with trainable=False")
+        _only_for_training([*of_adapter, *engine])
         return policy.load(source, tell)
     return policy.load(source, tell, _options(source, of_adapter | engine | {"seed": seed}))
+
+
+def _only_for_training(given: list[str]) -> None:
+    if given:
+        raise UserError(f"dil.load: {', '.join(given)}: only for training; leave out with trainable=False")
 
 
 def _options(source: AdapterSource, given: dict[str, Any]) -> LoadOptions:
