@@ -64,9 +64,7 @@ def load(
         OutOfMemory: the device does not hold the model.
     """
     start(training=trainable)
-    _check_names(engine)
-    if bits not in (None, 4):
-        raise UserError(f"dil.load: bits is {bits}; expected 4, or None for the weights as they are")
+    _check(engine, bits)
     if not isinstance(target_modules, str | None):
         target_modules = ",".join(target_modules)
     of_model = _given(
@@ -110,8 +108,10 @@ def _given(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _check_names(given: dict[str, Any]) -> None:
-    """Raise UserError for an option that is not for loading."""
+def _check(given: dict[str, Any], bits: int | None) -> None:
+    """Raise UserError for an option that is not for loading, or another number of bits."""
+    if bits not in (None, 4):
+        raise UserError(f"dil.load: bits is {bits}; expected 4, or None for the weights as they are")
     for name in given:
         if name in _ENGINE:
             continue
