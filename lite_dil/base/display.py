@@ -89,6 +89,8 @@ class Silent:
 class TimeLeft:
     """Tells how long the rest of some work will take, from what is done; nothing while it is not slow.
 
+    The first piece is left out: it may wait for a compilation, or for a prompt.
+
     Args:
         tell: called with a few words.
         of: the pieces of the whole work.
@@ -97,13 +99,15 @@ class TimeLeft:
 
     def __init__(self, tell: Tell, of: int, word: str = "about", clock: Callable[[], float] = time.monotonic) -> None:
         self._tell, self._of, self._word, self._clock = tell, of, word, clock
-        self._began, self._done = clock(), 0
+        self._began, self._done = 0.0, 0
 
     def add(self) -> None:
         """Count one more piece as done."""
         self._done += 1
-        if (seconds := self._clock() - self._began) >= SLOW:
-            self._tell(f"{self._word} {duration(max(0, self._of - self._done) * seconds / self._done)} left")
+        if self._done == 1:
+            self._began = self._clock()
+        elif (seconds := self._clock() - self._began) >= SLOW:
+            self._tell(f"{self._word} {duration(max(0, self._of - self._done) * seconds / (self._done - 1))} left")
 
 
 def parts(step: int, steps: int, line: dict[str, Any]) -> list[str]:

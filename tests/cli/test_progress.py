@@ -110,11 +110,11 @@ def test_a_pipe_gets_a_line_a_step_and_one_as_each_phase_starts() -> None:
 
 
 def test_the_time_left_of_slow_work() -> None:
-    """Ten pieces of three quarters of a second each: nothing is said of the first two, which are no slow work yet."""
+    """Nothing is said of the first piece, and before two seconds of the ten others, three quarters of a second each."""
     now, said = 100.0, list[str]()
-    left = TimeLeft(said.append, 10, "at most", clock=lambda: now)
-    for _ in range(11):
-        now += 0.75
+    left = TimeLeft(said.append, 11, "at most", clock=lambda: now)
+    for seconds in (50, *[0.75] * 11):
+        now += seconds
         left.add()
     assert said[:2] == ["at most 5 s left", "at most 4 s left"] and said[-2:] == ["at most 0 s left"] * 2 and len(said) == 9
 
