@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any
@@ -62,7 +63,14 @@ class Rendering:
             frame = self.lay_out(turns, None, add_generation_prompt=False) if self.chats else ""
         except RowError:  # a template with demands of its own: the special tokens must do
             frame = ""
-        return self._special | ({token for token in self._added if token in frame} - MARKS)
+        # A word may be an added token too, and a template may print it; a mark of a turn is not a word.
+        return self._special | ({token for token in self._added if token in frame and not token.strip().isalnum()} - MARKS)
+
+    @cached_property
+    def _template_text(self) -> str:
+        """The text of the chat template, or of all if there are several."""
+        template = self.tokenizer.chat_template
+        return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
     def prompt(self, prompt: str | list[Message], tools: Tools = None, arguments: Arguments = None) -> str:
         """Return what comes before a response: text as it is, or messages up to the start of the assistant's turn.
@@ -70,9 +78,10 @@ class Rendering:
         Args:
             arguments: the row's own arguments of the template.
         """
+        given = {**self.arguments, **(arguments or {})}
         if isinstance(prompt, str):
-            if tools:
-                self.notes.add("their tools are not used: the prompts are plain text, without the chat template")
+            if unused := [*(["tools"] if tools else []), *sorted(given)]:
+                self.notes.add(f"{', '.join(unused)} not used: the prompts are plain text, without the chat template")
             return prompt
         for message in prompt:
             self._refuse_control(message)
@@ -81,6 +90,8 @@ class Rendering:
             self._tools_shown = text != self.lay_out(prompt, None, add_generation_prompt=True, arguments=arguments)
             if not self._tools_shown:
                 self.notes.add("the chat template prints the same with their tools as without them")
+        if unread := [name for name in sorted(given) if not re.search(rf"\b{name}\b", self._template_text)]:
+            self.notes.add(f"the chat template does not read {', '.join(unread)}")
         if any(name not in text for name in _called(prompt)):
             self.notes.add("the chat template does not print the tool calls of earlier turns")
         return text

@@ -197,6 +197,15 @@ def test_arguments_of_the_template_and_of_a_row() -> None:
     for reasoning in ("<think>a</think>B.", "<think>\na\n</think>\n\nB.", thought("B.", "a")):
         with pytest.raises(RowError, match="the generation prompt closes that block"):
             Encoder(tokenizer, off).encode(pair(reasoning, "C."))
+    # What has no effect is said.
+    notes = Counter[str]()
+    encoder = Encoder(byte_level_tokenizer(), off)
+    encoder.encode(pair("B.", "C."), notes)
+    encoder.encode(Row("text", (" b", " c"), (1, -1), "", "pairs", arguments={"a": 1}), notes)
+    assert list(notes) == [
+        "the chat template does not read enable_thinking",
+        "a, enable_thinking not used: the prompts are plain text, without the chat template",
+    ]
     # Empty blocks of two spellings are one.
     assert texts(Encoder(tokenizer_of("glm"), off), pair("B.", "C."))[1] == ["\nB.<|im_end|>", "\nC.<|im_end|>"]
     prompt, responses = texts(Encoder(tokenizer_of("deepseek"), {"thinking": True}), pair("B.", "C."))
@@ -216,9 +225,10 @@ def test_an_ordinary_token_behind_the_response_is_its_end() -> None:
     for row in (pair("a <end> b", "c"), pair("a", "b", [{"role": "user", "content": "<end>"}])):
         with pytest.raises(RowError, match="control token '<end>'"):
             encoder.encode(row)
-    # White space is no end, though it may be a token.
+    # White space is no end and a word no mark, though they may be tokens.
+    tokenizer.add_tokens([AddedToken("assistant", special=False)])
     tokenizer.chat_template = CHATML.replace("<|im_end|>\n", "\n\n")
-    assert texts(Encoder(tokenizer), pair("A\n\nA", "B"))[1] == ["A\n\nA<|im_end|>", "B<|im_end|>"]
+    assert texts(Encoder(tokenizer), pair("An\n\nassistant", "B"))[1] == ["An\n\nassistant<|im_end|>", "B<|im_end|>"]
 
 
 @pytest.mark.parametrize(

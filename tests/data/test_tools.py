@@ -116,7 +116,7 @@ def test_templates_without_tools_are_named() -> None:
         encoder.encode(Row([USER], (called[1], "B."), (1, -1), "", "pairs", [TOOL]))
     notes.clear()
     encoder.encode(Row("Weather?", (" A.", " B."), (1, -1), "", "pairs", [TOOL]), notes)
-    assert list(notes) == ["their tools are not used: the prompts are plain text, without the chat template"]
+    assert list(notes) == ["tools not used: the prompts are plain text, without the chat template"]
 
 
 def test_a_folders_template_for_tools(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_nulls_that_arrow_adds(tmp_path: Path) -> None:
     assert [row.tools for row in found] == [[TOOL], [clock]]
     assert [row.arguments for row in found] == [{"a": 1}, {"b": 2}]
     data = load(str(file), "train", Encoder(tokenizer_of("qwen3")), config(data=str(file)))
-    assert [line for line in remarks(data) if "null" in line] == [
+    assert [line for line in remarks(data) if ": null" in line] == [
         f"{file}: 2 rows: null in the arguments of their tool calls is trained on; columnar files add it for the arguments of "
         "other calls: store arguments as JSON text there"
     ]
