@@ -481,7 +481,11 @@ def settled(folder: Path, data: Path, *more: str) -> list[set[str]]:
 def test_no_prompt_is_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also one that differs only in white space around a message, which a chat template may drop."""
     rows = [
-        {"prompt": [{"role": "user", "content": f"What is {i % 60}?" + " " * (i % 2)}], "chosen": f"{i}.", "rejected": "No."}
+        {
+            "prompt": [{"role": "user", "content": f"What is {i % 60}?" + " " * (i // 60 % 2)}],
+            "chosen": f"{i}.",
+            "rejected": "No.",
+        }
         for i in range(300)
     ]
     data = tmp_path / "rows.jsonl"
