@@ -150,7 +150,7 @@ class Reader:
             raise
         except RowError as error:
             plain = dict(value) if isinstance(value, dict) else {}
-            if error.kind.startswith("no") and prompts_only(plain):
+            if not self._first and error.kind.startswith("no") and prompts_only(plain):
                 raise RowError(NO_RESPONSE, f"{error}. {_PROMPTS_ARE_FOR}") from None
             other = format_of(plain)
             if other and other != self.format and error.kind.startswith("no field"):
