@@ -52,6 +52,8 @@ def _options(adapter: Path, run: RunFolder | None, given: dict[str, Any]) -> dic
 
     Raises UserError if the adapter is damaged, or if config.yaml names another model than it was trained on.
     """
+    if run is None:
+        return {}
     try:
         recorded = unsealed(checkpoint_of(adapter) or adapter) or {}
     except Damaged as error:
@@ -59,8 +61,6 @@ def _options(adapter: Path, run: RunFolder | None, given: dict[str, Any]) -> dic
             f"--adapter {adapter} is damaged: {error}. Give an older checkpoint, or --resume the run, which writes it again; "
             f"if you changed it on purpose, delete {DIGESTS}"
         ) from None
-    if run is None:
-        return {}
     recorded.pop("trust_remote_code", None)  # no file grants it
     written = read_yaml(run.path / "config.yaml")
     for name in MODEL_FIELDS:

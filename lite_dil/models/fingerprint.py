@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ def reference_key(options: AdapterOptions, memo: Path, model: str, identity: str
     return key
 
 
-def base_of(model: str, memo: Path) -> dict[str, Any]:
+def base_of(model: str, memo: Path | None) -> dict[str, Any]:
     """Return what identifies a base model: a hash of its weights, and the fields of its config.json that may be computed with.
 
     Args:
         model: its folder or hub id.
-        memo: the folder in which hashes of large files are remembered.
+        memo: the folder in which hashes of large files are remembered; None remembers none.
     """
     folder = model_folder(model)
     weights = _hash(folder, memo, ("*.safetensors", "*.bin", "*.gguf"))
@@ -44,12 +45,12 @@ def base_of(model: str, memo: Path) -> dict[str, Any]:
     return {"weights": weights, "config": {name: config[name] for name in config if name not in _NOT_COMPUTED}}
 
 
-def fingerprint(folder: Path, memo: Path) -> str:
+def fingerprint(folder: Path, memo: Path | None) -> str:
     """Return a hash of a model's or an adapter's weights and options."""
     return _hash(folder, memo, ("*.safetensors", "*.bin", "*.gguf", "*config.json"))
 
 
-def _hash(folder: Path, memo: Path, patterns: tuple[str, ...]) -> str:
+def _hash(folder: Path, memo: Path | None, patterns: tuple[str, ...]) -> str:
     """Return a hash of a folder's files by name and content.
 
     Reading 16 GB takes a while, so `memo` remembers a file's hash with its size, times and number; a file in the hub's own
@@ -57,11 +58,10 @@ def _hash(folder: Path, memo: Path, patterns: tuple[str, ...]) -> str:
     """
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    notes = memo / "files.json"
-    try:
-        remembered = json.loads(notes.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        remembered = {}
+    remembered: dict[str, Any] = {}
+    if memo:
+        with suppress(OSError, ValueError):
+            remembered = dict(json.loads((memo / "files.json").read_text(encoding="utf-8")))
     names = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not any(path.suffix != ".json" for path in names):
         raise UserError(
@@ -80,8 +80,8 @@ def _hash(folder: Path, memo: Path, patterns: tuple[str, ...]) -> str:
             value = blake2(file_pieces(real)).hex()
             remembered[str(real)], changed = [*seen, value], True
         values.append(f"{path.name} {value}\n")
-    if changed:
+    if memo and changed:
         with writing(memo, "--reference-cache"):
             make_folder(memo)
-        replace_file(notes, json.dumps(remembered))
+        replace_file(memo / "files.json", json.dumps(remembered))
     return blake2(map(str.encode, values)).hex()

@@ -32,59 +32,79 @@ def say_paths(config: ResolvedConfig, saved: Mapping[str, Any], say: Callable[[s
         say(f"not written to, unless it is given again: {', '.join(left)}")
 
 
-def recognise(
-    data: RunData,
-    config: ResolvedConfig,
-    model: str,
-    folder: RunFolder,
-    resume: Path | None,
-    say: Callable[[str], None],
-    accept: bool,
-) -> Progress:
-    """Return the progress of a new run, or of a checkpoint whose data, base model and initial adapter are still the same.
+class Inputs:
+    """What a run reads, compared with what the checkpoint that it continues from has recorded.
 
     Args:
-        model: the result of `resolve_model`.
-        resume: the checkpoint that the run continues from.
+        resume: the checkpoint; None for a new run.
         accept: go on although something has changed, and say what.
-
-    Raises:
-        UserError: something has changed, and `accept` is not given.
     """
-    memo = cache_folder(config)
-    now = Progress(fingerprint=fingerprint(data.examples), base=base_of(model, memo))
-    now.held_out = fingerprint(data.held_out) if data.held_out else ""
-    now.init_adapter = files_fingerprint(Path(config.init_adapter), memo) if config.init_adapter else ""
-    if resume is None:
-        return now
-    saved = read_progress(resume)
-    changes = list(_changes(now, saved, config))
-    if changes and not accept:
-        heading = f"--resume {resume}: something has changed; start a new run, or go on with it by --accept-changes:"
-        raise UserError(gather(changes, heading))
-    for change in changes:
-        say(f"accepted: {change}")
-    anew = [name for name in _FOLLOWED if getattr(config, name) != folder.options.get(name)]
-    known = {"data": saved.fingerprint, "eval_data": saved.held_out, "model": saved.base, "init_adapter": saved.init_adapter}
-    for name in (name for name in anew if not known[name]):
-        say(f"warning: this run recorded nothing of its {flag(name)}; whether {getattr(config, name)} is the same is unknown")
-    if anew:  # so that later commands find them
-        folder.create(folder.options | {name: getattr(config, name) for name in _FOLLOWED})
-    return replace(saved, fingerprint=now.fingerprint, held_out=now.held_out, base=now.base, init_adapter=now.init_adapter)
+
+    def __init__(
+        self, config: ResolvedConfig, folder: RunFolder, resume: Path | None, say: Callable[[str], None], accept: bool
+    ) -> None:
+        self.config, self.folder, self.resume, self._say, self._accept = config, folder, resume, say, accept
+        self.saved = read_progress(resume) if resume else Progress()
+
+    def data(self, data: RunData) -> Progress:
+        """Return the run's progress with the fingerprints of its data. Raises UserError if they are others than before."""
+        now = fingerprint(data.examples), fingerprint(data.held_out) if data.held_out else ""
+        before = self.saved.fingerprint, self.saved.held_out
+        changes = []
+        if self.resume and now[0] != before[0]:
+            changes.append(f"{self.config.data} is not the data that this run was trained on")
+        if before[1] and now[1] != before[1]:
+            path = self.config.eval_data
+            changes.append(
+                f"{f'--eval-data {path} is' if path else 'the held-out rows are'} not what this run was evaluated on"
+            )
+        self._check(changes)
+        return replace(self.saved, fingerprint=now[0], held_out=now[1])
+
+    def models(self, progress: Progress, model: str) -> None:
+        """Put the fingerprints of the base model, a result of `resolve_model`, and the initial adapter into `progress`.
+
+        Both have been loaded. Raises UserError if they are others than before.
+        """
+        config, saved = self.config, self.saved
+        memo = None if config.reference_cache == "off" else cache_folder(config)
+        progress.base = base_of(model, memo)
+        progress.init_adapter = files_fingerprint(Path(config.init_adapter), memo) if config.init_adapter else ""
+        changes = list(_changes_of_base(saved.base, progress.base, config.model)) if saved.base else []
+        if saved.init_adapter and saved.init_adapter != progress.init_adapter:
+            changes.append(f"--init-adapter {config.init_adapter} is not what this run began with")
+        self._check(changes)
+        if self.resume:
+            self._follow()
+
+    def _check(self, changes: list[str]) -> None:
+        if changes and not self._accept:
+            heading = f"--resume {self.resume}: something has changed; start a new run, or go on with it by --accept-changes:"
+            raise UserError(gather(changes, heading))
+        for change in changes:
+            self._say(f"accepted: {change}")
+
+    def _follow(self) -> None:
+        """Write new places of what is read into config.yaml, so that later commands find them."""
+        config, folder, saved = self.config, self.folder, self.saved
+        anew = [name for name in _FOLLOWED if getattr(config, name) != folder.options.get(name)]
+        known = {
+            "data": saved.fingerprint,
+            "eval_data": saved.held_out,
+            "model": saved.base,
+            "init_adapter": saved.init_adapter,
+        }
+        for name in (name for name in anew if not known[name]):
+            path = getattr(config, name)
+            self._say(f"warning: this run recorded nothing of its {flag(name)}; whether {path} is the same is unknown")
+        if anew:  # so that later commands find them
+            folder.create(folder.options | {name: getattr(config, name) for name in _FOLLOWED})
 
 
-def _changes(now: Progress, saved: Progress, config: ResolvedConfig) -> Iterator[str]:
-    """Yield what is not as a run recorded it, as far as it did."""
-    if saved.fingerprint != now.fingerprint:
-        yield f"{config.data} is not the data that this run was trained on"
-    if saved.held_out and saved.held_out != now.held_out:
-        where = f"--eval-data {config.eval_data} is" if config.eval_data else "the held-out rows are"
-        yield f"{where} not what this run was evaluated on"
-    if saved.base and saved.base["weights"] != now.base["weights"]:
-        yield f"--model {config.model} has other weights than this run began with"
-    before, after = (progress.base.get("config", {}) if saved.base else {} for progress in (saved, now))
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            yield f"--model {config.model}: {name} in its config.json was {before.get(name)}, and is {after.get(name)}"
-    if saved.init_adapter and saved.init_adapter != now.init_adapter:
-        yield f"--init-adapter {config.init_adapter} is not what this run began with"
+def _changes_of_base(before: dict[str, Any], now: dict[str, Any], model: str) -> Iterator[str]:
+    if before["weights"] != now["weights"]:
+        yield f"--model {model} has other weights than this run began with"
+    old, new = before["config"], now["config"]
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            yield f"--model {model}: {name} in its config.json was {old.get(name)}, and is {new.get(name)}"

@@ -29,7 +29,7 @@ from lite_dil.objectives.own import missing as missing_loss
 from lite_dil.objectives.table import objective_of
 from lite_dil.planning.auto import fitted
 from lite_dil.recipes.given import Given
-from lite_dil.recipes.inputs import recognise, say_paths
+from lite_dil.recipes.inputs import Inputs, say_paths
 from lite_dil.recipes.read_data import RunData, read_data
 from lite_dil.reports import trackers
 from lite_dil.reports.outcome import SAMPLES
@@ -150,7 +150,8 @@ def _load(
     encoder = policy.encoder if policy else encoder_of(model, config)
     data = read_data(encoder, config, display.say, given)
     config = data.config
-    progress = recognise(data, config, model, folder, resume, display.say, given.accept_changes)
+    inputs = Inputs(config, folder, resume, display.say, given.accept_changes)
+    progress = inputs.data(data)
     if config.auto:
         config, chosen = fitted(config, data.examples, fixed)
         display.say(chosen)
@@ -159,6 +160,7 @@ def _load(
             policy = load_found(AdapterSource(None, None, config), config.backend, model, encoder, display.say, config)
     if policy.backend.layout_reason:
         display.say(policy.backend.layout_reason)
+    inputs.models(progress, model)
     return TrainingSession(config, folder, policy, data, given.loss), progress
 
 

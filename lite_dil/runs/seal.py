@@ -23,7 +23,7 @@ def seal(folder: Path, options: Mapping[str, Any]) -> None:
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"]
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     content: dict[str, Any] = {"options": dict(options), "files": {name: _of(folder / name) for name in names}}
-    write(folder / DIGESTS, json.dumps({KEY: SEAL, "digest": _digest(content), **content}, indent=1) + "\n")
+    write(folder / DIGESTS, json.dumps({KEY: SEAL, "digest": _digest(content), **content}, indent=1, sort_keys=True) + "\n")
 
 
 def unsealed(folder: Path) -> dict[str, Any] | None:

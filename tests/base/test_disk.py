@@ -339,9 +339,9 @@ def test_a_folder_is_replaced_or_stays(tmp_path: Path, monkeypatch: pytest.Monke
         patch.setattr(Path, "rename", stopped)
         with pytest.raises(KeyboardInterrupt):
             folder.save_adapter(lambda path: (path / "second").touch())
-    assert left(tmp_path) == ["adapter"] and left(folder.adapter) == ["first"]
+    assert left(tmp_path) == ["adapter"] and left(folder.adapter) == ["digests.json", "first"]
     folder.save_adapter(lambda path: (path / "second").touch())
-    assert left(tmp_path) == ["adapter"] and left(folder.adapter) == ["second"]
+    assert left(tmp_path) == ["adapter"] and left(folder.adapter) == ["digests.json", "second"]
 
 
 def test_a_file_that_is_nearly_full_takes_all_or_nothing(tmp_path: Path) -> None:

@@ -368,9 +368,13 @@ def test_a_bad_answer_of_before_is_no_win_against_its_model(tmp_path: Path) -> N
     labels.reject(prompt, [Candidate(" a", "tuned-1"), Candidate(" b", "base")])
     shown = [Candidate(" c", "tuned-1"), Candidate(" d", "base")]
     assert labels.take(prompt, shown[0], shown) == 3
-    for again in (labels, Labels(tmp_path / "labels.jsonl")):
-        assert again.wins("tuned-1", "base") == (1, 1) and again.wins("base", "tuned-1") == (0, 1)
-        assert again.wins("tuned-2", "base") == (0, 0)
+
+    def wins(labels: Labels) -> list[tuple[int, int]]:
+        return [labels.wins(*names) for names in (("tuned-1", "base"), ("base", "tuned-1"), ("tuned-2", "base"))]
+
+    assert wins(labels) == [(1, 1), (0, 1), (0, 0)]
+    del labels  # a file has one writer
+    assert wins(Labels(tmp_path / "labels.jsonl")) == [(1, 1), (0, 1), (0, 0)]
 
 
 def test_no_two_different_answers_are_said_and_passed_over(label: Label, tmp_path: Path) -> None:

@@ -156,8 +156,13 @@ def test_another_base_model_or_other_held_out_rows(made: Path, place: Path, caps
     write_pairs(rows, 4)
     try:
         assert resume(place, step=2) == 2
-        said = capsys.readouterr().err.splitlines()[1:]
-        assert len(said) == 3 and "--eval-data" in said[0] and "other weights" in said[1] and "rms_norm_eps" in said[2]
+        (said,) = capsys.readouterr().err.splitlines()[1:]  # before the model is loaded
+        assert f"--eval-data {rows} is not what" in said
+        rows.write_bytes(before[rows])
+        assert resume(place, step=2) == 2
+        said, also = capsys.readouterr().err.splitlines()[1:]
+        assert "other weights" in said and "rms_norm_eps in its config.json was" in also
+        write_pairs(rows, 4)
         assert resume(place, "--accept-changes", step=2) == 0
         assert capsys.readouterr().out.count("accepted: ") == 3
         assert resume(place) == 0  # accepted once
