@@ -135,7 +135,8 @@ def adapter_logps(model: str, folder: Path, config: ModelOptions, sequences: Seq
     from peft import PeftModel
 
     device = config.backend if config.backend in ("cpu", "cuda") else "cuda" if torch.cuda.is_available() else "cpu"
-    make = functools.partial(load_base, model, compute_dtype(config.dtype, device), torch.device(device), config.load_in_4bit)
+    what = (model, compute_dtype(config.dtype, device), torch.device(device), config.load_in_4bit)
+    make = functools.partial(load_base, *what, trust_remote_code=config.trust_remote_code)
     base = out_of_memory.loaded(model, torch.device(device), (), make)
     with warnings.catch_warnings():
         # PEFT 0.21 uses an attribute's old name in transformers 5.

@@ -37,7 +37,7 @@ def load_model(
         in_files: leave the weights of linear layers in the model's files, where the device is a CPU and they are in full.
     """
     if in_files and device.type == "cpu" and not options.load_in_4bit:
-        base = load_base(model, "auto", device, False)
+        base = load_base(model, "auto", device, False, trust_remote_code=options.trust_remote_code)
         if getattr(base, "is_loaded_in_4bit", False):
             _set_up_4bit(base, dtype)
         else:

@@ -10,6 +10,7 @@ from typing import Any
 from lite_dil.api.loading import LOADED
 from lite_dil.api.notebook import display_of
 from lite_dil.api.reading import Data, as_data
+from lite_dil.api.telling import tell
 from lite_dil.base.display import Display
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.observer import Observer
@@ -22,7 +23,7 @@ from lite_dil.objectives.own import OwnLoss
 from lite_dil.recipes import preference
 from lite_dil.recipes.given import Given
 from lite_dil.recipes.run import Run
-from lite_dil.runs.folder import adapter_of, find_checkpoint
+from lite_dil.runs.folder import RunFolder, adapter_of, find_checkpoint
 
 # Options that other arguments set.
 _NOT_HERE = {"data": "data is the second argument"} | dict.fromkeys(
@@ -42,6 +43,7 @@ def train(
     resume: str | Path | None = None,
     output_dir: str | Path | None = None,
     continue_from: bool = False,
+    accept_changes: bool = False,
     **options: Any,
 ) -> Run:
     """Train the policy's adapter, in place, and write a run's folder.
@@ -59,6 +61,7 @@ def train(
         resume: a run's folder, one of its checkpoints, or "auto": continue it as if it had never stopped.
         output_dir: the run's folder; by default a new one under runs/.
         continue_from: train a trained policy further: this run starts from the previous run's adapter, with a new optimiser.
+        accept_changes: with `resume`, go on although the run's options, data or base model have changed.
         **options: others of ``lite-dil train --help``, such as learning_rate, max_steps, beta, eval_steps.
 
     Raises:
@@ -76,12 +79,11 @@ def train(
         given["eval_data"] = eval_rows.name
     if output_dir is not None:
         given["output_dir"] = str(output_dir)
-    handed = Given(policy, own, rows.rows, None if eval_rows is None else eval_rows.rows)
-    if resume is not None:
-        config, checkpoint = _resumed(given, loaded, str(resume))
-    else:
+    handed = Given(policy, own, rows.rows, None if eval_rows is None else eval_rows.rows, accept_changes)
+    config, checkpoint = (None, None) if resume is None else _resumed(given, loaded, str(resume), accept_changes)
+    if config is None or checkpoint is None:
         loaded = _start(policy, loaded, continue_from)
-        config, checkpoint = build(given | loaded, {}), None
+        config = build(given | loaded, {})
     return preference.train(config, display_of(display), checkpoint, None, observers, handed)
 
 
@@ -133,12 +135,13 @@ def _start(policy: Policy, loaded: dict[str, Any], continue_from: bool) -> dict[
     return loaded | changed
 
 
-def _resumed(given: dict[str, Any], loaded: dict[str, Any], where: str) -> tuple[ResolvedConfig, Path | None]:
+def _resumed(given: dict[str, Any], loaded: dict[str, Any], where: str, accept: bool) -> tuple[ResolvedConfig, Path | None]:
     """Return a resumed run's options and its checkpoint."""
     checkpoint = find_checkpoint(where, given.get("output_dir"))
     if checkpoint is not None:
-        saved = saved_config(checkpoint)
+        checkpoint = RunFolder(checkpoint.parent.parent).whole(checkpoint, tell)
+        saved = saved_config(checkpoint, accept=accept)
         for name in ("data", "eval_data"):  # rows are compared by their content, once they are read
             if given.get(name) == DATA and is_rows_name(str(saved.get(name))):
                 given[name] = saved[name]
-    return resumed(given | loaded, {}, where)
+    return resumed(given | loaded, {}, where, tell, accept)

@@ -120,13 +120,10 @@ def _flush(file: int) -> None:
 
 def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Write a folder by `fill`, completely or not at all; an existing one is kept until then. Raises DiskFailed."""
-    new, old = (target.with_name(f".{target.name}.{what}") for what in ("partial", "old"))
+    new, old = _beside(target)
     with writing(target):
-        if old.exists() and not target.exists():  # a process was killed between the two renames below
-            old.rename(target)
+        recover(target)
         try:
-            for left in (new, old):
-                _remove(left)
             make_folder(target.parent)
             new.mkdir()
             fill(new)
@@ -140,6 +137,20 @@ def replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
                 old.rename(target)
             for left in (new, old):  # leave nothing unfinished
                 _remove(left)
+
+
+def recover(target: Path) -> None:
+    """Put right what a process left that was killed while it replaced or removed `target`."""
+    new, old = _beside(target)
+    if old.exists() and not target.exists():  # it was killed between the two renames of `replace_folder`
+        old.rename(target)
+    for left in (new, old):
+        _remove(left)
+    sweep(target)
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    return target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
 
 
 def _remove(path: Path) -> None:

@@ -28,6 +28,15 @@ def blake2(pieces: Iterable[bytes], size: int = 16) -> bytes:
     return found.digest()
 
 
+def blake2_and_sha256(pieces: Iterable[bytes]) -> tuple[str, str]:
+    """Return a content's BLAKE2b hash of 16 bytes and its SHA-256 hash, in hexadecimal digits."""
+    one, two = hashlib.blake2b(digest_size=16), hashlib.sha256()
+    for piece in pieces:
+        one.update(piece)
+        two.update(piece)
+    return one.hexdigest(), two.hexdigest()
+
+
 def sha256(pieces: Iterable[bytes]) -> str:
     """Return the SHA-256 hash, 64 hexadecimal digits, of a content given in pieces of any length."""
     found = hashlib.sha256()

@@ -84,6 +84,8 @@ class JSONLines:
     def rewrite(self, rows: list[Any]) -> None:
         """Replace the whole content with `rows`, in one step."""
         data = _encoded(rows)
+        if self.path.exists():
+            self._same(self.path.stat().st_size)
         # A link stays: its target is replaced.
         with writing(self.path, safe=_SAFE), replacing(self.path.resolve()) as part:
             write(part, data, sync=True)

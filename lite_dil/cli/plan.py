@@ -25,9 +25,11 @@ def run(args: argparse.Namespace, config: ResolvedConfig, given: Set[str]) -> in
     plan = make(config, given, size, rate, Path(args.like) if args.like else None, host)
     if args.measure and plan.fits:
         from lite_dil.cli.progress import Terminal
+        from lite_dil.recipes.given import Given
         from lite_dil.recipes.measure import measure
 
-        plan = with_rate(plan, measure(config, Terminal(Console(stderr=True, highlight=False, soft_wrap=True)), given))
+        display = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
+        plan = with_rate(plan, measure(config, display, given, Given(loss=args.own_loss)))
     print(json.dumps(plan.as_json(), indent=2) if args.json else "\n".join(lines(plan)))
     return 0 if plan.fits else 1
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lite_dil.backends import limits, registry
 from lite_dil.base.errors import UserError
+from lite_dil.base.formats import NewerFormat
 from lite_dil.config.options import build, read_yaml
 from lite_dil.config.train_config import flag
 from lite_dil.generation.policy import AdapterSource
@@ -55,21 +56,37 @@ def _options(adapter: Path, run: RunFolder | None, given: dict[str, Any]) -> dic
     if run is None:
         return {}
     try:
-        recorded = unsealed(checkpoint_of(adapter) or adapter) or {}
+        recorded = _recorded(adapter)
     except Damaged as error:
         raise UserError(
             f"--adapter {adapter} is damaged: {error}. Give an older checkpoint, or --resume the run, which writes it again; "
             f"if you changed it on purpose, delete {DIGESTS}"
         ) from None
     recorded.pop("trust_remote_code", None)  # no file grants it
-    written = read_yaml(run.path / "config.yaml")
+    try:
+        written = read_yaml(run.path / "config.yaml")
+    except NewerFormat:
+        raise
+    except UserError:
+        if not recorded:
+            raise
+        written = {}
     for name in MODEL_FIELDS:
+        if name == "model":  # a run may move
+            continue
         if name in recorded and name not in given and name in written and written[name] != recorded[name]:
             raise UserError(
                 f"{run.path / 'config.yaml'}: {name} is {written[name]}, but the adapter was trained with {recorded[name]}; "
                 f"restore the file, or give {flag(name)}"
             )
     return recorded | written
+
+
+def _recorded(adapter: Path) -> dict[str, Any]:
+    """Return the options that an adapter's seal, or its checkpoint's, records. Raises Damaged."""
+    checkpoint = checkpoint_of(adapter)
+    part = adapter.relative_to(checkpoint).as_posix() if checkpoint else ""
+    return unsealed(checkpoint or adapter, part) or {}
 
 
 def _locate(path: Path) -> tuple[Path, RunFolder | None]:

@@ -85,9 +85,7 @@ def resumed(
             RunFolder(Path(output_dir)).drop_unsaved()
         return build(given, base), None
     run = checkpoint.parent.parent
-    checkpoint, problems = RunFolder(run).whole(checkpoint)
-    for problem in problems:
-        say(f"{problem}; going back to {checkpoint.name}")
+    checkpoint = RunFolder(run).whole(checkpoint, say)
     saved = saved_config(checkpoint, say, accept)
     if output_dir and Path(output_dir).resolve() != run.resolve():
         raise UserError(f"--resume {where} continues in {run}; leave --output-dir {output_dir} out")

@@ -84,6 +84,7 @@ class About:
     prompted: bool = False
     question: str = ""
     counts_from: int | None = None
+    numbers_clash: bool = False  # it holds 0 and 2
 
 
 class Columns(dict[str, Any]):
@@ -265,7 +266,7 @@ def learn(rows: Iterable[Any], numbers: Sequence[str] = ()) -> About:
     counted = {row[name] for row in found for name in numbers if type(row.get(name)) in (int, float, Cell)}
     counted = {int(float(value)) for value in counted if str(value) in ("0", "1", "2", "0.0", "1.0", "2.0")}
     start = {(0, 1): 0, (0,): 0, (1, 2): 1, (2,): 1}.get(tuple(sorted(counted)))
-    return About(prompted, "" if prompted else _column_of_questions(found), start)
+    return About(prompted, "" if prompted else _column_of_questions(found), start, {0, 2} <= counted)
 
 
 def question_of(row: Raw) -> str:

@@ -147,6 +147,11 @@ def _numbered(row: Raw, name: str, value: Any, sides: _Sides) -> float:
     number = _number(value, name) if isinstance(value, (int, float, Cell)) else None
     # response_0 and response_1 are numbered; of others the file shows whether 1 is the first or the second.
     start = 0 if sides.ends == ("0", "1") and not sides.names[0].endswith("]") else about_of(row).counts_from
+    if number is not None and start is None and about_of(row).numbers_clash:
+        raise RowError(
+            "which response is better",
+            f"field {name!r} holds 0, and 2 in other rows: one of them is no response; write the responses' names there",
+        )
     if number is not None and start is None and number == 1:
         raise RowError(
             "which response is better",

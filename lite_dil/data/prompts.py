@@ -183,10 +183,10 @@ def read_and_encode(
     """Read prompts and tokenise them for the model; only its tokenizer is loaded.
 
     Args:
+        model: the model, its template's arguments, and whether its own code may run.
         chat: whether plain-text prompts become user messages; None means only the lines of .txt files, if the model has a
             chat template.
         room: maximum tokens of a response.
-        trust_remote_code: run the Python files that the model brings.
 
     Returns:
         The prompts, and whether the model has a chat template.

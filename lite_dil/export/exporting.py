@@ -99,6 +99,8 @@ class Export:
         self.to: str | None = None
         if self.format == "adapter":
             self.to = options.to or ("mlx-lm" if adapter_files.format_of(source.adapter) == "peft" else "peft")
+        if source.options.trust_remote_code and self.format != "adapter":
+            raise UserError(f"--format {self.format}: a model with Python files of its own exports as --format adapter only")
         self.reader = self._reader()
         self.files = adapter_files.read_files(source.adapter)
         self.model = resolve_model(source.options.model, say)

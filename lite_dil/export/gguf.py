@@ -144,7 +144,7 @@ def _run(converter: Path, merged: Path, made: Path, kind: str) -> None:
 def _call(command: list[str], made: Path) -> None:
     """Run a program of llama.cpp that makes a file."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-    if done.returncode or not made.is_file():
+    if done.returncode or not made.is_file() or not made.stat().st_size:
         last = "\n".join(line for line in done.stdout.splitlines()[-8:] if line.strip())
         program = next(word for word in command if word != sys.executable)
         raise UserError(f"{program} failed (exit code {done.returncode}). Its last lines:\n{last}")

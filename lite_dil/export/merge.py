@@ -22,6 +22,7 @@ import numpy as np
 from lite_dil.backends.types import DenseWeight
 from lite_dil.base import files
 from lite_dil.base.errors import UserError
+from lite_dil.data.arguments import with_defaults
 from lite_dil.models import tensors
 from lite_dil.models.adapters import Adapter
 from lite_dil.models.find import rope_config
@@ -210,26 +211,18 @@ def write(
 
 def _set_arguments(folder: Path, arguments: Mapping[str, Any]) -> None:
     """Set the chat template's arguments in its text: programs that run the model give none, or their own."""
-    # JSON is what Jinja reads but for null. trim_blocks takes the line feed away.
-    set_all = "".join(f"{{%- set {name} = {_jinja(value)} %}}\n" for name, value in arguments.items())
     for file in [folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")]:
         if file.is_file():
-            files.write(file, set_all + file.read_text(encoding="utf-8"))
+            files.write(file, with_defaults(file.read_text(encoding="utf-8"), arguments))
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     template = settings.get("chat_template")
     if template:
-        named = [each | {"template": set_all + each["template"]} for each in template] if isinstance(template, list) else []
-        _write_json(file, settings | {"chat_template": named or set_all + template})
-
-
-def _jinja(value: Any) -> str:
-    """Return a JSON value as Jinja writes it."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(key)}: {_jinja(each)}" for key, each in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_jinja, value)) + "]"
-    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+        if isinstance(template, list):
+            made: Any = [each | {"template": with_defaults(each["template"], arguments)} for each in template]
+        else:
+            made = with_defaults(template, arguments)
+        _write_json(file, settings | {"chat_template": made})
 
 
 def _write_ends(file: Path, config: dict[str, Any], ends: Sequence[int]) -> None:

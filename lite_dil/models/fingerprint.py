@@ -10,7 +10,7 @@ from typing import Any
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import make_folder, replace_file
-from lite_dil.base.hashing import blake2, file_pieces
+from lite_dil.base.hashing import blake2, blake2_and_sha256, file_pieces
 from lite_dil.models.find import model_folder
 from lite_dil.models.options import AdapterOptions
 
@@ -40,18 +40,18 @@ def base_of(model: str, memo: Path | None) -> dict[str, Any]:
         memo: the folder in which hashes of large files are remembered; None remembers none.
     """
     folder = model_folder(model)
-    weights = _hash(folder, memo, ("*.safetensors", "*.bin", "*.gguf"))
+    weights = _hash(folder, memo, ("*.safetensors", "*.bin", "*.gguf"), portable=True)
     config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     return {"weights": weights, "config": {name: config[name] for name in config if name not in _NOT_COMPUTED}}
 
 
 def fingerprint(folder: Path, memo: Path | None) -> str:
     """Return a hash of a model's or an adapter's weights and options."""
-    return _hash(folder, memo, ("*.safetensors", "*.bin", "*.gguf", "*config.json"))
+    return _hash(folder, memo, ("*.safetensors", "*.bin", "*.gguf", "*config.json"), portable=False)
 
 
-def _hash(folder: Path, memo: Path | None, patterns: tuple[str, ...]) -> str:
-    """Return a hash of a folder's files by name and content.
+def _hash(folder: Path, memo: Path | None, patterns: tuple[str, ...], portable: bool) -> str:
+    """Return a hash of a folder's files by name and content; if `portable` the same for a copy in the hub's cache.
 
     Reading 16 GB takes a while, so `memo` remembers a file's hash with its size, times and number; a file in the hub's own
     cache is named by its hash.
@@ -64,9 +64,7 @@ def _hash(folder: Path, memo: Path | None, patterns: tuple[str, ...]) -> str:
             remembered = dict(json.loads((memo / "files.json").read_text(encoding="utf-8")))
     names = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not any(path.suffix != ".json" for path in names):
-        raise UserError(
-            f"{folder}: no weights there to identify the reference cache's entries by; --reference-cache off needs none"
-        )
+        raise UserError(f"{folder}: no weights there (*.safetensors, *.bin or *.gguf) to tell this model from others by")
     values, changed, hub = list[str](), False, Path(HF_HUB_CACHE).resolve()
     for path in names:
         real = path.resolve()
@@ -74,11 +72,12 @@ def _hash(folder: Path, memo: Path | None, patterns: tuple[str, ...]) -> str:
         seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]  # the modification time can be set, ctime not
         if len(real.name) == 64 and real.parent.name == "blobs" and real.is_relative_to(hub):
             value = real.name
-        elif isinstance(note := remembered.get(str(real)), list) and note[:-1] == seen:
-            value = note[-1]
+        elif isinstance(note := remembered.get(str(real)), list) and note[:-2] == seen:
+            value = note[-1] if portable else note[-2]
         else:
-            value = blake2(file_pieces(real)).hex()
-            remembered[str(real)], changed = [*seen, value], True
+            both = blake2_and_sha256(file_pieces(real))
+            value = both[portable]
+            remembered[str(real)], changed = [*seen, *both], True
         values.append(f"{path.name} {value}\n")
     if memo and changed:
         with writing(memo, "--reference-cache"):

@@ -11,7 +11,8 @@ from lite_dil.backends import registry
 from lite_dil.backends.options import LoadOptions
 from lite_dil.base.display import Display
 from lite_dil.base.errors import TrainingDiverged
-from lite_dil.base.files import remove, replace_file
+from lite_dil.base.files import make_folder, remove, replace_file
+from lite_dil.base.lock import Lock
 from lite_dil.config.resume import check_same_run, saved_config
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.evaluation.comparison.measure import Probe, measure, measure_reference
@@ -39,6 +40,8 @@ def compare(comparison: Comparison, display: Display, policy: Policy | None = No
     Raises:
         UserError: as training does; finished runs are kept.
     """
+    make_folder(comparison.output)
+    lock = Lock(comparison.output, "--output", display.say)
     base = _Base(policy, display)
     try:
         runs = [(loss, seed) for seed in comparison.seeds for loss in comparison.configs]
@@ -52,6 +55,7 @@ def compare(comparison: Comparison, display: Display, policy: Policy | None = No
                 return None
     finally:
         base.leave()
+        lock.release()
     return report(comparison)
 
 
@@ -111,6 +115,7 @@ def _run(comparison: Comparison, loss: str, seed: int, base: _Base, display: Dis
     folder = RunFolder(Path(config.output_dir or ""))
     checkpoint = folder.latest()
     if checkpoint:
+        checkpoint = folder.whole(checkpoint, display.say)
         saved = saved_config(checkpoint)
         config = replace(config, backend=saved["backend"], dtype=saved["dtype"])  # what auto chose
         check_same_run(config, saved, str(checkpoint))

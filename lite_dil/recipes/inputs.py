@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from lite_dil.base.errors import UserError, gather
 from lite_dil.config.resume import paths_of
 from lite_dil.config.train_config import ResolvedConfig, flag
-from lite_dil.data.encoder import fingerprint
+from lite_dil.data.encoder import Example, fingerprint
 from lite_dil.data.rows import is_rows_name
 from lite_dil.models.fingerprint import base_of
 from lite_dil.models.fingerprint import fingerprint as files_fingerprint
@@ -77,9 +77,17 @@ class Inputs:
         if self.resume:
             self._follow()
 
+    def drawn(self, progress: Progress, examples: Sequence[Example]) -> None:
+        """Put the fingerprint of the examples with drawn responses into `progress`. Raises UserError if it was another one."""
+        progress.drawn = fingerprint(examples)
+        if self.saved.drawn and self.saved.drawn != progress.drawn:
+            file = self.folder.options.get("sample_file")
+            again = f"; --sample-file {file} has those" if file else ""
+            self._check([f"the responses that --sample-rejected draws are not those that this run was trained on{again}"])
+
     def _check(self, changes: list[str]) -> None:
         if changes and not self._accept:
-            heading = f"--resume {self.resume}: something has changed; start a new run, or go on with it by --accept-changes:"
+            heading = f"--resume {self.resume}: something has changed; start a new run, or accept it by --accept-changes:"
             raise UserError(gather(changes, heading))
         for change in changes:
             self._say(f"accepted: {change}")

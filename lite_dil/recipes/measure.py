@@ -12,18 +12,19 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.files import work_folder
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.find import cache_dir
-from lite_dil.recipes.given import NOTHING_GIVEN
+from lite_dil.recipes.given import Given
 from lite_dil.recipes.observers import FIRST, setting_of
 from lite_dil.recipes.session import open_session
 from lite_dil.runs import rates
 from lite_dil.runs.folder import RunFolder
 
 
-def measure(config: ResolvedConfig, display: Display, fixed: Set[str]) -> rates.Rate:
+def measure(config: ResolvedConfig, display: Display, fixed: Set[str], given: Given) -> rates.Rate:
     """Take a few steps of the run that `config` describes, keep their rate and return it; the adapter is dropped.
 
     Args:
         fixed: the options that --auto does not change.
+        given: the loss, if it is a program's own.
 
     Raises UserError if the model or the data cannot be used, or memory does not hold a step.
     """
@@ -45,7 +46,7 @@ def measure(config: ResolvedConfig, display: Display, fixed: Set[str]) -> rates.
     display.say(f"measuring {changes['max_steps']} steps, of which only the speed is kept")
     with work_folder(cache_dir() / "measure") as folder:
         short = replace(config, **changes, **no_more, output_dir=str(folder / "run"))
-        session = open_session(short, display, RunFolder(folder / "run"), None, fixed, NOTHING_GIVEN)
+        session = open_session(short, display, RunFolder(folder / "run"), None, fixed, given)
         training, lines = session.training, []
         assert training is not None  # only drawing and caching before the first step can be stopped
         with display.bar(training.schedule.steps, 0, FIRST) as bar:

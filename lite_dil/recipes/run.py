@@ -90,6 +90,7 @@ class Run:
         checkpoint = RunFolder(self.folder).latest()
         if checkpoint is None:
             raise UserError(f"{self.folder} has no checkpoint to continue from")
+        checkpoint = RunFolder(self.folder).whole(checkpoint, display.say if display else self.say)
         return self.go_on(checkpoint, display, observers)
 
     def export(self, folder: str | Path, *, format: str = "merged", **options: Any) -> Path:

@@ -90,11 +90,13 @@ def open_session(
 
     `fixed` are the options that --auto does not change; None means all that are not at their default.
     """
-    session, progress = _load(config, display, folder, resume, fixed, given)
+    session, progress, inputs = _load(config, display, folder, resume, fixed, given)
     config = session.config
     if config.sample_rejected and not _draw_rejected(session, config.sample_rejected, display):
         return session
     examples = session.data.examples
+    if config.sample_rejected:
+        inputs.drawn(progress, examples)
     others = mismatched(examples, config.loss, config.max_length) if objective_of(config.loss).baseline else []
     passes = Passes(session.backend, config.logp_reduction, _open_cache(session, display), display.say)
     training = Training(
@@ -130,8 +132,8 @@ def _load(
     resume: Path | None,
     fixed: Set[str] | None,
     given: Given,
-) -> tuple[TrainingSession, Progress]:
-    """Read the data and load the model; return also the run's progress."""
+) -> tuple[TrainingSession, Progress, Inputs]:
+    """Read the data and load the model; return also the run's progress, and what is compared with a run's record."""
     start(training=True)
     trackers.check(config)
     if resume:
@@ -161,7 +163,7 @@ def _load(
     if policy.backend.layout_reason:
         display.say(policy.backend.layout_reason)
     inputs.models(progress, model)
-    return TrainingSession(config, folder, policy, data, given.loss), progress
+    return TrainingSession(config, folder, policy, data, given.loss), progress, inputs
 
 
 def _draw_rejected(session: TrainingSession, count: int, display: Display) -> bool:

@@ -15,7 +15,18 @@ from typing import Any
 
 from lite_dil.base.disk import DiskFailed, failing, writing
 from lite_dil.base.errors import UserError, gather
-from lite_dil.base.files import append, appending, make_folder, move, remove, replace_file, replace_folder, sweep, sync, write
+from lite_dil.base.files import (
+    append,
+    appending,
+    make_folder,
+    move,
+    recover,
+    remove,
+    replace_file,
+    replace_folder,
+    sync,
+    write,
+)
 from lite_dil.base.formats import KEY, RUN, check_format
 from lite_dil.base.hashing import sha256
 from lite_dil.base.lock import Lock
@@ -25,6 +36,11 @@ from lite_dil.runs.seal import Damaged, seal, unsealed
 RUNS = Path("runs")
 _POLICY = ("adapters", "policy")  # in a checkpoint
 _STEP = re.compile(r"step-(\d+)")
+# What a run writes under its own names.
+_OWN = {
+    *("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "set_aside", "skipped_rows.jsonl", "loss_source.txt"),
+    *("report.html", "report.json", "report_samples.jsonl", "held_out_pairs.json"),
+}
 
 
 @dataclass
@@ -35,6 +51,7 @@ class Progress:
         fingerprint, held_out: hashes of the tokens of the training and held-out data; "" for none, or unknown.
         base: what identifies the base model, by `lite_dil.models.fingerprint.base_of`.
         init_adapter: a hash of the initial adapter's files.
+        drawn: a hash of the tokens of the training data with the responses that --sample-rejected drew.
         window: sums of the metrics since the last logged line, so that a resumed run logs the same means.
         metrics: size and hash of metrics.jsonl when the checkpoint was saved.
 
@@ -47,6 +64,7 @@ class Progress:
     window: dict[str, list[float]] = field(default_factory=dict)
     held_out: str = ""
     init_adapter: str = ""
+    drawn: str = ""
     base: dict[str, Any] = field(default_factory=dict)
     metrics: list[Any] = field(default_factory=list)
 
@@ -102,13 +120,14 @@ class RunFolder:
     def _hold(self, say: Callable[[str], None] | None = None) -> None:
         """Take the folder's lock and remove what killed processes left unfinished."""
         self._lock = Lock(self.path, "--output-dir", say)
-        for path in [self.path, *self.path.iterdir()]:
-            if path.is_symlink() and path != self.path:
+        for path in self.path.iterdir():
+            if path.is_symlink() and path.name in _OWN:
                 raise UserError(f"{path} is a link; a run writes into its own folder only: put there what it points to")
-        for name in ("config.yaml", "metrics.jsonl", "adapter", "report.html"):
-            sweep(self.path / name)
-        for path in self.checkpoints.glob(".step-*") if self.checkpoints.is_dir() else ():
-            remove(path)
+        for name in _OWN:
+            recover(self.path / name)
+        steps = {name.split(".")[1] for name in _names(self.checkpoints) if name.startswith(".step-")}
+        for name in steps:
+            recover(self.checkpoints / name)
 
     def create(self, options: dict[str, Any]) -> None:
         """Make the folder and write `options`, by field name, to config.yaml."""
@@ -203,8 +222,8 @@ class RunFolder:
 
         replace_folder(self.adapter, fill)
 
-    def whole(self, checkpoint: Path) -> tuple[Path, list[str]]:
-        """Return `checkpoint`, or if it is damaged the newest whole one before it, and what is wrong with those passed over.
+    def whole(self, checkpoint: Path, say: Callable[[str], None]) -> Path:
+        """Return `checkpoint`, or if it is damaged the newest whole one before it; `say` is told which are passed over.
 
         Raises UserError if none is whole.
         """
@@ -218,7 +237,9 @@ class RunFolder:
                 if unsealed(path) is None and number >= 3:
                     raise Damaged("digests.json is missing")
                 read_progress(path)
-                return path, problems
+                for problem in problems:
+                    say(f"{problem}; going back to {path.name}")
+                return path
             except (Damaged, UserError) as error:
                 problems.append(f"{path} is damaged: {error}")
         raise UserError(gather(problems, f"{self.path} has no checkpoint to continue from; start a new run:"))
@@ -283,7 +304,10 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
         return max(found, key=lambda checkpoint: checkpoint.stat().st_mtime, default=None)
     path = Path(where)
     if (path / "progress.json").is_file():
-        return path.absolute()  # so that a checkpoint named from within the run's folder has a parent
+        path = path.resolve()  # so that a checkpoint named from within the run's folder has a parent
+        if path.parent.name != "checkpoints" or not _STEP.fullmatch(path.name):
+            raise UserError(f"--resume {where}: a checkpoint is resumed as checkpoints/step-N of its run; move it back there")
+        return path
     if latest := RunFolder(path).latest():
         return latest
     raise UserError(f"--resume {where}: no checkpoint there; give a run's folder, one of its checkpoints, or auto")
@@ -319,6 +343,10 @@ def _format(checkpoint: Path) -> int:
         return int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")).get(KEY, 1))
     except (OSError, ValueError, TypeError, AttributeError):
         return RUN
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def _lines_of(content: bytes) -> tuple[list[dict[str, Any]], int]:

@@ -26,8 +26,10 @@ def seal(folder: Path, options: Mapping[str, Any]) -> None:
     write(folder / DIGESTS, json.dumps({KEY: SEAL, "digest": _digest(content), **content}, indent=1, sort_keys=True) + "\n")
 
 
-def unsealed(folder: Path) -> dict[str, Any] | None:
+def unsealed(folder: Path, part: str = "") -> dict[str, Any] | None:
     """Return the options of the run that sealed the folder, or None if it has no seal.
+
+    With a `part`, a folder in it, only the files there are compared.
 
     Raises Damaged if the seal or one of the files is not as it was written.
     """
@@ -42,6 +44,8 @@ def unsealed(folder: Path) -> dict[str, Any] | None:
     if digest != _digest(content):
         raise Damaged(f"{DIGESTS} was changed")
     for name, value in content["files"].items():
+        if not name.startswith(part):
+            continue
         try:
             found = _of(folder / name)
         except OSError as error:

@@ -222,6 +222,7 @@ REFUSED: list[tuple[list[dict[str, Any]], str, str]] = [
     ([{"system": "Be rude.", "messages": [KIND, WHY, CHOSEN]}], "two system messages", "remove one"),
     ([{"instruction": "Translate.", **two("chosen", "rejected")}], "two prompts", "--data-format preference"),
     ([two("response_1", "response_2", chosen=1)], "which response is better", "never 0 or 2"),
+    ([two("response_1", "response_2", chosen=n) for n in (0, 1, 2)], "which response is better", "one of them is no response"),
     ([two("response_0", "response_1", better_response_id=2)], "which response is better", "'response_0' or 'response_1'"),
     ([two("response_0", "response_1", overall_preference="a")], "scores", "expected a number"),
     ([{**two("chosen", "rejected"), "history": [["hi", "yo"]]}], "history of plain text", "--chat"),

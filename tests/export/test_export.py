@@ -153,7 +153,7 @@ def test_the_modelfile_has_the_models_own_sampling(tiny: str, trained: Trainer, 
     export(run, tmp_path / "My model", "--format", "ollama", "--model", str(model), "--no-check")
     text = (tmp_path / "My model" / "Modelfile").read_text()
     assert "PARAMETER temperature 0.6\nPARAMETER top_k 20\n" in text
-    assert f"cd '{tmp_path}/My model'\n  ollama create my-model -f Modelfile" in capsys.readouterr().out
+    assert f'cd "{tmp_path}/My model"\n  ollama create my-model -f Modelfile' in capsys.readouterr().out
     export(run, tmp_path / "ollama", "--format", "ollama", "--model", str(model), "--no-check")
     assert "ollama create out -f Modelfile" in capsys.readouterr().out, "the name of the run's folder"
     assert (tmp_path / "ollama" / "out.gguf").is_file()

@@ -35,6 +35,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache for each test: where two runs are compared to the bit, no third one has computed a part of the reference."""
+    monkeypatch.setenv("LITE_DIL_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def flags(tiny: str, data: Path, backend_name: str) -> list[str]:
     """12 pairs in steps of 4, so that 2 epochs are 6 steps."""

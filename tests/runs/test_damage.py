@@ -82,10 +82,11 @@ def test_a_damaged_checkpoint_is_passed_over(made: Path, place: Path, damage: st
         if damage == "gone" and path.name == "progress.json":  # it was never finished
             assert RunFolder(place / "run").latest() == newest.with_name("step-2")
         else:
-            found, problems = RunFolder(place / "run").whole(newest)
-            assert found == newest.with_name("step-2") and [str(newest) in problem for problem in problems] == [True]
+            problems: list[str] = []
+            assert RunFolder(place / "run").whole(newest, problems.append) == newest.with_name("step-2")
+            assert [str(newest) in problem for problem in problems] == [True]
         path.write_bytes(before)
-    assert RunFolder(place / "run").whole(newest) == (newest, [])
+    assert RunFolder(place / "run").whole(newest, print) == newest
     whole = metrics(place / "run")
     DAMAGE[damage](newest / "adapters" / "policy" / "adapter_model.safetensors")
     assert resume(place) == 0
@@ -93,6 +94,24 @@ def test_a_damaged_checkpoint_is_passed_over(made: Path, place: Path, damage: st
     assert metrics(place / "run") == whole
     assert same_weights(place / "run" / "adapter", place / "run" / "checkpoints" / "step-3" / "adapters" / "policy")
     assert same_weights(place / "run" / "adapter", made / "run" / "adapter")
+
+
+@pytest.mark.parametrize("name", ["best", "set_aside/step-3"])
+def test_a_checkpoint_elsewhere_is_not_taken_for_another(place: Path, name: str, capsys: Said) -> None:
+    copy = place / "run" / ("checkpoints/best" if name == "best" else name)
+    shutil.copytree(place / "run" / "checkpoints" / "step-3", copy)
+    shutil.rmtree(place / "run" / "checkpoints" / "step-3")
+    assert main(["train", "--resume", str(copy)]) == 2
+    assert "as checkpoints/step-N of its run" in capsys.readouterr().err
+
+
+def test_what_a_kill_left_between_two_renames_is_put_right(place: Path) -> None:
+    checkpoints = place / "run" / "checkpoints"
+    (checkpoints / "step-3").rename(checkpoints / ".step-3.old")
+    (checkpoints / ".step-3.partial").mkdir()
+    (checkpoints / ".step-1.123456789.abcdefgh.partial").mkdir()
+    with RunFolder(place / "run").alone():
+        assert sorted(path.name for path in checkpoints.iterdir()) == ["step-1", "step-2", "step-3"]
 
 
 def test_without_a_whole_checkpoint_there_is_one_message(place: Path, capsys: Said) -> None:

@@ -18,7 +18,7 @@ from lite_dil.base.files import make_folder, replace_file
 from lite_dil.base.hashing import blake2
 from lite_dil.batching.schedule import examples_per_step, steps_of
 from lite_dil.config.options import build, coerce
-from lite_dil.config.train_config import FREE_ON_RESUME, ResolvedConfig, flag
+from lite_dil.config.train_config import FIELDS, FREE_ON_RESUME, ResolvedConfig, flag
 from lite_dil.data.arguments import FIELD
 from lite_dil.data.dataset import reader_of
 from lite_dil.data.held_out import taken, wanted
@@ -370,7 +370,8 @@ def _check_same(settings: dict[str, Any], saved: dict[str, Any], output: Path) -
             problems.append(f"--{name.replace('_', '-')} is {mine}, but the comparison has {other}")
     shared = [loss for loss in settings["losses"] if loss in saved["options"]]
     for name in next(iter(settings["options"].values())):
-        values = [(loss, settings["options"][loss][name], saved["options"][loss].get(name)) for loss in shared]
+        default = FIELDS[name].default  # of an option that the version before did not have
+        values = [(loss, settings["options"][loss][name], saved["options"][loss].get(name, default)) for loss in shared]
         changed = [(loss, mine, other) for loss, mine, other in values if mine != other]
         if changed:
             _, mine, other = changed[0]
