@@ -70,13 +70,13 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def with_defaults(template: str, arguments: Mapping[str, Any]) -> str:
-    """Return a chat template whose variables have the values that training gave them, unless a caller sets others.
+def with_arguments(template: str, arguments: Mapping[str, Any]) -> str:
+    """Return a chat template whose variables have the values that training gave them, whatever a caller sets.
 
-    For what other programs read: an exported tokenizer, a GGUF file.
+    For what other programs read, an exported tokenizer or a GGUF file: they give no arguments, or their own.
     """
     lines = (
-        f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}{{%- endif %}}\n"
+        f"{{%- set {name} = {_literal(value)} %}}\n"  # trim_blocks takes the line feed away
         for name, value in sorted(arguments.items())
     )
     return "".join(lines) + template

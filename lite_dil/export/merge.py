@@ -22,7 +22,7 @@ import numpy as np
 from lite_dil.backends.types import DenseWeight
 from lite_dil.base import files
 from lite_dil.base.errors import UserError
-from lite_dil.data.arguments import with_defaults
+from lite_dil.data.arguments import with_arguments
 from lite_dil.models import tensors
 from lite_dil.models.adapters import Adapter
 from lite_dil.models.find import rope_config
@@ -213,15 +213,15 @@ def _set_arguments(folder: Path, arguments: Mapping[str, Any]) -> None:
     """Set the chat template's arguments in its text: programs that run the model give none, or their own."""
     for file in [folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")]:
         if file.is_file():
-            files.write(file, with_defaults(file.read_text(encoding="utf-8"), arguments))
+            files.write(file, with_arguments(file.read_text(encoding="utf-8"), arguments))
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     template = settings.get("chat_template")
     if template:
         if isinstance(template, list):
-            made: Any = [each | {"template": with_defaults(each["template"], arguments)} for each in template]
+            made: Any = [each | {"template": with_arguments(each["template"], arguments)} for each in template]
         else:
-            made = with_defaults(template, arguments)
+            made = with_arguments(template, arguments)
         _write_json(file, settings | {"chat_template": made})
 
 

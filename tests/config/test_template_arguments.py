@@ -15,7 +15,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.config import adapter_source
 from lite_dil.config.options import build, read_yaml
 from lite_dil.config.resume import check_same_run
-from lite_dil.data.arguments import parse_arguments, read_arguments, with_defaults
+from lite_dil.data.arguments import parse_arguments, read_arguments, with_arguments
 from lite_dil.data.files import RowError
 from lite_dil.data.prompts import Prompt, key_of
 from lite_dil.reports.card_use import how_to_use
@@ -84,8 +84,8 @@ def test_prompts_are_told_apart_by_their_arguments() -> None:
     assert "chat_template_kwargs" not in plain.row()
 
 
-def test_a_templates_own_defaults() -> None:
-    """What an exported template prints when nobody sets the arguments, and that a caller's come before them."""
+def test_a_template_with_its_arguments() -> None:
+    """An exported template prints what was trained on, whatever a caller sets."""
     values = {"flag": False, "nothing": None, "text": 'a "b"\n{{ é🙂 }}', "many": [1, 2.5, {"k": None, "t": True}]}
     template = (
         "\n  {% if true %}{{ [flag, nothing, text, many] }}{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -93,10 +93,10 @@ def test_a_templates_own_defaults() -> None:
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = template
     told = tokenizer.apply_chat_template([USER], tokenize=False, **values)
-    tokenizer.chat_template = with_defaults(template, values)
+    tokenizer.chat_template = with_arguments(template, values)
     assert tokenizer.apply_chat_template([USER], tokenize=False) == told
-    assert "[True, None" in tokenizer.apply_chat_template([USER], tokenize=False, flag=True)
-    assert with_defaults(template, {}) == template
+    assert tokenizer.apply_chat_template([USER], tokenize=False, flag=True) == told
+    assert with_arguments(template, {}) == template
 
 
 @pytest.mark.parametrize("kind", ["peft", "mlx-lm", "merged"])
