@@ -11,7 +11,7 @@ from lite_dil.api.loading import LOADED
 from lite_dil.api.notebook import display_of
 from lite_dil.api.reading import Data, as_data
 from lite_dil.api.telling import tell
-from lite_dil.base.display import Display
+from lite_dil.base.display import Display, unheard
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.observer import Observer
 from lite_dil.config.options import build
@@ -139,7 +139,7 @@ def _resumed(given: dict[str, Any], loaded: dict[str, Any], where: str, accept: 
     """Return a resumed run's options and its checkpoint."""
     checkpoint = find_checkpoint(where, given.get("output_dir"))
     if checkpoint is not None:
-        checkpoint = RunFolder(checkpoint.parent.parent).whole(checkpoint, tell)
+        checkpoint = RunFolder(checkpoint.parent.parent).whole(checkpoint, unheard)  # `resumed` tells
         saved = saved_config(checkpoint, accept=accept)
         for name in ("data", "eval_data"):  # rows are compared by their content, once they are read
             if given.get(name) == DATA and is_rows_name(str(saved.get(name))):

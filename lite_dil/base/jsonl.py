@@ -49,7 +49,7 @@ class JSONLines:
                 rest = tail.strip(b"\0 \t\r")
                 if rest and not rest.startswith(b"{"):
                     raise UserError(f"{path}: not JSON Lines; give another file for {use}")
-                if _is_json(tail):
+                if is_json(tail):
                     with appending(path) as file:
                         append(file, b"\n")
                     whole = content + b"\n"
@@ -96,9 +96,10 @@ def _encoded(rows: Iterable[Any]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _is_json(text: bytes) -> bool:
+def is_json(text: str | bytes) -> bool:
+    """Return whether a text is a JSON value, nested no deeper than Python reads."""
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True

@@ -27,6 +27,11 @@ def steps_of(options: ScheduleOptions, examples: int) -> tuple[int, int]:
     return per_epoch, options.max_steps or math.ceil(options.epochs * per_epoch)
 
 
+def examples_taken(options: ScheduleOptions, examples: int) -> float:
+    """Return how many examples the whole run takes of an epoch of `examples`, those of later epochs again."""
+    return options.max_steps * examples_per_step(options) if options.max_steps else options.epochs * examples
+
+
 class Limits(NamedTuple):
     """The largest allowed pass; tokens are those that its layout computes, padding included."""
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from lite_dil.backends import limits, registry
 from lite_dil.base.errors import UserError
-from lite_dil.base.formats import NewerFormat
-from lite_dil.config.options import build, read_yaml
+from lite_dil.config.options import build
+from lite_dil.config.resume import run_options
 from lite_dil.config.train_config import flag
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.models.adapter_files import read_config
@@ -63,14 +63,7 @@ def _options(adapter: Path, run: RunFolder | None, given: dict[str, Any]) -> dic
             f"if you changed it on purpose, delete {DIGESTS}"
         ) from None
     recorded.pop("trust_remote_code", None)  # no file grants it
-    try:
-        written = read_yaml(run.path / "config.yaml")
-    except NewerFormat:
-        raise
-    except UserError:
-        if not recorded:
-            raise
-        written = {}
+    written = run_options(run.path / "config.yaml", recorded, str(adapter))
     for name in MODEL_FIELDS:
         if name == "model":  # a run may move
             continue

@@ -7,49 +7,56 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lite_dil.base.display import unheard
 from lite_dil.base.errors import UserError, gather
 from lite_dil.base.formats import NewerFormat
 from lite_dil.base.option import READ, WRITTEN
 from lite_dil.config.options import build, read_yaml
 from lite_dil.config.train_config import FIELDS, FREE_ON_RESUME, SPLIT, ResolvedConfig, flag
 from lite_dil.runs.folder import RunFolder, find_checkpoint
-from lite_dil.runs.seal import Damaged, unsealed
+from lite_dil.runs.seal import Damaged, recorded
 
 
-def never_mind(text: str) -> None:
-    """Show a line to nobody."""
+def run_options(path: Path, noted: Mapping[str, Any], where: str, say: Callable[[str], None] = unheard) -> dict[str, Any]:
+    """Return the options in a run's config.yaml or, if that cannot be read, those `noted` elsewhere, and say so.
+
+    Raises UserError if it is of a newer version, or cannot be read and nothing is noted.
+    """
+    try:
+        return read_yaml(path)
+    except NewerFormat:
+        raise
+    except UserError as error:
+        if not noted:
+            raise
+        say(f"{error}; the options are those that {where} records")
+        return dict(noted)
 
 
-def saved_config(checkpoint: Path, say: Callable[[str], None] = never_mind, accept: bool = False) -> dict[str, Any]:
+def saved_config(checkpoint: Path, say: Callable[[str], None] = unheard, accept: bool = False) -> dict[str, Any]:
     """Return the resolved options of a checkpoint's run: those of config.yaml, which must be what the checkpoint records.
 
     Args:
         say: is told what of config.yaml is not used, and what `accept` takes from it.
         accept: take config.yaml as somebody edited it.
 
-    Raises UserError if it was changed, or cut, or if the checkpoint is damaged.
+    The checkpoint is whole: `RunFolder.whole` has returned it. Raises UserError if config.yaml was changed or cut.
     """
     path = checkpoint.parent.parent / "config.yaml"
     try:
-        recorded = unsealed(checkpoint)
+        options = recorded(checkpoint)
     except Damaged as error:
         raise UserError(f"{checkpoint} is damaged: {error}") from None
-    if recorded is None:
+    if options is None:
         say(f"{checkpoint.parent.parent} is of an older lite-dil, so damage to its files cannot be seen")
         return read_yaml(path)
-    recorded = {name: value for name, value in recorded.items() if name in FIELDS and name != "trust_remote_code"}
-    try:
-        written = read_yaml(path)
-    except NewerFormat:
-        raise
-    except UserError as error:
-        say(f"{error}; the options are those that {checkpoint.name} records")
-        return recorded
+    options = {name: value for name, value in options.items() if name in FIELDS and name != "trust_remote_code"}
+    written = run_options(path, options, checkpoint.name, say)
     changes = [
-        f"{name} was {recorded[name]}, and is {written.get(name, 'missing')}"
-        for name in recorded
+        f"{name} was {options[name]}, and is {written.get(name, 'missing')}"
+        for name in options
         # A run may move; of what it reads the content is compared.
-        if name not in written or (written[name] != recorded[name] and FIELDS[name].metadata["kind"] not in (READ, WRITTEN))
+        if name not in written or (written[name] != options[name] and FIELDS[name].metadata["kind"] not in (READ, WRITTEN))
     ]
     if changes and not accept:
         raise UserError(
@@ -57,14 +64,14 @@ def saved_config(checkpoint: Path, say: Callable[[str], None] = never_mind, acce
         )
     for change in changes:
         say(f"accepted: {change}")
-    return recorded | written
+    return options | written
 
 
 def resumed(
     given: dict[str, Any],
     base: dict[str, Any],
     where: str,
-    say: Callable[[str], None] = never_mind,
+    say: Callable[[str], None] = unheard,
     accept: bool = False,
 ) -> tuple[ResolvedConfig, Path | None]:
     """Return the options of a resumed run and its newest whole checkpoint, or those of a new run if "auto" finds none.

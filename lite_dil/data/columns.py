@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from lite_dil.base.errors import did_you_mean
+from lite_dil.base.jsonl import is_json
 from lite_dil.data.draft import Raw
 from lite_dil.data.files import Cell, RowError
 from lite_dil.data.messages import is_message, kind_of
@@ -222,7 +223,7 @@ def refuse_unreadable(row: Raw) -> None:
     for name, value in row.items():
         if name not in _TEXTS:
             continue
-        if isinstance(value, str) and _PRINTED.match(value) and _SPEAKER.search(value) and not _is_json(value):
+        if isinstance(value, str) and _PRINTED.match(value) and _SPEAKER.search(value) and not is_json(value):
             raise RowError(
                 "messages as text",
                 f"field {name!r} is text in which Python printed messages ({value.strip()[:20]!r}...), not messages; write "
@@ -249,14 +250,6 @@ def _holds(value: Any) -> bool:
 
 def _found(value: Any) -> str:
     return f"a list of {len(value)}" if isinstance(value, list) else kind_of(value)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def learn(rows: Iterable[Any], numbers: Sequence[str] = ()) -> About:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lite_dil.base.display import duration
 from lite_dil.base.text import count
-from lite_dil.batching.schedule import examples_per_step, steps_of
+from lite_dil.batching.schedule import examples_taken, steps_of
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import epoch_rows
 from lite_dil.runs.rates import known
@@ -27,8 +27,7 @@ def time_of(config: ResolvedConfig, found: dict[str, Any]) -> dict[str, Any]:
     prompts, responses = found["all_rows"]["computed"] - found["all_rows"]["trained"], sum(found["answers"].values()) / rows
     tokens = found["all_rows"]["trained"] + prompts * responses
     rate = known(config.model)
-    examples = config.max_steps * examples_per_step(config) if config.max_steps else trained * config.epochs
-    seconds = tokens / rows * examples / rate.tokens_per_second if rate else None
+    seconds = tokens / rows * examples_taken(config, trained) / rate.tokens_per_second if rate else None
     return {"steps": steps, "seconds": seconds, "rate": str(rate) if rate else ""}
 
 

@@ -14,7 +14,7 @@ from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import Memory
 from lite_dil.base.signs import CHOSEN
-from lite_dil.batching.schedule import examples_per_step, steps_of
+from lite_dil.batching.schedule import examples_taken, steps_of
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import epoch_rows, reader_of
 from lite_dil.data.held_out import wanted
@@ -259,10 +259,9 @@ def _epoch(
     if not count:
         return Epoch(None, None, at_most, name)
     _, steps = steps_of(config, count)
-    trained = config.max_steps * examples_per_step(config) if config.max_steps else config.epochs * count
     if not name:
         return Epoch(count, None, at_most, name, steps)
-    return Epoch(count, count * seconds, at_most, name, steps, trained * seconds)
+    return Epoch(count, count * seconds, at_most, name, steps, examples_taken(config, count) * seconds)
 
 
 def _measured(folder: Path) -> dict[str, float]:

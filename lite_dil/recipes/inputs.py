@@ -105,7 +105,7 @@ class Inputs:
         for name in (name for name in anew if not known[name]):
             path = getattr(config, name)
             self._say(f"warning: this run recorded nothing of its {flag(name)}; whether {path} is the same is unknown")
-        if anew:  # so that later commands find them
+        if anew:
             folder.create(folder.options | {name: getattr(config, name) for name in _FOLLOWED})
 
 

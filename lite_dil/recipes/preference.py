@@ -40,42 +40,29 @@ def train(
     """
     folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, shown(config.loss))
     with folder.alone(display.say):
-        return _train(config, display, folder, resume, fixed, observers, given)
+        session = open_session(config, display, folder, resume, fixed, given)
+        training, policy, taken = session.training, session.policy, session.config
 
+        def ended(stopped: bool) -> Run:
+            # It holds nothing of the session, so that closing the policy frees its memory.
+            def go_on(checkpoint: Path, other: Display | None, watching: Sequence[Observer]) -> Run:
+                return train(taken, other or display, checkpoint, fixed, watching, replace(given, policy=policy))
 
-def _train(
-    config: ResolvedConfig,
-    display: Display,
-    folder: RunFolder,
-    resume: Path | None,
-    fixed: Set[str] | None,
-    observers: Sequence[Observer],
-    given: Given,
-) -> Run:
-    """Train in a folder that no other process writes to."""
-    session = open_session(config, display, folder, resume, fixed, given)
-    training, policy, taken = session.training, session.policy, session.config
+            return Run(policy, folder.path, stopped, display.say, go_on)
 
-    def ended(stopped: bool) -> Run:
-        # It holds nothing of the session, so that closing the policy frees its memory.
-        def go_on(checkpoint: Path, other: Display | None, watching: Sequence[Observer]) -> Run:
-            return train(taken, other or display, checkpoint, fixed, watching, replace(given, policy=policy))
-
-        return Run(policy, folder.path, stopped, display.say, go_on)
-
-    if training is None:
-        return ended(stopped=True)
-    watching, checkpoints = observers_of(session, training, display, observers)
-    policy.begin_training(folder)
-    with folder.going_on(), watching:
-        loop(training, watching, checkpoints.keep)
-        if training.finished:
-            watching.finished(Event(training.progress.step, training.schedule.steps))
-    steps, again = training.schedule.steps, f"--resume {folder.path}"
-    if not training.finished:
-        display.say(f"stopped after step {training.progress.step} of {steps}, saved; continue with {again}")
-    else:
-        display.say(f"adapter in {folder.adapter}, report in {folder.path / REPORT}")
-        if watching.left_out:
-            display.say(f"the training is finished; to complete its evaluation and report: {again}")
-    return ended(stopped=not training.finished or watching.left_out)
+        if training is None:
+            return ended(stopped=True)
+        watching, checkpoints = observers_of(session, training, display, observers)
+        policy.begin_training(folder)
+        with folder.going_on(), watching:
+            loop(training, watching, checkpoints.keep)
+            if training.finished:
+                watching.finished(Event(training.progress.step, training.schedule.steps))
+        steps, again = training.schedule.steps, f"--resume {folder.path}"
+        if not training.finished:
+            display.say(f"stopped after step {training.progress.step} of {steps}, saved; continue with {again}")
+        else:
+            display.say(f"adapter in {folder.adapter}, report in {folder.path / REPORT}")
+            if watching.left_out:
+                display.say(f"the training is finished; to complete its evaluation and report: {again}")
+        return ended(stopped=not training.finished or watching.left_out)

@@ -27,22 +27,15 @@ def seal(folder: Path, options: Mapping[str, Any]) -> None:
 
 
 def unsealed(folder: Path, part: str = "") -> dict[str, Any] | None:
-    """Return the options of the run that sealed the folder, or None if it has no seal.
+    """Return the options of the run that sealed the folder, or None if it has no seal, after reading all of its files.
 
     With a `part`, a folder in it, only the files there are compared.
 
     Raises Damaged if the seal or one of the files is not as it was written.
     """
-    if not (folder / DIGESTS).exists():
+    content = _content(folder)
+    if content is None:
         return None
-    try:
-        content = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
-        content = {name: content[name] for name in ("options", "files")} | {"digest": content["digest"]}
-        digest = content.pop("digest")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise Damaged(f"{DIGESTS} cannot be read") from None
-    if digest != _digest(content):
-        raise Damaged(f"{DIGESTS} was changed")
     for name, value in content["files"].items():
         if not name.startswith(part):
             continue
@@ -53,6 +46,26 @@ def unsealed(folder: Path, part: str = "") -> dict[str, Any] | None:
         if found != value:
             raise Damaged(f"{name} is not what was written")
     return dict(content["options"])
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """Return what `unsealed` does, without reading the files again. Raises Damaged if the seal itself is not as written."""
+    content = _content(folder)
+    return None if content is None else dict(content["options"])
+
+
+def _content(folder: Path) -> dict[str, Any] | None:
+    if not (folder / DIGESTS).exists():
+        return None
+    try:
+        content = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        content = {name: content[name] for name in ("options", "files")} | {"digest": content["digest"]}
+        digest = content.pop("digest")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Damaged(f"{DIGESTS} cannot be read") from None
+    if digest != _digest(content):
+        raise Damaged(f"{DIGESTS} was changed")
+    return content
 
 
 def _of(path: Path) -> str:
