@@ -1,6 +1,7 @@
 # make demo    train the embedded 135M model and see its answers before and after
 # make test    run the tests
 # make check   lint, types and tests: what CI runs
+# make soak    kills, power cuts, damage and hostile input by the hundred, under an hour; docs/reliability.md has its table
 # make rehearse-cuda   the CUDA backend on a stand-in GPU, without one (5 GB of installation, then up to 25 minutes)
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 BACKEND := $(if $(findstring Darwin arm64,$(shell uname -sm)),mlx,cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint rehearse-cuda clean
+.PHONY: demo test check lint soak rehearse-cuda clean
 
 demo: $(VENV)/demo
 	$(BIN)/lite-dil demo
@@ -27,6 +28,9 @@ lint: $(VENV)/dev
 	@# mypy sees the backends as lite_dil.backends, where imports look for them.
 	@mkdir -p .typed/lite_dil && ln -sfn $(CURDIR)/lite_dil/* $(CURDIR)/backends .typed/lite_dil/
 	MYPYPATH=.typed $(BIN)/mypy .typed/lite_dil scripts
+
+soak: $(VENV)/dev
+	$(BIN)/python scripts/soak
 
 rehearse-cuda: .venv-cuda/ready
 	.venv-cuda/bin/python scripts/rehearse_cuda

@@ -1,0 +1,49 @@
+"""Break lite-dil on purpose, many times over, and print a table of what became of it.
+
+    make soak                                  # everything, under an hour on two cores
+    python scripts/soak damage hostile         # some parts: writes, damage, hostile, steady
+    python scripts/soak writes --short         # the form that CI runs
+
+writes: kills and power cuts at every write of a run, full and failing disks. damage: every file that lite-dil reads back,
+damaged. hostile: rows, templates, models and folders made to do harm. steady: long runs and large data.
+
+The rows are also kept in --output as JSON. The exit status is 1 if a case failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # scripts/, where this package is
+
+from soak.row import Row, table
+
+PARTS = ("writes", "damage", "hostile", "steady")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--short", action="store_true", help="a few cases of each kind")
+    parser.add_argument("--output", type=Path, default=Path("build/soak"), help="folder for the table and failed cases' files")
+    args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for part in args.parts or PARTS:
+        for row in importlib.import_module(f"soak.part_{part}").rows(args.output.resolve() / part, short=args.short):
+            rows.append(row)
+            print(f"{'ok    ' if row.ok else 'FAILED'} {row.part}: {row.what}, {row.outcomes.total()} cases", flush=True)
+            print("\n".join(f"         {failure}" for failure in row.failures[:20]), end="\n" if row.failures else "", flush=True)
+    (args.output / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+    print(table(rows))
+    return 0 if all(row.ok for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
