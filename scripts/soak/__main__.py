@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in importlib.import_module(f"soak.part_{part}").rows(args.output.resolve() / part, short=args.short):
             rows.append(row)
             print(f"{'ok    ' if row.ok else 'FAILED'} {row.part}: {row.what}, {row.outcomes.total()} cases", flush=True)
-            print("\n".join(f"         {failure}" for failure in row.failures[:20]), end="\n" if row.failures else "", flush=True)
+            for failure in row.failures[:20]:
+                print(f"         {failure}", flush=True)
     (args.output / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     print(table(rows))
     return 0 if all(row.ok for row in rows) else 1
