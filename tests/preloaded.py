@@ -1,6 +1,7 @@
 """What tests/warm.py's server imports before it forks."""
 
 import contextlib
+import gc
 import os
 
 from lite_dil.base.start import start
@@ -25,3 +26,6 @@ import lite_dil.recipes.preference  # noqa: E402
 with contextlib.suppress(ImportError):
     import lite_dil.backends.mlx.backend
     import lite_dil.backends.mlx.load  # noqa: F401
+
+gc.collect()
+gc.freeze()  # the forked processes' collections neither visit nor copy what is here
