@@ -18,6 +18,9 @@ import numpy as np
 from benchmark_cases import Job, read_config, steps_of
 
 from lite_dil.base.memory import peak_rss_mb
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.options import ResolvedSchedule
+from lite_dil.batching.schedule import Schedule, plan
 from lite_dil.data.encoder import Example
 
 
@@ -238,12 +241,13 @@ def sixteen_bit(device: str) -> str:
 
 
 def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict[str, Any]:
-    """Drive this library as lite_dil.recipes.preference does, without the data and files."""
+    """Take a training's own steps, without its data and files."""
     from lite_dil.backends import registry
-    from lite_dil.batching.schedule import plan, row_tokens
     from lite_dil.config.train_config import TrainConfig
     from lite_dil.objectives.criterion import Criterion
-    from lite_dil.training.step import micro_batches
+    from lite_dil.training.passes import Passes
+    from lite_dil.training.reference_cache import ReferenceCache
+    from lite_dil.training.step import take_step
 
     longest = max(prompt + max(answers) for prompt, *answers in job.lengths)
     config = TrainConfig(
@@ -262,26 +266,40 @@ def lite_dil(job: Job, steps: Sequence[Sequence[Example]], meter: Meter) -> dict
     ).resolved()
     backend = registry.load(job.device, config, job.model, config, config)
     criterion = Criterion(config, [example for step in steps for example in step])
-    rate = config.learning_rate or 0.0
 
-    def batches(step: Sequence[Example]) -> Any:
-        return plan(step, backend.layout, job.batch, row_tokens(config))
+    def take(schedule: Schedule, passes: Passes, step: int = 1) -> int:
+        return len(take_step(passes, schedule, step, criterion, print, dropout=False).batches)
+
+    def passes() -> Passes:
+        return Passes(backend, config.logp_reduction, ReferenceCache(None, {}), print)
 
     if job.longest:
-        return {
-            "longest": _longest(job, lambda step: backend.step(micro_batches(batches(step), criterion), criterion, rate)),
-            "peak_bytes": meter.peak(),
-        }
-    cached = None
-    if job.contestant == "lite-dil-cached":
-        with backend.adapter_off():
-            cached = [[backend.sequence_logps(batch) for batch in batches(step)] for step in steps]
-    for number, step in enumerate(steps):
-        planned = batches(step)
+        found = _longest(job, lambda step: take(_Given(config, [step], backend.layout), passes()))
+        return {"longest": found, "peak_bytes": meter.peak()}
+    schedule, known = _Given(config, steps, backend.layout), passes()
+    cached = job.contestant == "lite-dil-cached"
+    for batch in [batch for step in range(len(steps)) for batch in schedule.batches(step + 1)] if cached else []:
+        known.reference(batch)
+    for step in range(len(steps)):
+        fresh = known if cached else passes()  # a later round is a first epoch again
         meter.begin()
-        backend.step(micro_batches(planned, criterion, cached[number] if cached else None), criterion, rate)
+        count = take(schedule, fresh, step + 1)
         meter.end()
-    return {"description": backend.description, "passes": len(planned)}
+    return {"description": backend.description, "passes": count}
+
+
+class _Given(Schedule):
+    """A schedule of given steps, in their order, at one learning rate."""
+
+    def __init__(self, options: ResolvedSchedule, steps: Sequence[Sequence[Example]], layout: str) -> None:
+        super().__init__(options, [example for step in steps for example in step], layout)
+        self.given = steps
+
+    def batches(self, step: int) -> list[Batch]:
+        return plan(self.given[step - 1], self.layout, *self.limits)
+
+    def learning_rate(self, step: int) -> float:
+        return self.options.learning_rate
 
 
 def _engine(job: Job) -> dict[str, Any]:
