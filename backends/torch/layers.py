@@ -109,11 +109,19 @@ def skip_unread(decoder: Any, last_layer: Any) -> None:
 
         mlp.forward = call
     norm = decoder.norm.forward
+    reached = False  # a decoder may use its last norm elsewhere too, as NanoChat does on the embeddings
+
+    def reach(*_: Any) -> None:
+        nonlocal reached
+        reached = True
 
     def normed(x: Tensor) -> Tensor:
-        row = packed_attention.active()
-        return norm(x if row is None else x[:, row.index])
+        nonlocal reached
+        row, last = packed_attention.active(), reached
+        reached = False
+        return norm(x[:, row.index] if row is not None and last else x)
 
+    last_layer.register_forward_pre_hook(reach)
     decoder.norm.forward = normed
 
 
