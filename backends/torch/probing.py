@@ -43,10 +43,10 @@ def check_head(base: Any, reader: StateReader, logps: Logps, model: str, dtype_n
 def adaptable(base: Any, decoder: Any, linear: dict[str, tuple[int, int]], device: torch.device) -> dict[str, tuple[int, int]]:
     """Return those of the linear layers on which an adapter learns, and is found again once saved.
 
-    The first is seen on a few tokens. Left out are layers whose weight the model reads itself (Jamba's `dt_proj`), routers that
-    return more than one tensor (Llama 4), and layers on which the result does not depend (some of Gemma 3n's last ones): there
-    an adapter gets no gradient. Of experts kept as separate layers a few tokens call only some: a layer that is not called
-    stays if one with the same name but for its numbers is.
+    The first is seen on a few tokens. Left out are layers whose weight the model reads itself (Jamba's `dt_proj`), routers
+    that return more than one tensor (Llama 4), and layers on which the result does not depend (some of Gemma 3n's last ones):
+    there an adapter gets no gradient. Of experts kept as separate layers a few tokens call only some: a layer that is not
+    called stays if one with the same name but for its numbers is.
     """
     factors: dict[str, Tensor] = {}
 

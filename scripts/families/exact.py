@@ -52,10 +52,10 @@ class Found:
     wrong: list[str] = field(default_factory=list)
 
 
-def check(model: Path, backend: str, place: Path) -> Found:
+def check(model: Path, backend: str, place: Path, **more: Any) -> Found:
     """Train, save and export in the folder `place`. Raises UserError if the model is refused."""
     found = Found()
-    policy = dil.load(str(model), backend=backend, dtype="float32", lora_r=4, max_length=128, max_grad_norm=1e9)
+    policy = dil.load(str(model), backend=backend, dtype="float32", lora_r=4, max_length=128, max_grad_norm=1e9, **more)
     found.layout = policy.backend.layout
     fresh = policy.log_ratio([PAIRS[0]["prompt"]], [PAIRS[0]["chosen"]])
     small = {"batch_size": 3, "gradient_accumulation_steps": 1, "report_samples": 0, "eval_fraction": 0.0}
