@@ -1,7 +1,7 @@
 """Train a tiny checkpoint of every model family on both backends, compare it with an independent model, and make a table.
 
     python scripts/families                       # everything, two sizes of each family, written to docs/models.md
-    python scripts/families --quick               # one size
+    python scripts/families --quick               # one size, printed only
     python scripts/families gemma4_text glm --backend mlx   # some, printed only
 
 A family is exact if a fresh adapter's log-ratio is 0 and its first loss -1/2, log-probs and gradients equal those of
@@ -61,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_line(result), flush=True)
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=1), encoding="utf-8")
-    if not args.families and not args.backend:
-        PAGE.write_text(page(results), encoding="utf-8")
+    if not args.families and not args.backend and not args.quick:
+        from families.exact import GRADIENT, LOGPS
+
+        PAGE.write_text(page(results, (max(LOGPS.values()), max(GRADIENT.values()))), encoding="utf-8")
         print(f"written: {PAGE}")
     print(_summary(results))
     return 0 if all(result.ok for result in results) else 1

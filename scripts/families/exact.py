@@ -6,6 +6,7 @@ the whole logits and torch's own gradient of the loss as the paper writes it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,7 +76,10 @@ def check(model: Path, backend: str, place: Path, **more: Any) -> Found:
 
     base = independent(model)
     found.logps = float(np.abs(token_logps(base, batch).numpy() - reference).max())
-    tuned = PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
+    with warnings.catch_warnings():
+        # PEFT 0.21 uses an attribute's old name in transformers 5.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        tuned = PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
     found.reloaded = float(np.abs(token_logps(tuned, batch).numpy() - ours).max())
     found.gradient, found.targets = compare(gradients, gradients_of(tuned, batch))
     found.merged = float(np.abs(token_logps(independent(merged), batch).numpy() - ours).max())

@@ -1,0 +1,89 @@
+"""Model families with parts of their own on torch: trained, saved and exported, each equal to transformers and PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import exact, zoo
+from transformers import AutoConfig, AutoModelForCausalLM, BambaConfig, BambaForCausalLM
+
+import lite_dil as dil
+from lite_dil.backends.torch import layers
+from lite_dil.backends.torch.lora import Switch
+from lite_dil.base.errors import UserError
+from lite_dil.models import adapters
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two families' tiny models may have the same weights."""
+    monkeypatch.setenv("LITE_DIL_CACHE", str(tmp_path / "cache"))
+
+
+CHECKPOINTED = {"gradient_checkpointing": "full"}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "layout"),
+    [
+        ("deepseek_v3", {}, "packed"),  # PEFT would take its dense layers and shared experts for parts of fused experts
+        ("laguna", {}, "packed"),  # PEFT would not find its shared experts again
+        ("jamba", CHECKPOINTED, "plain"),  # reads its dt_proj's weight itself; two kinds of layers
+        ("nemotron_h", {}, "plain"),  # PEFT refuses any out_proj; its files have other names
+        ("phimoe", {}, "plain"),  # routes at random in training; its attention does not say its window
+        ("nanochat", {}, "packed"),  # uses its last norm twice
+        ("gemma4", CHECKPOINTED, "packed"),  # shared keys and values, inputs per layer, a tower
+        ("gemma3n_text", {}, "packed"),  # changes projections in place; last layers without an effect
+        ("llama4", {}, "plain"),  # its router is a linear layer that returns two tensors; a model inside a model
+        ("mistral3", {}, "packed"),  # has no class for text alone
+        ("minicpm3", {}, "packed"),  # divides before its head
+    ],
+)
+def test_it_is_exact(family: str, options: dict[str, Any], layout: str, tmp_path: Path) -> None:
+    found = exact.check(zoo.make(family, tmp_path / "model"), "cpu", tmp_path, **options)
+    assert found.wrong == []
+    assert found.layout == layout
+    assert {"dt_proj", "router", "gate"}.isdisjoint(found.targets)
+
+
+def test_another_name_of_the_family_changes_nothing(tmp_path: Path) -> None:
+    """What is found is found by looking, not by a list of model types."""
+
+    class RenamedConfig(BambaConfig):
+        model_type = "renamed"
+
+    class RenamedForCausalLM(BambaForCausalLM):
+        config_class = RenamedConfig
+
+    AutoConfig.register("renamed", RenamedConfig)
+    AutoModelForCausalLM.register(RenamedConfig, RenamedForCausalLM)
+    folder = zoo.make("bamba", tmp_path / "model")
+    config = (folder / "config.json").read_text().replace('"model_type": "bamba"', '"model_type": "renamed"')
+    (folder / "config.json").write_text(config.replace("BambaForCausalLM", "RenamedForCausalLM"))
+    found = exact.check(folder, "cpu", tmp_path)
+    assert found.wrong == [] and "out_proj" not in found.targets
+
+
+def test_a_router_is_adapted_only_by_name() -> None:
+    shapes = {"layers.0.mlp.gate": (4, 64), "layers.0.mlp.gate_proj": (128, 64), "layers.0.gate.inner": (4, 64)}
+    config = {"num_experts": 4}
+    assert list(adapters.select_targets(shapes, "all-linear", adapters.experts_of(config))) == ["layers.0.mlp.gate_proj"]
+    assert list(adapters.select_targets(shapes, "gate", adapters.experts_of(config))) == ["layers.0.mlp.gate"]
+    assert adapters.select_targets(shapes, "all-linear", adapters.experts_of({})) == shapes
+
+
+def test_what_is_left_out_can_not_be_asked_for(tmp_path: Path) -> None:
+    folder = zoo.make("jamba", tmp_path / "model")
+    with pytest.raises(UserError, match=r"no linear layer 'dt_proj'; it has .*in_proj"):
+        dil.load(str(folder), backend="cpu", target_modules="dt_proj")
+
+
+def test_offloaded_activations_of_shared_keys_are_refused() -> None:
+    layer = torch.nn.Linear(4, 4)
+    store: Any = object()  # an ActivationOffload needs a GPU; it is not reached
+    layers.checkpoint(layer, object(), Switch(), store)
+    with pytest.raises(UserError, match="--offload-activations"):
+        layer.forward(torch.zeros(1, 4, requires_grad=True), shared={})
