@@ -91,7 +91,7 @@ def load_base(
                 attn_implementation="eager" if capped else None,
                 config=config,
                 dtype=dtype,
-                quantization_config=_nf4(dtype) if in_4bit else None,
+                quantization_config=_packing(config, model, dtype, in_4bit),
                 device_map=places,
                 trust_remote_code=trust_remote_code,
             )
@@ -113,6 +113,7 @@ def load_base(
     if getattr(base, "is_loaded_in_4bit", False) and dtype != "auto":
         _set_up_4bit(base, dtype)
     base.requires_grad_(False)
+    _drop_towers(base)
     return base
 
 
@@ -121,6 +122,29 @@ def auto_class(config: Any) -> Any:
     text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     towers = not text and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if towers else AutoModelForCausalLM
+
+
+def _packing(config: Any, model: str, dtype: torch.dtype | Literal["auto"], in_4bit: bool) -> Any:
+    """Return how to load a model's weights: packed now, unpacked, or as they are. Raises UserError for packings of others.
+
+    In these transformers computes other numbers with gradients than without (8 bits of bitsandbytes: a fresh adapter's
+    log-ratio is not 0), has no gradients, or runs on some GPUs only (FP8).
+    """
+    own = getattr(config, "quantization_config", None)
+    if own is None:
+        return _nf4(dtype) if in_4bit else None
+    own = own if isinstance(own, dict) else own.to_dict()
+    method = own.get("quant_method") or "an unknown method"
+    if method == "bitsandbytes" and own.get("load_in_4bit"):
+        return _nf4(dtype) if in_4bit else None
+    if method == "mxfp4" and not in_4bit:
+        from transformers import Mxfp4Config
+
+        return Mxfp4Config(dequantize=True)
+    raise UserError(
+        f"--model {model}: its weights are packed by {method}, on which this backend cannot train; give the model in 16 bits, "
+        "with --4bit to save memory"
+    )
 
 
 def _nf4(dtype: torch.dtype | Literal["auto"]) -> BitsAndBytesConfig:
@@ -208,6 +232,27 @@ def decoder_of(base: Any) -> Any:
     while decoder.get_output_embeddings() is not None:  # transformers found a model with its head, as for Llama 4
         decoder = next(child for child in decoder.children() if embedding in child.modules())
     return decoder
+
+
+def _drop_towers(base: Any) -> None:
+    """Free the parts of a model that text does not pass through: towers for images and sound, and their projections.
+
+    Their modules' names stay in `base.dropped`: PEFT's short names of layers must not match them where the model is whole.
+    """
+    base.dropped = []
+    kept = {id(decoder_of(base)), id(base.get_output_embeddings()), id(base.get_input_embeddings())}
+
+    def visit(module: torch.nn.Module) -> None:
+        for name, child in module.named_children():
+            if id(child) in kept:
+                continue
+            if any(id(part) in kept for part in child.modules()):
+                visit(child)
+            else:
+                base.dropped += [name, *(f"{name}.{inner}" for inner, _ in child.named_modules())]
+                setattr(module, name, None)
+
+    visit(base)
 
 
 def linear_layers(base: Any) -> dict[str, tuple[int, int]]:

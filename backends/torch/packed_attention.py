@@ -222,7 +222,7 @@ def why_not(base: Any, max_length: int) -> str:
         return f"{type(base).__name__} has its own attention"
     if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         return f"it has layers of type {', '.join(sorted(other))}"
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # that of images is not of text
         return "its attention is bidirectional"
     rope = getattr(config, "rope_parameters", None) or {}
     for part in rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]:

@@ -20,7 +20,8 @@ def targets_of(base: Any, wanted: set[str]) -> dict[str, list[str]]:
     by_weight = {name for name in wanted if _taken_for_expert(base, name)}
     by_name = wanted - by_weight
     suffixes = {name.rpartition(".")[2] for name in by_name}
-    matched = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in suffixes}
+    names = [name for name, _ in base.named_modules()] + getattr(base, "dropped", [])
+    matched = {name for name in names if name.rpartition(".")[2] in suffixes}
     found = {"target_modules": sorted(suffixes if matched == by_name else by_name)}
     return found | ({"target_parameters": sorted(f"{name}.weight" for name in by_weight)} if by_weight else {})
 
