@@ -15,21 +15,22 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 PACKAGES: Mapping[str, Sequence[str]] = {"cpu": ("torch", "transformers", "peft"), "mlx": ("mlx", "mlx-lm")}
 HEAD = """# Models
 
-Which families of models train, on which backend. `python scripts/families` makes this page: a tiny checkpoint of each family, in
-two sizes, is trained for three steps and compared with transformers' own model with eager attention and PEFT, in float32.
+Which families of models train, on which backend. `python scripts/families` makes this page: a tiny checkpoint of each
+family, in two sizes, is trained for three steps and compared with transformers' own model with eager attention and PEFT, in
+float32.
 
-- **exact**: the log-ratio of a fresh adapter is 0 and its first lsif loss -1/2; log-probs of the base and of the trained model,
-  the gradient of every adapter weight, the adapter saved and loaded by PEFT, and the merged export all equal the independent
-  model's, within {logps} nats per token and {gradient} of a gradient's norm. On torch the second size recomputes its layers
-  (`--gradient-checkpointing full`).
+- **exact**: the log-ratio of a fresh adapter is 0 and its first lsif loss -1/2; log-probs of the base and of the trained
+  model, the gradient of every adapter weight, the adapter saved and loaded by PEFT, and the merged export all equal the
+  independent model's, within {logps} nats per token and {gradient} of a gradient's norm. On torch the second size recomputes
+  its layers (`--gradient-checkpointing full`).
 - **refused**: the model is refused when it is loaded, with the reason.
 
-*Shared prompts* says whether each prompt is computed once for both of its responses (the packed layout on torch, prefix on MLX); the
-others repeat it, which costs time and memory and changes no result.
+*Shared prompts* says whether each prompt is computed once for both of its responses (the packed layout on torch, prefix on
+MLX). The others repeat it, which costs time and memory and changes no result.
 
-No list of families decides this. When a model is loaded, its log-probs from hidden states are compared with its own logits, the
-layout that shares prompts with the plain one, and every adapted layer must get a gradient; routers of experts get an adapter
-only if `--target-modules` names them. Experts themselves get none, and stay in 16 bits under `--4bit`.
+No list of families decides this. When a model is loaded, its log-probs from hidden states are compared with its own logits,
+the layout that shares prompts with the plain one, and every adapted layer must get a gradient. Routers of experts get an
+adapter only if `--target-modules` names them. Experts themselves get none, and stay in 16 bits under `--4bit`.
 """
 
 
