@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from chat_templates import tokenizer_of
 from families import exact, zoo
 from transformers import AutoConfig, AutoModelForCausalLM, BambaConfig, BambaForCausalLM
 
@@ -25,21 +26,51 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CHECKPOINTED = {"gradient_checkpointing": "full"}
+# The models that most people have in late 2026, each with its kind of chat template, and the layout that it gets.
+FRONT_ROW = [
+    ("deepseek_v2", "deepseek", "packed"),  # DeepSeek-V2-Lite
+    ("deepseek_v3", "r1", "packed"),  # PEFT would take its dense layers and shared experts for parts of fused experts
+    ("gemma3", "gemma", "packed"),
+    ("gemma4", "gemma4", "packed"),  # E2B, E4B, 12B: shared keys and values, inputs per layer, a tower
+    ("gemma4_text-moe", "gemma4", "packed"),  # 26B-A4B
+    ("glm4_moe_lite", "glm", "packed"),  # GLM-4.7-Flash
+    ("gpt_oss", "harmony", "plain"),
+    ("granitemoehybrid", "chatml", "plain"),  # Granite 4
+    ("lfm2", "chatml", "plain"),  # LFM2.5
+    ("llama", "chatml", "packed"),
+    ("mistral3", "chatml", "packed"),  # Ministral 3: has no class for text alone
+    ("mistral3-small", "chatml", "packed"),
+    ("nemotron_h", "nemotron", "plain"),  # Nemotron-3-Nano: PEFT refuses any out_proj; its files have other names
+    ("olmo3", "chatml", "packed"),
+    ("phi3", "chatml", "packed"),  # Phi-4-mini
+    ("qwen3", "qwen3", "packed"),
+    ("qwen3_5", "think open", "plain"),
+    ("qwen3_5_moe", "think always", "plain"),  # Qwen3.6
+    ("qwen3_moe", "qwen3", "packed"),
+    ("smollm3", "qwen3", "packed"),
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "layout"), FRONT_ROW, ids=[name for name, *_ in FRONT_ROW])
+def test_the_front_row(family: str, kind: str, layout: str, tmp_path: Path) -> None:
+    folder = zoo.make(family, tmp_path / "model")
+    tokenizer_of(kind).save_pretrained(folder)
+    found = exact.check(folder, "cpu", tmp_path)
+    assert found.wrong == []
+    assert found.layout == layout
+    assert {"router", "gate"}.isdisjoint(found.targets)
 
 
 @pytest.mark.parametrize(
     ("family", "options", "layout"),
     [
-        ("deepseek_v3", {}, "packed"),  # PEFT would take its dense layers and shared experts for parts of fused experts
         ("laguna", {}, "packed"),  # PEFT would not find its shared experts again
         ("jamba", CHECKPOINTED, "plain"),  # reads its dt_proj's weight itself; two kinds of layers
-        ("nemotron_h", {}, "plain"),  # PEFT refuses any out_proj; its files have other names
         ("phimoe", {}, "plain"),  # routes at random in training; its attention does not say its window
         ("nanochat", {}, "packed"),  # uses its last norm twice
-        ("gemma4", CHECKPOINTED, "packed"),  # shared keys and values, inputs per layer, a tower
+        ("gemma4", CHECKPOINTED, "packed"),
         ("gemma3n_text", {}, "packed"),  # changes projections in place; last layers without an effect
         ("llama4", {}, "plain"),  # its router is a linear layer that returns two tensors; a model inside a model
-        ("mistral3", {}, "packed"),  # has no class for text alone
         ("minicpm3", {}, "packed"),  # divides before its head
     ],
 )
