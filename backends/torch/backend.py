@@ -23,7 +23,7 @@ from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.backends.torch.adapters import Trainable
 from lite_dil.backends.torch.device import compute_dtype
 from lite_dil.backends.torch.head import QuantizedHead
-from lite_dil.backends.torch.load import linear_layers, load_model, make_optimizer, need_bitsandbytes, set_weights
+from lite_dil.backends.torch.load import decoder_of, linear_layers, load_model, make_optimizer, need_bitsandbytes, set_weights
 from lite_dil.backends.torch.lora import PEFT_POLICY, Switch, add_lora, add_unsloth_lora
 from lite_dil.backends.torch.offload import ActivationOffload
 from lite_dil.backends.torch.reading import StateReader
@@ -69,13 +69,16 @@ class TorchBackend:
         self.checkpointing = checkpointing(training, parameters) if training else "off"
         self.base = self.model = base
         base.name_or_path = model
-        self.decoder = base.get_decoder()
+        self.decoder = decoder_of(base)
         if options.head_bits:
             self._quantize_head(options.head_bits)
         self.head = base.get_output_embeddings()
         if training and training.offload_embeddings:
             self._offload_embeddings()
-        self.linear, self.switch, self.adapters = linear_layers(base), Switch(), dict[str, Trainable]()
+        self.switch, self.adapters = Switch(), dict[str, Trainable]()
+        self.linear, self.experts = linear_layers(base), adapters.experts_of(base.config.get_text_config().to_dict())
+        if adapter and not self.unsloth:
+            self.linear = torch_probing.adaptable(base, self.decoder, self.linear, self.device)
         self.seed = adapter.seed if adapter else 0
         if adapter:
             self._add_policy(adapter, initial)
@@ -118,7 +121,7 @@ class TorchBackend:
         check_name(name, self.switch.names)
         if self.unsloth:
             raise UserError("--unsloth: its kernels support only one adapter; leave it out for more")
-        shapes = adapters.select_targets(self.linear, targets)
+        shapes = adapters.select_targets(self.linear, targets, self.experts)
         fresh = adapters.fresh(shapes, rank, alpha / rank, self.seed, name)
         devices = [self.device] if self.name == "cuda" else []
         with torch.random.fork_rng(devices):  # PEFT draws random numbers, which must not change training's dropout
@@ -130,7 +133,7 @@ class TorchBackend:
     def renew_policy(self, adapter: ResolvedAdapter) -> None:
         """Reset the policy to its initial weights and training state."""
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter.init_adapter else None
-        first = adapters.choose(adapter, self.linear, initial, self.base.name_or_path)
+        first = adapters.choose(adapter, self.linear, initial, self.base.name_or_path, self.experts)
         if adapters.layout(first) != self.policy_layout:
             raise UserError(f"adapter {adapter.init_adapter}: its rank, scale or layers differ from the policy's; load anew")
         set_weights(self.model, PEFT_POLICY, first)
@@ -173,7 +176,7 @@ class TorchBackend:
         read: Callable[[Batch], Tensor] = partial(self.reader.logps, what=loss.reads)
         if loss.reads == SCORES:
             read = partial(self.reader.scores, head=self._head_of(trained))
-        self.model.train()
+        self.switch.training_mode(self.model, everything=self.unsloth)
         examples = sum(one.batch.examples for one in passes)
         random, done = out_of_memory.random_state(self.device), []
         chunks = self.store.chunks if self.store is not None else 0
@@ -299,7 +302,7 @@ class TorchBackend:
 
     def _add_policy(self, options: ResolvedAdapter, initial: adapters.Adapter | None) -> None:
         """Add the policy's adapter, and the frozen initial one if it is the reference, to the base."""
-        adapter = adapters.choose(options, self.linear, initial, self.base.name_or_path)
+        adapter = adapters.choose(options, self.linear, initial, self.base.name_or_path, self.experts)
         self.policy_layout = adapters.layout(adapter)
         if self.unsloth:
             self.model = add_unsloth_lora(self.base, adapter, options.lora_dropout, self.checkpointing, options.seed)

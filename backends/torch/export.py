@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList
+from transformers import AutoConfig, LogitsProcessorList
 
 from lite_dil.backends.torch import out_of_memory
 from lite_dil.backends.torch.device import compute_dtype
 from lite_dil.backends.torch.head import QuantizedHead
-from lite_dil.backends.torch.load import load_base, target_names
+from lite_dil.backends.torch.load import auto_class, load_base
+from lite_dil.backends.torch.peft_names import targets_of
 from lite_dil.backends.types import DenseWeight, Sequences
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import work_folder
@@ -51,14 +52,35 @@ def _head(module: QuantizedHead) -> np.ndarray:
     return torch.cat([tile.float().cpu() for _, tile in module.tiles()]).numpy()
 
 
-def peft_targets(model: str, layers: set[str]) -> list[str] | None:
-    """Return the shortest names by which PEFT finds exactly these layers, or None if the model's config is not here."""
+def peft_targets(model: str, layers: set[str]) -> dict[str, list[str]] | None:
+    """Return PEFT's options that select exactly these layers, or None if the model's config is not here."""
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         with torch.device("meta"):
-            return target_names(AutoModelForCausalLM.from_config(config, trust_remote_code=False), layers)
+            return targets_of(auto_class(config).from_config(config, trust_remote_code=False), layers)
     except (OSError, ValueError, ImportError, RuntimeError):
         return None
+
+
+def renamed(model: str, keys: Iterable[str]) -> dict[str, str]:
+    """Return the names in transformers' model of those tensors of its files that have another name there."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # older versions rename nothing
+        return {}
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    with torch.device("meta"):
+        base = auto_class(config).from_config(config, trust_remote_code=False)
+    steps = [step for step in get_model_conversion_mapping(base) if isinstance(step, WeightRenaming)]
+    found = {}
+    for key in keys:
+        name = key
+        for step in steps:
+            name = step.rename_source_key(name)[0]
+        if name != key:
+            found[key] = name
+    return found
 
 
 class Exported:
@@ -117,7 +139,8 @@ def exported(folder: Path, max_memory: dict[Any, Any] | None = None) -> Iterator
     """
     with work_folder(folder) as offload:
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model = auto_class(config).from_pretrained(
                 folder,
                 dtype="auto",
                 device_map="auto",

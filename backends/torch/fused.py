@@ -74,7 +74,8 @@ class _LoRA(torch.autograd.Function):
         y, low = _linear(rows, frozen, a, b)
         ctx.save_for_backward(x, low, a, b)
         ctx.frozen = frozen
-        return y.view(*x.shape[:-1], -1)
+        # Not a view: some models (Gemma 3n) change a projection in place, which autograd forbids for a view made here.
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

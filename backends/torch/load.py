@@ -10,7 +10,14 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+)
 
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.torch import unsloth as torch_unsloth
@@ -78,13 +85,13 @@ def load_base(
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         places = device_map(config, device, table_on_host, head_on_host, trust_remote_code)
         with conversion_report():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(config).from_pretrained(
                 model,
                 output_loading_info=True,
                 attn_implementation="eager" if capped else None,
                 config=config,
                 dtype=dtype,
-                quantization_config=_nf4(dtype) if in_4bit else None,
+                quantization_config=_packing(config, model, dtype, in_4bit),
                 device_map=places,
                 trust_remote_code=trust_remote_code,
             )
@@ -106,7 +113,38 @@ def load_base(
     if getattr(base, "is_loaded_in_4bit", False) and dtype != "auto":
         _set_up_4bit(base, dtype)
     base.requires_grad_(False)
+    _drop_towers(base)
     return base
+
+
+def auto_class(config: Any) -> Any:
+    """Return transformers' loader for the model: of text alone where it has one, else with a tower for images."""
+    text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    towers = not text and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if towers else AutoModelForCausalLM
+
+
+def _packing(config: Any, model: str, dtype: torch.dtype | Literal["auto"], in_4bit: bool) -> Any:
+    """Return how to load a model's weights: packed now, unpacked, or as they are. Raises UserError for packings of others.
+
+    In these transformers computes other numbers with gradients than without (8 bits of bitsandbytes: a fresh adapter's
+    log-ratio is not 0), has no gradients, or runs on some GPUs only (FP8).
+    """
+    own = getattr(config, "quantization_config", None)
+    if own is None:
+        return _nf4(dtype) if in_4bit else None
+    own = own if isinstance(own, dict) else own.to_dict()
+    method = own.get("quant_method") or "an unknown method"
+    if method == "bitsandbytes" and own.get("load_in_4bit"):
+        return _nf4(dtype) if in_4bit else None
+    if method == "mxfp4" and not in_4bit:
+        from transformers import Mxfp4Config
+
+        return Mxfp4Config(dequantize=True)
+    raise UserError(
+        f"--model {model}: its weights are packed by {method}, on which this backend cannot train; give the model in 16 bits, "
+        "with --4bit to save memory"
+    )
 
 
 def _nf4(dtype: torch.dtype | Literal["auto"]) -> BitsAndBytesConfig:
@@ -166,7 +204,7 @@ def device_map(
     if device == host or not (table or head):
         return {"": device}
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        model: Any = auto_class(config).from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     on_host = {id(embedding)} if table else set()
     if head and output is not embedding:
@@ -184,21 +222,52 @@ def device_map(
     return places
 
 
+# Of a Mamba layer: its GPU kernels read these weights themselves, so an adapter would have no effect and no gradient there.
+_READ_BY_KERNELS = ("out_proj", "dt_proj")
+
+
+def decoder_of(base: Any) -> Any:
+    """Return the part of a model from the embeddings to the last norm."""
+    decoder, embedding = base.get_decoder(), base.get_input_embeddings()
+    while decoder.get_output_embeddings() is not None:  # transformers found a model with its head, as for Llama 4
+        decoder = next(child for child in decoder.children() if embedding in child.modules())
+    return decoder
+
+
+def _drop_towers(base: Any) -> None:
+    """Free the parts of a model that text does not pass through: towers for images and sound, and their projections.
+
+    Their modules' names stay in `base.dropped`: PEFT's short names of layers must not match them where the model is whole.
+    """
+    base.dropped = []
+    kept = {id(decoder_of(base)), id(base.get_output_embeddings()), id(base.get_input_embeddings())}
+
+    def visit(module: torch.nn.Module) -> None:
+        for name, child in module.named_children():
+            if id(child) in kept:
+                continue
+            if any(id(part) in kept for part in child.modules()):
+                visit(child)
+            else:
+                base.dropped += [name, *(f"{name}.{inner}" for inner, _ in child.named_modules())]
+                setattr(module, name, None)
+
+    visit(base)
+
+
 def linear_layers(base: Any) -> dict[str, tuple[int, int]]:
-    """Return the (out, in) shape of each linear layer of the decoder, by name in the model."""
-    decoder = {id(module) for module in base.get_decoder().modules()} - {id(base.get_output_embeddings())}
+    """Return the (out, in) shape of each linear layer of the decoder that can have an adapter, by name in the model."""
+    decoder = decoder_of(base)
+    left_out = {id(base.get_output_embeddings())}
+    for module in decoder.modules():
+        if {"A_log", "D"} <= dict(module.named_parameters(recurse=False)).keys():
+            left_out |= {id(getattr(module, name, None)) for name in _READ_BY_KERNELS}
+    wanted = {id(module) for module in decoder.modules()} - left_out
     return {
         name: (module.out_features, module.in_features)
         for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and id(module) in decoder
+        if isinstance(module, torch.nn.Linear) and id(module) in wanted
     }
-
-
-def target_names(base: Any, wanted: set[str]) -> list[str]:
-    """Return the shortest names by which PEFT finds exactly the wanted layers: last parts if they suffice."""
-    suffixes = {name.rpartition(".")[2] for name in wanted}
-    matched = {name for name, _ in base.named_modules() if name.rpartition(".")[2] in suffixes}
-    return sorted(suffixes if matched == wanted else wanted)
 
 
 def set_weights(model: Any, name: str, adapter: adapters.Adapter) -> None:

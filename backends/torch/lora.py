@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from lite_dil.backends.torch import unsloth as torch_unsloth
-from lite_dil.backends.torch.load import set_weights, target_names
+from lite_dil.backends.torch.load import set_weights
+from lite_dil.backends.torch.peft_names import targets_of
 from lite_dil.backends.types import POLICY, REFERENCE
 from lite_dil.models import adapters
 
@@ -72,6 +73,16 @@ class Switch:
                 layer.scaling[PEFT_POLICY] = self.scale * value
         self._set(self.on)
 
+    def training_mode(self, model: Any, everything: bool) -> None:
+        """Switch the adapters' dropout on.
+
+        The base stays in inference mode unless `everything` is asked for: some models add noise in training (Phi-3.5-MoE to
+        its routers), with which the log-ratio of a fresh adapter would not be 0.
+        """
+        model.train(everything)
+        for layer in () if everything else self.layers:
+            layer.lora_dropout.train()
+
     def _set(self, name: str) -> None:
         # PEFT's own disable_adapter() also rewrites requires_grad and costs 31 ms over 210 layers; this sets only the switch.
         self.on = name
@@ -87,16 +98,32 @@ class Switch:
 def add_lora(model: Any, name: str, adapter: adapters.Adapter, dropout: float) -> PeftModel:
     """Add an adapter to the base, next to any that are there."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = LoraConfig(**_settings(base, adapter), lora_dropout=dropout, inference_mode=name == REFERENCE)
-    with warnings.catch_warnings():
+    config = LoraConfig(**_settings(adapter), lora_dropout=dropout, inference_mode=name == REFERENCE)
+    config.target_modules = set(adapter.weights)
+    with warnings.catch_warnings(), _of_no_known_type(base.config):
         # PEFT 0.21 uses an attribute's old name in transformers 5.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         if isinstance(model, PeftModel):
             model.add_adapter(peft_name(name), config)
         else:
             model = get_peft_model(model, config, adapter_name=peft_name(name))
+    for option, value in targets_of(base, set(adapter.weights)).items():  # what is saved
+        setattr(config, option, value)
     set_weights(model, peft_name(name), adapter)
     return model
+
+
+@contextmanager
+def _of_no_known_type(config: Any) -> Iterator[None]:
+    """Hide a model's type from PEFT inside the block, which by some types changes or refuses the given layers.
+
+    See `targets_of`; and it refuses every `out_proj` of a model with Mamba layers, of its attention too.
+    """
+    config.model_type = "any"
+    try:
+        yield
+    finally:
+        del config.model_type
 
 
 def add_unsloth_lora(base: Any, adapter: adapters.Adapter, dropout: float, checkpointing: str, seed: int) -> Any:
@@ -105,17 +132,11 @@ def add_unsloth_lora(base: Any, adapter: adapters.Adapter, dropout: float, check
     Args:
         checkpointing: "off" or "full".
     """
-    rank, alpha, targets = (_settings(base, adapter)[name] for name in ("r", "lora_alpha", "target_modules"))
-    model = torch_unsloth.adapt(base, rank, alpha, targets, dropout, checkpointing, seed)
+    targets = targets_of(base, set(adapter.weights))["target_modules"]
+    model = torch_unsloth.adapt(base, adapter.rank, _settings(adapter)["lora_alpha"], targets, dropout, checkpointing, seed)
     set_weights(model, PEFT_POLICY, adapter)
     return model
 
 
-def _settings(base: Any, adapter: adapters.Adapter) -> dict[str, Any]:
-    return {
-        "r": adapter.rank,
-        "lora_alpha": adapter.scale * adapter.rank,
-        "target_modules": target_names(base, set(adapter.weights)),
-        "bias": "none",
-        "task_type": "CAUSAL_LM",
-    }
+def _settings(adapter: adapters.Adapter) -> dict[str, Any]:
+    return {"r": adapter.rank, "lora_alpha": adapter.scale * adapter.rank, "bias": "none", "task_type": "CAUSAL_LM"}

@@ -22,6 +22,7 @@ from lite_dil.batching.layouts import Segment
 NAME = "lite_dil_packed"
 
 
+windows: set[int | None] = set()  # the windows with which `attention` was called, for `probing`
 _active: list[PackedRow | None] = [None]  # a list, not a context variable: CUDA's backward pass runs in another thread
 
 
@@ -68,6 +69,7 @@ def attention(
     assert row is not None and attention_mask is None
     if dropout or kwargs.get("s_aux") is not None or kwargs.get("is_causal") is False or key.shape[2] != query.shape[2]:
         raise Unsupported("its attention uses more than a scale, a soft cap and a window")
+    windows.add(sliding_window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window if sliding_window is not None and sliding_window < row.longest else None
     scores = Scores(scale, softcap or 0.0, window)
@@ -207,6 +209,12 @@ def blockwise(q: Tensor, k: Tensor, v: Tensor, row: PackedRow, scores: Scores, l
     return _Blocks.apply(q, k, v, row.segments, scores, last)
 
 
+def has_window(config: Any, length: int) -> bool:
+    """Return whether some attention of a text model looks back less than `length` tokens, by its config."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    return isinstance(window, int) and window < length and (not kinds or "sliding_attention" in kinds)
+
+
 def why_not(base: Any, max_length: int) -> str:
     """Return why the model's architecture cannot be packed, or "" if its config shows no reason."""
     config = base.config.get_text_config()
@@ -214,7 +222,7 @@ def why_not(base: Any, max_length: int) -> str:
         return f"{type(base).__name__} has its own attention"
     if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         return f"it has layers of type {', '.join(sorted(other))}"
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):  # that of images is not of text
         return "its attention is bidirectional"
     rope = getattr(config, "rope_parameters", None) or {}
     for part in rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.probes import compare_head, head_probe, layout_probe, tolerance
 from lite_dil.backends.torch import out_of_memory, packed_attention
 from lite_dil.backends.torch.head import vocabulary
+from lite_dil.backends.torch.peft_names import reloadable
 from lite_dil.backends.torch.reading import StateReader
 from lite_dil.backends.torch.row import Unsupported
 from lite_dil.base.errors import UserError
@@ -33,9 +35,44 @@ def check_head(base: Any, reader: StateReader, logps: Logps, model: str, dtype_n
     ids = np.concatenate([*batch.prompts, *batch.responses])
     here = logps(batch)
     with torch.no_grad():
-        logits = base(input_ids=reader.tensor(ids[None, :-1])).logits[0].float()
+        logits = base(input_ids=reader.tensor(ids[None, :-1]), use_cache=False).logits[0].float()
     own = logits.log_softmax(-1).gather(-1, reader.tensor(ids[1:, None]))[:, 0].cpu().numpy()
     compare_head(model, own, here, dtype_name)
+
+
+def adaptable(base: Any, decoder: Any, linear: dict[str, tuple[int, int]], device: torch.device) -> dict[str, tuple[int, int]]:
+    """Return those of the linear layers on which an adapter learns, and is found again once saved.
+
+    The first is seen on a few tokens. Left out are layers whose weight the model reads itself (Jamba's `dt_proj`), routers
+    that return more than one tensor (Llama 4), and layers on which the result does not depend (some of Gemma 3n's last ones):
+    there an adapter gets no gradient. Of experts kept as separate layers a few tokens call only some: a layer that is not
+    called stays if one with the same name but for its numbers is.
+    """
+    factors: dict[str, Tensor] = {}
+
+    def weigh(name: str, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return output
+        return output * (1 + factors.setdefault(name, torch.zeros((), device=device, requires_grad=True)))
+
+    modules = {name: module for name, module in base.named_modules() if name in linear}
+    hooks = [m.register_forward_hook(lambda module, args, out, name=name: weigh(name, out)) for name, m in modules.items()]
+    ids = torch.arange(_TOKENS, device=device)[None]
+    try:
+        hidden = decoder.eval()(input_ids=ids, use_cache=False).last_hidden_state
+        slopes = torch.autograd.grad(hidden.float().sin().sum(), list(factors.values()), allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    useless = {name for name, slope in zip(factors, slopes, strict=True) if slope is None or not slope.item()}
+    if len(useless) == len(factors):  # nothing was computed, as on a GPU that only stands in for one
+        useless = set()
+    seen = {_NUMBER.sub("#", name) for name in factors}
+    kept = {name: shape for name, shape in linear.items() if _NUMBER.sub("#", name) in seen and name not in useless}
+    return reloadable(base, kept)
+
+
+_NUMBER, _TOKENS = re.compile(r"\d+"), 8
 
 
 def choose_layout(
@@ -56,7 +93,9 @@ def choose_layout(
         return f"{REPEATED}: unsloth's kernels support no other"
     if training.layout == "plain":
         return ""
-    reason = packed_attention.why_not(base, training.max_length) or _packed_differs(reader, logps, dtype_name, say)
+    windowed = packed_attention.has_window(base.config.get_text_config(), training.max_length)
+    reason = packed_attention.why_not(base, training.max_length)
+    reason = reason or _packed_differs(reader, logps, dtype_name, say, windowed)
     if not reason:
         reader.layout = "packed"
     elif training.layout == "packed":
@@ -64,13 +103,18 @@ def choose_layout(
     return f"{REPEATED}: {reason}" if reason else ""
 
 
-def _packed_differs(reader: StateReader, logps: Logps, dtype_name: str, say: Callable[[str], None]) -> str:
-    """Compare log-probs and gradients of both layouts on a few tokens; return how they differ, or ""."""
+def _packed_differs(reader: StateReader, logps: Logps, dtype_name: str, say: Callable[[str], None], windowed: bool) -> str:
+    """Compare log-probs and gradients of both layouts on a few tokens; return how they differ, or "".
+
+    Args:
+        windowed: whether some attention looks back less far than a sequence may be long, which a few tokens do not show.
+    """
     if reader.last_layer < 0:
         return "its layers are unknown"
     batch = layout_probe(vocabulary(reader.head))
     expected, slopes = logps(batch), _gradient(reader, batch)
     reader.layout = "packed"
+    packed_attention.windows.clear()
     try:
         if reader.device.type == "cuda":
             say("compiling FlexAttention for this GPU, which may take minutes the first time")
@@ -80,6 +124,8 @@ def _packed_differs(reader: StateReader, logps: Logps, dtype_name: str, say: Cal
         return str(error)
     finally:
         reader.layout = "plain"
+    if windowed and not packed_attention.windows - {None}:
+        return "its attention does not say how far it looks back"
     if not difference < tolerance(dtype_name):
         return f"its log-probs differ from the plain layout's by {difference:.3g} nats"
     if not turned < tolerance(dtype_name):

@@ -208,6 +208,9 @@ class Export:
         dense = registry.module(self.backend, "export").dense(loaded.backend) if loaded else {}
         dtype = self.options.weights_dtype or (_GGUF_DTYPES.get(self._outtype(), "float16") if self.reader == "gguf" else None)
         adapter = adapter_files.float_adapter(self.files, self.source.strength)
+        if _has_torch() and merge.lacks(checkpoint, adapter):
+            renamed = registry.module("torch", "export").renamed(self.model, checkpoint.tensors)
+            checkpoint = replace(checkpoint, renamed=renamed)
         planned = merge.plan(checkpoint, adapter, dense, dtype, self.source.options.model)
         self._need_disk(sum(tensor.nbytes for tensor in planned))
         self.say(f"merging the adapter into {len(adapter.weights)} layers" + (f", {len(dense)} dequantised" if dense else ""))
@@ -241,7 +244,7 @@ class Export:
         if self.to == "peft":
             layers = set(self.files.adapter.weights)
             targets = registry.module("torch", "export").peft_targets(self.model, layers) if _has_torch() else None
-            adapter_files.write_peft(self.made, self.files, strength, name, targets or sorted(layers))
+            adapter_files.write_peft(self.made, self.files, strength, name, targets or {"target_modules": sorted(layers)})
         else:
             count = (config.get("text_config") or config).get("num_hidden_layers", -1)
             adapter_files.write_mlx(self.made, self.files, strength, name, count)

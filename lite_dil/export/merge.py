@@ -12,7 +12,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -42,11 +42,16 @@ Dense = Mapping[str, DenseWeight]  # by layer name
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's folder: its config.json and the place of each tensor."""
+    """A model's folder: its config.json and the place of each tensor.
+
+    Attributes:
+        renamed: the names in the model of tensors that have another name in the files.
+    """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, Stored]
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Checkpoint:
@@ -100,6 +105,11 @@ class Checkpoint:
         return not any(core_name(key) == "lm_head.weight" for key in self.tensors) if tied is None else bool(tied)
 
 
+def lacks(checkpoint: Checkpoint, adapter: Adapter) -> bool:
+    """Return whether a layer of the adapter is not in the files under its own name."""
+    return not {core_name(f"{layer}.weight") for layer in adapter.weights} <= set(map(core_name, checkpoint.tensors))
+
+
 def plan(checkpoint: Checkpoint, adapter: Adapter, dense: Dense, dtype: str | None, name: str) -> list[Planned]:
     """Return the tensors of the merged model, in the order of the checkpoint's.
 
@@ -118,9 +128,10 @@ def plan(checkpoint: Checkpoint, adapter: Adapter, dense: Dense, dtype: str | No
     if len(ours) != len(left):
         raise UserError(f"--model {name}: its layer names are ambiguous; cannot be merged")
     for key, stored in checkpoint.tensors.items():
-        layer, _, leaf = key.rpartition(".")
-        own = ours.get(core_name(layer))
-        if checkpoint.packed and not (leaf == "weight" and own) and _packing(key, dense, ours):
+        named = checkpoint.renamed.get(key, key)
+        layer, _, leaf = named.rpartition(".")
+        own = ours.get(core_name(layer)) or ours.get(core_name(key.rpartition(".")[0]))
+        if checkpoint.packed and not (leaf == "weight" and own) and _packing(named, dense, ours):
             continue
         if checkpoint.tied and core_name(layer) == "lm_head":
             continue  # loaders use the embedding table

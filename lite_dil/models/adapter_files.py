@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,6 @@ _PEFT_VARIANTS = (
     "modules_to_save",
     "monteclora_config",
     "rank_pattern",
-    "target_parameters",
     "trainable_token_indices",
     "use_dora",
     "use_qalora",
@@ -101,6 +100,8 @@ def _peft_scale(config: dict[str, Any], where: str) -> tuple[int, float]:
         "peft_type": config["peft_type"] != "LORA",
         "bias": config.get("bias", "none") != "none",
         # Others (pissa, olora, ...) change the base weights, so that "adapter off" would not be the base model.
+        # A linear layer may be selected by its weight; see `lite_dil.backends.torch.load.targets_of`.
+        "target_parameters": any(not name.endswith(".weight") for name in config.get("target_parameters") or ()),
         "init_lora_weights": config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"),
     }
     for name, bad in refused.items():
@@ -155,12 +156,12 @@ def float_adapter(files: Files, strength: float = 1.0) -> Adapter:
     return Adapter(files.adapter.rank, files.adapter.scale * strength, weights)
 
 
-def write_peft(folder: Path, files: Files, strength: float, model: str, targets: Sequence[str]) -> None:
+def write_peft(folder: Path, files: Files, strength: float, model: str, targets: dict[str, list[str]]) -> None:
     """Write PEFT's format.
 
     Args:
         model: the base model's name.
-        targets: names that match exactly the adapted layers in PEFT.
+        targets: PEFT's options that select exactly the adapted layers.
     """
     adapter = files.adapter
     alpha, root = _alpha(adapter.scale * strength, adapter.rank)
@@ -171,7 +172,7 @@ def write_peft(folder: Path, files: Files, strength: float, model: str, targets:
         "r": adapter.rank,
         "lora_alpha": alpha,
         "lora_dropout": files.dropout,
-        "target_modules": list(targets),
+        **targets,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

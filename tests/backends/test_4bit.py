@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import batch, criterion, load, make_checkpoint
-from gradients import step_gradients
+from step_gradients import step_gradients
 from steps import adapter, step
 
 from lite_dil.backends.torch.load import load_base

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import bare_model, criterion, load, one_step, oracle_logps
-from gradients import step_gradients
 from mlx.utils import tree_unflatten
+from step_gradients import step_gradients
 from steps import adapter, step
 from test_parity import SMALL
 from transformers import (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import bare_model, config, examples, load, oracle_logps
-from gradients import Adapter, random_adapter, relative_error, set_adapter, step_gradients
+from step_gradients import Adapter, random_adapter, relative_error, set_adapter, step_gradients
 from steps import adapter
 
 from lite_dil.batching.batch import Batch

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import bare_model, batch, criterion, load, make_checkpoint, oracle_logps
-from gradients import Adapter, random_adapter, relative_error, set_adapter, step_gradients
+from step_gradients import Adapter, random_adapter, relative_error, set_adapter, step_gradients
 from steps import adapter, step
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, Qwen3Config
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import bare_model, byte_level_tokenizer, config, load
-from gradients import Adapter, common_name, random_adapter, relative_error, set_adapter, set_parameters, step_gradients
+from step_gradients import Adapter, common_name, random_adapter, relative_error, set_adapter, set_parameters, step_gradients
 from steps import adapter
 
 from lite_dil.batching.batch import Batch

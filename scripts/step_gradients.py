@@ -1,4 +1,4 @@
-"""What a backend's own `step` computes at an adapter that is not trivial, its gradients under names that both share."""
+"""The gradients that a backend's own `step` computes, under names that both backends share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import one_step
 
 from lite_dil.backends.types import StepResult
 from lite_dil.batching.batch import Batch
 from lite_dil.objectives.criterion import Criterion
+from lite_dil.training.step import micro_batches
 
 Adapter = dict[str, np.ndarray]  # layer.lora_a (in, r) and layer.lora_b (r, out)
 
@@ -65,7 +65,7 @@ def step_gradients(
 
         backend.optimizer.update = record
         try:
-            result = one_step(backend, batches, criterion, 0.0, baseline=baseline)
+            result = backend.step(micro_batches(batches, criterion, None, baseline), criterion, 0.0)
         finally:
             backend.optimizer.update = update
         return result, taken
@@ -75,7 +75,7 @@ def step_gradients(
 
     handle = backend.adapters["policy"].optimizer.register_step_pre_hook(hook)
     try:
-        result = one_step(backend, batches, criterion, 0.0, baseline=baseline)
+        result = backend.step(micro_batches(batches, criterion, None, baseline), criterion, 0.0)
     finally:
         handle.remove()
     return result, taken
