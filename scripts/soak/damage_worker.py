@@ -1,0 +1,114 @@
+"""Damage every file of a world, run what reads it, and print a JSON line for each case. A process of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from soak import forks
+from soak.damage_world import World
+from soak.damages import Damage, damages
+
+# What reads each file: patterns of paths in the world, with the commands, those that train last.
+READERS = (
+    ("run/checkpoints/*", ("whole", "resume")),
+    ("run/*", ("resume",)),
+    ("done/adapter/*", ("generate", "export", "merge", "train on")),
+    ("done/config.yaml", ("runs", "report", "generate", "export")),
+    ("done/checkpoints/step-3/digests.json", ("runs", "report")),
+    ("done/checkpoints/step-3/progress.json", ("runs", "report")),
+    ("done/checkpoints/*", ()),
+    ("done/*", ("runs", "report", "resume finished")),
+    ("sampled.jsonl", ("train",)),
+    ("cache/rates.json", ("plan",)),
+    ("cache/*", ("train", "resume")),
+    ("answers.jsonl", ("generate on",)),
+    ("labels*.jsonl", ("label",)),
+    ("compared/runs/*/checkpoints/*", ()),
+    ("compared/runs/*/adapter/*", ()),
+    ("compared/*", ("compare",)),
+)
+TRAIN = {"resume", "resume finished", "train", "train on"}
+# Written for people and other programs; lite-dil does not read them.
+NOT_READ = (".md", ".html", ".png", "table.json", "curves.json")
+
+
+def main(backend: str, root: str, short: str) -> None:
+    """Make the world of a backend and go through all of its files."""
+    forks.load(backend)
+    world = World(Path(root), backend)
+    world.make()
+    world.measure()
+    for path, name in _reads(world):
+        whole = world.root / "made" / path
+        flips = _flips(name, backend, bool(int(short)))
+        cases = list(damages(whole, world.other / path, flips))
+        if int(short):
+            cases = cases[:: 6 if name in TRAIN else 3]
+        elif name == "resume" and "/checkpoints/" in path:
+            cases = [case for case in cases if "flipped" not in case[0]]  # `whole` has seen those
+        for what, damage in cases:
+            print(json.dumps(case(world, path, name, what, damage)), flush=True)
+
+
+def _flips(name: str, backend: str, short: bool) -> int:
+    if short:
+        return 3
+    return 12 if backend == "mlx" and name in TRAIN else 50
+
+
+def _reads(world: World) -> Iterator[tuple[str, str]]:
+    """Yield each file of the world with each command that reads it."""
+    made = world.root / "made"
+    for path in sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file()):
+        if path.name.endswith(NOT_READ) or path.name.endswith(".lock"):
+            continue
+        for name in next(names for pattern, names in READERS if _matches(path, pattern)):
+            yield path.as_posix(), name
+
+
+def _matches(path: Path, pattern: str) -> bool:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), path.as_posix()) is not None
+
+
+def case(world: World, path: str, name: str, what: str, damage: Damage) -> dict[str, Any]:
+    """Damage a file, run a command, and return what became of it."""
+    world.fresh()
+    damaged = world.here / path
+    damage(damaged)
+    command, (whole, said) = world.commands[name], world.whole[name]
+    ended = world.run(command.work)
+    anew = [line for line in ended.said.splitlines() if _figureless(line) not in {_figureless(old) for old in said}]
+    named = any(damaged.name in line or str(damaged.parent) in line for line in anew)
+    failure = ""
+    if ended.code is None:
+        outcome = failure = "took longer than a minute"
+    elif "Traceback" in ended.said or ended.code not in (0, 2):
+        outcome = failure = f"ended with {ended.code}"
+    elif ended.code == 2:
+        outcome = "refused"
+        failure = "" if named else "refused without naming the file"
+    else:
+        try:
+            same = command.result(world.here) == whole
+        except (OSError, ValueError) as error:
+            same, named, anew = False, False, [repr(error)]
+        outcome = ("said, and equal" if named else "equal") if same else "said, and went on with what is whole"
+        failure = "" if same or named else "silently wrong"
+    if failure:
+        failure = f"{path}, {what}, {name}: {failure}: {' | '.join(anew[-3:])}"
+    return {"command": name, "path": path, "outcome": outcome, "failure": failure, "seconds": ended.seconds, "cpu": ended.cpu}
+
+
+def _figureless(line: str) -> str:
+    return re.sub(r"[\d.]+", "0", line)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
