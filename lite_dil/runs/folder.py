@@ -31,7 +31,9 @@ from lite_dil.base.formats import KEY, RUN, check_format
 from lite_dil.base.hashing import sha256
 from lite_dil.base.lock import Lock
 from lite_dil.data.reader import Problem
-from lite_dil.runs.seal import Damaged, seal, unsealed
+from lite_dil.runs.metrics_lines import parse_lines
+from lite_dil.runs.options_file import CONFIG, Edited, read_options, text_of
+from lite_dil.runs.seal import DIGESTS, Damaged, seal, unsealed
 
 RUNS = Path("runs")
 _POLICY = ("adapters", "policy")  # in a checkpoint
@@ -131,38 +133,31 @@ class RunFolder:
 
     def create(self, options: dict[str, Any]) -> None:
         """Make the folder and write `options`, by field name, to config.yaml."""
-        import yaml
-
         with writing(f"--output-dir {self.path}", "--output-dir"):
             make_folder(self.path)
         if self._lock is None:
             self._hold()
             self._check_new()  # another process may have written there meanwhile
         self.options = {**options, "output_dir": str(self.path)}
-        saved = {KEY: RUN, **self.options}
-        replace_file(self.path / "config.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
+        replace_file(self.path / CONFIG, text_of(self.options))
 
     def repair(self, options: dict[str, Any]) -> None:
-        """Write config.yaml again, with the options of a checkpoint, if it cannot be read; keep the damaged file beside it."""
-        import yaml
-
-        self.options, path = options, self.path / "config.yaml"
+        """Write config.yaml again, with `options`, if it was edited or cannot be read, which keeps the file beside it."""
+        self.options, path = options, self.path / CONFIG
         try:
-            if isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict):
-                return
-        except (OSError, ValueError, yaml.YAMLError):
-            pass
-        if path.exists():
-            with writing(path):
-                move(path, unused(self.path / "config.damaged.yaml"))
-        replace_file(path, yaml.safe_dump({KEY: RUN, **options}, sort_keys=False, allow_unicode=True))
+            read_options(self.path)
+        except UserError as error:
+            if path.exists() and not isinstance(error, Edited):
+                with writing(path):
+                    move(path, unused(self.path / "config.damaged.yaml"))
+            replace_file(path, text_of(options))
 
     def drop_unsaved(self) -> None:
         """Drop the metrics of a run that was killed before its first checkpoint: there is nothing to resume."""
         if not self.path.is_dir():
             return
         with self.alone():
-            ours = (self.path / "config.yaml").is_file() and not self.adapter.exists() and self.latest() is None
+            ours = (self.path / CONFIG).is_file() and not self.adapter.exists() and self.latest() is None
             if ours and not (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
                 with suppress(OSError):
                     remove(self.checkpoints)
@@ -228,7 +223,7 @@ class RunFolder:
         Raises UserError if none is whole.
         """
         problems: list[str] = []
-        last = int(checkpoint.name.removeprefix("step-"))
+        last = _number(checkpoint)
         for step in reversed([step for step in self._steps() if step <= last]):
             path = self.checkpoints / f"step-{step}"
             if (number := _format(path)) > RUN:
@@ -237,6 +232,10 @@ class RunFolder:
                 if unsealed(path) is None and number >= 3:
                     raise Damaged("digests.json is missing")
                 read_progress(path)
+                # A checkpoint appears complete, so one without progress.json has lost it.
+                for lost in self.checkpoints.glob("step-*"):
+                    if _STEP.fullmatch(lost.name) and not (lost / "progress.json").exists() and _number(lost) > step:
+                        problems.append(f"{lost} is damaged: progress.json is missing")
                 for problem in problems:
                     say(f"{problem}; going back to {path.name}")
                 return path
@@ -268,7 +267,7 @@ class RunFolder:
         Return all lines, also those. A damaged file is kept, and later checkpoints and their lines are moved to set_aside/.
         """
         content = self.metrics.read_bytes() if self.metrics.exists() else b""
-        lines, bad = _lines_of(content)
+        lines, bad = parse_lines(content)
         size, digest = progress.metrics or (0, sha256([b""]))
         if size and not content:
             say(f"{self.metrics} is missing: the report begins after step {progress.step}")
@@ -326,6 +325,22 @@ def checkpoint_of(adapter: Path) -> Path | None:
     return found if found and found.parent.name == "checkpoints" and _STEP.fullmatch(found.name) else None
 
 
+def recorded_with(adapter: Path) -> dict[str, Any]:
+    """Return the options that an adapter's seal, or its checkpoint's, records; none if it has none, as one from elsewhere.
+
+    Raises UserError if one of the adapter's files is not what was written.
+    """
+    checkpoint = checkpoint_of(adapter)
+    part = adapter.relative_to(checkpoint).as_posix() if checkpoint else ""
+    try:
+        return unsealed(checkpoint or adapter, part) or {}
+    except Damaged as error:
+        raise UserError(
+            f"adapter {adapter} is damaged: {error}. Give an older checkpoint, or --resume the run, which writes it again; "
+            f"if you changed it on purpose, delete {DIGESTS}"
+        ) from None
+
+
 def read_progress(checkpoint: Path) -> Progress:
     """Read a checkpoint's progress.json."""
     try:
@@ -345,22 +360,12 @@ def _format(checkpoint: Path) -> int:
         return RUN
 
 
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def _names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()] if folder.is_dir() else []
-
-
-def _lines_of(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Return the lines of metrics.jsonl, and the number of damaged ones; a last line that was cut off is not damaged."""
-    lines: list[dict[str, Any]] = []
-    texts = content.split(b"\n")
-    for text in texts[:-1]:
-        try:
-            line = json.loads(text)
-            line["step"] = int(line["step"])
-            lines.append(line)
-        except (ValueError, TypeError, KeyError):
-            continue
-    return lines, len(texts) - 1 - len(lines)
 
 
 def _encoded(lines: Sequence[dict[str, Any]]) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from lite_dil.base.errors import UserError
+from lite_dil.base.hashing import sha256
+from lite_dil.runs.folder import RunFolder, read_progress
+from lite_dil.runs.metrics_lines import parse_line, parse_lines
+from lite_dil.runs.seal import Damaged, unsealed
 
 POINTS = 240  # maximum points of a curve, more than the pixels of its chart on a phone
 
@@ -111,9 +116,37 @@ def read_history(path: Path) -> History:
         return history
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:
+            if (line := parse_line(text)) is None:
                 continue
             (history.held_out if "eval_loss" in line else history.train).add(line)
     return history
+
+
+def wrong_metrics(folder: Path) -> str:
+    """Return what is wrong with a run's metrics.jsonl up to its newest checkpoint, which has its hash; "" if nothing is."""
+    run = RunFolder(folder)
+    if (checkpoint := run.latest()) is None:
+        return ""
+    try:
+        unsealed(checkpoint, "progress.json")
+        noted = read_progress(checkpoint).metrics
+    except (Damaged, UserError) as error:
+        return f"{checkpoint} is damaged: {error}"
+    if not noted:  # of an older version
+        return ""
+    if not run.metrics.exists():
+        return f"{run.metrics} is missing"
+    content = run.metrics.read_bytes()
+    bad = sha256([content[: noted[0]]]) != noted[1] or parse_lines(content[noted[0] :])[1]
+    return f"{run.metrics} is not what the run wrote" if bad else ""
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl; none if it has no such file.
+
+    Raises UserError if they are not what the run wrote.
+    """
+    if wrong := wrong_metrics(folder):
+        raise UserError(wrong)
+    path = RunFolder(folder).metrics
+    return parse_lines(path.read_bytes())[0] if path.exists() else []

@@ -42,7 +42,7 @@ class World:
 
     def __init__(self, root: Path, backend: str) -> None:
         self.root, self.backend = root, backend
-        self.here, self.other = root / HERE, root / "other"
+        self.here, self.other, self.model = root / HERE, root / "other", root / "model-1"
         self.commands = {command.name: command for command in _commands(self)}
         self.whole: dict[str, tuple[Any, list[str]]] = {}
 
@@ -50,12 +50,12 @@ class World:
         """Make it, in forks."""
         shutil.rmtree(self.root, ignore_errors=True)
         self.root.mkdir(parents=True)
-        tiny_world.write_rows(self.root / "rows.jsonl", 8, words=4, pairs=False)
-        tiny_world.write_rows(self.root / "held_out.jsonl", 3, 1, words=4, pairs=False)
-        tiny_world.write_rows(self.root / "pairs.jsonl", 8, words=4)
+        tiny_world.write_rows(self.root / "rows.jsonl", 8, words=2, pairs=False)
+        tiny_world.write_rows(self.root / "held_out.jsonl", 3, 1, words=2, pairs=False)
+        tiny_world.write_rows(self.root / "pairs.jsonl", 8, words=2)
         (self.root / "prompts.txt").write_text("what is tea\nhow do you make bread\n", encoding="utf-8")
         for number, place in enumerate(("other", MADE)):
-            tiny_world.make_model(self.root / "model", seed=7 - number)
+            self.model = tiny_world.make_model(self.root / f"model-{number}", seed=number)
             self.here.mkdir()
             self._fill(_flags(number))
             self.here.rename(self.root / place)
@@ -80,16 +80,16 @@ class World:
 
     def train(self, *flags: str) -> Callable[[Path], int]:
         """Return what trains by the command line."""
-        own = ["--model", str(self.root / "model"), "--backend", self.backend, "--dtype", "float32", "--lora-r", "2"]
+        own = ["--model", str(self.model), "--backend", self.backend, "--dtype", "float32", "--lora-r", "2"]
         own += ["--data", str(self.root / "rows.jsonl"), "--eval-data", str(self.root / "held_out.jsonl")]
-        own += ["--max-length", "96", "--sample-rejected", "1", "--sample-max-tokens", "4", "--batch-size", "2"]
+        own += ["--max-length", "64", "--sample-rejected", "1", "--sample-max-tokens", "4", "--batch-size", "2"]
         own += ["--max-steps", "3", "--save-steps", "1", "--report-samples", "1", "--target-modules", "q_proj,v_proj"]
         return _main("train", *own, *flags, "--sample-file", str(self.here / "sampled.jsonl"))
 
     def compare(self, *flags: str) -> Callable[[Path], int]:
         """Return what compares two losses by the command line."""
-        own = ["--model", str(self.root / "model"), "--backend", self.backend, "--dtype", "float32", "--lora-r", "2"]
-        own += ["--data", str(self.root / "pairs.jsonl"), "--max-length", "96", "--losses", "lsif,dpo", "--max-steps", "2"]
+        own = ["--model", str(self.model), "--backend", self.backend, "--dtype", "float32", "--lora-r", "2"]
+        own += ["--data", str(self.root / "pairs.jsonl"), "--max-length", "64", "--losses", "lsif,dpo", "--max-steps", "2"]
         own += ["--batch-size", "2", "--sample-prompts", "1", "--sample-tokens", "4", "--eval-fraction", "0.3"]
         return _main("compare", *own, *flags, "--output", str(self.here / "compared"))
 
@@ -116,11 +116,10 @@ class World:
         answers = self.here / "answers.jsonl"
         answers.write_bytes(answers.read_bytes().splitlines(keepends=True)[0])
 
-
     def _keep_rate(self, _: Path) -> int:
         from lite_dil.runs.rates import Rate, Setting, keep
 
-        setting = Setting(str(self.root / "model"), self.backend, "float32", False, "plain")
+        setting = Setting(str(self.model), self.backend, "float32", False, "plain")
         keep(Rate(setting, 1234.5, 56.7, 10, "2026-01-01"))
         return 0
 
@@ -133,9 +132,13 @@ def _flags(number: int) -> tuple[str, ...]:
 def _main(*argv: str) -> Callable[[Path], int]:
     def work(_: Path) -> int:
         from lite_dil.cli.main import main
+        from lite_dil.evaluation.comparison import page
         from lite_dil.reports import charts
 
-        charts.svg = lambda make, salt="", text="": ""  # type: ignore[assignment]  # four fifths of a tiny run's time
+        # Drawing is four fifths of a tiny run's time, and reads no file.
+        charts.svg = lambda make, salt="", text="": ""  # type: ignore[assignment]
+        page.draw_curves = lambda curves, path: ""  # type: ignore[assignment]
+        page.draw_accuracy = lambda rows: ""  # type: ignore[assignment]
         return main(list(argv))
 
     return work
@@ -173,7 +176,7 @@ def _rate(here: Path) -> int:
     """Note the rate that `lite-dil plan` would use."""
     from lite_dil.runs.rates import known
 
-    return _told(lambda: write(here / "rate.json", json.dumps(str(known(str(here.parent / "model"))))))
+    return _told(lambda: write(here / "rate.json", json.dumps(str(known(str(here.parent / "model-1"))))))
 
 
 def _report(here: Path) -> int:
@@ -183,7 +186,13 @@ def _report(here: Path) -> int:
     from lite_dil.reports.run_report import read_record
 
     charts.svg = lambda make, salt="", text="": ""  # type: ignore[assignment]
-    return _told(lambda: write(here / "report.html", render(read_record(here / "done"))))
+
+    def work() -> None:
+        record = read_record(here / "done")
+        print(*record.damage, sep="\n")
+        write(here / "report.html", render(record))
+
+    return _told(work)
 
 
 def _newest(here: Path) -> int:
@@ -211,19 +220,31 @@ def _told(work: Callable[[], object]) -> int:
     return 0
 
 
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def _rows(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """Return the rows of a file that are JSON."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
 
 
 def _run(folder: Path) -> Any:
     """Return what a run's folder holds, but for what a clock decides and what damage adds."""
-    lines = [{name: value for name, value in line.items() if name not in _MEASURED} for line in _rows(folder / "metrics.jsonl")]
+    rows = _rows(folder / "metrics.jsonl")
+    lines = [{name: value for name, value in line.items() if name not in _MEASURED} for line in rows]
     files = {
         path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest()
         for path in folder.rglob("*")
-        if path.name in ("adapter_model.safetensors", "adapters.safetensors", "report_samples.jsonl", "held_out_pairs.json")
+        if path.parent.name == "adapter" or path.name in ("report_samples.jsonl", "held_out_pairs.json")
     }
-    return lines, {name: value for name, value in files.items() if not name.startswith("set_aside")}
+    return lines, {name: value for name, value in files.items() if not name.endswith(("digests.json", ".md"))}
 
 
 def _listed(log: Path) -> Any:
@@ -242,21 +263,21 @@ def _commands(world: World) -> list[Command]:
     adapter = ("--adapter", str(here / "done"), "--no-check", "--output", str(here / "out"))
     initial = ("--init-adapter", str(here / "done" / "adapter"), "--reference", "initial-adapter")
     anew = ("--output-dir", str(here / "anew"))
-    own = ["--model", str(world.root / "model"), "--backend", world.backend, "--dtype", "float32", "--max-steps", "1"]
-    own += ["--data", str(world.root / "pairs.jsonl"), "--max-length", "96", "--report-samples", "0", "--eval-fraction", "0"]
+    own = ["--model", str(world.model), "--backend", world.backend, "--dtype", "float32", "--max-steps", "1"]
+    own += ["--data", str(world.root / "pairs.jsonl"), "--max-length", "64", "--report-samples", "0", "--eval-fraction", "0"]
     return [
         Command("resume", _main("train", "--resume", str(here / "run"), *sampled), lambda here: _run(here / "run")),
         Command("resume finished", _main("train", "--resume", str(here / "done"), *sampled), lambda here: _run(here / "done")),
         Command("train", world.train(*_flags(1), *anew), lambda here: (_run(here / "anew"), _rows(here / "sampled.jsonl"))),
         Command("train on", _main("train", *own, *initial, *anew), lambda here: _run(here / "anew")),
         Command("runs", _main("runs", str(here / "done"), "--json"), lambda here: _listed(here.parent / "log")),
-        Command("report", _report, lambda here: (here / "report.html").read_text(encoding="utf-8")),
+        Command("report", _report, lambda here: _text(here / "report.html")),
         Command("generate", world.generate("new.jsonl"), lambda here: _rows(here / "new.jsonl")),
         Command("generate on", world.generate("answers.jsonl"), lambda here: _rows(here / "answers.jsonl")),
         Command("export", _main("export", *adapter, "--format", "adapter"), lambda here: _files(here / "out")),
         Command("merge", _main("export", *adapter, "--format", "merged"), lambda here: _files(here / "out")),
-        Command("compare", world.compare(*_flags(1)), lambda here: (here / "compared" / "table.json").read_text(encoding="utf-8")),
-        Command("label", _read_labels, lambda here: (here / "read.json").read_text(encoding="utf-8")),
-        Command("plan", _rate, lambda here: (here / "rate.json").read_text(encoding="utf-8")),
-        Command("whole", _newest, lambda here: (here / "newest.json").read_text(encoding="utf-8")),
+        Command("compare", world.compare(*_flags(1)), lambda here: _text(here / "compared" / "table.json")),
+        Command("label", _read_labels, lambda here: _text(here / "read.json")),
+        Command("plan", _rate, lambda here: _text(here / "rate.json")),
+        Command("whole", _newest, lambda here: _text(here / "newest.json")),
     ]

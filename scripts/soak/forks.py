@@ -34,6 +34,8 @@ def load(backend: str) -> None:
     from lite_dil.base.start import start
 
     start()
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
     import lite_dil.backends.torch.backend
     import lite_dil.cli.chat
     import lite_dil.cli.compare
@@ -42,7 +44,6 @@ def load(backend: str) -> None:
     import lite_dil.cli.label
     import lite_dil.recipes.comparison
     import lite_dil.reports.page
-    import transformers.models.llama.modeling_llama  # noqa: F401
 
     if backend == "mlx":
         if hasattr(ctypes, "CDLL") and os.path.exists("/usr/lib/x86_64-linux-gnu/libopenblas.so.0"):
@@ -75,8 +76,8 @@ def _child(work: Callable[[], int], log: Path, environment: Mapping[str, str]) -
         nothing = os.open(os.devnull, os.O_RDONLY)
         for number, file in enumerate((nothing, out, out)):
             os.dup2(file, number)
-        sys.stdin, sys.stdout = open(0, encoding="utf-8"), open(1, "w", encoding="utf-8")
-        sys.stderr = open(2, "w", encoding="utf-8", buffering=1)
+        sys.stdin, sys.stdout = os.fdopen(0, encoding="utf-8"), os.fdopen(1, "w", encoding="utf-8")
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1)
         os.environ.update(environment)
         code = work()
     except SystemExit as error:

@@ -18,7 +18,7 @@ _TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-_WORDS = "the capital of France is Paris what how do you make good bread and tea a red blue house small river".split()
+_WORDS = ("the", "capital", "of", "France", "is", "Paris", "what", "how", "do", "you", "make", "good", "bread", "and", "tea")
 
 
 def make_model(folder: Path, seed: int = 0, hidden: int = 128) -> Path:
@@ -37,7 +37,12 @@ def make_model(folder: Path, seed: int = 0, hidden: int = 128) -> Path:
     )
     tokenizer.chat_template = _TEMPLATE
     heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": 1, "head_dim": 64}
-    config = tiny_model.CONFIG | {"hidden_size": hidden, "intermediate_size": 2 * hidden, "vocab_size": len(tokenizer), **heads}
+    config = tiny_model.CONFIG | {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "vocab_size": len(tokenizer),
+        **heads,
+    }
     config |= {"bos_token_id": 0, "eos_token_id": 2, "max_position_embeddings": 4096}
     draw = np.random.default_rng(seed)
     values = {
