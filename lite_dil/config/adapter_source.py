@@ -11,7 +11,7 @@ from lite_dil.config.options import build
 from lite_dil.config.resume import run_options
 from lite_dil.config.train_config import flag
 from lite_dil.generation.policy import AdapterSource
-from lite_dil.models.adapter_files import read_config
+from lite_dil.models.adapter_config import read_config
 from lite_dil.models.find import folder_of, resolve_model
 from lite_dil.models.fingerprint import base_of
 from lite_dil.models.options import MODEL_FIELDS
@@ -114,8 +114,6 @@ def _usable(backend: str) -> str:
 
 def _own_model(adapter: Path) -> str:
     """Return the model that an adapter's own config names."""
-    config = read_config(adapter)
-    model = config.get("base_model_name_or_path") or config.get("model")
-    if not isinstance(model, str):
+    if not (model := read_config(adapter).model):
         raise UserError(f"--adapter {adapter}: its adapter_config.json names no model; give --model")
     return model

@@ -13,6 +13,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.files import make_folder, replace_file
 from lite_dil.base.hashing import blake2, blake2_and_sha256, file_pieces
 from lite_dil.models.find import model_folder
+from lite_dil.models.model_config import read_config
 from lite_dil.models.options import AdapterOptions
 
 _VERSION = "1"
@@ -42,7 +43,7 @@ def base_of(model: str, memo: Path | None) -> dict[str, Any]:
     """
     folder = model_folder(model)
     weights = _hash(folder, memo, ("*.safetensors", "*.bin", "*.gguf"), portable=True)
-    config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = read_config(folder / "config.json", f"--model {model}")
     return {"weights": weights, "config": {name: config[name] for name in config if name not in _NOT_COMPUTED}}
 
 
