@@ -8,12 +8,12 @@ from typing import Any
 
 from lite_dil.base.hashing import sha256
 
-KEY = "digest"
+DIGEST = "digest"
 
 
 def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a JSON object with its digest in "digest"."""
-    return {**content, KEY: digest_of(content)}
+    return {**content, DIGEST: digest_of(content)}
 
 
 def without_digest(content: Any) -> dict[str, Any]:
@@ -23,8 +23,8 @@ def without_digest(content: Any) -> dict[str, Any]:
     """
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
-    found = {name: value for name, value in content.items() if name != KEY}
-    if KEY in content and content[KEY] != digest_of(found):
+    found = {name: value for name, value in content.items() if name != DIGEST}
+    if DIGEST in content and content[DIGEST] != digest_of(found):
         raise ValueError("it is not what was written")
     return found
 

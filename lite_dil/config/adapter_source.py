@@ -15,8 +15,9 @@ from lite_dil.models.adapter_config import read_config
 from lite_dil.models.find import folder_of, resolve_model
 from lite_dil.models.fingerprint import base_of
 from lite_dil.models.options import MODEL_FIELDS
-from lite_dil.runs.folder import RunFolder, adapter_of, checkpoint_of, read_progress, recorded_with
-from lite_dil.runs.options_file import CONFIG
+from lite_dil.runs.folder import RunFolder, adapter_of, checkpoint_of, recorded_with
+from lite_dil.runs.options_file import OPTIONS_FILE
+from lite_dil.runs.progress import read_progress
 from lite_dil.training.options import ReferenceOptions
 from lite_dil.training.reference_cache import cache_folder
 
@@ -61,13 +62,13 @@ def _options(adapter: Path, run: RunFolder | None, given: dict[str, Any]) -> dic
     recorded.pop("trust_remote_code", None)  # no file grants it
     if run is None:
         return recorded
-    written = run_options(run.path / CONFIG, recorded, str(adapter))
+    written = run_options(run.path / OPTIONS_FILE, recorded, str(adapter))
     for name in MODEL_FIELDS:
         if name in recorded and name not in given and name in written and written[name] != recorded[name]:
             if name == "model" and _same_base(run, written[name]):  # the model moved
                 continue
             raise UserError(
-                f"{run.path / CONFIG}: {name} is {written[name]}, but the adapter was trained with {recorded[name]}; "
+                f"{run.path / OPTIONS_FILE}: {name} is {written[name]}, but the adapter was trained with {recorded[name]}; "
                 f"restore the file, or give {flag(name)}"
             )
     return recorded | written
@@ -101,7 +102,7 @@ def _run_of(adapter: Path) -> RunFolder | None:
     """Return the run that an adapter's folder belongs to; a config.yaml elsewhere above it is another program's."""
     checkpoint = checkpoint_of(adapter)
     above = checkpoint.parent.parent if checkpoint else adapter.parent
-    return RunFolder(above) if (checkpoint or adapter.name == "adapter") and (above / CONFIG).is_file() else None
+    return RunFolder(above) if (checkpoint or adapter.name == "adapter") and (above / OPTIONS_FILE).is_file() else None
 
 
 def _usable(backend: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lite_dil.base.checked import KEY as DIGEST
+from lite_dil.base.checked import DIGEST
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.formats import KEY, RUN, check_format
 from lite_dil.config.foreign import key_here

@@ -83,7 +83,7 @@ def _check_whole(places: dict[str, Place], begin: int, size: int) -> None:
         if place.start != begin and place.nbytes:
             raise ValueError(f"{name}: data_offsets begin at byte {place.start} of the file; expected {begin}")
         begin += place.nbytes
-    if begin != size:
-        raise ValueError(
-            f"it has {size} bytes, and its tensors end at {begin}; it is {'truncated' if size < begin else 'damaged'}"
-        )
+    if size < begin:
+        raise ValueError(f"it is truncated: it has {size} bytes; expected {begin}")
+    if size > begin:
+        raise ValueError(f"it has {size} bytes; expected {begin}, where its last tensor ends")

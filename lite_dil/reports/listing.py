@@ -12,7 +12,7 @@ from lite_dil.objectives.own import shown
 from lite_dil.reports.outcome import FACTS, RunRecord, read_facts
 from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.history import History, read_history, wrong_metrics
-from lite_dil.runs.options_file import CONFIG, read_options
+from lite_dil.runs.options_file import OPTIONS_FILE, read_options
 
 _DEPTH = 3  # folders below the given one: a comparison's are in NAME/runs/
 _UNFINISHED = "unfinished"
@@ -85,12 +85,12 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _has_options(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and (folder / "adapter").is_dir()
+    return (folder / OPTIONS_FILE).is_file() and (folder / "adapter").is_dir()
 
 
 def _read(folder: Path) -> ListedRun:
     run = RunFolder(folder)
-    written = [path.stat().st_mtime for path in (run.metrics, folder / CONFIG) if path.exists()]
+    written = [path.stat().st_mtime for path in (run.metrics, folder / OPTIONS_FILE) if path.exists()]
     changed = max(written, default=folder.stat().st_mtime)
     try:
         config = read_options(folder)

@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,13 @@ from lite_dil.base.files import (
     sync,
     write,
 )
-from lite_dil.base.formats import KEY, RUN, check_format
+from lite_dil.base.formats import KEY, RUN
 from lite_dil.base.hashing import sha256
 from lite_dil.base.lock import Lock
 from lite_dil.data.reader import Problem
 from lite_dil.runs.metrics_lines import parse_lines
-from lite_dil.runs.options_file import CONFIG, Edited, read_options, text_of
+from lite_dil.runs.options_file import OPTIONS_FILE, Edited, read_options, text_of
+from lite_dil.runs.progress import Progress, read_progress, write_progress
 from lite_dil.runs.seal import DIGESTS, Damaged, seal, unsealed
 
 RUNS = Path("runs")
@@ -43,32 +43,6 @@ _OWN = {
     *("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "set_aside", "skipped_rows.jsonl", "loss_source.txt"),
     *("report.html", "report.json", "report_samples.jsonl", "held_out_pairs.json"),
 }
-
-
-@dataclass
-class Progress:
-    """A run's progress, apart from the backend's state; saved with each checkpoint.
-
-    Attributes:
-        fingerprint, held_out: hashes of the tokens of the training and held-out data; "" for none, or unknown.
-        base: what identifies the base model, by `lite_dil.models.fingerprint.base_of`.
-        init_adapter: a hash of the initial adapter's files.
-        drawn: a hash of the tokens of the training data with the responses that --sample-rejected drew.
-        window: sums of the metrics since the last logged line, so that a resumed run logs the same means.
-        metrics: size and hash of metrics.jsonl when the checkpoint was saved.
-
-    Runs before format 3 recorded the training data alone.
-    """
-
-    step: int = 0
-    num_tokens: int = 0
-    fingerprint: str = ""
-    window: dict[str, list[float]] = field(default_factory=dict)
-    held_out: str = ""
-    init_adapter: str = ""
-    drawn: str = ""
-    base: dict[str, Any] = field(default_factory=dict)
-    metrics: list[Any] = field(default_factory=list)
 
 
 class RunFolder:
@@ -139,11 +113,11 @@ class RunFolder:
             self._hold()
             self._check_new()  # another process may have written there meanwhile
         self.options = {**options, "output_dir": str(self.path)}
-        replace_file(self.path / CONFIG, text_of(self.options))
+        replace_file(self.path / OPTIONS_FILE, text_of(self.options))
 
     def repair(self, options: dict[str, Any]) -> None:
         """Write config.yaml again, with `options`, if it was edited or cannot be read, which keeps the file beside it."""
-        self.options, path = options, self.path / CONFIG
+        self.options, path = options, self.path / OPTIONS_FILE
         try:
             read_options(self.path)
         except UserError as error:
@@ -157,7 +131,7 @@ class RunFolder:
         if not self.path.is_dir():
             return
         with self.alone():
-            ours = (self.path / CONFIG).is_file() and not self.adapter.exists() and self.latest() is None
+            ours = (self.path / OPTIONS_FILE).is_file() and not self.adapter.exists() and self.latest() is None
             if ours and not (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
                 with suppress(OSError):
                     remove(self.checkpoints)
@@ -193,7 +167,7 @@ class RunFolder:
 
         def fill(folder: Path) -> None:
             save(folder)
-            write(folder / "progress.json", json.dumps({KEY: RUN, **asdict(progress)}))
+            write_progress(folder, progress)
             seal(folder, self.options)
 
         replace_folder(target, fill)
@@ -341,22 +315,11 @@ def recorded_with(adapter: Path) -> dict[str, Any]:
         ) from None
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """Read a checkpoint's progress.json."""
-    try:
-        content = dict(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
-        check_format(content, RUN, checkpoint)
-        content.pop(KEY, None)
-        return Progress(**content)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint / 'progress.json'}: cannot be read ({error})") from None
-
-
 def _format(checkpoint: Path) -> int:
     """Return the format of a checkpoint's progress.json; the latest if it cannot be read."""
     try:
         return int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")).get(KEY, 1))
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return RUN
 
 

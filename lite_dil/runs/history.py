@@ -11,8 +11,9 @@ import numpy as np
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import sha256
-from lite_dil.runs.folder import RunFolder, read_progress
+from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.metrics_lines import parse_line, parse_lines
+from lite_dil.runs.progress import read_progress
 from lite_dil.runs.seal import Damaged, unsealed
 
 POINTS = 240  # maximum points of a curve, more than the pixels of its chart on a phone

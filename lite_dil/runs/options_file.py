@@ -10,7 +10,7 @@ from lite_dil.base import checked
 from lite_dil.base.errors import UserError
 from lite_dil.base.formats import KEY, RUN, check_format
 
-CONFIG = "config.yaml"
+OPTIONS_FILE = "config.yaml"
 
 
 class Edited(UserError):
@@ -21,7 +21,7 @@ def text_of(options: Mapping[str, Any]) -> str:
     """Return the content of a run's config.yaml."""
     import yaml
 
-    saved = {KEY: RUN, checked.KEY: checked.digest_of(options), **options}
+    saved = {KEY: RUN, checked.DIGEST: checked.digest_of(options), **options}
     return yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)
 
 
@@ -32,7 +32,7 @@ def read_options(folder: Path) -> dict[str, Any]:
     """
     import yaml
 
-    path = folder / CONFIG
+    path = folder / OPTIONS_FILE
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

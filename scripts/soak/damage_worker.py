@@ -39,33 +39,34 @@ READERS = (
 OPTIONAL = ("done/report_samples.jsonl", "done/held_out_pairs.json", "done/report.json", "cache/rates.json")
 # People write and edit these: what still has the right form is taken as theirs.
 EDITED = ("labels.jsonl", "labels.bad.jsonl")
+FLIPS, FLIPS_MLX = 50, 12  # bits flipped in a file, and where a case trains on MLX
+SHORT = {"cpu": 24, "mlx": 8}  # cases of the short form
 TRAIN = {"resume", "resume finished", "train", "train on"}
 # Written for people and other programs; lite-dil does not read them.
 NOT_READ = (".md", ".html", ".png", "table.json", "curves.json")
 
 
-def main(backend: str, root: str, short: str) -> None:
-    """Make the world of a backend and go through all of its files."""
-    forks.load(backend)
-    world = World(Path(root), backend)
-    world.make()
-    world.measure()
-    for path, name in _reads(world):
-        whole = world.root / "made" / path
-        flips = _flips(name, backend, bool(int(short)))
-        cases = list(damages(whole, world.other / path, flips))
-        if int(short):
-            cases = cases[:: 6 if name in TRAIN else 3]
-        elif name == "resume" and "/checkpoints/" in path:
-            cases = [case for case in cases if "flipped" not in case[0]]  # `whole` has seen those
-        for what, damage in cases:
+def main(root: str, form: str) -> None:
+    """Make the world of each backend and go through all of its files; `form` is "short" or "long"."""
+    forks.load()
+    for backend in ("cpu", "mlx"):
+        world = World(Path(root) / backend, backend, form == "short")
+        world.make()
+        cases = list(_cases(world))
+        if world.short:
+            cases = cases[:: len(cases) // SHORT[backend]]
+        for path, name, what, damage in cases:
             print(json.dumps(case(world, path, name, what, damage)), flush=True)
 
 
-def _flips(name: str, backend: str, short: bool) -> int:
-    if short:
-        return 3
-    return 12 if backend == "mlx" and name in TRAIN else 50
+def _cases(world: World) -> Iterator[tuple[str, str, str, Damage]]:
+    """Yield each damage to each file for each command that reads it."""
+    for path, name in _reads(world):
+        flips = FLIPS_MLX if world.backend == "mlx" and name in TRAIN else FLIPS
+        for what, damage in damages(world.root / "made" / path, world.other / path, flips):
+            # The flips of sealed files are left to `whole`, which is the part of resuming that reads them.
+            if not ("flipped" in what and name == "resume" and "/checkpoints/" in path):
+                yield path, name, what, damage
 
 
 def _reads(world: World) -> Iterator[tuple[str, str]]:
@@ -84,10 +85,10 @@ def _matches(path: Path, pattern: str) -> bool:
 
 def case(world: World, path: str, name: str, what: str, damage: Damage) -> dict[str, Any]:
     """Damage a file, run a command, and return what became of it."""
+    (whole, said), command = world.undamaged(name), world.commands[name]
     world.fresh()
     damaged = world.here / path
     damage(damaged)
-    command, (whole, said) = world.commands[name], world.whole[name]
     ended = world.run(command.work)
     anew = [line for line in ended.said.splitlines() if _figureless(line) not in {_figureless(old) for old in said}]
     named = any(damaged.name in line or str(damaged.parent) in line for line in anew)
@@ -109,7 +110,15 @@ def case(world: World, path: str, name: str, what: str, damage: Damage) -> dict[
             outcome, failure = _unsaid(path, what)
     if failure:
         failure = f"{path}, {what}, {name}: {failure}: {' | '.join(anew[-3:])}"
-    return {"command": name, "path": path, "outcome": outcome, "failure": failure, "seconds": ended.seconds, "cpu": ended.cpu}
+    return {
+        "backend": world.backend,
+        "command": name,
+        "path": path,
+        "outcome": outcome,
+        "failure": failure,
+        "seconds": ended.seconds,
+        "cpu": ended.cpu,
+    }
 
 
 def _unsaid(path: str, what: str) -> tuple[str, str]:

@@ -6,13 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from soak import forks, tiny_world
 
 from lite_dil.base.files import write
+from lite_dil.base.hashing import file_pieces, sha256
 
 MADE, HERE = "made", "here"
 # What a clock or the machine decides.
@@ -37,14 +37,15 @@ class Command:
 class World:
     """A folder with a model, its rows, and what two series of runs left: `made`, and `other` of another model.
 
-    Each case works on a copy of `made` at the same place, since some files hold paths.
+    Each case works on a copy of `made` at the same place, since some files hold paths. With `short` there is no other model's
+    series and no comparison.
     """
 
-    def __init__(self, root: Path, backend: str) -> None:
-        self.root, self.backend = root, backend
+    def __init__(self, root: Path, backend: str, short: bool) -> None:
+        self.root, self.backend, self.short = root, backend, short
         self.here, self.other, self.model = root / HERE, root / "other", root / "model-1"
         self.commands = {command.name: command for command in _commands(self)}
-        self.whole: dict[str, tuple[Any, list[str]]] = {}
+        self._undamaged: dict[str, tuple[Any, list[str]]] = {}
 
     def make(self) -> None:
         """Make it, in forks."""
@@ -55,6 +56,8 @@ class World:
         tiny_world.write_rows(self.root / "pairs.jsonl", 8, words=2)
         (self.root / "prompts.txt").write_text("what is tea\nhow do you make bread\n", encoding="utf-8")
         for number, place in enumerate(("other", MADE)):
+            if self.short and place != MADE:
+                continue
             self.model = tiny_world.make_model(self.root / f"model-{number}", seed=number)
             self.here.mkdir()
             self._fill(_flags(number))
@@ -69,14 +72,15 @@ class World:
         """Run `work` in a fork."""
         return forks.call(lambda: work(self.here), self.root / "log", {"LITE_DIL_CACHE": str(self.here / "cache")}, _LIMIT)
 
-    def measure(self) -> None:
-        """Note what each command leaves, and says, without damage."""
-        for name, command in self.commands.items():
+    def undamaged(self, name: str) -> tuple[Any, list[str]]:
+        """Return what a command leaves, and says, without damage."""
+        if name not in self._undamaged:
             self.fresh()
-            ended = self.run(command.work)
+            ended = self.run(self.commands[name].work)
             if ended.code:
                 raise RuntimeError(f"{name}, without damage: {ended.said}")
-            self.whole[name] = (command.result(self.here), ended.said.splitlines())
+            self._undamaged[name] = (self.commands[name].result(self.here), ended.said.splitlines())
+        return self._undamaged[name]
 
     def train(self, *flags: str) -> Callable[[Path], int]:
         """Return what trains by the command line."""
@@ -102,7 +106,7 @@ class World:
         steps = [
             self.train("--output-dir", str(self.here / "done"), *flags),
             self.generate("answers.jsonl"),
-            self.compare(*flags),
+            *([] if self.short else [self.compare(*flags)]),
             _label,
             self._keep_rate,
         ]
@@ -240,7 +244,7 @@ def _run(folder: Path) -> Any:
     rows = _rows(folder / "metrics.jsonl")
     lines = [{name: value for name, value in line.items() if name not in _MEASURED} for line in rows]
     files = {
-        path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest()
+        path.relative_to(folder).as_posix(): sha256(file_pieces(path))
         for path in folder.rglob("*")
         if path.parent.name == "adapter" or path.name in ("report_samples.jsonl", "held_out_pairs.json")
     }
@@ -255,7 +259,7 @@ def _listed(log: Path) -> Any:
 
 def _files(folder: Path) -> dict[str, str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files}
+    return {path.relative_to(folder).as_posix(): sha256(file_pieces(path)) for path in files}
 
 
 def _commands(world: World) -> list[Command]:

@@ -12,7 +12,7 @@ from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import make_folder, replace_file
 
 RESULT = "result.json"  # marks a finished run: trained and measured, or diverged
-REFERENCE, SAMPLES = "reference.json", "samples.jsonl"
+REFERENCE_FILE, ANSWERS_FILE = "reference.json", "samples.jsonl"
 Answer = dict[str, Any]
 
 
@@ -59,6 +59,8 @@ def _damaged(path: Path, why: str) -> UserError:
     """Return the error, with what to delete so that the command makes the file again."""
     if path.name == "compare.json":
         return UserError(f"{path}: cannot be read ({why}); give a new folder")
-    beside = "" if path.name == RESULT else f" and the {RESULT} of a run" if path.name == REFERENCE else f" and the {RESULT}"
-    beside += " of a run" if path.name == SAMPLES and path.parent.name == "reference" else ""
+    beside = (
+        "" if path.name == RESULT else f" and the {RESULT} of a run" if path.name == REFERENCE_FILE else f" and the {RESULT}"
+    )
+    beside += " of a run" if path.name == ANSWERS_FILE and path.parent.name == "reference" else ""
     return UserError(f"{path} is damaged ({why}); delete it{beside}, and the same command measures that again")

@@ -15,8 +15,8 @@ from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import load
 from lite_dil.data.encoder import Example
 from lite_dil.evaluation.comparison.files import (
-    REFERENCE,
-    SAMPLES,
+    ANSWERS_FILE,
+    REFERENCE_FILE,
     Answer,
     read_answers,
     read_measured,
@@ -84,10 +84,10 @@ class Probe:
 
 def measure_reference(probe: Probe, folder: Path, seed: int) -> dict[str, Any]:
     """Return the reference's measurements, made once for all runs and kept in `folder`."""
-    path, of = folder / REFERENCE, {"model": probe.model, "seed": seed}
+    path, of = folder / REFERENCE_FILE, {"model": probe.model, "seed": seed}
     if not path.exists():
         logps = probe.logps(probe.examples, reference=True)
-        answers = probe.answers(folder / SAMPLES, seed, reference=True)
+        answers = probe.answers(folder / ANSWERS_FILE, seed, reference=True)
         sides = {side: of_side(probe.examples, logps, sign) for side, sign in (("chosen", True), ("rejected", False))}
         figures = {f"logps/{side}": float(values.mean()) for side, values in sides.items() if len(values)}
         write_measured(path, {**of, "logps": logps, "figures": figures | _lengths(answers), "samples": len(answers)})
@@ -98,7 +98,7 @@ def measure(probe: Probe, reference: dict[str, Any], folder: Path, seed: int) ->
     """Return a trained model's figures, their standard errors, and the numbers of held-out examples and answers."""
     examples = probe.examples
     figures, errors = held_out_figures(examples, probe.logps(examples), reference["logps"])
-    answers = probe.answers(folder / SAMPLES, seed)
+    answers = probe.answers(folder / ANSWERS_FILE, seed)
     figures["kl"], errors["kl"] = mean_and_error(np.array([answer["log_ratio"] for answer in answers]))
     return {"figures": figures | _lengths(answers), "errors": errors, "held_out": len(examples), "samples": len(answers)}
 

@@ -10,7 +10,7 @@ from typing import Any
 from lite_dil.base.files import replace_file
 from lite_dil.evaluation.comparison import page
 from lite_dil.evaluation.comparison import table as tables
-from lite_dil.evaluation.comparison.files import REFERENCE, SAMPLES, read_answers, read_measured
+from lite_dil.evaluation.comparison.files import ANSWERS_FILE, REFERENCE_FILE, read_answers, read_measured
 from lite_dil.evaluation.comparison.settings import Comparison
 
 PAGE = "index.html"
@@ -32,7 +32,7 @@ def report(comparison: Comparison) -> Findings:
     output = comparison.output
     runs = tables.read_runs(comparison)
     first = next(iter(comparison.configs.values()))
-    measured, reference = comparison.reference / REFERENCE, None
+    measured, reference = comparison.reference / REFERENCE_FILE, None
     if not all(run["diverged"] for run in runs):
         reference = read_measured(measured, model=first.model, seed=comparison.seeds[0])
     rows = tables.make_rows(runs)
@@ -57,10 +57,10 @@ def _samples(comparison: Comparison, runs: list[tables.FinishedRun], reference: 
     """Return each prompt with the answers of the reference and, by loss, of the first seed that did not diverge."""
     if reference is None:
         return []
-    found = {"reference": read_answers(comparison.reference / SAMPLES, comparison.seeds[0], reference.get("samples"))}
+    found = {"reference": read_answers(comparison.reference / ANSWERS_FILE, comparison.seeds[0], reference.get("samples"))}
     for run in runs:
         if not run["diverged"] and run["loss"] not in found:
-            found[run["loss"]] = read_answers(run["folder"] / SAMPLES, run["seed"], run["samples"])
+            found[run["loss"]] = read_answers(run["folder"] / ANSWERS_FILE, run["seed"], run["samples"])
     return [
         {"prompt": answers[0]["prompt"], "answers": [(name, a["answer"]) for name, a in zip(found, answers, strict=True)]}
         for answers in zip(*found.values(), strict=True)
