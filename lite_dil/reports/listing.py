@@ -96,7 +96,7 @@ def _read(folder: Path) -> ListedRun:
         config = read_options(folder)
         facts = read_facts(folder) if (folder / FACTS).exists() else {}
         history = read_history(run.metrics)
-        if wrong := wrong_metrics(folder):
+        if wrong := wrong_metrics(folder, facts.get("metrics")):
             raise UserError(wrong)
         return _listed(folder, changed, config, facts, history)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:

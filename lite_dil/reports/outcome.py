@@ -114,10 +114,11 @@ def read_record(folder: Path) -> RunRecord:
     Of damaged metrics, samples and pairs the rest is read; `RunRecord.damage` names them. Raises UserError if config.yaml or
     report.json is damaged.
     """
-    damage = [wrong] if (wrong := wrong_metrics(folder)) else []
+    facts = read_facts(folder)
+    damage = [wrong] if (wrong := wrong_metrics(folder, facts.get("metrics"))) else []
     samples, pairs = read_samples(folder / SAMPLES, damage.append), read_pairs(folder / PAIRS, damage.append)
     history = read_history(folder / "metrics.jsonl")
-    return RunRecord(folder, read_options(folder), read_facts(folder), history, samples, pairs, damage)
+    return RunRecord(folder, read_options(folder), facts, history, samples, pairs, damage)
 
 
 def what(record: RunRecord) -> str:

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from lite_dil.base.formats import KEY, RUN
 from lite_dil.base.observer import Event, Observer
 from lite_dil.base.version import __version__
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.reports.outcome import read_record, write_facts
+from lite_dil.reports.outcome import read_facts, read_record, write_facts
 from lite_dil.runs.folder import RunFolder
+from lite_dil.runs.history import size_and_hash, wrong_metrics
 
 REPORT = "report.html"
 _LIBRARIES = {"mlx": ("mlx", "mlx-lm"), "torch": ("torch", "transformers", "peft")}
@@ -48,11 +50,15 @@ class RunReport(Observer):
     ) -> None:
         self.folder, self.facts, self.every, self.memory, self.say = folder, facts, every, memory, say
         self._told: set[str] = set()
+        self._noted: Any = None
 
     def started(self, event: Event) -> None:
-        """Write the report of a run whose steps were all taken before."""
+        """Write the report of a run whose steps were all taken before; in a resumed one, note the metrics that it kept."""
         if event.last:
+            self._check_metrics()
             self.write()
+        elif event.step:
+            self._write_facts()
 
     def after_step(self, event: Event) -> None:
         """Write if due."""
@@ -88,11 +94,21 @@ class RunReport(Observer):
         """
         try:
             with failing(self.folder.path / REPORT):
-                write_facts(self.folder.path, self.facts)
+                self._write_facts()
                 write_report(self.folder.path, self._tell)
         except DiskFailed as error:
             if not said:
                 self.say(f"{error}. The run continues without its report")
+
+    def _write_facts(self) -> None:
+        self.facts["metrics"] = self._noted or size_and_hash(self.folder.metrics)
+        write_facts(self.folder.path, self.facts)
+
+    def _check_metrics(self) -> None:
+        """Keep the hash of the metrics in report.json if they are others by now, so that this stays known."""
+        with suppress(UserError):  # there is no report yet, or it is damaged and written anew
+            noted = read_facts(self.folder.path).get("metrics")
+            self._noted = noted if wrong_metrics(self.folder.path, noted) else None
 
     def _tell(self, damage: str) -> None:
         if damage not in self._told:

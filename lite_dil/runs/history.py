@@ -123,31 +123,40 @@ def read_history(path: Path) -> History:
     return history
 
 
-def wrong_metrics(folder: Path) -> str:
-    """Return what is wrong with a run's metrics.jsonl up to its newest checkpoint, which has its hash; "" if nothing is."""
+def size_and_hash(metrics: Path) -> list[Any]:
+    """Return the size and the hash of a metrics.jsonl, for `wrong_metrics`."""
+    content = metrics.read_bytes() if metrics.exists() else b""
+    return [len(content), sha256([content])]
+
+
+def wrong_metrics(folder: Path, noted: Any = None) -> str:
+    """Return what is wrong with a run's metrics.jsonl, as far as a hash of it was noted; "" if nothing is.
+
+    Its newest checkpoint has one. `noted`, a result of `size_and_hash` in report.json, is of the evaluations after it too.
+    """
     run = RunFolder(folder)
-    if (checkpoint := run.latest()) is None:
-        return ""
-    try:
-        unsealed(checkpoint, "progress.json")
-        noted = read_progress(checkpoint).metrics
-    except (Damaged, UserError) as error:
-        return f"{checkpoint} is damaged: {error}"
-    if not noted:  # of an older version
+    known = [noted] if isinstance(noted, list) and len(noted) == 2 else []
+    if (checkpoint := run.latest()) is not None:
+        try:
+            unsealed(checkpoint, "progress.json")
+            known += [progress] if (progress := read_progress(checkpoint).metrics) else []
+        except (Damaged, UserError) as error:
+            return f"{checkpoint} is damaged: {error}"
+    if not known:  # of an older version
         return ""
     if not run.metrics.exists():
-        return f"{run.metrics} is missing"
+        return f"{run.metrics} is missing" if any(size for size, _ in known) else ""
     content = run.metrics.read_bytes()
-    bad = sha256([content[: noted[0]]]) != noted[1] or parse_lines(content[noted[0] :])[1]
+    bad = any(sha256([content[:size]]) != value for size, value in known) or parse_lines(content)[1]
     return f"{run.metrics} is not what the run wrote" if bad else ""
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl; none if it has no such file.
+def read_metrics(folder: Path, noted: Any = None) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl; none if it has no such file. `noted` is that of `wrong_metrics`.
 
     Raises UserError if they are not what the run wrote.
     """
-    if wrong := wrong_metrics(folder):
+    if wrong := wrong_metrics(folder, noted):
         raise UserError(wrong)
     path = RunFolder(folder).metrics
     return parse_lines(path.read_bytes())[0] if path.exists() else []

@@ -59,8 +59,6 @@ def _damaged(path: Path, why: str) -> UserError:
     """Return the error, with what to delete so that the command makes the file again."""
     if path.name == "compare.json":
         return UserError(f"{path}: cannot be read ({why}); give a new folder")
-    beside = (
-        "" if path.name == RESULT else f" and the {RESULT} of a run" if path.name == REFERENCE_FILE else f" and the {RESULT}"
-    )
-    beside += " of a run" if path.name == ANSWERS_FILE and path.parent.name == "reference" else ""
+    shared = path.name == REFERENCE_FILE or path.parent.name == "reference"  # measured with the first run
+    beside = "" if path.name == RESULT else f" and the {RESULT} {'of a run' if shared else 'beside it'}"
     return UserError(f"{path} is damaged ({why}); delete it{beside}, and the same command measures that again")

@@ -11,6 +11,7 @@ from lite_dil.base.text import count
 from lite_dil.evaluation.comparison.files import RESULT, read_measured
 from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.objectives.table import DIL_FAMILY
+from lite_dil.reports.outcome import FACTS, read_facts
 from lite_dil.runs.history import read_metrics
 
 FinishedRun = dict[str, Any]  # result.json, with figures from metrics.jsonl
@@ -46,8 +47,12 @@ def read_runs(comparison: Comparison) -> list[FinishedRun]:
         for loss in comparison.configs:
             folder = Path(comparison.run(loss, seed).output_dir or "")
             result = read_measured(folder / RESULT, loss=loss, seed=seed)
-            runs.append(result | {"folder": folder} | _of_training(read_metrics(folder)))
+            runs.append(result | {"folder": folder} | _of_training(read_metrics(folder, _noted(folder))))
     return runs
+
+
+def _noted(folder: Path) -> Any:
+    return read_facts(folder).get("metrics") if (folder / FACTS).exists() else None
 
 
 def _of_training(lines: list[dict[str, Any]]) -> FinishedRun:
