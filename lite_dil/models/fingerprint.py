@@ -77,7 +77,7 @@ def _hash(folder: Path, memo: Path | None, patterns: tuple[str, ...], portable: 
         elif isinstance(note := remembered.get(str(real)), dict) and (both := _hashes(note, seen)):
             value = both[portable]
         else:
-            both = blake2_and_sha256(file_pieces(real))
+            both = list(blake2_and_sha256(file_pieces(real)))
             value = both[portable]
             remembered[str(real)], changed = with_digest({"seen": seen, "hashes": both}), True
         values.append(f"{path.name} {value}\n")

@@ -60,7 +60,8 @@ def _place(name: str, entry: Any, begin: int) -> Place:
     """Return a tensor's place from its entry in the header; `begin` is where the tensors' bytes begin."""
     if not isinstance(entry, dict):
         raise ValueError(f"{name} is {entry!r}; expected dtype, shape and data_offsets")
-    code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    fields: tuple[Any, Any, Any] = (entry.get("dtype"), entry.get("shape"), entry.get("data_offsets"))
+    code, shape, offsets = fields
     if not isinstance(code, str) or code not in SIZES:
         raise ValueError(f"{name}: dtype is {code!r}; expected one of {', '.join(SIZES)}")
     if not _whole_numbers(shape):

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,7 +41,13 @@ def main(backend: str, steps: str, root: str) -> None:
     data = tiny_world.write_rows(place / "pairs.jsonl", 64, words=4)
     policy = dil.load(model, backend=backend, dtype="float32", lora_r=4)
     often = max(1, int(steps) // 10)
-    options = {"max_steps": int(steps), "save_steps": often, "save_total_limit": 2, "eval_steps": often, "logging_steps": 5}
+    options: dict[str, Any] = {
+        "max_steps": int(steps),
+        "save_steps": often,
+        "save_total_limit": 2,
+        "eval_steps": often,
+        "logging_steps": 5,
+    }
     dil.train(policy, data, observers=[watch], output_dir=place / "run", report_samples=0, batch_size=2, **options)
     quarter = len(watch.notes) // 4
     found = []
