@@ -37,10 +37,11 @@ class Watch(dil.Observer):
 def main(backend: str, steps: str, root: str) -> None:
     """Train `steps` steps in the folder `root`, and print for each quarter the medians, and the most open files."""
     place, watch = Path(root), Watch()
-    model = str(tiny_world.make_model(place / "model"))
-    data = tiny_world.write_rows(place / "pairs.jsonl", 64, words=4)
+    model = str(tiny_world.make_model(place / "model", hidden=64))
+    data = tiny_world.write_rows(place / "pairs.jsonl", 64, words=2)
+    held_out = tiny_world.write_rows(place / "held_out.jsonl", 8, 1, words=2)
     policy = dil.load(model, backend=backend, dtype="float32", lora_r=4)
-    often = max(1, int(steps) // 10)
+    often = max(1, int(steps) // 4)
     options: dict[str, Any] = {
         "max_steps": int(steps),
         "save_steps": often,
@@ -48,7 +49,16 @@ def main(backend: str, steps: str, root: str) -> None:
         "eval_steps": often,
         "logging_steps": 5,
     }
-    dil.train(policy, data, observers=[watch], output_dir=place / "run", report_samples=0, batch_size=2, **options)
+    dil.train(
+        policy,
+        data,
+        eval_data=held_out,
+        observers=[watch],
+        output_dir=place / "run",
+        report_samples=0,
+        batch_size=1,
+        **options,
+    )
     quarter = len(watch.notes) // 4
     found = []
     for number in range(4):
