@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lite_dil.base.checked import with_digest, without_digest
+from lite_dil.base.display import unheard
 from lite_dil.base.errors import first_line
 from lite_dil.base.files import replace_file
 
@@ -77,7 +78,7 @@ def write_pairs(path: Path, pairs: HeldOutPairs) -> None:
     replace_file(path, json.dumps(with_digest(asdict(pairs))) + "\n")
 
 
-def read_pairs(path: Path, say: Callable[[str], None]) -> HeldOutPairs | None:
+def read_pairs(path: Path, say: Callable[[str], None] = unheard) -> HeldOutPairs | None:
     """Read held_out_pairs.json; None if there is none, as in runs of before, or if it is damaged, which `say` is told."""
     if not path.exists():
         return None
