@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.install import install
+from lite_dil.runs.folder import recorded_with
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,7 +114,11 @@ def load(
         training: options for training; None loads it for inference, without what only training needs.
         say: shows a line to the user before slow work without progress; MLX has none.
         in_files: on a CPU leave full weights in the model's files, from which each pass reads them: slower, in little memory.
+
+    Raises UserError if the model or the adapter cannot be loaded, or is damaged.
     """
+    if adapter is not None and adapter.init_adapter:
+        recorded_with(Path(adapter.init_adapter))
     prepare(name, options, training)
     import_library(name)
     if name == "mlx":

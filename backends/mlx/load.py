@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lite_dil.backends.mlx.device import auto_dtype
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.models.find import rope_config
 from lite_dil.models.hub import needs_code
+from lite_dil.models.model_config import read_config
 from lite_dil.models.options import ModelOptions
 
 _CACHE_LIMIT = 4 * 2**30
@@ -25,7 +25,7 @@ _CACHE_LIMIT = 4 * 2**30
 
 def load(folder: Path, name: str, config: ModelOptions) -> tuple[Any, dict[str, Any], int]:
     """Return the model, its config and the bits that the checkpoint is quantised to (0 if it is not)."""
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_config(folder / "config.json", f"--model {name}")
     if (method := (raw.get("quantization_config") or {}).get("quant_method")) == "bitsandbytes":
         raise UserError(f"--model {name}: its weights are quantised by {method}, for CUDA; give the 16-bit model, with --4bit")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
 )
+from transformers.utils import cached_file
 
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.torch import unsloth as torch_unsloth
@@ -27,6 +29,7 @@ from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.install import install
 from lite_dil.models import adapters
 from lite_dil.models.hub import needs_code
+from lite_dil.models.model_config import read_config
 from lite_dil.models.options import ModelOptions
 
 
@@ -80,6 +83,8 @@ def load_base(
         RuntimeError, MemoryError: memory ran out; see `ran_out`.
     """
     try:
+        if not Path(model).is_dir():  # of a folder `resolve_model` has read it
+            read_config(Path(str(cached_file(model, "config.json"))), f"--model {model}")
         config = _without_dropout(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
         # transformers 5.17 computes Gemma 2 by SDPA, which ignores the soft cap on its attention scores.
         capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)

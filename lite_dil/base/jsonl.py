@@ -32,6 +32,7 @@ class JSONLines:
     Attributes:
         lines: the lines that were there, without line ends.
         size: the file's size in bytes.
+        torn: what was removed from the end, for people; "" if nothing was.
     """
 
     def __init__(self, path: Path, use: str, alone: bool = False) -> None:
@@ -44,7 +45,7 @@ class JSONLines:
             ):  # fails now rather than after the first work is done
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             content = path.read_bytes() if path.exists() else b""
-            whole = content[: content.rfind(b"\n") + 1]
+            whole, self.torn = content[: content.rfind(b"\n") + 1], ""
             if tail := content[len(whole) :]:
                 rest = tail.strip(b"\0 \t\r")
                 if rest and not rest.startswith(b"{"):
@@ -55,6 +56,7 @@ class JSONLines:
                     whole = content + b"\n"
                 else:
                     cut(path, len(whole))
+                    self.torn = f"{path}: its last line was cut off and is removed" if rest else f"{path}: zeros are removed"
         except OSError as error:
             raise UserError(f"{path}: cannot be used for {use} ({error})") from None
         self.lines, self.size = whole.split(b"\n")[:-1], len(whole)

@@ -99,16 +99,16 @@ def _next(format: str, made: Path) -> str:
     """Return how to load the result, in at most three lines."""
     path, folder = quote(str(made)), json.dumps(str(made), ensure_ascii=False)  # for a shell, and for Python
     if format == "adapter":
-        from lite_dil.models.adapter_files import is_peft, read_config
+        from lite_dil.models.adapter_config import read_config
 
         config = read_config(made)
-        if not is_peft(config):
+        if not config.peft:
             # mlx-lm does not know the embedded model's name.
-            model = resolve_model(EMBEDDED_MODEL) if config["model"] == EMBEDDED_MODEL else config["model"]
+            model = resolve_model(EMBEDDED_MODEL) if config.model == EMBEDDED_MODEL else config.model
             return f'  mlx_lm.generate --model {quote(model)} --adapter-path {path} --prompt "Hello"'
         return (
             "  from peft import AutoPeftModelForCausalLM\n"
-            f"  model = AutoPeftModelForCausalLM.from_pretrained({folder})  # on {config['base_model_name_or_path']}"
+            f"  model = AutoPeftModelForCausalLM.from_pretrained({folder})  # on {config.model}"
         )
     if format == "merged":
         return (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lite_dil.backends.types import Sampling
+from lite_dil.base.checked import mark_of, with_mark
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.base.jsonl import JSONLines
@@ -135,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
         display.say("the prompts are plain text, which the model continues as is; --chat sends them as messages")
     wanted = _wanted(asked, args, source)
     answers = _AnswerFile(None if args.output == "-" else Path(args.output), wanted)
+    if answers.file and answers.file.torn:
+        display.say(answers.file.torn)
     if answers.path:
         display.say(f"{len(answers)} of {len(wanted)} answers are in {answers.path}, {len(wanted) - len(answers)} to generate")
     if len(answers) < len(wanted):
@@ -194,7 +197,7 @@ def _row(wanted: _Wanted, found: dict[str, Generated], encoder: Encoder) -> dict
     """Return the row with the answers in `found`, by their fields, and how each ended."""
     answers = {name: wanted.asked.answer(encoder, answer.ids) for name, answer in found.items()}
     ended = {_ENDED[name]: "length" if answer.end is None else "stop" for name, answer in found.items()}
-    return {**wanted.asked.row(**answers), **ended, "key": wanted.key}
+    return with_mark({**wanted.asked.row(**answers), **ended, "key": wanted.key}, "key")
 
 
 class _AnswerFile:
@@ -216,22 +219,24 @@ class _AnswerFile:
         for number, line in enumerate(self.file.lines if self.file else (), 1):
             try:
                 row = json.loads(line)
-                known = row["key"] in keys
-            except (ValueError, KeyError, TypeError):  # not JSON, not an object, or not one of our rows
-                known = False
-            if not known:
+                key, whole = mark_of(row, "key")
+            except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, not an object, or not one of our rows
+                key, whole = "", True
+            if key not in keys:
                 raise UserError(
                     f"--output {path} line {number} is not from this command, but from other prompts, another model, other "
                     "settings or an earlier version; give another --output, or remove the file"
                 )
-            self.rows[row["key"]] = row
+            if not whole:
+                raise UserError(f"--output {path} line {number} was changed; remove it, and its answer is generated again")
+            self.rows[key] = row
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add the rows that are not there yet."""
-        new = {row["key"]: row for row in rows if row["key"] not in self.rows}
+        new = {key: row for row in rows if (key := mark_of(row, "key")[0]) not in self.rows}
         self.rows |= new
         if self.file:
             self.file.add(*new.values())

@@ -76,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
         sys.stdin.reconfigure(errors="surrogateescape")
     display = Terminal()
     labels = Labels(Path(args.output))
+    for file in (labels.pairs, labels.bad):
+        if file.torn:
+            display.say(file.torn)
     options = adapter_flags.options_of(args)
     asked, chats = prompts.read_and_encode(args.prompts, options, source.options, args.chat, args.max_new_tokens, display.say)
     if args.chat is None and chats and not asked[0].chat:

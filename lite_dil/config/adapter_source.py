@@ -11,10 +11,15 @@ from lite_dil.config.options import build
 from lite_dil.config.resume import run_options
 from lite_dil.config.train_config import flag
 from lite_dil.generation.policy import AdapterSource
-from lite_dil.models.adapter_files import read_config
+from lite_dil.models.adapter_config import read_config
+from lite_dil.models.find import folder_of, resolve_model
+from lite_dil.models.fingerprint import base_of
 from lite_dil.models.options import MODEL_FIELDS
-from lite_dil.runs.folder import RunFolder, adapter_of, checkpoint_of
-from lite_dil.runs.seal import DIGESTS, Damaged, unsealed
+from lite_dil.runs.folder import RunFolder, adapter_of, checkpoint_of, recorded_with
+from lite_dil.runs.options_file import OPTIONS_FILE
+from lite_dil.runs.progress import read_progress
+from lite_dil.training.options import ReferenceOptions
+from lite_dil.training.reference_cache import cache_folder
 
 
 def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> AdapterSource:
@@ -49,37 +54,34 @@ def find(adapter: str | None, given: dict[str, Any], strength: float = 1.0) -> A
 
 
 def _options(adapter: Path, run: RunFolder | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the run that an adapter is of, none if there is no run.
+    """Return the options of the run that an adapter is of; none if no run and no seal has them.
 
-    Raises UserError if the adapter is damaged, or if config.yaml names another model than it was trained on.
+    Raises UserError if the adapter is damaged, or if config.yaml has other options of the model than it was trained with.
     """
-    if run is None:
-        return {}
-    try:
-        recorded = _recorded(adapter)
-    except Damaged as error:
-        raise UserError(
-            f"--adapter {adapter} is damaged: {error}. Give an older checkpoint, or --resume the run, which writes it again; "
-            f"if you changed it on purpose, delete {DIGESTS}"
-        ) from None
+    recorded = recorded_with(adapter)
     recorded.pop("trust_remote_code", None)  # no file grants it
-    written = run_options(run.path / "config.yaml", recorded, str(adapter))
+    if run is None:
+        return recorded
+    written = run_options(run.path / OPTIONS_FILE, recorded, str(adapter))
     for name in MODEL_FIELDS:
-        if name == "model":  # a run may move
-            continue
         if name in recorded and name not in given and name in written and written[name] != recorded[name]:
+            if name == "model" and _same_base(run, written[name]):  # the model moved
+                continue
             raise UserError(
-                f"{run.path / 'config.yaml'}: {name} is {written[name]}, but the adapter was trained with {recorded[name]}; "
+                f"{run.path / OPTIONS_FILE}: {name} is {written[name]}, but the adapter was trained with {recorded[name]}; "
                 f"restore the file, or give {flag(name)}"
             )
     return recorded | written
 
 
-def _recorded(adapter: Path) -> dict[str, Any]:
-    """Return the options that an adapter's seal, or its checkpoint's, records. Raises Damaged."""
-    checkpoint = checkpoint_of(adapter)
-    part = adapter.relative_to(checkpoint).as_posix() if checkpoint else ""
-    return unsealed(checkpoint or adapter, part) or {}
+def _same_base(run: RunFolder, model: str) -> bool:
+    """Return whether a run's newest checkpoint records the weights of `model`; it reads them all."""
+    checkpoint = run.latest()
+    noted = read_progress(checkpoint).base if checkpoint else {}
+    if not noted:
+        return False
+    folder = folder_of(resolve_model(model))
+    return bool(base_of(str(folder), cache_folder(ReferenceOptions()))["weights"] == noted["weights"])
 
 
 def _locate(path: Path) -> tuple[Path, RunFolder | None]:
@@ -100,7 +102,7 @@ def _run_of(adapter: Path) -> RunFolder | None:
     """Return the run that an adapter's folder belongs to; a config.yaml elsewhere above it is another program's."""
     checkpoint = checkpoint_of(adapter)
     above = checkpoint.parent.parent if checkpoint else adapter.parent
-    return RunFolder(above) if (checkpoint or adapter.name == "adapter") and (above / "config.yaml").is_file() else None
+    return RunFolder(above) if (checkpoint or adapter.name == "adapter") and (above / OPTIONS_FILE).is_file() else None
 
 
 def _usable(backend: str) -> str:
@@ -113,8 +115,6 @@ def _usable(backend: str) -> str:
 
 def _own_model(adapter: Path) -> str:
     """Return the model that an adapter's own config names."""
-    config = read_config(adapter)
-    model = config.get("base_model_name_or_path") or config.get("model")
-    if not isinstance(model, str):
+    if not (model := read_config(adapter).model):
         raise UserError(f"--adapter {adapter}: its adapter_config.json names no model; give --model")
     return model

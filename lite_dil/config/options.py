@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lite_dil.base.checked import DIGEST
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.formats import KEY, RUN, check_format
 from lite_dil.config.foreign import key_here
@@ -109,6 +110,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if path.name == "config.yaml":  # may be a run's own
         check_format(values, RUN, path.parent)
         values.pop(KEY, None)
+        values.pop(DIGEST, None)
         values.setdefault("eval_fraction", 0.0)  # of a version that held out what it was given alone
     problems, checked = [], {}
     for key, value in values.items():

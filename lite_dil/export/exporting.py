@@ -29,6 +29,7 @@ from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models import adapter_files
 from lite_dil.models.find import folder_of, load_tokenizer, resolve_model
 from lite_dil.models.hub import fetch_config
+from lite_dil.models.model_config import read_config
 from lite_dil.models.names import public_name
 
 CHECK_ROWS = 8
@@ -334,7 +335,7 @@ def describe(folder: Path, source: AdapterSource, format: str, check: Check | No
 def model_config(model: str) -> dict[str, Any]:
     """Return the config.json of a resolved model, downloaded if it is a hub id."""
     file = Path(model) / "config.json" if Path(model).is_dir() else fetch_config(model)
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_config(file, f"--model {model}")
 
 
 def _has_torch() -> bool:

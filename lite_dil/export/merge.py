@@ -26,6 +26,7 @@ from lite_dil.data.arguments import with_arguments
 from lite_dil.models import tensors
 from lite_dil.models.adapters import Adapter
 from lite_dil.models.find import rope_config
+from lite_dil.models.model_config import read_config
 from lite_dil.models.tensors import CODES, FLOATS, Planned, Stored, core_name, encode
 
 SHARD_BYTES = 5 * 10**9
@@ -60,7 +61,7 @@ class Checkpoint:
         Raises:
             UserError: safetensors files are missing.
         """
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder / "config.json", f"--model {name}")
         index = folder / "model.safetensors.index.json"
         if (folder / "model.safetensors").is_file():  # in the loaders' order, so as not to take a second copy
             files = ["model.safetensors"]

@@ -15,6 +15,7 @@ from lite_dil.data.encoder import Encoder
 from lite_dil.data.files import RowError
 from lite_dil.data.messages import Message, read_text
 from lite_dil.models.find import model_folder
+from lite_dil.models.model_config import read_config
 
 # Config keys for the longest sequence that a model was made for.
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -144,6 +145,6 @@ def _messages(system: str, turns: Sequence[Turn]) -> list[Message]:
 
 def context_limit(model: str) -> int | None:
     """Return a loaded model's context length, by its config.json, or None if that does not say."""
-    config = json.loads((model_folder(model) / "config.json").read_text(encoding="utf-8"))
+    config = read_config(model_folder(model) / "config.json", f"--model {model}")
     text = config.get("text_config", config)
     return next((int(text[name]) for name in _LIMITS if text.get(name)), None)

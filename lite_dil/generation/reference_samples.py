@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.backends.protocol import Backend
+from lite_dil.base.checked import mark_of, with_mark
 from lite_dil.base.display import Display
 from lite_dil.base.hashing import digest
 from lite_dil.base.jsonl import JSONLines
@@ -80,6 +81,8 @@ def add_samples(
     ]
     keys = {draw.key for draw in wanted}
     found = len(keys & file.known.keys())
+    if file.file.torn:
+        display.say(file.file.torn)
     display.say(f"rejected responses from the reference: {found} of {len(keys)} are in {path}, {len(keys) - found} to draw")
     if file.ignored:
         display.say(f"{path}: ignored {file.ignored} edited or damaged lines")
@@ -162,12 +165,13 @@ class SampleFile:
         for line in self.file.lines:
             try:
                 row = json.loads(line)
-                ids, draw = tuple(row["rejected_ids"]), by_key.get(row["key"])  # None: a longer run, or other settings
+                key, whole = mark_of(row, "key")
+                ids, draw = tuple(row["rejected_ids"]), by_key.get(key)  # None: a longer run, or other settings
                 # Ids that do not match the text were damaged, or the text was edited; the ids are what is trained on.
                 believed = draw is None or (
-                    row["rejected"] == self._text(draw.example.prompt, ids) and 0 < len(ids) <= draw.room
+                    whole and row["rejected"] == self._text(draw.example.prompt, ids) and 0 < len(ids) <= draw.room
                 )
-            except (ValueError, KeyError, TypeError, OverflowError):  # not JSON, no key, or invalid ids
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # not JSON, no key, or invalid ids
                 draw, believed = None, False
             if not believed:
                 self.ignored += 1
@@ -184,7 +188,7 @@ class SampleFile:
     def _row(self, draw: Draw, ids: tuple[int, ...]) -> dict[str, Any]:
         example = draw.example
         chosen = next((r for r, sign in zip(example.responses, example.signs, strict=True) if sign == CHOSEN), None)
-        return {
+        row = {
             "prompt": self._decode(example.prompt),
             **({} if chosen is None else {"chosen": self._text(example.prompt, chosen)}),
             "rejected": self._text(example.prompt, ids),
@@ -192,6 +196,7 @@ class SampleFile:
             "sample": draw.sample,
             "key": draw.key,
         }
+        return with_mark(row, "key")
 
     def _text(self, prompt: tuple[int, ...], ids: tuple[int, ...]) -> str:
         """Return the text of a response."""

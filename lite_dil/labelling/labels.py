@@ -146,6 +146,6 @@ def _rows(file: JSONLines, format: str) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
             read(rows[-1], format)
-        except ValueError as error:  # not JSON, or a RowError
+        except (ValueError, RecursionError) as error:  # not JSON, or a RowError
             raise UserError(f"{file.path} line {number}: {error}; fix the line, remove it, or give another --output") from None
     return rows

@@ -15,6 +15,7 @@ import numpy as np
 from lite_dil.base import files
 from lite_dil.base.errors import UserError
 from lite_dil.models import tensors
+from lite_dil.models.adapter_config import read_config
 from lite_dil.models.adapters import Adapter
 from lite_dil.models.tensors import Planned
 
@@ -24,25 +25,6 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)")
 TensorLoader = Callable[[Path], dict[str, np.ndarray]]
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read an adapter's adapter_config.json. Raises UserError if it is missing or not an adapter's."""
-    where = f"adapter {folder}"
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{where}: no adapter_config.json there; give a folder that holds an adapter") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: adapter_config.json cannot be read ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{where}: adapter_config.json is not a LoRA adapter's")
-    return config
-
-
-def is_peft(config: dict[str, Any]) -> bool:
-    """Return whether an adapter_config.json is in PEFT's format rather than mlx-lm's."""
-    return "peft_type" in config
-
-
 def read_adapter(folder: str, load: TensorLoader = tensors.load_float32) -> Adapter:
     """Read a LoRA adapter in PEFT's or mlx-lm's format.
 
@@ -50,15 +32,11 @@ def read_adapter(folder: str, load: TensorLoader = tensors.load_float32) -> Adap
         load: reads a safetensors file; the adapter gets the numeric type that it returns.
 
     Raises:
-        UserError: the folder holds no adapter, or one that is not plain LoRA on linear layers.
+        UserError: the folder holds no adapter, one that is not plain LoRA on linear layers, or weights that are not finite.
     """
     path, where = Path(folder), f"adapter {folder}"
     config = read_config(path)
-    peft = is_peft(config)
-    try:
-        rank, scale = _peft_scale(config, where) if peft else _mlx_scale(config, where)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{where}: adapter_config.json is not a LoRA adapter's ({error!r})") from None
+    peft, rank = config.peft, config.rank
     file = path / ("adapter_model.safetensors" if peft else "adapters.safetensors")
     if not file.is_file():
         raise UserError(f"{where}: no {file.name} there")
@@ -75,47 +53,7 @@ def read_adapter(folder: str, load: TensorLoader = tensors.load_float32) -> Adap
             raise UserError(f"{where}: {layer} lacks a matrix of rank {rank}; expected lora_a and lora_b")
     if not layers:
         raise UserError(f"{where}: it holds no LoRA weights")
-    return Adapter(rank, scale, {layer: (sides["lora_a"], sides["lora_b"]) for layer, sides in layers.items()})
-
-
-# PEFT options with which an adapter is more than W x + scale B A x on linear layers.
-_PEFT_VARIANTS = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "kasa_config",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "monteclora_config",
-    "rank_pattern",
-    "trainable_token_indices",
-    "use_dora",
-    "use_qalora",
-    "velora_config",
-)
-
-
-def _peft_scale(config: dict[str, Any], where: str) -> tuple[int, float]:
-    refused = {name: config.get(name) for name in _PEFT_VARIANTS} | {
-        "peft_type": config["peft_type"] != "LORA",
-        "bias": config.get("bias", "none") != "none",
-        # Others (pissa, olora, ...) change the base weights, so that "adapter off" would not be the base model.
-        # A linear layer may be selected by its weight; see `lite_dil.backends.torch.load.targets_of`.
-        "target_parameters": any(not name.endswith(".weight") for name in config.get("target_parameters") or ()),
-        "init_lora_weights": config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"),
-    }
-    for name, bad in refused.items():
-        if bad:
-            raise UserError(f"{where}: {name} = {config[name]!r} is not supported; only plain LoRA is")
-    rank = config["r"]
-    return rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _mlx_scale(config: dict[str, Any], where: str) -> tuple[int, float]:
-    if config.get("fine_tune_type", "lora") != "lora":
-        raise UserError(f"{where}: fine_tune_type = {config['fine_tune_type']!r} is not supported; lora is")
-    parameters = config["lora_parameters"]
-    return parameters["rank"], float(parameters["scale"])
+    return Adapter(rank, config.scale, {layer: (sides["lora_a"], sides["lora_b"]) for layer, sides in layers.items()})
 
 
 @dataclass(frozen=True)
@@ -129,7 +67,7 @@ class Files:
 
 def format_of(folder: Path) -> str:
     """Return an adapter folder's format, "peft" or "mlx-lm"."""
-    return "peft" if is_peft(read_config(folder)) else "mlx-lm"
+    return "peft" if read_config(folder).peft else "mlx-lm"
 
 
 def read_files(folder: Path) -> Files:
@@ -137,14 +75,13 @@ def read_files(folder: Path) -> Files:
     codes: set[str] = set()
 
     def load(path: Path) -> dict[str, np.ndarray]:
-        stored = tensors.read_floats(path)
+        stored = tensors.read_finite(path)
         codes.update(tensor.code for tensor in stored.values())
         # float32 holds the numbers of mixed types exactly.
         return {name: t.raw() if len(codes) == 1 else t.float32() for name, t in stored.items()}
 
-    adapter, config = read_adapter(str(folder), load), read_config(folder)
-    dropout = config.get("lora_dropout") or config.get("lora_parameters", {}).get("dropout") or 0.0
-    return Files(adapter, codes.pop() if len(codes) == 1 else "F32", float(dropout))
+    adapter = read_adapter(str(folder), load)
+    return Files(adapter, codes.pop() if len(codes) == 1 else "F32", read_config(folder).dropout)
 
 
 def float_adapter(files: Files, strength: float = 1.0) -> Adapter:

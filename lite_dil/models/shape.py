@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.errors import UserError
+from lite_dil.models import model_config
 from lite_dil.models.find import EMBEDDED_MODEL, resolve_model
 from lite_dil.models.hub import fetch_config
 from lite_dil.models.logits import LogitTransform, logit_transform
@@ -154,6 +154,7 @@ class ModelShape:
     @classmethod
     def of(cls, config: dict[str, Any], where: str = "config.json") -> ModelShape:
         """Read the shape from a config.json; `where` names it in messages."""
+        model_config.check(config, where)
         text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
         kind = text.get("model_type")
         if (family := FAMILIES.get(kind or "")) is None:
@@ -165,9 +166,9 @@ class ModelShape:
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         if missing := [name for name in needed if name not in text]:
             raise UserError(f"{where}: {', '.join(missing)} missing; is it the config.json of a language model?")
-        for name in (*needed, "num_key_value_heads", "head_dim"):
-            if name in text and not (isinstance(text[name], int) and text[name] > 0):
-                raise UserError(f"{where}: {name} is {text[name]!r}; expected a whole number above 0")
+        for name in (*needed, "num_key_value_heads", "head_dim"):  # a list has one for each layer
+            if isinstance(text.get(name), list):
+                raise UserError(f"{where}: {name} is {text[name]}; plan knows models whose layers are all alike")
         hidden, heads = text["hidden_size"], text["num_attention_heads"]
         kv_heads, width = text.get("num_key_value_heads", heads), text.get("head_dim", hidden // heads)
         if heads % kv_heads or ("head_dim" not in text and hidden % heads):
@@ -268,13 +269,7 @@ def read_shape(model: str) -> ModelShape:
     if path.suffix != ".json" or not path.is_file():
         name = resolve_model(model)
         path = path / "config.json" if path.is_dir() else fetch_config(name)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: {path.name} cannot be read ({first_line(error)})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"--model {model}: {path.name} is not a model's config")
-    return ModelShape.of(config, f"--model {model}")
+    return ModelShape.of(model_config.read_config(path, f"--model {model}"), f"--model {model}")
 
 
 def _quantization(config: dict[str, Any], where: str) -> Quantization | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.models.hub import fetch_config
+from lite_dil.models.model_config import read_config
 
 
 def beyond_table(tokenizer: Any) -> dict[int, str]:
@@ -19,8 +19,8 @@ def beyond_table(tokenizer: Any) -> dict[int, str]:
     name = tokenizer.name_or_path
     try:
         file = Path(name) / "config.json" if Path(name).is_dir() else fetch_config(name) if name.count("/") == 1 else None
-        config = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError, UserError):  # loading the model will say so
+        config = read_config(file, f"--model {name}") if file else {}
+    except UserError:  # loading the model will say so
         return {}
     text = config.get("text_config")
     rows = (text if isinstance(text, dict) else config).get("vocab_size", config.get("vocab_size"))

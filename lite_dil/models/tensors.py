@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.errors import UserError
 from lite_dil.base.files import create
+from lite_dil.models.header import read_header
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CODES = {name: code for code, name in FLOATS.items()}
@@ -84,26 +85,9 @@ def core_name(name: str) -> str:
 def read(path: Path) -> dict[str, Stored]:
     """Return the tensors of a file by name, in the order of their bytes; only the header is read.
 
-    Raises:
-        UserError: the file cannot be read, or is truncated.
+    Raises UserError as `lite_dil.models.header.read_header` does.
     """
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            size = path.stat().st_size
-            if length > size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        found = {}
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, end = entry["data_offsets"]
-            if 8 + length + end > size:
-                raise ValueError("it is truncated")
-            found[name] = Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({first_line(error)})") from None
-    return found
+    return {name: Stored(path, *place) for name, place in read_header(path).items()}
 
 
 def read_floats(path: Path) -> dict[str, Stored]:
@@ -114,13 +98,38 @@ def read_floats(path: Path) -> dict[str, Stored]:
     return stored
 
 
+def read_finite(path: Path) -> dict[str, Stored]:
+    """Return the tensors of a file by name, after reading them all.
+
+    Raises UserError as `read_floats` does, or if one holds a number that is not finite.
+    """
+    stored = read_floats(path)
+    for name, tensor in stored.items():
+        if not is_finite(tensor.bytes(), tensor.code):
+            raise UserError(f"{path}: {name} holds numbers that are not finite; expected finite ones")
+    return stored
+
+
 def load_float32(path: Path) -> dict[str, np.ndarray]:
-    """Return float32 copies of a file's tensors by name. Raises UserError as `read_floats` does."""
-    return {name: tensor.float32() for name, tensor in read_floats(path).items()}
+    """Return float32 copies of a file's tensors by name. Raises UserError as `read_finite` does."""
+    return {name: tensor.float32() for name, tensor in read_finite(path).items()}
+
+
+def is_finite(data: np.ndarray, code: str) -> bool:
+    """Return whether all numbers are finite in flat bytes of the type `code`, one of FLOATS."""
+    flat = data.view(_NUMPY[code])
+    for start in range(0, flat.size, _PIECE):
+        piece = flat[start : start + _PIECE]
+        if not (piece & 0x7F80 != 0x7F80 if code == "BF16" else np.isfinite(piece)).all():
+            return False
+    return True
 
 
 def write(path: Path, tensors: Iterable[Planned], format: str) -> None:
-    """Write a safetensors file tensor by tensor; `format`, "pt" or "mlx", goes into its metadata."""
+    """Write a safetensors file tensor by tensor; `format`, "pt" or "mlx", goes into its metadata.
+
+    Raises UserError if a number is not finite.
+    """
     tensors = list(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": format}}
     offset = 0
@@ -135,7 +144,10 @@ def write(path: Path, tensors: Iterable[Planned], format: str) -> None:
         for tensor in tensors:
             start = file.tell()
             for piece in tensor.pieces():
-                file.write(np.ascontiguousarray(piece).data)
+                flat = np.ascontiguousarray(piece)
+                if tensor.code in FLOATS and not is_finite(flat.reshape(-1).view(np.uint8), tensor.code):
+                    raise UserError(f"{tensor.name} holds numbers that are not finite; such a model is not written")
+                file.write(flat.data)
             assert file.tell() - start == tensor.nbytes, tensor.name
 
 

@@ -7,14 +7,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.schedule import layout_tokens, row_tokens
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.adapter_files import read_adapter
 from lite_dil.models.adapters import select_targets
+from lite_dil.models.header import read_header
 from lite_dil.models.shape import ModelShape
 
 FLOAT32 = 4  # bytes
@@ -157,9 +156,4 @@ def adapter_tensors(config: ResolvedConfig, shape: ModelShape) -> dict[str, tupl
 
 def _shapes_only(path: Path) -> dict[str, np.ndarray]:
     """Return arrays with the shapes in a safetensors file that take no memory."""
-    try:
-        with safe_open(path, "np") as file:
-            names = file.keys()
-            return {name: np.broadcast_to(np.float32(0), file.get_slice(name).get_shape()) for name in names}
-    except SafetensorError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    return {name: np.broadcast_to(np.float32(0), place.shape) for name, place in read_header(path).items()}

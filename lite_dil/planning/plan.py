@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Set
@@ -26,6 +25,7 @@ from lite_dil.objectives.table import objective_of
 from lite_dil.planning import auto, fit
 from lite_dil.planning.estimate import BYTES, Estimate, Load
 from lite_dil.planning.memory import memory_here, memory_of, nvidia_gpu
+from lite_dil.runs.history import read_metrics
 from lite_dil.runs.rates import Rate, Setting, known, named
 
 _WEIGHTS = (".safetensors", ".bin")
@@ -266,13 +266,12 @@ def _epoch(
 
 def _measured(folder: Path) -> dict[str, float]:
     """Return the median rates of an earlier run."""
-    path = folder / "metrics.jsonl"
     names = ("tokens_per_second", "examples_per_second")
     try:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        figures = {name: [float(line[name]) for line in found if line.get(name)] for name in names}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"--like {folder}: metrics.jsonl cannot be read ({error})") from None
+        found = read_metrics(folder)
+    except (OSError, UserError) as error:
+        raise UserError(f"--like {folder}: {error}") from None
+    figures = {name: [float(line[name]) for line in found if line.get(name)] for name in names}
     if not all(figures.values()):
         raise UserError(f"--like {folder}: metrics.jsonl holds no {' and '.join(names)}; is it the folder of a training run?")
     return {name: statistics.median(values) for name, values in figures.items()}

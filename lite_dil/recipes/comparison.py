@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ from lite_dil.backends import registry
 from lite_dil.backends.options import LoadOptions
 from lite_dil.base.display import Display
 from lite_dil.base.errors import TrainingDiverged
-from lite_dil.base.files import make_folder, remove, replace_file
+from lite_dil.base.files import make_folder, remove
 from lite_dil.base.lock import Lock
 from lite_dil.config.resume import check_same_run, saved_config
 from lite_dil.config.train_config import ResolvedConfig
+from lite_dil.evaluation.comparison.files import RESULT, write_measured
 from lite_dil.evaluation.comparison.measure import Probe, measure, measure_reference
-from lite_dil.evaluation.comparison.report import RESULT, Findings, report
+from lite_dil.evaluation.comparison.report import Findings, report
 from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.generation import policy as policies
 from lite_dil.generation.policy import AdapterSource, Policy
@@ -130,7 +130,7 @@ def _run(comparison: Comparison, loss: str, seed: int, base: _Base, display: Dis
     if diverged:  # outside the handler, so that the error no longer holds a model that the run loaded
         registry.free(registry.resolve(config.backend))
         display.say(f"{loss} diverged; the comparison continues. {diverged}")
-        _write(folder.path / RESULT, result | {"diverged": diverged})
+        write_measured(folder.path / RESULT, result | {"diverged": diverged})
         return True
     base.take(trained)
     if trained.stopped:
@@ -139,9 +139,5 @@ def _run(comparison: Comparison, loss: str, seed: int, base: _Base, display: Dis
     display.say(f"generating an answer to each of {len(probe.prompts)} held-out prompts ...")
     reference = measure_reference(probe, comparison.reference, comparison.seeds[0])
     figures = measure(probe, reference, folder.path, seed)
-    _write(folder.path / RESULT, result | {"diverged": None, **figures})
+    write_measured(folder.path / RESULT, result | {"diverged": None, **figures})
     return True
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    replace_file(path, json.dumps(content, indent=1) + "\n")

@@ -15,7 +15,8 @@ from lite_dil.data.rows import is_rows_name
 from lite_dil.models.fingerprint import base_of
 from lite_dil.models.fingerprint import fingerprint as files_fingerprint
 from lite_dil.recipes.read_data import RunData
-from lite_dil.runs.folder import Progress, RunFolder, read_progress
+from lite_dil.runs.folder import RunFolder
+from lite_dil.runs.progress import Progress, read_progress
 from lite_dil.training.reference_cache import cache_folder
 
 _FOLLOWED = ("data", "eval_data", "model", "init_adapter")  # paths whose content is recognised

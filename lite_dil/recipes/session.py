@@ -34,7 +34,8 @@ from lite_dil.recipes.read_data import RunData, read_data
 from lite_dil.reports import trackers
 from lite_dil.reports.outcome import SAMPLES
 from lite_dil.reports.pairs import PAIRS
-from lite_dil.runs.folder import Progress, RunFolder
+from lite_dil.runs.folder import RunFolder
+from lite_dil.runs.progress import Progress
 from lite_dil.training.loop import Training
 from lite_dil.training.own_loss import try_out
 from lite_dil.training.passes import Passes

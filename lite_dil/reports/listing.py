@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lite_dil.base.errors import UserError
-from lite_dil.base.formats import RUN, check_format
 from lite_dil.objectives.own import shown
 from lite_dil.reports.outcome import FACTS, RunRecord, read_facts
 from lite_dil.runs.folder import RunFolder
-from lite_dil.runs.history import History, read_history
+from lite_dil.runs.history import History, read_history, wrong_metrics
+from lite_dil.runs.options_file import OPTIONS_FILE, read_options
 
-_CONFIG = "config.yaml"
 _DEPTH = 3  # folders below the given one: a comparison's are in NAME/runs/
 _UNFINISHED = "unfinished"
 
@@ -88,27 +85,23 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _has_options(folder: Path) -> bool:
-    return (folder / _CONFIG).is_file() and (folder / "adapter").is_dir()
+    return (folder / OPTIONS_FILE).is_file() and (folder / "adapter").is_dir()
 
 
 def _read(folder: Path) -> ListedRun:
     run = RunFolder(folder)
-    written = [path.stat().st_mtime for path in (run.metrics, folder / _CONFIG) if path.exists()]
+    written = [path.stat().st_mtime for path in (run.metrics, folder / OPTIONS_FILE) if path.exists()]
     changed = max(written, default=folder.stat().st_mtime)
     try:
-        config = yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or not isinstance(config.get("loss"), str):
-            return ListedRun(folder, changed, "damaged", f"{_CONFIG} does not hold a run's options")
-        check_format(config, RUN, folder)
+        config = read_options(folder)
         facts = read_facts(folder) if (folder / FACTS).exists() else {}
         history = read_history(run.metrics)
+        if wrong := wrong_metrics(folder, facts.get("metrics")):
+            raise UserError(wrong)
         return _listed(folder, changed, config, facts, history)
-    except FileNotFoundError:
-        return ListedRun(folder, changed, "damaged", f"{_CONFIG} is missing")
-    except yaml.YAMLError:
-        return ListedRun(folder, changed, "damaged", f"{_CONFIG} is not valid YAML")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:
-        return ListedRun(folder, changed, "damaged", " ".join(str(error).split()) or type(error).__name__)
+        why = " ".join(str(error).split()) or type(error).__name__
+        return ListedRun(folder, changed, "damaged", why.replace(f"{folder}/", ""))
 
 
 def _listed(folder: Path, changed: float, config: dict[str, Any], facts: dict[str, Any], history: History) -> ListedRun:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lite_dil.base.checked import with_digest, without_digest
+from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.files import replace_file
 from lite_dil.base.formats import RUN, check_format
 from lite_dil.config.train_config import flag
 from lite_dil.data.overlap import Overlap
@@ -15,7 +18,8 @@ from lite_dil.objectives.own import shown
 from lite_dil.objectives.table import objective_of
 from lite_dil.reports.pairs import PAIRS, HeldOutPairs, by_longer, read_pairs
 from lite_dil.reports.samples import Sample, read_samples
-from lite_dil.runs.history import History, read_history
+from lite_dil.runs.history import History, read_history, wrong_metrics
+from lite_dil.runs.options_file import read_options
 
 FACTS, SAMPLES = "report.json", "report_samples.jsonl"
 _MEMORISED = 0.2  # share of the training loss's fall that the held-out loss may rise again before a warning
@@ -29,7 +33,13 @@ _LIKELIHOOD = {"cpo": "cpo_lambda", "slic": "slic_lambda"}
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run's folder for its report; `facts` are report.json. Old runs have no held-out pairs one by one."""
+    """The content of a run's folder for its report.
+
+    Attributes:
+        facts: report.json.
+        pairs: None for old runs, and where they are damaged.
+        damage: what of it is damaged, for people.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -37,6 +47,7 @@ class RunRecord:
     history: History = field(default_factory=History)
     samples: list[Sample] = field(default_factory=list)
     pairs: HeldOutPairs | None = None
+    damage: list[str] = field(default_factory=list)
 
     @property
     def per(self) -> str:
@@ -82,21 +93,32 @@ def with_error(accuracy: float, data: dict[str, Any], config: dict[str, Any]) ->
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Read a run's report.json."""
-    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    """Read a run's report.json. Raises UserError if it cannot be read or is not what the run wrote."""
+    path = folder / FACTS
+    try:
+        facts = without_digest(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     check_format(facts, RUN, folder)
     return facts
 
 
-def read_record(folder: Path) -> RunRecord:
-    """Read a run's folder: config.yaml, report.json, metrics.jsonl, report_samples.jsonl and held_out_pairs.json."""
-    import yaml
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Write a run's report.json."""
+    replace_file(folder / FACTS, json.dumps(with_digest(facts), indent=1) + "\n")
 
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    check_format(config, RUN, folder)
-    samples = read_samples(folder / SAMPLES)
+
+def read_record(folder: Path) -> RunRecord:
+    """Read a run's folder: config.yaml, report.json, metrics.jsonl, report_samples.jsonl and held_out_pairs.json.
+
+    Of damaged metrics, samples and pairs the rest is read; `RunRecord.damage` names them. Raises UserError if config.yaml or
+    report.json is damaged.
+    """
+    facts = read_facts(folder)
+    damage = [wrong] if (wrong := wrong_metrics(folder, facts.get("metrics"))) else []
+    samples, pairs = read_samples(folder / SAMPLES, damage.append), read_pairs(folder / PAIRS, damage.append)
     history = read_history(folder / "metrics.jsonl")
-    return RunRecord(folder, config, read_facts(folder), history, samples, read_pairs(folder / PAIRS))
+    return RunRecord(folder, read_options(folder), facts, history, samples, pairs, damage)
 
 
 def what(record: RunRecord) -> str:
@@ -153,10 +175,10 @@ def _likelier(value: float, record: RunRecord) -> str:
 
 
 def warnings(record: RunRecord) -> list[str]:
-    """Return the warnings, each with what to try."""
+    """Return what is damaged of the run's files, and the warnings, each with what to try."""
     found = [_skipped(record), _shared(record), _chosen_falls(record), _chance(record), *_memorised(record), _longer(record)]
     found += [_by_length(record), _cut(record), _unseen(record)]
-    return [text for text in found if text]
+    return [*(f"{text}." for text in record.damage), *(text for text in found if text)]
 
 
 def _shared(record: RunRecord) -> str:

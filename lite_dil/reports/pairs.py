@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lite_dil.base.checked import with_digest, without_digest
+from lite_dil.base.display import unheard
+from lite_dil.base.errors import first_line
 from lite_dil.base.files import replace_file
 
 PAIRS = "held_out_pairs.json"
@@ -72,17 +75,18 @@ class HeldOutPairs:
 
 def write_pairs(path: Path, pairs: HeldOutPairs) -> None:
     """Write held_out_pairs.json, completely or not at all."""
-    replace_file(path, json.dumps(asdict(pairs)) + "\n")
+    replace_file(path, json.dumps(with_digest(asdict(pairs))) + "\n")
 
 
-def read_pairs(path: Path) -> HeldOutPairs | None:
-    """Read held_out_pairs.json; None if there is no such file, as in runs of before, or its content is of another kind."""
+def read_pairs(path: Path, say: Callable[[str], None] = unheard) -> HeldOutPairs | None:
+    """Read held_out_pairs.json; None if there is none, as in runs of before, or if it is damaged, which `say` is told."""
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = without_digest(json.loads(path.read_text(encoding="utf-8")))
         return HeldOutPairs(**content | {"wrong": [WrongPair(**pair) for pair in content["wrong"]]})
-    except (ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        say(f"{path} is damaged ({first_line(error)}); the held-out pairs one by one are left out")
         return None
 
 

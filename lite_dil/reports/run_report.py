@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lite_dil.backends.protocol import Backend
 from lite_dil.base.disk import DiskFailed, failing
+from lite_dil.base.display import unheard
 from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.files import replace_file
 from lite_dil.base.formats import KEY, RUN
 from lite_dil.base.observer import Event, Observer
 from lite_dil.base.version import __version__
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.reports.outcome import FACTS, read_record
+from lite_dil.reports.outcome import read_facts, read_record, write_facts
 from lite_dil.runs.folder import RunFolder
+from lite_dil.runs.history import size_and_hash, wrong_metrics
 
 REPORT = "report.html"
 _LIBRARIES = {"mlx": ("mlx", "mlx-lm"), "torch": ("torch", "transformers", "peft")}
@@ -47,11 +49,16 @@ class RunReport(Observer):
         say: Callable[[str], None],
     ) -> None:
         self.folder, self.facts, self.every, self.memory, self.say = folder, facts, every, memory, say
+        self._told: set[str] = set()
+        self._noted: Any = None
 
     def started(self, event: Event) -> None:
-        """Write the report of a run whose steps were all taken before."""
+        """Write the report of a run whose steps were all taken before; in a resumed one, note the metrics that it kept."""
         if event.last:
+            self._check_metrics()
             self.write()
+        elif event.step:
+            self._write_facts()
 
     def after_step(self, event: Event) -> None:
         """Write if due."""
@@ -87,19 +94,36 @@ class RunReport(Observer):
         """
         try:
             with failing(self.folder.path / REPORT):
-                replace_file(self.folder.path / FACTS, json.dumps(self.facts, indent=1) + "\n")
-                write_report(self.folder.path)
+                self._write_facts()
+                write_report(self.folder.path, self._tell)
         except DiskFailed as error:
             if not said:
                 self.say(f"{error}. The run continues without its report")
 
+    def _write_facts(self) -> None:
+        self.facts["metrics"] = self._noted or size_and_hash(self.folder.metrics)
+        write_facts(self.folder.path, self.facts)
 
-def write_report(folder: Path) -> Path:
-    """Write a run's report.html from the other files in its folder; return its path."""
+    def _check_metrics(self) -> None:
+        """Keep the hash of the metrics in report.json if they are others by now, so that this stays known."""
+        with suppress(UserError):  # there is no report yet, or it is damaged and written anew
+            noted = read_facts(self.folder.path).get("metrics")
+            self._noted = noted if wrong_metrics(self.folder.path, noted) else None
+
+    def _tell(self, damage: str) -> None:
+        if damage not in self._told:
+            self._told.add(damage)
+            self.say(f"warning: {damage}")
+
+
+def write_report(folder: Path, say: Callable[[str], None] = unheard) -> Path:
+    """Write a run's report.html from the other files in its folder; return its path. `say` is told what is damaged."""
     from lite_dil.reports.page import render
 
-    path = folder / REPORT
-    replace_file(path, render(read_record(folder)))
+    record, path = read_record(folder), folder / REPORT
+    for damage in record.damage:
+        say(damage)
+    replace_file(path, render(record))
     return path
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Generated, never
+from lite_dil.base.checked import with_digest, without_digest
 from lite_dil.base.disk import DiskFailed, failing
 from lite_dil.base.display import Tell, TimeLeft, unheard
 from lite_dil.base.errors import OutOfMemory
@@ -184,7 +185,7 @@ class SampleAnswers(Observer):
         """
         if not self.prompts or stop():
             return
-        known = {sample.key: sample for sample in read_samples(self.path)}
+        known = {sample.key: sample for sample in read_samples(self.path, self.say)}
         samples = [known.get(self._key(prompt)) for prompt in self.prompts]
         missing = [p for p, sample in zip(self.prompts, samples, strict=True) if sample is None]
         rows = [missing, self.prompts] if self.backend.batched else [[p] for p in (*missing, *self.prompts)]
@@ -233,16 +234,21 @@ class SampleAnswers(Observer):
         return len(part) * (max(len(p.ids) for p in part) + self.room)
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """Read report_samples.jsonl; empty if there is no such file, or if its content is of another kind."""
+def read_samples(path: Path, say: Callable[[str], None] = unheard) -> list[Sample]:
+    """Read report_samples.jsonl; empty if there is no such file. `say` is told of damaged lines, which are left out."""
     if not path.exists():
         return []
-    try:
-        return [Sample(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, TypeError):
-        return []
+    samples, bad = [], 0
+    for text in path.read_bytes().splitlines():
+        try:
+            samples.append(Sample(**without_digest(json.loads(text))))
+        except (ValueError, TypeError, RecursionError):
+            bad += 1
+    if bad or not samples:
+        say(f"{path} is damaged; the others of its sample answers are used" if samples else f"{path} is damaged")
+    return samples
 
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Write report_samples.jsonl, completely or not at all."""
-    replace_file(path, "".join(json.dumps(asdict(sample)) + "\n" for sample in samples))
+    replace_file(path, "".join(json.dumps(with_digest(asdict(sample))) + "\n" for sample in samples))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lite_dil.base.checked import with_digest, without_digest
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import replace_file
 from lite_dil.base.install import install
@@ -159,10 +160,10 @@ class Trackers(Observer):
         if not names:
             return
         path = folder / IDS
-        ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        ids = _read_ids(path, say)
         known = set(ids)
         ids = {name: secrets.token_hex(4) for name in names} | ids
-        replace_file(path, json.dumps(ids) + "\n")
+        replace_file(path, json.dumps(with_digest(ids)) + "\n")
         for name in names:
             try:
                 tracker = self._open[name] = _OPEN[name](folder, ids, name in known, config.as_dict())
@@ -213,6 +214,15 @@ def _errors(name: str) -> tuple[type[Exception], ...]:
 
         return (wandb.Error, OSError, TimeoutError)
     return (OSError, ValueError, sqlite3.Error) if name == "trackio" else (OSError,)
+
+
+def _read_ids(path: Path, say: Callable[[str], None]) -> dict[str, str]:
+    """Return the identifiers that a run has in its trackers, by tracker; none, which `say` is told, if the file is damaged."""
+    try:
+        return without_digest(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        say(f"{path} is damaged ({first_line(error)}); the trackers begin new runs")
+        return {}
 
 
 def _which(line: dict[str, Any]) -> tuple[int, bool]:

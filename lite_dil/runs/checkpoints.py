@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lite_dil.base.observer import Event, Observer
-from lite_dil.runs.folder import Progress, RunFolder, read_progress
+from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.options import RunOptions
+from lite_dil.runs.progress import Progress, read_progress
 
 
 class Checkpoints(Observer):

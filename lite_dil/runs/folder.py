@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,14 @@ from lite_dil.base.files import (
     sync,
     write,
 )
-from lite_dil.base.formats import KEY, RUN, check_format
+from lite_dil.base.formats import KEY, RUN
 from lite_dil.base.hashing import sha256
 from lite_dil.base.lock import Lock
 from lite_dil.data.reader import Problem
-from lite_dil.runs.seal import Damaged, seal, unsealed
+from lite_dil.runs.metrics_lines import parse_lines
+from lite_dil.runs.options_file import OPTIONS_FILE, Edited, read_options, text_of
+from lite_dil.runs.progress import Progress, read_progress, write_progress
+from lite_dil.runs.seal import DIGESTS, Damaged, seal, unsealed
 
 RUNS = Path("runs")
 _POLICY = ("adapters", "policy")  # in a checkpoint
@@ -41,32 +43,6 @@ _OWN = {
     *("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "set_aside", "skipped_rows.jsonl", "loss_source.txt"),
     *("report.html", "report.json", "report_samples.jsonl", "held_out_pairs.json"),
 }
-
-
-@dataclass
-class Progress:
-    """A run's progress, apart from the backend's state; saved with each checkpoint.
-
-    Attributes:
-        fingerprint, held_out: hashes of the tokens of the training and held-out data; "" for none, or unknown.
-        base: what identifies the base model, by `lite_dil.models.fingerprint.base_of`.
-        init_adapter: a hash of the initial adapter's files.
-        drawn: a hash of the tokens of the training data with the responses that --sample-rejected drew.
-        window: sums of the metrics since the last logged line, so that a resumed run logs the same means.
-        metrics: size and hash of metrics.jsonl when the checkpoint was saved.
-
-    Runs before format 3 recorded the training data alone.
-    """
-
-    step: int = 0
-    num_tokens: int = 0
-    fingerprint: str = ""
-    window: dict[str, list[float]] = field(default_factory=dict)
-    held_out: str = ""
-    init_adapter: str = ""
-    drawn: str = ""
-    base: dict[str, Any] = field(default_factory=dict)
-    metrics: list[Any] = field(default_factory=list)
 
 
 class RunFolder:
@@ -131,38 +107,31 @@ class RunFolder:
 
     def create(self, options: dict[str, Any]) -> None:
         """Make the folder and write `options`, by field name, to config.yaml."""
-        import yaml
-
         with writing(f"--output-dir {self.path}", "--output-dir"):
             make_folder(self.path)
         if self._lock is None:
             self._hold()
             self._check_new()  # another process may have written there meanwhile
         self.options = {**options, "output_dir": str(self.path)}
-        saved = {KEY: RUN, **self.options}
-        replace_file(self.path / "config.yaml", yaml.safe_dump(saved, sort_keys=False, allow_unicode=True))
+        replace_file(self.path / OPTIONS_FILE, text_of(self.options))
 
     def repair(self, options: dict[str, Any]) -> None:
-        """Write config.yaml again, with the options of a checkpoint, if it cannot be read; keep the damaged file beside it."""
-        import yaml
-
-        self.options, path = options, self.path / "config.yaml"
+        """Write config.yaml again, with `options`, if it was edited or cannot be read, which keeps the file beside it."""
+        self.options, path = options, self.path / OPTIONS_FILE
         try:
-            if isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict):
-                return
-        except (OSError, ValueError, yaml.YAMLError):
-            pass
-        if path.exists():
-            with writing(path):
-                move(path, unused(self.path / "config.damaged.yaml"))
-        replace_file(path, yaml.safe_dump({KEY: RUN, **options}, sort_keys=False, allow_unicode=True))
+            read_options(self.path)
+        except UserError as error:
+            if path.exists() and not isinstance(error, Edited):
+                with writing(path):
+                    move(path, unused(self.path / "config.damaged.yaml"))
+            replace_file(path, text_of(options))
 
     def drop_unsaved(self) -> None:
         """Drop the metrics of a run that was killed before its first checkpoint: there is nothing to resume."""
         if not self.path.is_dir():
             return
         with self.alone():
-            ours = (self.path / "config.yaml").is_file() and not self.adapter.exists() and self.latest() is None
+            ours = (self.path / OPTIONS_FILE).is_file() and not self.adapter.exists() and self.latest() is None
             if ours and not (self.checkpoints.is_dir() and any(self.checkpoints.iterdir())):
                 with suppress(OSError):
                     remove(self.checkpoints)
@@ -198,7 +167,7 @@ class RunFolder:
 
         def fill(folder: Path) -> None:
             save(folder)
-            write(folder / "progress.json", json.dumps({KEY: RUN, **asdict(progress)}))
+            write_progress(folder, progress)
             seal(folder, self.options)
 
         replace_folder(target, fill)
@@ -228,7 +197,7 @@ class RunFolder:
         Raises UserError if none is whole.
         """
         problems: list[str] = []
-        last = int(checkpoint.name.removeprefix("step-"))
+        last = _number(checkpoint)
         for step in reversed([step for step in self._steps() if step <= last]):
             path = self.checkpoints / f"step-{step}"
             if (number := _format(path)) > RUN:
@@ -237,6 +206,10 @@ class RunFolder:
                 if unsealed(path) is None and number >= 3:
                     raise Damaged("digests.json is missing")
                 read_progress(path)
+                # A checkpoint appears complete, so one without progress.json has lost it.
+                for lost in self.checkpoints.glob("step-*"):
+                    if _STEP.fullmatch(lost.name) and not (lost / "progress.json").exists() and _number(lost) > step:
+                        problems.append(f"{lost} is damaged: progress.json is missing")
                 for problem in problems:
                     say(f"{problem}; going back to {path.name}")
                 return path
@@ -268,7 +241,7 @@ class RunFolder:
         Return all lines, also those. A damaged file is kept, and later checkpoints and their lines are moved to set_aside/.
         """
         content = self.metrics.read_bytes() if self.metrics.exists() else b""
-        lines, bad = _lines_of(content)
+        lines, bad = parse_lines(content)
         size, digest = progress.metrics or (0, sha256([b""]))
         if size and not content:
             say(f"{self.metrics} is missing: the report begins after step {progress.step}")
@@ -326,41 +299,36 @@ def checkpoint_of(adapter: Path) -> Path | None:
     return found if found and found.parent.name == "checkpoints" and _STEP.fullmatch(found.name) else None
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """Read a checkpoint's progress.json."""
+def recorded_with(adapter: Path) -> dict[str, Any]:
+    """Return the options that an adapter's seal, or its checkpoint's, records; none if it has none, as one from elsewhere.
+
+    Raises UserError if one of the adapter's files is not what was written.
+    """
+    checkpoint = checkpoint_of(adapter)
+    part = adapter.relative_to(checkpoint).as_posix() if checkpoint else ""
     try:
-        content = dict(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")))
-        check_format(content, RUN, checkpoint)
-        content.pop(KEY, None)
-        return Progress(**content)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint / 'progress.json'}: cannot be read ({error})") from None
+        return unsealed(checkpoint or adapter, part) or {}
+    except Damaged as error:
+        raise UserError(
+            f"adapter {adapter} is damaged: {error}. Give an older checkpoint, or --resume the run, which writes it again; "
+            f"if you changed it on purpose, delete {DIGESTS}"
+        ) from None
 
 
 def _format(checkpoint: Path) -> int:
     """Return the format of a checkpoint's progress.json; the latest if it cannot be read."""
     try:
         return int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")).get(KEY, 1))
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return RUN
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()] if folder.is_dir() else []
-
-
-def _lines_of(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Return the lines of metrics.jsonl, and the number of damaged ones; a last line that was cut off is not damaged."""
-    lines: list[dict[str, Any]] = []
-    texts = content.split(b"\n")
-    for text in texts[:-1]:
-        try:
-            line = json.loads(text)
-            line["step"] = int(line["step"])
-            lines.append(line)
-        except (ValueError, TypeError, KeyError):
-            continue
-    return lines, len(texts) - 1 - len(lines)
 
 
 def _encoded(lines: Sequence[dict[str, Any]]) -> str:

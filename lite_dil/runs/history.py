@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from lite_dil.base.errors import UserError
+from lite_dil.base.hashing import sha256
+from lite_dil.runs.folder import RunFolder
+from lite_dil.runs.metrics_lines import parse_line, parse_lines
+from lite_dil.runs.progress import read_progress
+from lite_dil.runs.seal import Damaged, unsealed
 
 POINTS = 240  # maximum points of a curve, more than the pixels of its chart on a phone
 
@@ -111,9 +117,46 @@ def read_history(path: Path) -> History:
         return history
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:
+            if (line := parse_line(text)) is None:
                 continue
             (history.held_out if "eval_loss" in line else history.train).add(line)
     return history
+
+
+def size_and_hash(metrics: Path) -> list[Any]:
+    """Return the size and the hash of a metrics.jsonl, for `wrong_metrics`."""
+    content = metrics.read_bytes() if metrics.exists() else b""
+    return [len(content), sha256([content])]
+
+
+def wrong_metrics(folder: Path, noted: Any = None) -> str:
+    """Return what is wrong with a run's metrics.jsonl, as far as a hash of it was noted; "" if nothing is.
+
+    Its newest checkpoint has one. `noted`, a result of `size_and_hash` in report.json, is of the evaluations after it too.
+    """
+    run = RunFolder(folder)
+    known = [noted] if isinstance(noted, list) and len(noted) == 2 else []
+    if (checkpoint := run.latest()) is not None:
+        try:
+            unsealed(checkpoint, "progress.json")
+            known += [progress] if (progress := read_progress(checkpoint).metrics) else []
+        except (Damaged, UserError) as error:
+            return f"{checkpoint} is damaged: {error}"
+    if not known:  # of an older version
+        return ""
+    if not run.metrics.exists():
+        return f"{run.metrics} is missing" if any(size for size, _ in known) else ""
+    content = run.metrics.read_bytes()
+    bad = any(sha256([content[:size]]) != value for size, value in known) or parse_lines(content)[1]
+    return f"{run.metrics} is not what the run wrote" if bad else ""
+
+
+def read_metrics(folder: Path, noted: Any = None) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl; none if it has no such file. `noted` is that of `wrong_metrics`.
+
+    Raises UserError if they are not what the run wrote.
+    """
+    if wrong := wrong_metrics(folder, noted):
+        raise UserError(wrong)
+    path = RunFolder(folder).metrics
+    return parse_lines(path.read_bytes())[0] if path.exists() else []

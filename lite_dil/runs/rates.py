@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lite_dil.base.checked import with_digest, without_digest
 from lite_dil.base.disk import DiskFailed, failing
 from lite_dil.base.files import make_folder, replace_file
 from lite_dil.base.observer import Event, Observer
@@ -66,7 +67,7 @@ def keep(rate: Rate) -> None:
     kept = [*(old for old in _read() if old.setting != rate.setting), rate][-_MOST:]
     with failing(_path()):
         make_folder(_path().parent)
-        replace_file(_path(), json.dumps([asdict(rate) for rate in kept], indent=1) + "\n")
+        replace_file(_path(), json.dumps([with_digest(asdict(rate)) for rate in kept], indent=1) + "\n")
 
 
 def rate_of(lines: Sequence[dict[str, Any]], before: int, setting: Setting) -> Rate | None:
@@ -118,9 +119,9 @@ def _path() -> Path:
 
 
 def _read() -> list[Rate]:
-    """Return the rates, the oldest first; none if there is no such file, or another version wrote it."""
+    """Return the rates, the oldest first; none if there is no such file, if another version wrote it, or if it is damaged."""
     try:
-        found = json.loads(_path().read_text(encoding="utf-8"))
+        found = map(without_digest, json.loads(_path().read_text(encoding="utf-8")))
         return [Rate(Setting(**entry.pop("setting")), **entry) for entry in found]
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return []

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lite_dil.base import checked
+from lite_dil.base.checked import with_digest, without_digest
 from lite_dil.base.files import write
 from lite_dil.base.formats import KEY, SEAL
 from lite_dil.base.hashing import file_pieces, sha256
@@ -22,8 +24,8 @@ def seal(folder: Path, options: Mapping[str, Any]) -> None:
     """Write digests.json, with a digest of every file in the folder and of itself; not of texts for people (*.md)."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"]
     names = sorted(path.relative_to(folder).as_posix() for path in files)
-    content: dict[str, Any] = {"options": dict(options), "files": {name: _of(folder / name) for name in names}}
-    write(folder / DIGESTS, json.dumps({KEY: SEAL, "digest": _digest(content), **content}, indent=1, sort_keys=True) + "\n")
+    content = {"options": dict(options), "files": {name: _of(folder / name) for name in names}}
+    write(folder / DIGESTS, json.dumps({KEY: SEAL, **with_digest(content)}, indent=1, sort_keys=True) + "\n")
 
 
 def unsealed(folder: Path, part: str = "") -> dict[str, Any] | None:
@@ -58,19 +60,11 @@ def _content(folder: Path) -> dict[str, Any] | None:
     if not (folder / DIGESTS).exists():
         return None
     try:
-        content = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
-        content = {name: content[name] for name in ("options", "files")} | {"digest": content["digest"]}
-        digest = content.pop("digest")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise Damaged(f"{DIGESTS} cannot be read") from None
-    if digest != _digest(content):
-        raise Damaged(f"{DIGESTS} was changed")
-    return content
+        found = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        return without_digest({name: found[name] for name in ("options", "files", checked.DIGEST)})
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(f"{DIGESTS}: {error if type(error) is ValueError else 'it cannot be read'}") from None
 
 
 def _of(path: Path) -> str:
     return sha256(file_pieces(path))
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return sha256([json.dumps(content, sort_keys=True).encode()])

@@ -17,7 +17,7 @@ from lite_dil.batching.schedule import LargestPass, Schedule
 from lite_dil.data.encoder import Example
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.options import ResolvedObjective
-from lite_dil.runs.folder import Progress
+from lite_dil.runs.progress import Progress
 from lite_dil.training.divergence import Finite, explain
 from lite_dil.training.metrics import count_step, line_of
 from lite_dil.training.passes import Passes

@@ -11,7 +11,7 @@ from lite_dil.batching.schedule import Schedule
 from lite_dil.objectives.losses import log_ratio
 from lite_dil.objectives.options import ResolvedObjective
 from lite_dil.objectives.table import constants, objective_of
-from lite_dil.runs.folder import Progress
+from lite_dil.runs.progress import Progress
 from lite_dil.training.step import Taken
 
 # Counts in the window of a line; everything else in it is a mean.

@@ -21,7 +21,8 @@ from lite_dil.models.fingerprint import reference_key
 from lite_dil.models.options import AdapterOptions
 from lite_dil.training.options import ReferenceOptions
 
-# A digest of the token ids, the summed log-prob, the number of response tokens, and a checksum of the three: 32 bytes.
+# A digest of the token ids, the summed log-prob, the number of response tokens, and a checksum of the reference and the three:
+# 32 bytes. Older versions left the reference out of the checksum.
 _RECORD = struct.Struct("<16sdII")
 _CHECKED = _RECORD.size - 4
 
@@ -56,7 +57,8 @@ class ReferenceCache:
             raise UserError(f"--reference-cache {folder}: cannot be used ({error})") from None
         for start in range(0, len(content) - torn, _RECORD.size):
             digest, logps, tokens, checksum = _RECORD.unpack_from(content, start)
-            if checksum == zlib.crc32(content[start : start + _CHECKED]) and math.isfinite(logps):
+            record = content[start : start + _CHECKED]
+            if checksum in (self._checksum(record), zlib.crc32(record)) and math.isfinite(logps):
                 self.known.setdefault(digest, (logps, tokens))
             else:
                 self.damaged += 1
@@ -83,12 +85,15 @@ class ReferenceCache:
             if math.isfinite(value) and digest not in self.known:
                 self.known[digest] = (value, len(response))
                 record = _RECORD.pack(digest, value, len(response), 0)[:_CHECKED]
-                records += record + struct.pack("<I", zlib.crc32(record))
+                records += record + struct.pack("<I", self._checksum(record))
         if records and self.path is not None and not self.failed:
             self.failed = True
             with writing(f"the reference cache {self.path}", "--reference-cache"):
                 self._append(records)
             self.failed = False
+
+    def _checksum(self, record: bytes) -> int:
+        return zlib.crc32(record, zlib.crc32(self.path.stem.encode() if self.path else b""))
 
     def _append(self, content: bytes) -> None:
         assert self.path is not None

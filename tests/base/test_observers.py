@@ -18,7 +18,8 @@ from lite_dil.evaluation.held_out import HeldOut
 from lite_dil.recipes.preference import train
 from lite_dil.recipes.run import Run
 from lite_dil.runs.checkpoints import Checkpoints
-from lite_dil.runs.folder import Progress, RunFolder, find_checkpoint
+from lite_dil.runs.folder import RunFolder, find_checkpoint
+from lite_dil.runs.progress import Progress
 
 
 class Notes(Observer):

@@ -17,6 +17,7 @@ from conftest import config, load
 from steps import saved_adapter
 
 from lite_dil.backends import registry
+from lite_dil.base.checked import mark_of, with_mark
 from lite_dil.cli.main import main
 from lite_dil.data.encoder import Encoder
 from lite_dil.data.prompts import read_prompts
@@ -170,6 +171,10 @@ def test_what_training_would_refuse_is_said_whenever_it_was_drawn(generate: Run,
     assert "--max-new-tokens 7: 5" in said and "empty" not in said
     first, *others = rows(path)
     first["completion"][0]["content"] = " "
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, *others)), encoding="utf-8")
+    code, said = generate()
+    assert code == 2 and f"{path} line 1 was changed; remove it, and its answer is generated again" in said
+    first = with_mark(first | {"key": mark_of(first, "key")[0]}, "key")  # as if it had been drawn so
     path.write_text("".join(json.dumps(row) + "\n" for row in (first, *others)), encoding="utf-8")
     code, said = generate()
     assert code == 0 and "empty answers: 1" in said and "--max-new-tokens 7: 5 of 5" in said

@@ -17,6 +17,7 @@ from lite_dil.cli import adapter_flags
 from lite_dil.cli.main import main
 from lite_dil.generation import policy
 from lite_dil.runs.folder import checkpoint_of
+from lite_dil.runs.seal import DIGESTS
 
 
 def parsed(*argv: str, required: bool = True) -> argparse.Namespace:
@@ -84,6 +85,9 @@ def test_a_folder_of_an_adapter_alone_names_its_model(runs: Runs, name: str, tmp
     key = "base_model_name_or_path" if name == "cpu" else "model"
     assert config[key] == runs.model
     (alone / "adapter_config.json").write_text(json.dumps(config | {key: str(tmp_path / "gone")}))
+    with pytest.raises(UserError, match=rf"adapter_config\.json is not what was written.*delete {DIGESTS}"):
+        adapter_flags.find(parsed("--adapter", str(alone)))
+    (alone / DIGESTS).unlink()  # as of one from elsewhere
     flags = ["--adapter", str(alone), "--backend", name, "--dtype", "float32"]
     with pytest.raises(UserError, match="gone: "):
         logps(*flags)

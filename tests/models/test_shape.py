@@ -116,11 +116,11 @@ def test_errors_name_place_and_fix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_hidden_layers": -32}, "num_hidden_layers is -32; expected a whole number above 0"),
+        ({"num_hidden_layers": -32}, "num_hidden_layers is -32; expected a whole number from 1"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0; expected"),
         ({"hidden_size": "4096"}, "hidden_size is '4096'; expected a whole number"),
-        ({"num_attention_heads": 33}, "33 num_attention_heads do not go with 8 num_key_value_heads"),
-        ({"hidden_size": 4100}, "a hidden_size of 4100"),
+        ({"num_attention_heads": 33}, "num_attention_heads is 33; expected a multiple of num_key_value_heads, 8"),
+        ({"hidden_size": 4100}, "hidden_size is 4100; expected a multiple of num_attention_heads, 32"),
     ],
 )
 def test_numbers_that_no_model_has(change: dict[str, Any], message: str) -> None:

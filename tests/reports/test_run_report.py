@@ -8,7 +8,7 @@ import shutil
 import signal
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from lite_dil.models.find import load_tokenizer
 from lite_dil.recipes.run import Run
 from lite_dil.reports.pairs import read_pairs
 from lite_dil.reports.run_report import RunReport, write_report
-from lite_dil.reports.samples import Intake, SampleAnswers, read_samples
+from lite_dil.reports.samples import Intake, SampleAnswers, read_samples, write_samples
 from lite_dil.runs.folder import RunFolder
 
 
@@ -138,7 +138,7 @@ def test_a_stopped_run_has_its_report_and_goes_on_with_it(
     page = (folder / "report.html").read_text()
     assert "after 4 of 6 steps" in page
     path = folder / "report_samples.jsonl"
-    path.write_text(path.read_text().replace('"before": "', '"before": "kept: '))
+    write_samples(path, [replace(sample, before=f"kept: {sample.before}") for sample in read_samples(path)])
     assert read_samples(path)[0].step == 3
     assert main(["train", "--resume", str(folder)]) == 0
     after = {sample.key: sample for sample in read_samples(path)}

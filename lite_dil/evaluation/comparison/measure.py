@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,17 +9,23 @@ from typing import Any
 
 import numpy as np
 
-from lite_dil.base.files import make_folder, replace_file
 from lite_dil.base.signs import CHOSEN
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import load
 from lite_dil.data.encoder import Example
+from lite_dil.evaluation.comparison.files import (
+    ANSWERS_FILE,
+    REFERENCE_FILE,
+    Answer,
+    read_answers,
+    read_measured,
+    write_answers,
+    write_measured,
+)
 from lite_dil.generation.policy import Policy
 
 ANSWERS_AT_ONCE = 8  # prompts per batch: finished batches are kept, and a GPU has memory for their keys and values
-
-Answer = dict[str, Any]
 
 
 class Probe:
@@ -33,7 +38,7 @@ class Probe:
 
     def __init__(self, policy: Policy, config: ResolvedConfig, prompts: int, tokens: int) -> None:
         self.backend, self.encoder, self.tokens = policy.backend, policy.encoder, tokens
-        self.together = config.batch_size
+        self.together, self.model = config.batch_size, config.model
         assert config.eval_data is not None  # a comparison always has eval_data
         self.examples = load(config.eval_data, "test", self.encoder, config).examples
         self.prompts = list(dict.fromkeys(example.prompt for example in self.examples))[:prompts]
@@ -57,7 +62,7 @@ class Probe:
         Each has its text, its tokens without the end token, whether it ended by itself, and, of the policy, its log-ratio
         f = log pi - log pi_ref in nats, the end token included where it was drawn.
         """
-        done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        done = read_answers(path, seed) if path.exists() else []
         for start in range(len(done), len(self.prompts), ANSWERS_AT_ONCE):
             prompts = self.prompts[start : start + ANSWERS_AT_ONCE]
             seeds = [int(np.random.SeedSequence((seed, start + i)).generate_state(1)[0]) for i in range(len(prompts))]
@@ -71,31 +76,29 @@ class Probe:
                 ratios = [policy[0] - base[0] for policy, base in both]
             for prompt, (ids, end), ratio in zip(prompts, drawn, ratios, strict=True):
                 texts = [self.encoder.tokenizer.decode(part, skip_special_tokens=True).strip() for part in (prompt, ids)]
-                done.append(
-                    {"prompt": texts[0], "answer": texts[1], "tokens": len(ids), "ended": end is not None, "log_ratio": ratio}
-                )
-            make_folder(path.parent)
-            replace_file(path, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in done))
+                answer = {"prompt": texts[0], "answer": texts[1], "tokens": len(ids), "ended": end is not None}
+                done.append({**answer, "log_ratio": ratio, "seed": seed})
+            write_answers(path, done)
         return done
 
 
 def measure_reference(probe: Probe, folder: Path, seed: int) -> dict[str, Any]:
     """Return the reference's measurements, made once for all runs and kept in `folder`."""
-    path = folder / "reference.json"
+    path, of = folder / REFERENCE_FILE, {"model": probe.model, "seed": seed}
     if not path.exists():
         logps = probe.logps(probe.examples, reference=True)
-        answers = probe.answers(folder / "samples.jsonl", seed, reference=True)
+        answers = probe.answers(folder / ANSWERS_FILE, seed, reference=True)
         sides = {side: of_side(probe.examples, logps, sign) for side, sign in (("chosen", True), ("rejected", False))}
         figures = {f"logps/{side}": float(values.mean()) for side, values in sides.items() if len(values)}
-        replace_file(path, json.dumps({"logps": logps, "figures": figures | _lengths(answers)}))
-    return json.loads(path.read_text(encoding="utf-8"))
+        write_measured(path, {**of, "logps": logps, "figures": figures | _lengths(answers), "samples": len(answers)})
+    return read_measured(path, **of)
 
 
 def measure(probe: Probe, reference: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
     """Return a trained model's figures, their standard errors, and the numbers of held-out examples and answers."""
     examples = probe.examples
     figures, errors = held_out_figures(examples, probe.logps(examples), reference["logps"])
-    answers = probe.answers(folder / "samples.jsonl", seed)
+    answers = probe.answers(folder / ANSWERS_FILE, seed)
     figures["kl"], errors["kl"] = mean_and_error(np.array([answer["log_ratio"] for answer in answers]))
     return {"figures": figures | _lengths(answers), "errors": errors, "held_out": len(examples), "samples": len(answers)}
 

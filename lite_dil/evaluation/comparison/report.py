@@ -10,9 +10,9 @@ from typing import Any
 from lite_dil.base.files import replace_file
 from lite_dil.evaluation.comparison import page
 from lite_dil.evaluation.comparison import table as tables
+from lite_dil.evaluation.comparison.files import ANSWERS_FILE, REFERENCE_FILE, read_answers, read_measured
 from lite_dil.evaluation.comparison.settings import Comparison
 
-RESULT = "result.json"  # marks a finished run: trained and measured, or diverged
 PAGE = "index.html"
 
 
@@ -30,10 +30,11 @@ class Findings:
 def report(comparison: Comparison) -> Findings:
     """Write table.md, table.json, curves.json, figure2.png and index.html; return their content."""
     output = comparison.output
-    runs = tables.read_runs(comparison, RESULT)
-    measured = comparison.reference / "reference.json"
-    reference = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else None
+    runs = tables.read_runs(comparison)
     first = next(iter(comparison.configs.values()))
+    measured, reference = comparison.reference / REFERENCE_FILE, None
+    if not all(run["diverged"] for run in runs):
+        reference = read_measured(measured, model=first.model, seed=comparison.seeds[0])
     rows = tables.make_rows(runs)
     curves = tables.make_curves(runs, reference, not (first.init_adapter and first.reference == "base"))
     sentences = tables.verdict(rows, comparison.steps, next((run["held_out"] for run in runs if not run["diverged"]), 0))
@@ -47,24 +48,20 @@ def report(comparison: Comparison) -> Findings:
     replace_file(output / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     replace_file(output / "curves.json", json.dumps(curves, indent=1) + "\n")
     drawn = page.draw_curves(curves, output / "figure2.png"), page.draw_accuracy(rows)
-    html = page.render(comparison, headings, cells, sentences, remarks, *drawn, _samples(comparison, runs))
+    html = page.render(comparison, headings, cells, sentences, remarks, *drawn, _samples(comparison, runs, reference))
     replace_file(output / PAGE, html)
     return Findings(rows, headings, cells, sentences, output / PAGE)
 
 
-def _samples(comparison: Comparison, runs: list[tables.FinishedRun]) -> list[dict[str, Any]]:
+def _samples(comparison: Comparison, runs: list[tables.FinishedRun], reference: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Return each prompt with the answers of the reference and, by loss, of the first seed that did not diverge."""
-    folders = {"reference": comparison.reference}
-    for run in runs:
-        if not run["diverged"]:
-            folders.setdefault(run["loss"], run["folder"])
-    if len(folders) == 1:
+    if reference is None:
         return []
-    found = [
-        [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-        for folder in folders.values()
-    ]
+    found = {"reference": read_answers(comparison.reference / ANSWERS_FILE, comparison.seeds[0], reference.get("samples"))}
+    for run in runs:
+        if not run["diverged"] and run["loss"] not in found:
+            found[run["loss"]] = read_answers(run["folder"] / ANSWERS_FILE, run["seed"], run["samples"])
     return [
-        {"prompt": answers[0]["prompt"], "answers": [(name, a["answer"]) for name, a in zip(folders, answers, strict=True)]}
-        for answers in zip(*found, strict=True)
+        {"prompt": answers[0]["prompt"], "answers": [(name, a["answer"]) for name, a in zip(found, answers, strict=True)]}
+        for answers in zip(*found.values(), strict=True)
     ]

@@ -25,6 +25,7 @@ from lite_dil.data.held_out import taken, wanted
 from lite_dil.data.reader import Row, refuse
 from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import EMBEDDED, split_sources
+from lite_dil.evaluation.comparison.files import read_measured, write_measured
 from lite_dil.objectives.accepts import check_data
 from lite_dil.objectives.own import OwnLoss, shown
 from lite_dil.objectives.table import OBJECTIVES, OPTIONS, objective_of
@@ -337,7 +338,7 @@ def _check_folder(output: Path, settings: dict[str, Any]) -> None:
     """Raise UserError if the folder holds another comparison or something else."""
     known = output / "compare.json"
     if known.exists():
-        _check_same(settings, _saved(known), output)
+        _check_same(settings, read_measured(known)["settings"], output)
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} holds something that is not a comparison; give a new folder")
 
@@ -351,14 +352,7 @@ def _write_folder(output: Path, content: dict[str, Any]) -> None:
         make_folder(output / "data")
     except OSError as error:
         raise UserError(f"--output {output}: cannot be created ({error.strerror})") from None
-    replace_file(known, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _saved(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a new folder") from None
+    write_measured(known, content)
 
 
 def _check_same(settings: dict[str, Any], saved: dict[str, Any], output: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from lite_dil.base.text import count
+from lite_dil.evaluation.comparison.files import RESULT, read_measured
 from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.objectives.table import DIL_FAMILY
+from lite_dil.reports.outcome import FACTS, read_facts
+from lite_dil.runs.history import read_metrics
 
 FinishedRun = dict[str, Any]  # result.json, with figures from metrics.jsonl
 TableRow = dict[str, Any]
@@ -38,18 +40,19 @@ OTHERS = ("dpo", "simpo")
 CLAIM = "DIL keeps the chosen responses' likelihood where dpo and simpo lose it"
 
 
-def read_runs(comparison: Comparison, name: str) -> list[FinishedRun]:
-    """Read the finished runs; `name` is the result file of each."""
+def read_runs(comparison: Comparison) -> list[FinishedRun]:
+    """Read the finished runs. Raises UserError if their files are damaged."""
     runs = []
     for seed in comparison.seeds:
         for loss in comparison.configs:
             folder = Path(comparison.run(loss, seed).output_dir or "")
-            result = json.loads((folder / name).read_text(encoding="utf-8"))
-            metrics = folder / "metrics.jsonl"  # missing if a run diverged in its first step
-            text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
-            lines = [json.loads(line) for line in text.splitlines()]
-            runs.append(result | {"folder": folder} | _of_training(lines))
+            result = read_measured(folder / RESULT, loss=loss, seed=seed)
+            runs.append(result | {"folder": folder} | _of_training(read_metrics(folder, _noted(folder))))
     return runs
+
+
+def _noted(folder: Path) -> Any:
+    return read_facts(folder).get("metrics") if (folder / FACTS).exists() else None
 
 
 def _of_training(lines: list[dict[str, Any]]) -> FinishedRun:

@@ -1,0 +1,28 @@
+"""The lines of metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+
+def parse_line(text: str | bytes) -> dict[str, Any] | None:
+    """Return a line's figures by name, with None for those that were not finite; None if the line is damaged."""
+    try:
+        line = json.loads(text)
+        line["step"] = int(line["step"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None
+    return line if all(value is None or _is_number(value) for value in line.values()) else None
+
+
+def parse_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Return all lines, and the number of damaged ones; a last line that was cut off is not damaged."""
+    *texts, _ = content.split(b"\n")
+    lines = [line for text in texts if (line := parse_line(text)) is not None]
+    return lines, len(texts) - len(lines)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

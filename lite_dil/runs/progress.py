@@ -1,0 +1,99 @@
+"""A run's progress: what its checkpoints record in progress.json, written and read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.files import write
+from lite_dil.base.formats import KEY, RUN, check_format
+
+_NAME = "progress.json"
+
+
+@dataclass
+class Progress:
+    """A run's progress, apart from the backend's state; saved with each checkpoint.
+
+    Attributes:
+        fingerprint, held_out: hashes of the tokens of the training and held-out data; "" for none, or unknown.
+        base: what identifies the base model, by `lite_dil.models.fingerprint.base_of`.
+        init_adapter: a hash of the initial adapter's files.
+        drawn: a hash of the tokens of the training data with the responses that --sample-rejected drew.
+        window: sums of the metrics since the last logged line, so that a resumed run logs the same means.
+        metrics: size and hash of metrics.jsonl when the checkpoint was saved.
+
+    Runs before format 3 recorded the training data alone.
+    """
+
+    step: int = 0
+    num_tokens: int = 0
+    fingerprint: str = ""
+    window: dict[str, list[float]] = field(default_factory=dict)
+    held_out: str = ""
+    init_adapter: str = ""
+    drawn: str = ""
+    base: dict[str, Any] = field(default_factory=dict)
+    metrics: list[Any] = field(default_factory=list)
+
+
+def write_progress(checkpoint: Path, progress: Progress) -> None:
+    """Write a checkpoint's progress.json, into a folder that is renamed later."""
+    write(checkpoint / _NAME, json.dumps({KEY: RUN, **asdict(progress)}))
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """Read a checkpoint's progress.json. Raises UserError if it cannot be read, or has a field of a wrong type."""
+    path = checkpoint / _NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is not an object with a run's progress")
+    check_format(content, RUN, checkpoint)
+    content.pop(KEY, None)
+    if "step" not in content:
+        raise UserError(f"{path}: step is missing")
+    for name, value in content.items():
+        if name not in _FIELDS:
+            raise UserError(f"{path}: {name} is not a field of a run's progress")
+        expected, holds = _FIELDS[name]
+        if not holds(value):
+            raise UserError(f"{path}: {name} is {repr(value)[:80]}; expected {expected}")
+    return Progress(**content)
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _sums(value: Any) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [None]
+    return all(isinstance(each, list) and all(type(number) in (int, float) for number in each) for each in lists)
+
+
+def _base(value: Any) -> bool:
+    return value == {} or (
+        isinstance(value, dict) and isinstance(value.get("weights"), str) and isinstance(value.get("config"), dict)
+    )
+
+
+def _size_and_hash(value: Any) -> bool:
+    return value == [] or (isinstance(value, list) and len(value) == 2 and _whole(value[0]) and isinstance(value[1], str))
+
+
+_TEXT: tuple[str, Callable[[Any], bool]] = ("text", lambda value: isinstance(value, str))
+_WHOLE: tuple[str, Callable[[Any], bool]] = ("a whole number, at least 0", _whole)
+# What each field must be: in words, and as a check.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("step", "num_tokens"), _WHOLE),
+    **dict.fromkeys(("fingerprint", "held_out", "init_adapter", "drawn"), _TEXT),
+    "window": ("lists of numbers by name", _sums),
+    "base": ("weights and config", _base),
+    "metrics": ("a size and a hash", _size_and_hash),
+}

@@ -1,0 +1,140 @@
+"""Damage every file of a world, run what reads it, and print a JSON line for each case. A process of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from soak import forks
+from soak.damage_world import World
+from soak.damages import Damage, damages
+
+# What reads each file: patterns of paths in the world, with the commands, those that train last.
+READERS = (
+    ("run/checkpoints/step-2/*", ("whole", "resume")),
+    ("run/checkpoints/*", ()),  # of the checkpoint before, to which a damaged one falls back
+    ("run/*", ("resume",)),
+    ("done/adapter/*", ("generate", "export", "merge", "train on")),
+    ("done/config.yaml", ("runs", "report", "generate", "export")),
+    ("done/checkpoints/step-3/digests.json", ("runs", "report")),
+    ("done/checkpoints/step-3/progress.json", ("runs", "report")),
+    ("done/checkpoints/*", ()),
+    ("done/*", ("runs", "report", "resume finished")),
+    ("sampled.jsonl", ("train",)),
+    ("cache/rates.json", ("plan",)),
+    ("cache/*", ("train", "resume")),
+    ("answers.jsonl", ("generate on",)),
+    ("labels*.jsonl", ("label",)),
+    ("compared/runs/*/checkpoints/*", ()),
+    ("compared/runs/*/adapter/*", ()),
+    ("compared/*", ("compare",)),
+)
+# What may be missing, so that a command goes on without it: reports are written where there is room for them.
+OPTIONAL = ("done/report_samples.jsonl", "done/held_out_pairs.json", "done/report.json", "cache/rates.json")
+# People write and edit these: what still has the right form is taken as theirs.
+EDITED = ("labels.jsonl", "labels.bad.jsonl")
+FLIPS, FLIPS_MLX = 50, 12  # bits flipped in a file, and where a case trains on MLX
+SHORT = {"cpu": 24, "mlx": 8}  # cases of the short form
+TRAIN = {"resume", "resume finished", "train", "train on"}
+# Written for people and other programs; lite-dil does not read them.
+NOT_READ = (".md", ".html", ".png", "table.json", "curves.json")
+
+
+def main(root: str, form: str) -> None:
+    """Make the world of each backend and go through all of its files; `form` is "short" or "long"."""
+    forks.load()
+    for backend in ("cpu", "mlx"):
+        world = World(Path(root) / backend, backend, form == "short")
+        world.make()
+        cases = list(_cases(world))
+        if world.short:
+            cases = cases[:: len(cases) // SHORT[backend]]
+        for path, name, what, damage in cases:
+            print(json.dumps(case(world, path, name, what, damage)), flush=True)
+
+
+def _cases(world: World) -> Iterator[tuple[str, str, str, Damage]]:
+    """Yield each damage to each file for each command that reads it."""
+    for path, name in _reads(world):
+        flips = FLIPS_MLX if world.backend == "mlx" and name in TRAIN else FLIPS
+        for what, damage in damages(world.root / "made" / path, world.other / path, flips):
+            # The flips of sealed files are left to `whole`, which is the part of resuming that reads them.
+            if not ("flipped" in what and name == "resume" and "/checkpoints/" in path):
+                yield path, name, what, damage
+
+
+def _reads(world: World) -> Iterator[tuple[str, str]]:
+    """Yield each file of the world with each command that reads it."""
+    made = world.root / "made"
+    for path in sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file()):
+        if path.name.endswith(NOT_READ) or path.name.endswith(".lock"):
+            continue
+        for name in next(names for pattern, names in READERS if _matches(path, pattern)):
+            yield path.as_posix(), name
+
+
+def _matches(path: Path, pattern: str) -> bool:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), path.as_posix()) is not None
+
+
+def case(world: World, path: str, name: str, what: str, damage: Damage) -> dict[str, Any]:
+    """Damage a file, run a command, and return what became of it."""
+    (whole, said), command = world.undamaged(name), world.commands[name]
+    world.fresh()
+    damaged = world.here / path
+    damage(damaged)
+    ended = world.run(command.work)
+    anew = [line for line in ended.said.splitlines() if _figureless(line) not in {_figureless(old) for old in said}]
+    named = any(damaged.name in line or str(damaged.parent) in line for line in anew)
+    failure = ""
+    if ended.code is None:
+        outcome = failure = "took longer than a minute"
+    elif "Traceback" in ended.said or ended.code not in (0, 2):
+        outcome = failure = f"ended with {ended.code}"
+    elif ended.code == 2:
+        outcome = "refused"
+        failure = "" if named else "refused without naming the file"
+    else:
+        try:
+            same = command.result(world.here) == whole
+        except (OSError, ValueError) as error:
+            same, named, anew = False, False, [repr(error)]
+        outcome = ("said, and equal" if named else "equal") if same else "said, and went on with what is whole"
+        if not same and not named:
+            outcome, failure = _unsaid(path, what)
+    if failure:
+        failure = f"{path}, {what}, {name}: {failure}: {' | '.join(anew[-3:])}"
+    return {
+        "backend": world.backend,
+        "command": name,
+        "path": path,
+        "outcome": outcome,
+        "failure": failure,
+        "seconds": ended.seconds,
+        "cpu": ended.cpu,
+    }
+
+
+def _unsaid(path: str, what: str) -> tuple[str, str]:
+    """Return the outcome of what came out otherwise and was not said, and why it is a failure, if it is one."""
+    if path in OPTIONAL and what == "deleted":
+        return "goes on without it", ""
+    if path == "cache/rates.json":
+        return "measured anew", ""
+    if path in EDITED:
+        return "taken as edited", ""
+    return "silently wrong", "silently wrong"
+
+
+def _figureless(line: str) -> str:
+    return re.sub(r"[\d.]+", "0", line)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
