@@ -11,6 +11,7 @@ import yaml
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.formats import RUN, check_format
+from lite_dil.base.yaml_file import read_yaml_file
 from lite_dil.objectives.own import shown
 from lite_dil.reports.outcome import FACTS, RunRecord, read_facts
 from lite_dil.runs.folder import RunFolder
@@ -96,7 +97,7 @@ def _read(folder: Path) -> ListedRun:
     written = [path.stat().st_mtime for path in (run.metrics, folder / _CONFIG) if path.exists()]
     changed = max(written, default=folder.stat().st_mtime)
     try:
-        config = yaml.safe_load((folder / _CONFIG).read_text(encoding="utf-8"))
+        config = read_yaml_file(folder / _CONFIG)
         if not isinstance(config, dict) or not isinstance(config.get("loss"), str):
             return ListedRun(folder, changed, "damaged", f"{_CONFIG} does not hold a run's options")
         check_format(config, RUN, folder)

@@ -90,9 +90,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 def read_record(folder: Path) -> RunRecord:
     """Read a run's folder: config.yaml, report.json, metrics.jsonl, report_samples.jsonl and held_out_pairs.json."""
-    import yaml
+    from lite_dil.base.yaml_file import read_yaml_file
 
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config = read_yaml_file(folder / "config.yaml")
     check_format(config, RUN, folder)
     samples = read_samples(folder / SAMPLES)
     history = read_history(folder / "metrics.jsonl")

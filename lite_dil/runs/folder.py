@@ -146,9 +146,11 @@ class RunFolder:
         """Write config.yaml again, with the options of a checkpoint, if it cannot be read; keep the damaged file beside it."""
         import yaml
 
+        from lite_dil.base.yaml_file import read_yaml_file
+
         self.options, path = options, self.path / "config.yaml"
         try:
-            if isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict):
+            if isinstance(read_yaml_file(path), dict):
                 return
         except (OSError, ValueError, yaml.YAMLError):
             pass
