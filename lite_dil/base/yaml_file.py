@@ -42,7 +42,13 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):  # a date of the 99th, a number of 5,000 digits
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+        ):  # a date of the 99th, a number of 5,000 digits
             raise yaml.MarkedYAMLError(problem="not a value that can be read", problem_mark=node.start_mark) from None
 
 

@@ -1,8 +1,8 @@
 """Render chat templates as transformers does, within bounds of time and memory.
 
-A chat template is a program that comes with a model. jinja2's sandbox keeps it from reaching anything outside; it does not keep
-it from `{% for %}` within `{% for %}`, `'a' * 10**10` or `x ~ x` forty times. Here every value that a template makes is counted,
-and a template that makes too much, or takes too long, is named.
+A chat template is a program that comes with a model. jinja2's sandbox keeps it from all that is outside, but not from
+`{% for %}` within `{% for %}`, `'a' * 10**10` or `x ~ x` forty times. Here what a template makes is counted, and one that makes
+too much, or takes too long, is stopped.
 """
 
 from __future__ import annotations
@@ -34,18 +34,31 @@ _WIDTH = 1000  # of white space around a text, and of padding
 _SHORT = 1000  # characters of a text
 
 # Of jinja2's filters, those whose cost and result the checks below bound. The others are for web pages.
-_FILTERS = (
-    "abs attr batch capitalize count d default dictsort e escape first float format groupby indent int items join last length "
-    "list lower map max min random reject rejectattr replace reverse round safe select selectattr slice sort string sum title "
-    "tojson trim truncate unique upper urlencode wordcount"
-).split()
+_FILTERS = {
+    *("abs", "attr", "batch", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float"),
+    *("format", "groupby", "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max"),
+    *("min", "random", "reject", "rejectattr", "replace", "reverse", "round", "safe", "select", "selectattr"),
+    *("slice", "sort", "string", "sum", "title", "tojson", "trim", "truncate", "unique", "upper", "urlencode"),
+    *("wordcount",),
+}
 # Methods of values that no template for text needs: they make bytes, or texts of any length from a short one.
 _METHODS = {"encode", "expandtabs", "translate", "maketrans", "striptags", "to_bytes", "from_bytes", "fromhex"}
 # Methods and filters that `_check` looks at.
-_GROWING = set(
-    "ljust rjust center zfill indent batch slice round replace strip lstrip rstrip trim rsplit rfind rindex rpartition % format "
-    "format_map join".split()
-)
+_GROWING = {
+    *("ljust", "rjust", "center", "zfill", "indent", "batch", "slice", "round", "replace", "strip", "lstrip"),
+    *(
+        "rstrip",
+        "trim",
+        "rsplit",
+        "rfind",
+        "rindex",
+        "rpartition",
+        "%",
+        "format",
+        "format_map",
+        "join",
+    ),
+}
 # Names of our own filters, which no template can spell.
 _MADE, _LOOPED, _CUT = " made", " looped", " cut"
 
@@ -76,7 +89,7 @@ class _Meter(threading.local):
             self._check(size)
 
     def size(self, value: Any) -> int:
-        """Return the bytes that a value takes, what it holds several times counted so; if more than allowed, not all of them."""
+        """Return the bytes that a value takes, what it holds several times counted so; or more than allowed."""
         if (size := _size(value, self.largest)) > self.largest and self.given is not None:
             self._allow_more()
             size = _size(value, self.largest)
@@ -291,9 +304,7 @@ def _now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def _to_json(
-    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
+def _to_json(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
     """Return a value as JSON; jinja2's own filter escapes what HTML does not take."""
     if indent or separators:
         widest = max(indent if isinstance(indent, int) else len(indent or ""), *map(len, separators or ("",)))

@@ -72,7 +72,7 @@ def test_every_template_prints_what_transformers_prints() -> None:
 N = 10**9
 DOUBLED = "{%% set ns = namespace(x='aaaaaaaa', l=[1], d={}, t=(1,)) %%}{%% for i in range(99) %%}{%% set %s %%}{%% endfor %%}"
 COSTS = {
-    "power": f"{{{{ 2 ** (10**9) }}}}",
+    "power": "{{ 2 ** (10**9) }}",
     "product": f"{{{{ 'a' * {N} }}}}",
     "product the other way": f"{{{{ {N} * 'a' }}}}",
     "list": f"{{{{ ([1] * {N}) | length }}}}",
@@ -113,7 +113,9 @@ COSTS = {
 def test_a_template_that_would_fill_the_memory_is_stopped(case: str) -> None:
     tokenizer = tokenizer_of("qwen3")
     tokenizer.chat_template, tokenizer.name_or_path = COSTS[case], "models/strange"
-    with pytest.raises(UserError, match=r"^models/strange: its chat template(, line \d,)? (makes|asks|calls|needs|has) .*; correct"):
+    with pytest.raises(
+        UserError, match=r"^models/strange: its chat template(, line \d,)? (makes|asks|calls|needs|has) .*; correct"
+    ):
         Rendering(tokenizer).prompt([USER])
 
 
@@ -128,7 +130,7 @@ def test_a_template_that_takes_long_is_stopped(template: str, monkeypatch: pytes
     monkeypatch.setattr(templates, "SECONDS", 0.1)
     tokenizer = tokenizer_of("qwen3")
     tokenizer.chat_template = "{{ messages[0].content }}\n" + template
-    with pytest.raises(UserError, match="line 2, takes more than 0.1 seconds"):
+    with pytest.raises(UserError, match=r"line 2, takes more than 0\.1 seconds"):
         Rendering(tokenizer).prompt([USER])
 
 
@@ -140,8 +142,15 @@ def test_a_long_conversation_may_take_more() -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ ''.__class__.__mro__ }}", "{{ '\t'.expandtabs(9) }}", "{{ ('\t' | attr('expandtabs'))(9) }}", "{{ 'a' | urlize }}"]
-    + ["{% include '/etc/passwd' %}", "{{ namespace(__class__=1) }}", "{{ raise_exception('no') }}", "{{ [].append(1) }}"],
+    [
+        *(
+            "{{ ''.__class__.__mro__ }}",
+            "{{ '\\t'.expandtabs(9) }}",
+            "{{ ('\\t' | attr('expandtabs'))(9) }}",
+            "{{ 'a' | urlize }}",
+        ),
+        *("{% include '/etc/passwd' %}", "{{ namespace(__class__=1) }}", "{{ raise_exception('no') }}", "{{ [].append(1) }}"),
+    ],
 )
 def test_what_a_template_may_not_do_refuses_the_row(template: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tokenizer_of("qwen3")
@@ -149,6 +158,8 @@ def test_what_a_template_may_not_do_refuses_the_row(template: str, tmp_path: Pat
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "vocab_size": 512}', encoding="utf-8")
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"prompt": [USER], "chosen": [SAYS], "rejected": [{**SAYS, "content": "Yes."}]}), encoding="utf-8")
+    rows.write_text(
+        json.dumps({"prompt": [USER], "chosen": [SAYS], "rejected": [{**SAYS, "content": "Yes."}]}), encoding="utf-8"
+    )
     assert main(["data", str(rows), "--model", str(tmp_path / "model")]) == 2
     assert "line 1: the model's chat template refuses these messages: " in capsys.readouterr().out
