@@ -28,20 +28,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=NotFinite)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text; NaN, Infinity and -Infinity are `NotFinite`.
 
     Raises:
-        json.JSONDecodeError: it is not JSON.
+        json.JSONDecodeError, UnicodeDecodeError: it is not JSON in UTF-8.
         JSONError: an object has a key twice, values are nested too deeply, or a number has thousands of digits.
     """
     try:
+        text = text if isinstance(text, str) else text.decode("utf-8")
         value = _DECODER.decode(text)
-    except json.JSONDecodeError:
-        raise
     except RecursionError:
         raise JSONError(f"more than {DEEPEST} levels of lists and objects") from None
-    except JSONError:
+    except (json.JSONDecodeError, UnicodeDecodeError, JSONError):
         raise
     except ValueError as error:
         raise JSONError(str(error).partition(";")[0]) from None
@@ -50,16 +49,21 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def has_constant(value: Any) -> bool:
+    """Return whether a value from `parse_json` holds NaN or an infinity."""
+    if isinstance(value, (list, dict)):
+        return any(map(has_constant, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, NotFinite)
+
+
 def _deep(value: Any) -> bool:
     """Return whether lists and objects are nested more than `DEEPEST` levels."""
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         level = [
             item
             for holder in level
             if isinstance(holder, (list, dict))
             for item in (holder.values() if isinstance(holder, dict) else holder)
         ]
-        if not level:
-            return False
-    return True
+    return any(isinstance(item, (list, dict)) for item in level)

@@ -20,7 +20,7 @@ from typing import IO, Any
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.install import install
 from lite_dil.base.shell import command
-from lite_dil.base.strict_json import JSONError, parse_json
+from lite_dil.base.strict_json import JSONError, has_constant, parse_json
 from lite_dil.data.arrow import without_added
 from lite_dil.data.unpacking import LARGE, refuse_unpacked, unpacked
 
@@ -37,6 +37,14 @@ PACKED = (".gz", ".zst")
 
 class Cell(str):
     """The text of a CSV cell; numbers and booleans are text there."""
+
+
+class Loose(dict[str, Any]):
+    """A row of JSON with NaN or an infinity, which JSON has not; `columns` are those that hold one."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        super().__init__(row)
+        self.columns = {name for name, value in row.items() if has_constant(value)}
 
 
 class RowError(ValueError):
@@ -64,7 +72,7 @@ def file_rows(path: Path) -> Iterator[PlacedRow]:
 def text_lines(path: Path) -> Iterator[PlacedRow]:
     """Yield the non-blank lines of a text file, each with its place."""
     with _opened(path) as (raw, start), unpacked(path, raw, start, _need) as stream:
-        for number, line in _lines(path, stream):
+        for number, line in _lines(path, stream, LONGEST):
             try:
                 yield f"{path} line {number}", line.decode("utf-8").strip()
             except UnicodeDecodeError as error:
@@ -107,7 +115,7 @@ def _refuse(path: Path, start: bytes) -> None:
         raise UserError(f"{path}: is UTF-16; save it as UTF-8")
 
 
-def _lines(path: Path, stream: IO[bytes], longest: int = LONGEST) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, stream: IO[bytes], longest: int) -> Iterator[tuple[int, bytes]]:
     """Yield the non-blank lines with their numbers; a line ends at a line feed, a carriage return, or both.
 
     Neither occurs inside a JSON string. U+2028 and the like may, and do not end a line.
@@ -141,7 +149,7 @@ def _json(path: Path, stream: IO[bytes]) -> Iterator[PlacedRow]:
         whole = _whole(path, itertools.chain(head, lines))
         rows = _array(path, whole)
         if rows is not None:
-            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
+            yield from ((f"{path} row {number}", _marked(row, whole)) for number, row in enumerate(rows, 1))
             return
         if len(head) > 1:
             raise UserError(
@@ -169,7 +177,7 @@ def _whole(path: Path, lines: Iterable[tuple[int, bytes]]) -> bytes:
 def _array(path: Path, text: bytes) -> list[Any] | None:
     """Return the rows of a JSON array, or of an object that holds only a list of rows; None for anything else."""
     try:
-        value = parse_json(text.decode("utf-8"))
+        value = parse_json(text)
     except ValueError as error:
         if text.lstrip()[:1] == b"[":
             raise UserError(f"{path}: not a valid JSON array ({first_line(error)})") from None
@@ -183,7 +191,7 @@ def _array(path: Path, text: bytes) -> list[Any] | None:
 
 def _parse(line: bytes) -> Any:
     try:
-        return parse_json(line.decode("utf-8"))
+        return _marked(parse_json(line), line)
     except UnicodeDecodeError as error:
         return _not_utf8(error)
     except json.JSONDecodeError as error:
@@ -199,6 +207,12 @@ def _parse(line: bytes) -> Any:
         )
     except JSONError as error:
         return RowError("not JSON", f"not usable JSON ({error})")
+
+
+def _marked(row: Any, text: bytes) -> Any:
+    """Return a row, as `Loose` if it holds what JSON has not; `text` holds its own."""
+    may = isinstance(row, dict) and (b"NaN" in text or b"Infinity" in text)
+    return loose if may and (loose := Loose(row)).columns else row
 
 
 def _csv(path: Path, stream: IO[bytes], tabs: bool) -> Iterator[PlacedRow]:

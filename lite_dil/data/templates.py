@@ -1,8 +1,8 @@
 """Render chat templates as transformers does, within bounds of time and memory.
 
 A chat template is a program that comes with a model. jinja2's sandbox keeps it from all that is outside, but not from
-`{% for %}` within `{% for %}`, `'a' * 10**10` or `x ~ x` forty times. Here what a template makes is counted, and one that makes
-too much, or takes too long, is stopped.
+`{% for %}` within `{% for %}`, `'a' * 10**10` or `x ~ x` forty times. Here what a template makes is counted, and one that
+makes too much, or takes too long, is stopped.
 """
 
 from __future__ import annotations

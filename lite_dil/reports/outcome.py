@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lite_dil.base.formats import RUN, check_format
+from lite_dil.base.strict_json import parse_json
 from lite_dil.config.train_config import flag
 from lite_dil.data.overlap import Overlap
 from lite_dil.objectives.own import shown
@@ -83,7 +83,7 @@ def with_error(accuracy: float, data: dict[str, Any], config: dict[str, Any]) ->
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """Read a run's report.json."""
-    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts: dict[str, Any] = parse_json((folder / FACTS).read_text(encoding="utf-8"))
     check_format(facts, RUN, folder)
     return facts
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lite_dil.base.files import replace_file
+from lite_dil.base.strict_json import parse_json
 
 PAIRS = "held_out_pairs.json"
 WORST = 10  # pairs whose texts are kept
@@ -80,7 +81,7 @@ def read_pairs(path: Path) -> HeldOutPairs | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         return HeldOutPairs(**content | {"wrong": [WrongPair(**pair) for pair in content["wrong"]]})
     except (ValueError, TypeError, KeyError):
         return None

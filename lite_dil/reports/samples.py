@@ -21,6 +21,7 @@ from lite_dil.base.hashing import digest
 from lite_dil.base.observer import Event, Observer
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.base.streams import named
+from lite_dil.base.strict_json import parse_json
 from lite_dil.base.text import count
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import DataSet
@@ -238,7 +239,7 @@ def read_samples(path: Path) -> list[Sample]:
     if not path.exists():
         return []
     try:
-        return [Sample(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [Sample(**parse_json(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, TypeError):
         return []
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from lite_dil.base.strict_json import parse_json
 
 POINTS = 240  # maximum points of a curve, more than the pixels of its chart on a phone
 
@@ -112,7 +113,7 @@ def read_history(path: Path) -> History:
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
-                line = json.loads(text)
+                line = parse_json(text)
             except ValueError:
                 continue
             (history.held_out if "eval_loss" in line else history.train).add(line)
