@@ -85,7 +85,7 @@ def zst(file: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "content", [bytes(2**20), b"1\n" * 2**19, b"\n" * 2**20], ids=["line", "rows", "blank"]
+    "content", [bytes(2**20), b'"' + b"a" * (2**20 - 3) + b'"\n', (b" " * 65535 + b"\n") * 16], ids=["line", "rows", "blank"]
 )
 @pytest.mark.parametrize("packed", [gz, zst], ids=["gz", "zst"])
 def test_a_small_file_that_unpacks_to_gigabytes(
