@@ -17,7 +17,6 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # scripts/, where this package is
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{'ok    ' if row.ok else 'FAILED'} {row.part}: {row.what}, {row.outcomes.total()} cases", flush=True)
             for failure in row.failures[:20]:
                 print(f"         {failure}", flush=True)
-    (args.output / "table.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+    (args.output / "table.json").write_text(json.dumps([vars(row) for row in rows], indent=1), encoding="utf-8")
     print(table(rows))
     return 0 if all(row.ok for row in rows) else 1
 
