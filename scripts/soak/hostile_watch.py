@@ -64,7 +64,7 @@ sys.addaudithook(_watch.hook)
 
 
 def watched(case: Callable[[], Any], folder: Path) -> str:
-    """Run a case, which may write below `folder` only, and return what became of it in a word.
+    """Run a case, which may write below `folder` only, and return "taken" or "refused".
 
     Raises Harm, or what is no message for the user.
     """
@@ -75,7 +75,7 @@ def watched(case: Callable[[], Any], folder: Path) -> str:
         _watch.folder = folder.resolve()
         try:
             code = case()
-            outcome = {None: "taken", 0: "taken", 1: "taken", 2: "refused"}.get(code, f"exit code {code}")
+            outcome = "refused" if code == 2 else "taken"
         except (UserError, TrainingDiverged):  # the command line prints it
             outcome = "refused"
         except SystemExit as error:
@@ -94,7 +94,7 @@ def watched(case: Callable[[], Any], folder: Path) -> str:
 
 @contextlib.contextmanager
 def _alarm() -> Iterator[None]:
-    """Interrupt what takes twice the time, of this process or, if it waits, many times that by the clock; C code ends first."""
+    """Interrupt what takes twice the time, or what waits for long; C code ends first."""
 
     def ring(*_: object) -> None:
         raise Harm(f"took more than {2 * SECONDS} seconds")
