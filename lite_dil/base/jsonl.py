@@ -13,6 +13,7 @@ from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import append, appending, cut, make_folder, replacing, write
 from lite_dil.base.lock import Lock
+from lite_dil.base.strict_json import parse_json
 
 _SAFE = "What was there before is intact, and the same command continues from it"
 
@@ -99,9 +100,9 @@ def _encoded(rows: Iterable[Any]) -> bytes:
 
 
 def is_json(text: str | bytes) -> bool:
-    """Return whether a text is a JSON value, nested no deeper than Python reads."""
+    """Return whether a text is a JSON value that `parse_json` reads."""
     try:
-        json.loads(text)
-    except (ValueError, RecursionError):
+        parse_json(text)
+    except ValueError:
         return False
     return True

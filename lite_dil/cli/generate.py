@@ -16,6 +16,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.base.jsonl import JSONLines
 from lite_dil.base.signals import StopSignal
+from lite_dil.base.strict_json import parse_json
 from lite_dil.cli import adapter_flags
 from lite_dil.config.options import add_flags
 from lite_dil.data import prompts
@@ -218,7 +219,7 @@ class _AnswerFile:
         keys = {each.key for each in wanted}
         for number, line in enumerate(self.file.lines if self.file else (), 1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 key, whole = mark_of(row, "key")
             except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, not an object, or not one of our rows
                 key, whole = "", True

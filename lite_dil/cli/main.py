@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import io
 import os
@@ -106,6 +107,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has closed it, as `| head` does
         _drop_output()
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        print(f"lite-dil: {printable(str(error.filename))[:200]}: {error.strerror}; give another name", file=sys.stderr)
+        return 2
 
 
 def _drop_output() -> None:

@@ -98,8 +98,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a config file whose keys are flag names with underscores; a run's config.yaml also has a format number."""
     import yaml
 
+    from lite_dil.base.yaml_file import read_yaml_file
+
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml_file(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:

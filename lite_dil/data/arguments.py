@@ -8,6 +8,7 @@ from keyword import iskeyword
 from typing import Any
 
 from lite_dil.base.errors import UserError
+from lite_dil.base.strict_json import has_constant, parse_json
 from lite_dil.data.files import RowError
 from lite_dil.data.messages import kind_of
 
@@ -54,7 +55,9 @@ def read_arguments(row: Mapping[str, Any]) -> dict[str, Any] | None:
 def _checked(value: Any, where: str, error: Any) -> dict[str, Any]:
     if isinstance(value, str):
         try:
-            value = json.loads(value, parse_constant=_no_constant)
+            value = parse_json(value)
+            if has_constant(value):
+                raise ValueError("NaN and Infinity are not JSON")
         except ValueError as problem:
             raise error(f"{where}: not valid JSON ({problem}); expected an object such as {_EXAMPLE}") from None
     if not isinstance(value, dict):
@@ -64,10 +67,6 @@ def _checked(value: Any, where: str, error: Any) -> dict[str, Any]:
     if taken := sorted(RESERVED & value.keys()):
         raise error(f"{where}: {', '.join(taken)} cannot be set; it takes the template's own variables, such as {_EXAMPLE}")
     return value
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def with_arguments(template: str, arguments: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import Any
 
 from lite_dil.base.errors import did_you_mean
 from lite_dil.base.jsonl import is_json
+from lite_dil.base.strict_json import parse_json
 from lite_dil.data.draft import Raw
 from lite_dil.data.files import Cell, RowError
 from lite_dil.data.messages import is_message, kind_of
@@ -199,10 +199,10 @@ def _stored(name: str, text: str) -> Any:
     """Return the messages, or the list of a column that holds lists, that a text encodes as JSON; None for other texts."""
     if text.lstrip()[:1] not in ("[", "{", '"'):
         return None
-    with suppress(ValueError, RecursionError):
-        value = json.loads(text)
+    with suppress(ValueError):
+        value = parse_json(text)
         if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):  # encoded twice
-            value = json.loads(value)
+            value = parse_json(value)
         if isinstance(value, dict) and len(value) == 1 and isinstance(inner := next(iter(value.values())), list):
             value = inner if any(map(is_message, inner)) else value  # {"messages": [...]}
         if isinstance(value, (list, dict)):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from lite_dil.base.strict_json import parse_json
 from lite_dil.data.columns import NULL, about_of
 from lite_dil.data.draft import PAIR, TIES, Draft, Raw, Tie
 from lite_dil.data.files import Cell, RowError
@@ -183,7 +183,7 @@ def _only(value: Any) -> Any:
     """Return the only turn of a list of turns as texts, also as JSON (lmsys-arena); anything else unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         with suppress(ValueError):
-            parsed = json.loads(value)
+            parsed = parse_json(value)
             value = parsed if isinstance(parsed, list) and parsed and all(isinstance(p, str) for p in parsed) else value
     if isinstance(value, list) and value and all(isinstance(turn, str) for turn in value):
         if len(value) > 1:

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import gzip
 import importlib
-import io
 import itertools
 import json
+import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.install import install
+from lite_dil.base.shell import command
+from lite_dil.base.strict_json import JSONError, has_constant, parse_json
 from lite_dil.data.arrow import without_added
+from lite_dil.data.unpacking import LARGE, refuse_unpacked, unpacked
 
 # A row's place in words, "prefs.jsonl line 3", and the row: a dict, or a RowError that says why it could not be read.
 PlacedRow = tuple[str, Any]
+
+LONGEST = 2**26  # bytes of a line; a book has a million
+LARGEST_ARRAY = 2**30  # bytes of a JSON array, which is read whole and then takes several times that
 
 TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 COLUMNAR = (".parquet", ".arrow")
@@ -32,6 +37,14 @@ PACKED = (".gz", ".zst")
 
 class Cell(str):
     """The text of a CSV cell; numbers and booleans are text there."""
+
+
+class Loose(dict[str, Any]):
+    """A row of JSON with NaN or an infinity, which JSON has not; `columns` are those that hold one."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        super().__init__(row)
+        self.columns = {name for name, value in row.items() if has_constant(value)}
 
 
 class RowError(ValueError):
@@ -49,7 +62,7 @@ def file_rows(path: Path) -> Iterator[PlacedRow]:
             yield from _columnar(path, raw, start)
             return
         name = path.name.removesuffix(".gz").removesuffix(".zst")
-        with _unpacked(path, raw, start) as stream:
+        with unpacked(path, raw, start, _need) as stream:
             if name.endswith((".csv", ".tsv")):
                 yield from _csv(path, stream, tabs=name.endswith(".tsv"))
             else:
@@ -58,8 +71,8 @@ def file_rows(path: Path) -> Iterator[PlacedRow]:
 
 def text_lines(path: Path) -> Iterator[PlacedRow]:
     """Yield the non-blank lines of a text file, each with its place."""
-    with _opened(path) as (raw, start), _unpacked(path, raw, start) as stream:
-        for number, line in _lines(stream):
+    with _opened(path) as (raw, start), unpacked(path, raw, start, _need) as stream:
+        for number, line in _lines(path, stream, LONGEST):
             try:
                 yield f"{path} line {number}", line.decode("utf-8").strip()
             except UnicodeDecodeError as error:
@@ -95,58 +108,22 @@ def _refuse(path: Path, start: bytes) -> None:
         raise UserError(f"{path}: is a zip archive (or a spreadsheet); unpack it, or save it as CSV")
     if start.lstrip()[:1] == b"<":
         raise UserError(f"{path}: holds a web page, not data; download it again")
+    for magic, name, tool in ((b"\xfd7zXZ\0", "xz", "xz -d"), (b"BZh", "bzip2", "bzip2 -d")):
+        if start.startswith(magic):
+            raise UserError(f"{path}: is compressed by {name}; unpack it: {command(*tool.split(), str(path))}")
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path}: is UTF-16; save it as UTF-8")
 
 
-class _Zstandard(io.RawIOBase):
-    """Decompresses a .zst file and raises OSError if it is truncated; zstandard's own reader does not."""
-
-    def __init__(self, zstandard: Any, raw: IO[bytes]) -> None:
-        self.zstandard, self.raw = zstandard, raw
-        self.frame: Any = None
-        self.left = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self.left:
-            packed = (self.frame.unused_data if self.frame and self.frame.eof else b"") or self.raw.read(2**17)
-            if not packed:
-                if self.frame and not self.frame.eof:
-                    raise EOFError("the compressed file is truncated")
-                return 0
-            if self.frame is None or self.frame.eof:
-                self.frame = self.zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self.left = self.frame.decompress(packed)
-            except self.zstandard.ZstdError as error:
-                raise OSError(str(error)) from None
-        size = min(len(buffer), len(self.left))
-        buffer[:size], self.left = self.left[:size], self.left[size:]
-        return size
-
-
-@contextlib.contextmanager
-def _unpacked(path: Path, raw: IO[bytes], start: bytes) -> Iterator[IO[bytes]]:
-    """Open the content of a compressed file, recognised by its first bytes whatever its name."""
-    if start.startswith(b"\x1f\x8b"):
-        with gzip.open(raw) as stream:
-            yield io.BufferedReader(stream)
-    elif start.startswith(b"\x28\xb5\x2f\xfd"):
-        yield io.BufferedReader(_Zstandard(_need("zstandard", path), raw))
-    else:
-        yield raw
-
-
-def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, stream: IO[bytes], longest: int) -> Iterator[tuple[int, bytes]]:
     """Yield the non-blank lines with their numbers; a line ends at a line feed, a carriage return, or both.
 
     Neither occurs inside a JSON string. U+2028 and the like may, and do not end a line.
     """
     number = 0
-    for line in stream:
+    while line := stream.readline(longest + 1):
+        if len(line) > longest:
+            raise _too_long(path, number + 1)
         for part in line.removesuffix(b"\n").removesuffix(b"\r").split(b"\r"):
             number += 1
             if number == 1:
@@ -155,16 +132,24 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
                 yield number, part
 
 
+def _too_long(path: Path, number: int) -> UserError:
+    return UserError(
+        f"{path} line {number}: longer than {LONGEST >> 20} MB; expected one row a line (JSON Lines), a JSON array "
+        "[...] or a table (.csv, .parquet)"
+    )
+
+
 def _json(path: Path, stream: IO[bytes]) -> Iterator[PlacedRow]:
-    lines = _lines(stream)
+    array = stream.peek(200).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["  # type: ignore[attr-defined]
+    lines = _lines(path, stream, LARGEST_ARRAY if array else LONGEST)
     head = list(itertools.islice(lines, 2))
     start = head[0][1].lstrip() if head else b""
     if start[:1] == b"[" or len(head) == 1 or start.rstrip() in (b"{", b'{"'):
         # The whole file may be one value: an array of rows, or an object that holds one.
-        whole = b"\n".join(line for _, line in itertools.chain(head, lines))
+        whole = _whole(path, itertools.chain(head, lines))
         rows = _array(path, whole)
         if rows is not None:
-            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
+            yield from ((f"{path} row {number}", _marked(row, whole)) for number, row in enumerate(rows, 1))
             return
         if len(head) > 1:
             raise UserError(
@@ -175,11 +160,25 @@ def _json(path: Path, stream: IO[bytes]) -> Iterator[PlacedRow]:
         yield f"{path} line {number}", _parse(line)
 
 
+def _whole(path: Path, lines: Iterable[tuple[int, bytes]]) -> bytes:
+    """Return a file's lines joined."""
+    found, size = [], 0
+    for _, line in lines:
+        found.append(line)
+        size += len(line)
+        if size > LARGEST_ARRAY:
+            raise UserError(
+                f"{path}: a JSON array of more than {LARGEST_ARRAY >> 30} GB, which is read whole; write one row a line: "
+                f"jq -c '.[]' FILE > rows.jsonl"
+            )
+    return b"\n".join(found)
+
+
 def _array(path: Path, text: bytes) -> list[Any] | None:
     """Return the rows of a JSON array, or of an object that holds only a list of rows; None for anything else."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         if text.lstrip()[:1] == b"[":
             raise UserError(f"{path}: not a valid JSON array ({first_line(error)})") from None
         return None
@@ -192,7 +191,7 @@ def _array(path: Path, text: bytes) -> list[Any] | None:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return _marked(parse_json(line), line)
     except UnicodeDecodeError as error:
         return _not_utf8(error)
     except json.JSONDecodeError as error:
@@ -206,13 +205,19 @@ def _parse(line: bytes) -> Any:
             f"not valid JSON ({error.msg} at column {error.colno}); expected one JSON object per line, or one JSON "
             f"array{hint}",
         )
-    except (ValueError, RecursionError) as error:  # integers of thousands of digits, nesting of thousands of levels
+    except JSONError as error:
         return RowError("not JSON", f"not usable JSON ({error})")
+
+
+def _marked(row: Any, text: bytes) -> Any:
+    """Return a row, as `Loose` if it holds what JSON has not; `text` holds its own."""
+    may = isinstance(row, dict) and (b"NaN" in text or b"Infinity" in text)
+    return loose if may and (loose := Loose(row)).columns else row
 
 
 def _csv(path: Path, stream: IO[bytes], tabs: bool) -> Iterator[PlacedRow]:
     """Read a table with a header."""
-    csv.field_size_limit(2**31 - 1)  # the default is 128 KiB, too small for long responses
+    csv.field_size_limit(LONGEST)  # the default is 128 KiB, too small for long responses
     lines = _decoded(path, stream)
     header = next(lines, "")
     delimiter = "\t" if tabs else max(",;\t", key=header.count)  # many European spreadsheets write semicolons
@@ -233,7 +238,9 @@ def _csv(path: Path, stream: IO[bytes], tabs: bool) -> Iterator[PlacedRow]:
 
 
 def _decoded(path: Path, stream: IO[bytes]) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST + 1), b""), 1):
+        if len(line) > LONGEST:
+            raise _too_long(path, number)
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -242,21 +249,28 @@ def _decoded(path: Path, stream: IO[bytes]) -> Iterator[str]:
 
 def _columnar(path: Path, raw: IO[bytes], start: bytes) -> Iterator[PlacedRow]:
     pyarrow = _need("pyarrow", path)
+    number, size = 0, os.fstat(raw.fileno()).st_size
     try:
         if start[:4] == b"PAR1":
-            batches = importlib.import_module("pyarrow.parquet").ParquetFile(raw).iter_batches(1000)
+            file = importlib.import_module("pyarrow.parquet").ParquetFile(raw)
+            groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
+            batches = file.iter_batches(1000)
         elif start[:6] == b"ARROW1":
-            file = pyarrow.ipc.open_file(raw)
+            file, groups = pyarrow.ipc.open_file(raw), []
             batches = (file.get_batch(i) for i in range(file.num_record_batches))
         else:
-            batches = pyarrow.ipc.open_stream(raw)
-        number = 0
+            groups, batches = [], pyarrow.ipc.open_stream(raw)
+        refuse_unpacked(path, sum(groups), size)
         for batch in batches:
+            batch.validate(full=True)  # an offset beyond the end would read other memory
+            refuse_unpacked(path, batch.nbytes, size)
+            if number + batch.num_rows > max(size, LARGE):
+                raise UserError(f"{path}: says that it has {number + batch.num_rows:,} rows in {size:,} bytes; it is damaged")
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", without_added(row)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: cannot be read behind row {number} ({first_line(error)})") from None
 
 
 def _need(module: str, path: Path) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from lite_dil.base.errors import did_you_mean
+from lite_dil.base.strict_json import parse_json
 from lite_dil.data.blocks import REASONING
 from lite_dil.data.files import RowError
 
@@ -87,7 +87,7 @@ def read_tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools)
         except ValueError as error:
             raise RowError("tools", f"field 'tools' is not valid JSON ({error})") from None
     if not tools:
@@ -157,7 +157,7 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
 def _call_arguments(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else {}
+            value = parse_json(value) if value.strip() else {}
         except ValueError as error:
             raise RowError("tools", f"{where} is not valid JSON ({error}); expected an object, or its JSON text") from None
     if value is not None and not isinstance(value, dict):
@@ -172,7 +172,7 @@ def _spoken(value: Mapping[str, Any], where: str) -> Message:
     speaker, text = value["from"], read_text(value["value"], f"{where}.value")
     if speaker == "function_call":
         try:
-            calls = json.loads(text)
+            calls = parse_json(text)
         except ValueError as error:
             raise RowError("tools", f"{where}.value is not valid JSON ({error}); expected name and arguments") from None
         calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
@@ -205,5 +205,7 @@ def kind_of(value: Any) -> str:
         return f"an empty {'list' if isinstance(value, list) else 'object'}"
     if isinstance(value, str):  # a CSV file's texts are of a type of their own
         return "text"
-    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    if isinstance(value, float):  # NaN of a JSON file has a type of its own too
+        return "a number"
+    names = {bool: "a boolean", int: "a number", list: "a list", dict: "an object"}
     return names.get(type(value), type(value).__name__)

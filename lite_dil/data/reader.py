@@ -14,7 +14,7 @@ from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.data.columns import Columns, Recorded, learn, rejected_of, tidy
 from lite_dil.data.compared import BETTER
 from lite_dil.data.draft import Draft, Tie
-from lite_dil.data.files import RowError
+from lite_dil.data.files import Loose, RowError
 from lite_dil.data.formats import FORMATS, ROW_FIELDS, detect, format_of, prompts_only, read
 from lite_dil.data.messages import Completion, Message
 from lite_dil.data.rows import DATA, Rows
@@ -125,9 +125,11 @@ class Reader:
             try:
                 if isinstance(value, RowError):
                     raise value
-                value = self._recorded(tidy(value, self.columns, self._about), number < LOOKED_AT)
+                loose = self._loose(value)
+                value = self._recorded(tidy(value, self.columns, self._about), number < LOOKED_AT or bool(loose))
                 row = self._row(value, place)
                 self._note(value)
+                self._refuse_loose(value, loose, row.form)
             except Tie as tie:
                 self.notes[str(tie)] += 1
                 continue
@@ -136,6 +138,22 @@ class Reader:
                 self.problems.append(Problem(error.kind, place, str(error)))
                 continue
             yield row
+
+    def _loose(self, row: Any) -> set[str]:
+        """Return the fields, or columns, of a JSON row that hold NaN or an infinity."""
+        if not isinstance(row, Loose):
+            return set()
+        return {field for field, column in self.columns.items() if column in row.columns} | row.columns
+
+    def _refuse_loose(self, row: Any, loose: set[str], form: str) -> None:
+        """Raise RowError if a column that was read holds NaN or an infinity; note it of others."""
+        # Without a label the row was taken for one that has none.
+        if loose and (read := sorted(loose & (row.taken | ({"label"} if form == "demonstrations" else set())))):
+            raise RowError(
+                "not JSON", f"field {read[0]!r} holds NaN or Infinity, which is not JSON; expected a number, or null for none"
+            )
+        if loose:
+            self.notes["NaN or Infinity in columns that are not read"] += 1
 
     def _recorded(self, row: Any, first: bool) -> Any:
         """Return a row that notes which of its columns are read, if it is one of the first or has a column that they lack."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
-from lite_dil.base.errors import first_line
+from lite_dil.base.errors import UserError, first_line
 from lite_dil.data.blocks import MARKS, REASONING, pieces
 from lite_dil.data.files import RowError
 from lite_dil.data.messages import Completion, Message
@@ -184,7 +184,9 @@ class Rendering:
 
     def lay_out(self, messages: list[Message], tools: Tools, add_generation_prompt: bool, arguments: Arguments = None) -> str:
         """Return messages as the chat template renders them. Raises RowError if it refuses them."""
-        from jinja2 import TemplateError
+        from transformers import PreTrainedTokenizerBase
+
+        from lite_dil.data import templates
 
         if not self.chats:
             raise RowError(
@@ -193,19 +195,16 @@ class Rendering:
                 "responses as plain text",
             )
 
+        tokenizer, given = self.tokenizer, {**self.arguments, **(arguments or {})}
+        given |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
+
         def render(messages: list[Message]) -> str:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                chat_template=template,
-                **{**self.arguments, **(arguments or {})},
-            )
-            return str(text)
+            if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:  # code of its own
+                return str(tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **given))
+            return templates.render(template, messages, {**tokenizer.special_tokens_map, **given})
 
         try:
-            template = self.tokenizer.get_chat_template(tools=tools)  # of several named ones, as transformers takes them
+            template = tokenizer.get_chat_template(tools=tools)  # of several named ones, as transformers takes them
             messages = [_with_reasoning(message, template) for message in messages]
             template = FIXED_DATE + template if "strftime_now" in template else template
             calls = list(_arguments_of_calls(messages))
@@ -218,8 +217,14 @@ class Rendering:
             if any(value and str(value) in text for value in calls):  # Python's spelling, as of a template for text
                 return render(_with_text_arguments(messages))
             return text
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise RowError("chat template", f"the model's chat template refuses these messages: {first_line(error)}") from None
+        except templates.REFUSALS as error:
+            why = first_line(error)[:500]
+            raise RowError("chat template", f"the model's chat template refuses these messages: {why}") from None
+        except templates.TemplateCosts as error:
+            raise UserError(
+                f"{tokenizer.name_or_path or 'the model'}: its chat template{error}, for one conversation; correct "
+                "chat_template.jinja (or tokenizer_config.json) there, or take another model"
+            ) from None
 
     def _ending(self, arguments: Arguments) -> str | None:
         """Return what the template prints behind a plain response, or None if it does not take one by itself."""

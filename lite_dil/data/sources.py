@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.install import install
+from lite_dil.base.strict_json import parse_json
 from lite_dil.data.arrow import without_added
 from lite_dil.data.files import COLUMNAR, PACKED, TEXT, PlacedRow, file_rows
 from lite_dil.data.rows import is_rows_name
@@ -95,7 +95,7 @@ def _folder(folder: Path, split: str, named: bool) -> Iterator[PlacedRow]:
         folder = folder / split
     if (folder / "state.json").is_file():
         try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            state = parse_json((folder / "state.json").read_text(encoding="utf-8"))
             files = [folder / entry["filename"] for entry in state["_data_files"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'state.json'}: not written by the datasets package ({first_line(error)})") from None

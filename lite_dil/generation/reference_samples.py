@@ -5,7 +5,6 @@ DIL's derivation assumes that rejected responses are drawn from pi_ref. Those of
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from lite_dil.base.hashing import digest
 from lite_dil.base.jsonl import JSONLines
 from lite_dil.base.signals import StopSignal
 from lite_dil.base.signs import CHOSEN, REJECTED
+from lite_dil.base.strict_json import parse_json
 from lite_dil.batching.options import DrawOptions, ResolvedSchedule
 from lite_dil.batching.schedule import Schedule, row_tokens
 from lite_dil.data.encoder import Encoder, Example, continuation_text
@@ -164,7 +164,7 @@ class SampleFile:
         by_key = {draw.key: draw for draw in wanted}
         for line in self.file.lines:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 key, whole = mark_of(row, "key")
                 ids, draw = tuple(row["rejected_ids"]), by_key.get(key)  # None: a longer run, or other settings
                 # Ids that do not match the text were damaged, or the text was edited; the ids are what is trained on.

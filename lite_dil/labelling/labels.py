@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.jsonl import JSONLines
+from lite_dil.base.strict_json import parse_json
 from lite_dil.data.formats import read
 from lite_dil.data.messages import Completion, Message
 from lite_dil.data.prompts import Prompt, key_of
@@ -144,7 +144,7 @@ def _rows(file: JSONLines, format: str) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(file.lines, 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
             read(rows[-1], format)
         except (ValueError, RecursionError) as error:  # not JSON, or a RowError
             raise UserError(f"{file.path} line {number}: {error}; fix the line, remove it, or give another --output") from None

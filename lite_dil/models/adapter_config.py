@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError
+from lite_dil.base.strict_json import parse_json
 
 _MOST = 65536  # of a rank
 _LARGEST = 1e30  # of a scale, so that a product with weights of ordinary size stays finite in float32
@@ -56,7 +56,7 @@ def read_config(folder: Path) -> AdapterConfig:
     """
     where = f"adapter {folder}: adapter_config.json"
     try:
-        content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        content = parse_json((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"adapter {folder}: no adapter_config.json there; give a folder that holds an adapter") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import make_folder, replace_file
 from lite_dil.base.hashing import blake2, blake2_and_sha256, file_pieces
+from lite_dil.base.strict_json import parse_json
 from lite_dil.models.find import model_folder
 from lite_dil.models.model_config import read_config
 from lite_dil.models.options import AdapterOptions
@@ -63,7 +64,7 @@ def _hash(folder: Path, memo: Path | None, patterns: tuple[str, ...], portable: 
     remembered: dict[str, Any] = {}
     if memo:
         with suppress(OSError, ValueError, TypeError, RecursionError):
-            remembered = dict(json.loads((memo / "files.json").read_text(encoding="utf-8")))
+            remembered = dict(parse_json((memo / "files.json").read_text(encoding="utf-8")))
     names = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not any(path.suffix != ".json" for path in names):
         raise UserError(f"{folder}: no weights there (*.safetensors, *.bin or *.gguf) to tell this model from others by")

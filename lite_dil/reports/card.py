@@ -124,13 +124,19 @@ def _front_matter(kind: str, base: dict[str, Any], options: dict[str, Any]) -> s
 def _license(model: str) -> dict[str, str]:
     """Return the licence fields of the base model's own card, as far as available."""
     import yaml
-    from huggingface_hub import HfApi, metadata_load
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
+
+    from lite_dil.base.yaml_file import LARGEST, parse_yaml
 
     card: dict[str, Any] = {}
     try:
         if (readme := Path(model) / "README.md").is_file():
-            card = metadata_load(readme) or {}
+            with readme.open("rb") as file:
+                start = file.read(LARGEST).decode("utf-8", "replace")
+            if head := re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", start, re.S):
+                content = parse_yaml(head[1])
+                card = content if isinstance(content, dict) else {}
         elif is_hub_id(model):
             found = HfApi().model_info(model, timeout=10).card_data
             card = found.to_dict() if found else {}

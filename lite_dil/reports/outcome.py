@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from lite_dil.base.checked import with_digest, without_digest
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import replace_file
 from lite_dil.base.formats import RUN, check_format
+from lite_dil.base.strict_json import parse_json
 from lite_dil.config.train_config import flag
 from lite_dil.data.overlap import Overlap
 from lite_dil.objectives.own import shown
@@ -96,7 +96,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """Read a run's report.json. Raises UserError if it cannot be read or is not what the run wrote."""
     path = folder / FACTS
     try:
-        facts = without_digest(json.loads(path.read_text(encoding="utf-8")))
+        facts = without_digest(parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     check_format(facts, RUN, folder)

@@ -15,6 +15,7 @@ from lite_dil.base.checked import with_digest, without_digest
 from lite_dil.base.display import unheard
 from lite_dil.base.errors import first_line
 from lite_dil.base.files import replace_file
+from lite_dil.base.strict_json import parse_json
 
 PAIRS = "held_out_pairs.json"
 WORST = 10  # pairs whose texts are kept
@@ -83,7 +84,7 @@ def read_pairs(path: Path, say: Callable[[str], None] = unheard) -> HeldOutPairs
     if not path.exists():
         return None
     try:
-        content = without_digest(json.loads(path.read_text(encoding="utf-8")))
+        content = without_digest(parse_json(path.read_text(encoding="utf-8")))
         return HeldOutPairs(**content | {"wrong": [WrongPair(**pair) for pair in content["wrong"]]})
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         say(f"{path} is damaged ({first_line(error)}); the held-out pairs one by one are left out")

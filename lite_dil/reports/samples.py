@@ -22,6 +22,7 @@ from lite_dil.base.hashing import digest
 from lite_dil.base.observer import Event, Observer
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.base.streams import named
+from lite_dil.base.strict_json import parse_json
 from lite_dil.base.text import count
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import DataSet
@@ -241,7 +242,7 @@ def read_samples(path: Path, say: Callable[[str], None] = unheard) -> list[Sampl
     samples, bad = [], 0
     for text in path.read_bytes().splitlines():
         try:
-            samples.append(Sample(**without_digest(json.loads(text))))
+            samples.append(Sample(**without_digest(parse_json(text))))
         except (ValueError, TypeError, RecursionError):
             bad += 1
     if bad or not samples:

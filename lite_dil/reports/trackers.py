@@ -16,6 +16,7 @@ from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import replace_file
 from lite_dil.base.install import install
 from lite_dil.base.observer import Event, Observer
+from lite_dil.base.strict_json import parse_json
 from lite_dil.config.train_config import ResolvedConfig, tracker_names
 
 PROJECT = "lite-dil"
@@ -219,7 +220,7 @@ def _errors(name: str) -> tuple[type[Exception], ...]:
 def _read_ids(path: Path, say: Callable[[str], None]) -> dict[str, str]:
     """Return the identifiers that a run has in its trackers, by tracker; none, which `say` is told, if the file is damaged."""
     try:
-        return without_digest(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        return without_digest(parse_json(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (OSError, ValueError, RecursionError) as error:
         say(f"{path} is damaged ({first_line(error)}); the trackers begin new runs")
         return {}

@@ -29,6 +29,7 @@ from lite_dil.base.files import (
 from lite_dil.base.formats import KEY, RUN
 from lite_dil.base.hashing import sha256
 from lite_dil.base.lock import Lock
+from lite_dil.base.strict_json import parse_json
 from lite_dil.data.reader import Problem
 from lite_dil.runs.metrics_lines import parse_lines
 from lite_dil.runs.options_file import OPTIONS_FILE, Edited, read_options, text_of
@@ -318,7 +319,7 @@ def recorded_with(adapter: Path) -> dict[str, Any]:
 def _format(checkpoint: Path) -> int:
     """Return the format of a checkpoint's progress.json; the latest if it cannot be read."""
     try:
-        return int(json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")).get(KEY, 1))
+        return int(parse_json((checkpoint / "progress.json").read_text(encoding="utf-8")).get(KEY, 1))
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return RUN
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
+
+from lite_dil.base.strict_json import parse_json
 
 
 def parse_line(text: str | bytes) -> dict[str, Any] | None:
     """Return a line's figures by name, with None for those that were not finite; None if the line is damaged."""
     try:
-        line = json.loads(text)
+        line = parse_json(text)
         line["step"] = int(line["step"])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None

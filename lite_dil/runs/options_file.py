@@ -32,14 +32,16 @@ def read_options(folder: Path) -> dict[str, Any]:
     """
     import yaml
 
+    from lite_dil.base.yaml_file import read_yaml_file
+
     path = folder / OPTIONS_FILE
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml_file(path)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except (yaml.YAMLError, RecursionError):
+    except yaml.YAMLError:
         raise UserError(f"{path} is not valid YAML") from None
     if not isinstance(content, dict) or not isinstance(content.get("loss"), str):
         raise UserError(f"{path} does not hold a run's options")

@@ -11,6 +11,7 @@ from typing import Any
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import write
 from lite_dil.base.formats import KEY, RUN, check_format
+from lite_dil.base.strict_json import parse_json
 
 _NAME = "progress.json"
 
@@ -50,7 +51,7 @@ def read_progress(checkpoint: Path) -> Progress:
     """Read a checkpoint's progress.json. Raises UserError if it cannot be read, or has a field of a wrong type."""
     path = checkpoint / _NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     if not isinstance(content, dict):

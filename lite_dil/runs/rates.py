@@ -14,6 +14,7 @@ from lite_dil.base.checked import with_digest, without_digest
 from lite_dil.base.disk import DiskFailed, failing
 from lite_dil.base.files import make_folder, replace_file
 from lite_dil.base.observer import Event, Observer
+from lite_dil.base.strict_json import parse_json
 from lite_dil.models.find import cache_dir
 
 LEAST = 5  # steps after the first, which compiles
@@ -121,7 +122,7 @@ def _path() -> Path:
 def _read() -> list[Rate]:
     """Return the rates, the oldest first; none if there is no such file, if another version wrote it, or if it is damaged."""
     try:
-        found = map(without_digest, json.loads(_path().read_text(encoding="utf-8")))
+        found = map(without_digest, parse_json(_path().read_text(encoding="utf-8")))
         return [Rate(Setting(**entry.pop("setting")), **entry) for entry in found]
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return []

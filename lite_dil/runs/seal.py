@@ -12,6 +12,7 @@ from lite_dil.base.checked import with_digest, without_digest
 from lite_dil.base.files import write
 from lite_dil.base.formats import KEY, SEAL
 from lite_dil.base.hashing import file_pieces, sha256
+from lite_dil.base.strict_json import parse_json
 
 DIGESTS = "digests.json"
 
@@ -60,7 +61,7 @@ def _content(folder: Path) -> dict[str, Any] | None:
     if not (folder / DIGESTS).exists():
         return None
     try:
-        found = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        found = parse_json((folder / DIGESTS).read_text(encoding="utf-8"))
         return without_digest({name: found[name] for name in ("options", "files", checked.DIGEST)})
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{DIGESTS}: {error if type(error) is ValueError else 'it cannot be read'}") from None

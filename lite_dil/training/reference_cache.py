@@ -15,6 +15,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.files import append, appending, make_folder, write
 from lite_dil.base.formats import CACHE, KEY, check_format
 from lite_dil.base.hashing import blake2
+from lite_dil.base.strict_json import parse_json
 from lite_dil.batching.batch import Batch
 from lite_dil.models.find import cache_dir
 from lite_dil.models.fingerprint import reference_key
@@ -121,7 +122,7 @@ def cache_folder(options: ReferenceOptions) -> Path:
 def _describe(path: Path, key: dict[str, str]) -> None:
     """Write a description and the format next to a cache file; raise UserError if a newer version wrote it."""
     try:
-        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        content = dict(parse_json(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):  # missing or damaged
         write(path, json.dumps({KEY: CACHE, **key}, indent=2) + "\n")
     else:

@@ -10,6 +10,7 @@ from typing import Any
 from lite_dil.base.checked import with_digest, without_digest
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import make_folder, replace_file
+from lite_dil.base.strict_json import parse_json
 
 RESULT = "result.json"  # marks a finished run: trained and measured, or diverged
 REFERENCE_FILE, ANSWERS_FILE = "reference.json", "samples.jsonl"
@@ -24,7 +25,7 @@ def write_measured(path: Path, content: Mapping[str, Any]) -> None:
 def read_measured(path: Path, **of: Any) -> dict[str, Any]:
     """Read one of these files. Raises UserError if it is damaged, or if the fields `of` are others than they should be."""
     try:
-        content = without_digest(json.loads(path.read_text(encoding="utf-8")))
+        content = without_digest(parse_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, first_line(error)) from None
     for name, value in of.items():
@@ -45,7 +46,7 @@ def read_answers(path: Path, seed: int, number: int | None = None) -> list[Answe
     Raises UserError if it is damaged, or if it has another `number` of answers.
     """
     try:
-        answers = [without_digest(json.loads(line)) for line in path.read_bytes().splitlines()]
+        answers = [without_digest(parse_json(line)) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, first_line(error)) from None
     if number is not None and len(answers) != number:

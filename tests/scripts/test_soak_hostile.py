@@ -1,0 +1,54 @@
+"""The short form of make soak's hostile input, and that its watch sees what it looks for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lite_dil.base.errors import UserError
+
+if os.name != "posix":
+    pytest.skip("signals and audit of paths as POSIX has them", allow_module_level=True)
+
+from soak import hostile_watch
+from soak.part_hostile import rows
+
+
+def refuse() -> int:
+    raise UserError("no")
+
+
+@pytest.mark.parametrize(
+    ("case", "harm"),
+    [
+        (lambda: subprocess.run([sys.executable, "-c", ""], check=True), "subprocess.Popen"),
+        (lambda: Path("/tmp/lite-dil-written-outside").write_text(""), "wrote '/tmp/lite-dil-written-outside'"),
+        (lambda: print("\x1b[31m"), "printed '\\x1b'"),
+        (lambda: time.sleep(60), "took more than"),
+        (lambda: [sum(range(10**6)) for _ in range(10**6)], "took more than"),
+    ],
+)
+def test_the_watch_sees(case: Callable[[], object], harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostile_watch, "SECONDS", 0.05)
+    with pytest.raises(hostile_watch.Harm) as raised:
+        hostile_watch.watched(case, tmp_path)
+    assert harm in str(raised.value)
+
+
+def test_what_is_right_is_not_called_harm(tmp_path: Path) -> None:
+    assert hostile_watch.watched(lambda: (tmp_path / "a").write_text(""), tmp_path) == "taken"
+    assert hostile_watch.watched(refuse, tmp_path) == "refused"
+    with pytest.raises(KeyError):
+        hostile_watch.watched(lambda: {}["a"], tmp_path)
+
+
+def test_hostile_input_is_taken_or_refused(tmp_path: Path) -> None:
+    found = list(rows(tmp_path / "hostile", short=True))
+    assert [(row.what, row.failures) for row in found if not row.ok] == []
+    assert len(found) == 10 and all(set(row.outcomes) <= {"taken", "refused"} for row in found)
