@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -85,8 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     0; 1 if training diverged or a plan does not fit; 2 for user errors; 130 if stopped.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe that is not UTF-8 shows escapes
-            stream.reconfigure(errors="backslashreplace")
+        if reconfigure := getattr(stream, "reconfigure", None):  # a terminal or pipe that is not UTF-8 shows escapes
+            reconfigure(errors="backslashreplace")
     try:
         with failing():
             code = _run(sys.argv[1:] if argv is None else argv)
