@@ -199,7 +199,7 @@ def _run(argv: list[str]) -> int:
     trained = train(config, display, resume, fixed, given=Given(loss=args.own_loss, accept_changes=args.accept_changes))
     if name == "demo" and not trained.stopped:
         show(trained, display)
-    for line in [] if trained.stopped else next_steps.lines(trained.folder):
+    for line in [] if trained.stopped else next_steps.lines(trained.folder, config):
         display.say(line)
     return 130 if trained.stopped else 0
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lite_dil.base.files import replace_file
+from lite_dil.base.shares import standard_error
 
 PAIRS = "held_out_pairs.json"
 WORST = 10  # pairs whose texts are kept
@@ -107,7 +108,7 @@ class Share(NamedTuple):
     @property
     def error(self) -> float:
         """The accuracy's standard error."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.pairs)
+        return standard_error(self.accuracy, self.pairs)
 
 
 def by_length(pairs: HeldOutPairs) -> list[Share]:
