@@ -16,9 +16,12 @@ from conftest import write_pairs
 from hub_server import Echo, serve
 
 import lite_dil as dil
+from lite_dil.api.telling import Logged
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.html import text
 from lite_dil.base.redaction import redacted
 from lite_dil.cli.main import main
+from lite_dil.cli.progress import Terminal
 
 ODD = "not-of-the-usual-form"
 USUAL = "hf_" + "aBcDeFgHiJ" * 3
@@ -151,13 +154,15 @@ def test_tracebacks_and_what_libraries_print() -> None:
         assert text in done.stderr, done.stderr
 
 
-def test_what_is_logged_for_programs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from lite_dil.api.telling import Logged
-
+def test_what_displays_say(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("HF_TOKEN", ODD)
     with caplog.at_level("INFO", "lite_dil"):
         Logged().say(f"the hub says {ODD}")
-    assert caplog.messages == ["the hub says ***"]
+    Terminal().say(f"the hub says {ODD}")
+    assert [*caplog.messages, capsys.readouterr().out] == ["the hub says ***", "the hub says ***\n"]
+    assert text(f"the hub says {ODD}") == "the hub says ***", "in a notebook"
 
 
 def test_a_run_keeps_none(
