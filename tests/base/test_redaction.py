@@ -17,8 +17,8 @@ from hub_server import Echo, serve
 
 import lite_dil as dil
 from lite_dil.api.telling import Logged
+from lite_dil.base import html
 from lite_dil.base.errors import UserError, first_line
-from lite_dil.base.html import text
 from lite_dil.base.redaction import redacted
 from lite_dil.cli.main import main
 from lite_dil.cli.progress import Terminal
@@ -162,7 +162,7 @@ def test_what_displays_say(
         Logged().say(f"the hub says {ODD}")
     Terminal().say(f"the hub says {ODD}")
     assert [*caplog.messages, capsys.readouterr().out] == ["the hub says ***", "the hub says ***\n"]
-    assert text(f"the hub says {ODD}") == "the hub says ***", "in a notebook"
+    assert html.text(f"the hub says {ODD}") == "the hub says ***", "in a notebook"
 
 
 def test_a_run_keeps_none(

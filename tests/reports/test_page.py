@@ -277,7 +277,7 @@ def test_several_rejected_answers_a_prompt_are_not_more_prompts(tmp_path: Path) 
     record = read_record(tmp_path)
     assert record.accuracy is None  # the file has none of demonstrations
     make_run(tmp_path, sample_rejected=4)
-    assert read_record(tmp_path).accuracy == pytest.approx((0.9, math.sqrt(0.9 * 0.1 / 100), 400))
+    assert read_record(tmp_path).accuracy == pytest.approx((0.9, math.sqrt(100 * 0.9 * 0.1 + 0.25) / 101, 400))
     assert "400 held-out pairs" in outcome(read_record(tmp_path))
 
 
