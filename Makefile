@@ -2,6 +2,7 @@
 # make test    run the tests
 # make check   lint, types and tests: what CI runs
 # make soak    kills, power cuts, damage and hostile input by the hundred, under an hour; docs/reliability.md has its table
+# make audit   look for known vulnerabilities of the installed packages, before a release; needs the network
 # make rehearse-cuda   the CUDA backend on a stand-in GPU, without one (5 GB of installation, then up to 25 minutes)
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 BACKEND := $(if $(findstring Darwin arm64,$(shell uname -sm)),mlx,cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint soak rehearse-cuda clean
+.PHONY: demo test check lint soak audit rehearse-cuda clean
 
 demo: $(VENV)/demo
 	$(BIN)/lite-dil demo
@@ -32,11 +33,16 @@ lint: $(VENV)/dev
 soak: $(VENV)/dev
 	$(BIN)/python scripts/soak
 
+# Of exact versions, without what torch's own index adds to them (+cpu). --strict: a package that could not be asked about fails.
+audit: $(VENV)/dev .venv-audit/ready
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[^ ]*//' > .venv-audit/installed.txt
+	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement .venv-audit/installed.txt
+
 rehearse-cuda: .venv-cuda/ready
 	.venv-cuda/bin/python scripts/rehearse_cuda
 
 clean:
-	rm -rf $(VENV) .typed build dist *.egg-info
+	rm -rf $(VENV) .venv-audit .typed build dist *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +55,11 @@ $(VENV)/demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/dev: $(VENV)/demo
 	$(PIP) -e ".[cpu,mlx,dev]"
+	touch $@
+
+.venv-audit/ready:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
 	touch $@
 
 .venv-cuda/ready: pyproject.toml scripts/rehearse_cuda/constraints.txt

@@ -112,7 +112,7 @@ def load(
     Args:
         adapter: the policy's adapter; None makes the bare base the policy.
         training: options for training; None loads it for inference, without what only training needs.
-        say: shows a line to the user before slow work without progress; MLX has none.
+        say: shows a line to the user: what `import_library` remarks, and slow work without progress.
         in_files: on a CPU leave full weights in the model's files, from which each pass reads them: slower, in little memory.
 
     Raises UserError if the model or the adapter cannot be loaded, or is damaged.
@@ -120,7 +120,8 @@ def load(
     if adapter is not None and adapter.init_adapter:
         recorded_with(Path(adapter.init_adapter))
     prepare(name, options, training)
-    import_library(name)
+    if (remark := import_library(name)) and say is not None:
+        say(remark)
     if name == "mlx":
         from lite_dil.backends.mlx.backend import MLXBackend
 

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import TextIO, cast
 
 
 def main() -> int:
@@ -14,7 +15,11 @@ def main() -> int:
     # A program that was started in the background may have to ignore Ctrl-C.
     heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     _at_ctrl_c(_leave, heard)
+    from lite_dil.base.redaction import Redacted
     from lite_dil.cli.main import main as run
+
+    if sys.stderr is not None:
+        sys.stderr = cast(TextIO, Redacted(sys.stderr))  # of libraries' messages and of tracebacks too
 
     _at_ctrl_c(signal.default_int_handler, heard)
     try:

@@ -31,7 +31,7 @@ def main() -> int:
     args = parser.parse_args()
 
     rows = [json.loads(line) for line in args.questions.read_text(encoding="utf-8").splitlines()]
-    random.Random(args.seed).shuffle(rows)
+    random.Random(args.seed).shuffle(rows)  # noqa: S311 - an order of questions, not a secret
     with tempfile.TemporaryDirectory() as folder:
         asked, answers = Path(folder, "questions.jsonl"), Path(folder, "answers.jsonl")
         messages = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]

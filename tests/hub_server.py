@@ -96,6 +96,22 @@ class Busy(Hub):
             super().do_HEAD()
 
 
+class Echo(Hub):
+    """Refuses every request with `status`, and repeats the login, also kept in `seen`, in body and headers."""
+
+    status: int
+    seen: list[str]
+
+    def do_GET(self) -> None:
+        sent = str(self.headers["Authorization"])
+        self.seen.append(sent)
+        error = f"no access for {sent}"
+        self._send(self.status, json.dumps({"error": error}).encode(), {"X-Error-Message": error, "X-Request-Id": sent})
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+
 class WritableHub(Hub):
     """Takes uploads: what was committed is in `uploaded`, by repository and name; `seen` has every request's headers."""
 

@@ -15,7 +15,10 @@ from lite_dil.cli.main import main, parsers
 from lite_dil.config.options import add_flags, build, read_yaml
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
 BLOCKS = {path: re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M) for path, text in PAGES.items()}
 COMMANDS = [
     line.partition("  #")[0].strip()

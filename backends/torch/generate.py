@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
+from lite_dil.backends.probes import tolerance
 from lite_dil.backends.torch import out_of_memory
 from lite_dil.backends.types import Generated, Sampling, never
 
@@ -30,9 +32,19 @@ def generate(
 ) -> list[Generated]:
     """Continue the prompts in one batch of a transformers model; see `lite_dil.backends.protocol.Backend.generate`.
 
+    Without padding, for a model that reads it, only prompts of equal lengths go in one batch.
+
     Args:
         share: compute a repeated prompt only once.
     """
+    lengths = list(map(len, prompts))
+    if len(set(lengths)) > 1 and not ignores_padding(base, device):
+        found = dict[int, Generated]()
+        for length in set(lengths):  # without padding
+            at = [i for i, other in enumerate(lengths) if other == length]
+            some = [prompts[i] for i in at], max_new_tokens, end_ids, seeds and [seeds[i] for i in at]
+            found |= zip(at, generate(base, device, *some, sampling, stop, share), strict=True)
+        return [found[i] for i in range(len(prompts))]
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     rows = torch.LongTensor([place[tuple(prompt)] for prompt in prompts])
     longest = max(map(len, place))
@@ -56,6 +68,47 @@ def generate(
             **({} if cache is None else {"past_key_values": cache}),
         )
     return [Generated.of(row, end_ids) for row in out[:, longest:].tolist()]
+
+
+# By base model, so that it is tested once.
+_IGNORES: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def ignores_padding(base: Any, device: torch.device) -> bool:
+    """Return whether a prompt is continued the same in a left-padded batch, which is tested on a few tokens.
+
+    RecurrentGemma's convolution, for one, reads the padding. What the padding holds must change nothing, and the log-probs of
+    the next token must be those of the prompt by itself, which shows wrong positions.
+    """
+    if base not in _IGNORES:
+        draw = np.random.default_rng(0)
+        tokens = base.config.get_text_config().vocab_size
+        long, pads, short = (draw.integers(0, tokens, shape) for shape in ((1, 6), (2, 4), (1, 2)))
+        rows = np.concatenate([long, np.concatenate([pads, short.repeat(2, 0)], axis=1)])
+        mask = np.ones_like(rows)
+        mask[1:, :4] = 0
+        _, one, other = _next_logps(base, device, rows, mask)
+        (alone,) = _next_logps(base, device, short, mask[:1, :2])
+        limit = tolerance(str(base.dtype).removeprefix("torch."))
+        # Only rounding of batched experts may differ between the two rows.
+        _IGNORES[base] = bool(abs(one - other).max() < limit / 10 and abs(one - alone).max() < limit)
+    return _IGNORES[base]
+
+
+def _next_logps(base: Any, device: torch.device, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return the log-probs of all tokens after each row, (rows, vocabulary)."""
+    with _plain_settings(base):
+        out = base.generate(
+            input_ids=torch.from_numpy(ids).to(device),
+            attention_mask=torch.from_numpy(mask).to(device),
+            max_new_tokens=1,
+            do_sample=False,
+            use_cache=True,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    found: np.ndarray = out.logits[0].float().log_softmax(-1).cpu().numpy()
+    return found
 
 
 def _prefill(base: Any, ids: Tensor, mask: Tensor) -> DynamicCache | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 
 from lite_dil.base.display import Silent
+from lite_dil.base.redaction import redacted
 
 _LOGGER = logging.getLogger("lite_dil")
 
 
 def tell(text: str) -> None:
-    """Log a line at INFO."""
-    _LOGGER.info(text)
+    """Log a line at INFO, without secrets."""
+    _LOGGER.info(redacted(text))
 
 
 class Logged(Silent):

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
+from lite_dil.base.redaction import redacted
+
 
 class UserError(Exception):
-    """What is wrong, where, what was expected and how to fix it, for the person who typed the command."""
+    """What is wrong, where, what was expected and how to fix it, for the person who typed the command; without secrets."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(redacted(text))
 
 
 class OutOfMemory(UserError):
@@ -51,5 +56,5 @@ def gather(problems: list[str], heading: str, shown: int = 10) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text that is not empty, or the name of its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """Return the first line of an error's text that is not empty, without secrets, or the name of its type."""
+    return redacted(next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__))

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from lite_dil.base.redaction import redacted
 from lite_dil.base.text import printable
 
 
@@ -17,8 +18,8 @@ def clean(value: object) -> str:
 
 
 def text(value: object) -> str:
-    """Return anything as text that is safe in HTML, in an attribute too."""
-    return escape(clean(value), quote=True)
+    """Return anything as text that is safe in HTML, in an attribute too, and holds no secret."""
+    return escape(redacted(clean(value)), quote=True)
 
 
 def facts(title: str, rows: Mapping[str, object]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lite_dil.backends.types import Sampling
 from lite_dil.base.errors import UserError
+from lite_dil.base.shares import interval
 from lite_dil.base.text import count, printable
 from lite_dil.cli import adapter_flags, keyboard
 from lite_dil.cli.generate import add_common, check_counts
@@ -23,7 +24,8 @@ from lite_dil.data.prompts import Prompt
 from lite_dil.data.reader import same_text
 from lite_dil.generation import policy
 from lite_dil.generation.policy import AdapterSource
-from lite_dil.labelling.labels import Candidate, Labels, Mark, interval
+from lite_dil.labelling.labels import Candidate, Labels, Mark
+from lite_dil.models.options import trusting
 
 if TYPE_CHECKING:
     from lite_dil.cli.progress import Terminal
@@ -275,14 +277,14 @@ def _summary(labels: Labels, source: AdapterSource, against: str, args: argparse
     if against:
         won, met = labels.wins(against, "base")
         if met:
-            low, high = interval(won, met)
+            low, high = interval(won / met, met)
             display.say(
                 f"the adapter's answer was chosen {won} of {met} times: {won / met:.0%}, between {low:.0%} and {high:.0%} at "
                 "95% confidence; 50% is chance"
             )
     if labels.rows:
         words = ["lite-dil", "train", "--data", str(path), "--model", source.options.model]
-        words += ["--4bit"] * source.options.load_in_4bit
+        words += ["--4bit"] * source.options.load_in_4bit + trusting(source.options)
         words += [flag("backend"), args.backend] if "backend" in args else []
         kwargs = source.options.chat_template_kwargs
         words += [flag("chat_template_kwargs"), kwargs] if kwargs else []

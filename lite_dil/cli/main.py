@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
-import io
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -86,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     0; 1 if training diverged or a plan does not fit; 2 for user errors; 130 if stopped.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal or pipe that is not UTF-8 shows escapes
-            stream.reconfigure(errors="backslashreplace")
+        if reconfigure := getattr(stream, "reconfigure", None):  # a terminal or pipe that is not UTF-8 shows escapes
+            reconfigure(errors="backslashreplace")
     try:
         with failing():
             code = _run(sys.argv[1:] if argv is None else argv)
@@ -206,7 +205,7 @@ def _run(argv: list[str]) -> int:
     trained = train(config, display, resume, fixed, given=Given(loss=args.own_loss, accept_changes=args.accept_changes))
     if name == "demo" and not trained.stopped:
         show(trained, display)
-    for line in [] if trained.stopped else next_steps.lines(trained.folder):
+    for line in [] if trained.stopped else next_steps.lines(trained.folder, config):
         display.say(line)
     return 130 if trained.stopped else 0
 

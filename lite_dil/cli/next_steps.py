@@ -8,18 +8,20 @@ import sys
 from pathlib import Path
 
 from lite_dil.base.shell import command
+from lite_dil.models.options import ModelOptions, trusting
 from lite_dil.reports.run_report import REPORT
 from lite_dil.runs.folder import unused
 
 
-def lines(run: Path) -> list[str]:
+def lines(run: Path, options: ModelOptions) -> list[str]:
     """Return the next steps for the finished run in folder `run`, as commands to type in this folder."""
-    adapter, output = ["--adapter", str(run)], str(unused(Path("my-model")))
+    adapter, output = ["--adapter", str(run), *trusting(options)], str(unused(Path("my-model")))
+    format = "adapter" if options.trust_remote_code else "ollama"  # other programs do not know a model with its own code
     return [
         "next:",
         f"  report  {(run / REPORT).resolve().as_uri()}",
         f"  chat    {command(*program(), 'chat', *adapter, '--compare')}",
-        f"  export  {command(*program(), 'export', *adapter, '--format', 'ollama', '--output', output)}",
+        f"  export  {command(*program(), 'export', *adapter, '--format', format, '--output', output)}",
     ]
 
 

@@ -14,6 +14,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from lite_dil.base.display import SLOW, Tell, held_out, parts, unheard
+from lite_dil.base.redaction import redacted
 from lite_dil.base.signals import to_stderr
 from lite_dil.base.text import printable
 
@@ -32,8 +33,8 @@ class Terminal:
         return "dots" if self.console.encoding.startswith("utf") else "line"
 
     def say(self, text: str) -> None:
-        """Print one line of text, without markup."""
-        self.console.print(printable(text), markup=False, emoji=False)
+        """Print one line of text, without markup and without secrets."""
+        self.console.print(printable(redacted(text)), markup=False, emoji=False)
 
     @contextmanager
     def status(self, text: str) -> Iterator[None]:
@@ -42,7 +43,7 @@ class Terminal:
             self.say(f"{text} ...")
             yield
             return
-        with self.console.status(escape(text), spinner=self._spinner):
+        with self.console.status(escape(printable(redacted(text))), spinner=self._spinner):
             yield
 
     def stopping(self, text: str) -> None:

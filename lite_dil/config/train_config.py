@@ -9,6 +9,7 @@ from typing import Any
 from lite_dil.backends.options import EngineOptions, LoadOptions
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.option import FREE, WRITTEN, option
+from lite_dil.base.redaction import redacted
 from lite_dil.batching.options import EMBEDDED_RATE, DrawOptions, ScheduleOptions
 from lite_dil.data.arguments import canonical, parse_arguments
 from lite_dil.data.options import InspectOptions, Lengths, SampleOptions
@@ -53,7 +54,11 @@ class TrainConfig(
 
     def check(self) -> None:
         """Raise one UserError that lists every invalid value, its option and what was expected."""
-        problems = []
+        problems = [
+            f"{flag(name)} holds an access token, which the run's files would keep; leave it out, and use `hf auth login`"
+            for name, value in self.as_dict().items()
+            if isinstance(value, str) and redacted(value) != value
+        ]
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not (low <= value <= high):

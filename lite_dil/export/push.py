@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -99,16 +98,7 @@ def _explain(error: Exception, folder: Path, repo: str) -> NoReturn:
     elif status in (403, 404):
         what = f"this login may not write there; give another OWNER, or {_LOGIN}"
     elif status is not None:
-        what = f"the hub refused it ({scrub(getattr(cause, 'server_message', None) or first_line(error))})"
+        what = f"the hub refused it ({getattr(cause, 'server_message', None) or first_line(error)})"
     else:
-        what = f"the upload failed ({scrub(first_line(error))}); check the connection. Uploading again continues it"
+        what = f"the upload failed ({first_line(error)}); check the connection. Uploading again continues it"
     raise UserError(f"--push-to-hub {repo}: {what}. {folder} is kept; `hf upload {repo} {folder}` uploads it too") from None
-
-
-def scrub(text: str) -> str:
-    """Return text without anything that looks like an access token."""
-    from huggingface_hub import get_token
-
-    token = get_token()
-    hidden = text.replace(token, "***") if token else text
-    return re.sub(r"\b(hf|api_org)_\w+|(?<=Bearer )\S+|(?<=://)[^/@\s]+@", "***", hidden)

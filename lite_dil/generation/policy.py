@@ -376,8 +376,7 @@ def load_found(
     in_files: bool = False,
 ) -> Policy:
     """Finish `load` after `model`, a result of `resolve_model`, was found and its tokenizer loaded."""
-    if remark := registry.import_library(backend):
-        say(remark)
+    registry.import_library(backend)  # `registry.load` tells what it remarks
     before = peak_rss_mb()
     loaded = registry.load(backend, source.options, model, training or _adapter(source), training, say, in_files)
     loaded.set_strength(source.strength)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,15 +127,6 @@ class Labels:
             text = str(answer["content"]) if isinstance(answer, dict) else answer
             found = Candidate(text, str(row.get("from", "")), message=message)
             self._bad_of.setdefault(key_of(row), []).append(found)
-
-
-def interval(won: int, of: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share of `of` trials, which is valid for few trials too."""
-    z = 1.959964
-    share, spread = won / of, z * z / of
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / of + spread / of / 4)
-    return middle - half, middle + half
 
 
 def _rows(file: JSONLines, format: str) -> list[dict[str, Any]]:

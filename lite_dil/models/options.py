@@ -71,6 +71,11 @@ class ModelOptions:
     )
 
 
+def trusting(options: ModelOptions) -> list[str]:
+    """Return what a printed command on the same model needs besides its name, since no file grants its own code."""
+    return ["--trust-remote-code"] if options.trust_remote_code else []
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions(Seeded):
     """The adapter to train and the reference to compare it with."""

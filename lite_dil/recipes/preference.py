@@ -9,6 +9,7 @@ from pathlib import Path
 from lite_dil.base.display import Display
 from lite_dil.base.observer import Event, Observer
 from lite_dil.config.train_config import ResolvedConfig
+from lite_dil.models.options import trusting
 from lite_dil.objectives.own import shown
 from lite_dil.recipes.given import NOTHING_GIVEN, Given
 from lite_dil.recipes.observers import observers_of
@@ -39,6 +40,7 @@ def train(
         TrainingDiverged: the loss or gradient became non-finite; earlier checkpoints are good.
     """
     folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, shown(config.loss))
+    folder.again = " ".join([folder.again, *trusting(config)])
     with folder.alone(display.say):
         session = open_session(config, display, folder, resume, fixed, given)
         training, policy, taken = session.training, session.policy, session.config
@@ -55,14 +57,14 @@ def train(
         watching, checkpoints = observers_of(session, training, display, observers)
         policy.begin_training(folder)
         with folder.going_on(), watching:
-            loop(training, watching, checkpoints.keep)
+            loop(training, watching, checkpoints.keep, folder.again)
             if training.finished:
                 watching.finished(Event(training.progress.step, training.schedule.steps))
-        steps, again = training.schedule.steps, f"--resume {folder.path}"
+        steps = training.schedule.steps
         if not training.finished:
-            display.say(f"stopped after step {training.progress.step} of {steps}, saved; continue with {again}")
+            display.say(f"stopped after step {training.progress.step} of {steps}, saved; continue with {folder.again}")
         else:
             display.say(f"adapter in {folder.adapter}, report in {folder.path / REPORT}")
             if watching.left_out:
-                display.say(f"the training is finished; to complete its evaluation and report: {again}")
+                display.say(f"the training is finished; to complete its evaluation and report: {folder.again}")
         return ended(stopped=not training.finished or watching.left_out)

@@ -13,6 +13,7 @@ import numpy as np
 
 from lite_dil.base.files import replace_file
 from lite_dil.base.observer import Event, Observer
+from lite_dil.base.redaction import redacted
 from lite_dil.base.version import __version__
 from lite_dil.config.options import read_yaml
 from lite_dil.data.formats import FORMATS
@@ -65,7 +66,7 @@ class ModelCard(Observer):
 def write_card(folder: Path, source: AdapterSource, format: str, check: Any, command: str) -> None:
     """Write README.md into `folder`, replacing any that is there.
 
-    What the run's files do not say is left out; only the last part of a path is published.
+    What the run's files do not say is left out; only the last part of a path is published, and no secret.
 
     Args:
         folder: the exported folder, with its files in place.
@@ -97,7 +98,7 @@ def write_card(folder: Path, source: AdapterSource, format: str, check: Any, com
     parts += ["## How it was made", *_made(options, command), "## Limits", _limits(options)]
     if options:
         parts += ["## Citation", *_citation(options["loss"])]
-    replace_file(folder / "README.md", "\n\n".join(parts) + "\n")
+    replace_file(folder / "README.md", redacted("\n\n".join(parts)) + "\n")
 
 
 def _front_matter(kind: str, base: dict[str, Any], options: dict[str, Any]) -> str:

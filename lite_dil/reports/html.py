@@ -6,14 +6,15 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lite_dil.base.html import clean
+from lite_dil.base.redaction import redacted
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 
 def render(template: str, **values: Any) -> str:
-    """Return a template's page for `values`. Raises jinja2.UndefinedError for a missing name."""
-    return _environment().get_template(template).render(values)
+    """Return a template's page for `values`, without secrets. Raises jinja2.UndefinedError for a missing name."""
+    return redacted(_environment().get_template(template).render(values))
 
 
 @cache

@@ -11,6 +11,8 @@ from lite_dil.base.checked import with_digest, without_digest
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import replace_file
 from lite_dil.base.formats import RUN, check_format
+from lite_dil.base.shares import standard_error
+from lite_dil.base.shell import command
 from lite_dil.base.strict_json import parse_json
 from lite_dil.config.train_config import flag
 from lite_dil.data.overlap import Overlap
@@ -89,7 +91,7 @@ def with_error(accuracy: float, data: dict[str, Any], config: dict[str, Any]) ->
     error counts each prompt once, so it is never too small.
     """
     examples = int(data["examples"])
-    return accuracy, math.sqrt(max(accuracy * (1 - accuracy), 0.0) / examples), examples * (config.get("sample_rejected") or 1)
+    return accuracy, standard_error(accuracy, examples), examples * (config.get("sample_rejected") or 1)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -134,10 +136,11 @@ def what(record: RunRecord) -> str:
         f"{shown(config['loss'])} ({title}) on {data.get('examples', 0):,} {kinds.get(data.get('form', ''), 'examples')} of "
         f"{config['data']}, on {facts['device']}. "
     )
+    again = command("--resume", str(record.folder), *["--trust-remote-code"] * bool(config.get("trust_remote_code")))
     states = {
         "running": f"The run is in progress: {steps} when this was written.",
         "finished": f"It is finished: {steps}.",
-        "stopped": f"It was stopped after {steps}, and saved; --resume {record.folder} continues it.",
+        "stopped": f"It was stopped after {steps}, and saved; {again} continues it.",
         "interrupted": f"It was interrupted by Ctrl-C after {steps}; steps after its last checkpoint are not saved.",
         "diverged": f"It diverged after {steps}: {facts['why']}",
         "failed": f"It ended with an error after {steps}: {facts['why']}",

@@ -15,6 +15,7 @@ from lite_dil.base.checked import with_digest, without_digest
 from lite_dil.base.display import unheard
 from lite_dil.base.errors import first_line
 from lite_dil.base.files import replace_file
+from lite_dil.base.shares import standard_error
 from lite_dil.base.strict_json import parse_json
 
 PAIRS = "held_out_pairs.json"
@@ -112,7 +113,7 @@ class Share(NamedTuple):
     @property
     def error(self) -> float:
         """The accuracy's standard error."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.pairs)
+        return standard_error(self.accuracy, self.pairs)
 
 
 def by_length(pairs: HeldOutPairs) -> list[Share]:

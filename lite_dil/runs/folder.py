@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from lite_dil.base import shell
 from lite_dil.base.disk import DiskFailed, failing, writing
 from lite_dil.base.errors import UserError, gather
 from lite_dil.base.files import (
@@ -51,10 +52,12 @@ class RunFolder:
 
     Attributes:
         options: the run's options by name, once `create` or `repair` has been called.
+        again: the flags that continue the run.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.again = shell.command("--resume", str(path))
         self.options: dict[str, Any] = {}
         self._lock: Lock | None = None
         self.metrics = path / "metrics.jsonl"
@@ -227,7 +230,7 @@ class RunFolder:
         except DiskFailed as error:
             latest = self.latest()
             if latest:
-                safe = f". The run is safe up to {latest.name}: --resume {self.path} continues from it"
+                safe = f". The run is safe up to {latest.name}: {self.again} continues from it"
             else:
                 safe = ". No checkpoint was saved before; choose another place with --output-dir" if self.path.exists() else ""
             raise UserError(f"{error}{safe}") from None

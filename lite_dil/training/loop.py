@@ -80,18 +80,19 @@ class Training:
         return Event(self.progress.step, self.schedule.steps, line, lambda: stop.asked)
 
 
-def loop(training: Training, observers: Observers, keep: Callable[[], Path]) -> None:
+def loop(training: Training, observers: Observers, keep: Callable[[], Path], again: str) -> None:
     """Take the remaining steps, or those up to a Ctrl-C; observers hear of everything except the end of a finished training.
 
     Args:
         keep: saves the last step, if it is not saved, and returns its checkpoint.
+        again: the flags that continue the run.
 
     Raises:
         TrainingDiverged: the loss or its gradient is not finite; the state before that is saved.
         UserError: memory does not hold a step or an evaluation; the last step is saved.
     """
     finite = Finite()
-    with _kept_where_memory_ends(training.progress, keep), StopSignal(tell=training.stopping) as stop:
+    with _kept_where_memory_ends(training.progress, keep, again), StopSignal(tell=training.stopping) as stop:
         observers.started(training.event(stop))
         for step in training.remaining_steps(stop):
             began = time.perf_counter()
@@ -106,7 +107,7 @@ def loop(training: Training, observers: Observers, keep: Callable[[], Path]) -> 
 
 
 @contextmanager
-def _kept_where_memory_ends(progress: Progress, keep: Callable[[], Path]) -> Iterator[None]:
+def _kept_where_memory_ends(progress: Progress, keep: Callable[[], Path], again: str) -> Iterator[None]:
     """If memory runs out in the block, save the last step and say so in the error."""
     try:
         yield
@@ -114,5 +115,4 @@ def _kept_where_memory_ends(progress: Progress, keep: Callable[[], Path]) -> Ite
         if not progress.step:
             raise
         checkpoint = keep()
-        again = f"--resume {checkpoint.parent.parent} continues from it"
-        raise UserError(f"{error}. Step {progress.step} is saved: {checkpoint}; {again}") from None
+        raise UserError(f"{error}. Step {progress.step} is saved: {checkpoint}; {again} continues from it") from None

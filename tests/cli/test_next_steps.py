@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import pytest
-from conftest import write_pairs
+from conftest import config, write_pairs
 
+from lite_dil.api.telling import Logged
+from lite_dil.base.observer import Event, Observer
 from lite_dil.cli import adapter_flags, next_steps
 from lite_dil.cli.main import main, parsers
+from lite_dil.recipes.preference import train
+from lite_dil.reports.outcome import read_record, what
 
 
 def test_what_is_told_after_a_training_works(
@@ -54,3 +60,30 @@ def test_how_the_program_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert next_steps.program() == program, (argv, path)
     (tmp_path / "ours" / "lite-dil").unlink()
     assert next_steps.program() == ["ours/python", "-m", "lite_dil"]
+
+
+def test_what_a_model_with_its_own_code_needs_again(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--trust-remote-code is in every command that would be refused without it."""
+
+    class Stop(Observer):
+        def after_step(self, event: Event) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    class Display(Logged):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    monkeypatch.chdir(tmp_path)
+    said, run, data = list[str](), "my run", str(write_pairs(tmp_path / "pairs.jsonl"))
+    options = config(
+        model=tiny, data=data, backend="cpu", max_steps=2, output_dir=run, trust_remote_code=True, report_samples=0
+    )
+    trained = train(options, Display(), observers=[Stop()])
+    assert trained.stopped and said[-1].endswith('continue with --resume "my run" --trust-remote-code'), said
+    record = read_record(Path(run))
+    assert 'saved; --resume "my run" --trust-remote-code continues it' in what(record)
+    *_, chat, export = next_steps.lines(Path(run), options)
+    for line, name in ((chat, "chat"), (export, "export")):
+        words = shlex.split(line)[1 + len(next_steps.program()) + 1 :]
+        assert adapter_flags.find(parsers()[1][name].parse_args(words)).options.trust_remote_code
+    assert "--format adapter" in export, "to others --export refuses such a model"

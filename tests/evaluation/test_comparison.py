@@ -366,7 +366,8 @@ def test_held_out_figures_by_hand() -> None:
         "accuracy_per_token": 1.0,
     }
     assert errors["change/chosen"] == pytest.approx(0.5)  # 2 and 1: deviation 0.5 ** 0.5, over 2 ** 0.5
-    assert errors["accuracy"] == pytest.approx(0.5) and errors["accuracy_per_token"] == 0  # of 1 and 0, and of 1 and 1
+    assert errors["accuracy"] == pytest.approx(0.75**0.5 / 3)  # of 1 and 0: as with half a trial more on each side
+    assert errors["accuracy_per_token"] == pytest.approx(1 / 6)  # of 1 and 1: not 0
     alone = [Example((1,), ((1, 1),), (1,)), Example((2,), ((1,),), (-1,))]
     figures, errors = compare_measure.held_out_figures(alone, [[-1], [-4]], [[-3], [-3]])
     assert figures["margin"] == 3 and "accuracy" not in figures and errors["change/chosen"] is None

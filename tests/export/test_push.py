@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 from hub_server import WritableHub, serve
 
-from lite_dil.base.errors import UserError
-from lite_dil.export.push import push, scrub
-
 TOKEN = "hf_" + "aBcDeFgHiJ" * 3
 # A process of its own: huggingface_hub reads its variables when it is imported.
 PUSH = """
@@ -170,12 +167,3 @@ def test_nothing_else_gets_out(hub: tuple[str, Any], folder: Path, name: str) ->
     assert out.returncode == 1
     assert f": {name}" in out.stderr
     assert not server.uploaded
-
-
-def test_what_looks_like_a_token_is_taken_out_of_messages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_TOKEN", "not-of-the-usual-form")
-    told = scrub("Bearer abc.def-g: hf_abcDEF123, https://me:secret@host/x, not-of-the-usual-form; the rest stays")
-    assert told == "Bearer *** ***, https://***host/x, ***; the rest stays"
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    with pytest.raises(UserError):
-        push(tmp_path, "no-owner", False, print)

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import BACKENDS, batch, write_pairs
+from conftest import BACKENDS, batch, config, write_pairs
 
+from lite_dil.backends import registry
 from lite_dil.base.errors import UserError
 from lite_dil.cli import adapter_flags
 from lite_dil.cli.main import main
+from lite_dil.config import adapter_source
 from lite_dil.generation import policy
 from lite_dil.runs.folder import checkpoint_of
 from lite_dil.runs.seal import DIGESTS
@@ -163,3 +165,13 @@ def test_what_cannot_be_found(runs: Runs, tmp_path: Path, argv: tuple[str, ...],
     with pytest.raises(UserError) as caught:
         adapter_flags.find(parsed(*(text.format(**places) for text in argv), required=False))
     assert message in str(caught.value)
+
+
+def test_what_a_library_remarks_when_it_is_imported_is_told_once(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a policy that is loaded, and of a backend alone."""
+    monkeypatch.setattr(registry, "import_library", lambda name: f"a remark on {name}")
+    said = list[str]()
+    registry.load("cpu", config(model=tiny), tiny, None, None, said.append)
+    assert said == ["a remark on cpu"]
+    policy.load(adapter_source.find(None, {"model": tiny, "backend": "cpu"}), said.append).close()
+    assert said.count("a remark on cpu") == 2

@@ -23,7 +23,7 @@ from lite_dil.base.text import printable
 from lite_dil.cli.main import main
 from lite_dil.data.prompts import Prompt
 from lite_dil.data.reader import read_rows
-from lite_dil.labelling.labels import Candidate, Labels, interval
+from lite_dil.labelling.labels import Candidate, Labels
 
 QUESTIONS = ["what is tea", "how do you make good bread and tea", "a red house"]
 Label = Callable[..., tuple[int, str]]
@@ -381,14 +381,3 @@ def test_no_two_different_answers_are_said_and_passed_over(label: Label, tmp_pat
     code, text = label("1 1 1", "--temperature", "0.0001")
     assert code == 0 and text.count("skipped, because") == 3 and "line 2: skipped, because" in text
     assert rows(tmp_path) == []
-
-
-def test_the_interval_is_wilsons() -> None:
-    """Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
-    for won, of, low, high in (
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ):
-        assert interval(won, of) == pytest.approx((low, high), abs=6e-5)

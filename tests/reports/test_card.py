@@ -79,7 +79,7 @@ def test_a_run_leaves_a_card_beside_its_adapter(runs: dict[str, Path], backend: 
     assert "alpha 7" in text and "arXiv 2503.05079" in text and "-r_w + r_l^2 / 2" in text
     *_, last = map(json.loads, (runs[backend] / "metrics.jsonl").read_text().splitlines())
     accuracy = last["eval_rewards/accuracies"]
-    assert f"Accuracy {accuracy:.3f} (standard error {(accuracy * (1 - accuracy) / 6) ** 0.5:.3f}, 6 pairs)" in text
+    assert f"Accuracy {accuracy:.3f} (standard error {(6 * accuracy * (1 - accuracy) + 0.25) ** 0.5 / 7:.3f}, 6 pairs)" in text
     for name in ("log_ratio", "logps"):
         assert f"| {last[f'eval_{name}/chosen']:+.3f} | {last[f'eval_{name}/rejected']:+.3f} |" in text
     assert "lite-dil 0." in text and ("mlx-lm " if backend == "mlx" else "peft ") in text.partition("Versions")[2]
@@ -162,7 +162,7 @@ def test_several_rejected_answers_a_prompt_are_pairs_and_not_prompts(runs: dict[
     _, text = card(tmp_path)
     *_, last = map(json.loads, (runs["cpu"] / "metrics.jsonl").read_text().splitlines())
     accuracy = last["eval_rewards/accuracies"]
-    assert f"(standard error {(accuracy * (1 - accuracy) / 6) ** 0.5:.3f}, 24 pairs)" in text
+    assert f"(standard error {(6 * accuracy * (1 - accuracy) + 0.25) ** 0.5 / 7:.3f}, 24 pairs)" in text
 
 
 @pytest.mark.parametrize(("backend", "how"), [("cpu", "BitsAndBytesConfig"), ("mlx", "mlx_lm.convert --quantize")])

@@ -19,7 +19,7 @@ from lite_dil.objectives.table import OBJECTIVES
 from lite_dil.reports import charts, html
 from lite_dil.reports.outcome import SAMPLES, outcome, read_record, warnings, what
 from lite_dil.reports.page import render
-from lite_dil.reports.pairs import PAIRS, HeldOutPairs, beginning, by_length, end, write_pairs
+from lite_dil.reports.pairs import PAIRS, HeldOutPairs, beginning, by_length, end, page_of, write_pairs
 from lite_dil.reports.run_report import write_report
 from lite_dil.reports.samples import read_samples, write_samples
 from lite_dil.runs.history import POINTS, MetricColumns, read_history
@@ -277,7 +277,7 @@ def test_several_rejected_answers_a_prompt_are_not_more_prompts(tmp_path: Path) 
     record = read_record(tmp_path)
     assert record.accuracy is None  # the file has none of demonstrations
     make_run(tmp_path, sample_rejected=4)
-    assert read_record(tmp_path).accuracy == pytest.approx((0.9, math.sqrt(0.9 * 0.1 / 100), 400))
+    assert read_record(tmp_path).accuracy == pytest.approx((0.9, math.sqrt(100 * 0.9 * 0.1 + 0.25) / 101, 400))
     assert "400 held-out pairs" in outcome(read_record(tmp_path))
 
 
@@ -397,13 +397,14 @@ def held_out(*groups: tuple[int, int, int, int]) -> HeldOutPairs:
 
 def test_accuracy_by_length_by_hand() -> None:
     """Relative differences -0.5, 0, 0.1 and 0.9: of the two in the middle 3 of 8 pairs are right."""
-    shares = by_length(held_out((4, 1, 10, 20), (4, 3, 10, 10), (4, 0, 10, 9), (10, 10, 100, 10)))
+    found = held_out((4, 1, 10, 20), (4, 3, 10, 10), (4, 0, 10, 9), (10, 10, 100, 10))
+    shares = by_length(found)
     assert [(share.name, share.pairs, share.accuracy, share.margin) for share in shares] == [
         ("shorter by more than a third", 4, 0.25, -1.25),
         ("about as long, within a tenth", 8, 0.375, -0.875),
         ("longer by more than a third", 10, 1.0, 1.0),
     ]
-    assert shares[0].error == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
+    assert [row[2] for row in page_of(found)["rows"]] == ["25.0% ±\u00a020.0%", "37.5% ±\u00a016.2%", "100.0% ±\u00a04.5%"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lite_dil.base.shares import standard_error
 from lite_dil.base.signs import CHOSEN
 from lite_dil.batching.batch import Batch
 from lite_dil.config.train_config import ResolvedConfig
@@ -132,8 +133,8 @@ def held_out_figures(
     if pairs:
         f_w, f_l, n_w, n_l = np.array(pairs).T
         figures["margin"], errors["margin"] = mean_and_error(f_w - f_l)
-        figures["accuracy"], errors["accuracy"] = mean_and_error((f_w > f_l).astype(float))
-        figures["accuracy_per_token"], errors["accuracy_per_token"] = mean_and_error((f_w / n_w > f_l / n_l).astype(float))
+        figures["accuracy"], errors["accuracy"] = _share_and_error(f_w > f_l)
+        figures["accuracy_per_token"], errors["accuracy_per_token"] = _share_and_error(f_w / n_w > f_l / n_l)
     elif {"change/chosen", "change/rejected"} <= figures.keys():
         figures["margin"] = figures["change/chosen"] - figures["change/rejected"]
     return figures, errors
@@ -149,6 +150,11 @@ def of_side(examples: Sequence[Example], values: Sequence[Sequence[float]], chos
             if (sign == CHOSEN) == chosen
         ]
     )
+
+
+def _share_and_error(right: np.ndarray) -> tuple[float, float]:
+    share = float(right.mean())
+    return share, standard_error(share, len(right))
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
