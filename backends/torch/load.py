@@ -143,7 +143,7 @@ def _packing(config: Any, model: str, dtype: torch.dtype | Literal["auto"], in_4
     if method == "bitsandbytes" and own.get("load_in_4bit"):
         return _nf4(dtype) if in_4bit else None
     if method == "mxfp4" and not in_4bit:
-        from transformers import Mxfp4Config
+        from transformers.utils.quantization_config import Mxfp4Config
 
         return Mxfp4Config(dequantize=True)
     raise UserError(

@@ -98,8 +98,8 @@ class Switch:
 def add_lora(model: Any, name: str, adapter: adapters.Adapter, dropout: float) -> PeftModel:
     """Add an adapter to the base, next to any that are there."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = LoraConfig(**_settings(adapter), lora_dropout=dropout, inference_mode=name == REFERENCE)
-    config.target_modules = set(adapter.weights)
+    settings = {**_settings(adapter), "target_modules": sorted(adapter.weights), "lora_dropout": dropout}
+    config = LoraConfig(**settings, inference_mode=name == REFERENCE)
     with warnings.catch_warnings(), _of_no_known_type(base.config):
         # PEFT 0.21 uses an attribute's old name in transformers 5.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

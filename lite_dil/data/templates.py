@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-SECONDS = 5  # for one conversation; an ordinary one takes a millisecond
+SECONDS: float = 5  # for one conversation; an ordinary one takes a millisecond
 LENGTH = 100_000  # characters of a template; those of the hub have up to 30,000
 LARGEST, TOTAL = 2**26, 2**30  # bytes of one value, and of all; in addition to this many times the conversation's own size:
 _TIMES = 20
@@ -210,7 +210,9 @@ class _Generation(Extension):
         """Return the tag's content as a block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+        block = nodes.CallBlock(self.call_method("_content"), [], [], body)
+        block.set_lineno(line)
+        return block
 
     def _content(self, caller: Callable[[], str]) -> str:
         return caller()

@@ -59,7 +59,7 @@ def check(model: Path, backend: str, place: Path, **more: Any) -> Found:
     policy = dil.load(str(model), backend=backend, dtype="float32", lora_r=4, max_length=128, max_grad_norm=1e9, **more)
     found.layout = policy.backend.layout
     fresh = policy.log_ratio([PAIRS[0]["prompt"]], [PAIRS[0]["chosen"]])
-    small = {"batch_size": 3, "gradient_accumulation_steps": 1, "report_samples": 0, "eval_fraction": 0.0}
+    small: dict[str, Any] = {"batch_size": 3, "gradient_accumulation_steps": 1, "report_samples": 0, "eval_fraction": 0.0}
     run = dil.train(policy, PAIRS, loss="lsif", max_steps=3, learning_rate=1e-2, output_dir=str(place / "run"), **small)
     if fresh != [0.0] or abs(run.metrics[0]["loss"] + 0.5) > 1e-6:
         found.wrong.append(f"fresh adapter: log-ratio {fresh[0]:.2g}, loss {run.metrics[0]['loss']:.7f}, not 0 and -0.5")

@@ -51,7 +51,8 @@ def rows(output: Path, *, short: bool) -> Iterator[Row]:
     os.environ["XDG_CACHE_HOME"] = str(output / "cache")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    before, templates.SECONDS = templates.SECONDS, _TEMPLATE_SECONDS
+    before: float = templates.SECONDS
+    templates.SECONDS = _TEMPLATE_SECONDS
     here = Path.cwd()
     os.chdir(output)  # names without a folder are looked for here
     try:
