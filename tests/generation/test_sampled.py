@@ -198,6 +198,17 @@ def test_damaged_and_edited_lines_are_ignored_and_drawn_again(
     assert len(rows_that_parse(path)) == 8 + 3 + 2 + 4  # what was there is left there
 
 
+def test_an_end_token_that_was_changed_is_seen(encoder: Encoder, chosen: list[Example], tmp_path: Path) -> None:
+    """The text leaves it out, so the text still matches."""
+    path, ends = tmp_path / "samples.jsonl", [EOS, 5]
+    wanted = wanted_draws(chosen, 1, ends, "a reference", config(**SETTINGS))
+    SampleFile(path, wanted, ends, encoder.tokenizer).add(wanted[0], (300, EOS))
+    (row,) = rows(path)
+    path.write_text(json.dumps(row | {"rejected_ids": [300, 5]}) + "\n")
+    again = SampleFile(path, wanted, ends, encoder.tokenizer)
+    assert (again.known, again.ignored) == ({}, 1)
+
+
 def rows_that_parse(path: Path) -> list[Any]:
     out = []
     for line in path.read_bytes().splitlines():
