@@ -20,11 +20,12 @@ class _Loader(yaml.SafeLoader):
         self.level = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event: Any = self.peek_event()
+        event = self.peek_event()
+        mark: Any = event.start_mark
         if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for gigabytes
-            raise yaml.MarkedYAMLError(problem=f"write the value of *{event.anchor} out", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"write the value of *{event.anchor} out", problem_mark=mark)
         if self.level == DEEPEST:
-            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST} levels", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST} levels", problem_mark=mark)
         self.level += 1
         node = super().compose_node(parent, index)
         self.level -= 1
