@@ -77,19 +77,21 @@ _COLUMNS = [
     "turns",
 ]
 _ODD = st.dictionaries(st.sampled_from(_COLUMNS) | TEXTS, _MESSAGES | VALUES, max_size=6)
-_ALMOST = st.builds(
-    lambda row, more: {**row, **more},
-    st.sampled_from(
-        [
-            {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."},
-            {"prompt": "Is it?", "completion": "Yes.", "label": True},
-            {"prompt": [{"role": "user", "content": "x"}], "chosen": [{"role": "assistant", "content": "y"}], "rejected": "z"},
-            {"prompt": "Is it?", "responses": ["Yes.", "No."], "scores": [1, 0]},
-        ]
-    ),
-    st.dictionaries(st.sampled_from(_COLUMNS) | TEXTS, VALUES, max_size=1),
+_RIGHT = (
+    {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No."},
+    {"prompt": "Is it?", "completion": "Yes.", "label": True},
+    {"prompt": [{"role": "user", "content": "x"}], "chosen": [{"role": "assistant", "content": "y"}], "rejected": "z"},
+    {"prompt": "Is it?", "responses": ["Yes.", "No."], "scores": [1, 0]},
 )
-ROWS = st.one_of(_ODD, _ALMOST, _ALMOST, _ALMOST)
+_MORE = st.dictionaries(st.sampled_from(_COLUMNS) | TEXTS, VALUES, max_size=1)
+
+
+def _almost(right: dict[str, Any]) -> st.SearchStrategy[list[dict[str, Any]]]:
+    """Rows of a format, some with a column changed."""
+    return st.lists(_MORE.map(lambda more: {**right, **more}), min_size=1, max_size=3)
+
+
+ROWS = st.one_of(st.lists(_ODD, max_size=3), *map(_almost, _RIGHT))
 
 
 def _text(value: Any) -> bytes:
@@ -144,7 +146,7 @@ def broken(draw: st.DrawFn, content: bytes) -> bytes:
 def files_of_rows(draw: st.DrawFn) -> tuple[str, bytes]:
     """The name and content of a file of rows."""
     name = draw(st.sampled_from(list(_FILES)))
-    return name, draw(broken(_FILES[name](draw(st.lists(ROWS, max_size=3)))))
+    return name, draw(broken(_FILES[name](draw(ROWS))))
 
 
 @st.composite
