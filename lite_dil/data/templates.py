@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-SECONDS: float = 5  # for one conversation; an ordinary one takes a millisecond
+SECONDS = 5.0  # for one conversation; an ordinary one takes a millisecond
 LENGTH = 100_000  # characters of a template; those of the hub have up to 30,000
 LARGEST, TOTAL = 2**26, 2**30  # bytes of one value, and of all; in addition to this many times the conversation's own size:
 _TIMES = 20
@@ -109,7 +109,7 @@ class _Meter(threading.local):
         if time.monotonic() > self.until:
             spent = time.thread_time() - self.cpu
             if spent > SECONDS / 2:  # not if the process was stopped, or the machine slept
-                raise TemplateCosts(f"takes more than {SECONDS} seconds")
+                raise TemplateCosts(f"takes more than {SECONDS:g} seconds")
             self.until = time.monotonic() + SECONDS
 
 
@@ -206,7 +206,7 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser: Parser) -> nodes.CallBlock:
+    def parse(self, parser: Parser) -> nodes.Node:
         """Return the tag's content as a block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -25,6 +25,7 @@ from soak.row import Row
 from soak.tiny_world import make_model, write_rows
 
 from lite_dil.cli.main import main
+from lite_dil.config.options import read_yaml
 from lite_dil.data import templates
 from lite_dil.data.reader import read_rows
 from lite_dil.data.rendering import Rendering
@@ -54,7 +55,8 @@ def rows(output: Path, *, short: bool) -> Iterator[Row]:
     before: float = templates.SECONDS
     templates.SECONDS = _TEMPLATE_SECONDS
     here = Path.cwd()
-    os.chdir(output)  # names without a folder are looked for here
+    (deep := output / "a" / "b" / "c" / "d" / "e").mkdir(parents=True)
+    os.chdir(deep)  # names without a folder are looked for here; five times ".." is the output
     try:
         for target in _targets(output):
             yield _tried(target, output, _SHORT[target.examples] if short else target.examples)
@@ -120,6 +122,7 @@ def _targets(folder: Path) -> list[_Target]:
         _Target("files of rows, by the command", inputs.files_of_rows(), cases.data, LOADED),
         _Target("chat templates", inputs.TEMPLATES, cases.template, PURE),
         _Target("options in YAML", inputs.YAML, cases.options, PURE),
+        _Target("options in YAML, by the command", inputs.YAML, cases.planned_by, LOADED),
         _Target("names", st.tuples(inputs.NAMES, st.integers(0, 9)), cases.name, PURE),
         _Target("run folders, listed", settled, cases.listed, PURE),
         _Target("run folders, resumed", settled, cases.resumed, LOADED),
@@ -179,8 +182,14 @@ class _Cases:
         except RowError as error:
             raise UserError(str(error)) from None
 
-    def options(self, text: str) -> int:
+    def options(self, text: str) -> None:
         """Read a file of options."""
+        path = self.folder / "options.yaml"
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        read_yaml(path)
+
+    def planned_by(self, text: str) -> int:
+        """Plan with a file of options."""
         path = self.folder / "options.yaml"
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         return self.command("plan", "--config", path, "--model", self.model, "--data", self.pairs, "--backend", "cpu")
@@ -188,8 +197,6 @@ class _Cases:
     def name(self, drawn: tuple[str, int]) -> int:
         """Give a name to a command that takes one."""
         name, command = drawn
-        if os.path.isdir(name):  # all that lies below it would be read
-            return self.command("plan", "--config", name)
         commands = (
             ("data", name, "--model", self.model),
             ("data", self.pairs, "--model", name),
@@ -206,22 +213,20 @@ class _Cases:
 
     def listed(self, drawn: tuple[str, bytes]) -> int:
         """List a run of which a file was changed."""
-        with self.changed(*drawn):
-            return self.command("runs", self.folder / "copied")
+        path, content = self.run / drawn[0], drawn[1]
+        before = path.read_bytes()
+        path.write_bytes(content)
+        try:
+            return self.command("runs", self.folder)
+        finally:
+            path.write_bytes(before)
 
     def resumed(self, drawn: tuple[str, bytes]) -> int:
-        """Resume a run of which a file was changed."""
-        with self.changed(*drawn):
-            return self.command("train", "--resume", self.folder / "copied" / "run")
-
-    @contextlib.contextmanager
-    def changed(self, name: str, content: bytes) -> Iterator[None]:
-        """Have a copy of the run in which a file has other content."""
-        copy = self.folder / "copied" / "run"
-        shutil.rmtree(copy, ignore_errors=True)
+        """Resume a copy of a run in which a file was changed."""
+        shutil.rmtree(copy := self.folder / "copied", ignore_errors=True)
         shutil.copytree(self.run, copy)
-        (copy / name).write_bytes(content)
-        yield
+        (copy / drawn[0]).write_bytes(drawn[1])
+        return self.command("train", "--resume", copy)
 
     def adapter(self, drawn: tuple[dict[str, Any], bytes]) -> int:
         """Generate with an adapter."""

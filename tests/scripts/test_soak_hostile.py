@@ -51,4 +51,4 @@ def test_what_is_right_is_not_called_harm(tmp_path: Path) -> None:
 def test_hostile_input_is_taken_or_refused(tmp_path: Path) -> None:
     found = list(rows(tmp_path / "hostile", short=True))
     assert [(row.what, row.failures) for row in found if not row.ok] == []
-    assert len(found) == 10 and all(set(row.outcomes) <= {"taken", "refused"} for row in found)
+    assert len(found) == 11 and all(set(row.outcomes) <= {"taken", "refused"} for row in found)
