@@ -67,7 +67,7 @@ class Rendering:
         return self._special | ({token for token in self._added if token in frame and not token.strip().isalnum()} - MARKS)
 
     @cached_property
-    def _template_text(self) -> str:
+    def template_text(self) -> str:
         """The text of the chat template, or of all if there are several."""
         template = self.tokenizer.chat_template
         return "\n".join(template.values()) if isinstance(template, dict) else str(template)
@@ -90,7 +90,7 @@ class Rendering:
             self._tools_shown = text != self.lay_out(prompt, None, add_generation_prompt=True, arguments=arguments)
             if not self._tools_shown:
                 self.notes.add("the chat template prints the same with their tools as without them")
-        if unread := [name for name in sorted(given) if not re.search(rf"\b{name}\b", self._template_text)]:
+        if unread := [name for name in sorted(given) if not re.search(rf"\b{name}\b", self.template_text)]:
             self.notes.add(f"the chat template does not read {', '.join(unread)}")
         if any(name not in text for name in _called(prompt)):
             self.notes.add("the chat template does not print the tool calls of earlier turns")
