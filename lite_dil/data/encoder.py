@@ -68,6 +68,21 @@ class Encoder:
         self.rendering = Rendering(tokenizer, arguments)
         self._segments = Segments(tokenizer, self.rendering.template_text)
 
+    def identity(self) -> dict[str, Any]:
+        """Return what the tokens of a row depend on besides the row, as JSON holds it."""
+        tokenizer, rendering = self.tokenizer, self.rendering
+        return {
+            "tokenizer": sha256([tokenizer.backend_tokenizer.to_str().encode()]),
+            "special": [
+                tokenizer.eos_token,
+                repr(sorted(tokenizer.special_tokens_map.items())),
+                tokenizer.split_special_tokens,
+            ],
+            "template": tokenizer.chat_template,
+            "arguments": rendering.arguments,
+            "beyond": sorted(self._beyond),
+        }
+
     def _ids(self, text: str) -> tuple[int, ...]:
         """Tokenise `text` without adding special tokens."""
         return self._in_table(tuple(self.tokenizer(text, add_special_tokens=False).input_ids))

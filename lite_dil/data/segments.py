@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -50,7 +51,7 @@ class Segments:
     def ids(self, texts: Sequence[Sequence[str]]) -> list[tuple[int, ...]]:
         """Return the ids of texts, given as their segments."""
         known = self._tokenised(segment for text in texts for segment in text)
-        found = [tuple(number for segment in text for number in known[segment]) for text in texts]
+        found = [tuple(itertools.chain.from_iterable(map(known.__getitem__, text))) for text in texts]
         if self._marks is not None and self._tried < _TRIED:
             some = ["".join(text) for text in texts[: _TRIED - self._tried]]
             self._tried += len(some)
