@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
@@ -74,7 +74,7 @@ class Source:
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Source:
-        """Return the source that `dataclasses.asdict` described and JSON held."""
+        """Return the source whose fields JSON held."""
         problems, notes = [Problem(*each) for each in fields["problems"]], Counter(fields["notes"])
         return cls(**fields | {"problems": problems, "notes": notes})
 
@@ -154,7 +154,7 @@ def load(
     else:
         store, sources = _read(_readers(data, split, options), encoder, options, watch, strict)
         if cache:
-            store = cache.keep(store, [asdict(source) for source in sources], say)
+            store = cache.keep(store, [vars(source) for source in sources], say)
     for source, weight in zip(sources, _weights(data), strict=True):
         source.weight = weight
     return _data_set(store, sources, good_only, options.seed)

@@ -7,7 +7,6 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ def whole(data: DataSet) -> Any:
     arrays = {name: getattr(data.read, name).tolist() for name in ("lengths", "signs", "names", "first")}
     shown = [data.read.shown(i) for i in range(len(data.read))]
     examples = [(example, example.place) for part in (data.examples, data.store) for example in part]
-    return fields, arrays, shown, examples, data.names.tolist(), list(map(asdict, data.sources)), remarks(data)
+    return fields, arrays, shown, examples, data.names.tolist(), data.sources, remarks(data)
 
 
 def test_a_second_start_reads_no_row_and_finds_the_same(data: Path, read: Any, kept: Path) -> None:
