@@ -20,6 +20,7 @@ from lite_dil.base.signs import CHOSEN
 from lite_dil.data import token_cache
 from lite_dil.data.dataset import DataSet, load, remarks
 from lite_dil.data.encoder import Encoder
+from lite_dil.data.inspect.findings import source_facts
 from lite_dil.data.reader import Reader
 from lite_dil.data.rows import Rows
 
@@ -76,26 +77,27 @@ def whole(data: DataSet) -> Any:
     arrays = {name: getattr(data.read, name).tolist() for name in ("lengths", "signs", "names", "first")}
     shown = [data.read.shown(i) for i in range(len(data.read))]
     examples = [(example, example.place) for part in (data.examples, data.store) for example in part]
-    return fields, arrays, shown, examples, data.names.tolist(), data.sources, remarks(data)
+    return fields, arrays, shown, examples, data.names.tolist(), list(map(source_facts, data.sources)), remarks(data)
 
 
 def test_a_second_start_reads_no_row_and_finds_the_same(data: Path, read: Any, kept: Path) -> None:
     other = data.with_name("other.jsonl")
     other.write_text(data.read_text())
-    both = f"{data},{other}=1.4"
-    first, rows_read, _ = read(both)
-    again, rows_read_again, said = read(both)
+    both, encoder = f"{data},{other}=1.4", Encoder(byte_level_tokenizer(), {"unknown": 1})
+    first, rows_read, _ = read(both, encoder)
+    again, rows_read_again, said = read(both, encoder)
+    assert any("does not read unknown" in remark for remark in remarks(again))
     assert (rows_read, rows_read_again, said) == (True, False, [])
     assert whole(first) == whole(again)
     assert len(first.problems) == 6 and {problem.place.rpartition(" ")[2] for problem in first.problems} == {"8", "10", "12"}
     assert first.prompts_cut and len(first.examples) == 27 + 38
     # What does not change the tokens takes the same file; the order of an epoch is drawn anew.
-    reseeded, rows_read, _ = read(both, seed=5)
+    reseeded, rows_read, _ = read(both, encoder, seed=5)
     assert not rows_read and list(reseeded.examples) != list(first.examples) and list(reseeded.store) == list(first.store)
     assert len(list(kept.iterdir())) == 1
     # A strict run is refused by the kept tokens as by the rows.
     with pytest.raises(UserError, match=r"(?s)3 of 30 rows cannot be used.*line 8.*line 10.*line 12"):
-        read(both, skip_bad_rows=False)
+        read(both, encoder, skip_bad_rows=False)
 
 
 def test_the_order_of_problems_is_that_of_the_rows(data: Path, read: Any) -> None:
