@@ -60,7 +60,7 @@ def records(source: str, split: str = "train", limit: int | None = None) -> Iter
     """
     files = files_of(source, split)
     if files is not None:
-        found = itertools.chain.from_iterable(map(file_rows, files))
+        found: Iterator[PlacedRow] = itertools.chain.from_iterable(map(file_rows, files))
     elif is_rows_name(source):
         raise UserError(f"{source}: rows that a program passed and no file holds; pass them to dil.train again")
     else:

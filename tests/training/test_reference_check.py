@@ -71,7 +71,9 @@ def test_poisoned_values_are_found(run: Train, tmp_path: Path, dtype: str, by: f
             run(name, resume, dtype=dtype)
         said = str(told.value)
         assert (
-            said.startswith(f"{path} holds a log-prob of -") and "nats a token from it" in said and "remove that file" in said
+            said.startswith(f"{path} holds a log-prob of -")
+            and "apart, of which at most" in said
+            and "remove that file" in said
         )
         assert not (tmp_path / "second").exists()
     path.unlink()
