@@ -11,19 +11,18 @@ from lite_dil.api.loading import LOADED
 from lite_dil.api.notebook import display_of
 from lite_dil.api.reading import Data, as_data
 from lite_dil.api.telling import tell
-from lite_dil.base.display import Display, unheard
+from lite_dil.base.display import Display
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.observer import Observer
 from lite_dil.config.options import build
-from lite_dil.config.resume import resumed, saved_config
-from lite_dil.config.train_config import FIELDS, ResolvedConfig
-from lite_dil.data.rows import DATA, is_rows_name
+from lite_dil.config.resume import resumed
+from lite_dil.config.train_config import FIELDS
 from lite_dil.generation.policy import Policy
 from lite_dil.objectives.own import OwnLoss
 from lite_dil.recipes import preference
 from lite_dil.recipes.given import Given
 from lite_dil.recipes.run import Run
-from lite_dil.runs.folder import RunFolder, adapter_of, find_checkpoint
+from lite_dil.runs.folder import adapter_of
 
 # Options that other arguments set.
 _NOT_HERE = {"data": "data is the second argument"} | dict.fromkeys(
@@ -80,7 +79,10 @@ def train(
     if output_dir is not None:
         given["output_dir"] = str(output_dir)
     handed = Given(policy, own, rows.rows, None if eval_rows is None else eval_rows.rows, accept_changes)
-    config, checkpoint = (None, None) if resume is None else _resumed(given, loaded, str(resume), accept_changes)
+    own_rows = [name for name in ("data", "eval_data") if getattr(handed, name) is not None]
+    config, checkpoint = (None, None)
+    if resume is not None:
+        config, checkpoint = resumed(given | loaded, {}, str(resume), tell, accept_changes, own_rows)
     if config is None or checkpoint is None:
         loaded = _start(policy, loaded, continue_from)
         config = build(given | loaded, {})
@@ -133,15 +135,3 @@ def _start(policy: Policy, loaded: dict[str, Any], continue_from: bool) -> dict[
     changed: dict[str, Any] = {"init_adapter": str(adapter), "lora_r": None, "lora_alpha": None, "target_modules": None}
     policy.backend.renew_policy(replace(policy.options, **changed))
     return loaded | changed
-
-
-def _resumed(given: dict[str, Any], loaded: dict[str, Any], where: str, accept: bool) -> tuple[ResolvedConfig, Path | None]:
-    """Return a resumed run's options and its checkpoint."""
-    checkpoint = find_checkpoint(where, given.get("output_dir"))
-    if checkpoint is not None:
-        checkpoint = RunFolder(checkpoint.parent.parent).whole(checkpoint, unheard)  # `resumed` tells
-        saved = saved_config(checkpoint, accept=accept)
-        for name in ("data", "eval_data"):  # rows are compared by their content, once they are read
-            if given.get(name) == DATA and is_rows_name(str(saved.get(name))):
-                given[name] = saved[name]
-    return resumed(given | loaded, {}, where, tell, accept)

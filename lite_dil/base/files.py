@@ -237,6 +237,11 @@ def append(file: io.FileIO, data: bytes, sync: bool = False) -> None:
         raise
 
 
+def mark_used(path: Path) -> None:
+    """Set a file's time to now, by which files that nobody uses are told."""
+    os.utime(path)
+
+
 def cut(path: Path, size: int) -> None:
     """Cut a file down to its first `size` bytes."""
     os.truncate(path, size)

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _PIECE = 2**24  # bytes of a file in memory at once
 
@@ -48,5 +49,11 @@ def sha256(pieces: Iterable[bytes]) -> str:
 def file_pieces(path: Path) -> Iterator[bytes]:
     """Yield a file of any size in pieces, for `blake2` or `sha256`."""
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            yield piece
+        yield from pieces(file)
+
+
+def pieces(file: BinaryIO, size: int = -1) -> Iterator[bytes]:
+    """Yield what follows in an open file, at most `size` bytes of it if that is not negative, in pieces."""
+    while piece := file.read(_PIECE if size < 0 else min(_PIECE, size)):
+        size -= len(piece) if size > 0 else 0
+        yield piece

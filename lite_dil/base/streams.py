@@ -10,6 +10,7 @@
 | `named` "dropout" | named, with the adapter and the pass | the key of MLX's dropout masks for another adapter |
 | `named` "data/samples" | named | the examples that `lite-dil data` shows |
 | `named` "reports/prompts" | named | the prompts that a run's report answers |
+| `named` "training/reference-check" | named | the examples whose cached log-probs are computed again |
 
 Streams with a spelled-out seed must never change: resumed runs, their fingerprints and published figures depend on them. Named
 streams have the seed as entropy and a 128-bit digest of the name as spawn key, which numpy mixes in after the entropy's first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lite_dil.base.formats import NewerFormat
 from lite_dil.base.option import READ, WRITTEN
 from lite_dil.config.options import build, read_yaml
 from lite_dil.config.train_config import FIELDS, FREE_ON_RESUME, SPLIT, ResolvedConfig, flag
+from lite_dil.data.rows import is_rows_name
 from lite_dil.runs.folder import RunFolder, find_checkpoint
 from lite_dil.runs.seal import Damaged, recorded
 
@@ -73,6 +74,7 @@ def resumed(
     where: str,
     say: Callable[[str], None] = unheard,
     accept: bool = False,
+    rows: Sequence[str] = (),
 ) -> tuple[ResolvedConfig, Path | None]:
     """Return the options of a resumed run and its newest whole checkpoint, or those of a new run if "auto" finds none.
 
@@ -81,6 +83,7 @@ def resumed(
         where: a run's folder, a checkpoint or "auto"; see `lite_dil.runs.folder.find_checkpoint`.
         say: is told of damaged checkpoints, and of changes to config.yaml.
         accept: take changes to config.yaml.
+        rows: the options for which a program gives rows. They keep the run's name for them: what they hold is compared later.
 
     Raises:
         UserError: there is no such run, or an option would change what it learns.
@@ -94,6 +97,7 @@ def resumed(
     run = checkpoint.parent.parent
     checkpoint = RunFolder(run).whole(checkpoint, say)
     saved = saved_config(checkpoint, say, accept)
+    given = given | {name: saved[name] for name in rows if is_rows_name(str(saved.get(name)))}
     if output_dir and Path(output_dir).resolve() != run.resolve():
         raise UserError(f"--resume {where} continues in {run}; leave --output-dir {output_dir} out")
     # "auto" stands for what the run already chose.

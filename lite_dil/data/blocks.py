@@ -63,11 +63,13 @@ def pieces(content: str) -> list[ContentPart]:
     Text before a closer without an opener is reasoning too: the generation prompt may have opened the block.
     """
     marks = list(_MARKS.finditer(content))
+    if not marks:
+        return [ContentPart(content, False)]
     starts, ends = [0, *(mark.end() for mark in marks)], [*(mark.start() for mark in marks), len(content)]
     before = ["", *(mark[0] for mark in marks)]
     found = []
     for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        inside = before[number] in _OPENERS or (number == 0 and bool(marks) and marks[0][0] not in _OPENERS)
+        inside = before[number] in _OPENERS or (number == 0 and marks[0][0] not in _OPENERS)
         found.append(ContentPart(content[start:end], inside and number < len(marks)))
     return found
 

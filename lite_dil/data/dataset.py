@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
-from array import array
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import IO, overload
+from typing import Any, overload
 
 import numpy as np
 
-from lite_dil.base.disk import writing
+from lite_dil.base.display import unheard
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import scratch_file
-from lite_dil.base.hashing import tokens_digest
 from lite_dil.base.signs import CHOSEN
 from lite_dil.base.streams import row_draws
 from lite_dil.base.text import count
@@ -23,78 +19,13 @@ from lite_dil.data.encoder import Encoder, Example, truncate
 from lite_dil.data.files import RowError
 from lite_dil.data.formats import FORMATS
 from lite_dil.data.options import DataOptions
-from lite_dil.data.reader import Problem, Reader, Row, parse_columns
+from lite_dil.data.reader import Problem, Reader, Row, check_kept, parse_columns
 from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import split_sources
-from lite_dil.models.find import cache_dir
+from lite_dil.data.store import ExampleStore, StoreWriter
+from lite_dil.data.token_cache import TokenCache
 
-
-class ExampleStore(Sequence[Example]):
-    """Examples in a temporary file, 4 bytes per token; indexing reads an example back.
-
-    Memory holds about 40 bytes per example, so a data set may be larger than memory.
-    """
-
-    def __init__(self) -> None:
-        self._what = f"the data's tokens in {cache_dir()}"
-        with writing(self._what, "LITE_DIL_CACHE"):
-            self._file = scratch_file(cache_dir())
-        weakref.finalize(self, _close, self._file)
-        self._tokens: np.ndarray | None = None
-        self._starts = array("q", [0])
-        self._sources: dict[str, int] = {}
-        self._names: list[str] = []  # the sources' names, by number
-        # For each example: its source, its row's number there, and its number of responses.
-        self._rows = array("q")
-
-    def append(self, example: Example) -> None:
-        """Add an example at the end; all must be added before the first is read."""
-        source, _, number = example.place.rpartition(" ")
-        lengths = [len(example.prompt), *map(len, example.responses)]
-        record = [*lengths, *example.signs, *example.prompt]
-        for response in example.responses:
-            record += response
-        with writing(self._what, "LITE_DIL_CACHE"):
-            self._file.write(np.array(record, np.int32).tobytes())
-        self._starts.append(self._starts[-1] + len(record))
-        if source not in self._sources:
-            self._sources[source] = len(self._names)
-            self._names.append(source)
-        place = self._sources[source]
-        self._rows.extend((place, int(number or 0), len(example.responses)))
-
-    def __len__(self) -> int:
-        return len(self._starts) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        if self._tokens is None:
-            with writing(self._what, "LITE_DIL_CACHE"):
-                self._file.flush()
-            self._tokens = np.memmap(self._file, np.int32, "r")
-        source, number, count = self._rows[3 * index : 3 * index + 3]
-        record = self._tokens[self._starts[index] : self._starts[index + 1]].tolist()
-        lengths, signs, at = record[: count + 1], record[count + 1 : 2 * count + 1], 2 * count + 1
-        parts = []
-        for length in lengths:
-            parts.append(tuple(record[at : at + length]))
-            at += length
-        place = f"{self._names[source]} {number}"
-        return Example(parts[0], tuple(parts[1:]), tuple(signs), place)
-
-
-def _close(file: IO[bytes]) -> None:
-    with suppress(OSError):  # unwritten tokens on a full disk, which was reported before
-        file.close()
+_TOGETHER = 1000  # rows that are tokenised at once
 
 
 class Picked(Sequence[Example]):
@@ -128,6 +59,7 @@ class Source:
         problems: the rows that were left out, and why.
         unread: its columns of which nothing was read.
         notes: changes to rows that their owner should know about, and to how many rows.
+        form, chat: the kind of its rows, as of `DataSet`, if any are usable.
     """
 
     name: str
@@ -137,6 +69,14 @@ class Source:
     problems: list[Problem]
     notes: Counter[str]
     unread: list[str]
+    form: str
+    chat: bool
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Source:
+        """Return the source whose fields JSON held."""
+        problems, notes = [Problem(*each) for each in fields["problems"]], Counter(fields["notes"])
+        return cls(**fields | {"problems": problems, "notes": notes})
 
 
 @dataclass
@@ -151,6 +91,7 @@ class DataSet:
         prompts_halved: of how many examples it left less than half of the prompt.
         cuts_none: the smallest `max_length` that would cut none.
         store: every example once, in the order of the data.
+        read: every usable row, with its lengths, also those that the objective leaves out.
         names: (examples, 2) uint64, for each example a hash of its prompt, and of its prompt with its responses in any order,
             before cutting.
     """
@@ -166,6 +107,7 @@ class DataSet:
     cuts_none: int
     store: Sequence[Example]
     names: np.ndarray
+    read: ExampleStore
 
     @property
     def problems(self) -> list[Problem]:
@@ -189,6 +131,7 @@ def load(
     watch: Callable[[Row, Example, Example], None] | None = None,
     good_only: bool = False,
     strict: bool = True,
+    say: Callable[[str], None] = unheard,
 ) -> DataSet:
     """Read, check, tokenise and cut all rows of `data`.
 
@@ -198,70 +141,102 @@ def load(
         watch: called for each usable row with the row, its tokens, and its tokens cut to ``--max-length``.
         good_only: leave unpaired rejected responses out, for objectives that train on chosen ones only.
         strict: raise UserError for unusable rows (unless ``--skip-bad-rows``), and for a source without usable rows.
+        say: is told if the tokens that an earlier run kept are damaged, or these cannot be kept.
 
     Raises:
         UserError: a source cannot be read, or its kind of data differs from the source before it; or as `strict` says.
     """
-    store, answers, names = ExampleStore(), Counter[int](), bytearray()
-    sources: list[Source] = []
-    form, chat, cuts = "", False, _Cuts()
-    order: list[np.ndarray] = []
-    random = row_draws(options.seed)
-    for weight, reader in _readers(data, split, options):
-        first, rows, name = len(store), 0, reader.source
-        for row in reader:
-            try:
-                whole = encoder.encode(row, reader.notes)
-                example = _cut(whole, options.max_length)
-            except RowError as error:
-                reader.problems.append(Problem(error.kind, row.place, str(error)))
-                continue
-            rows += 1
-            if watch:
-                watch(row, whole, example)
-            answers.update(row.signs)
-            if good_only and CHOSEN not in row.signs:
-                continue
-            store.append(example)
-            names += tokens_digest(whole.prompt)[:8] + tokens_digest(whole.prompt, whole.responses)[:8]
-            cuts.add(whole, example)
-        if strict:
-            reader.check(rows, options.skip_bad_rows)
-        if rows:
-            if form and (reader.form, reader.chat) != (form, chat):
-                one, other = _kind(form, chat), _kind(reader.form, reader.chat)
-                raise UserError(f"--data: {sources[0].name} has {one} and {name} {other}; train on one kind at a time")
-            form, chat = reader.form, reader.chat
-        sources.append(Source(name, weight, rows, reader.format, reader.problems, reader.notes, reader.unread))
-        order.append(_often(np.arange(first, len(store)), weight, random))
-    named = np.frombuffer(names, np.uint64).reshape(-1, 2)
-    examples: Sequence[Example] = store
+    cache = None if watch else TokenCache(data, split, encoder, options)
+    found = cache.find(say) if cache else None
+    if found:
+        store, sources = found[0], [Source.of(part) for part in found[1]]
+        _check(sources, options, strict)
+    else:
+        store, sources = _read(_readers(data, split, options), encoder, options, watch, strict)
+        if cache:
+            store = cache.keep(store, [vars(source) for source in sources], say)
+    for source, weight in zip(sources, _weights(data), strict=True):
+        source.weight = weight
+    return _data_set(store, sources, good_only, options.seed)
+
+
+def _read(
+    readers: list[Reader],
+    encoder: Encoder,
+    options: DataOptions,
+    watch: Callable[[Row, Example, Example], None] | None,
+    strict: bool,
+) -> tuple[ExampleStore, list[Source]]:
+    """Read and tokenise all rows of all sources."""
+    writer, sources = StoreWriter(), list[Source]()
+    for reader in readers:
+        first, rows = len(writer), iter(reader)
+        # A row with the number of problems before it, so that those of tokenising it take their place among them.
+        while some := [(row, len(reader.problems)) for row in itertools.islice(rows, _TOGETHER)]:
+            refused = []
+            for (row, before), whole in zip(some, encoder.encode_all([row for row, _ in some], reader.notes), strict=True):
+                try:
+                    if isinstance(whole, RowError):
+                        raise whole
+                    example = _cut(whole, options.max_length)
+                except RowError as error:
+                    refused.append((before, Problem(error.kind, row.place, str(error))))
+                    continue
+                writer.append(example, whole, None if watch else row.prompt)
+                if watch:
+                    watch(row, whole, example)
+            for before, problem in reversed(refused):
+                reader.problems.insert(before, problem)
+        kept, problems = len(writer) - first, reader.problems
+        form, chat = (reader.form, reader.chat) if kept else ("", False)
+        sources.append(Source(reader.source, 1, kept, reader.format, problems, reader.notes, reader.unread, form, chat))
+        _check(sources, options, strict)
+    return writer.store(), sources
+
+
+def _check(sources: list[Source], options: DataOptions, strict: bool) -> None:
+    """Raise UserError for sources that cannot be used, or do not go together."""
+    for source in sources if strict else []:
+        check_kept(source.name, source.problems, source.notes, source.kept, options.skip_bad_rows)
+    used = [source for source in sources if source.kept]
+    for source in used:
+        if (source.form, source.chat) != (used[0].form, used[0].chat):
+            one, other = _kind(used[0]), _kind(source)
+            raise UserError(f"--data: {sources[0].name} has {one} and {source.name} {other}; train on one kind at a time")
+
+
+def _data_set(store: ExampleStore, sources: list[Source], good_only: bool, seed: int) -> DataSet:
+    """Describe the examples of a store, and put them in the order of an epoch."""
+    good = np.arange(len(store))
+    if good_only and len(store):
+        good = np.flatnonzero(np.maximum.reduceat(store.signs, store.first[:-1]) == CHOSEN)
+    usable: Sequence[Example] = store if len(good) == len(store) else Picked(store, good)
+    names, random, order = store.names[good], row_draws(seed), list[np.ndarray]()
+    ends = np.searchsorted(good, np.cumsum([0, *(source.kept for source in sources)]))
+    for source, first, end in zip(sources, ends[:-1], ends[1:], strict=True):
+        order.append(_often(np.arange(first, end), source.weight, random))
+    examples = usable
     if any(source.weight != 1 for source in sources):
         taken = np.concatenate(order)
-        examples, named = Picked(store, taken), named[taken]
-    cut = (cuts.prompts, cuts.responses, cuts.halved, cuts.none_at)
-    return DataSet(examples, form, chat, answers, sources, *cut, store, named)
+        examples, names = Picked(usable, taken), names[taken]
+    signs, numbers = np.unique(store.signs[store.signs != 0], return_counts=True)
+    answers = Counter(dict(zip(signs.tolist(), numbers.tolist(), strict=True)))
+    used = next((source for source in sources if source.kept), None)
+    form, chat = (used.form, used.chat) if used else ("", False)
+    return DataSet(examples, form, chat, answers, sources, *_cuts(store, good), usable, names, store)
 
 
-@dataclass
-class _Cuts:
-    """Counts what ``--max-length`` cuts, for the fields of `DataSet`."""
-
-    prompts: int = 0
-    responses: int = 0
-    halved: int = 0
-    none_at: int = 0
-
-    def add(self, whole: Example, cut: Example) -> None:
-        """Add an example, before and after cutting."""
-        self.prompts += len(cut.prompt) < len(whole.prompt)
-        self.responses += any(map(_shorter, cut.responses, whole.responses))
-        self.halved += 2 * len(cut.prompt) < len(whole.prompt)
-        self.none_at = max(self.none_at, _needed(whole))
-
-
-def _shorter(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return len(one) < len(other)
+def _cuts(store: ExampleStore, good: np.ndarray) -> tuple[int, int, int, int]:
+    """Return what ``--max-length`` cuts of the examples `good`, for the fields of `DataSet`."""
+    if not len(good):
+        return 0, 0, 0, 0
+    cut, whole = store.lengths.T
+    prompts, responses = store.first[:-1], store.signs != 0
+    shorter = np.logical_or.reduceat((cut < whole) & responses, prompts)
+    needed = whole[prompts] + np.maximum.reduceat(np.where(responses, whole, 0), prompts)
+    halved = 2 * cut[prompts] < whole[prompts]
+    counted = [int(found[good].sum()) for found in (cut[prompts] < whole[prompts], shorter, halved)]
+    return counted[0], counted[1], counted[2], int(needed[good].max())
 
 
 def _needed(example: Example) -> int:
@@ -296,15 +271,19 @@ def halved(data: DataSet, max_length: int) -> str:
     )
 
 
-def _readers(data: str | Rows, split: str, options: DataOptions) -> list[tuple[float, Reader]]:
-    """Return the readers of all sources, each with how often an epoch takes its rows."""
+def _readers(data: str | Rows, split: str, options: DataOptions) -> list[Reader]:
+    """Return the readers of all sources."""
     if isinstance(data, Rows):
-        return [(1.0, reader_of(DATA, split, options, data))]
-    return [(weight, reader_of(name, split, options)) for name, weight in split_sources(data)]
+        return [reader_of(DATA, split, options, data)]
+    return [reader_of(name, split, options) for name, _ in split_sources(data)]
 
 
-def _kind(form: str, chat: bool) -> str:
-    return f"{form} of {'chat messages' if chat else 'plain text'}"
+def _weights(data: str | Rows) -> list[float]:
+    return [1.0] if isinstance(data, Rows) else [weight for _, weight in split_sources(data)]
+
+
+def _kind(source: Source) -> str:
+    return f"{source.form} of {'chat messages' if source.chat else 'plain text'}"
 
 
 def epoch_rows(rows: int, weight: float) -> tuple[int, int]:

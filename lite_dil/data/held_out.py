@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 
 from lite_dil.base.errors import UserError
-from lite_dil.base.hashing import tokens_digest
 from lite_dil.data.dataset import DataSet, Picked
 
 # Where --eval-fraction is not given: a share of the rows, at most so many, and none of fewer rows than these.
@@ -62,8 +60,3 @@ def split(data: DataSet, fraction: float | None) -> tuple[DataSet, DataSet | Non
     return training, replace(
         data, examples=examples, names=names, answers=answers, prompts_cut=0, responses_cut=0, prompts_halved=0, sources=[]
     )
-
-
-def place_of(prompt: tuple[int, ...]) -> float:
-    """Return where a prompt stands, from 0 to 1, in the order in which `split` takes prompts."""
-    return int.from_bytes(tokens_digest(prompt)[:8], sys.byteorder) / 2**64

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from lite_dil.base.errors import UserError
-from lite_dil.data.dataset import ExampleStore
 from lite_dil.data.encoder import Example, truncate
+from lite_dil.data.store import StoreWriter
 
 
 def mismatched(examples: Sequence[Example], loss: str, max_length: int) -> Sequence[Example]:
@@ -24,7 +24,7 @@ def mismatched(examples: Sequence[Example], loss: str, max_length: int) -> Seque
         partner[i] = following if prompts[following] != prompts[i] else partner[following]
     if -1 in partner:
         raise UserError(f"--loss {loss} compares responses to different prompts, and all rows have the same prompt")
-    found = ExampleStore()
+    found = StoreWriter()
     for example, other in zip(examples, partner.tolist(), strict=True):
         found.append(truncate(replace(examples[other], prompt=example.prompt, place=example.place), max_length)[0])
-    return found
+    return found.store()

@@ -13,7 +13,7 @@ from typing import Any
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.data.arguments import FIELD
-from lite_dil.data.columns import Columns, learn, refuse_unreadable, tidy
+from lite_dil.data.columns import Columns, learn, tidy
 from lite_dil.data.compared import BETTER
 from lite_dil.data.draft import Draft, Tie
 from lite_dil.data.encoder import Encoder, continuation_text, encoder_of
@@ -219,7 +219,6 @@ def _draft(row: Any, format: str, chat: bool) -> Draft:
     """Read a row in its format. A row without a response gets a placeholder, which is not used."""
     if not isinstance(row, Columns):
         raise RowError("not an object", f"expected a JSON object with 'prompt' or 'messages', found {kind_of(row)}")
-    refuse_unreadable(row)
     known, notes = format_of(row), tuple[str, ...]()
     if not known:  # a label, such as a topic, makes nothing of the placeholder
         row = Columns({name: v for name, v in row.items() if name not in ("label", "kto_tag")}, row.left_out, row.about)

@@ -203,10 +203,16 @@ class Reader:
 
     def check(self, kept: int, skip: bool) -> None:
         """Raise UserError if rows are unusable, unless `skip` leaves them out, or `kept` is 0."""
-        problems = [] if skip and kept else self.problems
-        if not kept and not problems and self.notes:
-            raise UserError(f"{self.source}: no rows are left; all are {', '.join(self.notes)}")
-        refuse(self.source, problems, kept)
+        check_kept(self.source, self.problems, self.notes, kept, skip)
+
+
+def check_kept(source: str, problems: list[Problem], notes: Counter[str], kept: int, skip: bool) -> None:
+    """Raise UserError for what a `Reader` found, if rows are unusable, unless `skip` leaves them out, or `kept` is 0."""
+    if skip and kept:
+        return
+    if not kept and not problems and notes:
+        raise UserError(f"{source}: no rows are left; all are {', '.join(notes)}")
+    refuse(source, problems, kept)
 
 
 def read_rows(source: str, split: str = "train", *, skip: bool = False, **settings: Any) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from functools import cached_property, partial
 from typing import Any
 
@@ -67,7 +67,7 @@ class Rendering:
         return self._special | ({token for token in self._added if token in frame and not token.strip().isalnum()} - MARKS)
 
     @cached_property
-    def _template_text(self) -> str:
+    def template_text(self) -> str:
         """The text of the chat template, or of all if there are several."""
         template = self.tokenizer.chat_template
         return "\n".join(template.values()) if isinstance(template, dict) else str(template)
@@ -90,7 +90,7 @@ class Rendering:
             self._tools_shown = text != self.lay_out(prompt, None, add_generation_prompt=True, arguments=arguments)
             if not self._tools_shown:
                 self.notes.add("the chat template prints the same with their tools as without them")
-        if unread := [name for name in sorted(given) if not re.search(rf"\b{name}\b", self._template_text)]:
+        if unread := [name for name in sorted(given) if not re.search(rf"\b{name}\b", self.template_text)]:
             self.notes.add(f"the chat template does not read {', '.join(unread)}")
         if any(name not in text for name in _called(prompt)):
             self.notes.add("the chat template does not print the tool calls of earlier turns")
@@ -280,12 +280,27 @@ class Rendering:
         return text[:content_end].rstrip() + self.tokenizer.eos_token
 
     def _refuse_control(self, message: Message) -> None:
-        texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in message.values()]
-        for token in self.control - MARKS if message["role"] == "assistant" else self.control:
-            if any(token in text for text in texts):
+        found = self._control_of_answers if message["role"] == "assistant" else self._control_of_prompts
+        for value in message.values():
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            if match := found.search(text):
                 raise RowError(
-                    "control token", f"a message contains the control token {token!r}, which ends or opens a turn; remove it"
+                    "control token",
+                    f"a message contains the control token {match[0]!r}, which ends or opens a turn; remove it",
                 )
+
+    @cached_property
+    def _control_of_prompts(self) -> re.Pattern[str]:
+        return _any_of(self.control)
+
+    @cached_property
+    def _control_of_answers(self) -> re.Pattern[str]:
+        return _any_of(self.control - MARKS)
+
+
+def _any_of(texts: Set[str]) -> re.Pattern[str]:
+    """Return a pattern of any of some texts, the longest if several begin at the same place."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text)))))
 
 
 def _with_reasoning(message: Message, template: str) -> Message:

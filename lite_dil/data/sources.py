@@ -58,19 +58,27 @@ def records(source: str, split: str = "train", limit: int | None = None) -> Iter
     Raises:
         UserError: the source as a whole cannot be read; an unreadable row is yielded as its RowError.
     """
-    if source == EMBEDDED:
-        found = file_rows(Path(__file__).parent / "short_answers" / f"{split}.jsonl")
-    elif is_local(source) and (path := Path(source)).is_dir():
-        found = _folder(path, split, named=False)
-    elif is_local(source) or looks_like_file(source):
-        found = file_rows(Path(source))
-    elif is_local(before := source.rpartition(":")[0]) and Path(before).is_dir():
-        found = _folder(Path(before), source.rpartition(":")[2], named=True)
+    files = files_of(source, split)
+    if files is not None:
+        found: Iterator[PlacedRow] = itertools.chain.from_iterable(map(file_rows, files))
     elif is_rows_name(source):
         raise UserError(f"{source}: rows that a program passed and no file holds; pass them to dil.train again")
     else:
         found = _hub(source, split, stream=limit is not None)
     return itertools.islice(found, limit)
+
+
+def files_of(source: str, split: str = "train") -> list[Path] | None:
+    """Return the files that `records` reads, whether or not they exist; None if the source is not local. Raises UserError."""
+    if source == EMBEDDED:
+        return [Path(__file__).parent / "short_answers" / f"{split}.jsonl"]
+    if is_local(source) and (path := Path(source)).is_dir():
+        return _folder(path, split, named=False)
+    if is_local(source) or looks_like_file(source):
+        return [Path(source)]
+    if is_local(before := source.rpartition(":")[0]) and Path(before).is_dir():
+        return _folder(Path(before), source.rpartition(":")[2], named=True)
+    return None
 
 
 def is_local(source: str) -> bool:
@@ -86,8 +94,8 @@ def looks_like_file(source: str) -> bool:
     return Path(source).suffix in {*TEXT, *COLUMNAR, *PACKED}
 
 
-def _folder(folder: Path, split: str, named: bool) -> Iterator[PlacedRow]:
-    """Read a folder of files, or one saved by the datasets package."""
+def _folder(folder: Path, split: str, named: bool) -> list[Path]:
+    """Return the files of a folder, or of one saved by the datasets package, in order."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
         if split not in splits:
@@ -103,8 +111,7 @@ def _folder(folder: Path, split: str, named: bool) -> Iterator[PlacedRow]:
         files = _of_split([path for path in sorted(folder.rglob("*")) if _is_data(path, folder)], folder, split, named)
     if not files:
         raise UserError(f"{folder} is a directory without data files; expected {', '.join((*TEXT, *COLUMNAR))} in it")
-    for path in files:
-        yield from file_rows(path)
+    return files
 
 
 def _is_data(path: Path, folder: Path) -> bool:

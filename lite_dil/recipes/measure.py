@@ -14,7 +14,7 @@ from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.find import cache_dir
 from lite_dil.recipes.given import Given
 from lite_dil.recipes.observers import FIRST, setting_of
-from lite_dil.recipes.session import open_session
+from lite_dil.recipes.session import Opening, open_session
 from lite_dil.runs import rates
 from lite_dil.runs.folder import RunFolder
 
@@ -46,7 +46,7 @@ def measure(config: ResolvedConfig, display: Display, fixed: Set[str], given: Gi
     display.say(f"measuring {changes['max_steps']} steps, of which only the speed is kept")
     with work_folder(cache_dir() / "measure") as folder:
         short = replace(config, **changes, **no_more, output_dir=str(folder / "run"))
-        session = open_session(short, display, RunFolder(folder / "run"), None, fixed, given)
+        session = open_session(Opening(short, display, RunFolder(folder / "run"), None, fixed, given))
         training, lines = session.training, []
         assert training is not None  # only drawing and caching before the first step can be stopped
         with display.bar(training.schedule.steps, 0, FIRST) as bar:

@@ -14,7 +14,7 @@ from lite_dil.objectives.own import shown
 from lite_dil.recipes.given import NOTHING_GIVEN, Given
 from lite_dil.recipes.observers import observers_of
 from lite_dil.recipes.run import Run
-from lite_dil.recipes.session import open_session
+from lite_dil.recipes.session import Opening, open_session
 from lite_dil.reports.run_report import REPORT
 from lite_dil.runs.folder import RunFolder
 from lite_dil.training.loop import loop
@@ -42,7 +42,7 @@ def train(
     folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, shown(config.loss))
     folder.again = " ".join([folder.again, *trusting(config)])
     with folder.alone(display.say):
-        session = open_session(config, display, folder, resume, fixed, given)
+        session = open_session(Opening(config, display, folder, resume, fixed, given))
         training, policy, taken = session.training, session.policy, session.config
 
         def ended(stopped: bool) -> Run:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.signs import CHOSEN
@@ -18,7 +20,7 @@ from lite_dil.data.rows import DATA, Rows, rows_name
 from lite_dil.objectives.accepts import check_data
 from lite_dil.objectives.table import objective_of
 from lite_dil.recipes.given import Given
-from lite_dil.reports.samples import Intake, SamplePrompt
+from lite_dil.reports.samples import SamplePrompt, data_facts, lengths_of, sample_prompts
 
 
 @dataclass(frozen=True)
@@ -38,49 +40,58 @@ class RunData:
 
 def read_data(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None], given: Given) -> RunData:
     """Read the training data, and the held-out data if there is any."""
-    data, intake, name = _load(given.data or config.data, "train", encoder, config, say)
+    data, name = _load(given.data or config.data, "train", encoder, config, say)
     config = replace(config, data=name)
     if not config.eval_data:
-        return _held_out_of(data, intake, name, config, say)
-    facts = [intake.facts("training", name, data)]
-    held_out, seen, name = _load(given.eval_data or config.eval_data, "test", encoder, config, say)
+        return _held_out_of(data, name, config, say)
+    facts = [data_facts("training", name, data, _lengths(data))]
+    held_out, name = _load(given.eval_data or config.eval_data, "test", encoder, config, say)
     config = replace(config, eval_data=name)
     shared = overlap(data, held_out)
     if shared.warning:
         say(f"warning: {shared.warning}")
-    facts.append(seen.facts("held out", name, held_out) | {"in_training": shared._asdict()})
-    return RunData(data.examples, held_out.examples, data.problems + held_out.problems, seen.prompts, facts, config)
+    facts.append(data_facts("held out", name, held_out, _lengths(held_out)) | {"in_training": shared._asdict()})
+    prompts = sample_prompts(held_out.read, config.report_samples, config)
+    return RunData(data.examples, held_out.examples, data.problems + held_out.problems, prompts, facts, config)
 
 
-def _held_out_of(data: DataSet, intake: Intake, name: str, config: ResolvedConfig, say: Callable[[str], None]) -> RunData:
+def _held_out_of(data: DataSet, name: str, config: ResolvedConfig, say: Callable[[str], None]) -> RunData:
     """Hold out part of the training data, if it is large enough or the user asks for it."""
-    rows = len(data.examples)
+    rows, prompts, tokens = len(data.examples), sample_prompts(data.read, config.report_samples, config), _lengths(data)
     data, held_out = split(data, config.eval_fraction)
-    facts = [intake.facts("training", name, data)]
+    facts = [data_facts("training", name, data, tokens)]
     if held_out is None:
         if config.eval_steps:
             raise UserError(
                 f"--eval-steps: nothing is held out of {rows} rows; give --eval-data or --eval-fraction 0.1, or leave it out"
             )
-        return RunData(data.examples, [], data.problems, intake.prompts, facts, config)
+        return RunData(data.examples, [], data.problems, prompts, facts, config)
     number = len(held_out.examples)
     say(f"held-out data: {number} of these rows, whole prompts, not trained on (--eval-fraction, --eval-data)")
-    part = Intake(0, config)
-    for example in held_out.examples:
-        part.measure(example)
-    facts.append(part.facts("held out", f"a part of {name}", held_out) | {"in_training": Overlap(number, 0, 0)._asdict()})
+    part = [(length, sign) for example in held_out.examples for length, sign in _sequences(example)]
+    tokens = lengths_of(*np.array(part, np.int32).T)
+    found = data_facts("held out", f"a part of {name}", held_out, tokens)
+    facts.append(found | {"in_training": Overlap(number, 0, 0)._asdict()})
     among = {example.prompt for example in held_out.examples}
-    prompts = [prompt for prompt in intake.prompts if prompt.ids in among]
-    return RunData(data.examples, held_out.examples, data.problems, prompts or intake.prompts, facts, config)
+    prompts = [prompt for prompt in prompts if prompt.ids in among] or prompts
+    return RunData(data.examples, held_out.examples, data.problems, prompts, facts, config)
+
+
+def _lengths(data: DataSet) -> dict[str, np.ndarray]:
+    return lengths_of(data.read.lengths[:, 1], data.read.signs)
+
+
+def _sequences(example: Example) -> Iterator[tuple[int, int]]:
+    """Yield the length and the sign of an example's prompt and of its responses."""
+    return zip(map(len, (example.prompt, *example.responses)), (0, *example.signs), strict=True)
 
 
 def _load(
     given: str | Rows, split: str, encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None]
-) -> tuple[DataSet, Intake, str]:
+) -> tuple[DataSet, str]:
     """Read and describe a data set; return also its name in the run's files."""
-    intake = Intake(config.report_samples, config)
     source = DATA if isinstance(given, Rows) else given
-    data = load(given, split, encoder, config, watch=intake.add, good_only=objective_of(config.loss).data == "chosen")
+    data = load(given, split, encoder, config, good_only=objective_of(config.loss).data == "chosen", say=say)
     check_data(config.loss, data.form, set(data.answers), source, config.sample_rejected is not None)
     number, good = len(data.examples), data.answers[CHOSEN]
     kinds = {
@@ -98,4 +109,4 @@ def _load(
         say(line)
     if lost := halved(data, config.max_length):
         say(f"warning: {lost}")
-    return data, intake, rows_name(fingerprint(data.examples)) if isinstance(given, Rows) else source
+    return data, rows_name(fingerprint(data.examples)) if isinstance(given, Rows) else source

@@ -28,7 +28,7 @@ from lite_dil.objectives.own import OwnLoss, is_own
 from lite_dil.objectives.own import missing as missing_loss
 from lite_dil.objectives.table import objective_of
 from lite_dil.planning.auto import fitted
-from lite_dil.recipes.given import Given
+from lite_dil.recipes.given import NOTHING_GIVEN, Given
 from lite_dil.recipes.inputs import Inputs, say_paths
 from lite_dil.recipes.read_data import RunData, read_data
 from lite_dil.reports import trackers
@@ -41,6 +41,8 @@ from lite_dil.training.own_loss import try_out
 from lite_dil.training.passes import Passes
 from lite_dil.training.precompute import missing, precompute
 from lite_dil.training.reference_cache import ReferenceCache, cache_folder, open_cache
+from lite_dil.training.reference_check import CHECKING as CHECKING_CACHE
+from lite_dil.training.reference_check import check_cache
 from lite_dil.training.start_check import CHECKING, check_start, starts_at_reference
 
 LOSS_SOURCE = "loss_source.txt"
@@ -79,19 +81,27 @@ class TrainingSession:
         self.backend.save_state(folder)
 
 
-def open_session(
-    config: ResolvedConfig,
-    display: Display,
-    folder: RunFolder,
-    resume: Path | None,
-    fixed: Set[str] | None,
-    given: Given,
-) -> TrainingSession:
-    """Read the data, load the model, and prepare both to start training, or to continue from the checkpoint `resume`.
+@dataclass(frozen=True)
+class Opening:
+    """What a session is opened with.
 
-    `fixed` are the options that --auto does not change; None means all that are not at their default.
+    Attributes:
+        resume: the checkpoint to continue from; None starts anew.
+        fixed: the options that --auto does not change; None means all that are not at their default.
     """
-    session, progress, inputs = _load(config, display, folder, resume, fixed, given)
+
+    config: ResolvedConfig
+    display: Display
+    folder: RunFolder
+    resume: Path | None = None
+    fixed: Set[str] | None = None
+    given: Given = NOTHING_GIVEN
+
+
+def open_session(opening: Opening) -> TrainingSession:
+    """Read the data, load the model, and prepare both to start training, or to continue from a checkpoint."""
+    display, resume, given = opening.display, opening.resume, opening.given
+    session, progress, inputs = _load(opening)
     config = session.config
     if config.sample_rejected and not _draw_rejected(session, config.sample_rejected, display):
         return session
@@ -113,6 +123,9 @@ def open_session(
         display.say,
         display.stopping,
     )
+    if passes.cache.found:
+        with display.status(CHECKING_CACHE):
+            check_cache(passes, examples, training.schedule.limits, config.seed, config.model)
     if resume:
         _go_on(session, training, resume)
     elif starts_at_reference(config):
@@ -126,15 +139,9 @@ def open_session(
     return session
 
 
-def _load(
-    config: ResolvedConfig,
-    display: Display,
-    folder: RunFolder,
-    resume: Path | None,
-    fixed: Set[str] | None,
-    given: Given,
-) -> tuple[TrainingSession, Progress, Inputs]:
+def _load(opening: Opening) -> tuple[TrainingSession, Progress, Inputs]:
     """Read the data and load the model; return also the run's progress, and what is compared with a run's record."""
+    config, display, folder, resume, given = opening.config, opening.display, opening.folder, opening.resume, opening.given
     start(training=True)
     trackers.check(config)
     if resume:
@@ -156,7 +163,7 @@ def _load(
     inputs = Inputs(config, folder, resume, display.say, given.accept_changes)
     progress = inputs.data(data)
     if config.auto:
-        config, chosen = fitted(config, data.examples, fixed)
+        config, chosen = fitted(config, data.examples, opening.fixed)
         display.say(chosen)
     if policy is None:
         with display.status(f"loading {config.model}"):

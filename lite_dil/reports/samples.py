@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from array import array
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Generated, never
@@ -26,12 +27,11 @@ from lite_dil.base.strict_json import parse_json
 from lite_dil.base.text import count
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import DataSet
-from lite_dil.data.encoder import Encoder, Example
-from lite_dil.data.held_out import place_of
+from lite_dil.data.encoder import Encoder
 from lite_dil.data.inspect.findings import source_facts
 from lite_dil.data.inspect.survey import lengths
 from lite_dil.data.messages import Message
-from lite_dil.data.reader import Row
+from lite_dil.data.store import ExampleStore
 
 MAX_NEW_TOKENS = 128
 
@@ -46,62 +46,51 @@ class SamplePrompt:
     tokens: int
 
 
-class Intake:
-    """Watches `lite_dil.data.dataset.load`: `add` keeps lengths, and a few prompts chosen by the seed.
+def data_facts(use: str, source: str, data: DataSet, tokens: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return the report's facts about a data set.
 
     Args:
-        count: how many prompts to keep; prompts that leave no room for `MAX_NEW_TOKENS` only if there are no others.
+        use: "training" or "held out".
+        tokens: the lengths of its prompts and responses; see `lengths_of`.
     """
+    return {
+        "use": use,
+        "source": source,
+        "examples": len(data.examples),
+        "form": data.form,
+        "chat": data.chat,
+        "answers": {"chosen": data.answers[CHOSEN], "rejected": data.answers[REJECTED]},
+        "sources": [source_facts(part) for part in data.sources],
+        "prompts_cut": data.prompts_cut,
+        "answers_cut": data.responses_cut,
+        "tokens": {name: lengths(values) for name, values in tokens.items() if len(values)},
+    }
 
-    def __init__(self, count: int, config: ResolvedConfig) -> None:
-        self.count, self.max_length = count, config.max_length
-        self.lengths = {"prompt": array("i"), "chosen": array("i"), "rejected": array("i")}
-        self._random = named("reports/prompts", config.seed)
-        self._splits = not config.eval_data and config.eval_fraction != 0
-        self._kept: dict[tuple[int, ...], tuple[float, SamplePrompt]] = {}
 
-    def add(self, row: Row, whole: Example, cut: Example) -> None:
-        """Add a row, its tokens, and its tokens cut to ``--max-length``."""
-        self.measure(whole)
-        if not self.count or cut.prompt in self._kept:
-            return
-        # Keep the rows with the smallest numbers, so that one pass over the data is enough: random numbers, or the digests of
-        # the prompts, the smallest of which are held out.
-        order = place_of(whole.prompt) if self._splits else self._random.random()
-        order += len(cut.prompt) + MAX_NEW_TOKENS > self.max_length
-        if len(self._kept) == self.count:
-            last = max(self._kept, key=lambda ids: self._kept[ids][0])
-            if order >= self._kept[last][0]:
-                return
-            del self._kept[last]
-        self._kept[cut.prompt] = order, SamplePrompt(cut.prompt, row.prompt, row.place, len(whole.prompt))
+def lengths_of(values: np.ndarray, signs: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the lengths `values` of prompts, whose sign is 0, and of chosen and rejected responses."""
+    return {name: values[signs == sign] for name, sign in (("prompt", 0), ("chosen", CHOSEN), ("rejected", REJECTED))}
 
-    def measure(self, example: Example) -> None:
-        """Add the lengths of an example."""
-        self.lengths["prompt"].append(len(example.prompt))
-        for sign, response in zip(example.signs, example.responses, strict=True):
-            self.lengths[{CHOSEN: "chosen", REJECTED: "rejected"}[sign]].append(len(response))
 
-    @property
-    def prompts(self) -> list[SamplePrompt]:
-        """The kept prompts; those that leave too little room for an answer only if there are no others."""
-        roomy = [prompt for order, prompt in self._kept.values() if order < 1]
-        return roomy or [prompt for _, prompt in self._kept.values()]
+def sample_prompts(store: ExampleStore, count: int, config: ResolvedConfig) -> list[SamplePrompt]:
+    """Return `count` prompts to answer: the first to be held out if a part of the data is, else random ones.
 
-    def facts(self, use: str, source: str, data: DataSet) -> dict[str, Any]:
-        """Return the report's facts about a data set; `use` is "training" or "held out"."""
-        return {
-            "use": use,
-            "source": source,
-            "examples": len(data.examples),
-            "form": data.form,
-            "chat": data.chat,
-            "answers": {"chosen": data.answers[CHOSEN], "rejected": data.answers[REJECTED]},
-            "sources": [source_facts(part) for part in data.sources],
-            "prompts_cut": data.prompts_cut,
-            "answers_cut": data.responses_cut,
-            "tokens": {name: lengths(values) for name, values in self.lengths.items() if values},
-        }
+    Those that leave no room for `MAX_NEW_TOKENS` are taken only if there are no others.
+    """
+    found: dict[tuple[int, ...], SamplePrompt] = {}
+    if not config.eval_data and config.eval_fraction != 0:
+        order = store.names[:, 0] / 2.0**64  # as `lite_dil.data.held_out.taken` takes them
+    else:
+        order = named("reports/prompts", config.seed).random(len(store))
+    prompts = store.first[:-1]
+    rows = np.flatnonzero(store.lengths[prompts, 0] + MAX_NEW_TOKENS <= config.max_length)
+    rows = rows if len(rows) else np.arange(len(store))
+    for row in rows[np.argsort(order[rows], kind="stable")].tolist():
+        if len(found) == count:
+            break
+        example, tokens = store[row], int(store.lengths[prompts[row], 1])
+        found.setdefault(example.prompt, SamplePrompt(example.prompt, store.shown(row), example.place, tokens))
+    return list(found.values())
 
 
 @dataclass

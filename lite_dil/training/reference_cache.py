@@ -37,11 +37,15 @@ class ReferenceCache:
     Args:
         folder: holds one file per reference; created if necessary. None keeps everything in memory.
         key: what the log-probs depend on besides the tokens; see `reference_key`.
+
+    Attributes:
+        damaged: records that were ignored.
+        found: responses that were known before this run.
     """
 
     def __init__(self, folder: Path | None, key: dict[str, str]) -> None:
         self.known: dict[bytes, tuple[float, int]] = {}
-        self.damaged = 0
+        self.damaged = self.found = 0
         self.failed = False
         self.path: Path | None = None
         if folder is None:
@@ -64,6 +68,7 @@ class ReferenceCache:
             else:
                 self.damaged += 1
         self.damaged += bool(torn)
+        self.found = len(self.known)
 
     def lookup(self, batch: Batch) -> np.ndarray | None:
         """Return the summed log-prob of every response, (responses,) float32, or None unless all are known."""

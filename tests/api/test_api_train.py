@@ -18,6 +18,7 @@ from trainings import metrics, run, same_weights
 import lite_dil as dil
 from lite_dil.backends import registry
 from lite_dil.cli.main import main
+from lite_dil.runs.seal import unsealed
 
 OPTIONS = {"learning_rate": 1e-2, "max_steps": 3, "report_samples": 0}
 
@@ -86,6 +87,7 @@ def test_a_stopped_run_goes_on(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the same policy, and in another one that was trained meanwhile; other rows are refused. Ctrl-C is a log record."""
     caplog.set_level(logging.INFO, "lite_dil")
@@ -102,7 +104,10 @@ def test_a_stopped_run_goes_on(
         dil.train(policy, rows[1:], resume=part.folder, **OPTIONS)
     with pytest.raises(dil.UserError, match="--loss is ukl, but the run has lsif"):
         dil.train(policy, rows, loss="ukl", resume=part.folder, **OPTIONS)
+    read: list[Path] = []
+    monkeypatch.setattr("lite_dil.runs.folder.unsealed", lambda path: read.append(path) or unsealed(path))
     done = dil.train(policy, rows, resume=part.folder, **OPTIONS)
+    assert read == [part.folder / "checkpoints" / "step-2"]  # once: it may be gigabytes
     assert not done.stopped and metrics(done.folder) == metrics(whole.folder)
     assert same_weights(done.folder / "adapter", whole.folder / "adapter")
 

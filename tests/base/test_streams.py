@@ -41,6 +41,7 @@ def test_no_two_streams_are_the_same() -> None:
         found |= {
             ("samples", seed): streams.named("data/samples", seed),
             ("prompts", seed): streams.named("reports/prompts", seed),
+            ("check", seed): streams.named("training/reference-check", seed),
             ("order", seed): streams.epoch_order(seed, 0),
             ("order 2", seed): streams.epoch_order(seed, 2),
             ("order 3", seed): streams.epoch_order(seed, 3),

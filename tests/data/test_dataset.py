@@ -17,10 +17,11 @@ import zstandard
 from conftest import byte_level_tokenizer, config
 
 from lite_dil.base.errors import UserError
-from lite_dil.data.dataset import ExampleStore, load
+from lite_dil.data.dataset import load
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.reader import read_rows
 from lite_dil.data.sources import split_sources
+from lite_dil.data.store import StoreWriter
 
 
 def pairs(count: int, prefix: str = "") -> list[dict[str, str]]:
@@ -194,9 +195,10 @@ def test_the_store_gives_back_what_it_was_given(monkeypatch: pytest.MonkeyPatch,
         Example(ids(), tuple(ids() for _ in range(count)), tuple(draw.choice([1, -1], count).tolist()), f"a b.jsonl line {i}")
         for i, count in enumerate(draw.integers(1, 4, 300).tolist(), 1)
     ]
-    store = ExampleStore()
+    writer = StoreWriter()
     for example in given:
-        store.append(example)
+        writer.append(example)
+    store = writer.store()
     assert list(store) == given
     assert [example.place for example in store] == [example.place for example in given]
     assert store[-1] == given[-1] and store[3:5] == given[3:5] and len(store) == 300
@@ -206,7 +208,7 @@ def test_the_store_gives_back_what_it_was_given(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LITE_DIL_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match="the data's tokens in"):
-        ExampleStore()
+        StoreWriter()
 
 
 def test_columns_and_good_answers_alone(tmp_path: Path, encoder: Encoder) -> None:

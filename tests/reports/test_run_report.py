@@ -29,12 +29,13 @@ from lite_dil.cli.main import main
 from lite_dil.cli.progress import Terminal
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.reader import Row, read_rows
+from lite_dil.data.store import StoreWriter
 from lite_dil.evaluation.pairs import PairFigures
 from lite_dil.models.find import load_tokenizer
 from lite_dil.recipes.run import Run
 from lite_dil.reports.pairs import read_pairs
 from lite_dil.reports.run_report import RunReport, write_report
-from lite_dil.reports.samples import Intake, SampleAnswers, read_samples, write_samples
+from lite_dil.reports.samples import SampleAnswers, SamplePrompt, read_samples, sample_prompts, write_samples
 from lite_dil.runs.folder import RunFolder
 
 
@@ -218,13 +219,13 @@ class Small:
         return [Generated([] if self.off else [prompt[0]], ends[0]) for prompt in prompts]
 
 
-def intake(count: int, rows: int = 30, **options: Any) -> Intake:
-    encoder, found = Encoder(byte_level_tokenizer()), Intake(count, config(**options))
+def drawn(count: int, rows: int = 30, **options: Any) -> list[SamplePrompt]:
+    encoder, writer = Encoder(byte_level_tokenizer()), StoreWriter()
     for number in range(rows):
         row = Row(f"tea {number % 20} " * (1 + number % 20 % 3), ("a", "b"), (1, -1), f"place {number}", "pairs")
         example = encoder.encode(row)
-        found.add(row, example, example)
-    return found
+        writer.append(example, example, row.prompt)
+    return sample_prompts(writer.store(), count, config(**options))
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 5])
@@ -232,7 +233,7 @@ def test_sample_answers_fit_into_memory_or_are_left_out(most: int, tmp_path: Pat
     said: list[str] = []
     backend, path = Small(most), tmp_path / "report_samples.jsonl"
     samples = SampleAnswers(
-        intake(5).prompts,
+        drawn(5),
         True,
         path,
         backend,
@@ -250,7 +251,7 @@ def test_sample_answers_fit_into_memory_or_are_left_out(most: int, tmp_path: Pat
 
 
 def answering(backend: Any, tiny: str, path: Path, room: int) -> SampleAnswers:
-    prompts, encoder = intake(3).prompts, Encoder(load_tokenizer(tiny))
+    prompts, encoder = drawn(3), Encoder(load_tokenizer(tiny))
     return SampleAnswers(prompts, True, path, backend, encoder, room + max(len(prompt.ids) for prompt in prompts), print)
 
 
@@ -294,7 +295,7 @@ def test_sample_answers_that_cannot_be_written_do_not_end_training(tmp_path: Pat
     monkeypatch.setattr("secrets.token_hex", lambda _: "0")
     path.with_name(f".{path.name}.{os.getpid()}.0.partial").mkdir()
     backend: Any = Small(5)
-    answers = SampleAnswers(intake(2).prompts, True, path, backend, encoder, 200, said.append, every=2)
+    answers = SampleAnswers(drawn(2), True, path, backend, encoder, 200, said.append, every=2)
     for step in (1, 2, 3, 4):
         answers.after_step(Event(step, 5))
     assert len(backend.calls) == 4 and not path.exists()  # before and after, at steps 2 and 4
@@ -305,17 +306,17 @@ def test_sample_answers_that_cannot_be_written_do_not_end_training(tmp_path: Pat
 
 
 def test_prompts_are_drawn_by_the_seed_each_once_and_with_room() -> None:
-    places = [[prompt.place for prompt in intake(5, seed=seed).prompts] for seed in (0, 0, 1)]
+    places = [[prompt.place for prompt in drawn(5, seed=seed)] for seed in (0, 0, 1)]
     assert places[0] == places[1] != places[2]
-    assert len({prompt.ids for prompt in intake(20).prompts}) == 20  # of 30 rows, 10 come twice
-    assert intake(1).prompts[0].place in [prompt.place for prompt in intake(6).prompts]
-    lengths = sorted(len(prompt.ids) for prompt in intake(20).prompts)
-    roomy = intake(5, max_length=128 + lengths[4]).prompts
+    assert len({prompt.ids for prompt in drawn(20)}) == 20  # of 30 rows, 10 come twice
+    assert drawn(1)[0].place in [prompt.place for prompt in drawn(6)]
+    lengths = sorted(len(prompt.ids) for prompt in drawn(20))
+    roomy = drawn(5, max_length=128 + lengths[4])
     assert max(len(prompt.ids) for prompt in roomy) <= lengths[4] < lengths[-1]
     # More prompts than have room: one without would cut the answers to all the others.
-    few = intake(10, max_length=128 + lengths[4]).prompts
+    few = drawn(10, max_length=128 + lengths[4])
     assert few and max(len(prompt.ids) for prompt in few) <= lengths[4]
-    assert len(intake(10, max_length=10).prompts) == 10
+    assert len(drawn(10, max_length=10)) == 10
 
 
 def test_answers_of_a_run_that_saved_nothing_are_not_taken_for_this_ones(flags: list[str], tmp_path: Path) -> None:

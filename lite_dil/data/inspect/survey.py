@@ -149,7 +149,7 @@ def _texts(row: Row) -> Iterator[str]:
         yield part if isinstance(part, str) else part["content"]
 
 
-def lengths(values: array[int]) -> dict[str, float]:
+def lengths(values: array[int] | np.ndarray) -> dict[str, float]:
     """Return percentiles (occurring lengths that p percent do not exceed), the maximum and the mean."""
     found = np.frombuffer(values, np.int32)
     named = {f"p{p}": int(np.percentile(found, p, method="inverted_cdf")) for p in PERCENTILES}
