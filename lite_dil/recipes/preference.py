@@ -58,6 +58,7 @@ def train(
             loop(training, watching, checkpoints.keep)
             if training.finished:
                 watching.finished(Event(training.progress.step, training.schedule.steps))
+            training.passes.sync()
         steps, again = training.schedule.steps, f"--resume {folder.path}"
         if not training.finished:
             display.say(f"stopped after step {training.progress.step} of {steps}, saved; continue with {again}")

@@ -43,6 +43,7 @@ with suppress(ImportError):
 
 SEEN = ctypes.CFUNCTYPE(None, ctypes.c_long, ctypes.c_int, ctypes.c_char_p)
 FILES = lite_dil.base.files.__file__
+LIBRARY = str(Path(os.__file__).parent)  # Python's own: its modules write on behalf of who calls them
 
 
 def _undrawn(make: object, salt: str = "", text: str = "") -> Markup:
@@ -51,11 +52,12 @@ def _undrawn(make: object, salt: str = "", text: str = "") -> Markup:
 
 
 def _writers(path: Path) -> Any:
-    """Return what notes who makes each change: whether base/files is on the stack, and the innermost lines of Python there."""
+    """Return what notes who makes each change: whether it is base/files, and the innermost lines of Python on the stack."""
 
     def seen(event: int, kind: int, name: bytes) -> None:
         stack = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_stack(limit=60)[:-1]]
-        ours = any(file == FILES for file, _ in stack)
+        callers = [file for file, _ in stack if not file.startswith((LIBRARY, "<")) or "site-packages" in file]
+        ours = callers[-1:] == [FILES]
         where = [f"{Path(file).name}:{line}" for file, line in stack[-4:]]
         with path.open("a") as out:
             out.write(json.dumps([event, chr(kind), name.decode(), ours, where]) + "\n")
