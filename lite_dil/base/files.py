@@ -24,6 +24,7 @@ from typing import IO, BinaryIO
 
 from lite_dil.base.disk import writing
 
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # stands for this computer's name in names of files
 _DAY = 86400.0  # seconds
 _FAILED = (errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # the other errors of a sync: it is not offered
 
@@ -63,13 +64,8 @@ def sweep(path: Path) -> None:
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         number, _, host = left.name.removeprefix(f".{path.name}.").partition(".")[0].partition("-")
-        if number.isdecimal() and (_is_old(left) if host != _host() else not _runs(int(number))):
+        if number.isdecimal() and (_is_old(left) if host != HOST else not _runs(int(number))):
             _remove(left)
-
-
-def _host() -> str:
-    """Return what stands for this computer's name in names of files."""
-    return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 def _is_old(path: Path) -> bool:
@@ -94,7 +90,7 @@ def _runs(number: int) -> bool:
 
 def _partial(path: Path) -> Path:
     """Return a temporary name for this process to write `path` under."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{_host()}.{secrets.token_hex(4)}.partial")
+    return path.with_name(f".{path.name}.{os.getpid()}-{HOST}.{secrets.token_hex(4)}.partial")
 
 
 def sync(path: Path) -> None:
