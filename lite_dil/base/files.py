@@ -183,6 +183,13 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def finish(made: Path, target: Path) -> None:
+    """Give what was made in a work folder its name, once all of it is on the disk; a folder that holds something is kept."""
+    _sync_all(made)
+    made.rename(target)
+    sync(target.parent)
+
+
 @contextmanager
 def work_folder(target: Path, what: str | Path = "", place: str = "") -> Iterator[Path]:
     """Yield a new hidden folder next to `target`, on its disk, that is deleted when the block ends.

@@ -161,7 +161,7 @@ def test_a_work_folder_is_gone_in_the_end(tmp_path: Path) -> None:
     target = tmp_path / "new" / "out"
 
     def stopped(work: Path) -> None:
-        assert work.parent == target.parent and work.name.startswith(f".out.{os.getpid()}.")
+        assert work.parent == target.parent and work.name.startswith(f".out.{os.getpid()}-{files.HOST}.")
         files.write(work / "made", "x")
         files.move(work / "made", target)
         raise KeyboardInterrupt

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-WORDS = "the capital of France is Paris what how do I you make good bread and tea a red blue house small river".split()
+WORDS = [
+    "the",
+    "capital",
+    "of",
+    "France",
+    "is",
+    "Paris",
+    "what",
+    "how",
+    "do",
+    "I",
+    "you",
+    "make",
+    "good",
+    "bread",
+    "and",
+    "tea",
+    "a",
+    "red",
+    "blue",
+    "house",
+    "small",
+    "river",
+]
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -51,8 +74,9 @@ def commands(place: Path) -> list[Command]:
     drawn += ["--sample-max-tokens", "3"]
     found = [_train(f"train, {backend}", [*long, "--backend", backend]) for backend in ("cpu", "mlx")]
     found.append(_train("train --precompute-reference, cpu", [*short, *pairs, "--backend", "cpu", "--precompute-reference"]))
-    found.append(_train("train --sample-rejected, cpu", [*drawn, "--backend", "cpu"], ("drawn.jsonl",)))
-    found.append(_train("train --sample-rejected, mlx", [*drawn, "--backend", "mlx"], ("drawn.jsonl",)))
+    for backend in ("cpu", "mlx"):
+        again = ["--sample-file", "drawn.jsonl"]
+        found.append(_train(f"train --sample-rejected, {backend}", [*drawn, "--backend", backend], ("drawn.jsonl",), again))
     tuned = ["--adapter", "run", "--backend", "cpu"]
     asked = [str(place / "prompts.txt"), *tuned, "--max-new-tokens", "3", "--output"]
     found.append(_same("generate, cpu", ["generate", *asked, "answers.jsonl", "--batch-size", "2"], ("answers.jsonl",)))
@@ -63,9 +87,9 @@ def commands(place: Path) -> list[Command]:
     return found
 
 
-def _train(name: str, flags: list[str], added: tuple[str, ...] = ()) -> Command:
+def _train(name: str, flags: list[str], added: tuple[str, ...] = (), resume: Sequence[str] = ()) -> Command:
     argv = ["train", *flags]
-    return Command(name, argv, [["train", "--resume", "run"], [*argv, "--resume"]], added=added)
+    return Command(name, argv, [["train", "--resume", "run", *resume], [*argv, "--resume"]], added=added)
 
 
 def _same(name: str, argv: list[str], added: tuple[str, ...] = (), keys: Callable[[Path], str] = _no_keys) -> Command:

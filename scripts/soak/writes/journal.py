@@ -1,7 +1,8 @@
 """What a process did to a folder, as layer.c noted it, and the states that a power cut may leave of it.
 
-A file system promises little of what was not synced: of a file's content any part of the writes, with bytes torn or zeroed; of a
-folder's names any first part of the changes since the folder itself was synced. Syncing a file does not keep its name.
+A file system promises little of what was not synced. Of a file's content any first part may be there, with bytes torn or
+zeroed; of a folder's names, any first part of the changes since the folder itself was synced. Syncing a file does not keep its
+name.
 """
 
 from __future__ import annotations
@@ -122,6 +123,14 @@ class Disk:
             for name in [name for name in names if name == path or name.startswith(f"{path}/")]:
                 names[target + name[len(path) :]] = names.pop(name)
 
+    def lasting(self) -> Tree:
+        """Return the names that a power cut leaves in any case."""
+        names = dict(self._start)
+        for entry, kept in self._names:
+            if kept:
+                self._rename(entry, names)
+        return names
+
     def _inner(self, path: str) -> str:
         return path.removeprefix(self.root)
 
@@ -144,7 +153,8 @@ class Disk:
                 del names[name]
         lasting: dict[int, File] = {}
         return {
-            name: None if file is None else lasting.setdefault(id(file), File(_torn(file, draw))) for name, file in names.items()
+            name: None if file is None else lasting.setdefault(id(file), File(_torn(file, draw)))
+            for name, file in names.items()
         }
 
 

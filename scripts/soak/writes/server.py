@@ -1,4 +1,4 @@
-"""A process that has imported the libraries and done nothing else, and forks one for each command; the layer is loaded into it.
+"""A process that has imported the libraries, below layer.c, and done nothing else: it forks one for each command.
 
 It reads one JSON object per line, an Order's fields, and answers each with one that has the command's exit code, or minus the
 number of the signal that ended it, and its CPU seconds.
@@ -17,12 +17,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lite_dil.base.start import start
+sys.path[0] = str(Path(__file__).parents[2])  # scripts/
+
+from lite_dil.base.start import start  # noqa: E402
 
 start()
 
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 from markupsafe import Markup  # noqa: E402
+from soak.writes import commands  # noqa: E402
 
 import lite_dil.backends.torch.backend  # noqa: E402
 import lite_dil.backends.torch.export  # noqa: E402
@@ -39,7 +42,7 @@ from lite_dil.reports import charts  # noqa: E402
 
 with suppress(ImportError):
     import lite_dil.backends.mlx.backend
-    import lite_dil.backends.mlx.load  # noqa: F401
+    import lite_dil.backends.mlx.load
 
 SEEN = ctypes.CFUNCTYPE(None, ctypes.c_long, ctypes.c_int, ctypes.c_char_p)
 FILES = lite_dil.base.files.__file__
@@ -66,7 +69,10 @@ def _writers(path: Path) -> Any:
 
 
 def _child(order: dict[str, Any]) -> None:
-    """Run a command below the layer, in the forked process."""
+    """Run a command below the layer, in the forked process, or make what all of them read."""
+    if "make" in order:
+        commands.make(Path(order["make"]))
+        os._exit(0)
     out = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     given = os.open(os.devnull, os.O_RDONLY)
     if order["keys"]:

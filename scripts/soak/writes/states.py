@@ -56,7 +56,11 @@ def _figures(path: str, file: File | None) -> Any:
         return content
     if name.endswith(".logps"):  # records of 32 bytes, in any order; torn ones are ignored by who reads them
         records = {content[start : start + 32] for start in range(0, len(content), 32)}
-        return {record for record in records if len(record) == 32 and zlib.crc32(record[:28]) == int.from_bytes(record[28:], "little")}
+        return {
+            record
+            for record in records
+            if len(record) == 32 and zlib.crc32(record[:28]) == int.from_bytes(record[28:], "little")
+        }
     return content
 
 

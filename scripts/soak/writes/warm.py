@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 LAYER = Path(__file__).with_name("layer.c")
 LIMIT = 120  # seconds that a command may take
@@ -84,10 +85,18 @@ class Warm:
         if self._answer(300) != "ready":
             raise RuntimeError(f"the forking process did not start: {self._said}")
 
+    def make(self, place: Path) -> None:
+        """Write what the commands read, by `lite_dil`'s libraries."""
+        if self._ask({"make": str(place)}) != 0:
+            raise RuntimeError(f"the models could not be made: {self._said}")
+
     def run(self, order: Order) -> int | None:
         """Return a command's exit code, or minus the signal that ended it; None if it hung."""
+        return self._ask(asdict(order))
+
+    def _ask(self, order: dict[str, Any]) -> int | None:
         assert self._process.stdin is not None
-        self._process.stdin.write((json.dumps(asdict(order)) + "\n").encode())
+        self._process.stdin.write((json.dumps(order) + "\n").encode())
         self._process.stdin.flush()
         answer = self._answer(LIMIT)
         if not answer:
