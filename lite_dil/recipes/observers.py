@@ -36,7 +36,7 @@ class ShownSteps(Observer):
 
     def started(self, event: Event) -> None:
         """Show the bar."""
-        self._bar = self._open.enter_context(self.display.bar(event.steps, event.step, FIRST))
+        self._bar = self._open.enter_context(self.display.bar(event.steps, event.step, "" if event.last else FIRST))
 
     def after_step(self, event: Event) -> None:
         """Show a step, with its line of metrics if it has one."""

@@ -59,11 +59,15 @@ def flags(tiny: str, tmp_path: Path) -> list[str]:
     return [*flags, "--save-steps", "1", "--save-total-limit", "1", "--reference-cache", str(tmp_path / "cache")]
 
 
-def test_old_checkpoints_of_a_run_that_was_killed_before_it_removed_them(flags: list[str], tmp_path: Path) -> None:
+def test_old_checkpoints_of_a_run_that_was_killed_before_it_removed_them(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(flags, tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "step-3"
     shutil.copytree(last, last.with_name("step-2"))
+    capsys.readouterr()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert "step 4/3" not in capsys.readouterr().out
     assert [path.name for path in last.parent.iterdir()] == ["step-3"]
 
 
