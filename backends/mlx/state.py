@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def _read(path: Path) -> Any:
 
 def _write(path: Path, tree: Any) -> None:
     with create(path) as file:
-        mx.save_safetensors(file, dict(tree_flatten(tree)))
+        # Sorted: the order of the arrays in the file follows it, and a resumed run has another one.
+        mx.save_safetensors(file, dict(sorted(tree_flatten(tree), key=itemgetter(0))))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -89,7 +89,8 @@ def _raised() -> tuple[type[Exception], ...]:
 def _cause(error: BaseException) -> OSError | None:
     """Return the system error behind a library's error, or None."""
     if isinstance(error, OSError):
-        return error
+        # numpy's tofile does not say why.
+        return OSError(errno.EIO, str(error)) if re.fullmatch(r"\d+ requested and \d+ written", str(error)) else error
     if found := re.search(r"\(os error (\d+)\)", str(error)):  # as Rust writes it
         return OSError(int(found[1]), os.strerror(int(found[1])))
     if str(error).startswith("[write] "):  # MLX, which does not say why

@@ -10,16 +10,23 @@ import errno
 import glob
 import io
 import os
+import platform
 import secrets
 import shutil
 import sys
 import tempfile
+import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from lite_dil.base.disk import writing
+
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # stands for this computer's name in names of files
+_DAY = 86400.0  # seconds
+_FAILED = (errno.EIO, errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # the other errors of a sync: it is not offered
 
 # A new file or folder appears complete or not at all, even if the power fails: it is written under a hidden name next to its
 # own, flushed to the disk, and renamed.
@@ -51,11 +58,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sweep(path: Path) -> None:
-    """Remove the temporary files and folders of `path` that killed processes left."""
+    """Remove the temporary files and folders of `path` that killed processes left.
+
+    Whether a process of another computer still runs cannot be known: what one has left is removed when it is a day old.
+    """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        number = left.name.removeprefix(f".{path.name}.").partition(".")[0]
-        if number.isdecimal() and not _runs(int(number)):
+        number, _, host = left.name.removeprefix(f".{path.name}.").partition(".")[0].partition("-")
+        if number.isdecimal() and (_is_old(left) if host != HOST else not _runs(int(number))):
             _remove(left)
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.lstat().st_mtime > _DAY
+    except OSError:  # its process has just removed it
+        return False
 
 
 def _runs(number: int) -> bool:
@@ -73,7 +90,7 @@ def _runs(number: int) -> bool:
 
 def _partial(path: Path) -> Path:
     """Return a temporary name for this process to write `path` under."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    return path.with_name(f".{path.name}.{os.getpid()}-{HOST}.{secrets.token_hex(4)}.partial")
 
 
 def sync(path: Path) -> None:
@@ -84,8 +101,12 @@ def sync(path: Path) -> None:
     if path.is_dir():
         if os.name != "posix":
             return
-        with suppress(OSError), _opened(path, os.O_RDONLY) as folder:
-            os.fsync(folder)
+        try:
+            with _opened(path, os.O_RDONLY) as folder:
+                os.fsync(folder)
+        except OSError as error:
+            if error.errno in _FAILED:
+                raise
     else:
         with _opened(path, os.O_RDWR) as file:
             _flush(file)
@@ -160,6 +181,13 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def finish(made: Path, target: Path) -> None:
+    """Give what was made in a work folder its name, once all of it is on the disk; a folder that holds something is kept."""
+    _sync_all(made)
+    made.rename(target)
+    sync(target.parent)
 
 
 @contextmanager
@@ -251,8 +279,11 @@ def cut(path: Path, size: int) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, unless it is there."""
+    """Make a folder and those above it, unless it is there; new names are on disk on return."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        sync(folder.parent)
 
 
 def move(source: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import append, appending, cut, make_folder, replacing, write
+from lite_dil.base.files import append, appending, cut, make_folder, replacing, sync, write
 from lite_dil.base.lock import Lock
 from lite_dil.base.strict_json import parse_json
 
@@ -69,6 +69,8 @@ class JSONLines:
             before = file.seek(0, os.SEEK_END)
             self._same(before)
             append(file, data, sync=True)
+            if not before:  # the file may be new
+                sync(self.path.parent)
         self.size = before + len(data)
 
     def cut(self, size: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lite_dil.base.disk import failing
 from lite_dil.base.errors import UserError, did_you_mean, gather
-from lite_dil.base.files import make_folder, move, remove, work_folder
+from lite_dil.base.files import finish, make_folder, remove, sweep, work_folder
 from lite_dil.export.exporting import Export, ExportOptions, describe
 from lite_dil.export.formats import EXPORT_FORMATS
 from lite_dil.generation.policy import AdapterSource, Policy
@@ -53,7 +53,7 @@ def export(options: ExportOptions, source: AdapterSource, say: Callable[[str], N
             describe(made, source, options.format, check)
         if target.exists():  # an empty folder, or an earlier refused export
             remove(target)
-        move(made, target)
+        finish(made, target)
     size = sum(path.stat().st_size for path in target.rglob("*")) / 1e9
     say(f"check: {check}" if check else "check: skipped (--no-check); whether this is the trained model is unknown")
     if check and not check.ok:
@@ -89,7 +89,11 @@ def _work_folder(output: Path) -> Iterator[Path]:
 
 
 def check_options(options: ExportOptions, more: Sequence[str] = ()) -> None:
-    """Raise UserError if options conflict, for the problems in `more`, and if --output is taken."""
+    """Raise UserError if options conflict, for the problems in `more`, and if --output is taken.
+
+    What killed exports to this folder left is removed.
+    """
+    sweep(options.output.absolute())
     if options.format not in EXPORT_FORMATS:
         raise UserError(
             f"--format {options.format}{did_you_mean(options.format, EXPORT_FORMATS)} is not one of "

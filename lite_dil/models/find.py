@@ -10,7 +10,7 @@ from typing import Any
 
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError, first_line
-from lite_dil.base.files import move, replacing, work_folder, write
+from lite_dil.base.files import finish, replacing, work_folder, write
 from lite_dil.base.install import install
 from lite_dil.base.start import without_bar
 from lite_dil.models.hub import needs_code, offline, refusal
@@ -175,7 +175,7 @@ def prepare_embedded(say: Any = None) -> Path:
             tokenizer.save_pretrained(made)
             _spell_rope(made)
         try:
-            move(made, folder)
+            finish(made, folder)
         except OSError:
             if not (folder / "config.json").is_file():  # otherwise another process was faster
                 raise UserError(f"{folder} is in the way and is not the model: remove it") from None

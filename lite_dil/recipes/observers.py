@@ -36,7 +36,7 @@ class ShownSteps(Observer):
 
     def started(self, event: Event) -> None:
         """Show the bar."""
-        self._bar = self._open.enter_context(self.display.bar(event.steps, event.step, FIRST))
+        self._bar = self._open.enter_context(self.display.bar(event.steps, event.step, "" if event.last else FIRST))
 
     def after_step(self, event: Event) -> None:
         """Show a step, with its line of metrics if it has one."""
@@ -91,7 +91,8 @@ def observers_of(
     often = config.eval_steps if held_out else config.save_steps  # between sample answers, and reports
     if held_out:
         pairs = PairsFile(folder.path, lambda: held_out.pairs, session.policy.encoder, display.say)
-        takers = [metrics.log, shown.evaluation, pairs.write]
+        # The line comes last: a run that is killed before it measures again.
+        takers = [pairs.write, metrics.log, shown.evaluation]
         watching.append(Evaluation(held_out, often, training.schedule.epoch, session.logged, takers, shown.doing, display.say))
 
     def memory() -> str:

@@ -60,6 +60,7 @@ def train(
             loop(training, watching, checkpoints.keep, folder.again)
             if training.finished:
                 watching.finished(Event(training.progress.step, training.schedule.steps))
+            training.passes.sync()
         steps = training.schedule.steps
         if not training.finished:
             display.say(f"stopped after step {training.progress.step} of {steps}, saved; continue with {folder.again}")

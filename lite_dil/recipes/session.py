@@ -77,7 +77,12 @@ class TrainingSession:
         return replace(self.config, dtype=self.backend.dtype_name, layout=self.backend.layout)
 
     def save_state(self, folder: Path) -> None:
-        """Write the state for resuming, and the adapter for people and other programs."""
+        """Write the state for resuming, and the adapter for people and other programs.
+
+        The cache is on the disk before: recomputed in other batches, the reference's log-probs differ in the last bits.
+        """
+        if self.training:
+            self.training.passes.sync()
         self.backend.save_state(folder)
 
 
@@ -215,7 +220,9 @@ def _precompute(passes: Passes, parts: Sequence[Sequence[Example]], config: Reso
             if stop.asked and done < count:
                 break
         else:
+            passes.sync()
             return True
+    passes.sync()
     display.say(f"stopped; the reference cache keeps what was computed: {passes.cache.path}")
     return False
 

@@ -34,7 +34,8 @@ class Checkpoints(Observer):
         self._save_state, self._save_adapter = save_state, save_adapter
 
     def started(self, event: Event) -> None:
-        """Write the adapter of a run that was killed after its last checkpoint."""
+        """Do what a run that was killed had not done after its last checkpoint."""
+        self.folder.drop_old(self.options.save_total_limit)
         if event.last:
             self.folder.save_adapter(self._save_adapter)
 

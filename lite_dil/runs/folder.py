@@ -166,6 +166,7 @@ class RunFolder:
         if self.metrics.exists():
             with writing(self.metrics):
                 sync(self.metrics)
+                sync(self.path)
             content = self.metrics.read_bytes()
             progress.metrics = [len(content), sha256([content])]
 
@@ -175,16 +176,19 @@ class RunFolder:
             seal(folder, self.options)
 
         replace_folder(target, fill)
-        old = self._steps()[: -keep if keep else 0]
-        if old:
+        if keep and len(self._steps()) > keep:
             try:
                 unsealed(target)
             except Damaged as error:
                 raise DiskFailed(target, OSError(errno.EIO, f"read back, {error}"), "--output-dir") from None
-        for step in old:
+            self.drop_old(keep)
+        return target
+
+    def drop_old(self, keep: int | None) -> None:
+        """Delete all checkpoints but the `keep` newest; the newest is known to be whole."""
+        for step in self._steps()[: -keep if keep else 0]:
             with writing(path := self.checkpoints / f"step-{step}"):
                 remove(path)
-        return target
 
     def save_adapter(self, save: Callable[[Path], None]) -> None:
         """Write adapter/, the result of the run."""

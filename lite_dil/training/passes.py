@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -45,8 +46,18 @@ class Passes:
 
     def remember(self, batch: Batch, logps: np.ndarray) -> None:
         """Cache the reference's summed log-probs of a batch: on disk, or only in memory once the disk fails."""
-        try:
+        with self._or_in_memory():
             self.cache.add(batch, logps)
+
+    def sync(self) -> None:
+        """Wait until the cache is on the disk."""
+        with self._or_in_memory():
+            self.cache.sync()
+
+    @contextmanager
+    def _or_in_memory(self) -> Iterator[None]:
+        try:
+            yield
         except DiskFailed as error:
             self.say(f"{error}. Continuing: the reference's log-probs are kept in memory from here on")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from lite_dil.base.disk import writing
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import append, appending, make_folder, write
+from lite_dil.base.files import append, appending, make_folder, sync, write
 from lite_dil.base.formats import CACHE, KEY, check_format
 from lite_dil.base.hashing import blake2
 from lite_dil.base.strict_json import parse_json
@@ -26,6 +27,7 @@ from lite_dil.training.options import ReferenceOptions
 # 32 bytes. Older versions left the reference out of the checksum.
 _RECORD = struct.Struct("<16sdII")
 _CHECKED = _RECORD.size - 4
+SYNC_SECONDS = 30.0  # of computed log-probs are lost at most if the power fails
 
 
 class ReferenceCache:
@@ -48,6 +50,7 @@ class ReferenceCache:
         self.damaged = self.found = 0
         self.failed = False
         self.path: Path | None = None
+        self._unsynced, self._synced_at = False, time.monotonic()
         if folder is None:
             return
         name = blake2([json.dumps(key, sort_keys=True).encode()], size=10).hex()
@@ -81,7 +84,7 @@ class ReferenceCache:
         return np.array(found, np.float32)
 
     def add(self, batch: Batch, logps: np.ndarray) -> None:
-        """Store the summed log-probs (responses,) of a batch; records are on disk on return.
+        """Store the summed log-probs (responses,) of a batch, in the file on return; see `sync`.
 
         Raises:
             DiskFailed: the records are in memory only; so are all later ones, without an error.
@@ -96,6 +99,16 @@ class ReferenceCache:
             self.failed = True
             with writing(f"the reference cache {self.path}", "--reference-cache"):
                 self._append(records)
+                if time.monotonic() - self._synced_at >= SYNC_SECONDS:
+                    self._sync()
+            self.failed = False
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk. Raises DiskFailed: they may be lost, and later ones are in memory only."""
+        if self._unsynced and not self.failed:
+            self.failed = True
+            with writing(f"the reference cache {self.path}", "--reference-cache"):
+                self._sync()
             self.failed = False
 
     def _checksum(self, record: bytes) -> int:
@@ -105,6 +118,13 @@ class ReferenceCache:
         assert self.path is not None
         with appending(self.path) as file:  # one write per batch, so that concurrent runs do not mix records
             append(file, content)
+        self._unsynced = True
+
+    def _sync(self) -> None:
+        assert self.path is not None
+        sync(self.path)
+        sync(self.path.parent)
+        self._unsynced, self._synced_at = False, time.monotonic()
 
 
 def open_cache(options: ReferenceOptions, adapter: AdapterOptions, model: str, identity: str) -> ReferenceCache:

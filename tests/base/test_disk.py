@@ -273,6 +273,7 @@ def test_a_folder_that_may_not_be_written(flags: list[str], tmp_path: Path, caps
             SafetensorError(f"Error while serializing: I/O error: No (os error {errno.ENOSPC})"),
             f"x: cannot be written ({FULL})",
         ),
+        (OSError("4352 requested and 1700 written"), "x: cannot be written (4352 requested and 1700 written); check whether"),
     ],
 )
 def test_what_a_failing_disk_says(error: Exception, text: str) -> None:

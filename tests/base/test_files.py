@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def test_a_work_folder_is_gone_in_the_end(tmp_path: Path) -> None:
     target = tmp_path / "new" / "out"
 
     def stopped(work: Path) -> None:
-        assert work.parent == target.parent and work.name.startswith(f".out.{os.getpid()}.")
+        assert work.parent == target.parent and work.name.startswith(f".out.{os.getpid()}-{files.HOST}.")
         files.write(work / "made", "x")
         files.move(work / "made", target)
         raise KeyboardInterrupt
@@ -203,13 +204,18 @@ def test_files_that_grow(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_removed_by_the_next_that_writes(tmp_path: Path) -> None:
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
-    left, folder = (tmp_path / f".model.gguf.{killed.pid}{end}.partial" for end in ("", ".01234567"))
-    alive, other = tmp_path / f".model.gguf.{os.getppid()}.01234567.partial", tmp_path / ".model.gguf.json.1.partial"
-    for path in (left, alive, other):
+    mine = f"{killed.pid}-{files.HOST}"
+    left, folder = (tmp_path / f".model.gguf.{mine}{end}.partial" for end in ("", ".01234567"))
+    alive, other = (tmp_path / f".model.gguf.{name}.partial" for name in (f"{os.getppid()}-{files.HOST}.0", f"json.{mine}"))
+    # Of another computer that shares the folder: its numbers of processes say nothing here.
+    elsewhere, old = (tmp_path / f".model.gguf.{killed.pid}-{computer}.01.partial" for computer in ("another", "third"))
+    for path in (left, alive, other, elsewhere, old):
         path.touch()
+    os.utime(old, (time.time() - 90_000,) * 2)
     (folder / "below").mkdir(parents=True)
     files.replace_file(tmp_path / "model.gguf", b"x")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, other.name, "model.gguf"])
+    stay = [alive.name, other.name, elsewhere.name, "model.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stay)
 
 
 def test_a_file_is_written_through_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +223,7 @@ def test_a_file_is_written_through_no_link(tmp_path: Path, monkeypatch: pytest.M
     victim = tmp_path / "victim"
     victim.write_text("mine")
     monkeypatch.setattr("secrets.token_hex", lambda _: "01234567")
-    link = tmp_path / f".a.{os.getpid()}.01234567.partial"
+    link = tmp_path / f".a.{os.getpid()}-{files.HOST}.01234567.partial"
     link.symlink_to(victim)
     with pytest.raises(DiskFailed, match="File exists"):
         files.replace_file(tmp_path / "a", b"x")
@@ -240,7 +246,7 @@ def test_what_is_renamed_is_on_the_disk_before(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "rename", lambda old, new: (done.append("rename"), rename(old, new))[1])
     monkeypatch.setattr("secrets.token_hex", lambda _: "r")
     files.replace_file(tmp_path / "a", b"x")
-    assert done == [f"sync .a.{os.getpid()}.r.partial", "rename", f"sync {tmp_path.name}"]
+    assert done == [f"sync .a.{os.getpid()}-{files.HOST}.r.partial", "rename", f"sync {tmp_path.name}"]
     done.clear()
 
     def fill(folder: Path) -> None:

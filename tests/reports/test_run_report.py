@@ -22,6 +22,7 @@ from trainings import metrics
 from lite_dil.backends.types import Generated
 from lite_dil.base import display
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
+from lite_dil.base.files import HOST
 from lite_dil.base.observer import Event, Observers
 from lite_dil.batching.batch import Batch
 from lite_dil.cli.demo import show
@@ -293,7 +294,7 @@ def test_sample_answers_that_cannot_be_written_do_not_end_training(tmp_path: Pat
     said: list[str] = []
     path, encoder = tmp_path / "report_samples.jsonl", Encoder(byte_level_tokenizer())
     monkeypatch.setattr("secrets.token_hex", lambda _: "0")
-    path.with_name(f".{path.name}.{os.getpid()}.0.partial").mkdir()
+    path.with_name(f".{path.name}.{os.getpid()}-{HOST}.0.partial").mkdir()
     backend: Any = Small(5)
     answers = SampleAnswers(drawn(2), True, path, backend, encoder, 200, said.append, every=2)
     for step in (1, 2, 3, 4):

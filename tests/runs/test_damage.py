@@ -22,6 +22,7 @@ from conftest import write_pairs
 from trainings import metrics, run, same_weights
 
 import lite_dil as dil
+from lite_dil.base.files import HOST
 from lite_dil.base.observer import Event
 from lite_dil.cli.main import main
 from lite_dil.evaluation.held_out import Evaluation
@@ -109,7 +110,7 @@ def test_what_a_kill_left_between_two_renames_is_put_right(place: Path) -> None:
     checkpoints = place / "run" / "checkpoints"
     (checkpoints / "step-3").rename(checkpoints / ".step-3.old")
     (checkpoints / ".step-3.partial").mkdir()
-    (checkpoints / ".step-1.123456789.abcdefgh.partial").mkdir()
+    (checkpoints / f".step-1.123456789-{HOST}.abcdefgh.partial").mkdir()
     with RunFolder(place / "run").alone():
         assert sorted(path.name for path in checkpoints.iterdir()) == ["step-1", "step-2", "step-3"]
 
