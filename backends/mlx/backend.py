@@ -24,7 +24,7 @@ from lite_dil.backends.limits import (
 from lite_dil.backends.mlx import generate as mlx_generate
 from lite_dil.backends.mlx import state as mlx_state
 from lite_dil.backends.mlx.adapters import Adapters
-from lite_dil.backends.mlx.foreign import Misfit, foreign
+from lite_dil.backends.foreign import Misfit, foreign
 from lite_dil.backends.mlx.head import token_logps
 from lite_dil.backends.mlx.inputs import as_mlx, cut, filled, inputs_of, sums
 from lite_dil.backends.mlx.load import (

@@ -15,8 +15,9 @@ from mlx_lm.utils import load_model, quantize_model
 
 from lite_dil.backends.limits import BITS, GROUP_SIZE
 from lite_dil.backends.mlx.device import auto_dtype
-from lite_dil.base.errors import UserError, first_line
-from lite_dil.models.find import rope_config
+from lite_dil.backends.foreign import Misfit, foreign
+from lite_dil.base.errors import UserError
+from lite_dil.models.find import known_config, mlx_config
 from lite_dil.models.hub import needs_code
 from lite_dil.models.options import ModelOptions
 
@@ -28,18 +29,29 @@ def load(folder: Path, name: str, config: ModelOptions) -> tuple[Any, dict[str, 
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (method := (raw.get("quantization_config") or {}).get("quant_method")) == "bitsandbytes":
         raise UserError(f"--model {name}: its weights are quantised by {method}, for CUDA; give the 16-bit model, with --4bit")
+    if not any(folder.glob("model*.safetensors")):
+        raise UserError(f"--model {name}: no model*.safetensors in {folder}; MLX reads no other weights")
+    code = config.trust_remote_code
     try:
-        model, loaded = load_model(
-            folder, lazy=True, model_config=rope_config(raw), trust_remote_code=config.trust_remote_code
-        )
-    except FileNotFoundError:
-        raise UserError(f"--model {name}: no model*.safetensors in {folder}; MLX reads no other weights") from None
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"--model {name}: mlx-lm cannot load it ({needs_code(error) or first_line(error)})") from None
+        known = foreign(known_config, folder, code)
+    except Misfit:  # mlx-lm may know the model all the same
+        known = {}
+    try:
+        model, loaded = foreign(load_model, folder, lazy=True, model_config=mlx_config(raw, known), trust_remote_code=code)
+    except Misfit as error:
+        raise UserError(f"--model {name}: mlx-lm cannot load it ({_why(error)}); take another --backend") from None
+    except SystemExit:  # as mlx-lm's OLMo does without its package
+        raise UserError(f"--model {name}: mlx-lm needs another package for it; take another --backend") from None
     bits = int((loaded.get("quantization") or {}).get("bits", 0))
     if config.load_in_4bit and bits not in (0, BITS):
         raise UserError(f"--4bit: {name} is quantised to {bits} bits already; leave --4bit out")
     return model, loaded, bits
+
+
+def _why(error: Misfit) -> str:
+    """Return what the error in mlx-lm's code was; MLX lists the weights that do not fit below the first line."""
+    cause = error.__cause__ or error
+    return needs_code(cause) or " ".join(str(cause).split("\n")[:2]).strip() or repr(cause)
 
 
 def set_dtype(model: Any, name: str, pre_quantised: bool) -> mx.Dtype:

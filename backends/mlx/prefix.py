@@ -23,7 +23,7 @@ import mlx.nn as nn
 import numpy as np
 
 from lite_dil.backends.limits import MLX_QUERIES
-from lite_dil.backends.mlx.foreign import Misfit, foreign
+from lite_dil.backends.foreign import Misfit, foreign
 from lite_dil.backends.mlx.load import causal_lm
 from lite_dil.batching.layouts import Prefix
 
