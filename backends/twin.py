@@ -21,7 +21,8 @@ from lite_dil.backends.foreign import Misfit, foreign
 from lite_dil.base import files
 from lite_dil.base.hashing import digest
 from lite_dil.models import tensors
-from lite_dil.models.find import cache_dir, known_config
+from lite_dil.models.find import cache_dir
+from lite_dil.models.spelling import known_config
 from lite_dil.models.twin import draw, shrink
 
 FAMILIES = Path(__file__).parent / "families.json"  # the figures that come with the package, by key

@@ -28,15 +28,16 @@ from lite_dil.backends.foreign import Misfit, foreign
 from lite_dil.backends.mlx.head import token_logps
 from lite_dil.backends.mlx.inputs import as_mlx, cut, filled, inputs_of, sums
 from lite_dil.backends.mlx.load import (
-    causal_lm,
-    check_windows,
+    TABLES,
+    decode,
     limit_memory,
     load,
     output_head,
     quantise,
     set_dtype,
 )
-from lite_dil.backends.mlx.prefix import Pass, RowLengths, applied_windows, wrap_layers
+from lite_dil.backends.mlx.prefix import Pass, RowLengths, wrap_layers
+from lite_dil.backends.mlx.twin import check_twin
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.probes import compare_head, head_probe, layout_probe, tolerance
 from lite_dil.backends.types import OWN, POLICY, REFERENCE, Generated, Head, MicroBatch, Sampling, StepResult, joined, never
@@ -66,7 +67,8 @@ class MLXBackend:
         self.training, engine = training, training or INFERENCE
         limit_memory()
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter and adapter.init_adapter else None
-        self.model, self.config, bits = load(folder_of(model, options.trust_remote_code), model, options)
+        folder = folder_of(model, options.trust_remote_code)
+        self.model, self.config, bits = load(folder, model, options)
         self.dtype = set_dtype(self.model, options.dtype, pre_quantised=bool(bits))
         self.dtype_name = str(self.dtype).removeprefix("mlx.core.")
         self.model, quantised = quantise(self.model, self.config, options, model, bits)
@@ -77,10 +79,11 @@ class MLXBackend:
         self.seed = adapter.seed if adapter else 0
         self.weight_decay, self.max_grad_norm = engine.weight_decay, engine.max_grad_norm
         self.adapters = Adapters(self.model, model, self._new_optimizer)
+        self.experts = adapters.experts_of(self.config.get("text_config") or self.config)
         if adapter is None:  # the policy is the bare base
             self.adapters.add(POLICY, adapters.Adapter(0, 1.0, {}))
         else:
-            first = adapters.choose(adapter, self.adapters.shapes, initial, model)
+            first = adapters.choose(adapter, self.adapters.shapes, initial, model, self.experts)
             self.adapters.add(POLICY, first, adapter.lora_dropout)
             if adapter.reference == "initial-adapter":
                 self.adapters.add(REFERENCE, first)
@@ -92,7 +95,7 @@ class MLXBackend:
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self.layout, self.layout_reason, self.head_axes = "plain", "", 1
         self.model.eval()
-        check_windows(self.config, applied_windows(self.model), engine.max_length, model)
+        self.remark = check_twin(folder, model, self.config, engine.max_length, options.trust_remote_code, self.model)
         self._check_head(model)
         self._choose_layout(engine.layout, model)
         self.batched = mlx_generate.batchable(self.model)
@@ -119,13 +122,13 @@ class MLXBackend:
     ) -> None:
         """Add a new, trainable adapter on the same base."""
         check_name(name, self.adapters.names)
-        shapes = adapters.select_targets(self.adapters.shapes, targets)
+        shapes = adapters.select_targets(self.adapters.shapes, targets, self.experts)
         self.adapters.add(name, adapters.fresh(shapes, rank, alpha / rank, self.seed, name), dropout, head)
 
     def renew_policy(self, adapter: ResolvedAdapter) -> None:
         """Reset the policy to its initial weights and training state."""
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter.init_adapter else None
-        first = adapters.choose(adapter, self.adapters.shapes, initial, self.adapters.base)
+        first = adapters.choose(adapter, self.adapters.shapes, initial, self.adapters.base, self.experts)
         self.adapters.add(POLICY, first, adapter.lora_dropout)
         self.seed = adapter.seed
         self.adapters.switch_to(self.adapters.on)
@@ -348,10 +351,8 @@ class MLXBackend:
 
     def _states(self, inputs: dict[str, mx.array]) -> mx.array:
         """Return the hidden states that are read, (states, width)."""
-        decoder, handed = causal_lm(self.model).model, {}
-        if "prompt_from" in inputs:
-            handed["cache"] = [Pass(inputs, self.head_axes, rows=inputs.get("rows"))] * len(self.model.layers)
-        hidden = foreign(decoder, inputs["ids"], **handed)
+        cache = Pass(inputs, self.head_axes, rows=inputs.get("rows")) if "prompt_from" in inputs else None
+        hidden = decode(self.model, inputs["ids"], cache)
         if not isinstance(hidden, mx.array):
             raise Misfit("its decoder returns something other than hidden states")
         hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -359,7 +360,7 @@ class MLXBackend:
 
     def _project(self, hidden: mx.array) -> mx.array:
         head = output_head(self.model)[1]
-        return head(hidden) if "lm_head" in causal_lm(self.model) else head.as_linear(hidden)
+        return head.as_linear(hidden) if isinstance(head, TABLES) else head(hidden)
 
     def _choose_layout(self, asked: str, model: str) -> None:
         """Take the prefix layout if it agrees with the plain one on a few tokens; otherwise store the reason."""

@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from lite_dil.backends.foreign import foreign
-from lite_dil.backends.mlx.load import load, set_dtype
+from lite_dil.backends.foreign import Misfit, foreign
+from lite_dil.backends.mlx.load import check_windows, load, set_dtype
+from lite_dil.backends.mlx.prefix import applied_windows
 from lite_dil.backends.twin import twin
+from lite_dil.base.errors import UserError
 from lite_dil.models.options import ModelOptions
 from lite_dil.models.twin import WINDOW, probe
 
-TOLERANCE = 5e-3  # nats; float32's noise is about 1e-5 here, and a GPU that rounds products to 19 bits stays below a third of it
+TOLERANCE = 5e-3  # nats; float32's noise is 1e-5 here, that of Gemma's rounded constants 3e-3
 
 
-def differences(model: Path, trust_remote_code: bool) -> tuple[float, float]:
+def check_twin(
+    folder: Path, name: str, config: dict[str, Any], max_length: int, trust_remote_code: bool, model: Any
+) -> str:
+    """Compare a model's twin; return a remark if there is nothing to compare it with, else "".
+
+    Args:
+        config, model: as loaded, with wrapped layers, for the windows of a model that is not compared.
+
+    Raises:
+        UserError: mlx-lm computes something else than transformers.
+    """
+    try:
+        within, beyond = differences(folder, name, trust_remote_code)
+    except Misfit as error:
+        check_windows(config, applied_windows(model), max_length, name)
+        return f"{name} was not compared with transformers: {error}. Compare its first loss with --backend cpu"
+    if not within < TOLERANCE:
+        raise UserError(
+            f"--model {name}: mlx-lm computes this model differently from transformers, by up to {within:.2g} nats per token on "
+            "a small copy of it with random weights; take another --backend, or a later mlx-lm"
+        )
+    if not beyond < TOLERANCE:
+        check_windows(config, None, max_length, name)
+    return ""
+
+
+def differences(folder: Path, name: str, trust_remote_code: bool = False) -> tuple[float, float]:
     """Return by how much log-probs differ at most, in nats: of the tokens within every attention window, and of all.
 
     Raises:
@@ -24,8 +53,8 @@ def differences(model: Path, trust_remote_code: bool) -> tuple[float, float]:
         UserError: mlx-lm cannot load the twin.
     """
     options = ModelOptions(dtype="float32", trust_remote_code=trust_remote_code)
-    with twin(model, trust_remote_code) as (folder, figures):
-        small, _, _ = load(folder, "its twin of small sizes", options)
+    with twin(folder, trust_remote_code) as (small_folder, figures):
+        small, _, _ = load(small_folder, name, options)
         set_dtype(small, "float32", pre_quantised=False)
         small.eval()
         ids = mx.array(probe()[None])

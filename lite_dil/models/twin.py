@@ -128,7 +128,7 @@ class _Text:
         both = {**self.known, **self.config}
         lists = [value for key, value in both.items() if _is_list(key, value) and len(value) == self.layers]
         kinds = [tuple(map(str, kind)) for kind in zip(*lists, strict=True)]
-        kept = next((n for n in range(1, len(kinds)) if set(kinds[:n]) == set(kinds)), 1)
+        kept = next((n for n in range(1, len(kinds) + 1) if set(kinds[:n]) == set(kinds)), 1)
         for key, value in _flat(both):
             if isinstance(value, int) and 1 < value <= _MOST_LAYERS and _PERIOD.search(key):
                 kept = max(kept, value)
@@ -136,10 +136,14 @@ class _Text:
                 kept = max(kept, value[0] + 1)
         shared = both.get("num_kv_shared_layers") or 0
         kept = min(max(2, kept), _MOST_LAYERS)
-        return (2 * kept, kept) if shared else (min(kept, max(2, self.layers)), 0)
+        if shared:
+            kept = min(2 * kept, self.layers)
+            return kept, kept // 2
+        return min(kept, max(2, self.layers)), 0
 
     def _each(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: self._one(key, value) for key, value in config.items()}
+        kept = {key: value for key, value in config.items() if not (key.isdigit() and int(key) >= self.kept)}  # by layer
+        return {key: self._one(key, value) for key, value in kept.items()}
 
     def _one(self, key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -161,7 +165,7 @@ class _Text:
     def _number(self, key: str, value: Any) -> Any:
         """Return what a number becomes."""
         if key.endswith(("eps", "epsilon")):
-            return 0.05  # large enough for one that is not read to show
+            return 1e-4  # large enough for one that is not read to show, and small to latents that have their own
         if key in ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "global_rope_theta", "local_rope_theta"):
             return 3e3 if value == 1e4 else 7e3
         if not isinstance(value, int):
@@ -171,7 +175,7 @@ class _Text:
             **dict.fromkeys(_HEADS, self.new_heads),
             **dict.fromkeys(_KEY_HEADS, self.new_keys),
             **dict.fromkeys(_HIDDEN, self.new_hidden),
-            **dict.fromkeys(_HEAD_DIM, _HEAD),
+            **dict.fromkeys(_HEAD_DIM, value * _HEAD // self.head if self.head else _HEAD),
             "num_kv_shared_layers": self.shared,
             "max_window_layers": self.kept // 2,
             "moe_layer_end_index": self.kept - 1,
