@@ -29,7 +29,7 @@ FAMILIES = Path(__file__).parent / "families.json"  # the figures that come with
 # Entries of a config that change nothing in what a text model computes.
 _NOTES = re.compile(
     r"token_id|token_index|architectures|dtype|version|name_or_path|use_cache|initializer|drop|output_|label|return_dict"
-    r"|max_position|pretraining|problem_type|chunk_size_feed_forward|is_encoder_decoder"
+    r"|^max_position|pretraining|problem_type|chunk_size_feed_forward|is_encoder_decoder"
 )
 
 

@@ -16,6 +16,8 @@ def mend_ropes(model: nn.Module, config: dict[str, Any]) -> None:
     These are the share of each head that is rotated (GLM-4), and YaRN's bounds that are not rounded (gpt-oss).
     """
     config = config.get("text_config") or config
+    if any(isinstance(value, dict) for value in (config.get("rope_parameters") or {}).values()):
+        return  # a rope for each type of layer, which only models read that know of it
     head, share, rope = config.get("head_dim"), config.get("partial_rotary_factor"), config.get("rope_scaling") or {}
     for module in model.modules():
         if type(module) is nn.RoPE and head and share and module.dims == head:

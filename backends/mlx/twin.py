@@ -9,14 +9,14 @@ import mlx.core as mx
 import numpy as np
 
 from lite_dil.backends.foreign import Misfit, foreign
-from lite_dil.backends.mlx.load import check_windows, load, set_dtype
+from lite_dil.backends.mlx.load import check_windows, load, set_dtype, windows
 from lite_dil.backends.mlx.prefix import applied_windows
 from lite_dil.backends.twin import twin
 from lite_dil.base.errors import UserError
 from lite_dil.models.options import ModelOptions
 from lite_dil.models.twin import WINDOW, probe
 
-TOLERANCE = 5e-3  # nats; float32's noise is 1e-5 here, that of Gemma's rounded constants 3e-3
+TOLERANCE = 5e-3 if mx.metal.is_available() else 3e-4  # nats: above float32's noise, which products of 19 bits make on an M5
 
 
 def check_twin(
@@ -35,9 +35,9 @@ def check_twin(
     except Misfit as error:
         check_windows(config, applied_windows(model), max_length, name)
         return f"{name} was not compared with transformers: {error}. Compare its first loss with --backend cpu"
-    if not within < TOLERANCE:
+    if not within < TOLERANCE or not (beyond < TOLERANCE or any(windows(config))):
         raise UserError(
-            f"--model {name}: mlx-lm computes this model differently from transformers, by up to {within:.2g} nats per token on "
+            f"--model {name}: mlx-lm computes this model differently from transformers, by up to {beyond:.2g} nats per token on "
             "a small copy of it with random weights; take another --backend, or a later mlx-lm"
         )
     if not beyond < TOLERANCE:

@@ -77,6 +77,8 @@ def _kinds(config: dict[str, Any]) -> dict[str, Any]:
     kinds = config.get("layer_types") or ()
     if {"sliding_attention", "full_attention"} <= set(kinds) and not isinstance(config.get("sliding_window_pattern"), str):
         found["sliding_window_pattern"] = kinds.index("full_attention") + 1
+    if "position_embedding_type" in config and config["position_embedding_type"] is None:
+        found["position_embedding_type"] = "nope"  # mlx-lm takes none for rope
     if any("mamba" in name for name in config):
         for name in ("layer_types", "layers_block_type"):
             if set(config.get(name) or ()) & _LINEAR.keys():

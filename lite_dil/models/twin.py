@@ -16,6 +16,7 @@ from lite_dil.base.streams import named
 
 WINDOW = 12  # tokens of each attention window
 PROBE = 28  # tokens, longer than every window
+_CONTEXT = 48  # tokens before a rope is scaled, longer than the probe
 _VOCABULARY, _WORDS, _HEAD, _STATE, _MOST_LAYERS = 512, 384, 32, 16, 16
 _TEXT = ("text_config", "llm_config", "language_config")
 _TOWER = re.compile(r"vision|audio|image|speech|video")
@@ -39,14 +40,13 @@ _AT_MOST = {
     "sliding_window_size": WINDOW,
     "attention_chunk_size": WINDOW,
     "attention_window_size": WINDOW,
-    "original_max_position_embeddings": 2 * WINDOW,
+    "original_max_position_embeddings": _CONTEXT,
     "floor_scale": 8,
     "q_lora_rank": 40,
     "kv_lora_rank": 24,
     "qk_rope_head_dim": 16,
     "qk_nope_head_dim": 32,
     "v_head_dim": 24,
-    "global_head_dim": 2 * _HEAD,
     "linear_key_head_dim": _STATE,
     "linear_value_head_dim": _STATE,
     "state_size": _STATE,
@@ -97,8 +97,10 @@ class _Text:
         self.head = own or (self.hidden // self.heads if self.heads else 0)
         self.new_keys = min(self.keys, 2)
         self.new_heads = self.new_keys * max(1, self.heads // self.keys) if self.keys else 0
-        width = _HEAD if not own or own * self.heads == self.hidden else _HEAD * 3 // 4
-        self.new_hidden = max(64, self.new_heads * width) if self.heads else 64
+        # Widths whose roots a 16-bit number holds, since Gemma multiplies by them.
+        self.new_head = {4: 64, 16: 16}.get(self.new_heads, _HEAD)
+        bound = self.heads and (not own or own * self.heads == self.hidden)
+        self.new_hidden = max(64, self.new_heads * self.new_head) if bound else 64
         self.inner: list[int] = []
 
     def small(self) -> dict[str, Any]:
@@ -153,9 +155,9 @@ class _Text:
         elif _is_indices(key, value):
             value = [index for index in value if index <= self.kept]
         if key in ("long_factor", "short_factor"):
-            return value[: max(1, len(value) * _HEAD // self.head)]
+            return value[: max(1, len(value) * self.new_head // self.head)]
         if key == "mrope_section":
-            return _section(value, sum(value) * _HEAD // self.head)
+            return _section(value, sum(value) * self.new_head // self.head)
         if isinstance(value, list):
             return [self._one(key, each) for each in value] if key not in _AT_MOST else value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value:
@@ -175,7 +177,7 @@ class _Text:
             **dict.fromkeys(_HEADS, self.new_heads),
             **dict.fromkeys(_KEY_HEADS, self.new_keys),
             **dict.fromkeys(_HIDDEN, self.new_hidden),
-            **dict.fromkeys(_HEAD_DIM, value * _HEAD // self.head if self.head else _HEAD),
+            **dict.fromkeys(_HEAD_DIM, value * self.new_head // self.head if self.head else _HEAD),
             "num_kv_shared_layers": self.shared,
             "max_window_layers": self.kept // 2,
             "moe_layer_end_index": self.kept - 1,
@@ -188,7 +190,7 @@ class _Text:
             return min(value, _AT_MOST[key])
         if key == "max_position_embeddings":
             original = dict(_flat(self.config)).get("original_max_position_embeddings")
-            return value * 2 * WINDOW // original if original and original < value else value
+            return value * _CONTEXT // original if original and original < value else value
         return self._bound(key, value)
 
     def _bound(self, key: str, value: int) -> int:
@@ -197,8 +199,8 @@ class _Text:
             return max(1, self.new_keys * value // self.keys)
         if "attention_heads" in key:
             return max(1, self.new_heads * value // self.heads)
-        if key == "rotary_dim":
-            return value * _HEAD // self.head
+        if key in ("rotary_dim", "global_head_dim"):
+            return value * self.new_head // self.head
         if _EXPERTS.search(key):
             return min(value, 8)
         if _CHOSEN.search(key):
