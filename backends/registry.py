@@ -110,7 +110,7 @@ def load(
     Args:
         adapter: the policy's adapter; None makes the bare base the policy.
         training: options for training; None loads it for inference, without what only training needs.
-        say: shows a line to the user before slow work without progress; MLX has none.
+        say: shows a line to the user before slow work without progress, or about what could not be checked.
         in_files: on a CPU leave full weights in the model's files, from which each pass reads them: slower, in little memory.
     """
     prepare(name, options, training)
@@ -118,7 +118,7 @@ def load(
     if name == "mlx":
         from lite_dil.backends.mlx.backend import MLXBackend
 
-        return MLXBackend(options, model, adapter, training)
+        return MLXBackend(options, model, adapter, training, say)
     from lite_dil.backends.torch import backend
 
     return backend.load(options, model, adapter, training, name, say, in_files)

@@ -1,7 +1,7 @@
 """What transformers computes for a model's small twin, which is what MLX must compute too.
 
-The figures are transformers' own where torch is installed, and stay in the cache; else those of the families that come with this
-package, if the model is of one.
+Where torch is installed, the figures are computed once and kept in the cache. Elsewhere, those of a twin of the same family
+come with this package (`python scripts/families --figures` makes them), and what that twin does not cover is named.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import numpy as np
 
 from lite_dil.backends.foreign import Misfit, foreign
 from lite_dil.base import files
+from lite_dil.base.disk import writing
 from lite_dil.base.hashing import digest
 from lite_dil.models import tensors
 from lite_dil.models.find import cache_dir
 from lite_dil.models.spelling import known_config
 from lite_dil.models.twin import draw, shrink
 
-FAMILIES = Path(__file__).parent / "families.json"  # the figures that come with the package, by key
+FAMILIES = Path(__file__).parent / "families.json"  # the twins that come with the package, with their figures
 # Entries of a config that change nothing in what a text model computes.
 _NOTES = re.compile(
     r"token_id|token_index|architectures|dtype|version|name_or_path|use_cache|initializer|drop|output_|label|return_dict"
@@ -50,18 +51,27 @@ class Figures:
         return cls({name: tuple(shape) for name, shape in stored["shapes"].items()}, np.array(stored["logps"], np.float32))
 
 
+@dataclass(frozen=True)
+class Twin:
+    """A twin as a checkpoint in a folder, its figures, and the settings of the model that it does not cover."""
+
+    folder: Path
+    figures: Figures
+    uncovered: tuple[str, ...] = ()
+
+
 @contextmanager
-def twin(model: Path, trust_remote_code: bool = False) -> Iterator[tuple[Path, Figures]]:
-    """Yield the folder of a model's twin, a checkpoint, and its figures.
+def twin(model: Path, trust_remote_code: bool = False) -> Iterator[Twin]:
+    """Yield a model's twin, or one of its family.
 
     Raises:
-        Misfit: there are none, with the reason.
+        Misfit: there is none, with the reason.
     """
     with files.work_folder(cache_dir() / "twin") as folder:
         key = write_config(model, folder, trust_remote_code)
-        figures = _stored(key) or _computed(key, folder, trust_remote_code)
-        write_weights(folder, figures.shapes)
-        yield folder, figures
+        made = _made(key, folder, trust_remote_code) or _of_family(folder, trust_remote_code)
+        write_weights(folder, made.figures.shapes)
+        yield made
 
 
 def write_config(model: Path, folder: Path, trust_remote_code: bool) -> str:
@@ -97,28 +107,45 @@ def _essence(config: Any) -> Any:
     }
 
 
-def _stored(key: str) -> Figures | None:
-    for file in (_cached(key), FAMILIES):
-        with suppress(OSError, ValueError, KeyError):
-            found = json.loads(file.read_text(encoding="utf-8"))
-            return Figures.read(found if file != FAMILIES else found[key])
-    return None
-
-
-def _cached(key: str) -> Path:
+def _made(key: str, folder: Path, trust_remote_code: bool) -> Twin | None:
+    """Return the twin in the folder with transformers' figures, from the cache or computed; None without torch."""
     from transformers import __version__
 
-    return cache_dir() / "twins" / f"{key}-{__version__}.json"
-
-
-def _computed(key: str, folder: Path, trust_remote_code: bool) -> Figures:
-    """Compute the figures with transformers, and keep them."""
+    cached = cache_dir() / "twins" / f"{key}-{__version__}.json"
+    with suppress(OSError, ValueError, KeyError):
+        return Twin(folder, Figures.read(json.loads(cached.read_text(encoding="utf-8"))))
     if importlib.util.find_spec("torch") is None:
-        raise Misfit("it is not among the families that this package has figures of, and torch is not installed")
+        return None
     from lite_dil.backends.torch.twin import shapes_and_logps
 
     figures = Figures(*shapes_and_logps(folder, trust_remote_code, write_weights))
-    with files.writing(cache_dir(), "LITE_DIL_CACHE"):
-        files.make_folder(_cached(key).parent)
-    files.replace_file(_cached(key), json.dumps(figures.as_json()))
-    return figures
+    with writing(cached.parent, "LITE_DIL_CACHE"):
+        files.make_folder(cached.parent)
+    files.replace_file(cached, json.dumps(figures.as_json()))
+    return Twin(folder, figures)
+
+
+def _of_family(folder: Path, trust_remote_code: bool) -> Twin:
+    """Put the packaged twin of the same model_type that differs least in its settings in the place of the folder's."""
+    own = dict(_settings(foreign(known_config, folder, trust_remote_code)))
+    best: tuple[tuple[str, ...], Mapping[str, Any]] | None = None
+    for entry in json.loads(FAMILIES.read_text(encoding="utf-8")).values():
+        if entry["config"]["model_type"] != own["model_type"]:
+            continue
+        files.write(folder / "config.json", json.dumps(entry["config"]))
+        theirs = dict(_settings(foreign(known_config, folder)))
+        differing = tuple(sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name)))
+        if best is None or len(differing) < len(best[0]):
+            best = differing, entry
+    if best is None:
+        raise Misfit("torch is not installed, and this package has no figures of its family")
+    files.write(folder / "config.json", json.dumps(best[1]["config"]))
+    return Twin(folder, Figures.read(best[1]), best[0])
+
+
+def _settings(config: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in _essence(config).items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{where}{name}.")
+        else:
+            yield where + name, value

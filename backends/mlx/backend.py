@@ -12,6 +12,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from lite_dil.backends.foreign import Misfit
 from lite_dil.backends.limits import (
     BITS,
     COMPILED_MULTIPLE,
@@ -24,7 +25,6 @@ from lite_dil.backends.limits import (
 from lite_dil.backends.mlx import generate as mlx_generate
 from lite_dil.backends.mlx import state as mlx_state
 from lite_dil.backends.mlx.adapters import Adapters
-from lite_dil.backends.foreign import Misfit, foreign
 from lite_dil.backends.mlx.head import token_logps
 from lite_dil.backends.mlx.inputs import as_mlx, cut, filled, inputs_of, sums
 from lite_dil.backends.mlx.load import (
@@ -37,9 +37,10 @@ from lite_dil.backends.mlx.load import (
     set_dtype,
 )
 from lite_dil.backends.mlx.prefix import Pass, RowLengths, wrap_layers
+from lite_dil.backends.mlx.probing import check_head
 from lite_dil.backends.mlx.twin import check_twin
 from lite_dil.backends.options import EngineOptions
-from lite_dil.backends.probes import compare_head, head_probe, layout_probe, tolerance
+from lite_dil.backends.probes import layout_probe, tolerance
 from lite_dil.backends.types import OWN, POLICY, REFERENCE, Generated, Head, MicroBatch, Sampling, StepResult, joined, never
 from lite_dil.base.display import Count, uncounted
 from lite_dil.base.errors import UserError
@@ -61,7 +62,12 @@ class MLXBackend:
     pads_attention = mx.metal.is_available()  # a GPU prefers few large products, a CPU less work
 
     def __init__(
-        self, options: ModelOptions, model: str, adapter: ResolvedAdapter | None, training: EngineOptions | None
+        self,
+        options: ModelOptions,
+        model: str,
+        adapter: ResolvedAdapter | None,
+        training: EngineOptions | None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         check_options("mlx", options, training)
         self.training, engine = training, training or INFERENCE
@@ -95,8 +101,10 @@ class MLXBackend:
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self.layout, self.layout_reason, self.head_axes = "plain", "", 1
         self.model.eval()
-        self.remark = check_twin(folder, model, self.config, engine.max_length, options.trust_remote_code, self.model)
-        self._check_head(model)
+        code = options.trust_remote_code
+        if (remark := check_twin(self.model, folder, model, self.config, engine.max_length, code)) and say:
+            say(remark)
+        check_head(self.model, self.token_logps, self.vocabulary, model, self.dtype_name)
         self._choose_layout(engine.layout, model)
         self.batched = mlx_generate.batchable(self.model)
         device = "Metal" if mx.metal.is_available() else "CPU"
@@ -381,18 +389,3 @@ class MLXBackend:
         self.layout_reason = f"plain layout: {reason}"
         if asked == "prefix":
             raise UserError(f"--layout prefix does not work with {model}: {reason}; use --layout plain")
-
-    def _check_head(self, model: str) -> None:
-        """Compare log-probs with the model's own logits on a few tokens, since an unknown architecture would train wrongly."""
-        batch = head_probe(self.vocabulary)
-        ids = np.concatenate([*batch.prompts, *batch.responses])
-        try:
-            logits = foreign(self.model, mx.array(ids[None, :-1]))[0].astype(mx.float32)
-            here = self.token_logps(batch)
-        except Misfit as error:  # some older mlx-lm models need a cache
-            raise UserError(
-                f"--model {model}: mlx-lm builds this architecture in a way that lite-dil does not know: {error}"
-            ) from None
-        logps = logits - mx.logsumexp(logits, -1, keepdims=True)
-        own = np.array(mx.take_along_axis(logps, mx.array(ids[1:, None]), -1)[:, 0])
-        compare_head(model, own, here, self.dtype_name)

@@ -14,15 +14,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 
+from lite_dil.backends.foreign import Misfit, foreign
 from lite_dil.backends.limits import BITS, GROUP_SIZE
 from lite_dil.backends.mlx.device import auto_dtype
-from lite_dil.backends.foreign import Misfit, foreign
 from lite_dil.backends.mlx.rope import mend_ropes
 from lite_dil.backends.mlx.weights import classes
 from lite_dil.base.errors import UserError
-from lite_dil.models.spelling import known_config, mlx_config
 from lite_dil.models.hub import needs_code
 from lite_dil.models.options import ModelOptions
+from lite_dil.models.spelling import known_config, mlx_config
 
 TABLES = (nn.Embedding, nn.QuantizedEmbedding)  # a head of one of these is tied
 _CACHE_LIMIT = 4 * 2**30
@@ -85,7 +85,9 @@ def quantise(model: Any, config: dict[str, Any], options: ModelOptions, name: st
         bits: the bits that the checkpoint is already quantised to, or 0.
     """
     if decoder_of(model) is None or not hasattr(model, "layers") or output_head(model)[1] is None:
-        raise UserError(f"--model {name}: mlx-lm builds this architecture in a way that lite-dil does not know; take another --backend")
+        raise UserError(
+            f"--model {name}: mlx-lm builds this architecture in a way that lite-dil does not know; take another --backend"
+        )
     path, head = output_head(model)
     own = getattr(head, "bits", None)
     wanted = options.head_bits

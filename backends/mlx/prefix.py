@@ -22,8 +22,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from lite_dil.backends.limits import MLX_QUERIES
 from lite_dil.backends.foreign import Misfit, foreign
+from lite_dil.backends.limits import MLX_QUERIES
 from lite_dil.backends.mlx.load import decode
 from lite_dil.batching.layouts import Prefix
 

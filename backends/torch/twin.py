@@ -48,7 +48,9 @@ def _shapes(folder: Path, code: bool) -> Shapes:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     model = _kind(config).from_config(config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=code)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    needed = {id(weight) for part in (decoder, head) if part is not None for weight in part.state_dict(keep_vars=True).values()}
+    needed = {
+        id(weight) for part in (decoder, head) if part is not None for weight in part.state_dict(keep_vars=True).values()
+    }
     for weight in model.state_dict(keep_vars=True).values():
         if id(weight) not in needed and weight.is_floating_point():
             weight.data.fill_(math.nan)  # marks it, whatever its name becomes in the checkpoint

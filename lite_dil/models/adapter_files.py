@@ -16,6 +16,7 @@ from lite_dil.base import files
 from lite_dil.base.errors import UserError
 from lite_dil.models import tensors
 from lite_dil.models.adapters import Adapter
+from lite_dil.models.spelling import hf_layer, mlx_layer
 from lite_dil.models.tensors import Planned
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)")
@@ -69,7 +70,9 @@ def read_adapter(folder: str, load: TensorLoader = tensors.load_float32) -> Adap
         layer, _, side = name.rpartition(".")
         if side.lower() not in ("lora_a", "lora_b") or value.ndim != 2:
             raise UserError(f"{where}: {key} is not the LoRA weight of a linear layer")
-        layers.setdefault(layer, {})[side.lower()] = value if peft else np.ascontiguousarray(value.T)
+        layers.setdefault(layer if peft else hf_layer(layer), {})[side.lower()] = (
+            value if peft else np.ascontiguousarray(value.T)
+        )
     for layer, sides in layers.items():
         if len(sides) != 2 or sides["lora_a"].shape[0] != rank or sides["lora_b"].shape[1] != rank:
             raise UserError(f"{where}: {layer} lacks a matrix of rank {rank}; expected lora_a and lora_b")
@@ -212,7 +215,7 @@ def write_mlx(folder: Path, files: Files, strength: float, model: str, layers: i
         "model": model,
     }
     sides = {
-        f"{layer}.lora_{side}": array.T
+        f"{mlx_layer(layer)}.lora_{side}": array.T
         for layer, pair in adapter.weights.items()
         for side, array in zip("ab", pair, strict=True)
     }

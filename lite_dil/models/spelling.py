@@ -116,3 +116,19 @@ def rope_config(config: dict[str, Any]) -> dict[str, Any]:
         if config.get("head_dim") and "rotary_dim" not in config:
             added["rotary_dim"] = int(config["head_dim"] * part)
     return added
+
+
+_HERE = (("language_model.model.", "model.language_model."), ("backbone.", "model."))  # in mlx-lm, and in transformers
+
+
+def hf_layer(name: str) -> str:
+    """Return transformers' name of a layer from mlx-lm's."""
+    return next((theirs + name.removeprefix(ours) for ours, theirs in _HERE if name.startswith(ours)), name)
+
+
+def mlx_layer(name: str) -> str:
+    """Return mlx-lm's name of a layer from transformers', which differs in models with towers.
+
+    Those of Nemotron-H and Mamba 2 cannot be told from others' by their names; mlx-lm then says that it lacks them.
+    """
+    return f"language_model.model.{rest}" if (rest := name.removeprefix("model.language_model.")) != name else name

@@ -1,7 +1,7 @@
 """A model's small twin: its config.json with small sizes, and random weights, on which two libraries are compared.
 
-What a library gets wrong about a family does not depend on sizes: which settings it reads, and what it computes from them. So a
-twin keeps all settings, each kind of layer and most ratios. Its windows and contexts are shorter than the probe.
+What a library gets wrong about a family does not depend on sizes: which settings it reads, and what it computes from them.
+So a twin keeps all settings, each kind of layer and most ratios. Its windows are shorter than the probe.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def shrink(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any
     """Return the config.json of a twin.
 
     Args:
-        config: the content of the model's config.json. What it leaves out stays out, since libraries have defaults of their own.
+        config: the content of the model's config.json. What it leaves out stays out: each library has its own default.
         known: the same with transformers' defaults for what it leaves out.
     """
     made: dict[str, Any] = {}
@@ -167,7 +167,7 @@ class _Text:
     def _number(self, key: str, value: Any) -> Any:
         """Return what a number becomes."""
         if key.endswith(("eps", "epsilon")):
-            return 1e-4  # large enough for one that is not read to show, and small to latents that have their own
+            return 1e-4  # large enough to show where it is not read
         if key in ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "global_rope_theta", "local_rope_theta"):
             return 3e3 if value == 1e4 else 7e3
         if not isinstance(value, int):
