@@ -30,16 +30,13 @@ _EXPERTS = re.compile(r"^(moe_)?(num|n)_(local_|routed_)?experts$")
 _CHOSEN = re.compile(r"^(num_experts_per_tok(en)?|moe_k|moe_topk|moe_top_k|top_k_experts)$")
 _PERIOD = re.compile(r"(interval|period|pattern|step|freq|interleave\w*)$")
 _STATE_HEADS = (("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim"), ("num_heads", "head_dim"))
+_WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "attention_window_size")
 # Sizes that are bound to no other one, by what they become at most.
 _AT_MOST = {
     "vocab_size": _VOCABULARY,
     "vocab_size_per_layer_input": _VOCABULARY,
     "hidden_size_per_layer_input": _STATE,
     "laurel_rank": 8,
-    "sliding_window": WINDOW,
-    "sliding_window_size": WINDOW,
-    "attention_chunk_size": WINDOW,
-    "attention_window_size": WINDOW,
     "original_max_position_embeddings": _CONTEXT,
     "floor_scale": 8,
     "q_lora_rank": 40,
@@ -186,6 +183,8 @@ class _Text:
             return _AT_MOST["qk_rope_head_dim"]
         if key in whole:
             return whole[key]
+        if key in _WINDOWS:
+            return WINDOW
         if key in _AT_MOST:
             return min(value, _AT_MOST[key])
         if key == "max_position_embeddings":
