@@ -126,7 +126,8 @@ def decoder_of(model: Any) -> Any:
 def decode(model: Any, ids: mx.array, cache: Any = None) -> Any:
     """Return what the decoder returns for rows of ids; each layer gets `cache`."""
     decoder = decoder_of(model)
-    demanded = inspect.signature(type(decoder).__call__).parameters["cache"].default is inspect.Parameter.empty
+    asked = inspect.signature(type(decoder).__call__).parameters.get("cache")
+    demanded = asked is not None and asked.default is inspect.Parameter.empty
     handed = {"cache": [cache] * len(model.layers)} if cache is not None or demanded else {}
     return foreign(decoder, ids, **handed)
 
