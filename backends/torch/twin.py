@@ -77,10 +77,13 @@ def _kind(config: Any) -> Any:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Keep transformers' remarks, and torch's random numbers, from a run."""
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
