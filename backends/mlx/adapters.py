@@ -74,13 +74,14 @@ class Adapters:
     Args:
         base: the model's name, for adapter_config.json.
         optimizer: makes an optimiser without state.
+        alone: the result of `spelling.text_only`; it decides the layers' names.
     """
 
-    def __init__(self, model: Any, base: str, optimizer: Callable[[], Optimizer]) -> None:
+    def __init__(self, model: Any, base: str, optimizer: Callable[[], Optimizer], alone: bool = False) -> None:
         self.model, self.base, self.make_optimizer = model, base, optimizer
         model.freeze()
         shapes, self.on = linear_layers(model), REFERENCE
-        paths = {hf_layer(path): path for path in shapes}
+        paths = {hf_layer(path, alone): path for path in shapes}
         self.shapes = {name: shapes[path] for name, path in paths.items()}
         self.width = shape_of(output_head(model)[1])[1]
         self._sites = {name: _site(model, path) for name, path in paths.items()}

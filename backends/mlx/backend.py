@@ -50,6 +50,7 @@ from lite_dil.models import adapter_files, adapters
 from lite_dil.models.find import folder_of
 from lite_dil.models.logits import logit_transform
 from lite_dil.models.options import ALL_LINEAR, ModelOptions, ResolvedAdapter
+from lite_dil.models.spelling import text_only
 from lite_dil.objectives.loss import NOTHING, SCORES, SUMS, TOKENS, Loss
 
 INFERENCE = EngineOptions(layout="plain", gradient_checkpointing="off")
@@ -84,7 +85,7 @@ class MLXBackend:
         )
         self.seed = adapter.seed if adapter else 0
         self.weight_decay, self.max_grad_norm = engine.weight_decay, engine.max_grad_norm
-        self.adapters = Adapters(self.model, model, self._new_optimizer)
+        self.adapters = Adapters(self.model, model, self._new_optimizer, text_only(self.config))
         self.experts = adapters.experts_of(self.config.get("text_config") or self.config)
         if adapter is None:  # the policy is the bare base
             self.adapters.add(POLICY, adapters.Adapter(0, 1.0, {}))

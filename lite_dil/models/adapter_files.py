@@ -44,11 +44,12 @@ def is_peft(config: dict[str, Any]) -> bool:
     return "peft_type" in config
 
 
-def read_adapter(folder: str, load: TensorLoader = tensors.load_float32) -> Adapter:
+def read_adapter(folder: str, load: TensorLoader = tensors.load_float32, alone: bool = False) -> Adapter:
     """Read a LoRA adapter in PEFT's or mlx-lm's format.
 
     Args:
         load: reads a safetensors file; the adapter gets the numeric type that it returns.
+        alone: the result of `spelling.text_only` for the base; it decides the layers' names.
 
     Raises:
         UserError: the folder holds no adapter, or one that is not plain LoRA on linear layers.
@@ -70,7 +71,7 @@ def read_adapter(folder: str, load: TensorLoader = tensors.load_float32) -> Adap
         layer, _, side = name.rpartition(".")
         if side.lower() not in ("lora_a", "lora_b") or value.ndim != 2:
             raise UserError(f"{where}: {key} is not the LoRA weight of a linear layer")
-        layers.setdefault(layer if peft else hf_layer(layer), {})[side.lower()] = (
+        layers.setdefault(layer if peft else hf_layer(layer, alone), {})[side.lower()] = (
             value if peft else np.ascontiguousarray(value.T)
         )
     for layer, sides in layers.items():
@@ -134,7 +135,7 @@ def format_of(folder: Path) -> str:
     return "peft" if is_peft(read_config(folder)) else "mlx-lm"
 
 
-def read_files(folder: Path) -> Files:
+def read_files(folder: Path, alone: bool = False) -> Files:
     """Read an adapter's folder. Raises UserError as `read_adapter` does."""
     codes: set[str] = set()
 
@@ -144,7 +145,7 @@ def read_files(folder: Path) -> Files:
         # float32 holds the numbers of mixed types exactly.
         return {name: t.raw() if len(codes) == 1 else t.float32() for name, t in stored.items()}
 
-    adapter, config = read_adapter(str(folder), load), read_config(folder)
+    adapter, config = read_adapter(str(folder), load, alone), read_config(folder)
     dropout = config.get("lora_dropout") or config.get("lora_parameters", {}).get("dropout") or 0.0
     return Files(adapter, codes.pop() if len(codes) == 1 else "F32", float(dropout))
 
@@ -188,12 +189,13 @@ def write_peft(folder: Path, files: Files, strength: float, model: str, targets:
     _write(folder, "adapter_model.safetensors", sides, files.code, config, "pt")
 
 
-def write_mlx(folder: Path, files: Files, strength: float, model: str, layers: int) -> None:
+def write_mlx(folder: Path, files: Files, strength: float, model: str, layers: int, alone: bool = False) -> None:
     """Write mlx-lm's format.
 
     Args:
         model: the base model's name.
         layers: the model's number of layers; mlx-lm takes -1 for all.
+        alone: as in `read_adapter`.
 
     Raises:
         UserError: a layer lies outside the model's blocks, where mlx-lm puts no adapter.
@@ -215,7 +217,7 @@ def write_mlx(folder: Path, files: Files, strength: float, model: str, layers: i
         "model": model,
     }
     sides = {
-        f"{mlx_layer(layer)}.lora_{side}": array.T
+        f"{mlx_layer(layer, alone)}.lora_{side}": array.T
         for layer, pair in adapter.weights.items()
         for side, array in zip("ab", pair, strict=True)
     }

@@ -118,17 +118,32 @@ def rope_config(config: dict[str, Any]) -> dict[str, Any]:
     return added
 
 
-_HERE = (("language_model.model.", "model.language_model."), ("backbone.", "model."))  # in mlx-lm, and in transformers
+_TOWERS, _TEXT = "model.language_model.", "model."  # what the layers of a model with towers, or without, are called by
 
 
-def hf_layer(name: str) -> str:
-    """Return transformers' name of a layer from mlx-lm's."""
-    return next((theirs + name.removeprefix(ours) for ours, theirs in _HERE if name.startswith(ours)), name)
+def text_only(config: dict[str, Any]) -> bool:
+    """Return whether transformers loads the text model alone from a checkpoint with towers, as it does Qwen3.5's."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    return "text_config" in config and str(CLASSES.get(config.get("model_type", ""))).endswith("ForCausalLM")
 
 
-def mlx_layer(name: str) -> str:
+def hf_layer(name: str, alone: bool) -> str:
+    """Return transformers' name of a layer from mlx-lm's.
+
+    Args:
+        alone: the result of `text_only`.
+    """
+    for ours, theirs in (("language_model.model.", _TEXT if alone else _TOWERS), ("backbone.", _TEXT)):
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def mlx_layer(name: str, alone: bool) -> str:
     """Return mlx-lm's name of a layer from transformers', which differs in models with towers.
 
     Those of Nemotron-H and Mamba 2 cannot be told from others' by their names; mlx-lm then says that it lacks them.
     """
-    return f"language_model.model.{rest}" if (rest := name.removeprefix("model.language_model.")) != name else name
+    prefix = _TEXT if alone else _TOWERS
+    return f"language_model.model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
