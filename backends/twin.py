@@ -26,7 +26,7 @@ from lite_dil.models.find import cache_dir
 from lite_dil.models.spelling import known_config
 from lite_dil.models.twin import draw, shrink
 
-FAMILIES = Path(__file__).parent / "families.json"  # the twins that come with the package, with their figures
+PACKAGED = Path(__file__).parent / "families.json"  # the twins that come with the package, with their figures
 # Entries of a config that change nothing in what a text model computes.
 _NOTES = re.compile(
     r"token_id|token_index|architectures|dtype|version|name_or_path|use_cache|initializer|drop|output_|label|return_dict"
@@ -129,7 +129,7 @@ def _of_family(folder: Path, trust_remote_code: bool) -> Twin:
     """Put the packaged twin of the same model_type that differs least in its settings in the place of the folder's."""
     own = dict(_settings(foreign(known_config, folder, trust_remote_code)))
     best: tuple[tuple[str, ...], Mapping[str, Any]] | None = None
-    for entry in json.loads(FAMILIES.read_text(encoding="utf-8")).values():
+    for entry in json.loads(PACKAGED.read_text(encoding="utf-8")).values():
         if entry["config"]["model_type"] != own["model_type"]:
             continue
         files.write(folder / "config.json", json.dumps(entry["config"]))

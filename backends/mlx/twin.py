@@ -20,7 +20,7 @@ from lite_dil.models.twin import WINDOW, probe
 TOLERANCE = 5e-3 if mx.metal.is_available() else 3e-4  # nats: above float32's noise, which products of 19 bits make on an M5
 
 
-class Compared(NamedTuple):
+class Differences(NamedTuple):
     """By how much log-probs differ at most, in nats: of the tokens within every attention window, and of all."""
 
     within: float
@@ -62,7 +62,7 @@ def check_twin(model: Any, folder: Path, name: str, config: dict[str, Any], max_
     return ""
 
 
-def compare(folder: Path, name: str, code: bool = False) -> Compared:
+def compare(folder: Path, name: str, code: bool = False) -> Differences:
     """Compare a model's twin with transformers.
 
     Raises:
@@ -76,4 +76,4 @@ def compare(folder: Path, name: str, code: bool = False) -> Compared:
         ids = mx.array(probe()[None])
         found = log_probs(foreign(small, ids)[0, :-1].astype(mx.float32), ids[0, 1:])
     off = np.abs(found - one.figures.logps)
-    return Compared(float(off[: WINDOW - 1].max()), float(off.max()), one.uncovered)
+    return Differences(float(off[: WINDOW - 1].max()), float(off.max()), one.uncovered)

@@ -11,7 +11,7 @@ from families.zoo import NAMES, make
 
 from lite_dil.backends.foreign import Misfit
 from lite_dil.backends.mlx.twin import compare
-from lite_dil.backends.twin import FAMILIES, twin
+from lite_dil.backends.twin import PACKAGED, twin
 from lite_dil.base.errors import UserError
 
 
@@ -30,5 +30,5 @@ def write_figures(folder: Path, names: list[str] | None = None) -> int:
             found.pop(name, None)
             print(f"{name}: left out, {error}")
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}" for name, entry in found.items())
-    FAMILIES.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+    PACKAGED.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
     return len(found)

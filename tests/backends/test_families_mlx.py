@@ -114,7 +114,7 @@ def test_a_window_counts_by_what_is_computed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_5"])
 def test_the_package_has_the_figures_of_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The zoo's two sizes differ in the ratio of the width to the heads, which one packaged twin cannot have both ways."""
-    packaged = json.loads(twins.FAMILIES.read_text(encoding="utf-8"))[name]
+    packaged = json.loads(twins.PACKAGED.read_text(encoding="utf-8"))[name]
     models = [zoo.make(name, tmp_path / str(size), size) for size in (1, 2)]
     with twins.twin(models[0]) as one:
         assert json.loads((one.folder / "config.json").read_text(encoding="utf-8")) == packaged["config"]
@@ -137,8 +137,8 @@ def test_without_torch_it_is_said_what_was_not_compared(tmp_path: Path, monkeypa
         patched.setattr(mlx_llama.Attention, "__call__", lambda self, x, *_, **__: self.o_proj(self.q_proj(x)))
         with pytest.raises(UserError, match="differently from transformers"):
             remark(model)
-    monkeypatch.setattr(twins, "FAMILIES", tmp_path / "families.json")
-    twins.FAMILIES.write_text("{}")
+    monkeypatch.setattr(twins, "PACKAGED", tmp_path / "families.json")
+    twins.PACKAGED.write_text("{}")
     assert "was not compared" in remark(model) and "torch is not installed" in remark(model)
 
 
