@@ -112,7 +112,7 @@ def load(
     Args:
         adapter: the policy's adapter; None makes the bare base the policy.
         training: options for training; None loads it for inference, without what only training needs.
-        say: shows a line to the user: what `import_library` remarks, and slow work without progress.
+        say: shows a line to the user: what `import_library` remarks, what could not be checked, slow work without progress.
         in_files: on a CPU leave full weights in the model's files, from which each pass reads them: slower, in little memory.
 
     Raises UserError if the model or the adapter cannot be loaded, or is damaged.
@@ -125,7 +125,7 @@ def load(
     if name == "mlx":
         from lite_dil.backends.mlx.backend import MLXBackend
 
-        return MLXBackend(options, model, adapter, training)
+        return MLXBackend(options, model, adapter, training, say)
     from lite_dil.backends.torch import backend
 
     return backend.load(options, model, adapter, training, name, say, in_files)

@@ -21,6 +21,7 @@ from lite_dil.backends.mlx.score_head import ScoreHead
 from lite_dil.backends.types import POLICY, REFERENCE, Head
 from lite_dil.base.streams import dropout_key, named
 from lite_dil.models.adapters import Adapter
+from lite_dil.models.spelling import hf_layer
 
 SCORE_HEAD = "score_head"  # a head's name in the model
 
@@ -30,7 +31,7 @@ class Named:
     """An adapter with its state.
 
     Attributes:
-        layers: its layers, by their place in the model.
+        layers: its layers, by transformers' names, which seeds, files in PEFT's format and the other backend go by.
         settings: mlx-lm's adapter_config.json.
         passes: how many passes have drawn dropout masks.
     """
@@ -73,17 +74,20 @@ class Adapters:
     Args:
         base: the model's name, for adapter_config.json.
         optimizer: makes an optimiser without state.
+        alone: the result of `spelling.text_only`; it decides the layers' names.
     """
 
-    def __init__(self, model: Any, base: str, optimizer: Callable[[], Optimizer]) -> None:
+    def __init__(self, model: Any, base: str, optimizer: Callable[[], Optimizer], alone: bool = False) -> None:
         self.model, self.base, self.make_optimizer = model, base, optimizer
         model.freeze()
-        self.shapes, self.on = linear_layers(model), REFERENCE
+        shapes, self.on = linear_layers(model), REFERENCE
+        paths = {hf_layer(path, alone): path for path in shapes}
+        self.shapes = {name: shapes[path] for name, path in paths.items()}
         self.width = shape_of(output_head(model)[1])[1]
-        self._sites = {path: _site(model, path) for path in self.shapes}
+        self._sites = {name: _site(model, path) for name, path in paths.items()}
         # mlx-lm's adapter_config.json needs the layers' names within a block.
         blocks = next(name for name, module in model.named_modules() if module is model.layers[0]).rpartition("0")[0]
-        self._short = {path: path.removeprefix(blocks).partition(".")[2] for path in self.shapes}
+        self._short = {name: path.removeprefix(blocks).partition(".")[2] for name, path in paths.items()}
         self._named = {REFERENCE: Named(REFERENCE, {}, Shared(), {}, optimizer())}
 
     def __getitem__(self, name: str) -> Named:

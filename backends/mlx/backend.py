@@ -12,6 +12,7 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
+from lite_dil.backends.foreign import Misfit
 from lite_dil.backends.limits import (
     BITS,
     COMPILED_MULTIPLE,
@@ -24,21 +25,22 @@ from lite_dil.backends.limits import (
 from lite_dil.backends.mlx import generate as mlx_generate
 from lite_dil.backends.mlx import state as mlx_state
 from lite_dil.backends.mlx.adapters import Adapters
-from lite_dil.backends.mlx.foreign import Misfit, foreign
 from lite_dil.backends.mlx.head import token_logps
 from lite_dil.backends.mlx.inputs import as_mlx, cut, filled, inputs_of, sums
 from lite_dil.backends.mlx.load import (
-    causal_lm,
-    check_windows,
+    TABLES,
+    decode,
     limit_memory,
     load,
     output_head,
     quantise,
     set_dtype,
 )
-from lite_dil.backends.mlx.prefix import Pass, RowLengths, applied_windows, wrap_layers
+from lite_dil.backends.mlx.prefix import Pass, RowLengths, wrap_layers
+from lite_dil.backends.mlx.probing import check_head
+from lite_dil.backends.mlx.twin import check_twin
 from lite_dil.backends.options import EngineOptions
-from lite_dil.backends.probes import compare_head, head_probe, layout_probe, tolerance
+from lite_dil.backends.probes import layout_probe, tolerance
 from lite_dil.backends.types import OWN, POLICY, REFERENCE, Generated, Head, MicroBatch, Sampling, StepResult, joined, never
 from lite_dil.base.display import Count, uncounted
 from lite_dil.base.errors import UserError
@@ -48,6 +50,7 @@ from lite_dil.models import adapter_files, adapters
 from lite_dil.models.find import folder_of
 from lite_dil.models.logits import logit_transform
 from lite_dil.models.options import ALL_LINEAR, ModelOptions, ResolvedAdapter
+from lite_dil.models.spelling import text_only
 from lite_dil.objectives.loss import NOTHING, SCORES, SUMS, TOKENS, Loss
 
 INFERENCE = EngineOptions(layout="plain", gradient_checkpointing="off")
@@ -60,13 +63,19 @@ class MLXBackend:
     pads_attention = mx.metal.is_available()  # a GPU prefers few large products, a CPU less work
 
     def __init__(
-        self, options: ModelOptions, model: str, adapter: ResolvedAdapter | None, training: EngineOptions | None
+        self,
+        options: ModelOptions,
+        model: str,
+        adapter: ResolvedAdapter | None,
+        training: EngineOptions | None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         check_options("mlx", options, training)
         self.training, engine = training, training or INFERENCE
         limit_memory()
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter and adapter.init_adapter else None
-        self.model, self.config, bits = load(folder_of(model, options.trust_remote_code), model, options)
+        folder = folder_of(model, options.trust_remote_code)
+        self.model, self.config, bits = load(folder, model, options)
         self.dtype = set_dtype(self.model, options.dtype, pre_quantised=bool(bits))
         self.dtype_name = str(self.dtype).removeprefix("mlx.core.")
         self.model, quantised = quantise(self.model, self.config, options, model, bits)
@@ -76,11 +85,12 @@ class MLXBackend:
         )
         self.seed = adapter.seed if adapter else 0
         self.weight_decay, self.max_grad_norm = engine.weight_decay, engine.max_grad_norm
-        self.adapters = Adapters(self.model, model, self._new_optimizer)
+        self.adapters = Adapters(self.model, model, self._new_optimizer, text_only(self.config))
+        self.experts = adapters.experts_of(self.config.get("text_config") or self.config)
         if adapter is None:  # the policy is the bare base
             self.adapters.add(POLICY, adapters.Adapter(0, 1.0, {}))
         else:
-            first = adapters.choose(adapter, self.adapters.shapes, initial, model)
+            first = adapters.choose(adapter, self.adapters.shapes, initial, model, self.experts)
             self.adapters.add(POLICY, first, adapter.lora_dropout)
             if adapter.reference == "initial-adapter":
                 self.adapters.add(REFERENCE, first)
@@ -92,8 +102,10 @@ class MLXBackend:
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self.layout, self.layout_reason, self.head_axes = "plain", "", 1
         self.model.eval()
-        check_windows(self.config, applied_windows(self.model), engine.max_length, model)
-        self._check_head(model)
+        code = options.trust_remote_code
+        if (remark := check_twin(self.model, folder, model, self.config, engine.max_length, code)) and say:
+            say(remark)
+        check_head(self.model, self.token_logps, self.vocabulary, model, self.dtype_name)
         self._choose_layout(engine.layout, model)
         self.batched = mlx_generate.batchable(self.model)
         device = "Metal" if mx.metal.is_available() else "CPU"
@@ -119,13 +131,13 @@ class MLXBackend:
     ) -> None:
         """Add a new, trainable adapter on the same base."""
         check_name(name, self.adapters.names)
-        shapes = adapters.select_targets(self.adapters.shapes, targets)
+        shapes = adapters.select_targets(self.adapters.shapes, targets, self.experts)
         self.adapters.add(name, adapters.fresh(shapes, rank, alpha / rank, self.seed, name), dropout, head)
 
     def renew_policy(self, adapter: ResolvedAdapter) -> None:
         """Reset the policy to its initial weights and training state."""
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter.init_adapter else None
-        first = adapters.choose(adapter, self.adapters.shapes, initial, self.adapters.base)
+        first = adapters.choose(adapter, self.adapters.shapes, initial, self.adapters.base, self.experts)
         self.adapters.add(POLICY, first, adapter.lora_dropout)
         self.seed = adapter.seed
         self.adapters.switch_to(self.adapters.on)
@@ -348,10 +360,8 @@ class MLXBackend:
 
     def _states(self, inputs: dict[str, mx.array]) -> mx.array:
         """Return the hidden states that are read, (states, width)."""
-        decoder, handed = causal_lm(self.model).model, {}
-        if "prompt_from" in inputs:
-            handed["cache"] = [Pass(inputs, self.head_axes, rows=inputs.get("rows"))] * len(self.model.layers)
-        hidden = foreign(decoder, inputs["ids"], **handed)
+        cache = Pass(inputs, self.head_axes, rows=inputs.get("rows")) if "prompt_from" in inputs else None
+        hidden = decode(self.model, inputs["ids"], cache)
         if not isinstance(hidden, mx.array):
             raise Misfit("its decoder returns something other than hidden states")
         hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -359,7 +369,7 @@ class MLXBackend:
 
     def _project(self, hidden: mx.array) -> mx.array:
         head = output_head(self.model)[1]
-        return head(hidden) if "lm_head" in causal_lm(self.model) else head.as_linear(hidden)
+        return head.as_linear(hidden) if isinstance(head, TABLES) else head(hidden)
 
     def _choose_layout(self, asked: str, model: str) -> None:
         """Take the prefix layout if it agrees with the plain one on a few tokens; otherwise store the reason."""
@@ -380,18 +390,3 @@ class MLXBackend:
         self.layout_reason = f"plain layout: {reason}"
         if asked == "prefix":
             raise UserError(f"--layout prefix does not work with {model}: {reason}; use --layout plain")
-
-    def _check_head(self, model: str) -> None:
-        """Compare log-probs with the model's own logits on a few tokens, since an unknown architecture would train wrongly."""
-        batch = head_probe(self.vocabulary)
-        ids = np.concatenate([*batch.prompts, *batch.responses])
-        try:
-            logits = foreign(self.model, mx.array(ids[None, :-1]))[0].astype(mx.float32)
-            here = self.token_logps(batch)
-        except Misfit as error:  # some older mlx-lm models need a cache
-            raise UserError(
-                f"--model {model}: mlx-lm builds this architecture in a way that lite-dil does not know: {error}"
-            ) from None
-        logps = logits - mx.logsumexp(logits, -1, keepdims=True)
-        own = np.array(mx.take_along_axis(logps, mx.array(ids[1:, None]), -1)[:, 0])
-        compare_head(model, own, here, self.dtype_name)

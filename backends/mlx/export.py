@@ -23,6 +23,7 @@ from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import copy
 from lite_dil.models.find import folder_of
 from lite_dil.models.options import ModelOptions
+from lite_dil.models.spelling import hf_layer, text_only
 
 
 def dense(backend: Any) -> dict[str, DenseWeight]:
@@ -32,7 +33,9 @@ def dense(backend: Any) -> dict[str, DenseWeight]:
         if "scales" in module:
             rows, words = module.weight.shape[-2:]
             shape = (*module.weight.shape[:-2], rows, words * 32 // module.bits)
-            found[name.removesuffix(".linear")] = DenseWeight(shape, functools.partial(_unpack, module))
+            found[hf_layer(name.removesuffix(".linear"), text_only(backend.config))] = DenseWeight(
+                shape, functools.partial(_unpack, module)
+            )
     return found
 
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-from lite_dil.backends.mlx.foreign import Misfit, foreign
+from lite_dil.backends.foreign import Misfit, foreign
 from lite_dil.backends.types import Generated, Sampling, never
 
 Processor = Callable[[Any, mx.array], mx.array]

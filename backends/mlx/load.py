@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
 
+from lite_dil.backends.foreign import Misfit, foreign
 from lite_dil.backends.limits import BITS, GROUP_SIZE
 from lite_dil.backends.mlx.device import auto_dtype
-from lite_dil.base.errors import UserError, first_line
-from lite_dil.models.find import rope_config
+from lite_dil.backends.mlx.rope import mend_ropes
+from lite_dil.backends.mlx.weights import classes
+from lite_dil.base.errors import UserError
 from lite_dil.models.hub import needs_code
 from lite_dil.models.model_config import read_config
 from lite_dil.models.options import ModelOptions
+from lite_dil.models.spelling import known_config, mlx_config
 
+TABLES = (nn.Embedding, nn.QuantizedEmbedding)  # a head of one of these is tied
 _CACHE_LIMIT = 4 * 2**30
 
 
@@ -28,18 +33,31 @@ def load(folder: Path, name: str, config: ModelOptions) -> tuple[Any, dict[str, 
     raw = read_config(folder / "config.json", f"--model {name}")
     if (method := (raw.get("quantization_config") or {}).get("quant_method")) == "bitsandbytes":
         raise UserError(f"--model {name}: its weights are quantised by {method}, for CUDA; give the 16-bit model, with --4bit")
+    if not any(folder.glob("model*.safetensors")):
+        raise UserError(f"--model {name}: no model*.safetensors in {folder}; MLX reads no other weights")
+    code = config.trust_remote_code
     try:
-        model, loaded = load_model(
-            folder, lazy=True, model_config=rope_config(raw), trust_remote_code=config.trust_remote_code
-        )
-    except FileNotFoundError:
-        raise UserError(f"--model {name}: no model*.safetensors in {folder}; MLX reads no other weights") from None
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"--model {name}: mlx-lm cannot load it ({needs_code(error) or first_line(error)})") from None
+        known = foreign(known_config, folder, code)
+    except Misfit:  # mlx-lm may know the model all the same
+        known = {}
+    try:
+        settings = {"model_config": mlx_config(raw, known), "get_model_classes": classes, "trust_remote_code": code}
+        model, loaded = foreign(load_model, folder, lazy=True, **settings)
+    except Misfit as error:
+        raise UserError(f"--model {name}: mlx-lm cannot load it ({_why(error)}); take another --backend") from None
+    except SystemExit:  # as mlx-lm's OLMo does without its package
+        raise UserError(f"--model {name}: mlx-lm needs another package for it; take another --backend") from None
+    mend_ropes(model, loaded)
     bits = int((loaded.get("quantization") or {}).get("bits", 0))
     if config.load_in_4bit and bits not in (0, BITS):
         raise UserError(f"--4bit: {name} is quantised to {bits} bits already; leave --4bit out")
     return model, loaded, bits
+
+
+def _why(error: Misfit) -> str:
+    """Return what the error in mlx-lm's code was; MLX lists the weights that do not fit below the first line."""
+    cause = error.__cause__ or error
+    return needs_code(cause) or " ".join(str(cause).split("\n")[:2]).strip() or repr(cause)
 
 
 def set_dtype(model: Any, name: str, pre_quantised: bool) -> mx.Dtype:
@@ -66,9 +84,10 @@ def quantise(model: Any, config: dict[str, Any], options: ModelOptions, name: st
     Args:
         bits: the bits that the checkpoint is already quantised to, or 0.
     """
-    inner = causal_lm(model)
-    if "model" not in inner or not ("lm_head" in inner or "embed_tokens" in inner.model) or not hasattr(model, "layers"):
-        raise UserError(f"--model {name}: mlx-lm builds this architecture in a way that lite-dil does not know")
+    if decoder_of(model) is None or not hasattr(model, "layers") or output_head(model)[1] is None:
+        raise UserError(
+            f"--model {name}: mlx-lm builds this architecture in a way that lite-dil does not know; take another --backend"
+        )
     path, head = output_head(model)
     own = getattr(head, "bits", None)
     wanted = options.head_bits
@@ -98,11 +117,27 @@ def causal_lm(model: Any) -> Any:
     return getattr(model, "language_model", model)
 
 
-def output_head(model: Any) -> tuple[str, Any]:
-    """Return the name and module of the output head, or of the embedding table if they are tied."""
+def decoder_of(model: Any) -> Any:
+    """Return the part of the model that gives hidden states, or None if it is not known."""
     inner = causal_lm(model)
-    head = inner.lm_head if "lm_head" in inner else inner.model.embed_tokens
-    return next(name for name, module in model.named_modules() if module is head), head
+    return next((inner[name] for name in ("model", "backbone", "transformer") if name in inner), None)
+
+
+def decode(model: Any, ids: mx.array, cache: Any = None) -> Any:
+    """Return what the decoder returns for rows of ids; each layer gets `cache`."""
+    decoder = decoder_of(model)
+    asked = inspect.signature(type(decoder).__call__).parameters.get("cache")
+    demanded = asked is not None and asked.default is inspect.Parameter.empty
+    handed = {"cache": [cache] * len(model.layers)} if cache is not None or demanded else {}
+    return foreign(decoder, ids, **handed)
+
+
+def output_head(model: Any) -> tuple[str, Any]:
+    """Return the name and module of the output head, or of the embedding table if they are tied; None if there is neither."""
+    inner, decoder = causal_lm(model), decoder_of(model)
+    tables = (decoder[name] for name in ("embed_tokens", "embeddings", "wte") if name in decoder)
+    head = inner.lm_head if "lm_head" in inner else next(tables, None)
+    return next((name for name, module in model.named_modules() if module is head), ""), head
 
 
 def windows(config: dict[str, Any]) -> list[int | None]:

@@ -78,11 +78,17 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return outputs, inputs * 32 // module.bits if "scales" in module else inputs  # packed into 32-bit words
 
 
+# Of a Mamba layer: torch's GPU kernels read these weights themselves, and adapters are the same on both backends.
+_READ_BY_KERNELS = ("out_proj", "dt_proj")
+
+
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return the (out, in) shape of each linear layer of the decoder's blocks, by its name in the model."""
-    blocks = {id(module) for layer in model.layers for _, module in layer.named_modules()}
+    """Return the (out, in) shape of each linear layer of the decoder's blocks that can have an adapter, by its name there."""
+    inside = {id(module): module for layer in model.layers for module in layer.modules()}
+    mambas = [module for module in inside.values() if "A_log" in module and "D" in module]
+    left_out = {id(module[name]) for module in mambas for name in _READ_BY_KERNELS if name in module}
     return {
         name: shape_of(module)
         for name, module in model.named_modules()
-        if id(module) in blocks and isinstance(module, (nn.Linear, nn.QuantizedLinear))
+        if id(module) in inside.keys() - left_out and isinstance(module, (nn.Linear, nn.QuantizedLinear))
     }

@@ -22,9 +22,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from lite_dil.backends.foreign import Misfit, foreign
 from lite_dil.backends.limits import MLX_QUERIES
-from lite_dil.backends.mlx.foreign import Misfit, foreign
-from lite_dil.backends.mlx.load import causal_lm
+from lite_dil.backends.mlx.load import decode
 from lite_dil.batching.layouts import Prefix
 
 ATTENTION = ("self_attn", "attention", "attn")
@@ -265,7 +265,7 @@ def applied_windows(model: Any) -> list[int | None] | None:
     probe: list[int | None] = []
     layers = len(model.layers)
     try:
-        foreign(causal_lm(model).model, mx.array([[0, 1]]), cache=[Pass({}, probe=probe)] * layers)
+        decode(model, mx.array([[0, 1]]), Pass({}, probe=probe))
     except Misfit:  # the loop does more than run its layers
         return None
     return probe if len(probe) == layers else None

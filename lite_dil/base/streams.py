@@ -8,6 +8,7 @@
 | `adapter_stream`, another adapter | named ``adapter, its name, layer`` | another adapter's initial weights |
 | `dropout_key` | ``(seed, passes)`` | the key of MLX's dropout masks in a pass, counted from 1 |
 | `named` "dropout" | named, with the adapter and the pass | the key of MLX's dropout masks for another adapter |
+| `named` "twin" | named, with the weight's name or "probe" | a small twin's weights and tokens |
 | `named` "data/samples" | named | the examples that `lite-dil data` shows |
 | `named` "reports/prompts" | named | the prompts that a run's report answers |
 | `named` "training/reference-check" | named | the examples whose cached log-probs are computed again |

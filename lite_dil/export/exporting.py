@@ -31,6 +31,7 @@ from lite_dil.models.find import folder_of, load_tokenizer, resolve_model
 from lite_dil.models.hub import fetch_config
 from lite_dil.models.model_config import read_config
 from lite_dil.models.names import public_name
+from lite_dil.models.spelling import text_only
 
 CHECK_ROWS = 8
 OUTTYPE = "q8_0"
@@ -103,8 +104,8 @@ class Export:
         if source.options.trust_remote_code and self.format != "adapter":
             raise UserError(f"--format {self.format}: a model with Python files of its own exports as --format adapter only")
         self.reader = self._reader()
-        self.files = adapter_files.read_files(source.adapter)
         self.model = resolve_model(source.options.model, say)
+        self.files = adapter_files.read_files(source.adapter, text_only(model_config(self.model)))
         self.encoder = encoder_of(self.model, source.options)
         self.checkpoint: merge.Checkpoint | None = None
         if self.format != "adapter":
@@ -248,10 +249,10 @@ class Export:
             adapter_files.write_peft(self.made, self.files, strength, name, targets or {"target_modules": sorted(layers)})
         else:
             count = (config.get("text_config") or config).get("num_hidden_layers", -1)
-            adapter_files.write_mlx(self.made, self.files, strength, name, count)
+            adapter_files.write_mlx(self.made, self.files, strength, name, count, text_only(config))
             if config.get("rope_parameters") and "rope_theta" not in config:
                 self.say(f"warning: plain mlx-lm does not read the rope_parameters of {name}; use --format mlx")
-        again = adapter_files.read_files(self.made).adapter
+        again = adapter_files.read_files(self.made, text_only(config)).adapter
         for layer, pair in self.files.adapter.weights.items():
             if not all(map(np.array_equal, pair, again.weights[layer])):
                 raise AssertionError(f"{layer} was written with other numbers than it was read")

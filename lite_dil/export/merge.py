@@ -25,8 +25,8 @@ from lite_dil.base.errors import UserError
 from lite_dil.data.arguments import with_arguments
 from lite_dil.models import tensors
 from lite_dil.models.adapters import Adapter
-from lite_dil.models.find import rope_config
 from lite_dil.models.model_config import read_config
+from lite_dil.models.spelling import rope_config
 from lite_dil.models.tensors import CODES, FLOATS, Planned, Stored, core_name, encode
 
 SHARD_BYTES = 5 * 10**9

@@ -17,6 +17,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.models import tensors
 from lite_dil.models.adapter_config import read_config
 from lite_dil.models.adapters import Adapter
+from lite_dil.models.spelling import hf_layer, mlx_layer
 from lite_dil.models.tensors import Planned
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)")
@@ -25,11 +26,12 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)")
 TensorLoader = Callable[[Path], dict[str, np.ndarray]]
 
 
-def read_adapter(folder: str, load: TensorLoader = tensors.load_float32) -> Adapter:
+def read_adapter(folder: str, load: TensorLoader = tensors.load_float32, alone: bool = False) -> Adapter:
     """Read a LoRA adapter in PEFT's or mlx-lm's format.
 
     Args:
         load: reads a safetensors file; the adapter gets the numeric type that it returns.
+        alone: the result of `spelling.text_only` for the base; it decides the layers' names.
 
     Raises:
         UserError: the folder holds no adapter, one that is not plain LoRA on linear layers, or weights that are not finite.
@@ -47,7 +49,9 @@ def read_adapter(folder: str, load: TensorLoader = tensors.load_float32) -> Adap
         layer, _, side = name.rpartition(".")
         if side.lower() not in ("lora_a", "lora_b") or value.ndim != 2:
             raise UserError(f"{where}: {key} is not the LoRA weight of a linear layer")
-        layers.setdefault(layer, {})[side.lower()] = value if peft else np.ascontiguousarray(value.T)
+        layers.setdefault(layer if peft else hf_layer(layer, alone), {})[side.lower()] = (
+            value if peft else np.ascontiguousarray(value.T)
+        )
     for layer, sides in layers.items():
         if len(sides) != 2 or sides["lora_a"].shape[0] != rank or sides["lora_b"].shape[1] != rank:
             raise UserError(f"{where}: {layer} lacks a matrix of rank {rank}; expected lora_a and lora_b")
@@ -70,7 +74,7 @@ def format_of(folder: Path) -> str:
     return "peft" if read_config(folder).peft else "mlx-lm"
 
 
-def read_files(folder: Path) -> Files:
+def read_files(folder: Path, alone: bool = False) -> Files:
     """Read an adapter's folder. Raises UserError as `read_adapter` does."""
     codes: set[str] = set()
 
@@ -80,7 +84,7 @@ def read_files(folder: Path) -> Files:
         # float32 holds the numbers of mixed types exactly.
         return {name: t.raw() if len(codes) == 1 else t.float32() for name, t in stored.items()}
 
-    adapter = read_adapter(str(folder), load)
+    adapter = read_adapter(str(folder), load, alone)
     return Files(adapter, codes.pop() if len(codes) == 1 else "F32", read_config(folder).dropout)
 
 
@@ -123,12 +127,13 @@ def write_peft(folder: Path, files: Files, strength: float, model: str, targets:
     _write(folder, "adapter_model.safetensors", sides, files.code, config, "pt")
 
 
-def write_mlx(folder: Path, files: Files, strength: float, model: str, layers: int) -> None:
+def write_mlx(folder: Path, files: Files, strength: float, model: str, layers: int, alone: bool = False) -> None:
     """Write mlx-lm's format.
 
     Args:
         model: the base model's name.
         layers: the model's number of layers; mlx-lm takes -1 for all.
+        alone: as in `read_adapter`.
 
     Raises:
         UserError: a layer lies outside the model's blocks, where mlx-lm puts no adapter.
@@ -150,7 +155,7 @@ def write_mlx(folder: Path, files: Files, strength: float, model: str, layers: i
         "model": model,
     }
     sides = {
-        f"{layer}.lora_{side}": array.T
+        f"{mlx_layer(layer, alone)}.lora_{side}": array.T
         for layer, pair in adapter.weights.items()
         for side, array in zip("ab", pair, strict=True)
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from lite_dil.base.errors import UserError
 from lite_dil.base.streams import adapter_stream
 from lite_dil.models.options import ALL_LINEAR, AdapterOptions
+from lite_dil.models.tensors import core_name
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # keys of config.json
 
@@ -58,15 +59,19 @@ def choose(
     if not linear:
         raise UserError(f"--model {model}: its decoder has no linear layers that LoRA can adapt")
     if initial is not None:
-        match(initial, linear, options.init_adapter or "")
-        return initial
+        return match(initial, linear, options.init_adapter or "")
     assert options.lora_r and options.lora_alpha and options.target_modules  # filled in by TrainConfig.resolved
     targets = select_targets(linear, options.target_modules, experts)
     return fresh(targets, options.lora_r, options.lora_alpha / options.lora_r, options.seed)
 
 
-def match(adapter: Adapter, shapes: dict[str, tuple[int, int]], folder: str) -> None:
-    """Raise UserError unless every layer of the adapter is a linear layer of the model with the right shape."""
+def match(adapter: Adapter, shapes: dict[str, tuple[int, int]], folder: str) -> Adapter:
+    """Return the adapter under the model's own names, which may have other prefixes.
+
+    Raises UserError unless every layer of the adapter is a linear layer of the model with the right shape.
+    """
+    own = {core_name(name): name for name in shapes}
+    adapter = replace(adapter, weights={own.get(core_name(name), name): pair for name, pair in adapter.weights.items()})
     for name, (a, b) in adapter.weights.items():
         if name not in shapes:
             raise UserError(f"adapter {folder}: the model has no adaptable linear layer {name}; is it for another model?")
@@ -75,6 +80,7 @@ def match(adapter: Adapter, shapes: dict[str, tuple[int, int]], folder: str) -> 
                 f"adapter {folder}: {name} is for {b.shape[0]} x {a.shape[1]} weights, the model's are "
                 f"{shapes[name][0]} x {shapes[name][1]}; is it for another model?"
             )
+    return adapter
 
 
 def experts_of(config: dict[str, Any]) -> int:

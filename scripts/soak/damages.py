@@ -17,7 +17,7 @@ def damages(path: Path, other: Path, flips: int) -> Iterator[tuple[str, Damage]]
 
     `other` is another run's file of that name; it need not exist.
     """
-    size, draw = path.stat().st_size, random.Random(path.name)  # noqa: S311 - it draws places, not secrets
+    size, draw = path.stat().st_size, random.Random(path.name)
     count = min(flips, 8 * size)
     for number in range(count):
         at = size * number // count

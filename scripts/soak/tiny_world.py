@@ -60,7 +60,7 @@ def make_model(folder: Path, seed: int = 0, hidden: int = 128) -> Path:
 
 def write_rows(path: Path, rows: int, seed: int = 0, words: int = 9, pairs: bool = True) -> Path:
     """Write chat pairs, or demonstrations, of up to `words` words as JSON Lines, and return the path."""
-    draw = random.Random(seed)  # noqa: S311 - it draws words, not secrets
+    draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for number in range(rows):
             asked, good, bad = (" ".join(draw.choices(_WORDS, k=draw.randint(2, words))) for _ in range(3))

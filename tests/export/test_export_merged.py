@@ -181,7 +181,7 @@ def test_packed_checkpoints_are_merged(
     packed.save_pretrained(tmp_path / "nf4")
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-    from lite_dil.models.find import rope_config
+    from lite_dil.models.spelling import rope_config
 
     raw = json.loads((Path(tiny) / "config.json").read_text())
     model, config = load_model(Path(tiny), model_config=rope_config(raw))

@@ -1,0 +1,79 @@
+"""MLX's log-probs of a model's small twin against transformers'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from lite_dil.backends.foreign import Misfit, foreign
+from lite_dil.backends.mlx.load import check_windows, load, set_dtype, windows
+from lite_dil.backends.mlx.prefix import applied_windows
+from lite_dil.backends.mlx.probing import log_probs
+from lite_dil.backends.twin import twin
+from lite_dil.base.errors import UserError
+from lite_dil.models.options import ModelOptions
+from lite_dil.models.twin import WINDOW, probe
+
+TOLERANCE = 5e-3 if mx.metal.is_available() else 3e-4  # nats: above float32's noise, which products of 19 bits make on an M5
+
+
+class Differences(NamedTuple):
+    """By how much log-probs differ at most, in nats: of the tokens within every attention window, and of all."""
+
+    within: float
+    whole: float
+    uncovered: tuple[str, ...]  # settings that were not compared
+
+    @property
+    def right(self) -> bool:
+        """Whether nothing differs by more than rounding."""
+        return self.whole < TOLERANCE
+
+
+def check_twin(model: Any, folder: Path, name: str, config: dict[str, Any], max_length: int, code: bool) -> str:
+    """Compare a model's twin with transformers; return a remark on what was not compared, or "".
+
+    Args:
+        model, config: as loaded, with wrapped layers, for the windows of a model that is not compared.
+        code: whether the model's own code may run.
+
+    Raises:
+        UserError: mlx-lm computes something else than transformers.
+    """
+    try:
+        found = compare(folder, name, code)
+    except Misfit as error:
+        check_windows(config, applied_windows(model), max_length, name)
+        advice = "before a long run, compare its first figures with another --backend's"
+        return f"{name} was not compared with transformers: {error}; {advice}"
+    if not found.right:
+        if not found.within < TOLERANCE or not any(windows(config)):
+            raise UserError(
+                f"--model {name}: mlx-lm computes this model differently from transformers, by up to {found.whole:.2g} nats "
+                "per token on a small copy of it with random weights; take another --backend, or a later mlx-lm"
+            )
+        check_windows(config, None, max_length, name)
+    if found.uncovered:
+        named = ", ".join(found.uncovered[:6]) + (", ..." if len(found.uncovered) > 6 else "")
+        return f"without torch, only another model of its family was compared with transformers; it differs in {named}"
+    return ""
+
+
+def compare(folder: Path, name: str, code: bool = False) -> Differences:
+    """Compare a model's twin with transformers.
+
+    Raises:
+        Misfit: transformers' figures are unknown, with the reason.
+        UserError: mlx-lm cannot load the twin.
+    """
+    with twin(folder, code) as one:
+        small, _, _ = load(one.folder, name, ModelOptions(dtype="float32", trust_remote_code=code))
+        set_dtype(small, "float32", pre_quantised=False)
+        small.eval()
+        ids = mx.array(probe()[None])
+        found = log_probs(foreign(small, ids)[0, :-1].astype(mx.float32), ids[0, 1:])
+    off = np.abs(found - one.figures.logps)
+    return Differences(float(off[: WINDOW - 1].max()), float(off.max()), one.uncovered)

@@ -1,0 +1,159 @@
+"""MLX against transformers on a model's small twin, at load, and what makes families equal: configs, ropes, experts, names."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import config, load
+from families import zoo
+from families.exact import independent, token_logps
+from mlx_lm.models import llama as mlx_llama
+from test_mlx_layout import ragged
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from lite_dil.backends import registry
+from lite_dil.backends import twin as twins
+from lite_dil.backends.mlx import load as mlx_load
+from lite_dil.backends.mlx import twin as mlx_twin
+from lite_dil.base.errors import UserError
+from lite_dil.models.twin import shrink
+
+
+@pytest.fixture(autouse=True)
+def own_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITE_DIL_CACHE", str(tmp_path / "cache"))
+
+
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = twins.importlib.util.find_spec
+    monkeypatch.setattr(twins.importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+
+
+# Folders as transformers 5 saves them: names, ropes by type of layer, layouts of experts and kinds of layers of its own.
+SAVED = ("gemma4_text", "glm", "gpt_oss", "granitemoehybrid", "qwen3_5_moe", "qwen3_moe")
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_folder_saved_by_transformers_5_is_read_right(name: str, tmp_path: Path) -> None:
+    model, data = str(zoo.make(name, tmp_path / name)), ragged()
+    backend = load("mlx", model, max_length=4096)
+    np.testing.assert_allclose(backend.token_logps(data), token_logps(independent(Path(model)), data), atol=1e-4)
+    routers = [layer for layer in backend.adapters.shapes if layer.rpartition(".")[2] in ("gate", "router")]
+    adapted = backend.adapters["policy"].layers
+    assert adapted and not set(routers) & set(adapted), "a router has an adapter"
+
+
+def test_a_router_gets_an_adapter_if_it_is_asked_for(tmp_path: Path) -> None:
+    model = str(zoo.make("qwen3_moe", tmp_path))
+    adapted = load("mlx", model, target_modules="gate").adapters["policy"].layers
+    assert set(adapted) == {f"model.layers.{layer}.mlp.gate" for layer in range(2)}
+
+
+def test_a_rope_that_mlx_lm_builds_wrong_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-lm rotates all of GLM-4's heads, transformers half of them: without the repair the twin tells."""
+    model = str(zoo.make("glm", tmp_path))
+    monkeypatch.setattr(mlx_load, "mend_ropes", lambda *_: None)
+    with pytest.raises(UserError, match=r"differently from transformers, by up to .* nats per token .*--backend"):
+        load("mlx", model)
+
+
+class Renamed(LlamaConfig):
+    model_type = "renamed"
+
+
+class RenamedForCausalLM(LlamaForCausalLM):
+    config_class = Renamed
+
+
+@pytest.mark.parametrize("setting", ["rms_norm_eps", "rope_theta", "rope pairs", ""])
+def test_a_family_under_another_name_is_compared_too(setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model_type that nobody knows, whose MLX model ignores a setting."""
+
+    class Arguments(mlx_llama.ModelArgs):
+        @classmethod
+        def from_dict(cls, params: dict[str, Any]) -> Any:
+            wrong = {"rms_norm_eps": 1e-8, "rope_theta": 10000.0}
+            return super().from_dict(params | ({setting: wrong[setting]} if setting in wrong else {}))
+
+    class Model(mlx_llama.Model):
+        def sanitize(self, weights: dict[str, Any]) -> dict[str, Any]:
+            if setting == "rope pairs":  # neighbours, not halves
+                for layer in self.model.layers:
+                    layer.self_attn.rope = nn.RoPE(layer.self_attn.rope.dims, traditional=True)
+            return super().sanitize(weights)
+
+    module = type(sys)("mlx_lm.models.renamed")
+    module.Model, module.ModelArgs = Model, Arguments
+    monkeypatch.setitem(sys.modules, "mlx_lm.models.renamed", module)
+    AutoConfig.register("renamed", Renamed, exist_ok=True)
+    AutoModelForCausalLM.register(Renamed, RenamedForCausalLM, exist_ok=True)
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    RenamedForCausalLM(Renamed(**sizes, num_key_value_heads=2, rope_theta=5e5)).save_pretrained(tmp_path)
+    if not setting:
+        load("mlx", str(tmp_path))
+        return
+    with pytest.raises(UserError, match="differently from transformers"):
+        load("mlx", str(tmp_path))
+
+
+def test_a_window_counts_by_what_is_computed(tmp_path: Path) -> None:
+    """Gemma 4's windows, which its loop keeps to itself, are applied; Mixtral's are not."""
+    load("mlx", str(zoo.make("gemma4_text", tmp_path / "gemma")), max_length=4096)
+    mixtral = str(zoo.make("mixtral", tmp_path / "mixtral"))
+    with pytest.raises(UserError, match=r"16 tokens.*--max-length 16\b"):
+        load("mlx", mixtral, max_length=17)
+    load("mlx", mixtral, max_length=16)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_5"])
+def test_the_package_has_the_figures_of_transformers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The zoo's two sizes differ in the ratio of the width to the heads, which one packaged twin cannot have both ways."""
+    packaged = json.loads(twins.PACKAGED.read_text(encoding="utf-8"))[name]
+    models = [zoo.make(name, tmp_path / str(size), size) for size in (1, 2)]
+    with twins.twin(models[0]) as one:
+        assert json.loads((one.folder / "config.json").read_text(encoding="utf-8")) == packaged["config"]
+        np.testing.assert_allclose(one.figures.logps, packaged["logps"], atol=1e-4)
+    assert mlx_twin.compare(models[1], name).right
+    without_torch(monkeypatch)
+    monkeypatch.setenv("LITE_DIL_CACHE", str(tmp_path / "empty"))
+    first, second = (mlx_twin.compare(model, name) for model in models)
+    assert first.right and not first.uncovered
+    assert second.right and {setting.rpartition(".")[2] for setting in second.uncovered} == {"hidden_size"}
+
+
+def test_without_torch_it_is_said_what_was_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_torch(monkeypatch)
+    model = zoo.make("llama", tmp_path / "llama")
+    raw = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(raw | {"hidden_act": "gelu"}))
+    assert "hidden_act" in remark(model)
+    with monkeypatch.context() as patched:  # the family's twin is compared all the same
+        patched.setattr(mlx_llama.Attention, "__call__", lambda self, x, *_, **__: self.o_proj(self.q_proj(x)))
+        with pytest.raises(UserError, match="differently from transformers"):
+            remark(model)
+    monkeypatch.setattr(twins, "PACKAGED", tmp_path / "families.json")
+    twins.PACKAGED.write_text("{}")
+    assert "was not compared" in remark(model) and "torch is not installed" in remark(model)
+
+
+def remark(model: Path) -> str:
+    said: list[str] = []
+    options = config(backend="mlx", model=str(model))
+    registry.load("mlx", options, str(model), options, options, said.append)
+    return " ".join(said)
+
+
+def test_a_twin_keeps_ratios_and_kinds_of_layers() -> None:
+    """Sizes of Qwen3-30B-A3B and of a hybrid with an attention layer every fourth."""
+    known = {"num_hidden_layers": 48, "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 12}
+    raw = {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+    raw |= {"hidden_size": 2048, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936, "eos_token_id": 151645}
+    small = shrink(raw, known)
+    assert (small["num_hidden_layers"], small["num_attention_heads"] // small["num_key_value_heads"]) == (4, 8)
+    assert small["num_experts_per_tok"] < small["num_experts"] < 128 and small["eos_token_id"] < small["vocab_size"]
