@@ -53,7 +53,10 @@ def adaptable(base: Any, decoder: Any, linear: dict[str, tuple[int, int]], devic
     def weigh(name: str, output: Any) -> Any:
         if not isinstance(output, Tensor):
             return output
-        return output * (1 + factors.setdefault(name, torch.zeros((), device=device, requires_grad=True)))
+        factor = factors.setdefault(name, torch.zeros((), device=device, requires_grad=True))
+        # Not the same for all channels: a norm behind the layer would take that back.
+        channels = torch.arange(output.shape[-1], device=device, dtype=torch.float32).sin()
+        return output * (1 + factor * channels).to(output.dtype)
 
     modules = {name: module for name, module in base.named_modules() if name in linear}
     hooks = [m.register_forward_hook(lambda module, args, out, name=name: weigh(name, out)) for name, m in modules.items()]
