@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -161,16 +160,18 @@ def test_a_cache_that_cannot_be_synced_costs_no_training(tmp_path: Path, monkeyp
 
 
 def test_an_export_is_on_the_disk_before_it_has_its_name(
-    trained: Callable[..., Path], tmp_path: Path, synced: list[Path], capsys: pytest.CaptureFixture[str]
+    flags: list[str], tmp_path: Path, synced: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, run = tmp_path / "out", trained("--backend", "cpu")
-    export(run, out, "--format", "adapter", "--no-check")
+    out, trained = tmp_path / "out", tmp_path / "run"
+    run(flags, trained)
+    synced.clear()
+    export(trained, out, "--format", "adapter", "--no-check")
     names = [path.name for path in synced]
     assert {path.name for path in out.iterdir()} <= set(names[:-1]) and synced[-1] == tmp_path
     # Killed between its end and the removal of its work folder.
     left = tmp_path / f".out.123456789-{files.HOST}.01234567.partial"
     left.mkdir()
-    argv = ["export", "--adapter", str(run), "--output", str(out), "--format", "adapter", "--no-check"]
+    argv = ["export", "--adapter", str(trained), "--output", str(out), "--format", "adapter", "--no-check"]
     assert main(argv) == 2 and "already exists" in capsys.readouterr().err
     assert not left.exists()
 
