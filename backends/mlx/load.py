@@ -17,7 +17,7 @@ from lite_dil.backends.limits import BITS, GROUP_SIZE
 from lite_dil.backends.mlx.device import auto_dtype
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.models.find import rope_config
-from lite_dil.models.hub import needs_code
+from lite_dil.models.hub import STRANGE, needs_code
 from lite_dil.models.options import ModelOptions
 
 _CACHE_LIMIT = 4 * 2**30
@@ -34,7 +34,7 @@ def load(folder: Path, name: str, config: ModelOptions) -> tuple[Any, dict[str, 
         )
     except FileNotFoundError:
         raise UserError(f"--model {name}: no model*.safetensors in {folder}; MLX reads no other weights") from None
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (RuntimeError, *STRANGE) as error:
         raise UserError(f"--model {name}: mlx-lm cannot load it ({needs_code(error) or first_line(error)})") from None
     bits = int((loaded.get("quantization") or {}).get("bits", 0))
     if config.load_in_4bit and bits not in (0, BITS):
