@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -28,7 +29,7 @@ from lite_dil.backends.torch.out_of_memory import conversion_report, ran_out
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.install import install
 from lite_dil.models import adapters
-from lite_dil.models.hub import needs_code
+from lite_dil.models.hub import STRANGE, needs_code
 from lite_dil.models.model_config import read_config
 from lite_dil.models.options import ModelOptions
 
@@ -100,7 +101,7 @@ def load_base(
                 device_map=places,
                 trust_remote_code=trust_remote_code,
             )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except (OSError, ImportError, RuntimeError, SafetensorError, StrictDataclassError, *STRANGE) as error:
         if ran_out(error):
             raise
         raise UserError(f"--model {model}: cannot be loaded ({needs_code(error) or first_line(error)})") from None

@@ -173,7 +173,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of a damaged tokenizer.json, tokenizers raises nothing more precise
         code = needs_code(error)
         if not code and Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _TOKENIZERS):
             raise UserError(

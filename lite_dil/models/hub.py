@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lite_dil.base.errors import UserError, first_line
 
+# What Python raises where a library takes a value of a stranger's config.json for what it should be.
+STRANGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 _SECONDS = 10.0  # to wait for a response
 
 
