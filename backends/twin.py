@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,14 @@ def write_config(model: Path, folder: Path, trust_remote_code: bool) -> str:
     return digest(json.dumps(_essence(foreign(known_config, folder, trust_remote_code)), sort_keys=True))
 
 
+def _whole(value: Any) -> list[Any]:
+    return [value]
+
+
 def write_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Write the twin's weights."""
     drawn = {name: draw(name, shape) for name, shape in shapes.items()}
-    planned = [tensors.Planned(name, "F32", value.shape, lambda value=value: [value]) for name, value in drawn.items()]
+    planned = [tensors.Planned(name, "F32", value.shape, partial(_whole, value)) for name, value in drawn.items()]
     tensors.write(folder / "model.safetensors", planned, "pt")
 
 

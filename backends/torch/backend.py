@@ -21,7 +21,7 @@ from lite_dil.backends.torch import probing as torch_probing
 from lite_dil.backends.torch import state as torch_state
 from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.backends.torch.adapters import Trainable
-from lite_dil.backends.torch.device import compute_dtype
+from lite_dil.backends.torch.device import compute_dtype, where
 from lite_dil.backends.torch.head import QuantizedHead
 from lite_dil.backends.torch.load import decoder_of, linear_layers, load_model, make_optimizer, need_bitsandbytes, set_weights
 from lite_dil.backends.torch.lora import PEFT_POLICY, Switch, add_lora, add_unsloth_lora
@@ -67,19 +67,16 @@ class TorchBackend:
         # A packed weight holds two parameters per byte.
         parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
         self.checkpointing = checkpointing(training, parameters) if training else "off"
-        self.base = self.model = base
-        base.name_or_path = model
-        self.decoder = decoder_of(base)
+        self.base, self.model, self.decoder, base.name_or_path = base, base, decoder_of(base), model
         if options.head_bits:
             self._quantize_head(options.head_bits)
         self.head = base.get_output_embeddings()
         if training and training.offload_embeddings:
             self._offload_embeddings()
-        self.switch, self.adapters = Switch(), dict[str, Trainable]()
+        self.switch, self.adapters, self.seed = Switch(), dict[str, Trainable](), adapter.seed if adapter else 0
         self.linear, self.experts = linear_layers(base), adapters.experts_of(base.config.get_text_config().to_dict())
         if adapter and not self.unsloth:
             self.linear = torch_probing.adaptable(base, self.decoder, self.linear, self.device)
-        self.seed = adapter.seed if adapter else 0
         if adapter:
             self._add_policy(adapter, initial)
         self.reader = StateReader(self.decoder, self.head, logit_transform(base.config.to_dict()), self.device)
@@ -90,13 +87,12 @@ class TorchBackend:
         torch_probing.check_head(base, self.reader, self.token_logps, model, self.dtype_name)
         self.layout_reason, self.batched = "", True
         if training:
-            probe = (base, self.reader, self.token_logps, training, model, self.dtype_name)
-            self.layout_reason = torch_probing.choose_layout(*probe, say or Silent().say)
+            probed = base, self.reader, self.token_logps, training, model, self.dtype_name, say or Silent().say
+            self.layout_reason = torch_probing.choose_layout(*probed)
         self.layout = self.reader.layout
         bits = (", 4-bit" if self.in_4bit else "") + (f", {options.head_bits}-bit head" if options.head_bits else "")
         bits += ", unsloth" if self.unsloth else ""
-        where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        self.description = f"{device} ({where}), {self.dtype_name}{bits}, {self.layout} layout"
+        self.description = f"{device} ({where(device)}), {self.dtype_name}{bits}, {self.layout} layout"
         kind = f"{' nf4' if self.in_4bit else ''} head {options.head_bits or 16}{' unsloth' if self.unsloth else ''}"
         self.identity = f"torch {self.dtype_name}{kind}"
 

@@ -12,6 +12,11 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def where(device: str) -> str:
+    """Return the name of the GPU, or the number of the CPU's threads."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 def compute_dtype(name: str, device: str) -> torch.dtype:
     """Return the type that --dtype means on this device."""
     if name == "auto" and device == "cuda":

@@ -45,7 +45,7 @@ def fetch_config(name: str) -> Path:
         raise UserError(f"--model {name}: {refusal(name, error)}") from None
 
 
-def needs_code(error: Exception) -> str:
+def needs_code(error: BaseException) -> str:
     """Return why a model whose own code was not run cannot be loaded, or "" if the error is another one."""
     if "trust_remote_code" not in str(error):
         return ""

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 WORDS = [
     "the",
@@ -122,9 +123,9 @@ def make(place: Path) -> None:
         tokenizer_object=inner, bos_token=special[0], eos_token=special[2], pad_token=special[2], chat_template=CHATML
     )
     torch.manual_seed(0)
-    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 512}
-    ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
+    sizes: dict[str, Any] = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids, tie_word_embeddings=False))
     for parameter in model.parameters():
         if parameter.ndim > 1:
