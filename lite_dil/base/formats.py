@@ -13,7 +13,7 @@ RUN = 3  # config.yaml, progress.json and report.json; since 2 a checkpoint hold
 SEAL = 1  # digests.json
 HEAD = 1  # head.json and head.safetensors of an adapter
 CACHE = 1  # a file of reference log-probs
-TOKEN_STORE = 1  # a file of a data set's tokens
+STORE = 1  # a file of a data set's tokens
 
 
 class NewerFormat(UserError):
@@ -25,7 +25,7 @@ def check_format(content: Mapping[str, Any], known: int, place: str | Path) -> N
 
     Args:
         content: the file's fields.
-        known: the latest known format of such a file: `RUN`, `HEAD`, `CACHE` or `TOKEN_STORE`.
+        known: the latest known format of such a file: `RUN`, `HEAD`, `CACHE` or `STORE`.
         place: the run's folder or the file, for the message.
     """
     found = content.get(KEY, 1)

@@ -16,7 +16,7 @@ import numpy as np
 
 from lite_dil.base.disk import writing
 from lite_dil.base.files import append, appending, create, make_folder, replacing, scratch_file
-from lite_dil.base.formats import KEY, TOKEN_STORE, check_format
+from lite_dil.base.formats import KEY, STORE, check_format
 from lite_dil.base.hashing import pieces, sha256, tokens_digest
 from lite_dil.data.encoder import Example
 from lite_dil.models.find import cache_dir
@@ -97,7 +97,7 @@ class ExampleStore(Sequence[Example]):
                 with create(part) as file:
                     places = {name: _write(file, getattr(self, name)) for name in _TYPES}
                     at = file.tell()
-                    about = {KEY: TOKEN_STORE, "arrays": places, "sources": self.sources, "facts": facts}
+                    about = {KEY: STORE, "arrays": places, "sources": self.sources, "facts": facts}
                     file.write(json.dumps(about).encode() + _AT.pack(at))
                 with part.open("rb") as written:  # as it came out
                     digest = bytes.fromhex(sha256(pieces(written)))
@@ -178,7 +178,7 @@ def opened(path: Path) -> tuple[ExampleStore, dict[str, Any]]:
         (at,) = _AT.unpack(file.read(_AT.size))
         file.seek(at)
         about = json.loads(file.read(size - _AT.size - at))
-        check_format(about, TOKEN_STORE, path)
+        check_format(about, STORE, path)
         arrays = {
             name: np.asarray(np.memmap(file, np.dtype(_TYPES[name]), "r", begin, (length,)))
             for name, (begin, length) in about["arrays"].items()

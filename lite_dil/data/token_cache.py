@@ -11,7 +11,7 @@ from typing import Any
 
 from lite_dil.base.disk import DiskFailed, writing
 from lite_dil.base.files import mark_used, remove
-from lite_dil.base.formats import KEY, TOKEN_STORE
+from lite_dil.base.formats import KEY, STORE
 from lite_dil.base.hashing import blake2, file_pieces, sha256
 from lite_dil.base.version import __version__
 from lite_dil.data.encoder import Encoder
@@ -21,7 +21,7 @@ from lite_dil.data.sources import files_of, split_sources
 from lite_dil.data.store import PLACE, DamagedStore, ExampleStore, opened
 from lite_dil.models.find import cache_dir
 
-LEAST_BYTES = 2**20  # bytes of data: fewer are read again in less time than this takes
+SMALL = 2**20  # bytes of data; fewer are read again in less time than this takes
 # Of files that no run has opened for so long, and of the least used ones beyond so many bytes, the cache is freed.
 _DAYS, _MOST = 30, 20 * 2**30
 _ENDING = ".tokens"
@@ -47,7 +47,7 @@ class TokenCache:
         if content is None:
             return
         read = {name: getattr(options, name) for name in ("max_length", "data_format", "columns", "chat", "max_rows")}
-        self._key = {KEY: TOKEN_STORE, "code": _code(), "content": content, "encoder": encoder.identity(), **read}
+        self._key = {KEY: STORE, "code": _code(), "content": content, "encoder": encoder.identity(), **read}
         name = blake2([json.dumps(self._key, sort_keys=True).encode()]).hex()
         self.path = cache_dir() / "tokens" / f"{name}{_ENDING}"
 
@@ -94,13 +94,13 @@ def _files(data: str, split: str) -> list[Path]:
 def _content(data: str | Rows, files: list[Path], split: str) -> Any:
     """Return what tells data from other data, or None if it is small or cannot be known."""
     if isinstance(data, Rows):
-        digest = data.digest(LEAST_BYTES)
+        digest = data.digest(SMALL)
         return digest and [[DATA, digest]]
     names = [name for name, _ in split_sources(data)]
     if any(files_of(name, split) is None for name in names):
         return None
     try:
-        if sum(path.stat().st_size for path in files) < LEAST_BYTES:
+        if sum(path.stat().st_size for path in files) < SMALL:
             return None
         return [[names, split], [[str(path), sha256(file_pieces(path))] for path in files]]
     except OSError:  # reading will say it

@@ -41,7 +41,7 @@ from lite_dil.training.own_loss import try_out
 from lite_dil.training.passes import Passes
 from lite_dil.training.precompute import missing, precompute
 from lite_dil.training.reference_cache import ReferenceCache, cache_folder, open_cache
-from lite_dil.training.reference_check import CHECKING_CACHE, check_cache
+from lite_dil.training.reference_check import COMPARING, check_cache
 from lite_dil.training.start_check import CHECKING, check_start, starts_at_reference
 
 LOSS_SOURCE = "loss_source.txt"
@@ -128,7 +128,7 @@ def open_session(opening: Opening) -> TrainingSession:
         display.stopping,
     )
     if passes.cache.found:
-        with display.status(CHECKING_CACHE):
+        with display.status(COMPARING):
             check_cache(passes, examples, training.schedule.limits, config.seed, config.model)
     if resume:
         _go_on(session, training, resume)

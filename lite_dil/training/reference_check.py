@@ -14,7 +14,7 @@ from lite_dil.batching.schedule import Limits, plan
 from lite_dil.data.encoder import Example
 from lite_dil.training.passes import Passes
 
-CHECKING_CACHE = "comparing the reference cache with the model"
+COMPARING = "comparing the reference cache with the model"
 _LOOKED_AT = 1000  # examples among which cached ones are searched
 
 

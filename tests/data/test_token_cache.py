@@ -46,7 +46,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own, for data of any size."""
-    monkeypatch.setattr(token_cache, "LEAST_BYTES", 1)
+    monkeypatch.setattr(token_cache, "SMALL", 1)
     monkeypatch.setenv("LITE_DIL_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"
 
@@ -244,7 +244,7 @@ def test_a_training_is_the_same_to_the_bit(
     folders = [data.parent / name for name in ("without", "cold", "warm")]
     found, said = [], []
     for folder, least in zip(folders, (2**40, 1, 1), strict=True):
-        monkeypatch.setattr(token_cache, "LEAST_BYTES", least)
+        monkeypatch.setattr(token_cache, "SMALL", least)
         found.append(run(flags, folder))
         said.append([line for line in capsys.readouterr().err.splitlines() if "data" in line or "rows" in line])
         assert kept.exists() == (least == 1)
