@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 WORDS = [
     "the",
@@ -123,10 +122,20 @@ def make(place: Path) -> None:
         tokenizer_object=inner, bos_token=special[0], eos_token=special[2], pad_token=special[2], chat_template=CHATML
     )
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 512}
-    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids, tie_word_embeddings=False))
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
