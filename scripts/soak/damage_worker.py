@@ -72,7 +72,7 @@ def _cases(world: World) -> Iterator[tuple[str, str, str, Damage]]:
     for path in sorted(path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()):
         if path.endswith((*NOT_READ, ".lock")):
             continue
-        names = next(names for pattern, names in READERS if _matches(path, pattern))
+        names: tuple[str, ...] = next(names for pattern, names in READERS if _matches(path, pattern))
         for name in names:
             most = name == names[0] and not path.startswith(TWINS) and (world.backend == "cpu" or name not in TRAIN)
             for what, damage in damages(made / path, world.other / path, FLIPS[world.backend][not most]):
