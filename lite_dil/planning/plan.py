@@ -267,6 +267,8 @@ def _epoch(
 def _measured(folder: Path) -> dict[str, float]:
     """Return the median rates of an earlier run."""
     names = ("tokens_per_second", "examples_per_second")
+    if not (folder / "metrics.jsonl").is_file():
+        raise UserError(f"--like {folder}: metrics.jsonl cannot be read: it is not there")
     try:
         found = read_metrics(folder)
     except (OSError, UserError) as error:

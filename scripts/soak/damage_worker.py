@@ -15,7 +15,7 @@ from soak import forks
 from soak.damage_world import World
 from soak.damages import Damage, damages
 
-# What reads each file: patterns of paths in the world, with the commands, those that train last.
+# What reads each file: patterns of paths in the world, with the commands; the first of them gets the most cases.
 READERS = (
     ("run/checkpoints/step-2/*", ("whole", "resume")),
     ("run/checkpoints/*", ()),  # of the checkpoint before, to which a damaged one falls back
@@ -25,25 +25,32 @@ READERS = (
     ("done/checkpoints/step-3/digests.json", ("runs", "report")),
     ("done/checkpoints/step-3/progress.json", ("runs", "report")),
     ("done/checkpoints/*", ()),
-    ("done/*", ("runs", "report", "resume finished")),
+    ("done/*", ("report", "runs", "resume finished")),
     ("sampled.jsonl", ("train",)),
     ("cache/rates.json", ("plan",)),
     ("cache/*", ("train", "resume")),
     ("answers.jsonl", ("generate on",)),
     ("labels*.jsonl", ("label",)),
-    ("compared/runs/*/checkpoints/*", ()),
-    ("compared/runs/*/adapter/*", ()),
+    ("compared/runs/*/result.json", ("compare",)),
+    ("compared/runs/*/samples.jsonl", ("compare",)),
+    ("compared/runs/*/metrics.jsonl", ("compare",)),
+    ("compared/runs/*/report.json", ("compare",)),
+    ("compared/runs/*", ()),  # as those of other runs; a comparison that is done does not read them
     ("compared/*", ("compare",)),
 )
+# Of these another file of the same kind gets the most cases.
+TWINS = ("run/report.json", "run/report_samples.jsonl", "run/held_out_pairs.json", "compared/runs/dpo-seed1/")
+# Written for people and other programs; lite-dil does not read them.
+NOT_READ = (".md", ".html", ".png", "table.json", "curves.json")
 # What may be missing, so that a command goes on without it: reports are written where there is room for them.
 OPTIONAL = ("done/report_samples.jsonl", "done/held_out_pairs.json", "done/report.json", "cache/rates.json")
 # People write and edit these: what still has the right form is taken as theirs.
 EDITED = ("labels.jsonl", "labels.bad.jsonl")
-FLIPS, FLIPS_MLX = 50, 12  # bits flipped in a file, and where a case trains on MLX
+# Commands whose cases take longest.
+TRAIN = {"resume", "resume finished", "train", "train on", "compare"}
+# Bits flipped in a file, for the first command that reads it, and for others; most files are the same on both backends.
+FLIPS = {"cpu": (50, 12), "mlx": (12, 4)}
 SHORT = {"cpu": 24, "mlx": 8}  # cases of the short form
-TRAIN = {"resume", "resume finished", "train", "train on"}
-# Written for people and other programs; lite-dil does not read them.
-NOT_READ = (".md", ".html", ".png", "table.json", "curves.json")
 
 
 def main(root: str, form: str) -> None:
@@ -61,26 +68,21 @@ def main(root: str, form: str) -> None:
 
 def _cases(world: World) -> Iterator[tuple[str, str, str, Damage]]:
     """Yield each damage to each file for each command that reads it."""
-    for path, name in _reads(world):
-        flips = FLIPS_MLX if world.backend == "mlx" and name in TRAIN else FLIPS
-        for what, damage in damages(world.root / "made" / path, world.other / path, flips):
-            # The flips of sealed files are left to `whole`, which is the part of resuming that reads them.
-            if not ("flipped" in what and name == "resume" and "/checkpoints/" in path):
-                yield path, name, what, damage
-
-
-def _reads(world: World) -> Iterator[tuple[str, str]]:
-    """Yield each file of the world with each command that reads it."""
     made = world.root / "made"
-    for path in sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file()):
-        if path.name.endswith(NOT_READ) or path.name.endswith(".lock"):
+    for path in sorted(path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()):
+        if path.endswith((*NOT_READ, ".lock")):
             continue
-        for name in next(names for pattern, names in READERS if _matches(path, pattern)):
-            yield path.as_posix(), name
+        names: tuple[str, ...] = next(names for pattern, names in READERS if _matches(path, pattern))
+        for name in names:
+            most = name == names[0] and not path.startswith(TWINS) and (world.backend == "cpu" or name not in TRAIN)
+            for what, damage in damages(made / path, world.other / path, FLIPS[world.backend][not most]):
+                # The flips of sealed files are left to `whole`, which is the part of resuming that reads them.
+                if not ("flipped" in what and name == "resume" and "/checkpoints/" in path):
+                    yield path, name, what, damage
 
 
-def _matches(path: Path, pattern: str) -> bool:
-    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), path.as_posix()) is not None
+def _matches(path: str, pattern: str) -> bool:
+    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), path) is not None
 
 
 def case(world: World, path: str, name: str, what: str, damage: Damage) -> dict[str, Any]:

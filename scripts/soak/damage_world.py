@@ -245,12 +245,8 @@ def _run(folder: Path) -> Any:
     """Return what a run's folder holds, but for what a clock decides and what damage adds."""
     rows = _rows(folder / "metrics.jsonl")
     lines = [{name: value for name, value in line.items() if name not in _MEASURED} for line in rows]
-    files = {
-        path.relative_to(folder).as_posix(): sha256(file_pieces(path))
-        for path in folder.rglob("*")
-        if path.parent.name == "adapter" or path.name in ("report_samples.jsonl", "held_out_pairs.json")
-    }
-    return lines, {name: value for name, value in files.items() if not name.endswith(("digests.json", ".md"))}
+    files: dict[str, Any] = {path.name: sha256(file_pieces(path)) for path in (folder / "adapter").glob("adapter*")}
+    return lines, files, _rows(folder / "report_samples.jsonl"), _rows(folder / "held_out_pairs.json")
 
 
 def _listed(log: Path) -> Any:

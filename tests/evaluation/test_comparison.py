@@ -156,7 +156,7 @@ def test_stopped_and_gone_on_with_is_the_same(
     """Ctrl-C in the second loss's training, then in its sampling; what was done before is not touched."""
     # A cache of its own: one that other tests share may hold log-probs from other batches, which differ in the last places.
     command = [*flags, "--output", str(tmp_path / "out"), "--reference-cache", str(tmp_path / "cache")]
-    log, replace_file = RunFolder.log, compare_measure.replace_file
+    log, write_answers = RunFolder.log, compare_measure.write_answers
 
     def stop_in_dpo(self: RunFolder, line: dict[str, float]) -> None:
         log(self, line)
@@ -171,13 +171,12 @@ def test_stopped_and_gone_on_with_is_the_same(
     finished = tmp_path / "out" / "runs" / "lsif-seed0"
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in finished.rglob("*") if path.is_file()}
 
-    def stop_after_a_draw(path: Path, text: str) -> None:
-        replace_file(path, text)
-        if path.name == "samples.jsonl":
-            raise KeyboardInterrupt
+    def stop_after_a_draw(path: Path, answers: list[dict[str, Any]]) -> None:
+        write_answers(path, answers)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare_measure, "replace_file", stop_after_a_draw)
+        patch.setattr(compare_measure, "write_answers", stop_after_a_draw)
         assert main(command) == 130
     assert "lsif, seed 0 (1 of 2): " in capsys.readouterr().out
     assert len(compare_samples(tmp_path / "out", "dpo")) == compare_measure.ANSWERS_AT_ONCE < PROMPTS
