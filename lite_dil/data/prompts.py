@@ -13,7 +13,7 @@ from typing import Any
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.data.arguments import FIELD
-from lite_dil.data.columns import Columns, learn, tidy
+from lite_dil.data.columns import Columns, learn, refuse_unreadable, tidy
 from lite_dil.data.compared import BETTER
 from lite_dil.data.draft import Draft, Tie
 from lite_dil.data.encoder import Encoder, continuation_text, encoder_of
@@ -236,6 +236,7 @@ def _draft(row: Any, format: str, chat: bool) -> Draft:
     elif not known and "instruction" in row:
         row = row.with_fields(output="x")
     elif not known:
+        refuse_unreadable(row)  # of the other rows `read` does
         near = next((name for name in ("question", "query", "text", "input", "problem") if isinstance(row.get(name), str)), "")
         hint = f"; if it is {near!r}: --columns prompt={near}" if near else ""
         raise RowError("no field 'prompt'", f"no field 'prompt'; the row has {', '.join(map(str, row)) or 'none'}{hint}")

@@ -10,6 +10,7 @@ import pytest
 from conftest import byte_level_tokenizer, config
 
 from lite_dil.base.errors import UserError
+from lite_dil.data import formats, prompts
 from lite_dil.data.encoder import Encoder
 from lite_dil.data.prompts import encode_prompts, key_of, read_prompts
 
@@ -102,6 +103,22 @@ def test_what_is_refused_names_its_line_and_the_fix(rows: list[Any], message: st
     path = write(tmp_path / "a.jsonl", *rows)
     with pytest.raises(UserError, match=message):
         read(path)
+
+
+def test_a_row_is_searched_for_what_is_not_text_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[Any] = []
+    for module in (formats, prompts):
+        search = module.refuse_unreadable
+        monkeypatch.setattr(module, "refuse_unreadable", lambda row, search=search: searched.append(row) or search(row))
+    rows = [
+        {"prompt": "x"},
+        {"messages": [USER]},
+        {"instruction": "y"},
+        {"turns": ["z"]},
+        {"topic": "tea", "question": "which"},
+    ]
+    read(write(tmp_path / "a.jsonl", *rows), skip_bad_rows=True)
+    assert len(searched) == len(rows)
 
 
 def test_bad_rows_can_be_left_out_and_weights_are_refused(tmp_path: Path) -> None:
