@@ -7,13 +7,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.rope_utils import YarnRoPE
+from mlx_lm.models.rope_utils import SuScaledRoPE, YarnRoPE
 
 
 def mend_ropes(model: nn.Module, config: dict[str, Any]) -> None:
     """Apply settings that some of mlx-lm's models do not read; a rope that has them stays as it is.
 
-    These are the share of each head that is rotated (GLM-4), and YaRN's bounds that are not rounded (gpt-oss).
+    These are the share of each head that is rotated (GLM-4), YaRN's bounds that are not rounded (gpt-oss), and LongRoPE's
+    factors for short sequences (Phi 3 to 4).
     """
     config = config.get("text_config") or config
     if any(isinstance(value, dict) for value in (config.get("rope_parameters") or {}).values()):
@@ -24,6 +25,21 @@ def mend_ropes(model: nn.Module, config: dict[str, Any]) -> None:
             module.dims = int(head * share)
         elif isinstance(module, YarnRoPE) and rope.get("truncate") is False:
             module._freqs = _yarn(module.dims, config["rope_theta"], rope)
+        elif type(module) is SuScaledRoPE and "short_factor" in rope:
+            module.__class__ = _LongRoPE
+            theta = config["rope_theta"] ** (mx.arange(0, module.dim, 2, dtype=mx.float32) / module.dim)
+            module._short = mx.array(rope["short_factor"], mx.float32) * theta
+
+
+class _LongRoPE(SuScaledRoPE):
+    """LongRoPE whose factors go by the length of the sequence, as in transformers; mlx-lm has those for long ones only."""
+
+    def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
+        """Rotate (..., tokens, width), of which the first has position `offset`."""
+        furthest = (offset if isinstance(offset, int) else int(mx.max(offset).item())) + x.shape[-2]
+        freqs = self._freqs if furthest > self.original_max_position_embeddings else self._short
+        scaled = x.at[..., : self.dim].multiply(self._scale)
+        return mx.fast.rope(scaled, self.dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
 
 
 def _yarn(dims: int, theta: float, rope: dict[str, Any]) -> mx.array:

@@ -30,6 +30,7 @@ _EXPERTS = re.compile(r"^(moe_)?(num|n)_(local_|routed_)?experts$")
 _CHOSEN = re.compile(r"^(num_experts_per_tok(en)?|moe_k|moe_topk|moe_top_k|top_k_experts)$")
 _PERIOD = re.compile(r"(interval|period|pattern|step|freq|interleave\w*)$")
 _STATE_HEADS = (("mamba_n_heads", "mamba_d_head"), ("mamba_num_heads", "mamba_head_dim"), ("num_heads", "head_dim"))
+_DEFAULTED = ("vocab_size", "vocab_size_per_layer_input", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 _WINDOWS = ("sliding_window", "sliding_window_size", "attention_chunk_size", "attention_window_size")
 # Sizes that are bound to no other one, by what they become at most.
 _AT_MOST = {
@@ -66,7 +67,8 @@ def shrink(config: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any
     """Return the config.json of a twin.
 
     Args:
-        config: the content of the model's config.json. What it leaves out stays out: each library has its own default.
+        config: the content of the model's config.json. What it leaves out stays out, since each library has its own default;
+            but for sizes, since a wrong one does not fit the weights.
         known: the same with transformers' defaults for what it leaves out.
     """
     made: dict[str, Any] = {}
@@ -85,6 +87,8 @@ class _Text:
     """A text model's config on its way to a twin's."""
 
     def __init__(self, config: dict[str, Any], known: Mapping[str, Any]) -> None:
+        if _LAYERS[0] in config:  # else another library's names, which have no defaults here
+            config = {name: known[name] for name in _DEFAULTED if known.get(name)} | config
         self.config, self.known = config, known
         self.layers = self._get(_LAYERS) or 0
         self.kept, self.shared = self._kept_layers()
@@ -164,9 +168,7 @@ class _Text:
     def _number(self, key: str, value: Any) -> Any:
         """Return what a number becomes."""
         if key.endswith(("eps", "epsilon")):
-            return 1e-4  # large enough to show where it is not read
-        if key in ("rope_theta", "rotary_emb_base", "rope_local_base_freq", "global_rope_theta", "local_rope_theta"):
-            return 3e3 if value == 1e4 else 7e3
+            return 5e-5  # large enough to show where it is not read, but for latents, whose norms may have one of their own
         if not isinstance(value, int):
             return value
         whole: dict[str, int] = {
