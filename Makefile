@@ -31,7 +31,7 @@ lint: $(VENV)/dev
 	MYPYPATH=.typed $(BIN)/mypy .typed/lite_dil scripts
 
 soak: $(VENV)/dev
-	$(BIN)/python scripts/soak
+	$(BIN)/python scripts/soak --page docs/reliability.md
 
 # Of exact versions, without what torch's own index adds to them (+cpu). --strict: a package that could not be asked about fails.
 audit: $(VENV)/dev .venv-audit/ready
