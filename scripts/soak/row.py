@@ -51,8 +51,8 @@ _HEAD = """# Reliability
 
 What became of lite-dil when it was broken on purpose. `make soak` makes this page; `scripts/soak` says how each part works.
 
-- **writes**: a layer below the process kills it at a write, cuts the power (what was not synced is lost, torn or zeroed), or lets
-  the disk fail; then the same command is started again. *Equal* is the result of an uninterrupted run, to the bit.
+- **writes**: a layer below the process kills it at a write, cuts the power (what was not synced is lost, torn or zeroed), or
+  lets the disk fail; then the same command is started again. *Equal* is the result of an uninterrupted run, to the bit.
 - **damage**: each file that lite-dil reads back is flipped, cut, emptied, zeroed, deleted or exchanged with another run's.
 - **hostile**: rows, templates, models, adapters, run folders and names that hypothesis draws. A failure would be a traceback,
   something executed or written outside, a control character printed, or more than 10 s.

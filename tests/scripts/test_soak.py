@@ -19,7 +19,7 @@ def test_kills_power_cuts_and_failing_disks(tmp_path: Path) -> None:
     argv = [sys.executable, str(SCRIPT), "writes", "--short", "--output", str(tmp_path)]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "table.json").read_text())
+    rows = json.loads((tmp_path / "writes.json").read_text())["rows"]
     assert [row["what"].partition(":")[0] for row in rows][:4] == [
         "who changes the folder",
         "the same command twice",
