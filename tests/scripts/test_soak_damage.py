@@ -22,7 +22,7 @@ def test_the_short_form(part: str, tmp_path: Path) -> None:
         [sys.executable, str(SOAK), part, "--short", "--output", str(tmp_path)], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "damage.json").read_text())["rows"]
+    rows = json.loads((tmp_path / f"{part}.json").read_text())["rows"]
     assert rows and all(row["outcomes"] and not row["failures"] for row in rows)
     for backend in ("cpu", "mlx"):
         assert any(backend in row["what"] for row in rows)
