@@ -78,23 +78,6 @@ HUB: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.75,
         "rope_scaling": _LONG,
     },
-    "Gemma 3 4B": {
-        "model_type": "gemma3",
-        "text_config": {
-            "model_type": "gemma3_text",
-            "hidden_size": 2560,
-            "intermediate_size": 10240,
-            "num_hidden_layers": 34,
-            "sliding_window": 1024,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        },
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_hidden_layers": 27,
-        },
-    },
 }
 
 
