@@ -49,7 +49,7 @@ def test_a_folder_saved_by_transformers_5_is_read_right(name: str, tmp_path: Pat
     assert adapted and not set(routers) & set(adapted), "a router has an adapter"
 
 
-# As the hub has them, in the spelling of transformers 4: what a config leaves out, scaled ropes, and lists per frequency.
+# As the hub has them, in the spelling of transformers 4.
 _ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _LONG = {"type": "longrope", "long_factor": [1 + 0.9 * i for i in range(48)], "short_factor": [1 + i / 16 for i in range(48)]}
 _GQA = {"num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
@@ -77,23 +77,6 @@ HUB: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 4096,
         "partial_rotary_factor": 0.75,
         "rope_scaling": _LONG,
-    },
-    "Gemma 3 4B": {
-        "model_type": "gemma3",
-        "text_config": {
-            "model_type": "gemma3_text",
-            "hidden_size": 2560,
-            "intermediate_size": 10240,
-            "num_hidden_layers": 34,
-            "sliding_window": 1024,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-        },
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_hidden_layers": 27,
-        },
     },
 }
 
