@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-LARGEST, DEEPEST = 2**17, 20  # bytes of a file, levels in each other; ours have some kilobytes and one level
+LARGEST_YAML, _DEEPEST = 2**17, 20  # bytes of a file, levels in each other; ours have some kilobytes and one level
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,8 +24,8 @@ class _Loader(yaml.SafeLoader):
         mark: Any = event.start_mark
         if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for gigabytes
             raise yaml.MarkedYAMLError(problem=f"write the value of *{event.anchor} out", problem_mark=mark)
-        if self.level == DEEPEST:
-            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST} levels", problem_mark=mark)
+        if self.level == _DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"more than {_DEEPEST} levels", problem_mark=mark)
         self.level += 1
         node = super().compose_node(parent, index)
         self.level -= 1
@@ -58,8 +58,8 @@ def parse_yaml(text: str) -> Any:
 
     Raises yaml.YAMLError, whose text says where and what.
     """
-    if len(text) > LARGEST:
-        raise yaml.YAMLError(f"larger than {LARGEST >> 10} KB")
+    if len(text) > LARGEST_YAML:
+        raise yaml.YAMLError(f"larger than {LARGEST_YAML >> 10} KB")
     loader = _Loader(text)
     try:
         return loader.get_single_data()
@@ -70,4 +70,4 @@ def parse_yaml(text: str) -> Any:
 def read_yaml_file(path: Path) -> Any:
     """Return the content of a YAML file. Raises OSError, UnicodeDecodeError or yaml.YAMLError."""
     with path.open("rb") as file:
-        return parse_yaml(file.read(LARGEST + 1).decode("utf-8"))
+        return parse_yaml(file.read(LARGEST_YAML + 1).decode("utf-8"))

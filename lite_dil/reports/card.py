@@ -127,13 +127,13 @@ def _license(model: str) -> dict[str, str]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
-    from lite_dil.base.yaml_file import LARGEST, parse_yaml
+    from lite_dil.base.yaml_file import LARGEST_YAML, parse_yaml
 
     card: dict[str, Any] = {}
     try:
         if (readme := Path(model) / "README.md").is_file():
             with readme.open("rb") as file:
-                start = file.read(LARGEST).decode("utf-8", "replace")
+                start = file.read(LARGEST_YAML).decode("utf-8", "replace")
             if head := re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---", start, re.S):
                 content = parse_yaml(head[1])
                 card = content if isinstance(content, dict) else {}
