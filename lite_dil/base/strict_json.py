@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from typing import Any
 
-DEEPEST = 100  # levels in each other
+_DEEPEST = 100  # levels in each other
 
 
 class JSONError(ValueError):
@@ -39,13 +39,13 @@ def parse_json(text: str | bytes) -> Any:
         text = text if isinstance(text, str) else text.decode("utf-8")
         value = _DECODER.decode(text)
     except RecursionError:
-        raise JSONError(f"more than {DEEPEST} levels of lists and objects") from None
+        raise JSONError(f"more than {_DEEPEST} levels of lists and objects") from None
     except (json.JSONDecodeError, UnicodeDecodeError, JSONError):
         raise
     except ValueError as error:
         raise JSONError(str(error).partition(";")[0]) from None
-    if text.count("[") + text.count("{") > DEEPEST and _deep(value):
-        raise JSONError(f"more than {DEEPEST} levels of lists and objects")
+    if text.count("[") + text.count("{") > _DEEPEST and _deep(value):
+        raise JSONError(f"more than {_DEEPEST} levels of lists and objects")
     return value
 
 
@@ -57,9 +57,9 @@ def has_constant(value: Any) -> bool:
 
 
 def _deep(value: Any) -> bool:
-    """Return whether lists and objects are nested more than `DEEPEST` levels."""
+    """Return whether lists and objects are nested more than `_DEEPEST` levels."""
     level = [value]
-    for _ in range(DEEPEST):
+    for _ in range(_DEEPEST):
         level = [
             item
             for holder in level

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-LARGEST_YAML, DEEPEST_YAML = 2**17, 20  # bytes of a file, levels in each other; ours have some kilobytes and one level
+LARGEST_YAML, _DEEPEST = 2**17, 20  # bytes of a file, levels in each other; ours have some kilobytes and one level
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,8 +24,8 @@ class _Loader(yaml.SafeLoader):
         mark: Any = event.start_mark
         if isinstance(event, yaml.AliasEvent):  # a few lines of them stand for gigabytes
             raise yaml.MarkedYAMLError(problem=f"write the value of *{event.anchor} out", problem_mark=mark)
-        if self.level == DEEPEST_YAML:
-            raise yaml.MarkedYAMLError(problem=f"more than {DEEPEST_YAML} levels", problem_mark=mark)
+        if self.level == _DEEPEST:
+            raise yaml.MarkedYAMLError(problem=f"more than {_DEEPEST} levels", problem_mark=mark)
         self.level += 1
         node = super().compose_node(parent, index)
         self.level -= 1

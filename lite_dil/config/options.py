@@ -42,7 +42,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
             if not isinstance(value, bool):
                 raise ValueError
         elif (
-            isinstance(value, (bool, list, dict))
+            isinstance(value, (bool, list, dict, set, bytes))
             or value is None
             or (kind is not str and isinstance(value, str) and "_" in value)
         ):
@@ -53,7 +53,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
                 raise ValueError
         else:
             value = kind(value)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, TypeError):  # TypeError: a date
         raise UserError(f"{where}: {value!r} is not {expected}") from None
     if choices and value not in choices and not (name == "loss" and is_own(value)):
         raise UserError(f"{where}: {value!r}{did_you_mean(str(value), choices)} is not one of {', '.join(choices)}")

@@ -187,6 +187,7 @@ class Rendering:
         from transformers import PreTrainedTokenizerBase
 
         from lite_dil.data import templates
+        from lite_dil.data.template_costs import TemplateCosts
 
         if not self.chats:
             raise RowError(
@@ -220,7 +221,7 @@ class Rendering:
         except templates.REFUSALS as error:
             why = first_line(error)[:500]
             raise RowError("chat template", f"the model's chat template refuses these messages: {why}") from None
-        except templates.TemplateCosts as error:
+        except TemplateCosts as error:
             raise UserError(
                 f"{tokenizer.name_or_path or 'the model'}: its chat template{error}, for one conversation; correct "
                 "chat_template.jinja (or tokenizer_config.json) there, or take another model"

@@ -8,12 +8,10 @@ makes too much, or takes too long, is stopped.
 from __future__ import annotations
 
 import json
-import re
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache, wraps
-from string import Formatter
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
@@ -23,12 +21,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from lite_dil.data.template_meter import METER, MOST_BITS, TemplateCosts
+from lite_dil.data.template_costs import (
+    GROWING,
+    METER,
+    MOST_BITS,
+    TemplateCosts,
+    bounded,
+    check,
+    check_format,
+    check_width,
+    looped,
+    made,
+    printed,
+    sliced,
+)
 
 LENGTH = 100_000  # characters of a template; those of the hub have up to 30,000
-_WIDTH = 1000  # of white space around a text, and of padding
-_SHORT = 1000  # characters of a text
-
 # Of jinja2's filters, those whose cost and result the checks below bound. The others are for web pages.
 _FILTERS = {
     *("abs", "attr", "batch", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float"),
@@ -39,57 +47,15 @@ _FILTERS = {
 }
 # Methods of values that no template for text needs: they make bytes, or texts of any length from a short one.
 _METHODS = {"encode", "expandtabs", "translate", "maketrans", "striptags", "to_bytes", "from_bytes", "fromhex"}
-# Methods and filters that `_check` looks at.
-_GROWING = {
-    *("ljust", "rjust", "center", "zfill", "indent", "batch", "slice", "round", "replace", "strip", "lstrip"),
-    *(
-        "rstrip",
-        "trim",
-        "rsplit",
-        "rfind",
-        "rindex",
-        "rpartition",
-        "%",
-        "format",
-        "format_map",
-        "join",
-    ),
-}
 # Names of our own filters, which no template can spell.
 _MADE, _LOOPED, _CUT = " made", " looped", " cut"
 
 
 # What a template raises that does not take the messages, or is not one.
-REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, SyntaxError)
-
-
-def _made(value: Any) -> Any:
-    """Count a value that the template made, and return it. Short texts are counted by what holds or prints them."""
-    if type(value) is str:
-        if len(value) > _SHORT:
-            METER.add(len(value) if value.isascii() else 4 * len(value))
-    elif value is not None and type(value) is not bool:
-        METER.add(METER.size(value))
-    return value
-
-
-def _cut(value: Any) -> Any:
-    """Count a slice, of which nothing is new but the list."""
-    METER.add(64 + 8 * len(value) if isinstance(value, Sized) else 64)
-    return value
-
-
-def _looped(values: Iterable[Any], printed: int) -> Iterator[Any]:
-    """Yield what a loop goes through, counting `printed`, the bytes of text that the template itself has within the loop."""
-    for value in values:
-        METER.add(printed)
-        yield value
-
-
-def _printed(value: Any) -> Any:
-    """Count a value before it is printed. One that is not a text was counted when it was made, with all that it holds."""
-    METER.add(64 + (len(value) if value.isascii() else 4 * len(value)) if isinstance(value, str) else 64)
-    return value
+REFUSALS = (
+    *(TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, SyntaxError),
+    NameError,  # of jinja2, which writes the sum of two huge numbers as the name inf
+)
 
 
 class _Counted(NodeTransformer):
@@ -173,12 +139,12 @@ class _Environment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         self._safe: dict[tuple[type, str], bool] = {}
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=_printed, cache_size=0
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], finalize=printed, cache_size=0
         )
-        self.filters = {name: _bounded(name, self.filters[name]) for name in _FILTERS}
-        self.filters |= {"tojson": _bounded("tojson", _to_json), _MADE: _made, _LOOPED: _looped, _CUT: _cut}
-        made = {"raise_exception": _raise, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace}
-        self.globals = {name: self.globals[name] for name in ("range", "cycler", "joiner")} | made
+        self.filters = {name: bounded(name, self.filters[name]) for name in _FILTERS}
+        self.filters |= {"tojson": bounded("tojson", _to_json), _MADE: made, _LOOPED: looped, _CUT: sliced}
+        ours = {"raise_exception": _raise, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace}
+        self.globals = {name: self.globals[name] for name in ("range", "cycler", "joiner")} | ours
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Refuse an operation whose result would be huge, before it is computed."""
@@ -191,8 +157,8 @@ class _Environment(ImmutableSandboxedEnvironment):
                 if isinstance(times, int) and isinstance(some, (str, list, tuple)):
                     METER.add(METER.size(some) * max(times, 0))
         elif operator == "%" and isinstance(left, str):
-            _check_format(left, percent=True)
-        return _made(super().call_binop(context, operator, left, right))
+            check_format(left, percent=True)
+        return made(super().call_binop(context, operator, left, right))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Return whether a template may use an attribute; that depends on the types alone."""
@@ -206,9 +172,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Call what a template calls."""
         METER.add(64)
         method = getattr(obj, "__wrapped__", obj)  # jinja2's own str.format
-        if isinstance(of := getattr(method, "__self__", None), str) and (name := method.__name__) in _GROWING:
-            args = _check(name, of, args, kwargs)
-        return _made(super().call(context, obj, *args, **kwargs))
+        if isinstance(of := getattr(method, "__self__", None), str) and (name := method.__name__) in GROWING:
+            args = check(name, of, args, kwargs)
+        return made(super().call(context, obj, *args, **kwargs))
 
 
 class _Dict:
@@ -234,72 +200,9 @@ def _to_json(x: Any, ensure_ascii: bool = False, indent: Any = None, separators:
     """Return a value as JSON; jinja2's own filter escapes what HTML does not take."""
     if indent or separators:
         widest = max(indent if isinstance(indent, int) else len(indent or ""), *map(len, separators or ("",)))
-        _check_width(widest)
+        check_width(widest)
         METER.add(METER.size(x) * (widest + 1))
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a filter that counts its result, and is refused where that would be huge."""
-    at = 0 if getattr(function, "jinja_pass_arg", None) is None else 1  # behind the environment, or what it evaluates
-    growing = "%" if name == "format" else name if name in _GROWING else ""
-
-    @wraps(function)
-    def bounded(*args: Any, **kwargs: Any) -> Any:
-        METER.add(64)
-        if growing:
-            _check(growing, args[at], args[at + 1 :], kwargs)
-        if name in ("join", "sum"):
-            args = (*args[:at], _pieces(name, args[at], args[at + 1 :], kwargs), *args[at + 1 :])
-        return _made(function(*args, **kwargs))
-
-    return bounded
-
-
-def _pieces(name: str, values: Iterable[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield what is joined, counted: the same long text may come many times."""
-    for value in values:
-        if name == "sum" and isinstance(value, (list, tuple)):
-            raise TemplateError("the filter sum takes numbers")
-        METER.add(METER.size((value, *args, *kwargs.values())))
-        yield value
-
-
-def _check(name: str, value: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Refuse a filter, or a text's method, whose result or time would be huge; return the arguments."""
-    given = [*args, *kwargs.values()]
-    text = value if isinstance(value, str) else ""
-    longest = max((len(each) for each in given if isinstance(each, str)), default=0)
-    if name in ("ljust", "rjust", "center", "zfill", "indent", "batch", "slice", "round"):
-        _check_width(max((abs(each) for each in given if isinstance(each, int)), default=0))
-    if name == "indent":
-        METER.add((text.count("\n") + 2) * longest)
-    elif name == "replace":
-        METER.add(4 * longest * max((str(value).count(str(each)) for each in given[:2]), default=0))
-    elif name in ("strip", "lstrip", "rstrip", "trim", "rsplit", "rfind", "rindex", "rpartition"):
-        METER.add(len(text) * longest >> 8)  # in the worst case each character is compared with each
-    elif name in ("%", "format", "format_map"):
-        _check_format(text, percent=name == "%")
-    elif name == "join" and args and isinstance(value, str):  # the method; the filter's values are counted one by one
-        if not isinstance(args[0], str):
-            return (_pieces(name, args[0], [text], {}), *args[1:])
-        METER.add(4 * len(args[0]) * len(text))
-    return tuple(args)
-
-
-def _check_width(width: int) -> None:
-    if width > _WIDTH:
-        raise TemplateCosts(f"asks for a width or number of {width:,}; expected at most {_WIDTH:,}")
-
-
-def _check_format(text: str, percent: bool) -> None:
-    """Refuse a format whose width is huge, or comes from another value."""
-    if percent:
-        wide = re.search(r"%[^a-zA-Z%]*(?:\d{4}|\*)", text) is not None
-    else:
-        wide = any(spec and re.search(r"\d{4}|\{", spec) for _, _, spec, _ in Formatter().parse(text))
-    if wide:
-        raise TemplateCosts(f"asks for a width of more than {_WIDTH:,} in the format {text[:60]!r}")
 
 
 @lru_cache(64)
@@ -341,7 +244,7 @@ def render(text: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[
         variables: what it reads beside the messages: tools, add_generation_prompt, special tokens and arguments.
 
     Raises:
-        TemplateCosts: it takes more than `TEMPLATE_SECONDS`, or makes too much for the size of the messages.
+        TemplateCosts: it takes or makes too much.
         REFUSALS: it refuses the messages, or is not a template.
     """
     METER.start((messages, variables))

@@ -1,4 +1,4 @@
-"""Chat templates that cost much or fail, as hypothesis draws them."""
+"""Chat templates as hypothesis draws them: every filter, method and operator, around values that grow."""
 
 from __future__ import annotations
 

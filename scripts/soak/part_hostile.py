@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from soak import hostile_inputs as inputs
-from soak import hostile_templates
+from soak.hostile_templates import TEMPLATES
 from soak.hostile_watch import watched
 from soak.row import Row
 from soak.tiny_world import make_model, write_rows
 
 from lite_dil.cli.main import main
 from lite_dil.config.options import read_yaml
-from lite_dil.data import template_meter
+from lite_dil.data import template_costs
 from lite_dil.data.reader import read_rows
 from lite_dil.data.rendering import Rendering
 
@@ -53,8 +53,7 @@ def rows(output: Path, *, short: bool) -> Iterator[Row]:
     os.environ["XDG_CACHE_HOME"] = str(output / "cache")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    before: float = template_meter.TEMPLATE_SECONDS
-    template_meter.TEMPLATE_SECONDS = _TEMPLATE_SECONDS
+    before, template_costs.MOST_SECONDS = template_costs.MOST_SECONDS, _TEMPLATE_SECONDS
     here = Path.cwd()
     (deep := output / "a" / "b" / "c" / "d" / "e").mkdir(parents=True)
     os.chdir(deep)  # names without a folder are looked for here; five times ".." is the output
@@ -65,7 +64,7 @@ def rows(output: Path, *, short: bool) -> Iterator[Row]:
         os.chdir(here)
         os.environ.clear()
         os.environ.update(environment)
-        template_meter.TEMPLATE_SECONDS = before
+        template_costs.MOST_SECONDS = before
     shutil.rmtree(output)
 
 
@@ -121,7 +120,7 @@ def _targets(folder: Path) -> list[_Target]:
     return [
         _Target("files of rows", inputs.files_of_rows(), cases.rows, PURE),
         _Target("files of rows, by the command", inputs.files_of_rows(), cases.data, LOADED),
-        _Target("chat templates", hostile_templates.TEMPLATES, cases.template, PURE),
+        _Target("chat templates", TEMPLATES, cases.template, PURE),
         _Target("options in YAML", inputs.YAML, cases.options, PURE),
         _Target("options in YAML, by the command", inputs.YAML, cases.planned_by, LOADED),
         _Target("names", st.tuples(inputs.NAMES, st.integers(0, 9)), cases.name, PURE),

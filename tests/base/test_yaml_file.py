@@ -23,6 +23,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("seed: 2024-99-99", "not a value that can be read"),
         ("seed: !!int x", "not a value that can be read"),
         ("seed: !!bool x", "not a value that can be read"),
+        ("learning_rate: !!set {}", "is not a number"),
         ("seed: !!timestamp x", "not a value that can be read"),
         ("seed: !!python/object/apply:os.system [touch here]", "could not determine a constructor"),
         ("lora_r: 8\nlora_r: 16\n", "'lora_r' is given twice"),
@@ -35,7 +36,7 @@ def test_a_config_file_that_would_do_harm(text: str, problem: str, tmp_path: Pat
     path.write_text(text, encoding="utf-8")
     assert main(["train", "--config", str(path)]) == 2
     said = capsys.readouterr().err
-    assert f"{path}: not valid YAML (" in said and problem in said and len(said) < 1000
+    assert f"{path}:" in said and problem in said and len(said) < 1000
     assert not (tmp_path / "here").exists()
 
 

@@ -30,7 +30,7 @@ USER = {"role": "user", "content": "tea"}
         ("[1]", "is a list; expected a JSON object such as"),
         ('"on"', "is text; expected a JSON object"),
         ("enable_thinking=false", "not valid JSON"),
-        ('{"a": NaN}', "NaN is not JSON"),
+        ('{"a": NaN}', "NaN and Infinity are not JSON"),
         ('{"messages": []}', "messages cannot be set"),
         ('{"tokenize": true, "add_generation_prompt": false}', "add_generation_prompt, tokenize cannot be set"),
         ('{"a b": 1}', "'a b' is not a name"),

@@ -13,7 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lite_dil.base.errors import UserError
 from lite_dil.cli.main import main
-from lite_dil.data import template_meter, templates
+from lite_dil.data import template_costs, templates
 from lite_dil.data.rendering import Rendering
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "array"}}, "required": ["city"]}
@@ -127,7 +127,7 @@ def test_a_template_that_would_fill_the_memory_is_stopped(case: str) -> None:
     ],
 )
 def test_a_template_that_takes_long_is_stopped(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_meter, "TEMPLATE_SECONDS", 0.1)
+    monkeypatch.setattr(template_costs, "MOST_SECONDS", 0.1)
     tokenizer = tokenizer_of("qwen3")
     tokenizer.chat_template = "{{ messages[0].content }}\n" + template
     with pytest.raises(UserError, match=r"line 2, takes more than 0\.1 seconds"):
@@ -149,7 +149,13 @@ def test_a_long_conversation_may_take_more() -> None:
             "{{ ('\\t' | attr('expandtabs'))(9) }}",
             "{{ 'a' | urlize }}",
         ),
-        *("{% include '/etc/passwd' %}", "{{ namespace(__class__=1) }}", "{{ raise_exception('no') }}", "{{ [].append(1) }}"),
+        *(
+            "{{ 1e308 + 1e308 }}",
+            "{% include '/etc/passwd' %}",
+            "{{ namespace(__class__=1) }}",
+            "{{ raise_exception('no') }}",
+            "{{ [].append(1) }}",
+        ),
     ],
 )
 def test_what_a_template_may_not_do_refuses_the_row(template: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
