@@ -100,9 +100,7 @@ class _Generation(Extension):
         """Return the tag's content as a block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        block = nodes.CallBlock(self.call_method("_content"), [], [], body)
-        block.set_lineno(line)
-        return block
+        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
 
     def _content(self, caller: Callable[[], str]) -> str:
         return caller()
