@@ -91,7 +91,7 @@ def _almost(right: dict[str, Any]) -> st.SearchStrategy[list[dict[str, Any]]]:
     return st.lists(_MORE.map(lambda more: {**right, **more}), min_size=1, max_size=3)
 
 
-ROWS = st.one_of(st.lists(_ODD, max_size=3), *map(_almost, _RIGHT))
+ROWS = st.one_of(st.lists(_ODD, max_size=3), *(_almost(right) for right in _RIGHT))
 
 
 def _text(value: Any) -> bytes:
