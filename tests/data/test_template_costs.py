@@ -150,7 +150,6 @@ def test_a_long_conversation_may_take_more() -> None:
             "{{ 'a' | urlize }}",
         ),
         *(
-            "{{ 1e308 + 1e308 }}",
             "{% include '/etc/passwd' %}",
             "{{ namespace(__class__=1) }}",
             "{{ raise_exception('no') }}",
