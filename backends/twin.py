@@ -20,7 +20,8 @@ import numpy as np
 
 from lite_dil.backends.foreign import Misfit, foreign
 from lite_dil.base import files
-from lite_dil.base.disk import writing
+from lite_dil.base.disk import DiskFailed, writing
+from lite_dil.base.errors import first_line
 from lite_dil.base.hashing import digest
 from lite_dil.models import tensors
 from lite_dil.models.find import cache_dir
@@ -69,9 +70,12 @@ def twin(model: Path, trust_remote_code: bool = False) -> Iterator[Twin]:
         Misfit: there is none, with the reason.
     """
     with files.work_folder(cache_dir() / "twin") as folder:
-        key = write_config(model, folder, trust_remote_code)
-        made = _made(key, folder, trust_remote_code) or _of_family(folder, trust_remote_code)
-        write_weights(folder, made.figures.shapes)
+        try:
+            key = write_config(model, folder, trust_remote_code)
+            made = _made(key, folder, trust_remote_code) or _of_family(folder, trust_remote_code)
+            write_weights(folder, made.figures.shapes)
+        except (OSError, DiskFailed) as error:
+            raise Misfit(f"its small copy cannot be written ({first_line(error)})") from None
         yield made
 
 

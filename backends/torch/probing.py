@@ -63,7 +63,7 @@ def adaptable(base: Any, decoder: Any, linear: dict[str, tuple[int, int]], devic
     ids = torch.arange(_TOKENS, device=device)[None]
     try:
         hidden = decoder.eval()(input_ids=ids, use_cache=False).last_hidden_state
-        slopes = torch.autograd.grad(hidden.float().sin().sum(), list(factors.values()), allow_unused=True)
+        slopes = torch.autograd.grad(hidden.float().sin().sum(), list(factors.values()), allow_unused=True) if factors else ()
     finally:
         for hook in hooks:
             hook.remove()

@@ -50,7 +50,7 @@ def rows(output: Path, *, short: bool) -> Iterator[Row]:
     """Yield a row for each target. The same cases are drawn every time, those of the short form among them or not."""
     environment = dict(os.environ)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    os.environ["XDG_CACHE_HOME"] = str(output / "cache")
+    os.environ["XDG_CACHE_HOME"] = os.environ["LITE_DIL_CACHE"] = str(output / "cache")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     before, template_costs.MOST_SECONDS = template_costs.MOST_SECONDS, _TEMPLATE_SECONDS

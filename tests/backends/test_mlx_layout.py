@@ -25,7 +25,6 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     Phi3Config,
-    PhiConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -234,10 +233,9 @@ def test_a_layout_that_would_be_wrong_is_not_taken(tiny: str, monkeypatch: pytes
     assert "log-probs" in load("mlx", tiny).layout_reason
 
 
-@pytest.mark.parametrize("architecture", [MambaConfig(**SMALL_MAMBA), PhiConfig(**SMALL)])
-def test_models_built_in_another_way_are_refused(architecture: PretrainedConfig, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="architecture"):
-        load("mlx", make(architecture, tmp_path))
+def test_models_built_in_another_way_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"architecture|differently from transformers"):
+        load("mlx", make(MambaConfig(**SMALL_MAMBA), tmp_path))
 
 
 @pytest.mark.parametrize("layout", ["prefix", "plain"])

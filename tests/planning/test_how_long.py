@@ -121,6 +121,7 @@ def test_a_measurement_leaves_its_rate_and_nothing_else(
     out = " ".join(capsys.readouterr().out.split())
     rate = known(tiny)
     assert rate and rate.setting.backend == backend_name and f"Time at {rate}: " in out
-    assert set(tmp_path.rglob("*")) - before == {cache, cache / "rates.json"}
+    left = {path for path in tmp_path.rglob("*") if "twins" not in path.parts}  # MLX keeps what its check found
+    assert left - before == {cache, cache / "rates.json"}
     for more, told in ((["--memory", "8"], "leave out --memory"), (["--like", "x"], "not allowed with argument")):
         assert main([*flags, "--measure", *more]) == 2 and told in capsys.readouterr().err

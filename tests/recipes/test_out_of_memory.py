@@ -54,6 +54,10 @@ def in_a_pass(backend: Any, fault: Fault, wanted: Callable[[], bool]) -> None:
     backend.decoder.layers[1].mlp.register_forward_hook(lambda module, inputs, out: fault(out) if wanted() else None)
 
 
+def in_a_step(backend: Any) -> bool:
+    return backend.switch.layers[0].lora_dropout.training
+
+
 def is_reference(backend: Any) -> bool:
     return backend.switch.layers[0]._disable_adapters
 
@@ -63,11 +67,11 @@ def reference(backend: Any, fault: Fault, patch: pytest.MonkeyPatch) -> None:
 
 
 def evaluation(backend: Any, fault: Fault, patch: pytest.MonkeyPatch) -> None:
-    in_a_pass(backend, fault, lambda: not (backend.model.training or torch.is_grad_enabled()))
+    in_a_pass(backend, fault, lambda: not (in_a_step(backend) or torch.is_grad_enabled()))
 
 
 def forward(backend: Any, fault: Fault, patch: pytest.MonkeyPatch) -> None:
-    in_a_pass(backend, fault, lambda: backend.model.training and not is_reference(backend))
+    in_a_pass(backend, fault, lambda: in_a_step(backend) and not is_reference(backend))
 
 
 def computed_again(backend: Any, fault: Fault, patch: pytest.MonkeyPatch) -> None:
