@@ -10,7 +10,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,11 @@ import numpy as np
 
 from lite_dil.backends.foreign import Misfit, foreign
 from lite_dil.base import files
-from lite_dil.base.disk import DiskFailed, writing
+from lite_dil.base.checked import with_digest, without_digest
+from lite_dil.base.disk import DiskFailed
 from lite_dil.base.errors import first_line
 from lite_dil.base.hashing import digest
+from lite_dil.base.strict_json import parse_json
 from lite_dil.models import tensors
 from lite_dil.models.find import cache_dir
 from lite_dil.models.spelling import known_config
@@ -69,8 +71,9 @@ def twin(model: Path, trust_remote_code: bool = False) -> Iterator[Twin]:
     Raises:
         Misfit: there is none, with the reason.
     """
-    with files.work_folder(cache_dir() / "twin") as folder:
+    with ExitStack() as stack:
         try:
+            folder = stack.enter_context(files.work_folder(cache_dir() / "twin"))
             key = write_config(model, folder, trust_remote_code)
             made = _made(key, folder, trust_remote_code) or _of_family(folder, trust_remote_code)
             write_weights(folder, made.figures.shapes)
@@ -121,16 +124,16 @@ def _made(key: str, folder: Path, trust_remote_code: bool) -> Twin | None:
     from transformers import __version__
 
     cached = cache_dir() / "twins" / f"{key}-{__version__}.json"
-    with suppress(OSError, ValueError, KeyError):
-        return Twin(folder, Figures.read(json.loads(cached.read_text(encoding="utf-8"))))
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Twin(folder, Figures.read(without_digest(parse_json(cached.read_text(encoding="utf-8")))))
     if importlib.util.find_spec("torch") is None:
         return None
     from lite_dil.backends.torch.twin import shapes_and_logps
 
     figures = Figures(*shapes_and_logps(folder, trust_remote_code, write_weights))
-    with writing(cached.parent, "LITE_DIL_CACHE"):
+    with suppress(OSError, DiskFailed):  # they are computed again at the next load
         files.make_folder(cached.parent)
-    files.replace_file(cached, json.dumps(figures.as_json()))
+        files.replace_file(cached, json.dumps(with_digest(figures.as_json())))
     return Twin(folder, figures)
 
 

@@ -9,6 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.rope_utils import SuScaledRoPE, YarnRoPE
 
+from lite_dil.base.errors import UserError
+
 
 def mend_ropes(model: nn.Module, config: dict[str, Any]) -> None:
     """Apply settings that some of mlx-lm's models do not read; a rope that has them stays as it is.
@@ -26,20 +28,28 @@ def mend_ropes(model: nn.Module, config: dict[str, Any]) -> None:
         elif isinstance(module, YarnRoPE) and rope.get("truncate") is False:
             module._freqs = _yarn(module.dims, config["rope_theta"], rope)
         elif type(module) is SuScaledRoPE and "short_factor" in rope:
-            module.__class__ = _LongRoPE
+            module.__class__, module._most = _LongRoPE, module.original_max_position_embeddings
             theta = config["rope_theta"] ** (mx.arange(0, module.dim, 2, dtype=mx.float32) / module.dim)
             module._short = mx.array(rope["short_factor"], mx.float32) * theta
 
 
 class _LongRoPE(SuScaledRoPE):
-    """LongRoPE whose factors go by the length of the sequence, as in transformers; mlx-lm has those for long ones only."""
+    """LongRoPE with the factors for short sequences, as in transformers; mlx-lm has those for long ones only.
+
+    The factors of a long sequence are refused: they hold for all of its tokens, and keys that are cached, or rotated with
+    a prompt's, have those of the short one.
+    """
 
     def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
         """Rotate (..., tokens, width), of which the first has position `offset`."""
-        furthest = (offset if isinstance(offset, int) else int(mx.max(offset).item())) + x.shape[-2]
-        freqs = self._freqs if furthest > self.original_max_position_embeddings else self._short
+        furthest, most = (offset if isinstance(offset, int) else int(mx.max(offset).item())) + x.shape[-2], self._most
+        if furthest > most:
+            raise UserError(
+                f"this model's LongRoPE turns other angles beyond {most} tokens, which is not done on MLX: use at most {most} "
+                "tokens of prompt and response (--max-length), or take another --backend"
+            )
         scaled = x.at[..., : self.dim].multiply(self._scale)
-        return mx.fast.rope(scaled, self.dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
+        return mx.fast.rope(scaled, self.dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._short)
 
 
 def _yarn(dims: int, theta: float, rope: dict[str, Any]) -> mx.array:

@@ -13,7 +13,7 @@ from lite_dil.backends.mlx.load import check_windows, load, set_dtype, windows
 from lite_dil.backends.mlx.prefix import applied_windows
 from lite_dil.backends.mlx.probing import log_probs
 from lite_dil.backends.twin import twin
-from lite_dil.base.errors import UserError
+from lite_dil.base.errors import UserError, first_line
 from lite_dil.models.options import ModelOptions
 from lite_dil.models.twin import WINDOW, probe
 
@@ -66,11 +66,13 @@ def compare(folder: Path, name: str, code: bool = False) -> Differences:
     """Compare a model's twin with transformers.
 
     Raises:
-        Misfit: transformers' figures are unknown, with the reason.
-        UserError: mlx-lm cannot load the twin.
+        Misfit: transformers' figures are unknown, or mlx-lm cannot load the twin, with the reason.
     """
     with twin(folder, code) as one:
-        small, _, _ = load(one.folder, name, ModelOptions(dtype="float32", trust_remote_code=code))
+        try:
+            small, _, _ = load(one.folder, name, ModelOptions(dtype="float32", trust_remote_code=code))
+        except UserError as error:  # of the model itself it was not
+            raise Misfit(f"its small copy cannot be loaded ({first_line(error)})") from None
         set_dtype(small, "float32", pre_quantised=False)
         small.eval()
         ids = mx.array(probe()[None])

@@ -75,7 +75,8 @@ class TorchBackend:
             self._offload_embeddings()
         self.switch, self.adapters, self.seed = Switch(), dict[str, Trainable](), adapter.seed if adapter else 0
         self.linear, self.experts = linear_layers(base), adapters.experts_of(base.config.get_text_config().to_dict())
-        if adapter and not self.unsloth:
+        self.every = self.linear
+        if adapter and training and not self.unsloth:
             self.linear = torch_probing.adaptable(base, self.decoder, self.linear, self.device)
         if adapter:
             self._add_policy(adapter, initial)
@@ -129,7 +130,7 @@ class TorchBackend:
     def renew_policy(self, adapter: ResolvedAdapter) -> None:
         """Reset the policy to its initial weights and training state."""
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter.init_adapter else None
-        first = adapters.choose(adapter, self.linear, initial, self.base.name_or_path, self.experts)
+        first = adapters.choose(adapter, self.linear, initial, self.base.name_or_path, self.experts, self.every)
         if adapters.layout(first) != self.policy_layout:
             raise UserError(f"adapter {adapter.init_adapter}: its rank, scale or layers differ from the policy's; load anew")
         set_weights(self.model, PEFT_POLICY, first)
@@ -298,7 +299,7 @@ class TorchBackend:
 
     def _add_policy(self, options: ResolvedAdapter, initial: adapters.Adapter | None) -> None:
         """Add the policy's adapter, and the frozen initial one if it is the reference, to the base."""
-        adapter = adapters.choose(options, self.linear, initial, self.base.name_or_path, self.experts)
+        adapter = adapters.choose(options, self.linear, initial, self.base.name_or_path, self.experts, self.every)
         self.policy_layout = adapters.layout(adapter)
         if self.unsloth:
             self.model = add_unsloth_lora(self.base, adapter, options.lora_dropout, self.checkpointing, options.seed)

@@ -262,17 +262,22 @@ def _drop_towers(base: Any) -> None:
 
 
 def linear_layers(base: Any) -> dict[str, tuple[int, int]]:
-    """Return the (out, in) shape of each linear layer of the decoder that can have an adapter, by name in the model."""
-    decoder = decoder_of(base)
-    left_out = {id(base.get_output_embeddings())}
-    for module in decoder.modules():
-        if {"A_log", "D"} <= dict(module.named_parameters(recurse=False)).keys():
-            left_out |= {id(getattr(module, name, None)) for name in _READ_BY_KERNELS}
-    wanted = {id(module) for module in decoder.modules()} - left_out
+    """Return the (out, in) shape of each linear layer of the decoder, by name in the model."""
+    wanted = {id(module) for module in decoder_of(base).modules()} - {id(base.get_output_embeddings())}
     return {
         name: (module.out_features, module.in_features)
         for name, module in base.named_modules()
         if isinstance(module, torch.nn.Linear) and id(module) in wanted
+    }
+
+
+def read_by_kernels(base: Any) -> set[str]:
+    """Return the names of linear layers whose weight GPU kernels read."""
+    return {
+        f"{name}.{inner}"
+        for name, module in base.named_modules()
+        if {"A_log", "D"} <= dict(module.named_parameters(recurse=False)).keys()
+        for inner in _READ_BY_KERNELS
     }
 
 

@@ -14,6 +14,7 @@ from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.probes import compare_head, head_probe, layout_probe, tolerance
 from lite_dil.backends.torch import out_of_memory, packed_attention
 from lite_dil.backends.torch.head import vocabulary
+from lite_dil.backends.torch.load import read_by_kernels
 from lite_dil.backends.torch.peft_names import reloadable
 from lite_dil.backends.torch.reading import StateReader
 from lite_dil.backends.torch.row import Unsupported
@@ -58,6 +59,7 @@ def adaptable(base: Any, decoder: Any, linear: dict[str, tuple[int, int]], devic
         channels = torch.arange(output.shape[-1], device=device, dtype=torch.float32).sin()
         return output * (1 + factor * channels).to(output.dtype)
 
+    linear = {name: shape for name, shape in linear.items() if name not in read_by_kernels(base)}
     modules = {name: module for name, module in base.named_modules() if name in linear}
     hooks = [m.register_forward_hook(lambda module, args, out, name=name: weigh(name, out)) for name, m in modules.items()]
     ids = torch.arange(_TOKENS, device=device)[None]

@@ -10,15 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-)
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from lite_dil.backends.foreign import foreign
+from lite_dil.backends.torch.load import auto_class
 from lite_dil.base import files
 from lite_dil.models import tensors
 from lite_dil.models.twin import probe
@@ -46,7 +42,7 @@ def shapes_and_logps(
 def _shapes(folder: Path, code: bool) -> Shapes:
     """Return the shapes of the weights that the text model needs."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
-    model = _kind(config).from_config(config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=code)
+    model = auto_class(config).from_config(config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=code)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     needed = {
         id(weight) for part in (decoder, head) if part is not None for weight in part.state_dict(keep_vars=True).values()
@@ -63,15 +59,11 @@ def _shapes(folder: Path, code: bool) -> Shapes:
 def _logps(folder: Path, code: bool) -> np.ndarray:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "trust_remote_code": code}
-    model = _kind(config).from_pretrained(folder, **options).eval()
+    model = auto_class(config).from_pretrained(folder, **options).eval()
     ids = torch.from_numpy(probe())[None]
     with torch.no_grad():
         logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     return logps.gather(-1, ids[0, 1:, None])[:, 0].numpy()
-
-
-def _kind(config: Any) -> Any:
-    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
 
 
 @contextmanager

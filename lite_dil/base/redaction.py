@@ -18,9 +18,10 @@ _SHAPES = re.compile(
     r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"
     r"|\bhf_(?:oauth|jwt)_[\w.-]{20,}"
     r"|\bwandb_v\d_\w{20,}"
-    r"|(?<=Bearer )[\w.~+/=-]{12,}"
-    r"|(?<=Basic )[\w+/=]{16,}"
-    r"|(?<=://)[^/@\s]+(?=@)"  # https://user:token@host
+    r"|(?<=Bearer )(?=[\w.~+/=-]*\d)[\w.~+/=-]{12,}"  # with a digit: neither is a token without, but English
+    r"|(?<=Basic )(?=[\w+/=]*\d)[\w+/=]{16,}"
+    r"|(?<=://)[^/?#@\s:]*:[^/?#@\s]+(?=@)"  # https://user:token@host
+    r"|(?<=://)[^/?#@\s:]{12,}(?=@)"  # https://token@host
     # Signed addresses of large files.
     r"|(?<=[?&])(?P<key>[\w-]*(?:token|signature|credential|password|secret|api[_-]?key))=[^&\s'\")]+",
     re.IGNORECASE,

@@ -47,19 +47,25 @@ def fresh(shapes: dict[str, tuple[int, int]], rank: int, scale: float, seed: int
 
 
 def choose(
-    options: AdapterOptions, linear: dict[str, tuple[int, int]], initial: Adapter | None, model: str, experts: int = 0
+    options: AdapterOptions,
+    linear: dict[str, tuple[int, int]],
+    initial: Adapter | None,
+    model: str,
+    experts: int = 0,
+    every: dict[str, tuple[int, int]] | None = None,
 ) -> Adapter:
     """Return the adapter that training starts from: `initial`, after a check against the model, or a new one.
 
     Args:
-        linear: the (out, in) shapes of the decoder's linear layers, by name.
+        linear: the (out, in) shapes of the decoder's linear layers that a new adapter may have, by name.
         model: the base model's name, for messages.
         experts: see `select_targets`.
+        every: those that an earlier adapter may have, if they are more.
     """
     if not linear:
         raise UserError(f"--model {model}: its decoder has no linear layers that LoRA can adapt")
     if initial is not None:
-        return match(initial, linear, options.init_adapter or "")
+        return match(initial, every or linear, options.init_adapter or "")
     assert options.lora_r and options.lora_alpha and options.target_modules  # filled in by TrainConfig.resolved
     targets = select_targets(linear, options.target_modules, experts)
     return fresh(targets, options.lora_r, options.lora_alpha / options.lora_r, options.seed)

@@ -53,11 +53,11 @@ class RunReport(Observer):
         self._noted: Any = None
 
     def started(self, event: Event) -> None:
-        """Write the report of a run whose steps were all taken before; in a resumed one, note the metrics that it kept."""
+        """Write the report of a run whose steps were all taken before; in others, note the metrics that were kept."""
         if event.last:
             self._check_metrics()
             self.write()
-        elif event.step:
+        else:
             self._write_facts()
 
     def after_step(self, event: Event) -> None:

@@ -27,7 +27,7 @@ from lite_dil.base.files import (
     sync,
     write,
 )
-from lite_dil.base.formats import KEY, RUN
+from lite_dil.base.formats import KEY, RUN, NewerFormat
 from lite_dil.base.hashing import sha256
 from lite_dil.base.lock import Lock
 from lite_dil.base.strict_json import parse_json
@@ -120,14 +120,19 @@ class RunFolder:
         replace_file(self.path / OPTIONS_FILE, text_of(self.options))
 
     def repair(self, options: dict[str, Any]) -> None:
-        """Write config.yaml again, with `options`, if it was edited or cannot be read, which keeps the file beside it."""
+        """Write config.yaml again, with `options`, if it was edited or cannot be read; keep the other file beside it."""
         self.options, path = options, self.path / OPTIONS_FILE
         try:
             read_options(self.path)
+        except NewerFormat:
+            raise
         except UserError as error:
-            if path.exists() and not isinstance(error, Edited):
+            if path.exists():
                 with writing(path):
-                    move(path, unused(self.path / "config.damaged.yaml"))
+                    move(
+                        path,
+                        unused(self.path / ("config.edited.yaml" if isinstance(error, Edited) else "config.damaged.yaml")),
+                    )
             replace_file(path, text_of(options))
 
     def drop_unsaved(self) -> None:

@@ -338,7 +338,10 @@ def _check_folder(output: Path, settings: dict[str, Any]) -> None:
     """Raise UserError if the folder holds another comparison or something else."""
     known = output / "compare.json"
     if known.exists():
-        _check_same(settings, read_measured(known)["settings"], output)
+        before = read_measured(known).get("settings")
+        if not isinstance(before, dict):
+            raise UserError(f"{known} holds no comparison's settings; give a new folder with --output")
+        _check_same(settings, before, output)
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} holds something that is not a comparison; give a new folder")
 
