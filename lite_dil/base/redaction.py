@@ -20,6 +20,7 @@ _SHAPES = re.compile(
     r"|\bwandb_v\d_\w{20,}"
     r"|(?<=Bearer )(?=[\w.~+/=-]*\d)[\w.~+/=-]{12,}"  # with a digit: neither is a token without, but English
     r"|(?<=Basic )(?=[\w+/=]*\d)[\w+/=]{16,}"
+    r"|(?<=authorization: Bearer )[\w.~+/=-]{12,}|(?<=authorization: Basic )[\w+/=]{12,}"
     r"|(?<=://)[^/?#@\s:]*:[^/?#@\s]+(?=@)"  # https://user:token@host
     r"|(?<=://)[^/?#@\s:]{12,}(?=@)"  # https://token@host
     # Signed addresses of large files.

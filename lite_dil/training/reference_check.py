@@ -52,6 +52,6 @@ def rounding(lengths: np.ndarray, dtype_name: str) -> np.ndarray:
 
     In bfloat16 SmolLM2-135M's differ by at most 0.18 times the root of the tokens, between plain and packed rows and batches
     of 1 and 8 pairs of HH (CPU; 0.081 nats a token of 3, 0.012 of 175). Six times that is allowed; other weights are farther
-    off. float16 rounds less. Products of float32 on Metal may have 19 bits, for which 0.005 is added.
+    off. float16 rounds less.
     """
-    return 1e-4 * lengths + 5e-3 * np.sqrt(lengths) if dtype_name == "float32" else np.sqrt(lengths)
+    return 1e-4 * lengths if dtype_name == "float32" else np.sqrt(lengths)

@@ -81,7 +81,7 @@ def test_a_saved_login(file: str, content: str, tmp_path: Path) -> None:
         (f"hf_oauth_{'ey.J-_' * 8}", "***"),
         ("authorization: Bearer abc.def-ghi/jkl=", "authorization: Bearer ***"),
         ("Authorization: Basic dXNlcjpzZWNyZXQ6bG9uZw==", "Authorization: Basic ***"),
-        ("https://me:s3cret@host/x and ssh://git@host/y", "https://***@host/x and ssh://***@host/y"),
+        ("https://me:s3cret@host/x and ssh://git@host/y", "https://***@host/x and ssh://git@host/y"),
         ("https://host/f?X-Amz-Signature=12ab&part=1", "https://host/f?X-Amz-Signature=***&part=1"),
         ("https://host/f?token=12ab", "https://host/f?token=***"),
         # Names that only look a little like one.
