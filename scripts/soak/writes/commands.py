@@ -2,40 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-WORDS = [
-    "the",
-    "capital",
-    "of",
-    "France",
-    "is",
-    "Paris",
-    "what",
-    "how",
-    "do",
-    "I",
-    "you",
-    "make",
-    "good",
-    "bread",
-    "and",
-    "tea",
-    "a",
-    "red",
-    "blue",
-    "house",
-    "small",
-    "river",
-]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+from soak.tiny_world import make_model, write_rows
 
 
 def _no_keys(folder: Path) -> str:
@@ -105,49 +76,7 @@ def _keys(folder: Path) -> str:
 
 def make(place: Path) -> None:
     """Write a tiny model and its data."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    draw = random.Random(0)
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    inner.train_from_iterator([" ".join(draw.choices(WORDS, k=12)) + "\n" for _ in range(100)], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token=special[0], eos_token=special[2], pad_token=special[2], chat_template=CHATML
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(place / "model")
-    tokenizer.save_pretrained(place / "model")
-
-    def said(role: str) -> list[dict[str, str]]:
-        return [{"role": role, "content": " ".join(draw.choices(WORDS, k=draw.randint(2, 6)))}]
-
-    for name, number in (("pairs", 8), ("held_out", 3), ("demonstrations", 4)):
-        rows = [{"prompt": said("user"), "chosen": said("assistant"), "rejected": said("assistant")} for _ in range(number)]
-        if name == "demonstrations":
-            rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    make_model(place / "model", hidden=64)
+    for number, (name, rows) in enumerate((("pairs", 8), ("held_out", 3), ("demonstrations", 4))):
+        write_rows(place / f"{name}.jsonl", rows, seed=number, words=6, pairs=name != "demonstrations")
     (place / "prompts.txt").write_text("what is Paris\nmake tea\nhow do you make bread\n", encoding="utf-8")
