@@ -17,7 +17,7 @@ def targets_of(base: Any, wanted: set[str]) -> dict[str, list[str]]:
     that transformers fuses, also where they are none (the dense layers of DeepSeek V3), and drops them; such a layer is
     selected by its weight.
     """
-    by_weight = {name for name in wanted if _taken_for_expert(base, name)}
+    by_weight = _taken_for_experts(base, wanted)
     by_name = wanted - by_weight
     suffixes = {name.rpartition(".")[2] for name in by_name}
     names = [name for name, _ in base.named_modules()] + getattr(base, "dropped", [])
@@ -26,16 +26,15 @@ def targets_of(base: Any, wanted: set[str]) -> dict[str, list[str]]:
     return found | ({"target_parameters": sorted(f"{name}.weight" for name in by_weight)} if by_weight else {})
 
 
-def _taken_for_expert(base: Any, name: str) -> bool:
-    """Return whether PEFT, from 0.19 on, drops a layer of this name from `target_modules`."""
+def _taken_for_experts(base: Any, names: set[str]) -> set[str]:
+    """Return those of the layers' names that PEFT, from 0.19 on, drops from `target_modules`."""
     try:
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
     except ImportError:
-        return False
-    # Those of one fused weight must be there together.
-    config = LoraConfig(target_modules=[name, *_FUSED])
+        return set()
+    config = LoraConfig(target_modules=[*names, *_FUSED])  # all parts of a fused weight, without which it raises an error
     convert(config, model=base, conversions=None)
-    return name not in (config.target_modules or ())
+    return names - set(config.target_modules or ())
 
 
 def reloadable(base: Any, linear: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
