@@ -221,7 +221,7 @@ class _AnswerFile:
             try:
                 row = parse_json(line)
                 key, whole = mark_of(row, "key")
-            except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, not an object, or not one of our rows
+            except (ValueError, KeyError, TypeError):  # not JSON, not an object, or not one of our rows
                 key, whole = "", True
             if key not in keys:
                 raise UserError(

@@ -171,7 +171,7 @@ class SampleFile:
                 believed = draw is None or (
                     whole and row["rejected"] == self._text(draw.example.prompt, ids) and 0 < len(ids) <= draw.room
                 )
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # not JSON, no key, or invalid ids
+            except (ValueError, KeyError, TypeError, OverflowError):  # not JSON, no key, or invalid ids
                 draw, believed = None, False
             if not believed:
                 self.ignored += 1

@@ -59,7 +59,7 @@ def read_config(folder: Path) -> AdapterConfig:
         content = parse_json((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"adapter {folder}: no adapter_config.json there; give a folder that holds an adapter") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{where} cannot be read ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{where} is not a LoRA adapter's")

@@ -63,7 +63,7 @@ def _hash(folder: Path, memo: Path | None, patterns: tuple[str, ...], portable: 
 
     remembered: dict[str, Any] = {}
     if memo:
-        with suppress(OSError, ValueError, TypeError, RecursionError):
+        with suppress(OSError, ValueError, TypeError):
             remembered = dict(parse_json((memo / "files.json").read_text(encoding="utf-8")))
     names = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not any(path.suffix != ".json" for path in names):

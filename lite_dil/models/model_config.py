@@ -22,7 +22,7 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
     """
     try:
         config = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{where}: {path.name} cannot be read ({first_line(error)})") from None
     if not isinstance(config, dict):
         raise UserError(f"{where}: {path.name} is not a model's config")

@@ -87,7 +87,7 @@ def read_pairs(path: Path, say: Callable[[str], None] = unheard) -> HeldOutPairs
     try:
         content = without_digest(parse_json(path.read_text(encoding="utf-8")))
         return HeldOutPairs(**content | {"wrong": [WrongPair(**pair) for pair in content["wrong"]]})
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         say(f"{path} is damaged ({first_line(error)}); the held-out pairs one by one are left out")
         return None
 

@@ -232,7 +232,7 @@ def read_samples(path: Path, say: Callable[[str], None] = unheard) -> list[Sampl
     for text in path.read_bytes().splitlines():
         try:
             samples.append(Sample(**without_digest(parse_json(text))))
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError):
             bad += 1
     if bad or not samples:
         say(f"{path} is damaged; the others of its sample answers are used" if samples else f"{path} is damaged")

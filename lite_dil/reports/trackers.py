@@ -221,7 +221,7 @@ def _read_ids(path: Path, say: Callable[[str], None]) -> dict[str, str]:
     """Return the identifiers that a run has in its trackers, by tracker; none, which `say` is told, if the file is damaged."""
     try:
         return without_digest(parse_json(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         say(f"{path} is damaged ({first_line(error)}); the trackers begin new runs")
         return {}
 

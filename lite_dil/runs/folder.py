@@ -332,7 +332,7 @@ def _format(checkpoint: Path) -> int:
     """Return the format of a checkpoint's progress.json; the latest if it cannot be read."""
     try:
         return int(parse_json((checkpoint / "progress.json").read_text(encoding="utf-8")).get(KEY, 1))
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError):
         return RUN
 
 

@@ -13,7 +13,7 @@ def parse_line(text: str | bytes) -> dict[str, Any] | None:
     try:
         line = parse_json(text)
         line["step"] = int(line["step"])
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return None
     return line if all(value is None or _is_number(value) for value in line.values()) else None
 

@@ -52,7 +52,7 @@ def read_progress(checkpoint: Path) -> Progress:
     path = checkpoint / _NAME
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not an object with a run's progress")

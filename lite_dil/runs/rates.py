@@ -124,5 +124,5 @@ def _read() -> list[Rate]:
     try:
         found = map(without_digest, parse_json(_path().read_text(encoding="utf-8")))
         return [Rate(Setting(**entry.pop("setting")), **entry) for entry in found]
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return []

@@ -63,7 +63,7 @@ def _content(folder: Path) -> dict[str, Any] | None:
     try:
         found = parse_json((folder / DIGESTS).read_text(encoding="utf-8"))
         return without_digest({name: found[name] for name in ("options", "files", checked.DIGEST)})
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{DIGESTS}: {error if type(error) is ValueError else 'it cannot be read'}") from None
 
 

@@ -26,7 +26,7 @@ def read_measured(path: Path, **of: Any) -> dict[str, Any]:
     """Read one of these files. Raises UserError if it is damaged, or if the fields `of` are others than they should be."""
     try:
         content = without_digest(parse_json(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(path, first_line(error)) from None
     for name, value in of.items():
         if name in content and content[name] != value:
@@ -47,7 +47,7 @@ def read_answers(path: Path, seed: int, number: int | None = None) -> list[Answe
     """
     try:
         answers = [without_digest(parse_json(line)) for line in path.read_bytes().splitlines()]
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(path, first_line(error)) from None
     if number is not None and len(answers) != number:
         raise _damaged(path, f"it has {len(answers)} answers, expected {number}")
