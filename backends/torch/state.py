@@ -11,12 +11,13 @@ Older versions, with one adapter, wrote everything to FOLDER/state.pt, which is 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lite_dil.backends.head_files import check_config
 from lite_dil.backends.torch.adapters import Trainable
@@ -24,21 +25,22 @@ from lite_dil.backends.torch.lora import peft_name
 from lite_dil.backends.torch.out_of_memory import Random
 from lite_dil.backends.types import POLICY
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import create, make_folder, move, remove
+from lite_dil.base.files import create, make_folder
 
 ADAPTERS, ADAPTER_WEIGHTS = "adapters", "adapter_model.safetensors"
 OPTIMIZER, RANDOM, OLD = "optimizer.pt", "random.pt", "state.pt"
 
 
 def save_adapter(model: Any, adapter: Trainable, folder: Path) -> None:
-    """Write an adapter of a PEFT model, and its head, into `folder`."""
-    inside = peft_name(adapter.name)
-    # Without the last argument, PEFT asks the hub whether the vocabulary was resized.
-    model.save_pretrained(folder, selected_adapters=[inside], save_embedding_layers=False)
-    if (own := folder / inside).is_dir():  # PEFT's folder for any name but the default one
-        for file in own.iterdir():
-            move(file, folder / file.name)
-        remove(own)
+    """Write an adapter of a PEFT model, and its head, into `folder`.
+
+    PEFT's own `save_pretrained` writes the same two files, and beside them a model card that is not this library's.
+    """
+    weights = {key: weight.detach().contiguous() for key, weight in _by_saved_name(adapter).items()}
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = copy(model.peft_config[peft_name(adapter.name)])
+    config.inference_mode = True
+    config.save_pretrained(folder)
     if adapter.head is not None:
         adapter.head.save(folder)
 
@@ -95,13 +97,17 @@ def _load_weights(adapter: Trainable, folder: Path) -> None:
         saved = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read ({error})") from None
-    ending = f".{peft_name(adapter.name)}.weight"
-    keys = {name: f"{name.removesuffix(ending)}.weight" for name in adapter.weights}
-    shapes = {keys[name]: weight.shape for name, weight in adapter.weights.items()}
-    if {key: value.shape for key, value in saved.items()} != shapes:
+    weights = _by_saved_name(adapter)
+    if {key: value.shape for key, value in saved.items()} != {key: weight.shape for key, weight in weights.items()}:
         raise UserError(f"{folder}: its adapter has another rank or is on other layers than this model's")
-    for name, weight in adapter.weights.items():
-        weight.copy_(saved[keys[name]])
+    for key, weight in weights.items():
+        weight.copy_(saved[key])
+
+
+def _by_saved_name(adapter: Trainable) -> dict[str, Any]:
+    """Return an adapter's weights by their names in a file, which do not have the adapter's name."""
+    ending = f".{peft_name(adapter.name)}.weight"
+    return {f"{name.removesuffix(ending)}.weight": weight for name, weight in adapter.weights.items()}
 
 
 def _save(state: dict[str, Any], path: Path) -> None:

@@ -25,7 +25,8 @@ EXCEPTIONS = {
     # Libraries that write several files of their own format into a folder, which is put in its place by `base.files`.
     ("lite_dil/models/find.py", "save_pretrained"): "transformers writes the embedded model",
     ("backends/torch/twin.py", "save_pretrained"): "transformers names a checkpoint's weights",
-    ("backends/torch/state.py", "save_pretrained"): "PEFT writes its adapter",
+    ("backends/torch/state.py", "save_pretrained"): "PEFT writes its adapter_config.json",
+    ("backends/torch/state.py", "save_file"): "safetensors writes an adapter",
     ("backends/torch/score_head.py", "save_file"): "safetensors writes a head",
     ("backends/mlx/export.py", "save_model"): "mlx-lm writes its model",
     ("backends/mlx/export.py", "save_config"): "mlx-lm writes its model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lite_dil.cli.main import main
 
@@ -17,7 +18,11 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ("text", "problem"),
     [
         (BOMB + "loss: *i\n", "write the value of *a out"),
-        ("loss: " + "[" * 5000 + "]" * 5000, "more than 20 levels"),
+        ("loss: " + "[" * 500 + "]" * 500, "more than 20 levels"),
+        (
+            "loss: " + "[" * 5000 + "]" * 5000,
+            "exceeded maximum nesting depth" if yaml.__with_libyaml__ else "more than 20 levels",
+        ),
         ("loss: " + "{a: " * 5000 + "}" * 5000, "more than 20 levels"),
         ("seed: " + "9" * 5000, "not a value that can be read"),
         ("seed: 2024-99-99", "not a value that can be read"),
@@ -28,7 +33,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("seed: !!python/object/apply:os.system [touch here]", "could not determine a constructor"),
         ("lora_r: 8\nlora_r: 16\n", "'lora_r' is given twice"),
         ("seed: 1\n" + "# long\n" * 20_000, "larger than 128 KB"),
-        ("seed: \x1b[31m", "special characters are not allowed"),
+        ("seed: \x1b[31m", "characters are not allowed"),
     ],
 )
 def test_a_config_file_that_would_do_harm(text: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
