@@ -21,6 +21,7 @@ import numpy as np
 
 from lite_dil.backends.types import DenseWeight
 from lite_dil.base import files
+from lite_dil.base.checked import read_object
 from lite_dil.base.errors import UserError
 from lite_dil.data.arguments import with_arguments
 from lite_dil.models import tensors
@@ -66,7 +67,7 @@ class Checkpoint:
         if (folder / "model.safetensors").is_file():  # in the loaders' order, so as not to take a second copy
             files = ["model.safetensors"]
         elif index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = _files(index, name)
         else:
             files = sorted(path.name for path in folder.glob("model*.safetensors"))
         if not files:
@@ -219,6 +220,14 @@ def write(
         where |= {tensor.name: file for tensor in shard}
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in planned)}, "weight_map": where}
     _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _files(index: Path, name: str) -> list[str]:
+    """Return the names of the files that an index names."""
+    files = read_object(index, f"--model {name}: {index.name}").get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise UserError(f"--model {name}: {index.name} has no weight_map with the names of files")
+    return sorted(set(files.values()))
 
 
 def _set_arguments(folder: Path, arguments: Mapping[str, Any]) -> None:

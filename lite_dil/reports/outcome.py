@@ -8,20 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lite_dil.base.checked import with_digest, without_digest
-from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.checked import read_object, with_digest
 from lite_dil.base.files import replace_file
 from lite_dil.base.formats import RUN, check_format
 from lite_dil.base.shares import standard_error
 from lite_dil.base.shell import command
-from lite_dil.base.strict_json import parse_json
 from lite_dil.config.train_config import flag
 from lite_dil.data.overlap import Overlap
 from lite_dil.objectives.own import shown
 from lite_dil.objectives.table import objective_of
 from lite_dil.reports.pairs import PAIRS, HeldOutPairs, by_longer, read_pairs
 from lite_dil.reports.samples import Sample, read_samples
-from lite_dil.runs.history import History, read_history, wrong_metrics
+from lite_dil.runs.history import History, checked_history
 from lite_dil.runs.options_file import read_options
 
 FACTS, SAMPLES = "report.json", "report_samples.jsonl"
@@ -97,11 +95,7 @@ def with_error(accuracy: float, data: dict[str, Any], config: dict[str, Any]) ->
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """Read a run's report.json. Raises UserError if it cannot be read or is not what the run wrote."""
-    path = folder / FACTS
-    try:
-        facts = without_digest(parse_json(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+    facts = read_object(folder / FACTS, digest=True)
     check_format(facts, RUN, folder)
     return facts
 
@@ -118,9 +112,9 @@ def read_record(folder: Path) -> RunRecord:
     report.json is damaged.
     """
     facts = read_facts(folder)
-    damage = [wrong] if (wrong := wrong_metrics(folder, facts.get("metrics"))) else []
+    history, wrong = checked_history(folder, facts.get("metrics"))
+    damage = [wrong] if wrong else []
     samples, pairs = read_samples(folder / SAMPLES, damage.append), read_pairs(folder / PAIRS, damage.append)
-    history = read_history(folder / "metrics.jsonl")
     return RunRecord(folder, read_options(folder), facts, history, samples, pairs, damage)
 
 
