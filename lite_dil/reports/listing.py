@@ -12,7 +12,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.objectives.own import shown
 from lite_dil.reports.outcome import FACTS, RunRecord, read_facts
 from lite_dil.runs.folder import RunFolder
-from lite_dil.runs.history import History, checked_history
+from lite_dil.runs.history import History, checked_history, metrics_of
 from lite_dil.runs.options_file import OPTIONS_FILE, read_options
 
 _DEPTH = 3  # folders below the given one: a comparison's are in NAME/runs/
@@ -96,7 +96,7 @@ def _read(folder: Path) -> ListedRun:
     try:
         config = read_options(folder)
         facts = read_facts(folder) if (folder / FACTS).exists() else {}
-        history, wrong = checked_history(folder, facts.get("metrics"))
+        history, wrong = checked_history(folder, metrics_of(folder), facts.get("metrics"))
         if wrong:
             raise UserError(wrong)
         return _listed(folder, changed, config, facts, history)

@@ -19,7 +19,7 @@ from lite_dil.objectives.own import shown
 from lite_dil.objectives.table import objective_of
 from lite_dil.reports.pairs import PAIRS, HeldOutPairs, by_longer, read_pairs
 from lite_dil.reports.samples import Sample, read_samples
-from lite_dil.runs.history import History, checked_history
+from lite_dil.runs.history import History, checked_history, metrics_of
 from lite_dil.runs.options_file import read_options
 
 FACTS, SAMPLES = "report.json", "report_samples.jsonl"
@@ -105,14 +105,16 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     replace_file(folder / FACTS, json.dumps(with_digest(facts), indent=1) + "\n")
 
 
-def read_record(folder: Path) -> RunRecord:
+def read_record(folder: Path, metrics: bytes | None = None) -> RunRecord:
     """Read a run's folder: config.yaml, report.json, metrics.jsonl, report_samples.jsonl and held_out_pairs.json.
+
+    `metrics` is the content of metrics.jsonl if it has been read.
 
     Of damaged metrics, samples and pairs the rest is read; `RunRecord.damage` names them. Raises UserError if config.yaml or
     report.json is damaged.
     """
     facts = read_facts(folder)
-    history, wrong = checked_history(folder, facts.get("metrics"))
+    history, wrong = checked_history(folder, metrics_of(folder) if metrics is None else metrics, facts.get("metrics"))
     damage = [wrong] if wrong else []
     samples, pairs = read_samples(folder / SAMPLES, damage.append), read_pairs(folder / PAIRS, damage.append)
     return RunRecord(folder, read_options(folder), facts, history, samples, pairs, damage)

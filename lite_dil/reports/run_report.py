@@ -22,7 +22,7 @@ from lite_dil.base.version import __version__
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.reports.outcome import read_facts, read_record, write_facts
 from lite_dil.runs.folder import RunFolder
-from lite_dil.runs.history import size_and_hash, wrong_metrics
+from lite_dil.runs.history import metrics_of, size_and_hash, wrong_metrics
 
 REPORT = "report.html"
 _LIBRARIES = {"mlx": ("mlx", "mlx-lm"), "torch": ("torch", "transformers", "peft")}
@@ -58,7 +58,7 @@ class RunReport(Observer):
             self._check_metrics()
             self.write()
         else:
-            self._write_facts()
+            self._write_facts(metrics_of(self.folder.path))
 
     def after_step(self, event: Event) -> None:
         """Write if due."""
@@ -94,14 +94,15 @@ class RunReport(Observer):
         """
         try:
             with failing(self.folder.path / REPORT):
-                self._write_facts()
-                write_report(self.folder.path, self._tell)
+                metrics = metrics_of(self.folder.path)
+                self._write_facts(metrics)
+                write_report(self.folder.path, self._tell, metrics)
         except DiskFailed as error:
             if not said:
                 self.say(f"{error}. The run continues without its report")
 
-    def _write_facts(self) -> None:
-        self.facts["metrics"] = self._noted or size_and_hash(self.folder.metrics)
+    def _write_facts(self, metrics: bytes | None) -> None:
+        self.facts["metrics"] = self._noted or size_and_hash(metrics)
         write_facts(self.folder.path, self.facts)
 
     def _check_metrics(self) -> None:
@@ -116,11 +117,14 @@ class RunReport(Observer):
             self.say(f"warning: {damage}")
 
 
-def write_report(folder: Path, say: Callable[[str], None] = unheard) -> Path:
-    """Write a run's report.html from the other files in its folder; return its path. `say` is told what is damaged."""
+def write_report(folder: Path, say: Callable[[str], None] = unheard, metrics: bytes | None = None) -> Path:
+    """Write a run's report.html from the other files in its folder; return its path.
+
+    `say` is told what is damaged. `metrics` is the content of metrics.jsonl if it has been read.
+    """
     from lite_dil.reports.page import render
 
-    record, path = read_record(folder), folder / REPORT
+    record, path = read_record(folder, metrics), folder / REPORT
     for damage in record.damage:
         say(damage)
     replace_file(path, render(record))

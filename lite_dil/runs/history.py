@@ -119,17 +119,21 @@ def read_history(path: Path) -> History:
     return _history(path.read_bytes() if path.exists() else b"")[0]
 
 
-def checked_history(folder: Path, noted: Any = None) -> tuple[History, str]:
-    """Read a run's metrics.jsonl once; return its good lines, and what is wrong with it as `wrong_metrics` does."""
-    content = _content(folder)
-    history, bad = _history(content or b"")
-    return history, _wrong(folder, content, bad, noted)
+def metrics_of(folder: Path) -> bytes | None:
+    """Return the content of a run's metrics.jsonl, or None if it has no such file."""
+    path = RunFolder(folder).metrics
+    return path.read_bytes() if path.exists() else None
 
 
-def size_and_hash(metrics: Path) -> list[Any]:
-    """Return the size and the hash of a metrics.jsonl, for `wrong_metrics`."""
-    content = metrics.read_bytes() if metrics.exists() else b""
-    return [len(content), sha256([content])]
+def checked_history(folder: Path, metrics: bytes | None, noted: Any = None) -> tuple[History, str]:
+    """Return the good lines of metrics, a result of `metrics_of`, and what is wrong with them as `wrong_metrics` does."""
+    history, bad = _history(metrics or b"")
+    return history, _wrong(folder, metrics, bad, noted)
+
+
+def size_and_hash(metrics: bytes | None) -> list[Any]:
+    """Return the size and the hash of metrics, a result of `metrics_of`, for `wrong_metrics`."""
+    return [len(metrics or b""), sha256([metrics or b""])]
 
 
 def wrong_metrics(folder: Path, noted: Any = None) -> str:
@@ -137,8 +141,8 @@ def wrong_metrics(folder: Path, noted: Any = None) -> str:
 
     Its newest checkpoint has one. `noted`, a result of `size_and_hash` in report.json, is of the evaluations after it too.
     """
-    content = _content(folder)
-    return _wrong(folder, content, parse_lines(content or b"")[1], noted)
+    metrics = metrics_of(folder)
+    return _wrong(folder, metrics, parse_lines(metrics or b"")[1], noted)
 
 
 def read_metrics(folder: Path, noted: Any = None) -> list[dict[str, Any]]:
@@ -146,16 +150,11 @@ def read_metrics(folder: Path, noted: Any = None) -> list[dict[str, Any]]:
 
     Raises UserError if they are not what the run wrote.
     """
-    content = _content(folder)
-    lines, bad = parse_lines(content or b"")
-    if wrong := _wrong(folder, content, bad, noted):
+    metrics = metrics_of(folder)
+    lines, bad = parse_lines(metrics or b"")
+    if wrong := _wrong(folder, metrics, bad, noted):
         raise UserError(wrong)
     return lines
-
-
-def _content(folder: Path) -> bytes | None:
-    path = RunFolder(folder).metrics
-    return path.read_bytes() if path.exists() else None
 
 
 def _history(content: bytes) -> tuple[History, int]:
@@ -172,7 +171,7 @@ def _history(content: bytes) -> tuple[History, int]:
 
 
 def _wrong(folder: Path, content: bytes | None, bad: int, noted: Any) -> str:
-    """Return what is wrong with metrics of which `bad` lines are damaged; `content` is None if there is no such file."""
+    """Return what is wrong with the content of a metrics.jsonl, or None for no such file, of which `bad` lines are damaged."""
     run = RunFolder(folder)
     known = [noted] if isinstance(noted, list) and len(noted) == 2 else []
     if (checkpoint := run.latest()) is not None:
