@@ -236,7 +236,7 @@ def _set_arguments(folder: Path, arguments: Mapping[str, Any]) -> None:
         if file.is_file():
             files.write(file, with_arguments(file.read_text(encoding="utf-8"), arguments))
     file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = read_object(file) if file.is_file() else {}
     template = settings.get("chat_template")
     if template:
         if isinstance(template, list):
@@ -252,7 +252,7 @@ def _write_ends(file: Path, config: dict[str, Any], ends: Sequence[int]) -> None
     A base's own end another than that of the chat template it is trained on: without the latter no runtime stops.
     """
     own: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else own
+    settings = defaults_of(file.parent) or own
     known = end_tokens(settings)
     if missing := [token for token in ends if token not in known]:
         found = [*known, *missing]
@@ -263,6 +263,17 @@ def _write_ends(file: Path, config: dict[str, Any], ends: Sequence[int]) -> None
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     files.write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def defaults_of(folder: Path) -> dict[str, Any]:
+    """Return a folder's generation_config.json, or nothing. Raises UserError if it is damaged, or its end tokens are none."""
+    if not (file := folder / "generation_config.json").is_file():
+        return {}
+    settings = read_object(file)
+    ids = settings.get("eos_token_id")
+    if not all(type(token) is int for token in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
+        raise UserError(f"{file}: eos_token_id is {repr(ids)[:80]}; expected a token's number, or a list of them")
+    return settings
 
 
 def end_tokens(settings: Mapping[str, Any]) -> list[int]:

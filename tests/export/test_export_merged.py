@@ -310,6 +310,20 @@ def test_a_damaged_index_is_one_message(index: str, why: str, tiny: str, tmp_pat
         merge.Checkpoint.open(tmp_path, "mine")
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [("{", "cannot be read"), ("[]", "it is not a JSON object"), ('{"eos_token_id": ["2"]}', "expected a token's number")],
+)
+def test_a_damaged_generation_config_is_one_message(content: str, why: str, tmp_path: Path) -> None:
+    assert merge.defaults_of(tmp_path) == {}
+    (file := tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=rf"generation_config\.json: .*{why}"):
+        merge.defaults_of(tmp_path)
+    for right in ({}, {"eos_token_id": 2}, {"eos_token_id": [1, 2], "top_p": 0.9}, {"eos_token_id": None}):
+        file.write_text(json.dumps(right))
+        assert merge.defaults_of(tmp_path) == right
+
+
 def test_a_head_is_tied_where_neither_config_nor_files_have_one(tiny: str, tiny_tied: str, tmp_path: Path) -> None:
     for model, tied in ((tiny, False), (tiny_tied, True)):
         for key in ({}, {"tie_word_embeddings": tied}):
