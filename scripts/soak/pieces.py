@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -105,6 +106,7 @@ def run(pieces: Sequence[Piece], kept: Kept, output: Path, workers: int) -> Iter
                 rows = worker.run(piece)
                 done.put((piece, kept.keep(piece, rows, began)))
                 if worker.ended:
+                    worker.close()
                     worker = None
         finally:
             if worker is not None:
@@ -152,13 +154,14 @@ class _Worker:
         if answer:
             return json.loads(answer)  # type: ignore[no-any-return]
         self.ended, code = True, self._process.wait()
-        last = self._errors.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
-        why = f"the process ended with {code}: {' '.join(last)} ({self._errors})"
+        said = [line for line in self._errors.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        why = f"the process ended with {code}: {' '.join(said[-1:])} ({self._errors})"
         return [{"part": piece.part, "what": f"{piece.name}, not run to its end", "outcomes": {"ended": 1}, "failures": [why]}]
 
     def close(self) -> None:
         """End the process, which removes what it made."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()

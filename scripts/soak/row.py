@@ -73,10 +73,10 @@ def page(parts: dict[str, list[dict[str, Any]]]) -> str:
     everything = [piece for pieces in parts.values() for piece in pieces]
     text = [_HEAD]
     if everything:
-        text.append(_span("All of it", everything) + "\n")
+        text.append(_span("All parts", everything) + "\n")
     for part, pieces in parts.items():
         if pieces:
-            text.append(f"## {part}\n\n{_span('Run', pieces)}\n\n{table(rows_of(pieces))}\n")
+            text.append(f"## {part}\n\n{_span('This part', pieces)}\n\n{table(rows_of(pieces))}\n")
         else:
             text.append(f"## {part}\n\nNot run.\n")
     return "\n".join(text)
@@ -88,15 +88,14 @@ def rows_of(pieces: Iterable[dict[str, Any]]) -> list[Row]:
 
 
 def _span(what: str, pieces: Sequence[dict[str, Any]]) -> str:
-    """Return when, where and of which code pieces were run, and how long they took."""
-    about = [", ".join(sorted({piece[name] for piece in pieces})) for name in ("form", "commit", "machine")]
+    """Return when, where and of which code pieces were run, and how long their cases took."""
+    form, commit, machine = (", ".join(sorted({piece[name] for piece in pieces})) for name in ("form", "commit", "machine"))
     rows = rows_of(pieces)
     cases, failed = sum(row.outcomes.total() for row in rows), sum(len(row.failures) for row in rows)
     cpu = sum(row.seconds for row in rows) / 60
     first, last = min(piece["began"] for piece in pieces), max(piece["ended"] for piece in pieces)
-    form, commit, machine = about
     return (
-        f"{what} from {first} to {last}, {form} form, at {commit}, {machine}: {cases:,} cases in {cpu:.0f} min of CPU, "
+        f"{what}: {first} to {last}, the {form} form at {commit}, {machine}. {cases:,} cases took {cpu:.0f} minutes of CPU; "
         f"{failed} failed."
     )
 

@@ -61,12 +61,17 @@ def test_the_page_joins_the_rows_of_a_kind(tmp_path: Path) -> None:
     assert rows_of(found) == rows
     text = page({"writes": found, "steady": []})
     assert "| writes | a kill: train 2; label 1 | 3 | equal 2, lost 1 | 1 |" in text
-    assert "short form" in text and "3 cases in 1 min of CPU, 1 failed" in text and "## steady\n\nNot run." in text
+    assert "short form" in text and "3 cases took 1 minutes of CPU; 1 failed" in text and "## steady\n\nNot run." in text
 
 
 def test_a_process_that_ends_is_a_failure_and_the_others_go_on(tmp_path: Path) -> None:
-    pieces = [Piece("steady", "no such backend"), Piece("steady", "nor this")]
-    found = dict(run(pieces, Kept(tmp_path / "pieces", short=True), tmp_path, workers=1))
+    pieces = [Piece("damage", "no such backend"), Piece("steady", "no such backend")]
+    kept = Kept(tmp_path / "pieces", short=True)
+    found = dict(run(pieces, kept, tmp_path, workers=1))
     assert list(found) == pieces
-    for done in found.values():
-        assert all(row["failures"] for row in done["rows"])
+    ((ended,), (failed,)) = (rows_of([done]) for done in found.values())
+    assert (
+        "the process ended with 1: RuntimeError" in ended.failures[0] and str(tmp_path / "damage-0.log") in ended.failures[0]
+    )
+    assert failed.what.startswith("100 steps on no such backend") and failed.failures
+    assert [kept.find(piece) for piece in pieces] == [None, None]
