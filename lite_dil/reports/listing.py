@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError
+from lite_dil.config.resume import other_options
 from lite_dil.objectives.own import shown
 from lite_dil.reports.outcome import FACTS, RunRecord, read_facts
 from lite_dil.runs.folder import RunFolder
@@ -97,7 +98,7 @@ def _read(folder: Path) -> ListedRun:
         config = read_options(folder)
         facts = read_facts(folder) if (folder / FACTS).exists() else {}
         history, wrong = checked_history(folder, metrics_of(folder), facts.get("metrics"))
-        if wrong:
+        if wrong := wrong or other_options(folder, config):
             raise UserError(wrong)
         return _listed(folder, changed, config, facts, history)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:

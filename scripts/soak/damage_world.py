@@ -272,7 +272,8 @@ def _commands(world: World) -> list[Command]:
     return [
         Command("resume", _main("train", "--resume", str(here / "run"), *sampled), lambda here: _run(here / "run")),
         Command("resume finished", _main("train", "--resume", str(here / "done"), *sampled), lambda here: _run(here / "done")),
-        Command("train", world.train(*_flags(1), *anew), lambda here: (_run(here / "anew"), _rows(here / "sampled.jsonl"))),
+        # Rows that were drawn from another model stay in the file, unused.
+        Command("train", world.train(*_flags(1), *anew), lambda here: _run(here / "anew")),
         Command("train on", _main("train", *own, *initial, *anew), lambda here: _run(here / "anew")),
         Command("runs", _main("runs", str(here / "done"), "--json"), lambda here: _listed(here.parent / "log")),
         Command("report", _report, lambda here: _text(here / "report.html")),

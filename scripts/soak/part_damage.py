@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ def _rows(output: Path, backend: str, short: bool) -> Iterator[Row]:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for case in cases(output, backend, short=short):
         found[next(kind for start, kind in _KINDS.items() if case["path"].startswith(start))].append(case)
+        if case["failure"]:
+            print(case["failure"], file=sys.stderr, flush=True)
     for kind, some in found.items():
         failures = [case["failure"] for case in some if case["failure"]]
         outcomes = Counter(case["outcome"] for case in some)

@@ -23,7 +23,7 @@ from soak.writes.warm import FAILING, NotHere, Warm, build
 
 WRITERS, TWICE = "who changes the folder", "the same command twice"
 # How many cases of each kind a command has: spread over all that it writes, and of kills at most one for each.
-LONG = {KILL: 25, POWER: 25, BOTH: 4, ERROR: 16, ERROR_KILL: 4, SLOW: 1}
+LONG = {KILL: 21, POWER: 21, BOTH: 3, ERROR: 8, ERROR_KILL: 2, SLOW: 1}
 SHORT = {KILL: 2, POWER: 2, BOTH: 1, ERROR: 1, ERROR_KILL: 1}
 IN_SHORT = ("train, cpu", "train, mlx", "label, cpu", "export --format gguf")
 # What each kind is, in the table.
@@ -85,6 +85,7 @@ def _rows(command: Command, server: Warm, output: Path, most: dict[str, int]) ->
             if outcome.problems:
                 failures.append(f"{case}: {'; '.join(outcome.problems)[:300]}")
                 keep(trial, case, outcome.problems, output.parent / "failed")
+                print(f"{command.name}, {failures[-1]}", file=sys.stderr, flush=True)
         yield Row("writes", TEXTS[kind], found, failures, round(server.cpu - before, 1), command.name)
 
 
