@@ -21,6 +21,7 @@ from lite_dil.backends.mlx.load import load, quantise, set_dtype
 from lite_dil.backends.types import DenseWeight, Sequences
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import copy
+from lite_dil.data.rendering import library_prompt
 from lite_dil.models.find import folder_of
 from lite_dil.models.options import ModelOptions
 from lite_dil.models.spelling import hf_layer, text_only
@@ -90,7 +91,11 @@ class Exported:
         """Return the tokens of a text or a conversation."""
         if isinstance(prompt, str):
             return list(self.tokenizer.encode(prompt))
-        return list(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
+        if self.tokenizer._chat_template is not None:  # a function of mlx-lm's in place of the template
+            return list(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True))
+        thinking = {self.tokenizer._thinking_kwarg: self.tokenizer.has_thinking}
+        text = library_prompt(self.tokenizer._tokenizer, prompt, **thinking)
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def end_ids(self) -> set[int]:
         """Return the tokens that end a generation."""

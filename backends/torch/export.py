@@ -22,6 +22,7 @@ from lite_dil.backends.torch.peft_names import targets_of
 from lite_dil.backends.types import DenseWeight, Sequences
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.files import work_folder
+from lite_dil.data.rendering import library_prompt
 from lite_dil.models.find import load_tokenizer
 from lite_dil.models.options import ModelOptions
 
@@ -99,7 +100,7 @@ class Exported:
         """Return the tokens of a text or a conversation."""
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt).input_ids)
-        return list(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+        return list(self.tokenizer(library_prompt(self.tokenizer, prompt), add_special_tokens=False).input_ids)
 
     def end_ids(self) -> set[int]:
         """Return the tokens that end a generation."""

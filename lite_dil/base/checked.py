@@ -1,14 +1,35 @@
-"""JSON objects and rows that carry a digest of themselves, so that damage is seen when they are read back."""
+"""JSON objects in files, and objects and rows that carry a digest of themselves, so that damage is seen when they are read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.hashing import sha256
+from lite_dil.base.strict_json import parse_json
 
 DIGEST = "digest"
+
+
+def read_object(path: Path, where: str = "", digest: bool = False) -> dict[str, Any]:
+    """Return the JSON object that a file holds; with `digest` it is without it.
+
+    Args:
+        where: how the message begins; by default with the path.
+        digest: compare it with its digest, as `without_digest` does.
+
+    Raises UserError if the file cannot be read, is no strict JSON, holds something else, or is not what was written.
+    """
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a JSON object")
+        return without_digest(content) if digest else content
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where or f'{path}:'} cannot be read ({first_line(error)})") from None
 
 
 def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:

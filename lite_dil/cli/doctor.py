@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Inspect the machine and run the checks; return 0 if all pass, else 1."""
     from lite_dil.doctor.examine import Checked, examine, names_for
-    from lite_dil.doctor.machine import how_to_install, look
+    from lite_dil.doctor.machine import how_to_install, look, places
 
     machine = look(args.backend)
     names: list[str] = []
@@ -45,6 +45,10 @@ def run(args: argparse.Namespace) -> int:
         if machine.driver:
             print(f"driver    {machine.driver}")
         print(f"disk      {machine.disk_free_gb:g} GB free for models")
+        for what, (folder, variable) in places().items():
+            sizes = {name: size for name, size in machine.caches_gb.items() if (name == "hub") == (what == "hub")}
+            kinds = ", ".join(f"{name} {size:.1f}" for name, size in sizes.items() if size >= 0.05 and what != "hub")
+            print(f"cache     {sum(sizes.values()):.1f} GB in {folder}{f' ({kinds})' if kinds else ''}; {variable} moves it")
         print(f"packages  {', '.join(f'{name} {version}' for name, version in machine.packages.items())}")
         if machine.missing:
             print("\nnot installed, needed only for:")

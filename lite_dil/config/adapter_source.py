@@ -15,7 +15,7 @@ from lite_dil.models.adapter_config import read_config
 from lite_dil.models.find import folder_of, resolve_model
 from lite_dil.models.fingerprint import base_of
 from lite_dil.models.options import MODEL_FIELDS
-from lite_dil.runs.folder import RunFolder, adapter_of, checkpoint_of, recorded_with
+from lite_dil.runs.folder import RunFolder, adapter_of, checkpoint_of, recorded_with, trained_options
 from lite_dil.runs.options_file import OPTIONS_FILE
 from lite_dil.runs.progress import read_progress
 from lite_dil.training.options import ReferenceOptions
@@ -90,6 +90,11 @@ def _locate(path: Path) -> tuple[Path, RunFolder | None]:
         if (folder / "adapter_config.json").is_file():
             return folder, _run_of(folder.absolute())
     run = RunFolder(path)
+    if run.adapter.is_dir():
+        raise UserError(
+            f"--adapter {path}: {run.adapter / 'adapter_config.json'} is missing; restore it, give one of the run's "
+            f"checkpoints, or remove {run.adapter} and --resume the run, which writes it again"
+        )
     if latest := run.latest():  # the run is still going on, or was stopped
         return adapter_of(latest), run
     raise UserError(
@@ -102,7 +107,11 @@ def _run_of(adapter: Path) -> RunFolder | None:
     """Return the run that an adapter's folder belongs to; a config.yaml elsewhere above it is another program's."""
     checkpoint = checkpoint_of(adapter)
     above = checkpoint.parent.parent if checkpoint else adapter.parent
-    return RunFolder(above) if (checkpoint or adapter.name == "adapter") and (above / OPTIONS_FILE).is_file() else None
+    if not checkpoint and adapter.name != "adapter":
+        return None
+    run = RunFolder(above)
+    lost = run.metrics.exists() and bool(trained_options(adapter))  # the adapter has them too
+    return run if (above / OPTIONS_FILE).is_file() or lost else None
 
 
 def _usable(backend: str) -> str:

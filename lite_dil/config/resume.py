@@ -14,7 +14,8 @@ from lite_dil.base.option import READ, WRITTEN
 from lite_dil.config.options import build, read_yaml
 from lite_dil.config.train_config import FIELDS, FREE_ON_RESUME, SPLIT, ResolvedConfig, flag
 from lite_dil.data.rows import is_rows_name
-from lite_dil.runs.folder import RunFolder, find_checkpoint
+from lite_dil.runs.folder import RunFolder, find_checkpoint, trained_options
+from lite_dil.runs.options_file import OPTIONS_FILE
 from lite_dil.runs.seal import Damaged, recorded
 
 
@@ -32,6 +33,30 @@ def run_options(path: Path, noted: Mapping[str, Any], where: str, say: Callable[
             raise
         say(f"{error}; the options are those that {where} records")
         return dict(noted)
+
+
+def other_options(folder: Path, written: Mapping[str, Any]) -> str:
+    """Return how the options `written` in a run's config.yaml differ from those that its newest checkpoint records; else "".
+
+    What a resumed run may change, and the places of its files, may differ.
+    """
+    checkpoint = RunFolder(folder).latest()
+    try:
+        options = recorded(checkpoint) if checkpoint else None
+    except Damaged:
+        options = None
+    for name, value in (options or {}).items():
+        fixed = name in FIELDS.keys() - FREE_ON_RESUME - SPLIT and FIELDS[name].metadata["kind"] != READ
+        if fixed and checkpoint and written.get(name) != value:
+            now = written.get(name, "missing")
+            return f"{folder / OPTIONS_FILE} is not what {checkpoint.name} records: {name} was {value}, and is {now}"
+    return ""
+
+
+def trained_with(adapter: Path, run: RunFolder) -> dict[str, Any]:
+    """Return the options of a run: those of its config.yaml, and what that lacks from the seal of its `adapter`."""
+    noted = {name: value for name, value in trained_options(adapter).items() if name in FIELDS and name != "trust_remote_code"}
+    return noted | run_options(run.path / OPTIONS_FILE, noted, str(adapter))
 
 
 def saved_config(checkpoint: Path, say: Callable[[str], None] = unheard, accept: bool = False) -> dict[str, Any]:

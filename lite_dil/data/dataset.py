@@ -202,7 +202,7 @@ def _check(sources: list[Source], options: DataOptions, strict: bool) -> None:
     for source in used:
         if (source.form, source.chat) != (used[0].form, used[0].chat):
             one, other = _kind(used[0]), _kind(source)
-            raise UserError(f"--data: {sources[0].name} has {one} and {source.name} {other}; train on one kind at a time")
+            raise UserError(f"--data: {used[0].name} has {one} and {source.name} {other}; train on one kind at a time")
 
 
 def _data_set(store: ExampleStore, sources: list[Source], good_only: bool, seed: int) -> DataSet:

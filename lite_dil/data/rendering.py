@@ -184,10 +184,7 @@ class Rendering:
 
     def lay_out(self, messages: list[Message], tools: Tools, add_generation_prompt: bool, arguments: Arguments = None) -> str:
         """Return messages as the chat template renders them. Raises RowError if it refuses them."""
-        from transformers import PreTrainedTokenizerBase
-
         from lite_dil.data import templates
-        from lite_dil.data.template_costs import TemplateCosts
 
         if not self.chats:
             raise RowError(
@@ -200,9 +197,7 @@ class Rendering:
         given |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
 
         def render(messages: list[Message]) -> str:
-            if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:  # code of its own
-                return str(tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **given))
-            return templates.render(template, messages, {**tokenizer.special_tokens_map, **given})
+            return _rendered(tokenizer, template, messages, given)
 
         try:
             template = tokenizer.get_chat_template(tools=tools)  # of several named ones, as transformers takes them
@@ -221,11 +216,6 @@ class Rendering:
         except templates.REFUSALS as error:
             why = first_line(error)[:500]
             raise RowError("chat template", f"the model's chat template refuses these messages: {why}") from None
-        except TemplateCosts as error:
-            raise UserError(
-                f"{tokenizer.name_or_path or 'the model'}: its chat template{error}, for one conversation; correct "
-                "chat_template.jinja (or tokenizer_config.json) there, or take another model"
-            ) from None
 
     def _ending(self, arguments: Arguments) -> str | None:
         """Return what the template prints behind a plain response, or None if it does not take one by itself."""
@@ -297,6 +287,46 @@ class Rendering:
     @cached_property
     def _control_of_answers(self) -> re.Pattern[str]:
         return _any_of(self.control - MARKS)
+
+
+def library_prompt(tokenizer: Any, messages: list[dict[str, str]], template: str | None = None, **given: Any) -> str:
+    """Return a conversation up to the assistant's turn as a library's own `apply_chat_template` prints it, with today's date.
+
+    Args:
+        template: what to render; by default the tokenizer's template.
+        given: variables that the library sets besides `add_generation_prompt`.
+
+    Raises UserError if the template refuses such messages, or takes or makes too much.
+    """
+    from lite_dil.data import templates
+
+    variables = {"tools": None, "add_generation_prompt": True, **given}
+    try:
+        return _rendered(tokenizer, template or tokenizer.get_chat_template(), messages, variables)
+    except templates.REFUSALS as error:
+        raise UserError(f"{_named(tokenizer)}: its chat template refuses {messages}: {first_line(error)[:500]}") from None
+
+
+def _rendered(tokenizer: Any, template: str, messages: list[Message], given: Mapping[str, Any]) -> str:
+    """Return messages as a tokenizer prints them. Raises UserError if its template takes or makes too much."""
+    from transformers import PreTrainedTokenizerBase
+
+    from lite_dil.data import templates
+    from lite_dil.data.template_costs import TemplateCosts
+
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:  # code of its own
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **given))
+    try:
+        return templates.render(template, messages, {**tokenizer.special_tokens_map, **given})
+    except TemplateCosts as error:
+        raise UserError(
+            f"{_named(tokenizer)}: its chat template{error}, for one conversation; correct chat_template.jinja (or "
+            "tokenizer_config.json) there, or take another model"
+        ) from None
+
+
+def _named(tokenizer: Any) -> str:
+    return str(tokenizer.name_or_path or "the model")
 
 
 def _any_of(texts: Set[str]) -> re.Pattern[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -58,6 +60,7 @@ class Machine:
     device: str  # with its memory, or why there is none
     driver: str  # of an NVIDIA GPU
     disk_free_gb: float  # where models and caches go
+    caches_gb: dict[str, float]  # what lite-dil keeps, by kind, and the Hub's cache of models and data
 
 
 def look(backend: str) -> Machine:
@@ -77,7 +80,34 @@ def look(backend: str) -> Machine:
         device,
         nvidia_driver(),
         round(shutil.disk_usage(_existing(cache_dir())).free / GIB, 1),
+        {what: round(sum(map(_size, folders)) / GIB, 3) for what, folders in _caches().items()},
     )
+
+
+def places() -> dict[str, tuple[Path, str]]:
+    """Return the folders of lite-dil's cache and of the Hub's, each with the variable that moves it."""
+    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "hub")
+    return {"lite-dil": (cache_dir(), "LITE_DIL_CACHE"), "hub": (Path(hub).expanduser(), "HF_HUB_CACHE")}
+
+
+def _caches() -> dict[str, list[Path]]:
+    """Return the folders and files of each cache."""
+    (own, _), (hub, _) = places().values()
+    found = {"tokens": [own / "tokens"], "reference": [own / "reference"], "sampled": [own / "sampled"]}
+    known = [path for paths in found.values() for path in paths]
+    with suppress(OSError):  # there is none yet
+        found["other"] = [path for path in own.iterdir() if path not in known]
+    return found | {"hub": [hub]}
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file, or of all below a folder; a link, of which the Hub's cache has many, takes none."""
+    files = (Path(folder, name) for folder, _, names in os.walk(path) for name in names) if path.is_dir() else [path]
+    total = 0
+    for file in files:
+        with suppress(OSError):  # there is none, or another process has just removed it
+            total += 0 if file.is_symlink() else file.stat().st_size
+    return total
 
 
 def how_to_install(what: str) -> str:

@@ -16,7 +16,7 @@ from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Sequences
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.batching.batch import Batch
-from lite_dil.config.options import read_yaml
+from lite_dil.config.resume import trained_with
 from lite_dil.config.train_config import TrainConfig
 from lite_dil.data.dataset import load, reader_of
 from lite_dil.data.encoder import Encoder, Example, truncate
@@ -214,8 +214,8 @@ def held_out(
 def _sources(source: AdapterSource, data: str | None) -> Iterator[tuple[str, Callable[[Encoder, int], Iterable[Example]]]]:
     """Yield possible sources of rows, the best first, with what reads some of them."""
     options = DataOptions()
-    if source.run:
-        options = TrainConfig(**read_yaml(source.run.path / "config.yaml"))
+    if source.run and source.adapter:
+        options = TrainConfig(**trained_with(source.adapter, source.run))
     if data:
         yield data, partial(_first, data, "test", options)
         return

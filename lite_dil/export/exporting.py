@@ -273,9 +273,9 @@ class Export:
         if self.format == "ollama":
             from lite_dil.export.ollama import write_modelfile
 
-            defaults = self.merged / "generation_config.json"
-            settings = json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else None
-            for note in write_modelfile(self.made, file.name, load_tokenizer(str(self.merged)), settings):
+            for note in write_modelfile(
+                self.made, file.name, load_tokenizer(str(self.merged)), merge.defaults_of(self.merged)
+            ):
                 self.say(f"Modelfile: {note}")
 
     def _check(self, trained: Trained) -> Check:

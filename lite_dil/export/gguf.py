@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from lite_dil.base.files import make_folder, remove, replacing
 from lite_dil.base.install import install
 from lite_dil.export import gguf_vocabulary, gguf_weights
 from lite_dil.export.gguf_reading import different_tokens, reader, silence
-from lite_dil.export.merge import end_tokens
+from lite_dil.export.merge import defaults_of, end_tokens
 from lite_dil.models.find import load_tokenizer
 from lite_dil.models.tensors import Stored
 
@@ -158,9 +157,7 @@ def _write(merged: Path, made: Path, kind: str, name: str, say: Callable[[str], 
     found = gguf_weights.tensors(merged)
     planned = gguf_weights.plan(config, found)
     rows = gguf_weights.vocabulary_rows(found)
-    defaults = merged / "generation_config.json"
-    ends = end_tokens(json.loads(defaults.read_text(encoding="utf-8"))) if defaults.is_file() else []
-    vocabulary = gguf_vocabulary.read(load_tokenizer(str(merged)), rows, say, ends)
+    vocabulary = gguf_vocabulary.read(load_tokenizer(str(merged)), rows, say, end_tokens(defaults_of(merged)))
     if getattr(config, "sliding_window", None) and config.model_type == "mistral":
         say(f"note: the format has no sliding window for this model; results differ beyond {config.sliding_window} tokens")
     writer = gguf.GGUFWriter(made, gguf_weights.ARCHITECTURES[config.model_type])

@@ -14,6 +14,7 @@ import numpy as np
 from lite_dil.backends import registry
 from lite_dil.backends.types import Sequences
 from lite_dil.base.errors import UserError, first_line
+from lite_dil.data.rendering import library_prompt
 from lite_dil.export.gguf_vocabulary import EOS_IDS
 from lite_dil.export.runtime import Fed, Runtime
 
@@ -58,7 +59,7 @@ def opened(
     say(f"reading {path.name} with llama.cpp")
     file = open_file(path, n_ctx=context, logits_all=True)
     try:
-        yield _LlamaCpp(file, render, stops)
+        yield _LlamaCpp(file, tokenizer, render, stops)
     finally:
         file.close()
 
@@ -103,8 +104,8 @@ class _LlamaCpp:
 
     name = "llama.cpp"
 
-    def __init__(self, file: Any, render: _Render | None, stops: Sequence[str] | None) -> None:
-        self.file, self.render, self.stops = file, render, stops
+    def __init__(self, file: Any, tokenizer: Any, render: _Render | None, stops: Sequence[str] | None) -> None:
+        self.file, self.tokenizer, self.render, self.stops = file, tokenizer, render, stops
 
     def logps(self, sequences: Sequences) -> list[np.ndarray]:
         """Return each response's log-probs, (tokens,) float32."""
@@ -154,11 +155,9 @@ class _LlamaCpp:
         return bool(found["choices"][0]["finish_reason"] == "stop" and drawn == len(tokens))
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
         bos, eos = (self._text(token) if token >= 0 else "" for token in (self.file.token_bos(), self.file.token_eos()))
-        render: Any = Jinja2ChatFormatter(self.file.metadata["tokenizer.chat_template"], eos, bos)
-        text = str(render(messages=messages).prompt)
+        special = {"bos_token": bos, "eos_token": eos}
+        text = library_prompt(self.tokenizer, messages, self.file.metadata["tokenizer.chat_template"], **special)
         # llama.cpp's own programs drop the template's BOS where the tokenizer puts one.
         return text.removeprefix(bos) if self.file.metadata.get("tokenizer.ggml.add_bos_token") == "true" else text
 
@@ -198,9 +197,7 @@ class _Unread:
         """Return None: llama.cpp's loop is not here."""
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, chat_template=self.fields["tokenizer.chat_template"]
-        )
+        text = library_prompt(self.tokenizer, messages, self.fields["tokenizer.chat_template"])
         return text.removeprefix(self.tokenizer.bos_token or "") if self.fields.get("tokenizer.ggml.add_bos_token") else text
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from lite_dil.backends.types import DenseWeight
 from lite_dil.base import files
+from lite_dil.base.checked import read_object
 from lite_dil.base.errors import UserError
 from lite_dil.data.arguments import with_arguments
 from lite_dil.models import tensors
@@ -66,7 +67,7 @@ class Checkpoint:
         if (folder / "model.safetensors").is_file():  # in the loaders' order, so as not to take a second copy
             files = ["model.safetensors"]
         elif index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = _files(index, name)
         else:
             files = sorted(path.name for path in folder.glob("model*.safetensors"))
         if not files:
@@ -221,13 +222,21 @@ def write(
     _write_json(folder / "model.safetensors.index.json", index)
 
 
+def _files(index: Path, name: str) -> list[str]:
+    """Return the names of the files that an index names."""
+    files = read_object(index, f"--model {name}: {index.name}").get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise UserError(f"--model {name}: {index.name} has no weight_map with the names of files")
+    return sorted(set(files.values()))
+
+
 def _set_arguments(folder: Path, arguments: Mapping[str, Any]) -> None:
     """Set the chat template's arguments in its text: programs that run the model give none, or their own."""
     for file in [folder / "chat_template.jinja", *folder.glob("additional_chat_templates/*.jinja")]:
         if file.is_file():
             files.write(file, with_arguments(file.read_text(encoding="utf-8"), arguments))
     file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = read_object(file) if file.is_file() else {}
     template = settings.get("chat_template")
     if template:
         if isinstance(template, list):
@@ -243,7 +252,7 @@ def _write_ends(file: Path, config: dict[str, Any], ends: Sequence[int]) -> None
     A base's own end another than that of the chat template it is trained on: without the latter no runtime stops.
     """
     own: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else own
+    settings = defaults_of(file.parent) or own
     known = end_tokens(settings)
     if missing := [token for token in ends if token not in known]:
         found = [*known, *missing]
@@ -254,6 +263,17 @@ def _write_ends(file: Path, config: dict[str, Any], ends: Sequence[int]) -> None
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     files.write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def defaults_of(folder: Path) -> dict[str, Any]:
+    """Return a folder's generation_config.json, or nothing. Raises UserError if it is damaged, or its end tokens are none."""
+    if not (file := folder / "generation_config.json").is_file():
+        return {}
+    settings = read_object(file)
+    ids = settings.get("eos_token_id")
+    if not all(type(token) is int for token in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
+        raise UserError(f"{file}: eos_token_id is {repr(ids)[:80]}; expected a token's number, or a list of them")
+    return settings
 
 
 def end_tokens(settings: Mapping[str, Any]) -> list[int]:

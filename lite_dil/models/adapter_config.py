@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lite_dil.base.checked import read_object
 from lite_dil.base.errors import UserError
-from lite_dil.base.strict_json import parse_json
 
 _MOST = 65536  # of a rank
 _LARGEST = 1e30  # of a scale, so that a product with weights of ordinary size stays finite in float32
@@ -55,14 +56,9 @@ def read_config(folder: Path) -> AdapterConfig:
     Raises UserError if it is missing, has a field of a wrong type or out of range, or describes more than plain LoRA.
     """
     where = f"adapter {folder}: adapter_config.json"
-    try:
-        content = parse_json((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"adapter {folder}: no adapter_config.json there; give a folder that holds an adapter") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where} cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{where} is not a LoRA adapter's")
+    if not os.path.exists(path := folder / "adapter_config.json"):
+        raise UserError(f"adapter {folder}: no adapter_config.json there; give a folder that holds an adapter")
+    content = read_object(path, where)
     fields = _Fields(content, where)
     return _peft(fields) if "peft_type" in content else _mlx(fields)
 

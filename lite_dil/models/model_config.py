@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lite_dil.base.errors import UserError, first_line
-from lite_dil.base.strict_json import parse_json
+from lite_dil.base.checked import read_object
+from lite_dil.base.errors import UserError
 
 _LARGEST = 2**24  # of a size: larger ones are damage, and would be allocated
 # Model types that split their width evenly into heads where head_dim does not say otherwise.
@@ -20,12 +20,7 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
 
     Raises UserError if it cannot be read, or if a field that is computed with has a wrong type or is out of range.
     """
-    try:
-        config = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: {path.name} cannot be read ({first_line(error)})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{where}: {path.name} is not a model's config")
+    config = read_object(path, f"{where}: {path.name}")
     check(config, where)
     return config
 

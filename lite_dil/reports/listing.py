@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError
+from lite_dil.config.resume import other_options
 from lite_dil.objectives.own import shown
 from lite_dil.reports.outcome import FACTS, RunRecord, read_facts
 from lite_dil.runs.folder import RunFolder
-from lite_dil.runs.history import History, read_history, wrong_metrics
+from lite_dil.runs.history import History, checked_history, metrics_of
 from lite_dil.runs.options_file import OPTIONS_FILE, read_options
 
 _DEPTH = 3  # folders below the given one: a comparison's are in NAME/runs/
@@ -95,13 +97,13 @@ def _read(folder: Path) -> ListedRun:
     try:
         config = read_options(folder)
         facts = read_facts(folder) if (folder / FACTS).exists() else {}
-        history = read_history(run.metrics)
-        if wrong := wrong_metrics(folder, facts.get("metrics")):
+        history, wrong = checked_history(folder, metrics_of(folder), facts.get("metrics"))
+        if wrong := wrong or other_options(folder, config):
             raise UserError(wrong)
         return _listed(folder, changed, config, facts, history)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, UserError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
-        return ListedRun(folder, changed, "damaged", why.replace(f"{folder}/", ""))
+        return ListedRun(folder, changed, "damaged", why.replace(f"{folder}{os.sep}", ""))
 
 
 def _listed(folder: Path, changed: float, config: dict[str, Any], facts: dict[str, Any], history: History) -> ListedRun:

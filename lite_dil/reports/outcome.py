@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lite_dil.base.checked import with_digest, without_digest
-from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.checked import read_object, with_digest
 from lite_dil.base.files import replace_file
 from lite_dil.base.formats import RUN, check_format
+from lite_dil.base.hashing import file_pieces, sha256
 from lite_dil.base.shares import standard_error
 from lite_dil.base.shell import command
-from lite_dil.base.strict_json import parse_json
+from lite_dil.config.resume import other_options
 from lite_dil.config.train_config import flag
 from lite_dil.data.overlap import Overlap
 from lite_dil.objectives.own import shown
 from lite_dil.objectives.table import objective_of
 from lite_dil.reports.pairs import PAIRS, HeldOutPairs, by_longer, read_pairs
 from lite_dil.reports.samples import Sample, read_samples
-from lite_dil.runs.history import History, read_history, wrong_metrics
+from lite_dil.runs.history import History, checked_history, metrics_of
 from lite_dil.runs.options_file import read_options
 
 FACTS, SAMPLES = "report.json", "report_samples.jsonl"
@@ -97,11 +97,7 @@ def with_error(accuracy: float, data: dict[str, Any], config: dict[str, Any]) ->
 
 def read_facts(folder: Path) -> dict[str, Any]:
     """Read a run's report.json. Raises UserError if it cannot be read or is not what the run wrote."""
-    path = folder / FACTS
-    try:
-        facts = without_digest(parse_json(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+    facts = read_object(folder / FACTS, digest=True)
     check_format(facts, RUN, folder)
     return facts
 
@@ -111,17 +107,36 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     replace_file(folder / FACTS, json.dumps(with_digest(facts), indent=1) + "\n")
 
 
-def read_record(folder: Path) -> RunRecord:
+def digests_of(folder: Path) -> dict[str, str]:
+    """Return the digests of a run's sample answers and held-out pairs, for report.json; "" for one that is not there."""
+    paths = {name: folder / name for name in (SAMPLES, PAIRS)}
+    return {name: sha256(file_pieces(path)) if path.exists() else "" for name, path in paths.items()}
+
+
+def other_files(folder: Path, facts: dict[str, Any]) -> dict[str, str]:
+    """Return the digests in report.json of those files that are there and have others; none where it has none."""
+    now = digests_of(folder)
+    return {name: noted for name, noted in facts.get("files", {}).items() if now.get(name, "") not in ("", noted)}
+
+
+def read_record(folder: Path, metrics: bytes | None = None) -> RunRecord:
     """Read a run's folder: config.yaml, report.json, metrics.jsonl, report_samples.jsonl and held_out_pairs.json.
+
+    `metrics` is the content of metrics.jsonl if it has been read.
 
     Of damaged metrics, samples and pairs the rest is read; `RunRecord.damage` names them. Raises UserError if config.yaml or
     report.json is damaged.
     """
     facts = read_facts(folder)
-    damage = [wrong] if (wrong := wrong_metrics(folder, facts.get("metrics"))) else []
+    options = read_options(folder)
+    history, wrong = checked_history(folder, metrics_of(folder) if metrics is None else metrics, facts.get("metrics"))
+    damage = [text for text in (wrong, other_options(folder, options)) if text]
+    others, told = other_files(folder, facts), len(damage)
     samples, pairs = read_samples(folder / SAMPLES, damage.append), read_pairs(folder / PAIRS, damage.append)
-    history = read_history(folder / "metrics.jsonl")
-    return RunRecord(folder, read_options(folder), facts, history, samples, pairs, damage)
+    if others and len(damage) == told:  # whole, but of another run
+        damage += [f"{folder / name} is not what the run wrote" for name in others]
+        samples, pairs = [] if SAMPLES in others else samples, None if PAIRS in others else pairs
+    return RunRecord(folder, options, facts, history, samples, pairs, damage)
 
 
 def what(record: RunRecord) -> str:

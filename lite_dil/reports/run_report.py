@@ -20,9 +20,9 @@ from lite_dil.base.formats import KEY, RUN
 from lite_dil.base.observer import Event, Observer
 from lite_dil.base.version import __version__
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.reports.outcome import read_facts, read_record, write_facts
+from lite_dil.reports.outcome import digests_of, other_files, read_facts, read_record, write_facts
 from lite_dil.runs.folder import RunFolder
-from lite_dil.runs.history import size_and_hash, wrong_metrics
+from lite_dil.runs.history import metrics_of, size_and_hash, wrong_metrics
 
 REPORT = "report.html"
 _LIBRARIES = {"mlx": ("mlx", "mlx-lm"), "torch": ("torch", "transformers", "peft")}
@@ -51,6 +51,7 @@ class RunReport(Observer):
         self.folder, self.facts, self.every, self.memory, self.say = folder, facts, every, memory, say
         self._told: set[str] = set()
         self._noted: Any = None
+        self._others: dict[str, str] = {}
 
     def started(self, event: Event) -> None:
         """Write the report of a run whose steps were all taken before; in others, note the metrics that were kept."""
@@ -58,7 +59,7 @@ class RunReport(Observer):
             self._check_metrics()
             self.write()
         else:
-            self._write_facts()
+            self._write_facts(metrics_of(self.folder.path))
 
     def after_step(self, event: Event) -> None:
         """Write if due."""
@@ -94,21 +95,25 @@ class RunReport(Observer):
         """
         try:
             with failing(self.folder.path / REPORT):
-                self._write_facts()
-                write_report(self.folder.path, self._tell)
+                metrics = metrics_of(self.folder.path)
+                self._write_facts(metrics)
+                write_report(self.folder.path, self._tell, metrics)
         except DiskFailed as error:
             if not said:
                 self.say(f"{error}. The run continues without its report")
 
-    def _write_facts(self) -> None:
-        self.facts["metrics"] = self._noted or size_and_hash(self.folder.metrics)
+    def _write_facts(self, metrics: bytes | None) -> None:
+        self.facts["metrics"] = self._noted or size_and_hash(metrics)
+        self.facts["files"] = digests_of(self.folder.path) | self._others
         write_facts(self.folder.path, self.facts)
 
     def _check_metrics(self) -> None:
-        """Keep the hash of the metrics in report.json if they are others by now, so that this stays known."""
+        """Keep the digests in report.json of files that are others by now, so that this stays known."""
         with suppress(UserError):  # there is no report yet, or it is damaged and written anew
-            noted = read_facts(self.folder.path).get("metrics")
+            facts = read_facts(self.folder.path)
+            noted = facts.get("metrics")
             self._noted = noted if wrong_metrics(self.folder.path, noted) else None
+            self._others = other_files(self.folder.path, facts)
 
     def _tell(self, damage: str) -> None:
         if damage not in self._told:
@@ -116,11 +121,14 @@ class RunReport(Observer):
             self.say(f"warning: {damage}")
 
 
-def write_report(folder: Path, say: Callable[[str], None] = unheard) -> Path:
-    """Write a run's report.html from the other files in its folder; return its path. `say` is told what is damaged."""
+def write_report(folder: Path, say: Callable[[str], None] = unheard, metrics: bytes | None = None) -> Path:
+    """Write a run's report.html from the other files in its folder; return its path.
+
+    `say` is told what is damaged. `metrics` is the content of metrics.jsonl if it has been read.
+    """
     from lite_dil.reports.page import render
 
-    record, path = read_record(folder), folder / REPORT
+    record, path = read_record(folder, metrics), folder / REPORT
     for damage in record.damage:
         say(damage)
     replace_file(path, render(record))

@@ -35,7 +35,7 @@ from lite_dil.data.reader import Problem
 from lite_dil.runs.metrics_lines import parse_lines
 from lite_dil.runs.options_file import OPTIONS_FILE, Edited, read_options, text_of
 from lite_dil.runs.progress import Progress, read_progress, write_progress
-from lite_dil.runs.seal import DIGESTS, Damaged, seal, unsealed
+from lite_dil.runs.seal import DIGESTS, Damaged, recorded, seal, unsealed
 
 RUNS = Path("runs")
 _POLICY = ("adapters", "policy")  # in a checkpoint
@@ -326,6 +326,14 @@ def recorded_with(adapter: Path) -> dict[str, Any]:
             f"adapter {adapter} is damaged: {error}. Give an older checkpoint, or --resume the run, which writes it again; "
             f"if you changed it on purpose, delete {DIGESTS}"
         ) from None
+
+
+def trained_options(adapter: Path) -> dict[str, Any]:
+    """Return what `recorded_with` does, without reading the files again; none if the seal itself is damaged."""
+    try:
+        return recorded(checkpoint_of(adapter) or adapter) or {}
+    except Damaged:
+        return {}
 
 
 def _format(checkpoint: Path) -> int:

@@ -98,6 +98,10 @@ class History:
     def __init__(self) -> None:
         self.train, self.held_out = MetricColumns(), MetricColumns()
 
+    def add(self, line: dict[str, Any]) -> None:
+        """Add a line of training or of an evaluation."""
+        (self.held_out if "eval_loss" in line else self.train).add(line)
+
     @property
     def step(self) -> int:
         """The last logged step."""
@@ -112,21 +116,24 @@ class History:
 
 def read_history(path: Path) -> History:
     """Read metrics.jsonl, without an incomplete last line, which a killed run may leave."""
-    history = History()
-    if not path.exists():
-        return history
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            if (line := parse_line(text)) is None:
-                continue
-            (history.held_out if "eval_loss" in line else history.train).add(line)
-    return history
+    return _history(path.read_bytes() if path.exists() else b"")[0]
 
 
-def size_and_hash(metrics: Path) -> list[Any]:
-    """Return the size and the hash of a metrics.jsonl, for `wrong_metrics`."""
-    content = metrics.read_bytes() if metrics.exists() else b""
-    return [len(content), sha256([content])]
+def metrics_of(folder: Path) -> bytes | None:
+    """Return the content of a run's metrics.jsonl, or None if it has no such file."""
+    path = RunFolder(folder).metrics
+    return path.read_bytes() if path.exists() else None
+
+
+def checked_history(folder: Path, metrics: bytes | None, noted: Any = None) -> tuple[History, str]:
+    """Return the good lines of metrics, a result of `metrics_of`, and what is wrong with them as `wrong_metrics` does."""
+    history, bad = _history(metrics or b"")
+    return history, _wrong(folder, metrics, bad, noted)
+
+
+def size_and_hash(metrics: bytes | None) -> list[Any]:
+    """Return the size and the hash of metrics, a result of `metrics_of`, for `wrong_metrics`."""
+    return [len(metrics or b""), sha256([metrics or b""])]
 
 
 def wrong_metrics(folder: Path, noted: Any = None) -> str:
@@ -134,6 +141,37 @@ def wrong_metrics(folder: Path, noted: Any = None) -> str:
 
     Its newest checkpoint has one. `noted`, a result of `size_and_hash` in report.json, is of the evaluations after it too.
     """
+    metrics = metrics_of(folder)
+    return _wrong(folder, metrics, parse_lines(metrics or b"")[1], noted)
+
+
+def read_metrics(folder: Path, noted: Any = None) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl; none if it has no such file. `noted` is that of `wrong_metrics`.
+
+    Raises UserError if they are not what the run wrote.
+    """
+    metrics = metrics_of(folder)
+    lines, bad = parse_lines(metrics or b"")
+    if wrong := _wrong(folder, metrics, bad, noted):
+        raise UserError(wrong)
+    return lines
+
+
+def _history(content: bytes) -> tuple[History, int]:
+    """Return the good lines, and the number of damaged ones, of which a last line that was cut off is none."""
+    history, bad, (*texts, last) = History(), 0, content.split(b"\n")
+    for text in texts:
+        if (line := parse_line(text)) is None:
+            bad += 1
+        else:
+            history.add(line)
+    if (line := parse_line(last)) is not None:
+        history.add(line)
+    return history, bad
+
+
+def _wrong(folder: Path, content: bytes | None, bad: int, noted: Any) -> str:
+    """Return what is wrong with the content of a metrics.jsonl, or None for no such file, of which `bad` lines are damaged."""
     run = RunFolder(folder)
     known = [noted] if isinstance(noted, list) and len(noted) == 2 else []
     if (checkpoint := run.latest()) is not None:
@@ -144,19 +182,7 @@ def wrong_metrics(folder: Path, noted: Any = None) -> str:
             return f"{checkpoint} is damaged: {error}"
     if not known:  # of an older version
         return ""
-    if not run.metrics.exists():
+    if content is None:
         return f"{run.metrics} is missing" if any(size for size, _ in known) else ""
-    content = run.metrics.read_bytes()
-    bad = any(sha256([content[:size]]) != value for size, value in known) or parse_lines(content)[1]
-    return f"{run.metrics} is not what the run wrote" if bad else ""
-
-
-def read_metrics(folder: Path, noted: Any = None) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl; none if it has no such file. `noted` is that of `wrong_metrics`.
-
-    Raises UserError if they are not what the run wrote.
-    """
-    if wrong := wrong_metrics(folder, noted):
-        raise UserError(wrong)
-    path = RunFolder(folder).metrics
-    return parse_lines(path.read_bytes())[0] if path.exists() else []
+    other = any(sha256([content[:size]]) != value for size, value in known)
+    return f"{run.metrics} is not what the run wrote" if other or bad else ""

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lite_dil.base.errors import UserError, first_line
+from lite_dil.base.checked import read_object
+from lite_dil.base.errors import UserError
 from lite_dil.base.files import write
 from lite_dil.base.formats import KEY, RUN, check_format
-from lite_dil.base.strict_json import parse_json
 
 _NAME = "progress.json"
 
@@ -50,12 +50,7 @@ def write_progress(checkpoint: Path, progress: Progress) -> None:
 def read_progress(checkpoint: Path) -> Progress:
     """Read a checkpoint's progress.json. Raises UserError if it cannot be read, or has a field of a wrong type."""
     path = checkpoint / _NAME
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: is not an object with a run's progress")
+    content = read_object(path)
     check_format(content, RUN, checkpoint)
     content.pop(KEY, None)
     if "step" not in content:

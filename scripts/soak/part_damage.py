@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from soak import forks
+from soak.damage_cases import cases
 from soak.row import Row
 
 # Rows of the table, by how a file's path in the world begins.
@@ -20,7 +21,8 @@ _KINDS = {
     "run/": "a run's own files",
     "done/adapter/": "a final adapter's files",
     "done/": "a run's own files",
-    "cache/": "the caches",
+    "cache/tokens/": "the store of tokens",
+    "cache/": "the other caches",
     "sampled": "drawn, generated and labelled rows",
     "answers": "drawn, generated and labelled rows",
     "labels": "drawn, generated and labelled rows",
@@ -28,27 +30,26 @@ _KINDS = {
 }
 
 
-def rows(output: Path, *, short: bool) -> Iterator[Row]:
-    """Yield a row for each backend and kind of file. A process with the libraries loaded forks for each case."""
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
-    worker = Path(__file__).parent / "damage_worker.py"
-    argv = [sys.executable, str(worker), str(output), "short" if short else "long"]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    with (
-        (output / "errors").open("w") as errors,
-        subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=errors, text=True) as done,
-    ):
-        for line in done.stdout or ():
-            case = json.loads(line)
-            kind = next(kind for start, kind in _KINDS.items() if case["path"].startswith(start))
-            found[case["backend"], kind].append(case)
-    for (backend, kind), cases in found.items():
-        failures = [case["failure"] for case in cases if case["failure"]]
-        outcomes = Counter(case["outcome"] for case in cases)
-        yield Row("damage", f"{kind}, {backend}", outcomes, failures, sum(case["seconds"] for case in cases))
-    if done.returncode:
-        last = (output / "errors").read_text(encoding="utf-8").splitlines()[-1:]
-        yield Row("damage", "the cases could not be run", Counter({"ended": 1}), last or [f"exit code {done.returncode}"])
-    else:
-        shutil.rmtree(output)
+def pieces(*, short: bool) -> list[str]:
+    """Return the backends."""
+    return ["cpu", "mlx"]
+
+
+@contextmanager
+def opened(output: Path, *, short: bool) -> Iterator[Callable[[str], Iterator[Row]]]:
+    """Give a function that yields a row for each kind of file of a backend. This process forks for each case."""
+    forks.load()
+    yield lambda backend: _rows(output / backend, backend, short)
+
+
+def _rows(output: Path, backend: str, short: bool) -> Iterator[Row]:
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for case in cases(output, backend, short=short):
+        found[next(kind for start, kind in _KINDS.items() if case["path"].startswith(start))].append(case)
+        if case["failure"]:
+            print(case["failure"], file=sys.stderr, flush=True)
+    for kind, some in found.items():
+        failures = [case["failure"] for case in some if case["failure"]]
+        outcomes = Counter(case["outcome"] for case in some)
+        yield Row("damage", kind, outcomes, failures, sum(case["cpu"] for case in some), backend)
+    shutil.rmtree(output)

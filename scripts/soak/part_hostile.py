@@ -32,6 +32,11 @@ from lite_dil.data.reader import read_rows
 from lite_dil.data.rendering import Rendering
 
 PURE, LOADED = 10_000, 300
+TARGETS = (
+    *("files of rows", "chat templates", "options in YAML", "names", "run folders, listed"),
+    *("files of rows, by the command", "options in YAML, by the command", "run folders, resumed", "adapters"),
+    *("model configs, planned", "model configs, loaded"),
+)
 _SHORT = {PURE: 150, LOADED: 4}
 # A template's ten seconds would make most of this part's time.
 _TEMPLATE_SECONDS = 0.5
@@ -40,35 +45,42 @@ _TEMPLATE_SECONDS = 0.5
 class _Target(NamedTuple):
     """What is drawn, what is done with it, and how often."""
 
-    what: str
     drawn: st.SearchStrategy[Any]
     case: Callable[[Any], Any]
     examples: int
 
 
-def rows(output: Path, *, short: bool) -> Iterator[Row]:
-    """Yield a row for each target. The same cases are drawn every time, those of the short form among them or not."""
+def pieces(*, short: bool) -> list[str]:
+    """Return the targets' names."""
+    return list(TARGETS)
+
+
+@contextlib.contextmanager
+def opened(output: Path, *, short: bool) -> Iterator[Callable[[str], Iterator[Row]]]:
+    """Give a function that yields the row of a target. The same cases are drawn every time."""
     environment = dict(os.environ)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     os.environ["XDG_CACHE_HOME"] = os.environ["LITE_DIL_CACHE"] = str(output / "cache")
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
     before, template_costs.MOST_SECONDS = template_costs.MOST_SECONDS, _TEMPLATE_SECONDS
     here = Path.cwd()
     (deep := output / "a" / "b" / "c" / "d" / "e").mkdir(parents=True)
     os.chdir(deep)  # names without a folder are looked for here; five times ".." is the output
     try:
-        for target in _targets(output):
-            yield _tried(target, output, _SHORT[target.examples] if short else target.examples)
+        targets = _targets(output)
+
+        def take(name: str) -> Iterator[Row]:
+            target = targets[name]
+            yield _tried(name, target, output, _SHORT[target.examples] if short else target.examples)
+
+        yield take
     finally:
         os.chdir(here)
         os.environ.clear()
         os.environ.update(environment)
         template_costs.MOST_SECONDS = before
-    shutil.rmtree(output)
 
 
-def _tried(target: _Target, folder: Path, examples: int) -> Row:
+def _tried(what: str, target: _Target, folder: Path, examples: int) -> Row:
     outcomes: Counter[str] = Counter()
     failures: list[str] = []
     start = time.process_time()
@@ -87,7 +99,7 @@ def _tried(target: _Target, folder: Path, examples: int) -> Row:
         run()
     except Exception as error:  # whatever a case raises that is no message is what this looks for
         failures += map(_told, getattr(error, "exceptions", [error]))  # several are a group
-    return Row("hostile", target.what, outcomes, failures, time.process_time() - start)
+    return Row("hostile", what, outcomes, failures, time.process_time() - start)
 
 
 def _told(error: BaseException) -> str:
@@ -101,7 +113,7 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__} at {place}: {str(error)[:300]!r}; {example[:500]!r}"
 
 
-def _targets(folder: Path) -> list[_Target]:
+def _targets(folder: Path) -> dict[str, _Target]:
     model, data, run = folder / "model", folder / "rows.jsonl", folder / "run"
     make_model(model)
     write_rows(data, 8)
@@ -117,19 +129,25 @@ def _targets(folder: Path) -> list[_Target]:
     settled = st.sampled_from([*_RUN_FILES, *_RUN_FILES[:3]]).flatmap(
         lambda name: st.tuples(st.just(name), cases.damaged((run / name).read_bytes(), name.endswith(".json")))
     )
-    return [
-        _Target("files of rows", inputs.files_of_rows(), cases.rows, PURE),
-        _Target("files of rows, by the command", inputs.files_of_rows(), cases.data, LOADED),
-        _Target("chat templates", TEMPLATES, cases.template, PURE),
-        _Target("options in YAML", inputs.YAML, cases.options, PURE),
-        _Target("options in YAML, by the command", inputs.YAML, cases.planned_by, LOADED),
-        _Target("names", st.tuples(inputs.NAMES, st.integers(0, 9)), cases.name, PURE),
-        _Target("run folders, listed", settled, cases.listed, PURE),
-        _Target("run folders, resumed", settled, cases.resumed, LOADED),
-        _Target("adapters", st.tuples(inputs.objects(adapter), inputs.broken(weights)), cases.adapter, LOADED),
-        _Target("model configs, planned", configs, cases.planned, LOADED),
-        _Target("model configs, loaded", configs, cases.loaded, LOADED),
-    ]
+    return dict(
+        zip(
+            TARGETS,
+            [
+                _Target(inputs.files_of_rows(), cases.rows, PURE),
+                _Target(TEMPLATES, cases.template, PURE),
+                _Target(inputs.YAML, cases.options, PURE),
+                _Target(st.tuples(inputs.NAMES, st.integers(0, 9)), cases.name, PURE),
+                _Target(settled, cases.listed, PURE),
+                _Target(inputs.files_of_rows(), cases.data, LOADED),
+                _Target(inputs.YAML, cases.planned_by, LOADED),
+                _Target(settled, cases.resumed, LOADED),
+                _Target(st.tuples(inputs.objects(adapter), inputs.broken(weights)), cases.adapter, LOADED),
+                _Target(configs, cases.planned, LOADED),
+                _Target(configs, cases.loaded, LOADED),
+            ],
+            strict=True,
+        )
+    )
 
 
 _TINY = ("--backend", "cpu", "--report-samples", "0", "--batch-size", "2", "--dtype", "float32")

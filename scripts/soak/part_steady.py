@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +19,15 @@ from soak import tiny_world
 from soak.row import Row
 
 STEPS, SHORT_STEPS, PAIRS = 2000, 100, 300_000
+LARGE = f"{PAIRS:,} pairs"
 # From the second to the last quarter: resident memory may grow by a twentieth and 16 MB, the median step's CPU time by a
 # quarter (the machine has other work), and open files not at all.
 MEMORY, MEMORY_MB, STEP_TIME = 0.05, 16.0, 0.25
-# CPU seconds for 300,000 pairs: half of 86 and 78, from before the tokens were kept on disk.
-START, RESUME = 43.0, 39.0
+# The first start reads, checks and tokenises all pairs and keeps the tokens: at most so many times what transformers'
+# `apply_chat_template` alone takes for them, measured beside it. A start that finds them, and a resume: at most half of the
+# first. Seconds would be a bound on the machine.
+FIRST, LATER = 3.0, 0.5
+ROWS = 3000  # of which transformers' time is measured
 
 
 class Used(NamedTuple):
@@ -31,27 +37,33 @@ class Used(NamedTuple):
     memory: float
 
 
-def rows(output: Path, *, short: bool) -> Iterator[Row]:
-    """Yield a row for each backend, and one for the large data."""
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
-    for backend in ("cpu", "mlx"):
-        yield _steps(backend, SHORT_STEPS if short else STEPS, output / backend)
-    if not short:
-        yield _pairs(output / "pairs")
-    shutil.rmtree(output)
+def pieces(*, short: bool) -> list[str]:
+    """Return the names of the pieces."""
+    return ["cpu", "mlx"] if short else ["cpu", "mlx", LARGE]
+
+
+@contextmanager
+def opened(output: Path, *, short: bool) -> Iterator[Callable[[str], Iterator[Row]]]:
+    """Give a function that yields the row of many steps on a backend, or of the large data."""
+    steps = SHORT_STEPS if short else STEPS
+
+    def take(name: str) -> Iterator[Row]:
+        yield _pairs(output / "pairs") if name == LARGE else _steps(name, steps, output / name)
+
+    yield take
 
 
 def _steps(backend: str, steps: int, place: Path) -> Row:
-    place.mkdir()
-    began, worker = time.monotonic(), Path(__file__).parent / "steady_worker.py"
+    place.mkdir(parents=True)
+    before, worker = _cpu(), Path(__file__).parent / "steady_worker.py"
     done = subprocess.run(
         [sys.executable, str(worker), backend, str(steps), str(place)],
         capture_output=True,
         text=True,
         env={**os.environ, "LITE_DIL_CACHE": str(place / "cache")},
     )
-    what, seconds = f"{steps:,} steps on {backend}, second quarter and last", time.monotonic() - began
+    what, seconds = f"{steps:,} steps on {backend}, second quarter and last", _cpu() - before
+    shutil.rmtree(place)
     if done.returncode:
         return Row("steady", what, Counter({"ended": 1}), done.stderr.splitlines()[-1:] or ["ended"], seconds)
     _, (memory, files, step), _, (memory_last, files_last, step_last) = json.loads(done.stdout.splitlines()[-1])
@@ -71,9 +83,10 @@ def _steps(backend: str, steps: int, place: Path) -> Row:
 
 def _pairs(place: Path) -> Row:
     """Start and resume on many pairs, each by the command in a process of its own."""
-    place.mkdir()
-    began, run = time.monotonic(), place / "run"
+    place.mkdir(parents=True)
+    run = place / "run"
     model, data = tiny_world.make_model(place / "model"), tiny_world.write_rows(place / "pairs.jsonl", PAIRS)
+    plain = _plain(model, data)
     own = ["--data", str(data), "--model", str(model), "--backend", "cpu", "--dtype", "float32", "--eval-fraction", "0"]
     own += ["--report-samples", "0", "--max-steps", "2", "--save-steps", "1", "--batch-size", "2"]
     used = {"start": _used(place, ["train", *own, "--output-dir", str(run)])}
@@ -81,10 +94,38 @@ def _pairs(place: Path) -> Row:
     for path in (run / "checkpoints" / "step-2", run / "adapter"):  # as a kill after the first step leaves it
         shutil.rmtree(path)
     used["resume"] = _used(place, ["train", "--resume", str(run)])
-    allowed = {"start": START, "start again": START, "resume": RESUME}
-    figures = {name: f"{name}: {each.seconds:.0f} s of CPU, {each.memory:.0f} MB" for name, each in used.items()}
+    shutil.rmtree(place)
+    first = used["start"].seconds
+    allowed = {"start": FIRST * plain, "start again": LATER * first, "resume": LATER * first}
+    figures = {
+        name: f"{name} {each.seconds:.0f} s of CPU ({each.seconds / first:.0%} of the first start), {each.memory:.0f} MB"
+        for name, each in used.items()
+    }
     failures = [f"{figures[name]}; at most {most:.0f} s" for name, most in allowed.items() if used[name].seconds > most]
-    return Row("steady", f"{PAIRS:,} pairs", Counter(figures.values()), failures, time.monotonic() - began)
+    seconds = sum(each.seconds for each in used.values())
+    what = f"{LARGE}; transformers' apply_chat_template alone takes {plain:.0f} s for them"
+    return Row("steady", what, Counter(figures.values()), failures, seconds)
+
+
+def _plain(model: Path, data: Path) -> float:
+    """Return the CPU seconds that the rows take, each read, rendered and tokenised with its answers by transformers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with data.open(encoding="utf-8") as file:
+        lines = [next(file) for _ in range(ROWS)]
+    began = time.process_time()
+    for line in lines:
+        row = json.loads(line)
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)
+        for side in ("chosen", "rejected"):
+            tokenizer.apply_chat_template(row["prompt"] + row[side])
+    return (time.process_time() - began) * PAIRS / ROWS
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _used(place: Path, argv: Sequence[str]) -> Used:

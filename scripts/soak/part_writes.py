@@ -1,6 +1,6 @@
 """Kills, power cuts and failing disks at the writes of every command, each followed by the same command again.
 
-The libraries are loaded once, in two processes that fork for each case. Linux with a C compiler only.
+The libraries are loaded once, in a process that forks for each case. Linux with a C compiler only.
 """
 
 from __future__ import annotations
@@ -9,29 +9,25 @@ import json
 import random
 import shutil
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from queue import SimpleQueue
 
 from soak.row import Row
-from soak.writes.cases import BOTH, ERROR, ERROR_KILL, KILL, POWER, SLOW, Case, Outcome, Trial, keep
+from soak.writes.cases import BOTH, ERROR, ERROR_KILL, KILL, POWER, SLOW, Case, Trial, keep
 from soak.writes.commands import Command, commands
-from soak.writes.journal import Entry, Tree, tree_of
+from soak.writes.journal import Entry, tree_of
 from soak.writes.states import unlike
 from soak.writes.warm import FAILING, NotHere, Warm, build
 
-WRITERS, TWICE = "who writes", "twice the same"
+WRITERS, TWICE = "who changes the folder", "the same command twice"
 # How many cases of each kind a command has: spread over all that it writes, and of kills at most one for each.
-LONG = {KILL: 100, POWER: 120, BOTH: 16, ERROR: 64, ERROR_KILL: 16, SLOW: 1}
+LONG = {KILL: 21, POWER: 21, BOTH: 3, ERROR: 8, ERROR_KILL: 2, SLOW: 1}
 SHORT = {KILL: 2, POWER: 2, BOTH: 1, ERROR: 1, ERROR_KILL: 1}
 IN_SHORT = ("train, cpu", "train, mlx", "label, cpu", "export --format gguf")
 # What each kind is, in the table.
 TEXTS = {
-    WRITERS: "who changes the folder",
-    TWICE: "the same command twice",
     KILL: "a kill at a write",
     POWER: "a power cut at a write",
     BOTH: "a kill and a power cut, one of them during what was started next",
@@ -41,91 +37,56 @@ TEXTS = {
 }
 
 
-class _Found:
-    """What became of the cases of one kind, over all commands."""
-
-    def __init__(self) -> None:
-        self.outcomes, self.failures, self.commands, self.seconds = Counter[str](), list[str](), list[str](), 0.0
-
-    def add(self, command: str, outcomes: Iterable[str], failures: Iterable[str], seconds: float = 0.0) -> None:
-        counted = Counter(outcomes)
-        self.outcomes += counted
-        self.failures += [f"{command}, {failure}" for failure in failures]
-        self.commands.append(f"{command} {counted.total()}")
-        self.seconds += seconds
+def pieces(*, short: bool) -> list[str]:
+    """Return the commands' names."""
+    return list(IN_SHORT) if short else [command.name for command in commands(Path())]
 
 
-def rows(output: Path, *, short: bool) -> Iterator[Row]:
-    """Yield a row for each kind of case, with the CPU seconds of its cases."""
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+@contextmanager
+def opened(output: Path, *, short: bool) -> Iterator[Callable[[str], Iterator[Row]]]:
+    """Give a function that yields the rows of a command's cases; it yields none where they cannot be run."""
     try:
         layer = build(output)
     except NotHere as reason:
         print(f"writes: left out, {reason}", file=sys.stderr)
+        yield lambda name: iter(())
         return
-    found: dict[str, _Found] = defaultdict(_Found)
-    with ExitStack() as stack:
-        servers = [Warm(layer, output / f"server-{number}.txt") for number in range(1 if short else 2)]
-        for server in servers:
-            stack.callback(server.close)
-        servers[0].make(output)
-        for command in commands(output):
-            if not short or command.name in IN_SHORT:
-                _Commanded(command, output, servers).take(SHORT if short else LONG, found)
-    for kind, each in found.items():
-        what = f"{TEXTS[kind]}: {'; '.join(each.commands)}"
-        yield Row("writes", what, each.outcomes, each.failures, round(each.seconds, 1))
-
-
-class _Commanded:
-    """One command and its cases."""
-
-    def __init__(self, command: Command, output: Path, servers: Sequence[Warm]) -> None:
-        self.command, self.output, self.servers = command, output, servers
-        self.free: SimpleQueue[Warm] = SimpleQueue()
-        for server in servers:
-            self.free.put(server)
-
-    def take(self, most: dict[str, int], found: dict[str, _Found]) -> None:
-        """Run the command to its end twice, then all cases."""
-        first, name = self._trial(self.servers[0]), self.command.name
-        writers = self.output / "writers"
-        writers.unlink(missing_ok=True)
-        entries = first.uninterrupted(writers=str(writers))
-        reference = tree_of(first.folder)
-        if not first.made.exists():
-            shutil.copytree(first.folder, first.made)
-        found[WRITERS].add(name, *_writers(writers, entries))
+    server = Warm(layer, output / "server.txt")
+    try:
+        server.make(output)
+        named = {command.name: command for command in commands(output)}
+        first = Trial(named["train, cpu"], server, output / "place", output / "made")
         first.uninterrupted()
-        differs = list(unlike(reference, tree_of(first.folder)))
-        found[TWICE].add(name, ["failed" if differs else "equal"], differs)
-        with ThreadPoolExecutor(len(self.servers)) as pool:
-            for kind, number in most.items():
-                cases = list(_cases(kind, number, entries, random.Random(f"{name} {kind}")))
-                done = list(pool.map(lambda case: self._one(case, reference), cases))
-                failures = [f"{case}: {'; '.join(outcome.problems)[:300]}" for case, outcome, _ in done if outcome.problems]
-                seconds = sum(cpu for *_, cpu in done)
-                found[kind].add(name, [outcome.what for _, outcome, _ in done], failures, seconds)
-                print(f"# {name}, {kind}: {len(done)} cases, {seconds:.0f} s of CPU", file=sys.stderr, flush=True)
-                for failure in failures:
-                    print(f"#   {failure}", file=sys.stderr, flush=True)
+        shutil.copytree(first.folder, first.made)
+        yield lambda name: _rows(named[name], server, output, SHORT if short else LONG)
+    finally:
+        server.close()
 
-    def _trial(self, server: Warm, reference: Tree | None = None) -> Trial:
-        place = self.output / f"place-{self.servers.index(server)}"
-        place.mkdir(exist_ok=True)
-        return Trial(self.command, server, place, self.output / "made", reference or {})
 
-    def _one(self, case: Case, reference: Tree) -> tuple[Case, Outcome, float]:
-        server = self.free.get()
-        try:
-            before, trial = server.cpu, self._trial(server, reference)
+def _rows(command: Command, server: Warm, output: Path, most: dict[str, int]) -> Iterator[Row]:
+    """Run the command to its end twice, then all cases."""
+    trial = Trial(command, server, output / "place", output / "made")
+    (writers := output / "writers").unlink(missing_ok=True)
+    before = server.cpu
+    entries = trial.uninterrupted(writers=str(writers))
+    reference = tree_of(trial.folder)
+    outcomes, failures = _writers(writers, entries)
+    yield Row("writes", WRITERS, Counter(outcomes), failures, server.cpu - before, command.name)
+    before = server.cpu
+    trial.uninterrupted()
+    differs = list(unlike(reference, tree_of(trial.folder)))
+    yield Row("writes", TWICE, Counter(["failed" if differs else "equal"]), differs, server.cpu - before, command.name)
+    trial.reference = reference
+    for kind, number in most.items():
+        found, failures, before = Counter[str](), list[str](), server.cpu
+        for case in _cases(kind, number, entries, random.Random(f"{command.name} {kind}")):
             outcome = trial.take(case)
+            found[outcome.what] += 1
             if outcome.problems:
-                keep(trial, case, outcome.problems, self.output / "failed")
-            return case, outcome, server.cpu - before
-        finally:
-            self.free.put(server)
+                failures.append(f"{case}: {'; '.join(outcome.problems)[:300]}")
+                keep(trial, case, outcome.problems, output.parent / "failed")
+                print(f"{command.name}, {failures[-1]}", file=sys.stderr, flush=True)
+        yield Row("writes", TEXTS[kind], found, failures, round(server.cpu - before, 1), command.name)
 
 
 def _cases(kind: str, number: int, entries: Sequence[Entry], draw: random.Random) -> Iterator[Case]:

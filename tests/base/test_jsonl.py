@@ -11,6 +11,7 @@ import pytest
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.jsonl import JSONLines
+from lite_dil.base.lock import Lock
 
 ROWS = [{"a": 1}, {"b": "ü\u2028"}, [3]]
 
@@ -59,6 +60,23 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     del file
     JSONLines(tmp_path / "a.jsonl", "tests", alone=True).add(ROWS[0])
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some mounted drives: the work goes on, and nothing is left behind."""
+    fcntl = pytest.importorskip("fcntl", reason="Windows has other locks")
+
+    def refuse(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    said: list[str] = []
+    locks = [Lock(tmp_path, "--output-dir", said.append) for _ in range(2)]
+    expected = f"{tmp_path}: this file system has no locks ({os.strerror(errno.ENOLCK)}); start nothing else that writes there"
+    assert said == [expected, expected]
+    for lock in locks:
+        lock.release()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_broken_adapters_are_refused(tiny: str, tmp_path: Path, backend: str, ca
     good = str(write_pairs(tmp_path / "good.jsonl"))
     peft, mlx = '{"peft_type": "LORA", "r": 2, "lora_alpha": 4}', '{"lora_parameters": {"rank": 2, "scale": 2}}'
     for config, tensors, message in (
-        ("[]", b"", "is not a LoRA adapter's"),
+        ("[]", b"", "it is not a JSON object"),
         ("{", b"", "adapter_config.json cannot be read"),
         ('{"peft_type": "LORA"}', b"", "adapter_config.json: r is 'missing'; expected a whole number"),
         (peft, None, "no adapter_model.safetensors there"),

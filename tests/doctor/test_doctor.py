@@ -64,6 +64,27 @@ def test_a_check_that_ends_its_process_is_not_ok() -> None:
     assert "KeyError" in found.text
 
 
+def test_the_caches_are_said_with_their_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, hub = tmp_path / "own", tmp_path / "hub"
+    monkeypatch.setenv("LITE_DIL_CACHE", str(own))
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(examine, "examine", lambda backend, names: iter(()))
+    for path, size in ((own / "tokens" / "a", 1), (own / "rates.json", 2), (hub / "models--x" / "blobs" / "b", 4)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(size * 2**30)  # a hole
+    (hub / "models--x" / "weights").symlink_to(hub / "models--x" / "blobs" / "b")
+    main(["doctor", "--backend", "cpu"])
+    said = capsys.readouterr().out
+    assert f"cache     3.0 GB in {own} (tokens 1.0, other 2.0); LITE_DIL_CACHE moves it\n" in said
+    assert f"cache     4.0 GB in {hub}; HF_HUB_CACHE moves it\n" in said
+    main(["doctor", "--backend", "cpu", "--json"])
+    found = json.loads(capsys.readouterr().out)["caches_gb"]
+    assert found == {"tokens": 1.0, "reference": 0.0, "sampled": 0.0, "other": 2.0, "hub": 4.0}
+
+
 def test_json_holds_what_a_report_needs_and_nothing_private(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -294,6 +294,36 @@ def test_the_file_that_loaders_take_is_merged(tiny: str, tmp_path: Path) -> None
     assert {stored.path.name for stored in found.values()} == {"model.safetensors"}
 
 
+@pytest.mark.parametrize(
+    ("index", "why"),
+    [
+        ("{", "index.json cannot be read"),
+        ('{"weight_map": {}, "weight_map": {}}', "the key 'weight_map' is given twice"),
+        ('{"weight_map": ["model.safetensors"]}', "has no weight_map with the names of files"),
+        ('{"weight_map": {"a": 1}}', "has no weight_map with the names of files"),
+    ],
+)
+def test_a_damaged_index_is_one_message(index: str, why: str, tiny: str, tmp_path: Path) -> None:
+    shutil.copy(Path(tiny) / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=why):
+        merge.Checkpoint.open(tmp_path, "mine")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [("{", "cannot be read"), ("[]", "it is not a JSON object"), ('{"eos_token_id": ["2"]}', "expected a token's number")],
+)
+def test_a_damaged_generation_config_is_one_message(content: str, why: str, tmp_path: Path) -> None:
+    assert merge.defaults_of(tmp_path) == {}
+    (file := tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=rf"generation_config\.json: .*{why}"):
+        merge.defaults_of(tmp_path)
+    for right in ({}, {"eos_token_id": 2}, {"eos_token_id": [1, 2], "top_p": 0.9}, {"eos_token_id": None}):
+        file.write_text(json.dumps(right))
+        assert merge.defaults_of(tmp_path) == right
+
+
 def test_a_head_is_tied_where_neither_config_nor_files_have_one(tiny: str, tiny_tied: str, tmp_path: Path) -> None:
     for model, tied in ((tiny, False), (tiny_tied, True)):
         for key in ({}, {"tie_word_embeddings": tied}):

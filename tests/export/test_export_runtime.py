@@ -16,6 +16,7 @@ from tokenizers import processors
 from trainings import export
 from transformers import AutoTokenizer, GenerationConfig
 
+from lite_dil.base.errors import UserError
 from lite_dil.cli.main import main
 from lite_dil.export import gguf_reading, gguf_vocabulary, merge
 from lite_dil.models.find import load_tokenizer
@@ -25,6 +26,7 @@ ASK = [{"role": "user", "content": "how do you make tea"}]
 # The base ends in <|endoftext|>, 0, which its tokenizer also puts in front of a text. ChatML prints neither, and ends a
 # turn in <|im_end|>, 2.
 EOS, END = 0, 2
+COSTLY = "{{ 'a' * 2 ** 27 }}"
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +73,10 @@ def test_transformers_and_mlx_lm_end_where_training_did(
             for token, ends in ((EOS, True), (END, True), (7, False)):
                 assert made.ends_after(prompt, [9, 9, 9, 9, token]) == ends
             assert not made.ends_after(prompt, [9, END, 9, 9, END]), "before the last"
+            tokenizer = made.tokenizer._tokenizer if format == "mlx" else made.tokenizer
+            tokenizer.chat_template = COSTLY
+            with pytest.raises(UserError, match="its chat template, line 1, makes more than 64 MB of text"):
+                made.prompt(ASK)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -90,6 +96,10 @@ def test_llama_cpp_and_ollama_end_where_training_did(
         assert {EOS, END} <= made.end_ids() and made.prompt(ASK) == prompt
         for token, ends in ((EOS, True), (END, True), (7, False)):
             assert made.ends_after(prompt, [9, 9, 9, 9, token]) in (ends, None)
+        fields = made.fields if reader == "transformers" else made.file.metadata
+        fields["tokenizer.chat_template"] = COSTLY
+        with pytest.raises(UserError, match="its chat template, line 1, makes more than 64 MB of text"):
+            made.prompt(ASK)
 
 
 def test_an_export_that_does_not_stop_or_is_fed_otherwise_is_refused(

@@ -105,7 +105,8 @@ def test_errors_name_place_and_fix(tmp_path: Path) -> None:
             read_shape(str(tmp_path))
 
     refused("{", "config.json cannot be read")
-    refused("[]", "is not a model's config")
+    refused('{"hidden_size": 64, "hidden_size": 128}', "the key 'hidden_size' is given twice in one object")
+    refused("[]", "it is not a JSON object")
     refused('{"model_type": "llama", "hidden_size": 8}', "intermediate_size, num_hidden_layers, .* missing")
     with pytest.raises(UserError, match="no such folder"):
         read_shape(str(tmp_path / "none"))

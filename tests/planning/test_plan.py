@@ -321,7 +321,7 @@ def test_a_config_that_is_no_models(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = tmp_path / "config.json"
     for text, message in (
         ("{", "config.json cannot be read"),
-        ("[]", "config.json is not a model's config"),
+        ("[]", "it is not a JSON object"),
         ('{"model_type": "mamba"}', "model_type is 'mamba', whose layers plan does not know"),
     ):
         path.write_text(text)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,27 @@ def test_a_checkpoint_is_named_on_the_disk_up_to_the_first_new_folder(tmp_path: 
     assert synced == [tmp_path / "a", tmp_path]
     files.make_folder(tmp_path / "a" / "b")
     assert len(synced) == 2
+
+
+def test_the_older_checkpoint_stays_if_the_new_one_is_not_read_back_as_it_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create({})
+    run.save_checkpoint(Progress(1), lambda folder: files.write(folder / "weights", "abc"), 1)
+    replace = files.replace_folder
+
+    def badly(target: Path, fill: Callable[[Path], None]) -> None:
+        replace(target, fill)
+        (target / "weights").write_text("abd")  # what a failing disk gives back
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lite_dil.runs.folder.replace_folder", badly)
+        with pytest.raises(DiskFailed, match=r"step-2.*read back, weights is not what was written"):
+            run.save_checkpoint(Progress(2), lambda folder: files.write(folder / "weights", "abc"), 1)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-1", "step-2"]
+    run.save_checkpoint(Progress(3), lambda folder: files.write(folder / "weights", "abc"), 1)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-3"]
 
 
 def test_the_name_of_a_new_file_of_rows_is_on_the_disk(tmp_path: Path, synced: list[Path]) -> None:

@@ -31,6 +31,7 @@ from lite_dil.reports.trackers import Trackers
 from lite_dil.runs import rates
 from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.history import read_metrics
+from lite_dil.runs.options_file import read_options, text_of
 from lite_dil.training.reference_cache import ReferenceCache
 
 Said = pytest.CaptureFixture[str]
@@ -116,6 +117,64 @@ def test_the_report_says_what_it_leaves_out(folder: Path, name: str, capsys: Sai
         assert (str(folder / name) in capsys.readouterr().out) or name == "report_samples.jsonl"
     page = (folder / "report.html").read_text()
     assert (str(folder / name) in page) == (name != "report_samples.jsonl")  # those are answered again
+
+
+@pytest.fixture(scope="module")
+def another(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with another seed; its files are whole."""
+    place = tmp_path_factory.mktemp("another")
+    data, held_out = str(made / "pairs.jsonl"), str(made / "held_out.jsonl")
+    flags = ["--model", str(made / "model"), "--data", data, "--eval-data", held_out, "--dtype", "float32", "--seed", "5"]
+    flags += ["--max-steps", "2", "--save-steps", "1", "--report-samples", "1", "--lora-r", "4", "--backend", "cpu"]
+    run(flags, place / "run", "--max-length", "64", "--learning-rate", "1e-2")
+    return place / "run"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "report_samples.jsonl", "held_out_pairs.json"])
+def test_a_whole_file_of_another_run_is_said(folder: Path, another: Path, name: str) -> None:
+    shutil.copyfile(another / name, folder / name)
+    (said,) = read_record(folder).damage
+    assert said.startswith(f"{folder / name} is not what ")
+    if name == "config.yaml":
+        assert re.search(r" records: \w+ was .+, and is ", said)
+        (found,) = list_runs(folder)
+        assert found.state == "damaged" and found.why.startswith("config.yaml is not what step-2 records: ")
+
+
+def test_what_a_resumed_run_may_change_is_no_damage(folder: Path) -> None:
+    """Until its next checkpoint the last one records the options of before."""
+    shutil.rmtree(folder / "checkpoints" / "step-2")
+    shutil.rmtree(folder / "adapter")
+    options = read_options(folder)
+    del options["format"]
+    assert options["save_steps"] == 1
+    (folder / "config.yaml").write_text(text_of(options | {"save_steps": 7, "data": "moved.jsonl", "batch_size": 2}))
+    assert not any("config.yaml" in text for text in read_record(folder).damage)
+
+
+def test_an_export_of_a_run_whose_config_was_cut_says_what_was_trained(folder: Path, tmp_path: Path) -> None:
+    """The adapter has its options too."""
+
+    def card(name: str) -> str:
+        flags = ["--adapter", str(folder), "--format", "adapter", "--no-check", "--output", str(tmp_path / name)]
+        assert main(["export", *flags]) == 0
+        return (tmp_path / name / "README.md").read_text().replace(str(tmp_path / name), "")
+
+    whole, path = card("whole"), folder / "config.yaml"
+    text = path.read_text()
+    assert "learning rate" in whole.lower() and "rank 4" in whole
+    path.write_text(text[: len(text) // 2])
+    assert card("cut") == whole
+    path.unlink()
+    assert card("without") == whole
+
+
+def test_an_adapter_without_its_config_is_not_a_run_that_goes_on(folder: Path, capsys: Said) -> None:
+    (folder / "adapter" / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"adapter_config\.json is missing; restore it"):
+        dil.load(adapter=folder, trainable=False)
+    shutil.rmtree(folder / "adapter")
+    assert dil.load(adapter=folder, trainable=False).model
 
 
 def test_an_adapter_keeps_its_model(made: Path, folder: Path, tmp_path: Path, capsys: Said) -> None:

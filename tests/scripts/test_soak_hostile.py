@@ -17,7 +17,7 @@ if os.name != "posix":
     pytest.skip("signals and audit of paths as POSIX has them", allow_module_level=True)
 
 from soak import hostile_watch
-from soak.part_hostile import rows
+from soak.part_hostile import TARGETS, opened
 
 
 def refuse() -> int:
@@ -49,6 +49,7 @@ def test_what_is_right_is_not_called_harm(tmp_path: Path) -> None:
 
 
 def test_hostile_input_is_taken_or_refused(tmp_path: Path) -> None:
-    found = list(rows(tmp_path / "hostile", short=True))
+    with opened(tmp_path / "hostile", short=True) as rows:
+        found = [row for name in TARGETS for row in rows(name)]
     assert [(row.what, row.failures) for row in found if not row.ok] == []
     assert len(found) == 11 and all(set(row.outcomes) <= {"taken", "refused"} for row in found)

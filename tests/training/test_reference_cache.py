@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from conftest import config, examples, make_checkpoint, write_pairs
 
 from lite_dil.base.display import Silent
 from lite_dil.base.errors import UserError
+from lite_dil.base.hashing import blake2
 from lite_dil.batching.batch import Batch
-from lite_dil.models.fingerprint import reference_key
+from lite_dil.models.fingerprint import fingerprint, reference_key
 from lite_dil.recipes.preference import train
 from lite_dil.training.reference_cache import ReferenceCache, cache_folder, open_cache
 
@@ -103,6 +106,38 @@ def test_the_key_changes_with_all_that_the_reference_depends_on(tmp_path: Path) 
     weights = first / "model.safetensors"
     weights.write_bytes((second / "model.safetensors").read_bytes())
     assert key(first) != keys[0]
+
+
+def test_weights_changed_in_place_are_read_again_though_their_time_was_kept(tmp_path: Path) -> None:
+    """Their size and time of change are as before; the time that only the system sets is not."""
+    first, second = (make_checkpoint(tmp_path / name, seed=seed) for seed, name in enumerate(("first", "second")))
+    memo, weights = tmp_path / "memo", first / "model.safetensors"
+    before, stat = fingerprint(first, memo), weights.stat()
+    weights.write_bytes((second / "model.safetensors").read_bytes())
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    now = weights.stat()
+    assert (now.st_size, now.st_mtime_ns, now.st_ino) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    assert fingerprint(first, memo) == fingerprint(second, None) != before
+
+
+def test_a_files_name_is_its_hash_in_the_hubs_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's folder whose weights are a link to blobs/HASH, HASH being that of an honest model, is not that model."""
+    honest, other = (make_checkpoint(tmp_path / name, seed=seed) for seed, name in enumerate(("honest", "other")))
+    blob = "ab" * 32
+
+    def linked(cache: Path, weights: Path) -> Path:
+        (cache / "blobs").mkdir(parents=True)
+        shutil.copyfile(weights, cache / "blobs" / blob)
+        (model := cache / "snapshots" / "x").mkdir(parents=True)
+        (model / "model.safetensors").symlink_to(cache / "blobs" / blob)
+        return model
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    in_hub = linked(tmp_path / "hub" / "models--honest", honest / "model.safetensors")
+    strange = linked(tmp_path / "strange", other / "model.safetensors")
+    (tmp_path / "hub" / "models--honest" / "blobs" / blob).write_bytes(b"not read: the name says what it is")
+    values = [fingerprint(folder, tmp_path / "memo") for folder in (in_hub, strange)]
+    assert values[0] == blake2([f"model.safetensors {blob}\n".encode()]).hex() != values[1]
 
 
 def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:

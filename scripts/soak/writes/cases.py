@@ -56,6 +56,7 @@ class Trial:
     reference: Tree = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.place.mkdir(exist_ok=True)
         self.folder = self.place / "case"
         self.said = ""
 

@@ -37,6 +37,7 @@ import lite_dil.cli.generate  # noqa: E402
 import lite_dil.cli.label  # noqa: E402
 import lite_dil.recipes.preference  # noqa: E402
 from lite_dil.__main__ import main  # noqa: E402
+from lite_dil.data import token_cache  # noqa: E402
 from lite_dil.reports import charts  # noqa: E402
 
 with suppress(ImportError):
@@ -125,6 +126,7 @@ def _child(order: dict[str, Any]) -> None:
 
 def serve() -> None:
     charts.svg = _undrawn  # type: ignore[assignment]
+    token_cache.SMALL = 0  # the tokens of our few rows are kept, as those of large data are
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     answers.write("ready\n")
