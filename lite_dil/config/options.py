@@ -17,6 +17,7 @@ from lite_dil.config.foreign import key_here
 from lite_dil.config.train_config import FIELDS, ResolvedConfig, TrainConfig, flag
 from lite_dil.data.arguments import FIELD
 from lite_dil.objectives.own import is_own
+from lite_dil.objectives.reward_table import is_reward
 
 _HINTS = typing.get_type_hints(TrainConfig)
 
@@ -55,7 +56,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
             value = kind(value)
     except (ValueError, OverflowError, TypeError):  # TypeError: a date
         raise UserError(f"{where}: {value!r} is not {expected}") from None
-    if choices and value not in choices and not (name == "loss" and is_own(value)):
+    if choices and value not in choices and not (name == "loss" and (is_own(value) or is_reward(value))):
         raise UserError(f"{where}: {value!r}{did_you_mean(str(value), choices)} is not one of {', '.join(choices)}")
     return value
 
