@@ -113,7 +113,9 @@ class TrainConfig(
             if value is None:
                 continue
             if name not in objective.options:
-                problems.append(f"{flag(name)} belongs to {_owners(name, is_reward(loss))}, not to {shown(loss)}; leave it out")
+                problems.append(
+                    f"{flag(name)} belongs to {_owners(name, is_reward(loss))}, not to {shown(loss)}; leave it out"
+                )
                 continue
             spec = options_of(loss)[name]
             if not spec.choices and not spec.low <= value <= spec.high:
@@ -200,7 +202,7 @@ _RANGES = [
 ]
 
 
-# Options of a policy's training alone, each with the reason; and the values of those that a reward model's training has anyway.
+# Options of a policy's training alone, each with the reason, and the values that a reward model's training has of some.
 NOT_OF_REWARDS = {
     "logp_reduction": "is of log-ratios, which a reward model does not read",
     "reference": "is what a policy is compared with; a reward model has no reference",
@@ -230,6 +232,8 @@ def _between(low: float, high: float) -> str:
 
 _GROUPS = ("model", "data", "objective", "reward", "adapter", "optimisation", "engine", "run")
 FIELDS = {f.name: f for f in sorted(dataclasses.fields(TrainConfig), key=lambda f: _GROUPS.index(f.metadata["group"]))}
+# Those of a policy's training.
+POLICY_FIELDS = [name for name, field in FIELDS.items() if field.metadata["group"] != "reward"]
 # What may differ in a resumed run, because it does not change what is learned.
 FREE_ON_RESUME = {name for name, field in FIELDS.items() if field.metadata["kind"] in (FREE, WRITTEN)}
 # The split of a step into passes; only the product decides what is learned.

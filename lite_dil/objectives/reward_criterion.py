@@ -38,9 +38,10 @@ class RewardCriterion:
             chosen = rejected = sum(side.count(CHOSEN) * (len(side) - side.count(CHOSEN)) for side in signs)
         self.chosen_weight, self.rejected_weight = (len(examples) / max(number, 1) for number in (chosen, rejected))
 
-    def inputs(self, batch: LossBatch) -> dict[str, np.ndarray]:
+    def inputs(self, batch: LossBatch, baseline: float = 0.0) -> dict[str, np.ndarray]:
         """Return what the loss needs besides scores: indices of chosen and rejected responses, both (pairs,) for a pairwise
-        loss, and the pairs' margins."""
+        loss, and margins. `baseline` is of losses that compare with a reference.
+        """
         pairs = isinstance(self.form, Pairs)
         chosen, rejected = batch.pairs if pairs else (batch.chosen, batch.rejected)
         margins = np.zeros(len(batch.responses), np.float32)

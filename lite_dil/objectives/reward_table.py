@@ -1,4 +1,4 @@
-"""The table of losses of reward models, the values of ``--reward-loss``. Flags, help, errors and docs/rewards.md are made from it.
+"""The table of losses of reward models, the values of ``--reward-loss``. Flags, help and error messages are made from it.
 
 In a run's files such a loss is called ``reward:NAME``, so that nothing takes it for a loss of the policy.
 """
@@ -22,7 +22,8 @@ REWARD_OPTIONS = {
         "share eps of the labels taken to be wrong, which bounds what is learned by log((1 - eps) / eps)", None, high=0.499
     ),
     "log_ratio_cap": Option(
-        "above this log-ratio the loss continues along its tangent line instead of exponentially; metrics say how often (capped)",
+        "above this log-ratio the loss continues along its tangent line instead of exponentially; metrics say how often "
+        "(capped)",
         _CAP,
         low=1e-3,
         high=EXPONENT_LIMIT / 2,  # lsif takes e^2d
@@ -103,8 +104,10 @@ def _above_cap(d: Array, c: Constants) -> tuple[Array, float]:
 
 
 _DIL = "Xiao et al., ICLR 2025, arXiv 2503.05079"
-_RATIO = "d = log p/q, the log-ratio of chosen to rejected responses. On pairs labelled by comparing the two it is the log-ratio of "
-_MARGINALS = f"{_RATIO}the marginals, which is not the reward that labelled them ([what a head learns](#what-a-head-learns))."
+_MARGINALS = (
+    "d = log p/q, the log-ratio of chosen to rejected responses. On pairs labelled by comparing the two it is the log-ratio "
+    "of the marginals, which is not the reward that labelled them ([what a head learns](#what-a-head-learns))."
+)
 _RATE = 1e-4  # as every objective
 
 REWARDS: dict[str, Objective] = {
@@ -133,7 +136,7 @@ REWARDS: dict[str, Objective] = {
         formula="-log sigmoid((R_w - R_l) / sqrt((V_w^2 + V_l^2) / 2))",
         use="A second output says how noisy a response's reward is.",
         source="Sun 2024, arXiv 2403.12017, eq. 24-26",
-        note="The loss is the same for (c R, c V): what is saved is scaled so that the mean of log V is 0 over training responses.",
+        note="The loss is the same for (c R, c V): the saved scale makes the mean of log V 0 over training responses.",
         options=("label_smoothing",),
         reference=False,
         outputs=2,
@@ -146,8 +149,8 @@ REWARDS: dict[str, Objective] = {
         beta=None,
         learning_rate=_RATE,
         formula="log(1 + e^-d_w) + log(1 + e^d_l)",
-        use="The density ratio to recommend: a classifier of chosen against rejected responses, bounded in its gradient. Also on "
-        "unpaired responses.",
+        use="The density ratio to recommend: a classifier of chosen against rejected responses, whose gradient is bounded. "
+        "Also on unpaired responses.",
         source=f"{_DIL}, Table 1 and eq. 18-24; h(r) = r log r - (r + 1) log(r + 1)",
         note=_MARGINALS,
         options=("label_smoothing",),
@@ -193,8 +196,8 @@ REWARDS: dict[str, Objective] = {
         beta=None,
         learning_rate=_RATE,
         formula="-e^d_w + e^(2 d_l) / 2",
-        use="The paper's first choice for a policy. On a free head it is not bounded below and ran to NaN without the cap: prefer "
-        "bce or rulsif.",
+        use="The paper's first choice for a policy. On a free head it is not bounded below and ran to NaN without the cap: "
+        "prefer bce or rulsif.",
         source=f"{_DIL}, Table 1 and eq. 18-24; h(r) = (r - 1)^2 / 2",
         note=_MARGINALS,
         options=("label_smoothing", "log_ratio_cap"),

@@ -320,7 +320,7 @@ DIL_FAMILY = ("lsif", "ukl", "bce", "basu", "rulsif")
 
 
 def objective_of(loss: str) -> Objective:
-    """Return the row of a loss by its name in a run's files: also of a reward model's, or as a user-defined one's describes."""
+    """Return the row of a loss by its name in a run's files; for a user-defined loss, the row that its identity describes."""
     if is_reward(loss):
         return reward_objective(loss)
     return own.objective_of_identity(loss) if own.is_own(loss) else OBJECTIVES[loss]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -75,19 +76,25 @@ def with_margin(figures: dict[str, float]) -> dict[str, float]:
     return figures | {"rewards/margins": figures["rewards/chosen"] - figures["rewards/rejected"]}
 
 
-def count_step(progress: Progress, taken: Taken, seconds: float, options: ResolvedObjective) -> None:
-    """Add a step to the run's progress, and to the window of its next line."""
+def add_figures(means: Means, taken: Taken, options: ResolvedObjective) -> None:
+    """Add the metrics of a step's log-probs."""
+    assert taken.reference is not None  # every objective of a policy has it
+    parts = (by_batch(values, taken.batches) for values in (taken.policy, taken.reference))
+    for batch, policy, reference in zip(taken.batches, *parts, strict=True):
+        answer_metrics(means, policy, reference, batch, options)
+    if objective_of(options.loss).baseline:
+        means.add("kl", taken.baseline, sum(batch.examples for batch in taken.batches))
+
+
+def count_step(progress: Progress, taken: Taken, seconds: float, figures: Callable[[Means, Taken], None]) -> None:
+    """Add a step to the run's progress, and to the window of its next line; `figures` adds its metrics."""
     batches, result = taken.batches, taken.result
     number, tokens = sum(batch.examples for batch in batches), sum(batch.tokens for batch in batches)
     progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + tokens
     means = Means(progress.window)
     means.add("loss", result.loss, number)
     means.add("grad_norm", result.grad_norm, number)
-    parts = (by_batch(values, batches) for values in (taken.policy, taken.reference))
-    for batch, policy, reference in zip(batches, *parts, strict=True):
-        answer_metrics(means, policy, reference, batch, options)
-    if objective_of(options.loss).baseline:
-        means.add("kl", taken.baseline, number)
+    figures(means, taken)
     for name, value in zip(_SUMS, (number, tokens, seconds, 1, int(result.skipped), taken.reference_passes), strict=True):
         means.add(name, value)
 

@@ -386,9 +386,7 @@ def test_a_loss_of_an_added_adapter_is_compared_with_the_reference(backend_name:
 
 
 @pytest.mark.parametrize("outputs", [0, 2])
-def test_an_adapter_of_another_run_is_added_bit_for_bit(
-    backend_name: str, tiny: str, tmp_path: Path, outputs: int
-) -> None:
+def test_an_adapter_of_another_run_is_added_bit_for_bit(backend_name: str, tiny: str, tmp_path: Path, outputs: int) -> None:
     """From where it was trained, also as the policy, onto a base whose own adapters do not change."""
     maker, data = load(backend_name, tiny, lora_r=4), batch(4)
     if outputs:
@@ -439,7 +437,11 @@ def test_a_damaged_head_is_refused(backend_name: str, tiny: str, tmp_path: Path)
     backend.set_head(Head(1))
     backend.save_adapter(tmp_path / "rm")
     described = (tmp_path / "rm" / "head.json").read_text()
-    for text, why in ((described.replace('"outputs": 1', '"outputs": 2'), "."), ("[]", "expected an object"), ("{", "cannot be")):
+    for text, why in (
+        (described.replace('"outputs": 1', '"outputs": 2'), "."),
+        ("[]", "expected an object"),
+        ("{", "cannot be"),
+    ):
         (tmp_path / "rm" / "head.json").write_text(text)
         with pytest.raises(UserError, match=why):
             load(backend_name, tiny).load_adapter("rm", tmp_path / "rm")
