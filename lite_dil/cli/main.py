@@ -70,6 +70,7 @@ _DATA_FLAGS = (
 # the exit code. They import nothing heavy before `run`.
 _MODULES: tuple[str, ...] = (
     "reward",
+    "score",
     "compare",
     "chat",
     "generate",
