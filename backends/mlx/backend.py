@@ -203,7 +203,8 @@ class MLXBackend:
                 optimizer.learning_rate = learning_rate
                 optimizer.update(self.model, grads)
                 mx.eval(self.model.trainable_parameters(), optimizer.state)
-        return StepResult(total, norm.item(), np.concatenate(policies), joined(references))
+        clipped = norm.item() > self.max_grad_norm
+        return StepResult(total, norm.item(), np.concatenate(policies), joined(references), clipped=clipped)
 
     def _reference(self, one: MicroBatch, loss: Loss) -> mx.array | None:
         """Return what the loss reads of the reference, given or computed."""

@@ -244,9 +244,9 @@ class TorchBackend:
         """Update the weights by the gradients of all passes, unless something is not finite."""
         assert self.training is not None
         losses, policies, references = zip(*passes, strict=True)
-        total = sum(losses)
-        norm, skipped = trained.update(total, learning_rate, self.training.max_grad_norm)
-        return StepResult(total, 0.0 if skipped else norm, np.concatenate(policies), joined(references), skipped)
+        total, most, values = sum(losses), self.training.max_grad_norm, (np.concatenate(policies), joined(references))
+        norm, skipped = trained.update(total, learning_rate, most)
+        return StepResult(total, 0.0 if skipped else norm, *values, skipped, not skipped and norm > most)
 
     def _undo(self, trained: Trainable, random: out_of_memory.Random, chunks: int) -> None:
         """Undo a step that failed before its update, and free what it held."""

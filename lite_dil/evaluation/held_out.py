@@ -24,7 +24,7 @@ from lite_dil.objectives.losses import log_ratio
 from lite_dil.objectives.options import ResolvedObjective
 from lite_dil.objectives.own import OwnLoss
 from lite_dil.objectives.table import objective_of
-from lite_dil.training.metrics import Means, answer_metrics, with_margin
+from lite_dil.training.metrics import Means, answer_metrics, derived
 from lite_dil.training.passes import Passes
 
 
@@ -80,7 +80,7 @@ class HeldOut:
         if self.others:
             means.add("kl", baseline)
         self.pairs = pairs
-        return {f"eval_{name}": value for name, value in with_margin(means.means()).items()}
+        return {f"eval_{name}": value for name, value in derived(means.means()).items()}
 
     def _loss(self, policy: np.ndarray, reference: np.ndarray, inputs: dict[str, np.ndarray]) -> float:
         """Return the criterion's sum over a batch."""

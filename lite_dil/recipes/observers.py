@@ -14,6 +14,7 @@ from lite_dil.planning.estimate import Load
 from lite_dil.planning.fit import memory_line
 from lite_dil.recipes.session import TrainingSession
 from lite_dil.reports.card import ModelCard
+from lite_dil.reports.health import Health
 from lite_dil.reports.outcome import SAMPLES
 from lite_dil.reports.run_report import RunReport, facts_of
 from lite_dil.reports.samples import SampleAnswers
@@ -128,7 +129,7 @@ def watching_of(
     shown, trackers = ShownSteps(display), Trackers(config, folder.path, session.logged, display.say)
     metrics = MetricsLog([folder.log, trackers.log])
     checkpoints = Checkpoints(folder, training.progress, session.save_state, session.save_adapter, config)
-    watching: list[Observer] = [metrics, shown, checkpoints]
+    watching: list[Observer] = [metrics, shown, checkpoints, Health(folder.metrics, config.as_dict(), display.say)]
     often = config.eval_steps if held_out else config.save_steps  # between sample answers, and reports
     if held_out:
         pairs = PairsFile(folder.path, lambda: held_out.pairs, session.policy.encoder, display.say)

@@ -49,7 +49,7 @@ def explain(step: int, taken: Taken, examples: Sequence[Example], options: Resol
     return (
         f"step {step}: loss {taken.result.loss:g}, gradient norm {taken.result.grad_norm:g}. Farthest off is example "
         f"{index + 1} of the data ({place}), with {what}. The weights were left as they were before the step. What helps: "
-        f"{'; '.join(_advice(options))}. {kept}"
+        f"{'; '.join(what_helps(options.loss, options.logp_reduction, options.log_ratio_cap))}. {kept}"
     )
 
 
@@ -70,13 +70,14 @@ def _farthest(taken: Taken, reduction: str) -> tuple[str, str]:
     return worst[1], worst[2]
 
 
-def _advice(options: ResolvedObjective) -> list[str]:
-    objective = objective_of(options.loss)
+def what_helps(loss: str, reduction: str, cap: float | None) -> list[str]:
+    """Return what to try when a training runs away: its options' values are given, and the nearest remedy comes first."""
+    objective = objective_of(loss)
     advice = ["a lower --learning-rate"]
-    if options.logp_reduction == "sum" and objective.reduction == "mean":
+    if reduction == "sum" and objective.reduction == "mean":
         advice.append("--logp-reduction mean")
-    if "log_ratio_cap" in objective.options and options.log_ratio_cap is None:
+    if "log_ratio_cap" in objective.options and cap is None:
         advice.append("--log-ratio-cap 3, or --loss rulsif, which is bounded")
-    if options.loss in map(identity, ("lsif", "ukl")):
+    if loss in map(identity, ("lsif", "ukl")):
         advice.append("a lower --log-ratio-cap, or --reward-loss bce, whose gradient is bounded")
     return advice
