@@ -63,8 +63,20 @@ class Backend(Protocol):
             head: the head for `scores`, trained with this adapter.
         """
 
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Add an adapter from its files, in PEFT's or mlx-lm's format, bit for bit, with its head if it has one.
+
+        Raises UserError if it is not of this model's layers or cannot be read, and ValueError as `add_adapter` does.
+        """
+
+    def set_head(self, head: Head | None) -> None:
+        """Give the policy a head for `scores` that starts at zero and is trained with it, or take its head away.
+
+        Its optimiser starts anew. Raises ValueError if there is no policy's adapter.
+        """
+
     def renew_policy(self, adapter: ResolvedAdapter) -> None:
-        """Reset the policy to the initial weights that loading with these options gives, bit for bit.
+        """Reset the policy to the initial weights that loading with these options gives, bit for bit, without a head.
 
         Optimiser, strength and dropout's random state are reset as well; base, reference and other adapters stay. Raises
         UserError if an initial adapter does not fit the policy's layers and rank.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lite_dil.backends.head_files import has_head
 from lite_dil.base.errors import UserError
 from lite_dil.base.install import install
 from lite_dil.runs.folder import recorded_with
@@ -119,6 +120,11 @@ def load(
     """
     if adapter is not None and adapter.init_adapter:
         recorded_with(Path(adapter.init_adapter))
+        if has_head(Path(adapter.init_adapter)):
+            raise UserError(
+                f"adapter {adapter.init_adapter} is a reward model's, which scores responses and writes none: lite-dil score, "
+                "or lite-dil export --format reward"
+            )
     prepare(name, options, training)
     if (remark := import_library(name)) and say is not None:
         say(remark)

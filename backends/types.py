@@ -53,8 +53,8 @@ class StepResult:
 
     `policy` and `reference` are what the loss read, float32, in the order of the batches: log-probs in nats, summed
     (responses,) or per token (tokens,), or the scores of a head; `reference` is None if the loss does not read it. `loss` is
-    the mean over examples; `grad_norm` is measured before clipping; `skipped` is true, and `grad_norm` 0, if float16 loss
-    scaling found an overflow and left the weights unchanged.
+    the mean over examples; `grad_norm` is measured before clipping, and `clipped` says whether that made it smaller; `skipped`
+    is true, and `grad_norm` 0, if float16 loss scaling found an overflow and left the weights unchanged.
     """
 
     loss: float
@@ -62,6 +62,7 @@ class StepResult:
     policy: np.ndarray
     reference: np.ndarray | None
     skipped: bool = False
+    clipped: bool = False
 
 
 def joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:

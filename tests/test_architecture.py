@@ -20,7 +20,7 @@ FLOORS = (
     ("batching", "runs"),
     ("backends",),
     ("generation",),
-    ("training",),
+    ("training", "rewards"),
     ("config",),
     ("planning", "reports"),
     ("evaluation", "export", "labelling", "doctor"),

@@ -56,7 +56,7 @@ class Named:
     def scores(self) -> ScoreHead:
         """Its head. Raises ValueError if it has none."""
         if self.head is None:
-            raise ValueError(f"adapter {self.name!r} has no head; add_adapter takes one")
+            raise ValueError(f"adapter {self.name!r} has no head")
         return self.head
 
 
@@ -131,6 +131,15 @@ class Adapters:
         }
         made = None if head is None else ScoreHead(head, self.width)
         self._named[name] = Named(name, layers, shared, settings, self.make_optimizer(), made)
+
+    def set_head(self, head: Head | None) -> None:
+        """Give the policy a head at zero, or none, with a new optimiser. Raises ValueError if it is the bare base."""
+        policy = self[POLICY]
+        if not policy.layers:
+            raise ValueError("the policy is the bare base; it has no adapter that a head could belong to")
+        policy.head = None if head is None else ScoreHead(head, self.width)
+        policy.optimizer = self.make_optimizer()
+        self.switch_to(self.on)
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:

@@ -27,15 +27,7 @@ from lite_dil.backends.mlx import state as mlx_state
 from lite_dil.backends.mlx.adapters import Adapters
 from lite_dil.backends.mlx.head import token_logps
 from lite_dil.backends.mlx.inputs import as_mlx, cut, filled, inputs_of, sums
-from lite_dil.backends.mlx.load import (
-    TABLES,
-    decode,
-    limit_memory,
-    load,
-    output_head,
-    quantise,
-    set_dtype,
-)
+from lite_dil.backends.mlx.load import TABLES, decode, limit_memory, load, output_head, quantise, set_dtype
 from lite_dil.backends.mlx.prefix import Pass, RowLengths, wrap_layers
 from lite_dil.backends.mlx.probing import check_head
 from lite_dil.backends.mlx.twin import check_twin
@@ -134,6 +126,16 @@ class MLXBackend:
         shapes = adapters.select_targets(self.adapters.shapes, targets, self.experts)
         self.adapters.add(name, adapters.fresh(shapes, rank, alpha / rank, self.seed, name), dropout, head)
 
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Add an adapter from its files, with its head if it has one."""
+        check_name(name, self.adapters.names)
+        mlx_state.load_adapter(folder, self.adapters, name, text_only(self.config))
+
+    def set_head(self, head: Head | None) -> None:
+        """Give the policy a head that starts at zero, or take its head away."""
+        self.adapters.set_head(head)
+        self._compiled.clear()  # traces contain the head or its lack
+
     def renew_policy(self, adapter: ResolvedAdapter) -> None:
         """Reset the policy to its initial weights and training state."""
         initial = adapter_files.read_adapter(adapter.init_adapter) if adapter.init_adapter else None
@@ -201,7 +203,8 @@ class MLXBackend:
                 optimizer.learning_rate = learning_rate
                 optimizer.update(self.model, grads)
                 mx.eval(self.model.trainable_parameters(), optimizer.state)
-        return StepResult(total, norm.item(), np.concatenate(policies), joined(references))
+        clipped = norm.item() > self.max_grad_norm
+        return StepResult(total, norm.item(), np.concatenate(policies), joined(references), clipped=clipped)
 
     def _reference(self, one: MicroBatch, loss: Loss) -> mx.array | None:
         """Return what the loss reads of the reference, given or computed."""

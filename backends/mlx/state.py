@@ -10,11 +10,13 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from lite_dil.backends.head_files import HEAD_WEIGHTS, check_config, has_head, write_config
+from lite_dil.backends.head_files import HEAD_WEIGHTS, check_config, has_head, read_head, write_config
 from lite_dil.backends.mlx.adapters import SCORE_HEAD, Adapters
 from lite_dil.backends.types import POLICY
 from lite_dil.base.errors import UserError
 from lite_dil.base.files import create, make_folder, write
+from lite_dil.models.adapter_files import read_adapter
+from lite_dil.models.adapters import match
 
 _OLD = "state.safetensors"  # the policy's adapter, optimiser and passes in runs from when there was only one adapter
 
@@ -65,6 +67,22 @@ def load_state(folder: Path, adapters: Adapters) -> None:
             _check(folder, name, adapters.model.trainable_parameters(), weights)
             adapters.model.update(weights)
         named.optimizer.state, named.passes = optimizer, number
+
+
+def load_adapter(folder: Path, adapters: Adapters, name: str, alone: bool) -> None:
+    """Add an adapter from its files, with its head if it has one; `alone` is that of `adapter_files.read_adapter`.
+
+    Raises UserError if it cannot be read, or is not of this model's layers.
+    """
+    adapter, head = read_adapter(str(folder), alone=alone), read_head(folder)
+    adapters.add(name, match(adapter, adapters.shapes, str(folder)), 0.0, head)
+    if (made := adapters[name].head) is None:
+        return
+    check_config(folder, made)
+    try:
+        made.load_weights(str(folder / HEAD_WEIGHTS))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{folder / HEAD_WEIGHTS} cannot be read ({error})") from None
 
 
 def _read_adapter(folder: Path) -> tuple[Any, Any]:

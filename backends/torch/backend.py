@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lite_dil.backends.head_files import check_config, read_head
 from lite_dil.backends.limits import check_name, check_options, check_strength, check_trains, checkpointing
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.torch import fused as torch_fused
@@ -21,6 +22,7 @@ from lite_dil.backends.torch import probing as torch_probing
 from lite_dil.backends.torch import state as torch_state
 from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.backends.torch.adapters import Trainable
+from lite_dil.backends.torch.arrange import arrange
 from lite_dil.backends.torch.device import compute_dtype, where
 from lite_dil.backends.torch.head import QuantizedHead
 from lite_dil.backends.torch.load import decoder_of, linear_layers, load_model, make_optimizer, need_bitsandbytes, set_weights
@@ -83,7 +85,9 @@ class TorchBackend:
         self.reader = StateReader(self.decoder, self.head, logit_transform(base.config.to_dict()), self.device)
         self.store: ActivationOffload | None = None
         if not self.unsloth:  # which has its own layers
-            self._arrange_layers(model)
+            offload = bool(training and training.offload_activations)
+            arranged = arrange(base, self.decoder, self.dtype, self.checkpointing, self._fused, offload, self.switch, model)
+            self.store, self.reader.last_layer = arranged
         torch.manual_seed(self.seed)
         torch_probing.check_head(base, self.reader, self.token_logps, model, self.dtype_name)
         self.layout_reason, self.batched = "", True
@@ -115,14 +119,30 @@ class TorchBackend:
         head: Head | None = None,
     ) -> None:
         """Add a new, trainable adapter on the same base."""
+        shapes = adapters.select_targets(self.linear, targets, self.experts)
+        self._add(name, adapters.fresh(shapes, rank, alpha / rank, self.seed, name), dropout, head)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Add an adapter from its files, with its head if it has one."""
+        adapter, head = adapter_files.read_adapter(str(folder)), read_head(folder)
+        self._add(name, adapters.match(adapter, self.every, str(folder)), 0.0, head)
+        if (made := self.adapters[name].head) is not None:
+            check_config(folder, made)
+            made.load(folder)
+
+    def set_head(self, head: Head | None) -> None:
+        """Give the policy a head that starts at zero, or take its head away."""
+        policy = self._trainable(POLICY)
+        policy.head = self._head(head)
+        policy.set_state(None)
+
+    def _add(self, name: str, adapter: adapters.Adapter, dropout: float, head: Head | None) -> None:
         check_name(name, self.switch.names)
         if self.unsloth:
             raise UserError("--unsloth: its kernels support only one adapter; leave it out for more")
-        shapes = adapters.select_targets(self.linear, targets, self.experts)
-        fresh = adapters.fresh(shapes, rank, alpha / rank, self.seed, name)
         devices = [self.device] if self.name == "cuda" else []
         with torch.random.fork_rng(devices):  # PEFT draws random numbers, which must not change training's dropout
-            self.model = add_lora(self.model, name, fresh, dropout)
+            self.model = add_lora(self.model, name, adapter, dropout)
         if self._fused:
             torch_fused.install_lora(self.decoder)
         self._take_over(name, head)
@@ -134,7 +154,7 @@ class TorchBackend:
         if adapters.layout(first) != self.policy_layout:
             raise UserError(f"adapter {adapter.init_adapter}: its rank, scale or layers differ from the policy's; load anew")
         set_weights(self.model, PEFT_POLICY, first)
-        self._trainable(POLICY).set_state(None)
+        self.set_head(None)
         self.set_strength(1.0)
         self.seed = adapter.seed
         torch.manual_seed(self.seed)
@@ -224,9 +244,9 @@ class TorchBackend:
         """Update the weights by the gradients of all passes, unless something is not finite."""
         assert self.training is not None
         losses, policies, references = zip(*passes, strict=True)
-        total = sum(losses)
-        norm, skipped = trained.update(total, learning_rate, self.training.max_grad_norm)
-        return StepResult(total, 0.0 if skipped else norm, np.concatenate(policies), joined(references), skipped)
+        total, most, values = sum(losses), self.training.max_grad_norm, (np.concatenate(policies), joined(references))
+        norm, skipped = trained.update(total, learning_rate, most)
+        return StepResult(total, 0.0 if skipped else norm, *values, skipped, not skipped and norm > most)
 
     def _undo(self, trained: Trainable, random: out_of_memory.Random, chunks: int) -> None:
         """Undo a step that failed before its update, and free what it held."""
@@ -312,14 +332,17 @@ class TorchBackend:
 
     def _take_over(self, name: str, head: Head | None) -> None:
         """Make an adapter on the model trainable."""
-        width = self.base.get_input_embeddings().weight.shape[1]
-        made = None if head is None else ScoreHead(head, width, self.device)
-        self.adapters[name] = Trainable(self.model, name, made, self._optimizer, self.name, self.dtype == torch.float16)
+        made, scaled = self._head(head), self.dtype == torch.float16
+        self.adapters[name] = Trainable(self.model, name, made, self._optimizer, self.name, scaled)
         self.switch.add(self.model, name)
         # PEFT allows gradients only for its active adapter. Here that is the adapter switched on, and no other.
         trained = {id(weight) for adapter in self.adapters.values() for weight in adapter.weights.values()}
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
+
+    def _head(self, head: Head | None) -> ScoreHead | None:
+        width = self.base.get_input_embeddings().weight.shape[1]
+        return None if head is None else ScoreHead(head, width, self.device)
 
     def _optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         assert self.training is not None
@@ -357,29 +380,6 @@ class TorchBackend:
                 "--offload-embeddings: the embedding table is also the output head, needed on the GPU: add --head-bits 8 or 4"
             )
         torch_layers.offload_embeddings(embedding, self.device)
-
-    def _arrange_layers(self, model: str) -> None:
-        """Install the fused layers and gradient checkpointing."""
-        mode, text = self.checkpointing, self.decoder.config
-        layers = torch_layers.layers_of(self.decoder)
-        if layers is None and mode != "off":
-            raise UserError(f"--gradient-checkpointing {mode}: the layers of {model} ({type(self.base).__name__}) are unknown")
-        if mode == "selective":
-            for layer in layers or ():
-                if (mlp := getattr(layer, "mlp", None)) is None:
-                    raise UserError(f"--gradient-checkpointing selective: a layer of {model} has no MLP; use full")
-                torch_layers.checkpoint(mlp, text, self.switch)  # replaced by a fused one, if any, which does it better
-        if self._fused:
-            torch_fused.install(self.decoder, self.dtype, mode == "selective")
-        if layers is None:
-            return
-        if hasattr(self.decoder, "norm"):
-            torch_layers.skip_unread(self.decoder, layers[-1])
-            self.reader.last_layer = len(layers) - 1
-        if mode == "full":
-            self.store = ActivationOffload() if self.training and self.training.offload_activations else None
-            for layer in layers:
-                torch_layers.checkpoint(layer, text, self.switch, self.store)
 
 
 def load(

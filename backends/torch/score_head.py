@@ -44,10 +44,15 @@ class ScoreHead(nn.Module):
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Load the weights that `save` wrote. Raises UserError if they cannot be read."""
+        """Load the weights that `save` wrote. Raises UserError if they cannot be read or are of another head."""
         try:
             weights = load_file(folder / HEAD_WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / HEAD_WEIGHTS} cannot be read ({error})") from None
+        shapes, saved = (
+            {name: tuple(value.shape) for name, value in each} for each in (self.named_parameters(), weights.items())
+        )
+        if saved != shapes:  # copy_ would repeat a single row
+            raise UserError(f"{folder / HEAD_WEIGHTS} cannot be read: it holds {saved}; this head is {shapes}")
         for name, parameter in self.named_parameters():
             parameter.copy_(weights[name])

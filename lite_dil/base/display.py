@@ -115,7 +115,7 @@ def parts(step: int, steps: int, line: dict[str, Any]) -> list[str]:
     found = [f"step {step}/{steps}"]
     if step < steps:
         found.append(f"{duration((steps - step) * line['seconds_per_step'])} left")
-    unit = "pairs" if "rewards/accuracies" in line else "answers"
+    unit = "pairs" if "rewards/accuracies" in line or "accuracy" in line else "answers"
     found += [*figures(line, 2), f"{line['examples_per_second']:.2f} {unit}/s", f"{line['peak_memory_mb']:.0f} MB"]
     return found
 
@@ -130,8 +130,14 @@ def duration(seconds: float) -> str:
 def figures(line: dict[str, Any], digits: int) -> list[str]:
     """Return the figures that exist: single responses have no accuracy, demonstrations no rejected side."""
     found = [f"loss {line['loss']:.4f}"]
-    if "rewards/accuracies" in line:
-        found.append(f"accuracy {line['rewards/accuracies']:.{digits}f}")
+    for name in ("rewards/accuracies", "accuracy"):  # of a policy, of a reward model
+        if name in line:
+            found.append(f"accuracy {line[name]:.{digits}f}")
+    if "longer_accuracy" in line:
+        found.append(f"the longer one {line['longer_accuracy']:.{digits}f}")
+    scores = [f"{side} {line[name]:+.3f}" for side in ("chosen", "rejected") if (name := f"reward/{side}") in line]
+    if scores:
+        return [*found, f"reward {' '.join(scores)}"]
     sides = [f"{side} {line[name]:+.3f}" for side in ("chosen", "rejected") if (name := f"log_ratio/{side}") in line]
     return [*found, f"log-ratio {' '.join(sides)}"] if sides else found
 

@@ -12,6 +12,7 @@ KEY = "format"  # the key in the file; without it the format is 1
 RUN = 3  # config.yaml, progress.json and report.json; since 2 a checkpoint holds adapters/NAME, since 3 it is sealed
 SEAL = 1  # digests.json
 HEAD = 1  # head.json and head.safetensors of an adapter
+REWARD = 1  # reward.json of a reward model
 CACHE = 1  # a file of reference log-probs
 STORE = 1  # a file of a data set's tokens
 
@@ -25,7 +26,7 @@ def check_format(content: Mapping[str, Any], known: int, place: str | Path) -> N
 
     Args:
         content: the file's fields.
-        known: the latest known format of such a file: `RUN`, `HEAD`, `CACHE` or `STORE`.
+        known: the latest known format of such a file: `RUN`, `HEAD`, `REWARD`, `CACHE` or `STORE`.
         place: the run's folder or the file, for the message.
     """
     found = content.get(KEY, 1)

@@ -24,6 +24,7 @@ differs is refused (exit code 1) and kept in OUTPUT.refused.
   mlx      a model folder for mlx-lm, 16-bit or quantised
   gguf     one file for llama.cpp
   ollama   that file with a Modelfile for Ollama
+  reward   of a reward model: a Hugging Face folder for AutoModelForSequenceClassification
 
   lite-dil export --adapter runs/my-run --format merged --output my-model
 """
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         dest="weights_dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="merged, mlx: type of the weights (default: the checkpoint's own); float16 keeps small changes, which "
+        help="merged, mlx, reward: type of the weights (default: the checkpoint's own); float16 keeps small changes, which "
         "bfloat16 rounds away",
     )
     group.add_argument(
@@ -115,6 +116,12 @@ def _next(format: str, made: Path) -> str:
             "  from transformers import pipeline\n"
             f'  chat = pipeline("text-generation", {folder})\n'
             '  print(chat([{"role": "user", "content": "Hello"}])[0]["generated_text"][-1]["content"])'
+        )
+    if format == "reward":
+        return (
+            "  from transformers import AutoModelForSequenceClassification\n"
+            f"  model = AutoModelForSequenceClassification.from_pretrained({folder})\n"
+            "  # README.md there shows how to score a response"
         )
     if format == "mlx":
         return f'  mlx_lm.generate --model {path} --prompt "Hello"'

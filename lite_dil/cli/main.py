@@ -22,7 +22,7 @@ from lite_dil.cli.own_loss import load_loss, named_file
 from lite_dil.cli.parser import Parser
 from lite_dil.config.options import Once, add_flags, build, read_yaml
 from lite_dil.config.resume import resumed
-from lite_dil.config.train_config import FIELDS, ResolvedConfig, flag
+from lite_dil.config.train_config import FIELDS, POLICY_FIELDS, ResolvedConfig, flag
 from lite_dil.data.sources import EMBEDDED
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.objectives.own import OwnLoss
@@ -69,6 +69,8 @@ _DATA_FLAGS = (
 # Commands in their own modules, each with HELP (one line), DESCRIPTION, add_arguments(parser) and run(args), which returns
 # the exit code. They import nothing heavy before `run`.
 _MODULES: tuple[str, ...] = (
+    "reward",
+    "score",
     "compare",
     "chat",
     "generate",
@@ -135,7 +137,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         ("demo", _DEMO, "train the embedded model and see its answers before and after"),
     ):
         command = add(name, text, help)
-        add_flags(command, _DATA_FLAGS if name == "data" else FIELDS)
+        add_flags(command, _DATA_FLAGS if name == "data" else POLICY_FIELDS)
         group = command.add_argument_group("files")
         group.add_argument("--config", metavar="FILE.yaml", help="options as 'key: value' lines; flags override them")
         if name != "demo":
@@ -177,7 +179,7 @@ def _run(argv: list[str]) -> int:
     # Parsed by the sub-parser itself, so that an unknown flag is compared with that command's flags.
     chosen = commands.get(name)
     args = chosen.parse_args(argv[1:]) if chosen else parser.parse_args(argv)
-    start(training=name in ("train", "demo", "compare"))
+    start(training=name in ("train", "demo", "reward", "compare"))
     args.argv = argv
     if getattr(args, "trust_remote_code", False):
         print("--trust-remote-code: Python files that come with the model are run, with all your rights", file=sys.stderr)

@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.config.foreign import here
-from lite_dil.config.train_config import FIELDS, flag
+from lite_dil.config.train_config import FIELDS, POLICY_FIELDS, flag
 
 _OURS = set(map(flag, FIELDS))
+_OF_REWARDS = _OURS - set(map(flag, POLICY_FIELDS))
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse a command line; flags of other tools are refused, with their equivalents here."""
-        if args is not None and "--loss" in self._option_string_actions:
+        if args is not None and not {"--loss", "--reward-loss"}.isdisjoint(self._option_string_actions):
             found = list(self._foreign(args))
             if len(found) == 1:
                 raise UserError(f"{found[0]}; see {self.prog} --help")
@@ -50,5 +51,6 @@ class Parser(argparse.ArgumentParser):
             if first == "--data" and files:
                 message = f"{files[0]} is named without a flag here, as in {self.prog} prefs.jsonl"
             elif first == "--resume" or first in _OURS:
-                message = f"{first} is of lite-dil train and changes nothing here{did_you_mean(first, flags)}"
+                owner = "reward" if first in _OF_REWARDS else "train"
+                message = f"{first} is of lite-dil {owner} and changes nothing here{did_you_mean(first, flags)}"
         raise UserError(f"{message}; see {self.prog} --help")

@@ -17,6 +17,7 @@ from lite_dil.config.foreign import key_here
 from lite_dil.config.train_config import FIELDS, ResolvedConfig, TrainConfig, flag
 from lite_dil.data.arguments import FIELD
 from lite_dil.objectives.own import is_own
+from lite_dil.objectives.reward_table import REWARDS, identity, is_reward
 
 _HINTS = typing.get_type_hints(TrainConfig)
 
@@ -55,7 +56,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
             value = kind(value)
     except (ValueError, OverflowError, TypeError):  # TypeError: a date
         raise UserError(f"{where}: {value!r} is not {expected}") from None
-    if choices and value not in choices and not (name == "loss" and is_own(value)):
+    if choices and value not in choices and not (name == "loss" and (is_own(value) or is_reward(value))):
         raise UserError(f"{where}: {value!r}{did_you_mean(str(value), choices)} is not one of {', '.join(choices)}")
     return value
 
@@ -118,6 +119,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         name = "load_in_4bit" if name == "4bit" else name
+        if name == "reward_loss" and value in REWARDS:  # a file's name for --reward-loss
+            name, value = "loss", identity(value)
         if name == "trust_remote_code" and own:
             value = False  # a run records it, and no file grants it
         if name == "trust_remote_code" and value:

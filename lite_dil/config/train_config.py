@@ -18,7 +18,8 @@ from lite_dil.data.sources import EMBEDDED
 from lite_dil.models.options import ALL_LINEAR, DEFAULT_RANK, AdapterOptions, ModelOptions, Seeded
 from lite_dil.objectives.options import ObjectiveOptions
 from lite_dil.objectives.own import is_own, shown
-from lite_dil.objectives.table import OBJECTIVES, OPTIONS, objective_of
+from lite_dil.objectives.reward_table import REWARD_OPTIONS, REWARDS, is_reward
+from lite_dil.objectives.table import OBJECTIVES, OPTIONS, objective_of, options_of
 from lite_dil.runs.options import RunOptions
 from lite_dil.training.options import ReferenceOptions
 
@@ -91,7 +92,7 @@ class TrainConfig(
             problems.append("--eval-steps needs held-out data: give --eval-data, or another --eval-fraction than 0")
         if self.eval_fraction and self.eval_data:
             problems.append("--eval-fraction holds rows of --data out, and --eval-data is held-out data: give one of them")
-        if self.init_adapter is not None and self.reference is None:
+        if self.init_adapter is not None and self.reference is None and not is_reward(self.loss):
             problems.append(
                 "--init-adapter needs --reference, the model to stay close to: initial-adapter (for example after SFT), or "
                 "base for the bare base model"
@@ -106,15 +107,18 @@ class TrainConfig(
     def _objective_problems(self) -> list[str]:
         """Return the problems with the objective's constants: of another objective, or out of range."""
         loss, objective = self.loss, objective_of(self.loss)
-        problems = []
-        for name, spec in OPTIONS.items():
+        problems = self._reward_problems() if is_reward(loss) else []
+        for name in OPTIONS | REWARD_OPTIONS:
             value = getattr(self, name)
             if value is None:
                 continue
             if name not in objective.options:
-                owners = [other for other, of in OBJECTIVES.items() if name in of.options]
-                problems.append(f"{flag(name)} belongs to --loss {', '.join(owners)}, not to {shown(loss)}; leave it out")
-            elif not spec.choices and not spec.low <= value <= spec.high:
+                problems.append(
+                    f"{flag(name)} belongs to {_owners(name, is_reward(loss))}, not to {shown(loss)}; leave it out"
+                )
+                continue
+            spec = options_of(loss)[name]
+            if not spec.choices and not spec.low <= value <= spec.high:
                 problems.append(f"{flag(name)} is {value:g}; expected {_between(spec.low, spec.high)}")
         if objective.beta is None and self.beta not in (None, 1.0):
             problems.append(f"--beta: {shown(loss)} has no beta; leave it out")
@@ -135,13 +139,21 @@ class TrainConfig(
             )
         return problems
 
+    def _reward_problems(self) -> list[str]:
+        """Return the options that a reward model's training has no use for."""
+        return [
+            f"{flag(name)} {NOT_OF_REWARDS[name]}; leave it out"
+            for name in NOT_OF_REWARDS
+            if getattr(self, name) not in (FIELDS[name].default, _OF_REWARDS.get(name, FIELDS[name].default))
+        ]
+
     def resolved(self) -> ResolvedConfig:
         """Return a copy with all defaults that depend on other options filled in."""
-        objective = objective_of(self.loss)
+        objective, constants = objective_of(self.loss), options_of(self.loss)
         fill: dict[str, Any] = {
             "logp_reduction": objective.reduction,
             "beta": 1.0 if objective.beta is None else objective.beta,
-            **{name: OPTIONS[name].default for name in objective.options},
+            **{name: constants[name].default for name in objective.options},
             "learning_rate": objective.learning_rate,
             "lora_dropout": 0.0,
         }
@@ -153,6 +165,7 @@ class TrainConfig(
         if self.data == EMBEDDED:
             fill |= {"learning_rate": EMBEDDED_RATE} | ({} if self.eval_fraction else {"eval_data": EMBEDDED})
         given = self.as_dict() | {"chat_template_kwargs": canonical(self.chat_template_kwargs)}
+        given |= _OF_REWARDS if is_reward(self.loss) else {}
         return ResolvedConfig(**given | {name: value for name, value in fill.items() if given[name] is None})
 
     def as_dict(self) -> dict[str, Any]:
@@ -189,12 +202,38 @@ _RANGES = [
 ]
 
 
+# Options of a policy's training alone, each with the reason, and the values that a reward model's training has of some.
+NOT_OF_REWARDS = {
+    "logp_reduction": "is of log-ratios, which a reward model does not read",
+    "reference": "is what a policy is compared with; a reward model has no reference",
+    "reference_cache": "is of a policy's reference; a reward model has none",
+    "precompute_reference": "is of a policy's reference; a reward model has none",
+    "sample_rejected": "adds responses to demonstrations; a reward model takes both sides from its data",
+    "sample_file": "belongs to --sample-rejected, which a reward model does not take",
+    "sample_max_tokens": "belongs to --sample-rejected, which a reward model does not take",
+    "report_samples": "answers prompts, which a reward model cannot",
+    "unsloth": "is not offered for a reward model's head",
+    "auto": "estimates a policy's steps, not a reward model's",
+}
+_OF_REWARDS: dict[str, Any] = {"logp_reduction": "sum", "beta": 1.0, "reference": "base", "report_samples": 0}
+
+
+def _owners(option: str, reward: bool) -> str:
+    """Return the flags to which a constant belongs; those of `reward` models first."""
+    tables = {"--reward-loss": REWARDS, "--loss": OBJECTIVES}
+    found = {name: [loss for loss, of in table.items() if option in of.options] for name, table in tables.items()}
+    of = "--reward-loss" if found["--reward-loss"] and (reward or not found["--loss"]) else "--loss"
+    return f"{of} {', '.join(found[of])}"
+
+
 def _between(low: float, high: float) -> str:
     return f"between {low:g} and {high:g}" if high < _BIG else f"at least {low:g}"
 
 
-_GROUPS = ("model", "data", "objective", "adapter", "optimisation", "engine", "run")
+_GROUPS = ("model", "data", "objective", "reward", "adapter", "optimisation", "engine", "run")
 FIELDS = {f.name: f for f in sorted(dataclasses.fields(TrainConfig), key=lambda f: _GROUPS.index(f.metadata["group"]))}
+# Those of a policy's training.
+POLICY_FIELDS = [name for name, field in FIELDS.items() if field.metadata["group"] != "reward"]
 # What may differ in a resumed run, because it does not change what is learned.
 FREE_ON_RESUME = {name for name, field in FIELDS.items() if field.metadata["kind"] in (FREE, WRITTEN)}
 # The split of a step into passes; only the product decides what is learned.

@@ -257,11 +257,12 @@ def of_ranked(row: Raw) -> Draft:
     prompt = row[question]
     if isinstance(prompt, str):
         prompt = transcript_prompt(prompt) or [{"role": "user", "content": read_text(prompt, question)}]
-    texts = tuple(read_answer(_text_of(row[field][i]), f"{field}[{i}]") for i in (first, last))
+    texts = tuple(read_answer(text_of(row[field][i]), f"{field}[{i}]") for i in (first, last))
     return Draft(read_messages(prompt, question), texts, PAIR, read_tools(row))
 
 
-def _text_of(item: Any) -> Any:
+def text_of(item: Any) -> Any:
+    """Return the response in an entry of a list, which may be an object that holds it."""
     if isinstance(item, dict) and "role" not in item:
         return next((item[name] for name in TEXTS if name in item), item)
     return item

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,10 +20,11 @@ from lite_dil.data.mismatched import mismatched
 from lite_dil.evaluation.pairs import PairFigures
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.loss import TOKENS
+from lite_dil.objectives.losses import log_ratio
 from lite_dil.objectives.options import ResolvedObjective
 from lite_dil.objectives.own import OwnLoss
 from lite_dil.objectives.table import objective_of
-from lite_dil.training.metrics import Means, answer_metrics, with_margin
+from lite_dil.training.metrics import Means, answer_metrics, derived
 from lite_dil.training.passes import Passes
 
 
@@ -49,7 +50,7 @@ class HeldOut:
         own: OwnLoss | None = None,
     ) -> None:
         self.passes, self.options, self._own = passes, options, own is not None
-        self.pairs = PairFigures(options)
+        self.pairs = PairFigures(options.beta)
         self.criterion = Criterion(options, examples, own)
         others = mismatched(examples, options.loss, sizes.max_length) if objective_of(options.loss).baseline else []
         self.batches, self.others = (
@@ -61,7 +62,7 @@ class HeldOut:
 
         `tell` is called with the time left.
         """
-        means, pairs, left = Means(), PairFigures(self.options), TimeLeft(tell, len(self.batches))
+        means, pairs, left = Means(), PairFigures(self.options.beta), TimeLeft(tell, len(self.batches))
         baseline = self.passes.baseline(self.others, stop)
         for batch in self.batches:
             if stop():
@@ -73,12 +74,13 @@ class HeldOut:
             means.add("loss", loss / batch.examples, batch.examples)
             sums = batch.sums(policy) if tokens else policy
             answer_metrics(means, sums, reference, batch, self.options)
-            pairs.add(sums, reference, batch)
+            f = log_ratio(sums.astype(np.float64), reference.astype(np.float64), batch.lengths, self.options.logp_reduction)
+            pairs.add(f, batch)
             left.add()
         if self.others:
             means.add("kl", baseline)
         self.pairs = pairs
-        return {f"eval_{name}": value for name, value in with_margin(means.means()).items()}
+        return {f"eval_{name}": value for name, value in derived(means.means()).items()}
 
     def _loss(self, policy: np.ndarray, reference: np.ndarray, inputs: dict[str, np.ndarray]) -> float:
         """Return the criterion's sum over a batch."""
@@ -86,6 +88,19 @@ class HeldOut:
             return float(registry.value_and_slope(self.passes.backend.name, self.criterion, policy, reference, inputs)[0])
         with np.errstate(over="ignore"):  # an overflow shows as a non-finite loss
             return float(self.criterion(policy, reference, inputs))
+
+
+class Measured(Protocol):
+    """Held-out data that can be measured.
+
+    Attributes:
+        pairs: what the last complete `run` found of each pair.
+    """
+
+    pairs: PairFigures
+
+    def run(self, stop: Callable[[], bool] = never, tell: Tell = unheard) -> dict[str, float]:
+        """Return the metrics with the prefix ``eval_``; none if `stop`, called between passes, ended it."""
 
 
 class Evaluation(Observer):
@@ -102,7 +117,7 @@ class Evaluation(Observer):
 
     def __init__(
         self,
-        held_out: HeldOut,
+        held_out: Measured,
         every: int | None,
         epoch: Callable[[int], float],
         logged: Sequence[dict[str, Any]],

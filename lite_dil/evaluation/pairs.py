@@ -12,8 +12,6 @@ import numpy as np
 from lite_dil.base.disk import DiskFailed, failing
 from lite_dil.batching.batch import Batch
 from lite_dil.data.encoder import Encoder
-from lite_dil.objectives.losses import log_ratio
-from lite_dil.objectives.options import ResolvedObjective
 from lite_dil.reports.pairs import PAIRS, WORST, HeldOutPairs, WrongPair, beginning, end, write_pairs
 
 
@@ -32,22 +30,21 @@ class PairFigures:
     """The pairs of one evaluation, batch by batch; only the worst keep their tokens.
 
     Args:
-        options: the objective, whose beta and reduction define the margin, as in `lite_dil.training.metrics`.
+        beta: multiplies the difference of a pair's values to its margin.
     """
 
-    def __init__(self, options: ResolvedObjective) -> None:
-        self.options = options
+    def __init__(self, beta: float = 1.0) -> None:
+        self.beta = beta
         self.margins: list[float] = []
         self.right: list[bool] = []
         self.lengths: list[tuple[int, int]] = []
         self._wrong: list[_Wrong] = []
 
-    def add(self, policy: np.ndarray, reference: np.ndarray, batch: Batch) -> None:
-        """Add a batch's pairs; `policy` and `reference` are summed log-probs in nats, (responses,)."""
-        f = log_ratio(policy.astype(np.float64), reference.astype(np.float64), batch.lengths, self.options.logp_reduction)
+    def add(self, f: np.ndarray, batch: Batch) -> None:
+        """Add a batch's pairs; `f`, (responses,) float64, are log-ratios in nats, or a reward model's scores."""
         for first, second in zip(*batch.pairs, strict=True):
             chosen, rejected = batch.responses[first], batch.responses[second]
-            margin, right = self.options.beta * float(f[first] - f[second]), bool(f[first] > f[second])
+            margin, right = self.beta * float(f[first] - f[second]), bool(f[first] > f[second])
             if not right:
                 prompt = batch.prompt_of[first]
                 tokens, ratios = (batch.prompts[prompt], chosen, rejected), (float(f[first]), float(f[second]))

@@ -44,7 +44,7 @@ class ExportOptions:
     """What to make, and how to check it; None means the format's default.
 
     Attributes:
-        format: "adapter", "merged", "mlx", "gguf" or "ollama".
+        format: "adapter", "merged", "mlx", "gguf", "ollama" or "reward".
         output: the folder to make.
         to: an adapter's new format, "peft" or "mlx-lm"; by default the one it is not in.
         weights_dtype: the type of the written weights, by default the checkpoint's.

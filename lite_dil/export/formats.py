@@ -1,3 +1,3 @@
 """The export formats."""
 
-EXPORT_FORMATS = ("adapter", "merged", "mlx", "gguf", "ollama")
+EXPORT_FORMATS = ("adapter", "merged", "mlx", "gguf", "ollama", "reward")

@@ -8,18 +8,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lite_dil.backends.head_files import has_head
 from lite_dil.base.disk import failing
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.files import finish, make_folder, remove, sweep, work_folder
 from lite_dil.export.exporting import Export, ExportOptions, describe
 from lite_dil.export.formats import EXPORT_FORMATS
+from lite_dil.export.reward import RewardExport
+from lite_dil.export.reward_card import write_reward_card
 from lite_dil.generation.policy import AdapterSource, Policy
 
 # The formats that an option applies to.
 _OF = {
     "to": ("adapter",),
-    "weights_dtype": ("merged", "mlx"),
-    "merge_into": ("merged", "mlx", "gguf", "ollama"),
+    "weights_dtype": ("merged", "mlx", "reward"),
+    "merge_into": ("merged", "mlx", "gguf", "ollama", "reward"),
     "bits": ("mlx",),
     "outtype": ("gguf", "ollama"),
     "llama_cpp": ("gguf", "ollama"),
@@ -42,15 +45,20 @@ def export(options: ExportOptions, source: AdapterSource, say: Callable[[str], N
         Refused: the result differs from the trained model; it is left in OUTPUT.refused.
     """
     check_options(options)
+    _check_kind(options.format, source)
     output = options.output
     with _work_folder(output) as work:
         made = work / "made" / output.name
         make_folder(made)
-        check = Export(options, source, work, made, say, trained).make()
+        made_by = RewardExport(options, source, work, made, say) if options.format == "reward" else None
+        check = (made_by or Export(options, source, work, made, say, trained)).make()
         refused = check is not None and not check.ok
         target = _refused(output) if refused else output
         if not refused:
-            describe(made, source, options.format, check)
+            if made_by:
+                write_reward_card(made, source, made_by.architecture, made_by.pad, check)
+            else:
+                describe(made, source, options.format, check)
         if target.exists():  # an empty folder, or an earlier refused export
             remove(target)
         finish(made, target)
@@ -58,12 +66,21 @@ def export(options: ExportOptions, source: AdapterSource, say: Callable[[str], N
     say(f"check: {check}" if check else "check: skipped (--no-check); whether this is the trained model is unknown")
     if check and not check.ok:
         # The checkpoint's weights lie on the 16-bit grid: a change of less than half a grid step is rounded away.
-        lost = not check.faults and check.mean <= check.tolerance and 0 < check.share < 1
+        lost = not check.faults and check.mean <= check.tolerance and 0 < check.share < 1 and not made_by
         hint = "; rounding may have erased the adapter: try float32 weights, or --format adapter" if lost else ""
         why = "; ".join(check.faults) or "this is not the trained model"
         raise Refused(f"refused: {why}; the result is in {target}{hint}")
     say(f"{target}: {options.format}, {size:.2f} GB")
     return target
+
+
+def _check_kind(format: str, source: AdapterSource) -> None:
+    """Raise UserError unless the adapter is of the kind that the format is for."""
+    assert source.adapter is not None
+    if has_head(source.adapter) and format != "reward":
+        raise UserError(f"{source.adapter} is a reward model, which writes no text: --format reward, not {format}")
+    if format == "reward" and not has_head(source.adapter):
+        raise UserError(f"--format reward: {source.adapter} is no reward model; lite-dil reward trains one")
 
 
 @contextlib.contextmanager

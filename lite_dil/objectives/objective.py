@@ -31,17 +31,20 @@ class Responses(NamedTuple):
 
 @dataclass(frozen=True)
 class Sides:
-    """A loss with one expectation per side, so that it needs no pairs; without `rejected` it reads chosen responses only."""
+    """A loss with one expectation per side, so that it needs no pairs; without `rejected` it reads chosen responses only.
 
-    chosen: Callable[[Responses], Array]
-    rejected: Callable[[Responses], Array] | None = None
+    Its functions take `Responses`; those of a reward model's loss take `lite_dil.objectives.reward_table.Scored`.
+    """
+
+    chosen: Callable[[Any], Array]
+    rejected: Callable[[Any], Array] | None = None
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A loss on pairs: a chosen and a rejected response to the same prompt."""
+    """A loss on pairs, a chosen and a rejected response to the same prompt; its function takes what those of `Sides` take."""
 
-    loss: Callable[[Responses, Responses], Array]
+    loss: Callable[[Any, Any], Array]
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Objective:
         capped: from a log-ratio and the constants, returns the value compared with a cap and the cap, or None.
         token_weights: returns the weight of each token of a response of n tokens; None for weights of 1.
         baseline: whether it needs the reference point z0, the mean log-ratio of responses to other prompts.
+        outputs: numbers that it reads of a reward head for each response; 0 if it reads log-probs.
     """
 
     title: str
@@ -89,3 +93,4 @@ class Objective:
     capped: Callable[[Array, Constants], tuple[Array, float] | None] | None = None
     token_weights: Callable[[int], list[float]] | None = None
     baseline: bool = False
+    outputs: int = 0

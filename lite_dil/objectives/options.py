@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lite_dil.base.option import option
+from lite_dil.objectives.reward_table import REWARD_OPTIONS, REWARDS
 from lite_dil.objectives.table import OBJECTIVES, OPTIONS
 
 
@@ -30,11 +31,11 @@ def _by_data() -> str:
 
 
 def _constant(name: str) -> Any:
-    """Return the option for a constant of the table of objectives."""
-    constant = OPTIONS[name]
-    losses = ", ".join(loss for loss, objective in OBJECTIVES.items() if name in objective.options)
+    """Return the option for a constant of the table of objectives, or of rewards' losses."""
+    table, of, group = (OPTIONS, OBJECTIVES, "objective") if name in OPTIONS else (REWARD_OPTIONS, REWARDS, "reward")
+    constant, losses = table[name], ", ".join(loss for loss, objective in of.items() if name in objective.options)
     default = "off" if constant.default is None else constant.default
-    return option("objective", None, f"{constant.help} (default: {default}; for {losses})", choices=constant.choices)
+    return option(group, None, f"{constant.help} (default: {default}; for {losses})", choices=constant.choices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ class ObjectiveOptions:
     cpo_lambda: float | None = _constant("cpo_lambda")
     simpo_gamma: float | None = _constant("simpo_gamma")
     bpo_lambda: float | None = _constant("bpo_lambda")
+    center_rewards_coefficient: float | None = _constant("center_rewards_coefficient")
+    label_smoothing: float | None = _constant("label_smoothing")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lite_dil.objectives import losses, own
 from lite_dil.objectives.losses import EXPONENT_LIMIT, Array, Bregman
 from lite_dil.objectives.objective import Constants, Objective, Option, Pairs, Sides
+from lite_dil.objectives.reward_table import REWARD_OPTIONS, is_reward, reward_objective
 
 SIDE_WEIGHTS = ("chosen_weight", "rejected_weight")
 OPTIONS = {
@@ -319,15 +320,23 @@ DIL_FAMILY = ("lsif", "ukl", "bce", "basu", "rulsif")
 
 
 def objective_of(loss: str) -> Objective:
-    """Return the row of a loss by its name; for a user-defined loss, the row that its identity describes."""
+    """Return the row of a loss by its name in a run's files; for a user-defined loss, the row that its identity describes."""
+    if is_reward(loss):
+        return reward_objective(loss)
     return own.objective_of_identity(loss) if own.is_own(loss) else OBJECTIVES[loss]
+
+
+def options_of(loss: str) -> Mapping[str, Option]:
+    """Return the options among which those of a loss are: a reward model's have their own defaults."""
+    return REWARD_OPTIONS if is_reward(loss) else OPTIONS
 
 
 def constants(name: str, config: Any) -> dict[str, Any]:
     """Return the objective's beta and options from a config's attributes, or its defaults if those are None."""
     objective = objective_of(name)
     given = {option: getattr(config, option) for option in objective.options}
-    filled = {option: OPTIONS[option].default if value is None else value for option, value in given.items()}
+    known = options_of(name)
+    filled = {option: known[option].default if value is None else value for option, value in given.items()}
     beta = config.beta if config.beta is not None else objective.beta
     return {"beta": 1.0 if beta is None else beta, **filled}
 

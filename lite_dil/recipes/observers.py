@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 
 from lite_dil.base.display import Bar, Display, Tell, unheard
 from lite_dil.base.observer import Event, Observer, Observers
-from lite_dil.evaluation.held_out import Evaluation, HeldOut
+from lite_dil.evaluation.held_out import Evaluation, HeldOut, Measured
 from lite_dil.evaluation.pairs import PairsFile
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.planning.estimate import Load
 from lite_dil.planning.fit import memory_line
 from lite_dil.recipes.session import TrainingSession
 from lite_dil.reports.card import ModelCard
+from lite_dil.reports.health import Health
 from lite_dil.reports.outcome import SAMPLES
 from lite_dil.reports.run_report import RunReport, facts_of
 from lite_dil.reports.samples import SampleAnswers
@@ -81,19 +82,9 @@ def setting_of(session: TrainingSession) -> Setting:
 def observers_of(
     session: TrainingSession, training: Training, display: Display, own: Sequence[Observer]
 ) -> tuple[Observers, Checkpoints]:
-    """Return the observers of a run in order, and separately the one that saves, which comes before slow ones."""
+    """Return the observers of a policy's run in order, and separately the one that saves, which comes before slow ones."""
     config, folder, backend, data = session.config, session.folder, session.backend, session.data
     held_out = HeldOut(training.passes, data.held_out, config, config, session.own_loss) if data.held_out else None
-    shown, trackers = ShownSteps(display), Trackers(config, folder.path, session.logged, display.say)
-    metrics = MetricsLog([folder.log, trackers.log])
-    checkpoints = Checkpoints(folder, training.progress, session.save_state, backend.save_adapter, config)
-    watching: list[Observer] = [metrics, shown, checkpoints]
-    often = config.eval_steps if held_out else config.save_steps  # between sample answers, and reports
-    if held_out:
-        pairs = PairsFile(folder.path, lambda: held_out.pairs, session.policy.encoder, display.say)
-        # The line comes last: a run that is killed before it measures again.
-        takers = [pairs.write, metrics.log, shown.evaluation]
-        watching.append(Evaluation(held_out, often, training.schedule.epoch, session.logged, takers, shown.doing, display.say))
 
     def memory() -> str:
         if training.largest.batch is None:
@@ -101,19 +92,51 @@ def observers_of(
         peak, before = backend.peak_memory_mb() * 2**20, session.policy.memory_before * 2**20
         return memory_line(session.taken_config(), session.policy.model, Load.of(training.largest.batch), peak, before)
 
-    answers = SampleAnswers(
-        data.prompts,
-        bool(data.held_out),
-        folder.path / SAMPLES,
-        backend,
-        session.policy.encoder,
-        config.max_length,
-        display.say,
-        often,
-        shown.doing,
-    )
-    card = ModelCard(AdapterSource(folder.adapter, folder, config))
-    facts = facts_of(config, backend, training.schedule.steps, data.facts)
+    def results(shown: ShownSteps, often: int | None) -> list[Observer]:
+        answers = SampleAnswers(
+            data.prompts,
+            bool(data.held_out),
+            folder.path / SAMPLES,
+            backend,
+            session.policy.encoder,
+            config.max_length,
+            display.say,
+            often,
+            shown.doing,
+        )
+        return [answers, ModelCard(AdapterSource(folder.adapter, folder, config))]
+
+    return watching_of(session, training, display, held_out, results, memory, own)
+
+
+def watching_of(
+    session: TrainingSession,
+    training: Training,
+    display: Display,
+    held_out: Measured | None,
+    results: Callable[[ShownSteps, int | None], list[Observer]],
+    memory: Callable[[], str],
+    own: Sequence[Observer],
+) -> tuple[Observers, Checkpoints]:
+    """Return the observers that every run has with those of its kind, and separately the one that saves.
+
+    Args:
+        held_out: measures held-out data; None if there is none.
+        results: makes those that show what was learned, given the display's and the steps between evaluations.
+        memory: returns a line on the run's memory.
+    """
+    config, folder, backend = session.config, session.folder, session.backend
+    shown, trackers = ShownSteps(display), Trackers(config, folder.path, session.logged, display.say)
+    metrics = MetricsLog([folder.log, trackers.log])
+    checkpoints = Checkpoints(folder, training.progress, session.save_state, session.save_adapter, config)
+    watching: list[Observer] = [metrics, shown, checkpoints, Health(folder.metrics, config.as_dict(), display.say)]
+    often = config.eval_steps if held_out else config.save_steps  # between sample answers, and reports
+    if held_out:
+        pairs = PairsFile(folder.path, lambda: held_out.pairs, session.policy.encoder, display.say)
+        # The line comes last: a run that is killed before it measures again.
+        takers = [pairs.write, metrics.log, shown.evaluation]
+        watching.append(Evaluation(held_out, often, training.schedule.epoch, session.logged, takers, shown.doing, display.say))
+    facts = facts_of(config, backend, training.schedule.steps, session.data.facts)
     report = RunReport(folder, facts, often, memory, display.say)
     rate = KeepRate(setting_of(session), display.say)
-    return Observers([*watching, answers, card, report, rate, *own, trackers]), checkpoints
+    return Observers([*watching, *results(shown, often), report, rate, *own, trackers]), checkpoints

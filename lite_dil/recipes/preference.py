@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import replace
 from pathlib import Path
 
 from lite_dil.base.display import Display
-from lite_dil.base.observer import Event, Observer
+from lite_dil.base.errors import UserError
+from lite_dil.base.observer import Observer
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.models.options import trusting
 from lite_dil.objectives.own import shown
+from lite_dil.objectives.reward_table import is_reward
 from lite_dil.recipes.given import NOTHING_GIVEN, Given
 from lite_dil.recipes.observers import observers_of
 from lite_dil.recipes.run import Run
-from lite_dil.recipes.session import Opening, open_session
-from lite_dil.reports.run_report import REPORT
-from lite_dil.runs.folder import RunFolder
-from lite_dil.training.loop import loop
+from lite_dil.recipes.running import Recipe, run_training
+from lite_dil.recipes.session import open_session
 
 
 def train(
@@ -39,33 +37,7 @@ def train(
         UserError: something that the user can fix, raised before anything was changed or with the last step saved.
         TrainingDiverged: the loss or gradient became non-finite; earlier checkpoints are good.
     """
-    folder = RunFolder(resume.parent.parent) if resume else RunFolder.new(config.output_dir, shown(config.loss))
-    folder.again = " ".join([folder.again, *trusting(config)])
-    with folder.alone(display.say):
-        session = open_session(Opening(config, display, folder, resume, fixed, given))
-        training, policy, taken = session.training, session.policy, session.config
-
-        def ended(stopped: bool) -> Run:
-            # It holds nothing of the session, so that closing the policy frees its memory.
-            def go_on(checkpoint: Path, other: Display | None, watching: Sequence[Observer]) -> Run:
-                return train(taken, other or display, checkpoint, fixed, watching, replace(given, policy=policy))
-
-            return Run(policy, folder.path, stopped, display.say, go_on)
-
-        if training is None:
-            return ended(stopped=True)
-        watching, checkpoints = observers_of(session, training, display, observers)
-        policy.begin_training(folder)
-        with folder.going_on(), watching:
-            loop(training, watching, checkpoints.keep, folder.again)
-            if training.finished:
-                watching.finished(Event(training.progress.step, training.schedule.steps))
-            training.passes.sync()
-        steps = training.schedule.steps
-        if not training.finished:
-            display.say(f"stopped after step {training.progress.step} of {steps}, saved; continue with {folder.again}")
-        else:
-            display.say(f"adapter in {folder.adapter}, report in {folder.path / REPORT}")
-            if watching.left_out:
-                display.say(f"the training is finished; to complete its evaluation and report: {folder.again}")
-        return ended(stopped=not training.finished or watching.left_out)
+    if is_reward(config.loss):
+        raise UserError(f"{config.loss} trains a reward model, which is lite-dil reward, or dil.train_reward")
+    recipe = Recipe(shown(config.loss), "", open_session, observers_of)
+    return run_training(recipe, config, display, resume, fixed, observers, given)

@@ -13,11 +13,13 @@ from lite_dil.base.signs import CHOSEN
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import DataSet, describe, halved, load, remarks
 from lite_dil.data.encoder import Encoder, Example, fingerprint
+from lite_dil.data.ended import ended
 from lite_dil.data.held_out import split
 from lite_dil.data.overlap import Overlap, overlap
 from lite_dil.data.reader import Problem
 from lite_dil.data.rows import DATA, Rows, rows_name
 from lite_dil.objectives.accepts import check_data
+from lite_dil.objectives.reward_table import is_reward
 from lite_dil.objectives.table import objective_of
 from lite_dil.recipes.given import Given
 from lite_dil.reports.samples import SamplePrompt, data_facts, lengths_of, sample_prompts
@@ -39,7 +41,31 @@ class RunData:
 
 
 def read_data(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None], given: Given) -> RunData:
-    """Read the training data, and the held-out data if there is any."""
+    """Read the training data, and the held-out data if there is any; for a reward model only responses that end."""
+    data = _read(encoder, config, say, given)
+    return _ended(data, encoder, say) if is_reward(config.loss) else data
+
+
+def _ended(data: RunData, encoder: Encoder, say: Callable[[str], None]) -> RunData:
+    """Leave out examples with a response that was cut before its end token, whose state a reward model would read."""
+    ends, kept, facts = set(encoder.end_ids()), [], [dict(fact) for fact in data.facts]
+    for examples, use in ((data.examples, "training"), (data.held_out, "held out")):
+        kept.append(whole := ended(examples, ends))
+        left_out = len(examples) - len(whole)
+        for fact in facts:
+            if fact["use"] == use:
+                fact |= {"examples": len(whole), "without_end": left_out}
+        if left_out:
+            say(
+                f"{use} data: {left_out} of {len(examples)} examples left out, because --max-length {data.config.max_length} "
+                "cuts a response before its end token, which is what a reward model scores"
+            )
+    if not kept[0]:
+        raise UserError(f"no training example is left; give a larger --max-length than {data.config.max_length}")
+    return replace(data, examples=kept[0], held_out=kept[1], facts=facts)
+
+
+def _read(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None], given: Given) -> RunData:
     data, name = _load(given.data or config.data, "train", encoder, config, say)
     config = replace(config, data=name)
     if not config.eval_data:

@@ -101,7 +101,7 @@ class Run:
 
         Args:
             folder: a new one.
-            format: "adapter", "merged", "mlx", "gguf" or "ollama".
+            format: "adapter", "merged", "mlx", "gguf" or "ollama"; of a reward model "reward".
             **options: others of `lite_dil.export.exporting.ExportOptions`, such as ``bits=4`` or ``check_rows=20``.
 
         Raises:

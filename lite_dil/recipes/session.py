@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from lite_dil.recipes.read_data import RunData, read_data
 from lite_dil.reports import trackers
 from lite_dil.reports.outcome import SAMPLES
 from lite_dil.reports.pairs import PAIRS
-from lite_dil.runs.folder import RunFolder
+from lite_dil.runs.folder import RunFolder, adapter_of
 from lite_dil.runs.progress import Progress
 from lite_dil.training.loop import Training
 from lite_dil.training.own_loss import try_out
@@ -56,6 +56,7 @@ class TrainingSession:
         logged: lines of metrics that a resumed run logged before, including those that it will log again.
         own_loss: the loss, if it is a program's own.
         training: what the loop works on; None if Ctrl-C came before the first step, which the user has been told.
+        beside: writes what the trained adapter's folder holds besides the backend's files.
     """
 
     config: ResolvedConfig
@@ -65,6 +66,7 @@ class TrainingSession:
     own_loss: OwnLoss | None = None
     logged: list[dict[str, Any]] = field(default_factory=list)
     training: Training | None = None
+    beside: Callable[[Path], None] | None = None
 
     @property
     def backend(self) -> Backend:
@@ -83,6 +85,14 @@ class TrainingSession:
         if self.training:
             self.training.passes.sync()
         self.backend.save_state(folder)
+        if self.beside:
+            self.beside(adapter_of(folder))
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the trained adapter."""
+        self.backend.save_adapter(folder)
+        if self.beside:
+            self.beside(folder)
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class Opening:
 def open_session(opening: Opening) -> TrainingSession:
     """Read the data, load the model, and prepare both to start training, or to continue from a checkpoint."""
     display, resume, given = opening.display, opening.resume, opening.given
-    session, progress, inputs = _load(opening)
+    session, progress, inputs = load_session(opening)
     config = session.config
     if config.sample_rejected and not _draw_rejected(session, config.sample_rejected, display):
         return session
@@ -131,19 +141,19 @@ def open_session(opening: Opening) -> TrainingSession:
         with display.status(COMPARING):
             check_cache(passes, examples, training.schedule.limits, config.seed, config.model)
     if resume:
-        _go_on(session, training, resume)
+        go_on(session, training, resume)
     elif starts_at_reference(config):
         with display.status(CHECKING):
             check_start(passes, training.schedule.batches(1)[0], config.model)
     if config.precompute_reference and not _precompute(passes, (examples, others, session.data.held_out), config, display):
         return session
     if not resume:
-        _begin(session, display)
+        begin(session, display)
     session.training = training
     return session
 
 
-def _load(opening: Opening) -> tuple[TrainingSession, Progress, Inputs]:
+def load_session(opening: Opening) -> tuple[TrainingSession, Progress, Inputs]:
     """Read the data and load the model; return also the run's progress, and what is compared with a run's record."""
     config, display, folder, resume, given = opening.config, opening.display, opening.folder, opening.resume, opening.given
     start(training=True)
@@ -200,7 +210,7 @@ def _open_cache(session: TrainingSession, display: Display) -> ReferenceCache:
     return cache
 
 
-def _go_on(session: TrainingSession, training: Training, checkpoint: Path) -> None:
+def go_on(session: TrainingSession, training: Training, checkpoint: Path) -> None:
     """Restore the model and metrics of the checkpoint."""
     session.backend.load_state(checkpoint)
     session.logged = session.folder.rewind(training.progress, training.say)
@@ -226,7 +236,7 @@ def _precompute(passes: Passes, parts: Sequence[Sequence[Example]], config: Reso
     return False
 
 
-def _begin(session: TrainingSession, display: Display) -> None:
+def begin(session: TrainingSession, display: Display) -> None:
     """Create the run's folder."""
     folder = session.folder
     folder.create(replace(session.config, dtype=session.backend.dtype_name).as_dict())

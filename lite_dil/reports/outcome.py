@@ -19,6 +19,7 @@ from lite_dil.config.train_config import flag
 from lite_dil.data.overlap import Overlap
 from lite_dil.objectives.own import shown
 from lite_dil.objectives.table import objective_of
+from lite_dil.reports.health import complaints
 from lite_dil.reports.pairs import PAIRS, HeldOutPairs, by_longer, read_pairs
 from lite_dil.reports.samples import Sample, read_samples
 from lite_dil.runs.history import History, checked_history, metrics_of
@@ -196,7 +197,7 @@ def _likelier(value: float, record: RunRecord) -> str:
 def warnings(record: RunRecord) -> list[str]:
     """Return what is damaged of the run's files, and the warnings, each with what to try."""
     found = [_skipped(record), _shared(record), _chosen_falls(record), _chance(record), *_memorised(record), _longer(record)]
-    found += [_by_length(record), _cut(record), _unseen(record)]
+    found += [*complaints(record.history.train, record.config).values(), _by_length(record), _cut(record), _unseen(record)]
     return [*(f"{text}." for text in record.damage), *(text for text in found if text)]
 
 

@@ -15,13 +15,14 @@ from lite_dil.base.observer import Event, Observers
 from lite_dil.base.signals import StopSignal, to_stderr
 from lite_dil.batching.schedule import LargestPass, Schedule
 from lite_dil.data.encoder import Example
-from lite_dil.objectives.criterion import Criterion
+from lite_dil.objectives.loss import SCORES
 from lite_dil.objectives.options import ResolvedObjective
 from lite_dil.runs.progress import Progress
 from lite_dil.training.divergence import Finite, explain
-from lite_dil.training.metrics import count_step, line_of
+from lite_dil.training.metrics import add_figures, count_step, line_of
 from lite_dil.training.passes import Passes
-from lite_dil.training.step import Taken, take_step
+from lite_dil.training.reward_metrics import add_score_figures
+from lite_dil.training.step import AnyCriterion, Taken, take_step
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Training:
     passes: Passes
     examples: Sequence[Example]
     schedule: Schedule
-    criterion: Criterion
+    criterion: AnyCriterion
     objective: ResolvedObjective
     progress: Progress
     largest: LargestPass
@@ -68,7 +69,8 @@ class Training:
 
     def count(self, taken: Taken, seconds: float) -> dict[str, Any] | None:
         """Count a step as done; return a line of metrics if one is due."""
-        count_step(self.progress, taken, seconds, self.objective)
+        figures = add_score_figures if self.criterion.reads == SCORES else add_figures
+        count_step(self.progress, taken, seconds, partial(figures, options=self.objective))
         if self.progress.step % self.logging_steps and not self.finished:
             return None
         line = line_of(self.progress, self.schedule, self.passes.backend.peak_memory_mb())

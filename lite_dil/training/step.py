@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -13,27 +13,31 @@ from lite_dil.base.errors import OutOfMemory
 from lite_dil.batching.batch import Batch, by_batch
 from lite_dil.batching.schedule import Schedule
 from lite_dil.objectives.criterion import Criterion
-from lite_dil.objectives.loss import SUMS
+from lite_dil.objectives.loss import NOTHING, TOKENS
+from lite_dil.objectives.reward_criterion import RewardCriterion
 from lite_dil.training.passes import Passes
+
+AnyCriterion: TypeAlias = Criterion | RewardCriterion
 
 
 class Taken(NamedTuple):
     """A finished step: its batches, its result, and the number of reference passes computed.
 
-    `policy` and `reference` are summed log-probs, (responses,), in the order of the batches; `baseline` is kto's z0.
+    `policy` and `reference` are summed log-probs, (responses,), in the order of the batches; `baseline` is kto's z0. For a
+    reward model `policy` holds the scores, (responses, outputs), and there is no reference.
     """
 
     batches: list[Batch]
     result: StepResult
     policy: np.ndarray
-    reference: np.ndarray
+    reference: np.ndarray | None
     baseline: float
     reference_passes: int
 
 
 def micro_batches(
     batches: Sequence[Batch],
-    criterion: Criterion,
+    criterion: AnyCriterion,
     references: Sequence[np.ndarray | None] | None = None,
     baseline: float = 0.0,
 ) -> list[MicroBatch]:
@@ -46,7 +50,7 @@ def take_step(
     passes: Passes,
     schedule: Schedule,
     step: int,
-    criterion: Criterion,
+    criterion: AnyCriterion,
     say: Callable[[str], None],
     dropout: bool,
     tell: Callable[[int, int], None] = lambda passes, done: None,
@@ -59,7 +63,8 @@ def take_step(
     """
     while True:
         batches = schedule.batches(step)
-        known = [passes.cache.lookup(batch) for batch in batches]
+        compared = criterion.reference != NOTHING
+        known = [passes.cache.lookup(batch) if compared else None for batch in batches]
         baseline = passes.baseline(schedule.others(step))
         try:
             work = micro_batches(batches, criterion, known, baseline)
@@ -75,17 +80,16 @@ def take_step(
                 f"is the same{', except for what dropout draws' if dropout else ''}"
             )
             continue
-        missing = [values is None for values in known]
-        assert result.reference is not None  # the metrics of every objective need it
-        for batch, logps, absent in zip(batches, by_batch(result.reference, batches), missing, strict=True):
-            if absent:
-                passes.remember(batch, logps)
-        return Taken(batches, result, _sums(result.policy, batches, criterion), result.reference, baseline, sum(missing))
+        computed = [] if result.reference is None else by_batch(result.reference, batches)
+        missing = [(batch, logps) for batch, logps, have in zip(batches, computed, known, strict=False) if have is None]
+        for batch, logps in missing:
+            passes.remember(batch, logps)
+        return Taken(batches, result, _sums(result.policy, batches, criterion), result.reference, baseline, len(missing))
 
 
-def _sums(policy: np.ndarray, batches: Sequence[Batch], criterion: Criterion) -> np.ndarray:
-    """Return the policy's summed log-probs, also if the objective reads token log-probs."""
-    if criterion.reads == SUMS:
+def _sums(policy: np.ndarray, batches: Sequence[Batch], criterion: AnyCriterion) -> np.ndarray:
+    """Return the policy's summed log-probs, also if the objective reads token log-probs; scores as they are."""
+    if criterion.reads != TOKENS:
         return policy
     parts = np.split(policy, np.cumsum([int(batch.lengths.sum()) for batch in batches])[:-1])
     return np.concatenate([batch.sums(values) for batch, values in zip(batches, parts, strict=True)])

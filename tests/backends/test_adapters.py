@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bare_model, batch, criterion, load, one_step, oracle_logps
+from conftest import bare_model, batch, config, criterion, load, one_step, oracle_logps
 
 from lite_dil.backends import registry
 from lite_dil.backends.types import EACH, END, POLICY, REFERENCE, Head, MicroBatch
@@ -380,3 +380,72 @@ def test_a_loss_of_an_added_adapter_is_compared_with_the_reference(backend_name:
         np.testing.assert_allclose(result.policy, backend.token_logps(data), atol=1e-5)
     with other.adapter_off():
         np.testing.assert_array_equal(result.reference, other.token_logps(data))
+
+
+# --- one adapter from its files, and a policy with a head ---
+
+
+@pytest.mark.parametrize("outputs", [0, 2])
+def test_an_adapter_of_another_run_is_added_bit_for_bit(backend_name: str, tiny: str, tmp_path: Path, outputs: int) -> None:
+    """From where it was trained, also as the policy, onto a base whose own adapters do not change."""
+    maker, data = load(backend_name, tiny, lora_r=4), batch(4)
+    if outputs:
+        maker.set_head(Head(outputs))
+        for _ in range(3):
+            maker.step(sides(data), BradleyTerry(), 1e-2)
+    else:
+        one_step(maker, [data], criterion(), 1e-2)
+    maker.save_adapter(tmp_path / "rm")
+    here = trained(load(backend_name, tiny))
+    before = logps(here, data)
+    here.load_adapter("added", tmp_path / "rm")
+    equal(before, logps(here, data), NAMES)
+    np.testing.assert_array_equal(logps(here, data, ("added",))["added"], maker.token_logps(data))
+    equal(arrays(here, "added"), mine := arrays(maker, POLICY), tuple(mine))
+    if outputs:
+        found = maker.scores(data, POLICY)
+        np.testing.assert_array_equal(here.scores(data, "added"), found)
+        assert found.shape == (8, 2) and found.any()
+        bare = registry.load(backend_name, ModelOptions(model=tiny, dtype="float32"), tiny, None, None)  # for inference
+        bare.load_adapter("added", tmp_path / "rm")
+        np.testing.assert_allclose(bare.scores(data, "added"), found, atol=2e-5)
+        with pytest.raises(UserError, match="is a reward model's"):
+            load(backend_name, tiny, init_adapter=str(tmp_path / "rm"), reference="base")
+    else:
+        with pytest.raises(ValueError, match="has no head"):
+            here.scores(data, "added")
+
+
+def test_a_policy_gives_its_head_back(backend_name: str, tiny: str) -> None:
+    """A fresh policy is as it was loaded, and trains as if it had never had a head."""
+    options = {"lora_r": 4}
+    backend, other, data = load(backend_name, tiny, **options), load(backend_name, tiny, **options), batch()
+    backend.set_head(Head(1))
+    for _ in range(2):
+        backend.step(sides(data), BradleyTerry(), 1e-2)
+    assert backend.scores(data, POLICY).any()
+    backend.renew_policy(config(**options))
+    with pytest.raises(ValueError, match="has no head"):
+        backend.scores(data, POLICY)
+    for each in (backend, other):
+        one_step(each, [data], criterion(), 1e-2)
+    equal(arrays(backend, POLICY), mine := arrays(other, POLICY), tuple(mine))
+
+
+def test_a_damaged_head_is_refused(backend_name: str, tiny: str, tmp_path: Path) -> None:
+    backend = load(backend_name, tiny)
+    backend.set_head(Head(1))
+    backend.save_adapter(tmp_path / "rm")
+    described = (tmp_path / "rm" / "head.json").read_text()
+    for text, why in (
+        (described.replace('"outputs": 1', '"outputs": 2'), "."),
+        ("[]", "expected an object"),
+        ("{", "cannot be"),
+    ):
+        (tmp_path / "rm" / "head.json").write_text(text)
+        with pytest.raises(UserError, match=why):
+            load(backend_name, tiny).load_adapter("rm", tmp_path / "rm")
+    (tmp_path / "rm" / "head.json").write_text(described)
+    (tmp_path / "rm" / "head.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read"):
+        load(backend_name, tiny).load_adapter("rm", tmp_path / "rm")

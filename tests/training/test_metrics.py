@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from conftest import config, examples
@@ -9,7 +11,7 @@ from conftest import config, examples
 from lite_dil.batching.batch import Batch
 from lite_dil.batching.schedule import Schedule, plan
 from lite_dil.data.encoder import Example
-from lite_dil.training.metrics import Means, answer_metrics, with_margin
+from lite_dil.training.metrics import Means, answer_metrics, derived
 
 # Two pairs, as chosen, rejected, chosen, rejected; f = policy - reference = 2, -1, 1, 3 as sums.
 POLICY, REFERENCE = np.array([-8, -6, -4, -2], np.float32), np.array([-10, -5, -5, -5], np.float32)
@@ -19,7 +21,7 @@ PAIRS = Batch.of([Example((1,), ((3,) * 4, (3,) * 2), (1, -1)), Example((2,), ((
 def figures(batch: Batch, *arrays: np.ndarray, **changes: object) -> dict[str, float]:
     means = Means()
     answer_metrics(means, *arrays, batch, config(**changes))
-    return with_margin(means.means())
+    return derived(means.means())
 
 
 def test_metrics_of_pairs_by_hand() -> None:
@@ -44,13 +46,13 @@ def test_metrics_of_answers_without_partners_by_hand() -> None:
     means, lone = Means(), [Example((i,), ((3,),), (sign,)) for i, sign in enumerate((1, 1, 1, -1))]
     for part, values in ((lone[:2], [2.0, 4.0]), (lone[2:], [6.0, -1.0])):
         answer_metrics(means, np.array(values), np.zeros(2), Batch.of(part), config(loss="kto", beta=0.5))
-    found = with_margin(means.means())
+    found = derived(means.means())
     assert "rewards/accuracies" not in found
     assert (found["log_ratio/chosen"], found["log_ratio/rejected"]) == (4.0, -1.0)
     assert found["rewards/margins"] == 2.5  # 0.5 * 4 + 0.5 * 1
     means = Means()
     answer_metrics(means, np.zeros(2), np.zeros(2), Batch.of(lone[:2]), config(loss="kto"))
-    assert "rewards/margins" not in with_margin(means.means())
+    assert "rewards/margins" not in derived(means.means())
 
 
 def test_metrics_of_several_rejected_answers_compare_each() -> None:
@@ -66,6 +68,19 @@ def test_how_often_a_cap_acts_by_hand() -> None:
     far = figures(PAIRS, POLICY, np.array([-10, 80, -5, -5]), loss="f-dpo", divergence="forward_kl")
     assert far["capped"] == 0.25  # e^86
     assert "capped" not in figures(PAIRS, POLICY, REFERENCE, loss="f-dpo")
+
+
+def test_how_many_responses_carry_an_exponential_loss_by_hand() -> None:
+    share = "ratio/effective_share"
+    equal = figures(PAIRS, REFERENCE, REFERENCE, loss="lsif")
+    assert equal[share] == 1 and "ratio/mean" not in equal and "ratio/square" not in equal
+    far = np.array([600, 0, 0, 0])  # one of four counts
+    assert figures(PAIRS, REFERENCE + far, REFERENCE, loss="ukl", logp_reduction="sum")[share] == pytest.approx(0.25)
+    some = figures(PAIRS, REFERENCE + np.array([math.log(3), 0, 0, 0]), REFERENCE, loss="lsif", logp_reduction="sum")
+    assert some[share] == pytest.approx((6 / 4) ** 2 / (12 / 4), rel=1e-6)
+    capped = figures(PAIRS, REFERENCE + far, REFERENCE, loss="lsif", logp_reduction="sum", log_ratio_cap=math.log(3))
+    assert capped[share] == pytest.approx(some[share], rel=1e-6)
+    assert share not in figures(PAIRS, POLICY, REFERENCE, loss="dpo")
 
 
 def test_every_epoch_takes_every_pair_once_in_another_order() -> None:

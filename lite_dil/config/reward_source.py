@@ -1,0 +1,99 @@
+"""Find a reward model by name, and how to load its base and read its data: by default as in the run that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.errors import UserError
+from lite_dil.config.adapter_source import find
+from lite_dil.config.options import build
+from lite_dil.config.train_config import FIELDS, ResolvedConfig
+from lite_dil.data.encoder import Encoder, encoder_of
+from lite_dil.generation import policy as policies
+from lite_dil.generation.policy import AdapterSource, Policy
+from lite_dil.models.find import resolve_model
+from lite_dil.models.options import ModelOptions
+from lite_dil.rewards.description import Description, read_description
+from lite_dil.rewards.heads import HeadReward, open_head
+from lite_dil.runs.options_file import read_options
+from lite_dil.training.options import ReferenceOptions
+from lite_dil.training.reference_cache import cache_folder
+
+ADAPTER = "reward"  # its name on a backend
+_READ = ("max_length", "chat")  # options of the run by which its data was read
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model's files.
+
+    Attributes:
+        name: what the user called it.
+        adapter: the folder of its adapter and head.
+        options: how its base is loaded.
+        read: how its run read data, by option.
+    """
+
+    name: str
+    adapter: Path
+    options: ModelOptions
+    description: Description
+    read: Mapping[str, Any]
+
+    @property
+    def chat(self) -> bool:
+        """Whether its run made plain-text prompts user messages."""
+        return bool(self.read.get("chat", False))
+
+    @property
+    def identity(self) -> str:
+        """A name for its weights."""
+        return f"{policies.identity(AdapterSource(self.adapter, None, self.options))} {self.description.scale!r}"
+
+    def data_options(self, given: Mapping[str, Any]) -> ResolvedConfig:
+        """Return options that read data; those of its run where they are not given."""
+        own = {name: value for name, value in self.read.items() if name == "max_length"}
+        return build({name: value for name, value in given.items() if name in FIELDS and value is not None}, own)
+
+    def encoder(self, say: Callable[[str], None]) -> Encoder:
+        """Return the base's encoder."""
+        return encoder_of(resolve_model(self.options.model, say), self.options)
+
+
+def find_reward(folder: str, given: Mapping[str, Any]) -> RewardModel:
+    """Return the reward model that `folder` names: a run, one of its checkpoints, or an adapter's folder.
+
+    Args:
+        given: options by field name; those that load a model override the run's.
+
+    Raises UserError if there is none.
+    """
+    if not Path(folder).exists():
+        raise UserError(f"--reward {folder}: no such folder")
+    source = find(folder, dict(given))
+    assert source.adapter is not None
+    read = read_options(source.run.path) if source.run else {}
+    description = read_description(source.adapter)
+    return RewardModel(
+        folder, source.adapter, source.options, description, {name: read[name] for name in _READ if name in read}
+    )
+
+
+@contextmanager
+def open_reward(found: RewardModel, say: Callable[[str], None]) -> Iterator[HeadReward]:
+    """Load a reward model on its base for the block. Raises UserError if its base is another one by now."""
+    policy = policies.load(AdapterSource(None, None, found.options), say)
+    try:
+        yield head_on(policy, found, say)
+    finally:
+        policy.close()
+
+
+def head_on(policy: Policy, found: RewardModel, say: Callable[[str], None], adapter: str = ADAPTER) -> HeadReward:
+    """Add a reward model to the base of a policy in memory. Raises UserError if it was trained on another one."""
+    name = Path(found.name).absolute().name
+    return open_head(policy.backend, adapter, found.adapter, policy.model, cache_folder(ReferenceOptions()), name, say)

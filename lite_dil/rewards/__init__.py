@@ -1,0 +1,1 @@
+"""Rewards of responses, and where they come from."""

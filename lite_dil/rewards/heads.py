@@ -1,0 +1,110 @@
+"""Rewards by a reward model of our own: an adapter and a head on a base in memory, beside the policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from lite_dil.backends.protocol import Backend
+from lite_dil.base.halving import Halving
+from lite_dil.base.signs import CHOSEN
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.schedule import plan
+from lite_dil.data.encoder import Example
+from lite_dil.models.fingerprint import base_of
+from lite_dil.rewards.description import Description, check_base, read_description
+from lite_dil.rewards.source import Answered
+from lite_dil.runs.folder import recorded_with
+
+_ROW_TOKENS = 4096  # maximum tokens of a pass
+
+
+class HeadReward:
+    """Scores of a head; a `lite_dil.rewards.source.RewardSource`.
+
+    Args:
+        adapter: the head's adapter on the backend.
+        name: names its metrics.
+        say: tells the user if memory holds less than a pass.
+        row_tokens: maximum tokens of a pass.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        adapter: str,
+        description: Description,
+        name: str,
+        say: Callable[[str], None],
+        row_tokens: int = _ROW_TOKENS,
+    ) -> None:
+        self.backend, self.adapter, self.description = backend, adapter, description
+        self._name, self._row_tokens = name, row_tokens
+        self._halving = Halving("a pass without gradients", lambda batch: batch.tokens, Batch.halves, say)
+
+    @property
+    def name(self) -> str:
+        """Names its metrics."""
+        return self._name
+
+    def rewards(self, answers: Sequence[Answered]) -> np.ndarray:
+        """Return the reward of each response, float64, (answers,): NaN for one that was cut before its end token.
+
+        A reward is read from the state of the end token; there is none where a response was cut. Responses to the same
+        prompt share its computation.
+        """
+        found = np.full(len(answers), math.nan)
+        of_prompt: dict[tuple[int, ...], list[int]] = {}
+        for index, answer in enumerate(answers):
+            if answer.ended:
+                of_prompt.setdefault(answer.prompt_ids, []).append(index)
+        examples = [
+            Example(prompt, tuple(answers[i].response_ids for i in indices), (CHOSEN,) * len(indices), str(number))
+            for number, (prompt, indices) in enumerate(of_prompt.items())
+        ]
+        for place, scores in zip(of_prompt.values(), self.scores(examples), strict=True):
+            found[place] = scores[:, 0]
+        return found
+
+    def scores(self, examples: Sequence[Example]) -> list[np.ndarray]:
+        """Return the outputs for each example's responses, all of which end, float64, (responses, outputs).
+
+        The first is the reward. That of bt-variance has the log of its noise scale as the second.
+        """
+        found: list[list[np.ndarray]] = [[] for _ in examples]
+        numbered = [Example(e.prompt, e.responses, e.signs, str(number)) for number, e in enumerate(examples)]
+        for batch in plan(numbered, self.backend.layout, len(numbered), self._row_tokens):
+            outputs = np.concatenate(self._halving.run(partial(self.backend.scores, adapter=self.adapter), batch))
+            for prompt, row in zip(batch.prompt_of, self._anchored(outputs.astype(np.float64)), strict=True):
+                found[int(batch.places[prompt])].append(row)
+        return [np.stack(rows) for rows in found]
+
+    def _anchored(self, outputs: np.ndarray) -> np.ndarray:
+        outputs[:, 0] *= self.description.scale
+        outputs[:, 1:] += math.log(self.description.scale)
+        return outputs
+
+
+def open_head(
+    backend: Backend, adapter: str, folder: Path, model: str, memo: Path | None, name: str, say: Callable[[str], None]
+) -> HeadReward:
+    """Add a reward model's adapter and head to a base in memory.
+
+    Args:
+        adapter: its name on the backend.
+        folder: holds its files.
+        model: the folder or hub id of the base.
+        memo: the folder in which hashes of large files are remembered.
+        name: names its metrics.
+
+    Raises UserError if it is damaged, is no reward model, or was trained on another base.
+    """
+    recorded_with(folder)
+    description = read_description(folder)
+    check_base(folder, description, base_of(model, memo), model)
+    backend.load_adapter(adapter, folder)
+    return HeadReward(backend, adapter, description, name, say)

@@ -1,0 +1,49 @@
+"""The protocol of a reward's source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:  # --help imports this file, and importing numpy takes longer than all the rest
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A response to be rewarded.
+
+    Attributes:
+        prompt: the prompt's text as the model reads it.
+        response: the response's text, without what ends it.
+        prompt_ids: the tokens of the prompt.
+        response_ids: the tokens of the response, with its end token if it has one. Never the text encoded again.
+        ended: whether the response has its end token; if not, it was cut at the limit of tokens.
+        columns: the other columns of the prompt's row.
+    """
+
+    prompt: str
+    response: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    ended: bool
+    columns: Mapping[str, Any]
+
+
+class RewardSource(Protocol):
+    """Something that rewards responses: a head, a Python function, a check of the answer.
+
+    Attributes:
+        name: names its metrics: rewards/NAME/mean.
+    """
+
+    @property
+    def name(self) -> str:
+        """See above."""
+
+    def rewards(self, answers: Sequence[Answered]) -> np.ndarray:
+        """Return the reward of each response, float64, (answers,). NaN is the caller's to refuse.
+
+        Raises UserError with the row's number, counted from 1, if a response cannot be rewarded.
+        """
