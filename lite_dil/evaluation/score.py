@@ -33,7 +33,7 @@ _BEST = "best"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ToScore:
     """A response to score.
 
     Attributes:
@@ -58,7 +58,7 @@ class Encoded:
     """A row's tokens, and its responses."""
 
     example: Example
-    candidates: list[Candidate]
+    candidates: list[ToScore]
 
 
 def encode_answers(
@@ -90,7 +90,7 @@ def encode_answers(
             continue
         example, *_ = truncate(whole, options.max_length)
         candidates = [
-            Candidate(
+            ToScore(
                 row,
                 answer,
                 prompt.key,
@@ -118,7 +118,7 @@ class ScoreFile:
     Raises UserError if the file holds other rows.
     """
 
-    def __init__(self, path: Path | None, wanted: Sequence[Candidate]) -> None:
+    def __init__(self, path: Path | None, wanted: Sequence[ToScore]) -> None:
         self.path, self.wanted = path, wanted
         self.rows: dict[str, dict[str, Any]] = {}
         self.file = JSONLines(path, "scores", alone=True) if path else None
@@ -141,14 +141,14 @@ class ScoreFile:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def add(self, scored: Iterable[tuple[Candidate, np.ndarray | None]]) -> None:
+    def add(self, scored: Iterable[tuple[ToScore, np.ndarray | None]]) -> None:
         """Add responses with a head's outputs, None for one that is not scored."""
         new = [_row(each, outputs) for each, outputs in scored if each.key not in self.rows]
         self.rows |= {row["key"]: row for row in new}
         if self.file:
             self.file.add(*(with_mark(row, "key") for row in new))
 
-    def score(self, candidate: Candidate) -> float | None:
+    def score(self, candidate: ToScore) -> float | None:
         """Return a response's score, or None if it was cut."""
         value = self.rows[candidate.key]["score"]
         return None if value is None else float(value)
@@ -168,16 +168,16 @@ class ScoreFile:
         escape = sys.stdout.encoding.lower().replace("-", "") != "utf8"
         sys.stdout.write("".join(json.dumps(row, ensure_ascii=escape) + "\n" for row in rows))
 
-    def groups(self) -> list[list[Candidate]]:
+    def groups(self) -> list[list[ToScore]]:
         """Return the scored responses to each prompt."""
-        found: defaultdict[str, list[Candidate]] = defaultdict(list)
+        found: defaultdict[str, list[ToScore]] = defaultdict(list)
         for each in self.wanted:
             if self.score(each) is not None:
                 found[each.group].append(each)
         return list(found.values())
 
 
-def _row(candidate: Candidate, outputs: np.ndarray | None) -> dict[str, Any]:
+def _row(candidate: ToScore, outputs: np.ndarray | None) -> dict[str, Any]:
     label = candidate.row.labels[candidate.number]
     figures: dict[str, Any] = {"score": None if outputs is None else float(outputs[0])}
     if outputs is not None and len(outputs) > 1:
@@ -219,16 +219,16 @@ def score_all(head: HeadReward, encoded: Sequence[Encoded], file: ScoreFile) -> 
 
 
 @dataclass
-class Pairs:
+class ScoredPairs:
     """Pairs of the best and the worst response to a prompt; `ties` counts prompts whose responses all have one score."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     ties: int = 0
 
 
-def make_pairs(file: ScoreFile) -> Pairs:
+def make_pairs(file: ScoreFile) -> ScoredPairs:
     """Return a pair for each prompt that has responses with unequal scores."""
-    made = Pairs()
+    made = ScoredPairs()
     for group in file.groups():
         if len(group) < 2:
             continue
@@ -271,7 +271,7 @@ def summary(file: ScoreFile) -> list[str]:
     return lines
 
 
-def _labelled(scored: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
+def _labelled(scored: Sequence[ToScore]) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the chosen and of the rejected response of every row that has both."""
     sides: defaultdict[int, dict[bool, int]] = defaultdict(dict)
     for index, each in enumerate(scored):
