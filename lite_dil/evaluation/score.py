@@ -41,6 +41,7 @@ class ToScore:
         number: the response's place among those of its row.
         tokens: of the response, with its end token.
         ended: whether it has its end token; it is scored only then.
+        content: identifies prompt and response by their tokens: equal ones are scored once, since batches round differently.
         key: identifies it and the reward model in a file of scores.
     """
 
@@ -50,6 +51,7 @@ class ToScore:
     number: int
     tokens: int
     ended: bool
+    content: str
     key: str
 
 
@@ -97,6 +99,7 @@ def encode_answers(
                 number,
                 len(ids),
                 ids[-1] in ends and not row.cut,
+                digest(example.prompt, ids),
                 digest(reward, options.max_length, str(row.id), number, prompt.key, ids)[:16],
             )
             for number, (answer, ids) in enumerate(zip(row.answers, example.responses, strict=True))
@@ -153,6 +156,15 @@ class ScoreFile:
         value = self.rows[candidate.key]["score"]
         return None if value is None else float(value)
 
+    def known(self) -> dict[str, np.ndarray]:
+        """Return the outputs of the scored responses by their content."""
+        found = {}
+        for each in self.wanted:
+            row = self.rows.get(each.key)
+            if row and row["score"] is not None:
+                found[each.content] = np.array([row[name] for name in ("score", "log_v") if name in row], np.float64)
+        return found
+
     def finish(self) -> None:
         """Mark the best response to each prompt that has several, and put the rows into the order of the answers."""
         best = {max(group, key=lambda each: self.score(each) or 0.0).key for group in self.groups() if len(group) > 1}
@@ -199,22 +211,23 @@ def score_all(head: HeadReward, encoded: Sequence[Encoded], file: ScoreFile) -> 
     Raises UserError if a score is not finite.
     """
     left = [each for each in encoded if any(one.key not in file.rows for one in each.candidates)]
+    found = file.known()
     for start in range(0, len(left), _TOGETHER):
         some = left[start : start + _TOGETHER]
-        whole = [(each, [one for one in each.candidates if one.ended]) for each in some]
-        examples = [
-            Example(each.example.prompt, tuple(each.example.responses[one.number] for one in ended), (CHOSEN,) * len(ended))
-            for each, ended in whole
-            if ended
-        ]
-        scored = [one for _, ended in whole for one in ended]
-        outputs = [row for of_row in head.scores(examples) for row in of_row]
-        found = {one.key: row for one, row in zip(scored, outputs, strict=True)}
-        candidates = [one for each in some for one in each.candidates]
-        for one in candidates:
-            if one.key in found and not np.isfinite(found[one.key]).all():
-                raise UserError(f"{one.row.prompt.place}: the score of response {one.number + 1} is not finite")
-        file.add((one, found.get(one.key)) for one in candidates)
+        new: dict[str, ToScore] = {}
+        examples = []
+        for each in some:
+            own = {one.content: one for one in each.candidates if one.ended and one.content not in found.keys() | new.keys()}
+            new |= own
+            responses = tuple(each.example.responses[one.number] for one in own.values())
+            examples += [Example(each.example.prompt, responses, (CHOSEN,) * len(own))] if own else []
+        outputs = (row for of_row in head.scores(examples) for row in of_row)
+        for content, row in zip(new, outputs, strict=True):
+            if not np.isfinite(row).all():
+                place = new[content].row.prompt.place
+                raise UserError(f"{place}: the score of response {new[content].number + 1} is not finite")
+            found[content] = row
+        file.add((one, found[one.content] if one.ended else None) for each in some for one in each.candidates)
         yield len(file)
 
 
