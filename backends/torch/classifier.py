@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +22,7 @@ def class_name(folder: Path) -> str:
     Raises UserError if transformers has none, or one whose head is not the linear map `score`.
     """
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    mapping = AutoModelForSequenceClassification._model_mapping
-    found = mapping[type(config)] if type(config) in mapping else None
+    found: Any = AutoModelForSequenceClassification._model_mapping.get(type(config), None)
     if found is None:
         raise UserError(f"--format reward: transformers has no sequence classifier for models of type {config.model_type}")
     with torch.device("meta"):

@@ -90,7 +90,7 @@ class HeldOut:
             return float(self.criterion(policy, reference, inputs))
 
 
-class Measured(Protocol):
+class HeldOutData(Protocol):
     """Held-out data that can be measured.
 
     Attributes:
@@ -117,7 +117,7 @@ class Evaluation(Observer):
 
     def __init__(
         self,
-        held_out: Measured,
+        held_out: HeldOutData,
         every: int | None,
         epoch: Callable[[int], float],
         logged: Sequence[dict[str, Any]],

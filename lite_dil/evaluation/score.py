@@ -33,7 +33,7 @@ _BEST = "best"
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ToScore:
     """A response to score.
 
     Attributes:
@@ -41,6 +41,7 @@ class Candidate:
         number: the response's place among those of its row.
         tokens: of the response, with its end token.
         ended: whether it has its end token; it is scored only then.
+        content: identifies prompt and response by their tokens: equal ones are scored once, since batches round differently.
         key: identifies it and the reward model in a file of scores.
     """
 
@@ -50,6 +51,7 @@ class Candidate:
     number: int
     tokens: int
     ended: bool
+    content: str
     key: str
 
 
@@ -58,7 +60,7 @@ class Encoded:
     """A row's tokens, and its responses."""
 
     example: Example
-    candidates: list[Candidate]
+    candidates: list[ToScore]
 
 
 def encode_answers(
@@ -90,13 +92,14 @@ def encode_answers(
             continue
         example, *_ = truncate(whole, options.max_length)
         candidates = [
-            Candidate(
+            ToScore(
                 row,
                 answer,
                 prompt.key,
                 number,
                 len(ids),
                 ids[-1] in ends and not row.cut,
+                digest(example.prompt, ids),
                 digest(reward, options.max_length, str(row.id), number, prompt.key, ids)[:16],
             )
             for number, (answer, ids) in enumerate(zip(row.answers, example.responses, strict=True))
@@ -118,7 +121,7 @@ class ScoreFile:
     Raises UserError if the file holds other rows.
     """
 
-    def __init__(self, path: Path | None, wanted: Sequence[Candidate]) -> None:
+    def __init__(self, path: Path | None, wanted: Sequence[ToScore]) -> None:
         self.path, self.wanted = path, wanted
         self.rows: dict[str, dict[str, Any]] = {}
         self.file = JSONLines(path, "scores", alone=True) if path else None
@@ -141,17 +144,26 @@ class ScoreFile:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def add(self, scored: Iterable[tuple[Candidate, np.ndarray | None]]) -> None:
+    def add(self, scored: Iterable[tuple[ToScore, np.ndarray | None]]) -> None:
         """Add responses with a head's outputs, None for one that is not scored."""
         new = [_row(each, outputs) for each, outputs in scored if each.key not in self.rows]
         self.rows |= {row["key"]: row for row in new}
         if self.file:
             self.file.add(*(with_mark(row, "key") for row in new))
 
-    def score(self, candidate: Candidate) -> float | None:
+    def score(self, candidate: ToScore) -> float | None:
         """Return a response's score, or None if it was cut."""
         value = self.rows[candidate.key]["score"]
         return None if value is None else float(value)
+
+    def known(self) -> dict[str, np.ndarray]:
+        """Return the outputs of the scored responses by their content."""
+        found = {}
+        for each in self.wanted:
+            row = self.rows.get(each.key)
+            if row and row["score"] is not None:
+                found[each.content] = np.array([row[name] for name in ("score", "log_v") if name in row], np.float64)
+        return found
 
     def finish(self) -> None:
         """Mark the best response to each prompt that has several, and put the rows into the order of the answers."""
@@ -168,16 +180,16 @@ class ScoreFile:
         escape = sys.stdout.encoding.lower().replace("-", "") != "utf8"
         sys.stdout.write("".join(json.dumps(row, ensure_ascii=escape) + "\n" for row in rows))
 
-    def groups(self) -> list[list[Candidate]]:
+    def groups(self) -> list[list[ToScore]]:
         """Return the scored responses to each prompt."""
-        found: defaultdict[str, list[Candidate]] = defaultdict(list)
+        found: defaultdict[str, list[ToScore]] = defaultdict(list)
         for each in self.wanted:
             if self.score(each) is not None:
                 found[each.group].append(each)
         return list(found.values())
 
 
-def _row(candidate: Candidate, outputs: np.ndarray | None) -> dict[str, Any]:
+def _row(candidate: ToScore, outputs: np.ndarray | None) -> dict[str, Any]:
     label = candidate.row.labels[candidate.number]
     figures: dict[str, Any] = {"score": None if outputs is None else float(outputs[0])}
     if outputs is not None and len(outputs) > 1:
@@ -199,36 +211,37 @@ def score_all(head: HeadReward, encoded: Sequence[Encoded], file: ScoreFile) -> 
     Raises UserError if a score is not finite.
     """
     left = [each for each in encoded if any(one.key not in file.rows for one in each.candidates)]
+    found = file.known()
     for start in range(0, len(left), _TOGETHER):
         some = left[start : start + _TOGETHER]
-        whole = [(each, [one for one in each.candidates if one.ended]) for each in some]
-        examples = [
-            Example(each.example.prompt, tuple(each.example.responses[one.number] for one in ended), (CHOSEN,) * len(ended))
-            for each, ended in whole
-            if ended
-        ]
-        scored = [one for _, ended in whole for one in ended]
-        outputs = [row for of_row in head.scores(examples) for row in of_row]
-        found = {one.key: row for one, row in zip(scored, outputs, strict=True)}
-        candidates = [one for each in some for one in each.candidates]
-        for one in candidates:
-            if one.key in found and not np.isfinite(found[one.key]).all():
-                raise UserError(f"{one.row.prompt.place}: the score of response {one.number + 1} is not finite")
-        file.add((one, found.get(one.key)) for one in candidates)
+        new: dict[str, ToScore] = {}
+        examples = []
+        for each in some:
+            own = {one.content: one for one in each.candidates if one.ended and one.content not in found.keys() | new.keys()}
+            new |= own
+            responses = tuple(each.example.responses[one.number] for one in own.values())
+            examples += [Example(each.example.prompt, responses, (CHOSEN,) * len(own))] if own else []
+        outputs = (row for of_row in head.scores(examples) for row in of_row)
+        for content, row in zip(new, outputs, strict=True):
+            if not np.isfinite(row).all():
+                place = new[content].row.prompt.place
+                raise UserError(f"{place}: the score of response {new[content].number + 1} is not finite")
+            found[content] = row
+        file.add((one, found[one.content] if one.ended else None) for each in some for one in each.candidates)
         yield len(file)
 
 
 @dataclass
-class Pairs:
+class ScoredPairs:
     """Pairs of the best and the worst response to a prompt; `ties` counts prompts whose responses all have one score."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     ties: int = 0
 
 
-def make_pairs(file: ScoreFile) -> Pairs:
+def make_pairs(file: ScoreFile) -> ScoredPairs:
     """Return a pair for each prompt that has responses with unequal scores."""
-    made = Pairs()
+    made = ScoredPairs()
     for group in file.groups():
         if len(group) < 2:
             continue
@@ -271,7 +284,7 @@ def summary(file: ScoreFile) -> list[str]:
     return lines
 
 
-def _labelled(scored: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
+def _labelled(scored: Sequence[ToScore]) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the chosen and of the rejected response of every row that has both."""
     sides: defaultdict[int, dict[bool, int]] = defaultdict(dict)
     for index, each in enumerate(scored):

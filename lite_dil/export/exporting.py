@@ -326,7 +326,7 @@ class Export:
         return self.made / f"{self.name}.gguf"
 
 
-def describe(folder: Path, source: AdapterSource, format: str, check: Check | None) -> None:
+def describe(folder: Path, source: AdapterSource, format: str, check: Any) -> None:
     """Write the model card."""
     from lite_dil.reports.card import write_card
 

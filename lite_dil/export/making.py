@@ -12,9 +12,10 @@ from lite_dil.backends.head_files import has_head
 from lite_dil.base.disk import failing
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.files import finish, make_folder, remove, sweep, work_folder
+from lite_dil.export.check import Check
 from lite_dil.export.exporting import Export, ExportOptions, describe
 from lite_dil.export.formats import EXPORT_FORMATS
-from lite_dil.export.reward import RewardExport
+from lite_dil.export.reward import RewardExport, ScoreCheck
 from lite_dil.export.reward_card import write_reward_card
 from lite_dil.generation.policy import AdapterSource, Policy
 
@@ -50,13 +51,13 @@ def export(options: ExportOptions, source: AdapterSource, say: Callable[[str], N
     with _work_folder(output) as work:
         made = work / "made" / output.name
         make_folder(made)
-        made_by = RewardExport(options, source, work, made, say) if options.format == "reward" else None
-        check = (made_by or Export(options, source, work, made, say, trained)).make()
+        reward = RewardExport(options, source, work, made, say) if options.format == "reward" else None
+        check: Check | ScoreCheck | None = (reward or Export(options, source, work, made, say, trained)).make()
         refused = check is not None and not check.ok
         target = _refused(output) if refused else output
         if not refused:
-            if made_by:
-                write_reward_card(made, source, made_by.architecture, made_by.pad, check)
+            if reward:
+                write_reward_card(made, source, reward.architecture, reward.pad, check)
             else:
                 describe(made, source, options.format, check)
         if target.exists():  # an empty folder, or an earlier refused export
@@ -66,7 +67,7 @@ def export(options: ExportOptions, source: AdapterSource, say: Callable[[str], N
     say(f"check: {check}" if check else "check: skipped (--no-check); whether this is the trained model is unknown")
     if check and not check.ok:
         # The checkpoint's weights lie on the 16-bit grid: a change of less than half a grid step is rounded away.
-        lost = not check.faults and check.mean <= check.tolerance and 0 < check.share < 1 and not made_by
+        lost = not check.faults and check.mean <= check.tolerance and 0 < check.share < 1 and not reward
         hint = "; rounding may have erased the adapter: try float32 weights, or --format adapter" if lost else ""
         why = "; ".join(check.faults) or "this is not the trained model"
         raise Refused(f"refused: {why}; the result is in {target}{hint}")

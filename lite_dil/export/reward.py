@@ -35,7 +35,7 @@ from lite_dil.models.tensors import CODES, Planned, encode
 from lite_dil.rewards.heads import HeadReward
 
 # Allowed mean |difference| of scores by rounding, as a share of their standard deviation over the rows.
-TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
+SCORE_TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 _PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
@@ -188,7 +188,7 @@ class RewardExport:
         x, y = expected - expected.mean(), found - found.mean()
         share = float(x @ y / (x @ x)) if spread else 1.0
         types = {dtype, "float16" if self.source.options.load_in_4bit else dtype}
-        allowed = max(TOLERANCES[name] for name in types)
+        allowed = max(SCORE_TOLERANCES[name] for name in types)
         return ScoreCheck(rows, len(found), data, float(difference.mean()), float(difference.max()), spread, allowed, share)
 
 

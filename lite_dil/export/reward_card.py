@@ -46,8 +46,8 @@ def write_reward_card(folder: Path, source: AdapterSource, architecture: str, pa
         f"---\n{base}library_name: transformers\npipeline_tag: text-classification\ntags:\n- lite-dil\n- reward-model\n---",
         f"# {code(public_name(model))} as a reward model",
         f"A {architecture} with one label, made by lite-dil: a LoRA adapter merged into {code(public_name(model))}, and a "
-        "linear head. Higher is better; a score says nothing by itself, only beside that of another response to the same prompt. The "
-        "base model's licence also applies to derived models.",
+        "linear head. Higher is better; a score says nothing by itself, only beside that of another response to the same "
+        "prompt. The base model's licence also applies to derived models.",
         "## Use",
         _USE,
         f"The score is read at the end token of the response, the last token that is not the pad token {code(pad)}: a text "

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 from lite_dil.base.display import Bar, Display, Tell, unheard
 from lite_dil.base.observer import Event, Observer, Observers
-from lite_dil.evaluation.held_out import Evaluation, HeldOut, Measured
+from lite_dil.evaluation.held_out import Evaluation, HeldOut, HeldOutData
 from lite_dil.evaluation.pairs import PairsFile
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.planning.estimate import Load
@@ -113,7 +113,7 @@ def watching_of(
     session: TrainingSession,
     training: Training,
     display: Display,
-    held_out: Measured | None,
+    held_out: HeldOutData | None,
     results: Callable[[ShownSteps, int | None], list[Observer]],
     memory: Callable[[], str],
     own: Sequence[Observer],

@@ -22,6 +22,7 @@ from lite_dil.runs.folder import RunFolder
 
 # Figures whose last values a notebook shows.
 _FIGURES = ["loss", "rewards/accuracies", "log_ratio/chosen", "log_ratio/rejected"]
+_FIGURES += ["accuracy", "reward/chosen", "reward/rejected", "length_correlation"]  # of a reward model
 _SHOWN = ["step", *_FIGURES, *(f"eval_{name}" for name in _FIGURES)]
 
 

@@ -114,22 +114,36 @@ def _sides(prefix: str) -> tuple[Line, ...]:
     return (Line(f"{prefix}/chosen", "chosen", COLOURS[0]), Line(f"{prefix}/rejected", "rejected", COLOURS[1]))
 
 
-def charts(per: str) -> list[Chart]:
-    """Return every chart; `per` is the unit of log-ratios, "token" or "response"."""
+def charts(per: str, reward: bool = False) -> list[Chart]:
+    """Return every chart of a policy's run, or of a `reward` model's; `per` is log-ratios' unit, "token" or "response"."""
+    return [Chart("loss", "Loss", "", (Line("loss"),)), *(_REWARD_CHARTS if reward else _policy_charts(per)), *_SHARED_CHARTS]
+
+
+def _policy_charts(per: str) -> list[Chart]:
     return [
-        Chart("loss", "Loss", "", (Line("loss"),)),
         Chart("accuracy", "Accuracy: pairs whose chosen response gained more", "share", (Line("rewards/accuracies"),), 0.5),
         Chart("margin", "Margin: reward of chosen less rejected", "beta x nats", (Line("rewards/margins"),), 0.0),
         Chart("log-ratio", "Log-ratio to the reference, by side", f"nats per {per}", _sides("log_ratio"), 0.0),
         Chart("log-prob", "Log-prob of the responses, by side", "nats per response", _sides("logps")),
         Chart("kl", "KTO's baseline z0", f"nats per {per}", (Line("kl"),), 0.0),
-        Chart("capped", "Responses beyond --log-ratio-cap", "share", (Line("capped"),)),
-        Chart("grad-norm", "Gradient norm before clipping", "", (Line("grad_norm"),)),
-        Chart("learning-rate", "Learning rate", "", (Line("learning_rate"),)),
-        Chart("speed", "Speed", "tokens per second", (Line("tokens_per_second"),)),
-        Chart("memory", "Peak memory so far", "MB", (Line("peak_memory_mb"),)),
-        Chart("skipped", "Skipped steps", "per line of metrics", (Line("skipped_steps"),)),
     ]
+
+
+_REWARD_CHARTS = (
+    Chart("accuracy", "Accuracy: pairs whose chosen response scores higher", "share", (Line("accuracy"),), 0.5),
+    Chart("margin", "Margin: reward of chosen less rejected", "", (Line("margin"),), 0.0),
+    Chart("reward", "Reward, by side", "", _sides("reward")),
+    Chart("log-v", "Mean log of the noise scale V", "", (Line("log_v"),)),
+    Chart("length", "Correlation of rewards with length", "", (Line("length_correlation"),), 0.0),
+)
+_SHARED_CHARTS = (
+    Chart("capped", "Responses beyond --log-ratio-cap", "share", (Line("capped"),)),
+    Chart("grad-norm", "Gradient norm before clipping", "", (Line("grad_norm"),)),
+    Chart("learning-rate", "Learning rate", "", (Line("learning_rate"),)),
+    Chart("speed", "Speed", "tokens per second", (Line("tokens_per_second"),)),
+    Chart("memory", "Peak memory so far", "MB", (Line("peak_memory_mb"),)),
+    Chart("skipped", "Skipped steps", "per line of metrics", (Line("skipped_steps"),)),
+)
 
 
 @dataclass(frozen=True)
@@ -158,12 +172,12 @@ def draw(chart: Chart, history: History) -> Drawn | None:
     return Drawn(chart, drawn, sentence, max(curve.bin for _, _, curve in curves))
 
 
-def draw_margins(margins: np.ndarray) -> Drawn | None:
+def draw_margins(margins: np.ndarray, unit: str = "beta x nats") -> Drawn | None:
     """Draw how the margins of pairs, (pairs,), are distributed; None where nothing is to be seen of them."""
     shown = margins[np.abs(margins) < LARGEST]
     if not len(shown):
         return None
-    chart = Chart("margins", "Margin: reward of chosen less rejected", "beta x nats", ())
+    chart = Chart("margins", "Margin: reward of chosen less rejected", unit, ())
     low, median, high = np.quantile(shown, (0, 0.5, 1))
     sentence = (
         f"Margins of {len(shown):,} held-out pairs. Between {low:.4g} and {high:.4g}, median {median:.4g}; "

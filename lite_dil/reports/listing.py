@@ -110,7 +110,7 @@ def _listed(folder: Path, changed: float, config: dict[str, Any], facts: dict[st
     record = RunRecord(folder, config, {"data": []} | facts, history)
     (chosen, place), (rejected, _) = record.figure("log_ratio/chosen"), record.figure("log_ratio/rejected")
     figures = {
-        "accuracy": history.held_out.last("eval_rewards/accuracies"),
+        "accuracy": history.held_out.last(f"eval_{record.accuracy_name}"),
         "log_ratio/chosen": chosen,
         "log_ratio/rejected": rejected,
     }

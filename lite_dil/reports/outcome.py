@@ -18,6 +18,7 @@ from lite_dil.config.resume import other_options
 from lite_dil.config.train_config import flag
 from lite_dil.data.overlap import Overlap
 from lite_dil.objectives.own import shown
+from lite_dil.objectives.reward_table import is_reward
 from lite_dil.objectives.table import objective_of
 from lite_dil.reports.health import complaints
 from lite_dil.reports.pairs import PAIRS, HeldOutPairs, by_longer, read_pairs
@@ -59,6 +60,16 @@ class RunRecord:
         return "token" if self.config.get("logp_reduction") == "mean" else "response"
 
     @property
+    def reward(self) -> bool:
+        """Whether the run trains a reward model, which has scores where a policy has log-ratios."""
+        return is_reward(self.config["loss"])
+
+    @property
+    def accuracy_name(self) -> str:
+        """The name of the accuracy among the metrics."""
+        return "accuracy" if self.reward else "rewards/accuracies"
+
+    @property
     def start(self) -> str:
         """The model that the policy is compared with: the initial model, or the bare base model."""
         other = self.config.get("init_adapter") and self.config.get("reference") == "base"
@@ -77,7 +88,7 @@ class RunRecord:
     @property
     def accuracy(self) -> tuple[float, float, int] | None:
         """The last held-out accuracy, its standard error, and the number of pairs; None without held-out pairs."""
-        value, data = self.history.held_out.last("eval_rewards/accuracies"), self.data("held out")
+        value, data = self.history.held_out.last(f"eval_{self.accuracy_name}"), self.data("held out")
         return None if value is None or data is None else with_error(value, data, self.config)
 
 
@@ -148,12 +159,14 @@ def what(record: RunRecord) -> str:
     title = objective_of(config["loss"]).title
     steps = f"{history.step:,} of {facts['steps']:,} steps"
     rank = f" of rank {config['lora_r']}" if config["lora_r"] else f", continued from {config['init_adapter']},"
+    kind = "A reward model, a head and a LoRA adapter" if record.reward else "A LoRA adapter"
     text = (
-        f"A LoRA adapter{rank} for {config['model']}, trained with the loss "
+        f"{kind}{rank} for {config['model']}, trained with the loss "
         f"{shown(config['loss'])} ({title}) on {data.get('examples', 0):,} {kinds.get(data.get('form', ''), 'examples')} of "
         f"{config['data']}, on {facts['device']}. "
     )
-    again = command("--resume", str(record.folder), *["--trust-remote-code"] * bool(config.get("trust_remote_code")))
+    of = ["lite-dil", "reward"] if record.reward else []
+    again = command(*of, "--resume", str(record.folder), *["--trust-remote-code"] * bool(config.get("trust_remote_code")))
     states = {
         "running": f"The run is in progress: {steps} when this was written.",
         "finished": f"It is finished: {steps}.",
@@ -167,6 +180,8 @@ def what(record: RunRecord) -> str:
 
 def outcome(record: RunRecord) -> str:
     """Return what was learned, with its uncertainty."""
+    if record.reward:
+        return _reward_outcome(record)
     parts = []
     chosen, place = record.figure("log_ratio/chosen")
     rejected, _ = record.figure("log_ratio/rejected")
@@ -190,6 +205,37 @@ def outcome(record: RunRecord) -> str:
     return " ".join(parts) or "No step was logged yet."
 
 
+def _reward_outcome(record: RunRecord) -> str:
+    """Return what a reward model learned, beside what length alone gives."""
+    parts, held_out = [], record.history.held_out
+    if record.accuracy:
+        share, error, number = record.accuracy
+        parts.append(
+            f"In {share:.1%} of {number:,} held-out pairs (plus or minus {error:.1%}, one standard error) the chosen response "
+            "scores higher than the rejected one; chance is 50%."
+        )
+    elif (trained := record.history.train.recent("accuracy")) is not None and record.history.step > 1:
+        parts.append(f"In {trained:.1%} of the last training pairs the chosen response scored higher.")
+    if (longer := held_out.last("eval_longer_accuracy")) is not None:
+        parts.append(f'"The longer response is better" is right in {longer:.1%} of them.')
+    if (correlation := held_out.last("eval_length_correlation")) is not None:
+        parts.append(f"Scores correlate with the responses' numbers of tokens by {correlation:+.2f}.")
+    if record.accuracy and (said := str(shared(record.data("held out")))):
+        parts.append(f"Beware: {said}.")
+    return " ".join(parts) or "No step was logged yet."
+
+
+def _as_length(record: RunRecord) -> str:
+    longer = record.history.held_out.last("eval_longer_accuracy")
+    if not record.accuracy or longer is None or record.accuracy[0] - record.accuracy[1] > longer:
+        return ""
+    return (
+        f'"The longer response is better" does as well as this reward model ({longer:.1%} against {record.accuracy[0]:.1%}, '
+        f"within one standard error of {record.accuracy[1]:.1%}): a policy trained on it may learn length. What to try: more "
+        "pairs, or pairs whose chosen response is as often the shorter one."
+    )
+
+
 def _likelier(value: float, record: RunRecord) -> str:
     return f"{'more' if value >= 0 else 'less'} likely by {abs(value):.3g} nats per {record.per}"
 
@@ -197,7 +243,8 @@ def _likelier(value: float, record: RunRecord) -> str:
 def warnings(record: RunRecord) -> list[str]:
     """Return what is damaged of the run's files, and the warnings, each with what to try."""
     found = [_skipped(record), _shared(record), _chosen_falls(record), _chance(record), *_memorised(record), _longer(record)]
-    found += [*complaints(record.history.train, record.config).values(), _by_length(record), _cut(record), _unseen(record)]
+    found += [*complaints(record.history.train, record.config).values(), _as_length(record), _by_length(record), _cut(record)]
+    found += [_unseen(record)]
     return [*(f"{text}." for text in record.damage), *(text for text in found if text)]
 
 
@@ -260,7 +307,7 @@ def _memorised(record: RunRecord) -> list[str]:
                 f"{last:.4g} since, while the training loss fell: the run has begun to memorise its data. What to try: "
                 "fewer --epochs, a lower --learning-rate, or the checkpoint nearest to the best step (--save-steps)."
             )
-    trained = train.recent("rewards/accuracies")
+    trained = train.recent(record.accuracy_name)
     if not found and record.accuracy and trained is not None and record.history.step > 1:
         share, error, _ = record.accuracy
         if trained - share > max(_GAP, 3 * error):
@@ -318,9 +365,10 @@ def _by_length(record: RunRecord) -> str:
     error = math.sqrt(both * (1 - both) * (1 / better.pairs + 1 / worse.pairs))
     if better.accuracy - worse.accuracy <= max(_BY_LENGTH, 3 * error):
         return ""
-    advice = "" if record.per == "token" else ", or --logp-reduction mean"
+    advice = "" if record.reward or record.per == "token" else ", or --logp-reduction mean"
+    who = "reward model" if record.reward else "policy"
     return (
-        f"The policy seems to go by length: it is right in {better.accuracy:.1%} of the {better.pairs:,} held-out pairs whose "
+        f"The {who} seems to go by length: it is right in {better.accuracy:.1%} of the {better.pairs:,} held-out pairs whose "
         f"chosen response is the {better.name} one, and in {worse.accuracy:.1%} of the {worse.pairs:,} where it is the "
         f"{worse.name} one. What to try: more training pairs whose chosen response is the {worse.name} one{advice}."
     )
@@ -329,6 +377,11 @@ def _by_length(record: RunRecord) -> str:
 def _cut(record: RunRecord) -> str:
     data = record.data("training") or {}
     prompts, responses = data.get("prompts_cut", 0), data.get("answers_cut", 0)
+    if left_out := data.get("without_end", 0):
+        return (
+            f"--max-length cut a response of {left_out:,} examples before its end token; they were left out of the training. "
+            "What to try: a larger --max-length; lite-dil data shows which cuts none."
+        )
     if max(prompts, responses) <= _CUT * data.get("examples", 0):
         return ""
     return (

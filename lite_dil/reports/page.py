@@ -18,18 +18,29 @@ from lite_dil.reports.samples import MAX_NEW_TOKENS, Sample
 from lite_dil.runs.history import POINTS
 
 _EVALUATIONS = 40  # the most rows in the table of evaluations
+_TILES = (
+    ("rewards/margins", "margin"),
+    ("log_ratio/chosen", "log-ratio chosen"),
+    ("log_ratio/rejected", "log-ratio rejected"),
+)
+_REWARD_TILES = (("margin", "margin"), ("reward/chosen", "reward chosen"), ("reward/rejected", "reward rejected"))
+_LENGTH_TILES = (
+    ("eval_longer_accuracy", 'accuracy of "the longer one is better", held out'),
+    ("eval_length_correlation", "correlation of scores with length, held out"),
+)
 _Rows = list[list[Any]]
 
 
 def render(record: RunRecord) -> str:
     """Return the page of a run."""
-    drawn = [found for chart in charts(record.per) if (found := draw(chart, record.history))]
+    drawn = [found for chart in charts(record.per, record.reward) if (found := draw(chart, record.history))]
     config, facts = record.config, record.facts
     changed, options = _options(config)
     return html.render(
         "report.html",
         name=f"{shown(config['loss'])} on {config['model'].rstrip('/').rpartition('/')[2]}",
         state=facts["state"],
+        reward=record.reward,
         outcome=outcome.outcome(record),
         what=outcome.what(record),
         warnings=outcome.warnings(record),
@@ -56,11 +67,14 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     if record.accuracy:
         share, error, _ = record.accuracy
         tiles.append((f"{share:.1%}", f"held-out accuracy, \u00b1\u00a0{error:.1%}"))
-    for key, label in (("rewards/margins", "margin"), ("log_ratio/chosen", "chosen"), ("log_ratio/rejected", "rejected")):
+    for key, label in _REWARD_TILES if record.reward else _TILES:
         value, place = record.figure(key)
         if value is not None:
-            unit = "margin" if label == "margin" else f"log-ratio {label}, nats per {record.per}"
-            tiles.append((f"{value:+.3g}", f"{unit}, {place}"))
+            unit = f", nats per {record.per}" if label.startswith("log-ratio") else ""
+            tiles.append((f"{value:+.3g}", f"{label}{unit}, {place}"))
+    for key, label in _LENGTH_TILES:
+        if (found := history.held_out.last(key)) is not None:
+            tiles.append((f"{found:+.2f}" if "correlation" in label else f"{found:.1%}", label))
     if (speed := history.train.recent("tokens_per_second")) is not None:
         tiles.append((f"{speed:,.0f}", "tokens per second"))
     if (memory := history.train.last("peak_memory_mb")) is not None:
@@ -81,7 +95,8 @@ def _charts_note(drawn: Sequence[Drawn], held_out: bool) -> str:
 def _pairs(record: RunRecord) -> dict[str, Any] | None:
     if record.pairs is None:
         return None
-    return page_of(record.pairs) | {"chart": draw_margins(record.pairs.finite), "step": f"{record.pairs.step:,}"}
+    of, unit = ("score", "reward") if record.reward else ("log-ratio", "beta x nats")
+    return page_of(record.pairs, of) | {"chart": draw_margins(record.pairs.finite, unit), "step": f"{record.pairs.step:,}"}
 
 
 def _samples_note(samples: Sequence[Sample]) -> str:
@@ -126,6 +141,13 @@ def _evaluations(record: RunRecord) -> dict[str, Any] | None:
         "eval_logps/chosen": "log-prob chosen",
         "eval_logps/rejected": "log-prob rejected",
         "eval_kl": "kl",
+        "eval_accuracy": "accuracy",
+        "eval_margin": "margin",
+        "eval_reward/chosen": "reward chosen",
+        "eval_reward/rejected": "reward rejected",
+        "eval_longer_accuracy": "the longer one",
+        "eval_length_correlation": "correlation with length",
+        "eval_log_v": "log V",
     }
     if not held_out.number:
         return None
@@ -159,6 +181,8 @@ def _data(data: dict[str, Any]) -> _Rows:
         ["responses", f"{number['chosen']:,} chosen, {number['rejected']:,} rejected"],
         ["cut by --max-length", f"{data['prompts_cut']:,} prompts, {data['answers_cut']:,} responses"],
     ]
+    if data.get("without_end"):
+        rows.append(["left out, cut before the end token", f"{data['without_end']:,} examples"])
     if "in_training" in data:
         rows.append(["in the training data", str(outcome.shared(data)) or "none of these prompts"])
     for source in data["sources"]:

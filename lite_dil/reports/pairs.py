@@ -36,7 +36,8 @@ _GROUPS = (
 class WrongPair:
     """A pair whose chosen response did not gain more than the rejected one, with its texts cut to a bounded length.
 
-    The log-ratios are those of the metrics, in nats per token or per response; tokens include the end token.
+    The log-ratios are those of the metrics, in nats per token or per response, or a reward model's scores; tokens include the
+    end token.
     """
 
     place: str
@@ -150,8 +151,8 @@ def wrong_total(pairs: HeldOutPairs) -> int:
     return len(pairs.right) - sum(pairs.right)
 
 
-def page_of(pairs: HeldOutPairs) -> dict[str, Any]:
-    """Return what a page shows of the pairs, besides their chart."""
+def page_of(pairs: HeldOutPairs, of: str = "log-ratio") -> dict[str, Any]:
+    """Return what a page shows of the pairs, besides their chart; `of` names what is compared, "log-ratio" or "score"."""
     shown: Sequence[WrongPair] = pairs.wrong
     return {
         "head": ["the chosen response is", "pairs", "accuracy", "mean margin"],
@@ -159,7 +160,7 @@ def page_of(pairs: HeldOutPairs) -> dict[str, Any]:
             [share.name, f"{share.pairs:,}", f"{share.accuracy:.1%} \u00b1\u00a0{share.error:.1%}", signed(share.margin)]
             for share in by_length(pairs)
         ],
-        "wrong": [_shown(pair) for pair in shown],
+        "wrong": [_shown(pair, of) for pair in shown],
         "wrong_note": _wrong_note(wrong_total(pairs), len(shown), len(pairs.right)),
     }
 
@@ -172,12 +173,12 @@ def _wrong_note(wrong: int, shown: int, of: int) -> str:
     )
 
 
-def _shown(pair: WrongPair) -> dict[str, Any]:
+def _shown(pair: WrongPair, of: str) -> dict[str, Any]:
     sides = (
         ("chosen", pair.chosen_tokens, pair.chosen_log_ratio, pair.chosen),
         ("rejected", pair.rejected_tokens, pair.rejected_log_ratio, pair.rejected),
     )
-    texts = [(f"{side}, {tokens:,} tokens, log-ratio {signed(ratio)}", text) for side, tokens, ratio, text in sides]
+    texts = [(f"{side}, {tokens:,} tokens, {of} {signed(ratio)}", text) for side, tokens, ratio, text in sides]
     return {"title": f"margin {signed(pair.margin)}, {pair.place}", "prompt": pair.prompt, "responses": texts}
 
 
