@@ -47,6 +47,8 @@ def load(folder: Path, name: str, config: ModelOptions) -> tuple[Any, dict[str, 
         raise UserError(f"--model {name}: mlx-lm cannot load it ({_why(error)}); take another --backend") from None
     except SystemExit:  # as mlx-lm's OLMo does without its package
         raise UserError(f"--model {name}: mlx-lm needs another package for it; take another --backend") from None
+    if not hasattr(model, "_no_grad"):  # mlx-lm's RecurrentGemma does not start as a module does
+        nn.Module.__init__(model)
     mend_ropes(model, loaded)
     bits = int((loaded.get("quantization") or {}).get("bits", 0))
     if config.load_in_4bit and bits not in (0, BITS):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lite_dil.base.hashing import blake2
 from lite_dil.base.streams import named
 
 WINDOW = 12  # tokens of each attention window
@@ -274,3 +275,8 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     # Norms are about 1; biases, and state spaces' A and time steps, about 0.
     center, width = (0.0, 0.3) if re.search(r"bias|A_log|dt_|sinks", name) else (1.0, 0.2)
     return (center + width * values).astype(np.float32)
+
+
+def weight_digest(weight: np.ndarray) -> str:
+    """Return a hash of a weight's shape and values in float32, 16 hexadecimal digits."""
+    return blake2([repr(weight.shape).encode(), np.ascontiguousarray(weight, np.float32).tobytes()], 8).hex()
