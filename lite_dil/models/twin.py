@@ -170,6 +170,8 @@ class _Text:
         """Return what a number becomes."""
         if key.endswith(("eps", "epsilon")):
             return 5e-5  # large enough to show where it is not read, but for latents, whose norms may have one of their own
+        if key == "time_step_min":
+            return 0.3  # large enough to show where it is not read
         if not isinstance(value, int):
             return value
         whole: dict[str, int] = {
@@ -208,6 +210,8 @@ class _Text:
         if _CHOSEN.search(key):
             return min(value, 3)
         if _INNER.search(key):
+            if value == 4 * self.hidden:  # which some of mlx-lm's models take for granted
+                return 4 * self.new_hidden
             if value not in self.inner:
                 self.inner.append(value)
             return (96, 64, 80, 112)[self.inner.index(value) % 4]
