@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     backends = (args.backend,) if args.backend else BACKENDS
     jobs = [
         (family, backend, size)
-        for family in args.families or NAMES
         for size in ((1,) if args.quick else (1, 2))
+        for family in args.families or NAMES
         for backend in backends
     ]
     context, results = server(), []
