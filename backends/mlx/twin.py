@@ -89,7 +89,8 @@ def check_twin(model: Any, folder: Path, name: str, config: dict[str, Any], max_
         remarks.append(f"no adapter on some layers named {named}: mlx-lm holds other weights there than transformers")
     if found.uncovered:
         named = ", ".join(found.uncovered[:6]) + (", ..." if len(found.uncovered) > 6 else "")
-        remarks.append(f"without torch, only another model of its family was compared with transformers; it differs in {named}")
+        other = "without torch, only another model of its family was compared with transformers"
+        remarks.append(f"{other}; it differs in {named}")
     return Checked(found.layers, "; ".join(remarks))
 
 

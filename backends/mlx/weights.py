@@ -1,4 +1,4 @@
-"""What mlx-lm's models do not read themselves, whatever the family: layouts of experts' weights, and configs without a setting."""
+"""What mlx-lm's models do not read themselves, whatever the family: some layouts of experts, configs without a setting."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def classes(config: dict[str, Any], complete: bool = False) -> tuple[Any, Any]:
 
 
 def _neutral(arguments: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """Return settings that change nothing, for those that the config lacks. What comes of them is compared with transformers."""
+    """Return settings that change nothing, for those that the config lacks. What they do is compared with transformers."""
     fields = {one.name: one for one in dataclasses.fields(arguments)}
     missing = [one for one in fields.values() if one.default is one.default_factory is MISSING and one.name not in config]
     found: dict[str, Any] = {}
