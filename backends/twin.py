@@ -40,19 +40,27 @@ _NOTES = re.compile(
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a twin: its weights' shapes by their names in a checkpoint, and the log-probs of the probe, (PROBE - 1,)."""
+    """What is known of a twin.
+
+    Attributes:
+        shapes: of its weights, by their names in a checkpoint.
+        layers: `weight_digest` of each linear layer that can have an adapter, by the layer's name in transformers' model.
+        logps: of the probe, (PROBE - 1,).
+    """
 
     shapes: dict[str, tuple[int, ...]]
+    layers: dict[str, str]
     logps: np.ndarray
 
     def as_json(self) -> dict[str, Any]:
         """Return it as it is stored."""
-        return {"shapes": self.shapes, "logps": [round(float(value), 6) for value in self.logps]}
+        return {"shapes": self.shapes, "layers": self.layers, "logps": [round(float(value), 6) for value in self.logps]}
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Figures:
         """Return what `as_json` stored."""
-        return cls({name: tuple(shape) for name, shape in stored["shapes"].items()}, np.array(stored["logps"], np.float32))
+        shapes = {name: tuple(shape) for name, shape in stored["shapes"].items()}
+        return cls(shapes, dict(stored["layers"]), np.array(stored["logps"], np.float32))
 
 
 @dataclass(frozen=True)
@@ -128,9 +136,9 @@ def _made(key: str, folder: Path, trust_remote_code: bool) -> Twin | None:
         return Twin(folder, Figures.read(without_digest(parse_json(cached.read_text(encoding="utf-8")))))
     if importlib.util.find_spec("torch") is None:
         return None
-    from lite_dil.backends.torch.twin import shapes_and_logps
+    from lite_dil.backends.torch.twin import figures_of
 
-    figures = Figures(*shapes_and_logps(folder, trust_remote_code, write_weights))
+    figures = Figures(*figures_of(folder, trust_remote_code, write_weights))
     with suppress(OSError, DiskFailed):  # they are computed again at the next load
         files.make_folder(cached.parent)
         files.replace_file(cached, json.dumps(with_digest(figures.as_json())))

@@ -28,8 +28,9 @@ from lite_dil.backends.mlx.adapters import Adapters
 from lite_dil.backends.mlx.head import token_logps
 from lite_dil.backends.mlx.inputs import as_mlx, cut, filled, inputs_of, sums
 from lite_dil.backends.mlx.load import TABLES, decode, limit_memory, load, output_head, quantise, set_dtype
-from lite_dil.backends.mlx.prefix import Pass, RowLengths, wrap_layers
+from lite_dil.backends.mlx.prefix import Pass, RowLengths
 from lite_dil.backends.mlx.probing import check_head
+from lite_dil.backends.mlx.repairs import wrap
 from lite_dil.backends.mlx.twin import check_twin
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.probes import layout_probe, tolerance
@@ -77,7 +78,12 @@ class MLXBackend:
         )
         self.seed = adapter.seed if adapter else 0
         self.weight_decay, self.max_grad_norm = engine.weight_decay, engine.max_grad_norm
+        wrap(self.model, self.config, checkpointing(engine, parameters))
+        compared = check_twin(self.model, folder, model, self.config, engine.max_length, options.trust_remote_code)
+        if compared.remark and say:
+            say(compared.remark)
         self.adapters = Adapters(self.model, model, self._new_optimizer, text_only(self.config))
+        self.adapters.shapes = compared.adaptable(self.adapters.shapes)
         self.experts = adapters.experts_of(self.config.get("text_config") or self.config)
         if adapter is None:  # the policy is the bare base
             self.adapters.add(POLICY, adapters.Adapter(0, 1.0, {}))
@@ -89,14 +95,10 @@ class MLXBackend:
         self.adapters.switch_to(POLICY)
         self.transform = logit_transform(self.config)
         self.vocabulary = output_head(self.model)[1].weight.shape[0]
-        wrap_layers(self.model, checkpointing(engine, parameters))
         self.compile = mx.metal.is_available() if engine.compile is None else engine.compile
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self.layout, self.layout_reason, self.head_axes = "plain", "", 1
         self.model.eval()
-        code = options.trust_remote_code
-        if (remark := check_twin(self.model, folder, model, self.config, engine.max_length, code)) and say:
-            say(remark)
         check_head(self.model, self.token_logps, self.vocabulary, model, self.dtype_name)
         self._choose_layout(engine.layout, model)
         self.batched = mlx_generate.batchable(self.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +42,27 @@ def load(folder: Path, name: str, config: ModelOptions) -> tuple[Any, dict[str, 
     except Misfit:  # mlx-lm may know the model all the same
         known = {}
     try:
-        settings = {"model_config": mlx_config(raw, known), "get_model_classes": classes, "trust_remote_code": code}
-        model, loaded = foreign(load_model, folder, lazy=True, **settings)
+        model, loaded = foreign(_build, folder, mlx_config(raw, known), code)
     except Misfit as error:
         raise UserError(f"--model {name}: mlx-lm cannot load it ({_why(error)}); take another --backend") from None
     except SystemExit:  # as mlx-lm's OLMo does without its package
         raise UserError(f"--model {name}: mlx-lm needs another package for it; take another --backend") from None
+    if not hasattr(model, "_no_grad"):  # mlx-lm's RecurrentGemma does not start as a module does
+        nn.Module.__init__(model)
     mend_ropes(model, loaded)
     bits = int((loaded.get("quantization") or {}).get("bits", 0))
     if config.load_in_4bit and bits not in (0, BITS):
         raise UserError(f"--4bit: {name} is quantised to {bits} bits already; leave --4bit out")
     return model, loaded, bits
+
+
+def _build(folder: Path, added: dict[str, Any], code: bool) -> tuple[Any, dict[str, Any]]:
+    """Build the model; if its code demands settings that the config does not have, with neutral ones."""
+    options: dict[str, Any] = {"lazy": True, "get_model_classes": classes, "trust_remote_code": code}
+    try:
+        return load_model(folder, model_config=added, **options)
+    except (TypeError, AttributeError):
+        return load_model(folder, model_config=added, **options | {"get_model_classes": partial(classes, complete=True)})
 
 
 def _why(error: Misfit) -> str:

@@ -123,9 +123,6 @@ class Pass:
         """Run the model's decoder block on (1, Tp + Tr, width); the last block returns only the responses' part."""
         if not isinstance(window, Window):
             raise Misfit("the model makes its own attention masks")
-        if self.probe is not None:
-            self.probe.append(window.size)
-            return x
         _check_row(x, self.arrays["ids"].shape[1], "a layer is handed")
         split = self.arrays["prompt_at"].shape[0]
 
@@ -151,6 +148,14 @@ class Pass:
         responses_out = foreign(block, x[:, split:], responses.mask, responses)
         _check_row(responses_out, x.shape[1] - split, "a layer returns")
         return responses_out if last else mx.concatenate([prompts_out, responses_out], 1)
+
+    def note(self, arguments: list[Any]) -> Any:
+        """Append the window among a layer's arguments to the probe; return its hidden states, the first of them."""
+        windows = [one.size for one in arguments if isinstance(one, Window)]
+        if self.probe is None or len(windows) != 1:
+            raise Misfit("the model makes its own attention masks")
+        self.probe.append(windows[0])
+        return arguments[0]
 
     def causal(self, queries: int, keys: int, window: int | None, dtype: mx.Dtype) -> mx.array:
         """Return the mask of the keys that the last `queries` of `keys` tokens see, to be added to scores."""
@@ -306,13 +311,16 @@ def _attention(kind: type) -> type:
 def _block(kind: type, last: bool, checkpoint: bool) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         whole = [*args, *kwargs.values()]
-        if not any(isinstance(arg, Pass) for arg in whole):
+        cache = next((arg for arg in whole if isinstance(arg, Pass)), None)
+        if cache is None:
             return kind.__call__(self, *args, **kwargs)
+        if cache.probe is not None:
+            return cache.note(whole)
         if len(whole) != 3 or not isinstance(whole[2], Pass):
             raise Misfit("a layer takes more than hidden states, a mask and a cache")
         if not any(name in self for name in ATTENTION):
             raise Misfit("not every layer is attention over keys and values")
-        x, window, cache = whole
+        x, window, _ = whole
         return cache.run(partial(kind.__call__, self), x, window, last)
 
     made = type(kind.__name__, (kind,), {"__call__": forward})

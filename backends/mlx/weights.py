@@ -1,8 +1,10 @@
-"""Layouts of experts' weights that mlx-lm's models do not read themselves, whatever the family."""
+"""What mlx-lm's models do not read themselves, whatever the family: some layouts of experts, configs without a setting."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from dataclasses import MISSING
 from typing import Any
 
 import mlx.core as mx
@@ -12,15 +14,38 @@ from mlx_lm.utils import _get_classes as mlx_classes
 Weights = dict[str, mx.array]
 
 
-def classes(config: dict[str, Any]) -> tuple[Any, Any]:
-    """Return mlx-lm's classes of a model and its arguments; the model reads these layouts too."""
+def classes(config: dict[str, Any], complete: bool = False) -> tuple[Any, Any]:
+    """Return mlx-lm's classes of a model and its arguments; the model reads these layouts too.
+
+    Args:
+        complete: put neutral settings into the config where it has none that the arguments demand.
+    """
     base, arguments = mlx_classes(config)
+    if complete:
+        config |= _neutral(arguments, config)
 
     def sanitize(self: Any, weights: Weights) -> Weights:
         known = _transposed(weights)
         return _stacked(self, base.sanitize(self, known) if hasattr(base, "sanitize") else known)
 
     return type(base.__name__, (base,), {"sanitize": sanitize}), arguments
+
+
+def _neutral(arguments: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that change nothing, for those that the config lacks. What they do is compared with transformers."""
+    fields = {one.name: one for one in dataclasses.fields(arguments)}
+    missing = [one for one in fields.values() if one.default is one.default_factory is MISSING and one.name not in config]
+    found: dict[str, Any] = {}
+    for one in missing:
+        if one.type in (bool, "bool"):
+            found[one.name] = False  # a bias, or a norm, whose weights are then not in the files either
+        elif one.type in (int, "int"):
+            found[one.name] = config.get("head_dim") if one.name == "rotary_dim" else 0
+    if "rope_theta" in fields and config.get("rope_theta") is None:
+        found["rope_theta"] = 10000.0  # of a model without rope
+    if "rope_scaling" in fields and config.get("rope_scaling") is None:
+        found["rope_scaling"] = {"type": "default", "rope_type": "default", "factor": 1.0}
+    return found
 
 
 def _transposed(weights: Weights) -> Weights:

@@ -1,4 +1,4 @@
-"""transformers' log-probs of a model's small twin; see lite_dil.backends.twin."""
+"""What transformers computes for a model's small twin; see lite_dil.backends.twin."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from lite_dil.backends.foreign import foreign
-from lite_dil.backends.torch.load import auto_class
+from lite_dil.backends.torch.load import auto_class, decoder_of, linear_layers
+from lite_dil.backends.torch.probing import adaptable
 from lite_dil.base import files
 from lite_dil.models import tensors
-from lite_dil.models.twin import probe
+from lite_dil.models.twin import probe, weight_digest
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def shapes_and_logps(
+def figures_of(
     folder: Path, trust_remote_code: bool, write_weights: Callable[[Path, Mapping[str, tuple[int, ...]]], None]
-) -> tuple[Shapes, np.ndarray]:
-    """Return the shapes of a twin's weights by their names in a checkpoint, and the log-probs of the probe, (PROBE - 1,).
+) -> tuple[Shapes, dict[str, str], np.ndarray]:
+    """Return a twin's figures.
+
+    These are the shapes of its weights by their names in a checkpoint, the digests of those that can have an adapter by the
+    names of their layers, and the log-probs of the probe, (PROBE - 1,).
 
     Args:
         folder: has the twin's config.json; `write_weights` writes weights of the given shapes beside it.
@@ -36,7 +40,7 @@ def shapes_and_logps(
     with _quietly():
         shapes = foreign(_shapes, folder, trust_remote_code)
         write_weights(folder, shapes)
-        return shapes, foreign(_logps, folder, trust_remote_code)
+        return shapes, *foreign(_layers_and_logps, folder, trust_remote_code)
 
 
 def _shapes(folder: Path, code: bool) -> Shapes:
@@ -56,14 +60,17 @@ def _shapes(folder: Path, code: bool) -> Shapes:
         return {name: one.shape for name, one in sorted(stored.items()) if not np.isnan(one.float32()).all()}
 
 
-def _logps(folder: Path, code: bool) -> np.ndarray:
+def _layers_and_logps(folder: Path, code: bool) -> tuple[dict[str, str], np.ndarray]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=code)
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "trust_remote_code": code}
     model = auto_class(config).from_pretrained(folder, **options).eval()
     ids = torch.from_numpy(probe())[None]
     with torch.no_grad():
         logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    return logps.gather(-1, ids[0, 1:, None])[:, 0].numpy()
+    modules = dict(model.named_modules())
+    names = adaptable(model, decoder_of(model), linear_layers(model), model.device)
+    layers = {name: weight_digest(modules[name].weight.detach().numpy()) for name in names}
+    return layers, logps.gather(-1, ids[0, 1:, None])[:, 0].numpy()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     found |= {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
     if heads and hidden and "head_dim" not in config:
         found["head_dim"] = hidden // heads
+    if hidden and config.get("expand"):  # Mamba 2
+        found["intermediate_size"] = config["expand"] * hidden
     for layer in (config.get("per_layer_config") or {}).values():  # Gemma 4: what its full attention has of its own
         found |= {"global_head_dim": layer.get("head_dim"), "num_global_key_value_heads": layer.get("num_key_value_heads")}
     return {name: value for name, value in found.items() if value is not None}
@@ -77,6 +80,11 @@ def _kinds(config: dict[str, Any]) -> dict[str, Any]:
     kinds = config.get("layer_types") or ()
     if {"sliding_attention", "full_attention"} <= set(kinds) and not isinstance(config.get("sliding_window_pattern"), str):
         found["sliding_window_pattern"] = kinds.index("full_attention") + 1
+    if "sparse" in (mixtures := config.get("mlp_layer_types") or ()):
+        found["is_moe_layer"] = [kind == "sparse" for kind in mixtures]  # EXAONE's name of it
+    if "mamba_num_heads" in config and config.get("time_step_min"):
+        # Nemotron-H: transformers keeps time steps above the least one, whatever time_step_limit says.
+        found["time_step_limit"] = [config["time_step_min"], math.inf]
     if "position_embedding_type" in config and config["position_embedding_type"] is None:
         found["position_embedding_type"] = "nope"  # mlx-lm takes none for rope
     if any("mamba" in name for name in config):

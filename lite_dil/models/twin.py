@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lite_dil.base.hashing import blake2
 from lite_dil.base.streams import named
 
 WINDOW = 12  # tokens of each attention window
@@ -169,6 +170,8 @@ class _Text:
         """Return what a number becomes."""
         if key.endswith(("eps", "epsilon")):
             return 5e-5  # large enough to show where it is not read, but for latents, whose norms may have one of their own
+        if key == "time_step_min":
+            return 0.3  # large enough to show where it is not read
         if not isinstance(value, int):
             return value
         whole: dict[str, int] = {
@@ -207,6 +210,8 @@ class _Text:
         if _CHOSEN.search(key):
             return min(value, 3)
         if _INNER.search(key):
+            if value == 4 * self.hidden:  # which some of mlx-lm's models take for granted
+                return 4 * self.new_hidden
             if value not in self.inner:
                 self.inner.append(value)
             return (96, 64, 80, 112)[self.inner.index(value) % 4]
@@ -274,3 +279,8 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
     # Norms are about 1; biases, and state spaces' A and time steps, about 0.
     center, width = (0.0, 0.3) if re.search(r"bias|A_log|dt_|sinks", name) else (1.0, 0.2)
     return (center + width * values).astype(np.float32)
+
+
+def weight_digest(weight: np.ndarray) -> str:
+    """Return a hash of a weight's shape and values in float32, 16 hexadecimal digits."""
+    return blake2([repr(weight.shape).encode(), np.ascontiguousarray(weight, np.float32).tobytes()], 8).hex()

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=BACKENDS, help="one backend (default: both)")
     parser.add_argument("--quick", action="store_true", help="one size of each family instead of two")
     parser.add_argument("--jobs", type=int, default=2, help="families at once (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures to FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep figures in FILE; what it has already is not run again")
     parser.add_argument("--figures", action="store_true", help="only write the figures that come with the package")
     args = parser.parse_args(argv)
     if args.figures:
@@ -56,17 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     backends = (args.backend,) if args.backend else BACKENDS
     jobs = [
         (family, backend, size)
-        for family in args.families or NAMES
         for size in ((1,) if args.quick else (1, 2))
+        for family in args.families or NAMES
         for backend in backends
     ]
     context, results = server(), []
+    kept = _kept(args.json) if args.json and args.json.exists() else {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        for result in pool.map(lambda job: run(context, Path(folder), *job), jobs):
+        for result in pool.map(lambda job: kept.get(job) or run(context, Path(folder), *job), jobs):
             results.append(result)
+            kept[result.family, result.backend, result.size] = result
             print(_line(result), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(result) for result in results], indent=1), encoding="utf-8")
+            if args.json:
+                args.json.write_text(json.dumps([asdict(one) for one in kept.values()], indent=1), encoding="utf-8")
     if not args.families and not args.backend and not args.quick:
         from families.exact import GRADIENT, LOGPS
 
@@ -74,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"written: {PAGE}")
     print(_summary(results))
     return 0 if all(result.ok for result in results) else 1
+
+
+def _kept(file: Path) -> dict[tuple[str, str, int], Result]:
+    found = [Result(**one) for one in json.loads(file.read_text(encoding="utf-8"))]
+    return {(one.family, one.backend, one.size): one for one in found}
 
 
 def _line(result: Result) -> str:

@@ -122,7 +122,7 @@ _KIMI = {"full_attn_layers": [4], "kda_layers": [1, 2, 3], "head_dim": 16, "num_
 # By the name of a row of the table: the settings that differ from the defaults and the sizes above. A name before "-" is a
 # model_type.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "afmoe": {"num_dense_layers": 1},
+    "afmoe": {"num_dense_layers": 1, **_WINDOWS},
     "apertus": {},
     "arcee": {},
     "bamba": {"attn_layer_indices": [1], **_MAMBA},
@@ -281,6 +281,8 @@ def _settings(name: str, size: int) -> dict[str, Any]:
     found: dict[str, Any] = {"num_hidden_layers": 2, **{key: value * size for key, value in GROWING.items()}, **FIXED}
     found = {key: value for key, value in found.items() if key in names or key == "num_hidden_layers"}
     found |= FAMILIES[name]
+    if name == "gpt_neox":  # as every Pythia has it
+        found["intermediate_size"] = 4 * found["hidden_size"]
     if size == 2:
         for key in _GROWING_WITH_THEM if name not in _SAME_LAYERS else ():
             if key in found:

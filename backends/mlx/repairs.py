@@ -1,0 +1,68 @@
+"""Settings of a config.json that some of mlx-lm's models do not read: the form of GELU, and attention windows.
+
+What comes of it is not taken for granted: `lite_dil.backends.mlx.twin` compares it with transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+
+from lite_dil.backends.mlx.load import windows
+from lite_dil.backends.mlx.prefix import applied_windows, wrap_layers
+
+# What transformers computes by each name of GELU: with erf, or its approximation with tanh.
+_GELUS = {"gelu": nn.gelu, "gelu_python": nn.gelu} | dict.fromkeys(
+    ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_python_tanh"), nn.gelu_approx
+)
+_NAMES = {"gelu", "gelu_approx"}
+
+
+def wrap(model: nn.Module, config: dict[str, Any], checkpointing: str) -> None:
+    """Wrap the layers as `wrap_layers` does, and mend what the model does not read of its config."""
+    mend_gelu(model, config.get("text_config") or config)
+    wrap_layers(model, checkpointing)
+    mend_windows(model, config)
+
+
+def mend_gelu(model: nn.Module, config: dict[str, Any]) -> None:
+    """Compute GELU in the form that the config names, where a module's own code has one form or the other built in."""
+    wanted = _GELUS.get(str(config.get("hidden_activation") or config.get("hidden_act")))
+    if wanted is None:
+        return
+    library = types.SimpleNamespace(**vars(nn) | dict.fromkeys(_NAMES, wanted))
+    for module in model.modules():
+        call: Any = type(module).__call__
+        if call.__globals__.get("nn") is nn and not _NAMES.isdisjoint(call.__code__.co_names):
+            names = call.__globals__ | {"nn": library}
+            call = types.FunctionType(call.__code__, names, "__call__", call.__defaults__, call.__closure__)
+            module.__class__ = type(type(module).__name__, (type(module),), {"__call__": call})
+
+
+def mend_windows(model: nn.Module, config: dict[str, Any]) -> None:
+    """Apply the config's windows in layers to which mlx-lm gives none; the layers must be wrapped."""
+    applied = applied_windows(model)
+    if applied is None:  # the model's own loop decides
+        return
+    for layer, meant, found in zip(model.layers, windows(config), applied, strict=True):
+        if meant and found is None:
+            layer.__class__ = _windowed(type(layer), meant)
+
+
+def _windowed(kind: type, size: int) -> type:
+    own = next(base for base in kind.__mro__ if base.__module__.startswith("mlx_lm."))
+    parameters = inspect.signature(own.__call__)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = parameters.bind(self, *args, **kwargs)
+        whole = isinstance(given.arguments["mask"], mx.array)  # Gemma 2's code takes no other
+        mask = create_attention_mask(args[0], given.arguments.get("cache"), window_size=size, return_array=whole)
+        given.arguments["mask"] = mask
+        return kind.__call__(*given.args, **given.kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
