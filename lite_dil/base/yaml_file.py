@@ -56,12 +56,13 @@ def _check_events(text: str) -> None:
     """Refuse aliases and deep nesting before anything is made of them: a few lines of either stand for gigabytes."""
     level = 0
     for event in yaml.parse(text, _Base):
+        mark: Any = event.start_mark
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem=f"write the value of *{event.anchor} out", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"write the value of *{event.anchor} out", problem_mark=mark)
         if isinstance(event, yaml.CollectionStartEvent):
             level += 1
             if level > _DEEPEST:
-                raise yaml.MarkedYAMLError(problem=f"more than {_DEEPEST} levels", problem_mark=event.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"more than {_DEEPEST} levels", problem_mark=mark)
         elif isinstance(event, yaml.CollectionEndEvent):
             level -= 1
 
