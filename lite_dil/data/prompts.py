@@ -6,7 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,23 @@ PROMPTS_HELP = (
 _EXPECTED = "prompt, as text or messages; messages, or conversations; or the rows of any data that lite-dil train takes"
 _KINDS = {False: "plain text", True: "chat messages"}
 _FIRST_TURN = "prompts of several turns: only the first is asked"
+_ASKING = {"prompt", "messages", "conversations", "turns", "instruction", "input", "system"}  # columns that make the prompt
 _ASSISTANT = {"role": "assistant", "content": "x"}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, text or chat messages; `place` is where it came from and `ids` are its tokens."""
+    """A prompt, text or chat messages; `place` is where it came from and `ids` are its tokens.
+
+    `columns` are the row's others than the prompt's own, as they were read.
+    """
 
     prompt: str | list[Message]
     place: str
     tools: list[dict[str, Any]] | None = None
     ids: tuple[int, ...] = ()
     arguments: dict[str, Any] | None = None
+    columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def chat(self) -> bool:
@@ -114,7 +119,8 @@ def read_prompts(source: str, options: DataOptions, chat: bool, say: Callable[[s
                     raise value
                 draft = _draft(tidy(value, columns, about), options.data_format, chat)
                 check_prompt(draft.prompt)
-                prompt = Prompt(draft.prompt, place, draft.tools, arguments=draft.arguments)
+                others = {name: of for name, of in value.items() if name not in _ASKING and name != columns.get("prompt")}
+                prompt = Prompt(draft.prompt, place, draft.tools, arguments=draft.arguments, columns=others)
                 first = first or prompt
                 if prompt.chat != first.chat:
                     raise RowError(

@@ -7,17 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from lite_dil.base.display import Display
-from lite_dil.base.observer import Event, Observer
+from lite_dil.base.observer import Observer
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.options import trusting
 from lite_dil.objectives.own import shown
+from lite_dil.recipes.carry_out import carry_out
 from lite_dil.recipes.given import NOTHING_GIVEN, Given
 from lite_dil.recipes.observers import observers_of
 from lite_dil.recipes.run import Run
 from lite_dil.recipes.session import Opening, open_session
-from lite_dil.reports.run_report import REPORT
 from lite_dil.runs.folder import RunFolder
-from lite_dil.training.loop import loop
 
 
 def train(
@@ -54,18 +53,5 @@ def train(
 
         if training is None:
             return ended(stopped=True)
-        watching, checkpoints = observers_of(session, training, display, observers)
-        policy.begin_training(folder)
-        with folder.going_on(), watching:
-            loop(training, watching, checkpoints.keep, folder.again)
-            if training.finished:
-                watching.finished(Event(training.progress.step, training.schedule.steps))
-            training.passes.sync()
-        steps = training.schedule.steps
-        if not training.finished:
-            display.say(f"stopped after step {training.progress.step} of {steps}, saved; continue with {folder.again}")
-        else:
-            display.say(f"adapter in {folder.adapter}, report in {folder.path / REPORT}")
-            if watching.left_out:
-                display.say(f"the training is finished; to complete its evaluation and report: {folder.again}")
-        return ended(stopped=not training.finished or watching.left_out)
+        watched = observers_of(session, training, display, observers)
+        return ended(carry_out(training, watched, folder, policy, display, training.passes.sync))

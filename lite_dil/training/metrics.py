@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lite_dil.backends.types import StepResult
 from lite_dil.batching.batch import Batch, by_batch
 from lite_dil.batching.schedule import Schedule
 from lite_dil.objectives.losses import log_ratio
@@ -75,21 +76,27 @@ def with_margin(figures: dict[str, float]) -> dict[str, float]:
     return figures | {"rewards/margins": figures["rewards/chosen"] - figures["rewards/rejected"]}
 
 
+def count_work(
+    progress: Progress, means: Means, result: StepResult, examples: int, tokens: int, seconds: float, reference_passes: int = 0
+) -> None:
+    """Add what every step has to the run's progress, and to the window of its next line."""
+    progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + tokens
+    means.add("loss", result.loss, examples)
+    means.add("grad_norm", result.grad_norm, examples)
+    for name, value in zip(_SUMS, (examples, tokens, seconds, 1, int(result.skipped), reference_passes), strict=True):
+        means.add(name, value)
+
+
 def count_step(progress: Progress, taken: Taken, seconds: float, options: ResolvedObjective) -> None:
     """Add a step to the run's progress, and to the window of its next line."""
-    batches, result = taken.batches, taken.result
+    batches, means = taken.batches, Means(progress.window)
     number, tokens = sum(batch.examples for batch in batches), sum(batch.tokens for batch in batches)
-    progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + tokens
-    means = Means(progress.window)
-    means.add("loss", result.loss, number)
-    means.add("grad_norm", result.grad_norm, number)
+    count_work(progress, means, taken.result, number, tokens, seconds, taken.reference_passes)
     parts = (by_batch(values, batches) for values in (taken.policy, taken.reference))
     for batch, policy, reference in zip(batches, *parts, strict=True):
         answer_metrics(means, policy, reference, batch, options)
     if objective_of(options.loss).baseline:
         means.add("kl", taken.baseline, number)
-    for name, value in zip(_SUMS, (number, tokens, seconds, 1, int(result.skipped), taken.reference_passes), strict=True):
-        means.add(name, value)
 
 
 def line_of(progress: Progress, schedule: Schedule, peak_memory_mb: float) -> dict[str, Any]:
