@@ -195,8 +195,10 @@ def _run(argv: list[str]) -> int:
 
     display = Terminal()
     config, resume, fixed = _config(args, display.say)
-    if name == "demo" and (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED):
-        raise UserError("the demo is the embedded model on the embedded data; use lite-dil train for --model and --data")
+    if name == "demo" and (config.online or (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED)):
+        raise UserError(
+            "the demo is the embedded model on the embedded data; use lite-dil train for --model, --data and --reward"
+        )
 
     from lite_dil.cli import next_steps
     from lite_dil.cli.demo import MEASURED, show

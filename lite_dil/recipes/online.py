@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from lite_dil.base.display import Display
-from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.base.observer import Observer, Observers
 from lite_dil.base.text import count
 from lite_dil.batching.schedule import Schedule
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.encoder import Encoder, Example, fingerprint
 from lite_dil.data.inspect.survey import lengths
 from lite_dil.data.prompts import Prompt, encode_prompts, read_prompts
+from lite_dil.data.rows import rows_name
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.models.options import trusting
 from lite_dil.online.groups import GroupSampler
@@ -95,10 +95,9 @@ class _Questions:
 
     def read(self, encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None], given: Given) -> RunData:
         """Return the prompts as examples without responses."""
-        if given.data is not None:
-            raise UserError("dil.train: with a reward, data is a file or a hub id of prompts")
-        found = read_prompts(config.data, config, config.chat, say)
+        found = read_prompts(config.data, config, config.chat, say, given.data)
         self.prompts = encode_prompts(found, encoder, config, _online(config).max_new_tokens, say)
+        examples = [Example(prompt.ids, (), (), prompt.place) for prompt in self.prompts]
         tokens = np.array([len(prompt.ids) for prompt in self.prompts])
         chat = self.prompts[0].chat
         facts = {
@@ -116,8 +115,9 @@ class _Questions:
         kind = "chat messages" if chat else "plain text, continued as it is (--chat makes it a user's message)"
         say(f"training data {config.data}: {count(len(self.prompts), 'prompt')}, {kind}")
         shown = [SamplePrompt(each.ids, each.prompt, each.place, len(each.ids)) for each in self.prompts[: config.report_samples]]
+        if given.data is not None:
+            config = replace(config, data=rows_name(fingerprint(examples)))
         others = digest([sorted(prompt.columns.items(), key=str) for prompt in self.prompts])[:16]
-        examples = [Example(prompt.ids, (), (), prompt.place) for prompt in self.prompts]
         return RunData(examples, [], [], shown, [facts], config, others)
 
 

@@ -33,8 +33,8 @@ class FunctionSource:
     """Calls ``function(prompts, completions, **columns)``, which returns one number for each completion.
 
     As in TRL, prompts and completions are texts; of a chat they are lists of messages, the completion's with the assistant's
-    only. Each other column of the rows is a list with an entry for each completion. A function without ``**kwargs`` is given
-    those columns only that it names.
+    only. ``completion_ids`` are the completions' tokens, with the end token if there is one. Each other column of the rows is a list with an entry for each completion. A function without ``**kwargs`` is given
+    those of them only that it names.
 
     Args:
         timeout: seconds that a call may take.
@@ -94,7 +94,7 @@ class FunctionSource:
 
     def _arguments(self, answers: Sequence[Answered]) -> dict[str, Any]:
         names = dict.fromkeys(name for each in answers for name in each.columns)
-        if taken := {"prompts", "completions"} & names.keys():
+        if taken := {"prompts", "completions", "completion_ids"} & names.keys():
             raise UserError(
                 f"--reward {self.name}: the data has a column {min(taken)!r}, which the function gets from the model; rename it"
             )
@@ -104,6 +104,7 @@ class FunctionSource:
                 each.response if each.messages is None else [{"role": "assistant", "content": each.response}]
                 for each in answers
             ],
+            "completion_ids": [list(each.response_ids) for each in answers],
             **{name: [each.columns.get(name) for each in answers] for name in names},
         }
         wanted = inspect.signature(self._function).parameters

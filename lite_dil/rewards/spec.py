@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,23 @@ def resolved(text: str, functions: Functions) -> str:
         for part in parse(text)
     ]
     return ",".join(map(str, parts))
+
+
+def of_program(given: str | Callable[..., Any] | Iterable[str | Callable[..., Any]]) -> tuple[str, Functions]:
+    """Return the text for a run's files of a reward in a program, and its functions by name.
+
+    Args:
+        given: text as ``--reward`` takes it, a function, or several of both, which are summed.
+    """
+    functions, texts = dict[str, Callable[..., Any]](), list[str]()
+    for each in [given] if isinstance(given, str) or callable(given) else given:
+        if isinstance(each, str):
+            texts.append(each)
+        else:
+            name = getattr(each, "__name__", type(each).__name__).strip("<>")
+            functions[name] = each
+            texts.append(f"function:{name}:{identity_of(each)}")
+    return ",".join(texts), functions
 
 
 def files(text: str) -> dict[str, tuple[Path, str]]:
