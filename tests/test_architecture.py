@@ -21,6 +21,7 @@ FLOORS = (
     ("backends",),
     ("generation",),
     ("training", "rewards"),
+    ("online",),
     ("config",),
     ("planning", "reports"),
     ("evaluation", "export", "labelling", "doctor"),

@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from lite_dil.backends.foreign import Misfit, foreign
@@ -29,8 +29,9 @@ def generate(
     stop: Callable[[], bool] = never,
 ) -> list[Generated]:
     """Continue the prompts with an mlx-lm model; see `lite_dil.backends.protocol.Backend.generate`."""
-    run = in_a_batch if batchable(model) else one_by_one
-    return run(model, prompts, max_new_tokens, end_ids, processors_of(prompts, seeds, sampling), stop)
+    if batchable(model):
+        return in_a_batch(model, prompts, max_new_tokens, end_ids, seeds, sampling, stop)
+    return one_by_one(model, prompts, max_new_tokens, end_ids, processors_of(prompts, seeds, sampling), stop)
 
 
 def batchable(model: Any) -> bool:
@@ -60,31 +61,50 @@ def in_a_batch(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     end_ids: Sequence[int],
-    processors: Sequence[Processor],
+    seeds: Sequence[int] | None,
+    sampling: Sampling,
     stop: Callable[[], bool] = never,
 ) -> list[Generated]:
-    """Continue the prompts in one batch."""
-    rows = len(prompts)
-    generator = BatchGenerator(
-        model,
-        max_tokens=max_new_tokens,
-        stop_tokens=[[token] for token in end_ids],
-        completion_batch_size=rows,
-        prefill_batch_size=rows,
-    )
-    try:
-        order = generator.insert(
-            [list(prompt[-1:]) for prompt in prompts],
-            caches=prefilled(model, prompts),  # it copies their rows
-            logits_processors=[[each] for each in processors],
-        )
-        tokens: dict[int, list[int]] = {row: [] for row in order}
-        while not stop() and (responses := generator.next_generated()):
-            for response in responses:
-                tokens[response.uid].append(response.token)
-    finally:
-        generator.close()  # frees the wired memory
-    return [Generated.of(tokens[row], end_ids) for row in order]
+    """Continue the prompts in one batch, which an answer leaves when it has ended.
+
+    While a step's tokens are read, the device computes the next one.
+    """
+    rows = prefilled(model, prompts)
+    caches = [of[0].merge(list(of)) for of in zip(*rows, strict=True)]  # it copies them
+    drawn = seeds is not None and sampling.temperature > 0
+    keys = mx.stack([mx.random.key(seed) for seed in seeds or ()]) if drawn else None
+
+    def next_tokens(tokens: mx.array) -> mx.array:
+        nonlocal keys
+        logits = foreign(model, tokens[:, None], cache=caches)[:, -1].astype(mx.float32)
+        if keys is not None:
+            split = mx.vmap(mx.random.split)(keys)
+            keys, logits = split[:, 0], _perturbed(logits, split[:, 1], sampling)
+        found = logits.argmax(-1)
+        mx.async_eval(found)
+        return found
+
+    tokens: list[list[int]] = [[] for _ in prompts]
+    going, ends = list(range(len(prompts))), set(end_ids)
+    new = next_tokens(mx.array([prompt[-1] for prompt in prompts]))
+    for number in range(max_new_tokens):
+        if stop():
+            break
+        after = next_tokens(new) if number + 1 < max_new_tokens else None
+        read = new.tolist()
+        for row, token in zip(going, read, strict=True):
+            tokens[row].append(token)
+        left = [at for at, token in enumerate(read) if token not in ends]
+        if after is None or not left:
+            break
+        new = after
+        if len(left) < len(going):
+            going, kept = [going[at] for at in left], mx.array(left)
+            new = after[kept]
+            keys = None if keys is None else keys[kept]
+            for cache in caches:
+                cache.filter(kept)
+    return [Generated.of(each, end_ids) for each in tokens]
 
 
 def one_by_one(
@@ -168,13 +188,19 @@ def _draws(seed: int, sampling: Sampling) -> Processor:
     def add_noise(_: Any, logits: mx.array) -> mx.array:
         nonlocal state
         state, key = mx.random.split(state)
-        uniform = mx.maximum(mx.random.uniform(shape=logits.shape, key=key), 2.0**-33)  # 0 would beat every logit
-        logits = logits.astype(mx.float32) / sampling.temperature
-        if sampling.top_p < 1:
-            logits = _nucleus(logits, sampling.top_p)
-        return logits - mx.log(-mx.log1p(-uniform))
+        return _perturbed(logits, key[None], sampling)
 
     return add_noise
+
+
+def _perturbed(logits: mx.array, keys: mx.array, sampling: Sampling) -> mx.array:
+    """Add Gumbel noise to logits, (rows, vocabulary), from each row's key, (rows, 2)."""
+    uniform = mx.vmap(lambda key: mx.random.uniform(shape=logits.shape[-1:], key=key))(keys)
+    uniform = mx.maximum(uniform, 2.0**-33)  # 0 would beat every logit
+    logits = logits.astype(mx.float32) / sampling.temperature
+    if sampling.top_p < 1:
+        logits = _nucleus(logits, sampling.top_p)
+    return logits - mx.log(-mx.log1p(-uniform))
 
 
 def _nucleus(logits: mx.array, top_p: float) -> mx.array:

@@ -46,15 +46,15 @@ def generate(
             found |= zip(at, generate(base, device, *some, sampling, stop, share), strict=True)
         return [found[i] for i in range(len(prompts))]
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    rows = torch.LongTensor([place[tuple(prompt)] for prompt in prompts])
+    rows = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
     longest = max(map(len, place))
     ids = torch.tensor([[end_ids[0]] * (longest - len(prompt)) + list(prompt) for prompt in place], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in place], device=device)
     draws = _draws(seeds, sampling)
+    if share and (first := _first(base, ids, mask)) is not None:
+        tokens = _by_step(base, first, mask, rows, max_new_tokens, end_ids, draws, stop)
+        return [Generated.of(each, end_ids) for each in tokens]
     with _plain_settings(base):
-        cache = _prefill(base, ids, mask) if share and len(place) < len(prompts) else None
-        if cache is not None:
-            cache.reorder_cache(rows)
         out = base.generate(
             input_ids=ids[rows],
             attention_mask=mask[rows],
@@ -65,9 +65,77 @@ def generate(
             stopping_criteria=[lambda rows, _: torch.full((len(rows),), stop(), device=device)],
             eos_token_id=list(end_ids),
             pad_token_id=end_ids[0],
-            **({} if cache is None else {"past_key_values": cache}),
         )
     return [Generated.of(row, end_ids) for row in out[:, longest:].tolist()]
+
+
+@torch.no_grad()
+def _first(base: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache] | None:
+    """Compute each prompt once: return the logits after it, (prompts, vocabulary), and the cache of all its tokens.
+
+    None if the cache does not hold all of the model's state by rows, or the model does not take positions.
+    """
+    wanted = inspect.signature(base.forward).parameters
+    if not {"past_key_values", "position_ids"} <= wanted.keys():
+        return None
+    out = _pass(base, ids, mask, None)
+    cache = getattr(out, "past_key_values", None)
+    # A model's own cache classes may hold more than rows that can be repeated and left out.
+    if type(cache) is not DynamicCache or any(type(layer).__module__ != DynamicCache.__module__ for layer in cache.layers):
+        return None
+    # RecurrentGemma keeps its recurrent states in its modules and leaves these layers empty.
+    recurrent = all(cache.has_previous_state(i) for i, linear in enumerate(cache.is_linear) if linear)
+    if not recurrent or not all(getattr(layer, "is_initialized", True) for layer in cache.layers):
+        return None
+    return out.logits[:, -1].float(), cache
+
+
+@torch.no_grad()
+def _by_step(
+    base: Any,
+    first: tuple[Tensor, DynamicCache],
+    mask: Tensor,
+    rows: Tensor,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    draws: Draws | None,
+    stop: Callable[[], bool],
+) -> list[list[int]]:
+    """Return the tokens that continue each row, up to its end; a row that has ended is not computed further.
+
+    Args:
+        rows: (rows,) the prompt of each row.
+    """
+    (logits, cache), mask = first, mask[rows]
+    logits = logits[rows]
+    cache.reorder_cache(rows)
+    tokens: list[list[int]] = [[] for _ in rows]
+    going = list(range(len(tokens)))
+    ends = torch.tensor(list(end_ids), device=logits.device)
+    for _ in range(max_new_tokens):
+        if stop():
+            break
+        new = logits.argmax(-1) if draws is None else draws.take(logits, going)
+        for row, token in zip(going, new.tolist(), strict=True):
+            tokens[row].append(token)
+        left = torch.isin(new, ends, invert=True).nonzero()[:, 0]
+        if len(left) == 0 or len(tokens[going[int(left[0])]]) == max_new_tokens:
+            break
+        if len(left) < len(going):
+            going = [going[at] for at in left.tolist()]
+            cache.reorder_cache(left)
+            mask, new = mask[left], new[left]
+        mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
+        logits = _pass(base, new[:, None], mask, cache).logits[:, -1].float()
+    return tokens
+
+
+def _pass(base: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Any:
+    """Compute the last tokens of rows that are padded on the left: `ids` are those not in the cache, `mask` covers all."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    padding = None if bool(mask.all()) else mask  # without one, attention needs no mask of its own
+    return base(input_ids=ids, attention_mask=padding, position_ids=positions, past_key_values=cache, use_cache=True, **last)
 
 
 # By base model, so that it is tested once.
@@ -109,27 +177,6 @@ def _next_logps(base: Any, device: torch.device, ids: np.ndarray, mask: np.ndarr
         )
     found: np.ndarray = out.logits[0].float().log_softmax(-1).cpu().numpy()
     return found
-
-
-def _prefill(base: Any, ids: Tensor, mask: Tensor) -> DynamicCache | None:
-    """Return the cache of all tokens but each row's last, or None if it does not hold all of the model's state by rows."""
-    if ids.shape[1] == 1 or "past_key_values" not in inspect.signature(base.forward).parameters:
-        return None
-    out = base.generate(
-        input_ids=ids[:, :-1],
-        attention_mask=mask[:, :-1],
-        max_new_tokens=1,
-        do_sample=False,
-        use_cache=True,
-        return_dict_in_generate=True,
-    )
-    cache = out.past_key_values
-    # A model's own cache classes may hold more than `reorder_cache` handles.
-    if type(cache) is not DynamicCache or any(type(layer).__module__ != DynamicCache.__module__ for layer in cache.layers):
-        return None
-    # RecurrentGemma keeps its recurrent states in its modules and leaves these layers empty.
-    recurrent = all(cache.has_previous_state(i) for i, linear in enumerate(cache.is_linear) if linear)
-    return cache if recurrent and all(getattr(layer, "is_initialized", True) for layer in cache.layers) else None
 
 
 def stream(
@@ -180,11 +227,15 @@ class Draws(LogitsProcessor):
     def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
         self.rows, self.sampling = [np.random.default_rng(seed) for seed in seeds], sampling
 
+    def take(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """Return the sampled token of some rows, (rows,), from their logits, (rows, vocabulary)."""
+        numbers = torch.tensor([[self.rows[row].random()] for row in rows], dtype=torch.float64)
+        return pick(logits, numbers.to(logits.device), self.sampling)[:, 0]
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return `scores`, (rows, vocabulary), as 0 for the sampled token and minus infinity for all others."""
-        numbers = torch.tensor([[row.random()] for row in self.rows], dtype=torch.float64)
-        token = pick(scores, numbers.to(scores.device), self.sampling)
-        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+        token = self.take(scores, range(len(self.rows)))
+        return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0)
 
 
 def pick(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from lite_dil.config.resume import resumed
 from lite_dil.config.train_config import FIELDS
 from lite_dil.generation.policy import Policy
 from lite_dil.objectives.own import OwnLoss
-from lite_dil.recipes import preference
+from lite_dil.recipes import online, preference
 from lite_dil.recipes.given import Given
 from lite_dil.recipes.run import Run
+from lite_dil.rewards.spec import of_program
 from lite_dil.runs.folder import adapter_of
 
 # Options that other arguments set.
@@ -42,6 +43,7 @@ def train(
     resume: str | Path | None = None,
     output_dir: str | Path | None = None,
     continue_from: bool = False,
+    reward: str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None = None,
     accept_changes: bool = False,
     **options: Any,
 ) -> Run:
@@ -60,6 +62,8 @@ def train(
         resume: a run's folder, one of its checkpoints, or "auto": continue it as if it had never stopped.
         output_dir: the run's folder; by default a new one under runs/.
         continue_from: train a trained policy further: this run starts from the previous run's adapter, with a new optimiser.
+        reward: train on the policy's own answers to the prompts of `data`, with loss "rloo" or "dpo": text as ``--reward``
+            takes it, a function ``(prompts, completions, **columns)``, or several of both (docs/online.md).
         accept_changes: with `resume`, go on although the run's options, data or base model have changed.
         **options: others of ``lite-dil train --help``, such as learning_rate, max_steps, beta, eval_steps.
 
@@ -78,7 +82,9 @@ def train(
         given["eval_data"] = eval_rows.name
     if output_dir is not None:
         given["output_dir"] = str(output_dir)
-    handed = Given(policy, own, rows.rows, None if eval_rows is None else eval_rows.rows, accept_changes)
+    text, functions = (None, {}) if reward is None else of_program(reward)
+    given |= {} if text is None else {"reward": text}
+    handed = Given(policy, own, functions, rows.rows, None if eval_rows is None else eval_rows.rows, accept_changes)
     own_rows = [name for name in ("data", "eval_data") if getattr(handed, name) is not None]
     config, checkpoint = (None, None)
     if resume is not None:
@@ -86,6 +92,8 @@ def train(
     if config is None or checkpoint is None:
         loaded = _start(policy, loaded, continue_from)
         config = build(given | loaded, {})
+    if config.online:
+        return online.train(config, display_of(display), checkpoint, observers, handed)
     return preference.train(config, display_of(display), checkpoint, None, observers, handed)
 
 

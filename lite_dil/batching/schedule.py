@@ -74,11 +74,15 @@ class Schedule:
         self.limits = Limits(min(self.limits.examples, math.ceil(examples / 2)), min(self.limits.tokens, tokens // 2))
         return True
 
-    def _planned(self, examples: Sequence[Example], step: int) -> list[Batch]:
+    def picked(self, step: int) -> list[int]:
+        """Return the indices of the examples of step 1, 2, ..."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         start = position * self.examples_per_step
-        picked = [examples[i] for i in self.order(epoch)[start : start + self.examples_per_step]]
-        return plan(picked, self.layout, *self.limits)
+        found: list[int] = self.order(epoch)[start : start + self.examples_per_step].tolist()
+        return found
+
+    def _planned(self, examples: Sequence[Example], step: int) -> list[Batch]:
+        return plan([examples[i] for i in self.picked(step)], self.layout, *self.limits)
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the examples' indices in the order of epoch 0, 1, ..."""

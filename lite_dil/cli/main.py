@@ -18,6 +18,7 @@ from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.start import quiet_bars, start
 from lite_dil.base.text import printable
 from lite_dil.base.version import __version__
+from lite_dil.cli.own_code import reward_functions
 from lite_dil.cli.own_loss import load_loss, named_file
 from lite_dil.cli.parser import Parser
 from lite_dil.config.options import Once, add_flags, build, read_yaml
@@ -26,6 +27,7 @@ from lite_dil.config.train_config import FIELDS, POLICY_FIELDS, ResolvedConfig, 
 from lite_dil.data.sources import EMBEDDED
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.objectives.own import OwnLoss
+from lite_dil.rewards.spec import resolved
 
 _TRAIN = """\
 Train a LoRA adapter on preference data. Without flags: the demo's training, SmolLM2-135M-Instruct on the embedded data.
@@ -186,6 +188,7 @@ def _run(argv: list[str]) -> int:
     if name in _MODULES:
         return int(_module(name).run(args))
     args.own_loss = _own_loss(args)
+    args.functions = reward_functions(args.reward) if getattr(args, "reward", None) else {}
     if name == "data":
         return _show_data(args)
     if name == "plan":
@@ -194,17 +197,26 @@ def _run(argv: list[str]) -> int:
 
     display = Terminal()
     config, resume, fixed = _config(args, display.say)
-    if name == "demo" and (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED):
-        raise UserError("the demo is the embedded model on the embedded data; use lite-dil train for --model and --data")
+    if name == "demo" and (config.online or (config.model, config.data) != (EMBEDDED_MODEL, EMBEDDED)):
+        raise UserError(
+            "the demo is the embedded model on the embedded data; use lite-dil train for --model, --data and --reward"
+        )
 
     from lite_dil.cli import next_steps
     from lite_dil.cli.demo import MEASURED, show
     from lite_dil.recipes.given import Given
-    from lite_dil.recipes.preference import train
 
     if name == "demo" and "report_samples" not in fixed:
         config = replace(config, report_samples=MEASURED)
-    trained = train(config, display, resume, fixed, given=Given(loss=args.own_loss, accept_changes=args.accept_changes))
+    given = Given(loss=args.own_loss, rewards=args.functions, accept_changes=args.accept_changes)
+    if config.online:
+        from lite_dil.recipes import online
+
+        trained = online.train(config, display, resume, given=given)
+    else:
+        from lite_dil.recipes import preference
+
+        trained = preference.train(config, display, resume, fixed, given=given)
     if name == "demo" and not trained.stopped:
         show(trained, display)
     for line in [] if trained.stopped else next_steps.lines(trained.folder, config):
@@ -262,6 +274,8 @@ def _options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
     if args.own_loss is not None:
         given["loss"] = args.own_loss.identity
+    if "reward" in given:
+        given["reward"] = resolved(given["reward"], args.functions)
     return given, read_yaml(Path(args.config)) if args.config else {}
 
 

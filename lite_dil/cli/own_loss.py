@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import traceback
 from pathlib import Path
 
-from lite_dil.base.errors import UserError, did_you_mean, first_line
+from lite_dil.base.errors import UserError, did_you_mean
+from lite_dil.cli.own_code import run_file
 from lite_dil.objectives.own import OwnLoss
 
 
@@ -23,21 +21,7 @@ def load_loss(path: Path, name: str) -> OwnLoss:
     Raises UserError if the file cannot be run or has no such loss.
     """
     where = f"--loss {path}:{name}"
-    if not path.is_file():
-        raise UserError(f"{where}: no such file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None  # a .py file has both
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.absolute()))  # it may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:  # the user's file may raise anything
-        line = traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise UserError(f"{where}: {type(error).__name__}: {first_line(error)} (line {line})") from error
-    finally:
-        sys.path.remove(str(path.parent.absolute()))
+    module = run_file(path, where)
     found = getattr(module, name, None)
     if not isinstance(found, OwnLoss):
         losses = [key for key, value in vars(module).items() if isinstance(value, OwnLoss)]

@@ -37,6 +37,9 @@ SAME = {
     "unsloth": "use-unsloth",
     "gradient_checkpointing": "grad-checkpoint use-gradient-checkpointing gradient-checkpoint",
     "report_to": "logger",
+    "reward": "reward-funcs reward-model reward-function reward-functions reward-model-name-or-path reward-model-path",
+    "samples": "num-generations num-samples-per-prompt rloo-k",
+    "max_new_tokens": "max-completion-length response-length",
 }
 _SWITCHES = {
     "load-in-4bit": "--4bit",
@@ -58,8 +61,7 @@ NONE = {
     "ref-model-path",
     "it is always LoRA": "use-peft use-lora peft finetuning-type fine-tune-type train-type do-train train",
     "every layer's linear layers are adapted; choose among them with --target-modules": "num-layers lora-layers",
-    "the prompt is cut to what --max-length leaves beside the answers": "max-prompt-length max-completion-length "
-    "max-prompt-len",
+    "the prompt is cut to what --max-length leaves beside the answers": "max-prompt-length max-prompt-len",
     "the way of attending is chosen by --layout": "attn-implementation flash-attn flash-attention use-flash-attention "
     "use-flash-attn",
     "rows are packed without it (--layout)": "packing neat-packing",

@@ -11,15 +11,17 @@ from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.option import FREE, WRITTEN, option
 from lite_dil.base.redaction import redacted
 from lite_dil.batching.options import EMBEDDED_RATE, DrawOptions, ScheduleOptions
+from lite_dil.config.online import ABOVE_ZERO, RANGES, online_defaults, online_problems
+from lite_dil.config.online import ABOVE_ZERO, RANGES, online_defaults, online_problems
 from lite_dil.data.arguments import canonical, parse_arguments
 from lite_dil.data.options import InspectOptions, Lengths, SampleOptions
 from lite_dil.data.reader import parse_columns
 from lite_dil.data.sources import EMBEDDED
 from lite_dil.models.options import ALL_LINEAR, DEFAULT_RANK, AdapterOptions, ModelOptions, Seeded
-from lite_dil.objectives.options import ObjectiveOptions
 from lite_dil.objectives.own import is_own, shown
 from lite_dil.objectives.reward_table import REWARD_OPTIONS, REWARDS, is_reward
 from lite_dil.objectives.table import OBJECTIVES, OPTIONS, objective_of, options_of
+from lite_dil.online.options import OnlineObjective
 from lite_dil.runs.options import RunOptions
 from lite_dil.training.options import ReferenceOptions
 
@@ -33,7 +35,7 @@ class TrainConfig(
     EngineOptions,
     ScheduleOptions,
     AdapterOptions,
-    ObjectiveOptions,
+    OnlineObjective,
     SampleOptions,
     ModelOptions,
     Lengths,
@@ -64,11 +66,11 @@ class TrainConfig(
             value = getattr(self, name)
             if value is not None and not (low <= value <= high):
                 problems.append(f"{flag(name)} is {value:g}; expected {_between(low, high)}")
-        for name in ("beta", "learning_rate", "epochs", "lora_alpha", "max_grad_norm"):
+        for name in (*_POSITIVE, *ABOVE_ZERO):
             value = getattr(self, name)
             if value is not None and not 0 < value < _BIG:
                 problems.append(f"{flag(name)} is {value:g}; expected a number above 0 and below {_BIG:g}")
-        problems += self._objective_problems()
+        problems += self._objective_problems() + online_problems(self)
         for check, value in (
             (parse_columns, self.columns),
             (tracker_names, self.report_to),
@@ -159,11 +161,12 @@ class TrainConfig(
         }
         if self.sample_rejected is not None:
             fill["sample_max_tokens"] = 256
+        fill |= online_defaults(self)
         if self.init_adapter is None:
             rank = self.lora_r or DEFAULT_RANK
             fill |= {"reference": "base", "lora_r": rank, "lora_alpha": 2.0 * rank, "target_modules": ALL_LINEAR}
         if self.data == EMBEDDED:
-            fill |= {"learning_rate": EMBEDDED_RATE} | ({} if self.eval_fraction else {"eval_data": EMBEDDED})
+            fill |= {"learning_rate": EMBEDDED_RATE} | ({} if self.eval_fraction or self.online else {"eval_data": EMBEDDED})
         given = self.as_dict() | {"chat_template_kwargs": canonical(self.chat_template_kwargs)}
         given |= _OF_REWARDS if is_reward(self.loss) else {}
         return ResolvedConfig(**given | {name: value for name, value in fill.items() if given[name] is None})
@@ -179,7 +182,9 @@ class ResolvedConfig(LoadOptions, DrawOptions, InspectOptions, TrainConfig):
 
 
 _BIG = 1e18
+_POSITIVE = ("beta", "learning_rate", "epochs", "lora_alpha", "max_grad_norm")
 _RANGES = [
+    *RANGES,
     ("max_length", 2, _BIG),
     ("max_rows", 1, _BIG),
     ("eval_fraction", 0, 0.5),
@@ -230,7 +235,7 @@ def _between(low: float, high: float) -> str:
     return f"between {low:g} and {high:g}" if high < _BIG else f"at least {low:g}"
 
 
-_GROUPS = ("model", "data", "objective", "reward", "adapter", "optimisation", "engine", "run")
+_GROUPS = ("model", "data", "objective", "reward", "online", "adapter", "optimisation", "engine", "run")
 FIELDS = {f.name: f for f in sorted(dataclasses.fields(TrainConfig), key=lambda f: _GROUPS.index(f.metadata["group"]))}
 # Those of a policy's training.
 POLICY_FIELDS = [name for name, field in FIELDS.items() if field.metadata["group"] != "reward"]

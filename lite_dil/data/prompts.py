@@ -6,7 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lite_dil.data.formats import format_of, read
 from lite_dil.data.messages import Completion, Message, is_message, kind_of, read_text
 from lite_dil.data.options import DataOptions
 from lite_dil.data.reader import LOOKED_AT, Problem, check_prompt, parse_columns, refuse
+from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import records, split_sources
 from lite_dil.models.find import resolve_model
 from lite_dil.models.options import ModelOptions
@@ -35,18 +36,23 @@ PROMPTS_HELP = (
 _EXPECTED = "prompt, as text or messages; messages, or conversations; or the rows of any data that lite-dil train takes"
 _KINDS = {False: "plain text", True: "chat messages"}
 _FIRST_TURN = "prompts of several turns: only the first is asked"
+_ASKING = {"prompt", "messages", "conversations", "turns", "instruction", "input", "system"}  # columns that make the prompt
 _ASSISTANT = {"role": "assistant", "content": "x"}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, text or chat messages; `place` is where it came from and `ids` are its tokens."""
+    """A prompt, text or chat messages; `place` is where it came from and `ids` are its tokens.
+
+    `columns` are the row's others than the prompt's own, as they were read.
+    """
 
     prompt: str | list[Message]
     place: str
     tools: list[dict[str, Any]] | None = None
     ids: tuple[int, ...] = ()
     arguments: dict[str, Any] | None = None
+    columns: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def chat(self) -> bool:
@@ -87,25 +93,28 @@ def key_of(row: dict[str, Any]) -> str:
     return digest(json.dumps([row["prompt"], row.get("tools"), *arguments], sort_keys=True))
 
 
-def read_prompts(source: str, options: DataOptions, chat: bool, say: Callable[[str], None]) -> list[Prompt]:
+def read_prompts(
+    source: str, options: DataOptions, chat: bool, say: Callable[[str], None], given: Rows | None = None
+) -> list[Prompt]:
     """Read all prompts of one or several sources, each once, in order.
 
     Args:
         source: see `lite_dil.data.sources.records`; a .txt file has one prompt per line.
         options: the options in `FLAGS` decide how rows are read.
         chat: whether plain-text prompts become user messages.
+        given: a program's own rows, which replace the sources.
 
     Raises:
         UserError: some rows are unusable, unless `options.skip_bad_rows` leaves them out, or there are none.
     """
     found: dict[str, Prompt] = {}
     columns, notes, repeats, first = parse_columns(options.columns), Counter[str](), 0, None
-    for name, times in split_sources(source):
+    for name, times in [(DATA, 1.0)] if given else split_sources(source):
         if times != 1:
             raise UserError(f"{source}: each prompt is used once; leave ={times:g} out")
         problems: list[Problem] = []
         kept = 0
-        rows = _records(name, options.max_rows)
+        rows = itertools.islice(given.records(), options.max_rows) if given else _records(name, options.max_rows)
         head = list(itertools.islice(rows, LOOKED_AT))
         about = learn((tidy(v, columns) for _, v in head if isinstance(v, dict) and v.keys() >= set(columns.values())), BETTER)
         for place, value in itertools.chain(head, rows):
@@ -114,7 +123,8 @@ def read_prompts(source: str, options: DataOptions, chat: bool, say: Callable[[s
                     raise value
                 draft = _draft(tidy(value, columns, about), options.data_format, chat)
                 check_prompt(draft.prompt)
-                prompt = Prompt(draft.prompt, place, draft.tools, arguments=draft.arguments)
+                others = {name: of for name, of in value.items() if name not in _ASKING and name != columns.get("prompt")}
+                prompt = Prompt(draft.prompt, place, draft.tools, arguments=draft.arguments, columns=others)
                 first = first or prompt
                 if prompt.chat != first.chat:
                     raise RowError(

@@ -11,7 +11,7 @@ import numpy as np
 from lite_dil.backends.protocol import Backend
 from lite_dil.backends.types import Generated
 from lite_dil.generation.batch_generator import ROWS, BatchGenerator, Request, batched
-from lite_dil.generation.scoring import Ids, token_logps
+from lite_dil.generation.scoring import Ids, compared_logps
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,13 @@ class Rollout:
     Attributes:
         ids: its tokens, with the end token last unless it reached the limit first.
         logps: the log-prob of each token, (tokens,), float32, in nats.
+        reference_logps: the same under the reference.
         ended: whether it has its end token.
     """
 
     ids: tuple[int, ...]
     logps: np.ndarray
+    reference_logps: np.ndarray
     ended: bool
 
 
@@ -38,7 +40,7 @@ def rollouts(
     say: Callable[[str], None],
     row_tokens: int = 4096,
 ) -> list[list[Rollout]]:
-    """Sample responses from the exact distribution of the active adapter, and score them in a pass like training's.
+    """Sample responses from the active adapter's exact distribution; score them, and the reference, as training does.
 
     Args:
         seeds: for each prompt, one seed per response.
@@ -59,8 +61,8 @@ def rollouts(
         found.update(zip(batch, generator.draw(batch), strict=True))
     answers = [[found[each] for each in several] for several in rows]
     ids = [[(*answer.ids, *(() if answer.end is None else (answer.end,))) for answer in several] for several in answers]
-    logps = token_logps(backend, prompts, ids, say, row_tokens)
+    logps = compared_logps(backend, prompts, ids, say, row_tokens)
     return [
-        [Rollout(one, its_logps, answer.end is not None) for one, its_logps, answer in zip(*columns, strict=True)]
+        [Rollout(one, both[:, 0], both[:, 1], answer.end is not None) for one, both, answer in zip(*columns, strict=True)]
         for columns in zip(ids, logps, answers, strict=True)
     ]

@@ -37,6 +37,38 @@ def token_logps(
     Returns:
         For each prompt and response, an array (tokens,), float32.
     """
+    return _scored(backend.token_logps, backend.layout, prompts, responses, say, row_tokens)
+
+
+def compared_logps(
+    backend: Backend,
+    prompts: Sequence[Ids],
+    responses: Sequence[Sequence[Ids]],
+    say: Callable[[str], None],
+    row_tokens: int = 4096,
+) -> list[list[np.ndarray]]:
+    """Return `token_logps` of the active adapter and of the reference, (tokens, 2) for each prompt and response.
+
+    Both come from passes of the same shape, so that an untrained policy's log-ratio is exactly 0.
+    """
+
+    def both(batch: Batch) -> np.ndarray:
+        with backend.adapter_off():
+            reference = backend.token_logps(batch)
+        return np.stack([backend.token_logps(batch), reference], -1)
+
+    return _scored(both, backend.layout, prompts, responses, say, row_tokens)
+
+
+def _scored(
+    work: Callable[[Batch], np.ndarray],
+    layout: str,
+    prompts: Sequence[Ids],
+    responses: Sequence[Sequence[Ids]],
+    say: Callable[[str], None],
+    row_tokens: int,
+) -> list[list[np.ndarray]]:
+    """Return for each prompt and response the values that `work` computes for the tokens of a batch."""
     wanted = [
         Example(tuple(prompt), tuple(map(tuple, several)), (CHOSEN,) * len(several), str(number))
         for number, (prompt, several) in enumerate(zip(prompts, responses, strict=True))
@@ -44,9 +76,9 @@ def token_logps(
     ]
     halving = Halving("a pass without gradients", lambda batch: batch.tokens, Batch.halves, say)
     found: list[list[np.ndarray]] = [[] for _ in prompts]
-    for batch in plan(wanted, backend.layout, len(wanted), row_tokens):
-        logps = np.concatenate(halving.run(backend.token_logps, batch))
-        parts = np.split(logps, np.cumsum([len(response) for response in batch.responses])[:-1])
+    for batch in plan(wanted, layout, len(wanted), row_tokens):
+        values = np.concatenate(halving.run(work, batch))
+        parts = np.split(values, np.cumsum([len(response) for response in batch.responses])[:-1])
         for prompt, part in zip(batch.prompt_of, parts, strict=True):
             found[int(batch.places[prompt])].append(part)
     return found

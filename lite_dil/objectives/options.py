@@ -7,13 +7,13 @@ from typing import Any
 
 from lite_dil.base.option import option
 from lite_dil.objectives.reward_table import REWARD_OPTIONS, REWARDS
-from lite_dil.objectives.table import OBJECTIVES, OPTIONS
+from lite_dil.objectives.table import OBJECTIVES, ONLINE, OPTIONS
 
 
 def per_loss(attribute: str) -> str:
     """Return the losses' defaults as text, losses with the same default together."""
     values: dict[Any, list[str]] = {}
-    for name, objective in OBJECTIVES.items():
+    for name, objective in (OBJECTIVES | ONLINE).items():
         values.setdefault(getattr(objective, attribute), []).append(name)
     values.pop(None, None)
     return "; ".join(f"{value} {', '.join(names)}" for value, names in values.items())
@@ -27,7 +27,10 @@ def _by_data() -> str:
         "chosen": "On demonstrations",
     }
     listed = {kind: ", ".join(f"{name} ({o.title})" for name, o in OBJECTIVES.items() if o.data == kind) for kind in kinds}
-    return " ".join(f"{text}: {listed[kind]}." for kind, text in kinds.items())
+    online = ", ".join(f"{name} ({o.title})" for name, o in ONLINE.items())
+    return (
+        " ".join(f"{text}: {listed[kind]}." for kind, text in kinds.items()) + f" On its own answers, by --reward: {online}."
+    )
 
 
 def _constant(name: str) -> Any:
@@ -47,7 +50,7 @@ class ObjectiveOptions:
         "lsif",
         f"the objective; see docs/losses.md for formulas, sources and when to use which. {_by_data()} "
         "FILE.py:NAME is your own loss, a lite_dil.PairLoss or SideLoss (docs/api.md)",
-        choices=tuple(OBJECTIVES),
+        choices=(*OBJECTIVES, *ONLINE),
     )
     logp_reduction: str | None = option(
         "objective",

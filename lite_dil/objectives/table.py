@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lite_dil.base.errors import UserError
 from lite_dil.objectives import losses, own
 from lite_dil.objectives.losses import EXPONENT_LIMIT, Array, Bregman
 from lite_dil.objectives.objective import Constants, Objective, Option, Pairs, Sides
@@ -315,6 +316,27 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+def _needs_answers(constants: Constants) -> Sides | Pairs:
+    raise UserError("--loss rloo trains on answers that it draws itself, by their reward: lite-dil train --reward")
+
+
+# Objectives on the policy's own answers, which a reward compares.
+ONLINE: dict[str, Objective] = {
+    "rloo": Objective(
+        title="policy gradient with leave-one-out advantages",
+        data="prompts",
+        form=_needs_answers,
+        reduction="sum",
+        beta=0.05,
+        learning_rate=1e-4,
+        formula="-(1/K) sum_i A_i log pi(y_i),  A_i = v_i - mean of the siblings' v,  v = r - beta f",
+        use="Maximises E[r] - beta KL(pi, pi_ref) by the policy's own answers; the optimum is pi_ref e^(r / beta) / Z.",
+        source="Ahmadian et al. 2024, arXiv 2402.14740",
+        note="The KL term is in the reward, and advantages are not divided by the group's deviation: both other ways have "
+        "another gradient than the objective's.",
+    ),
+}
+
 # The Bregman family of the DIL paper: losses of each side's density ratio.
 DIL_FAMILY = ("lsif", "ukl", "bce", "basu", "rulsif")
 
@@ -323,7 +345,9 @@ def objective_of(loss: str) -> Objective:
     """Return the row of a loss by its name in a run's files; for a user-defined loss, the row that its identity describes."""
     if is_reward(loss):
         return reward_objective(loss)
-    return own.objective_of_identity(loss) if own.is_own(loss) else OBJECTIVES[loss]
+    if own.is_own(loss):
+        return own.objective_of_identity(loss)
+    return ONLINE[loss] if loss in ONLINE else OBJECTIVES[loss]
 
 
 def options_of(loss: str) -> Mapping[str, Option]:

@@ -49,7 +49,7 @@ class Inputs:
 
     def data(self, data: RunData) -> Progress:
         """Return the run's progress with the fingerprints of its data. Raises UserError if they are others than before."""
-        now = fingerprint(data.examples), fingerprint(data.held_out) if data.held_out else ""
+        now = fingerprint(data.examples) + data.others, fingerprint(data.held_out) if data.held_out else ""
         before = self.saved.fingerprint, self.saved.held_out
         changes = []
         if self.resume and now[0] != before[0]:

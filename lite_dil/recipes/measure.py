@@ -17,6 +17,7 @@ from lite_dil.recipes.observers import FIRST, setting_of
 from lite_dil.recipes.session import Opening, open_session
 from lite_dil.runs import rates
 from lite_dil.runs.folder import RunFolder
+from lite_dil.training.loop import is_finished
 
 
 def measure(config: ResolvedConfig, display: Display, fixed: Set[str], given: Given) -> rates.Rate:
@@ -49,8 +50,8 @@ def measure(config: ResolvedConfig, display: Display, fixed: Set[str], given: Gi
         session = open_session(Opening(short, display, RunFolder(folder / "run"), None, fixed, given))
         training, lines = session.training, []
         assert training is not None  # only drawing and caching before the first step can be stopped
-        with display.bar(training.schedule.steps, 0, FIRST) as bar:
-            while not training.finished:
+        with display.bar(training.steps, 0, FIRST) as bar:
+            while not is_finished(training):
                 since = time.perf_counter()
                 taken = training.take(training.progress.step + 1, lambda passes, done: bar.passes(done, passes))
                 line = training.count(taken, time.perf_counter() - since)

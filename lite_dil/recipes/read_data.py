@@ -29,7 +29,7 @@ from lite_dil.reports.samples import SamplePrompt, data_facts, lengths_of, sampl
 class RunData:
     """The data read: examples, skipped rows, and for the report the prompts to answer and a description.
 
-    `config` names a program's own rows by their content.
+    `config` names a program's own rows by their content. `others` is a hash of what else of the rows decides what is learned.
     """
 
     examples: Sequence[Example]
@@ -38,6 +38,7 @@ class RunData:
     prompts: list[SamplePrompt]
     facts: list[dict[str, Any]]
     config: ResolvedConfig
+    others: str = ""
 
 
 def read_data(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None], given: Given) -> RunData:

@@ -69,7 +69,7 @@ def _open(opening: Opening) -> TrainingSession:
     )
     session.beside = partial(_describe, session, training)
     if opening.resume:
-        go_on(session, training, opening.resume)
+        go_on(session, training, opening.resume, display)
     else:
         begin(session, display)
     session.training = training

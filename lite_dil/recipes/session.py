@@ -17,7 +17,7 @@ from lite_dil.base.start import quiet_bars, start
 from lite_dil.batching.schedule import LargestPass, Schedule
 from lite_dil.config.resume import saved_config
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.data.encoder import Example, encoder_of
+from lite_dil.data.encoder import Encoder, Example, encoder_of
 from lite_dil.data.mismatched import mismatched
 from lite_dil.generation.policy import AdapterSource, Policy, load_found
 from lite_dil.generation.reference_samples import add_samples, needed, reference_digest, sample_path
@@ -27,6 +27,7 @@ from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.own import OwnLoss, is_own
 from lite_dil.objectives.own import missing as missing_loss
 from lite_dil.objectives.table import objective_of
+from lite_dil.online.rollouts_file import ROLLOUTS
 from lite_dil.planning.auto import fitted
 from lite_dil.recipes.given import NOTHING_GIVEN, Given
 from lite_dil.recipes.inputs import Inputs, say_paths
@@ -36,7 +37,7 @@ from lite_dil.reports.outcome import SAMPLES
 from lite_dil.reports.pairs import PAIRS
 from lite_dil.runs.folder import RunFolder, adapter_of
 from lite_dil.runs.progress import Progress
-from lite_dil.training.loop import Training
+from lite_dil.training.loop import Steps, Training, is_finished
 from lite_dil.training.own_loss import try_out
 from lite_dil.training.passes import Passes
 from lite_dil.training.precompute import missing, precompute
@@ -65,7 +66,7 @@ class TrainingSession:
     data: RunData
     own_loss: OwnLoss | None = None
     logged: list[dict[str, Any]] = field(default_factory=list)
-    training: Training | None = None
+    training: Steps[Any] | None = None
     beside: Callable[[Path], None] | None = None
 
     @property
@@ -83,7 +84,7 @@ class TrainingSession:
         The cache is on the disk before: recomputed in other batches, the reference's log-probs differ in the last bits.
         """
         if self.training:
-            self.training.passes.sync()
+            self.training.sync()
         self.backend.save_state(folder)
         if self.beside:
             self.beside(adapter_of(folder))
@@ -102,6 +103,7 @@ class Opening:
     Attributes:
         resume: the checkpoint to continue from; None starts anew.
         fixed: the options that --auto does not change; None means all that are not at their default.
+        read: reads the data.
     """
 
     config: ResolvedConfig
@@ -110,6 +112,7 @@ class Opening:
     resume: Path | None = None
     fixed: Set[str] | None = None
     given: Given = NOTHING_GIVEN
+    read: Callable[[Encoder, ResolvedConfig, Callable[[str], None], Given], RunData] = read_data
 
 
 def open_session(opening: Opening) -> TrainingSession:
@@ -141,7 +144,7 @@ def open_session(opening: Opening) -> TrainingSession:
         with display.status(COMPARING):
             check_cache(passes, examples, training.schedule.limits, config.seed, config.model)
     if resume:
-        go_on(session, training, resume)
+        go_on(session, training, resume, display)
     elif starts_at_reference(config):
         with display.status(CHECKING):
             check_start(passes, training.schedule.batches(1)[0], config.model)
@@ -172,7 +175,7 @@ def load_session(opening: Opening) -> tuple[TrainingSession, Progress, Inputs]:
         raise UserError(missing_loss(config.loss))
     model = policy.model if policy else resolve_model(config.model, display.say)
     encoder = policy.encoder if policy else encoder_of(model, config)
-    data = read_data(encoder, config, display.say, given)
+    data = opening.read(encoder, config, display.say, given)
     config = data.config
     inputs = Inputs(config, folder, resume, display.say, given.accept_changes)
     progress = inputs.data(data)
@@ -210,12 +213,12 @@ def _open_cache(session: TrainingSession, display: Display) -> ReferenceCache:
     return cache
 
 
-def go_on(session: TrainingSession, training: Training, checkpoint: Path) -> None:
+def go_on(session: TrainingSession, training: Steps[Any], checkpoint: Path, display: Display) -> None:
     """Restore the model and metrics of the checkpoint."""
     session.backend.load_state(checkpoint)
-    session.logged = session.folder.rewind(training.progress, training.say)
-    where = f"step {training.progress.step} of {training.schedule.steps} in {session.folder.path}"
-    training.say(f"the run is finished: {where}" if training.finished else f"continuing after {where}")
+    session.logged = session.folder.rewind(training.progress, display.say)
+    where = f"step {training.progress.step} of {training.steps} in {session.folder.path}"
+    display.say(f"the run is finished: {where}" if is_finished(training) else f"continuing after {where}")
 
 
 def _precompute(passes: Passes, parts: Sequence[Sequence[Example]], config: ResolvedConfig, display: Display) -> bool:
@@ -240,7 +243,7 @@ def begin(session: TrainingSession, display: Display) -> None:
     """Create the run's folder."""
     folder = session.folder
     folder.create(replace(session.config, dtype=session.backend.dtype_name).as_dict())
-    for name in (trackers.IDS, SAMPLES, PAIRS):  # of a run that was killed before it saved, perhaps of another model
+    for name in (trackers.IDS, SAMPLES, PAIRS, ROLLOUTS):  # of a run that was killed before it saved, perhaps of another model
         remove(folder.path / name)
     if session.data.skipped:
         folder.list_skipped(session.data.skipped)

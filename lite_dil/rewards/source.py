@@ -21,6 +21,8 @@ class Answered:
         response_ids: the tokens of the response, with its end token if it has one. Never the text encoded again.
         ended: whether the response has its end token; if not, it was cut at the limit of tokens.
         columns: the other columns of the prompt's row.
+        place: names the prompt's row in messages.
+        messages: the prompt as chat messages, if it is a chat.
     """
 
     prompt: str
@@ -29,6 +31,8 @@ class Answered:
     response_ids: tuple[int, ...]
     ended: bool
     columns: Mapping[str, Any]
+    place: str = ""
+    messages: Sequence[Mapping[str, Any]] | None = None
 
 
 class RewardSource(Protocol):
@@ -45,5 +49,5 @@ class RewardSource(Protocol):
     def rewards(self, answers: Sequence[Answered]) -> np.ndarray:
         """Return the reward of each response, float64, (answers,). NaN is the caller's to refuse.
 
-        Raises UserError with the row's number, counted from 1, if a response cannot be rewarded.
+        Raises UserError with the row's place if a response cannot be rewarded.
         """

@@ -43,7 +43,7 @@ _STEP = re.compile(r"step-(\d+)")
 # What a run writes under its own names.
 _OWN = {
     *("config.yaml", "metrics.jsonl", "checkpoints", "adapter", "set_aside", "skipped_rows.jsonl", "loss_source.txt"),
-    *("report.html", "report.json", "report_samples.jsonl", "held_out_pairs.json"),
+    *("report.html", "report.json", "report_samples.jsonl", "held_out_pairs.json", "rollouts.jsonl"),
 }
 
 

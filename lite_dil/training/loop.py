@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from lite_dil.backends.types import StepResult
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.base.observer import Event, Observers
 from lite_dil.base.signals import StopSignal, to_stderr
@@ -23,6 +24,63 @@ from lite_dil.training.metrics import add_figures, count_step, line_of
 from lite_dil.training.passes import Passes
 from lite_dil.training.reward_metrics import add_score_figures
 from lite_dil.training.step import AnyCriterion, Taken, take_step
+
+
+class Took(Protocol):
+    """A finished step."""
+
+    @property
+    def result(self) -> StepResult:
+        """What the backend returned."""
+
+
+T = TypeVar("T", bound=Took)
+
+
+class Steps(Protocol[T]):
+    """A training as the loop sees it.
+
+    Attributes:
+        progress: updated by each step; saved in checkpoints.
+        steps: the number of steps of the whole training.
+        stopping: shows, from a signal handler, that a stop was asked for.
+    """
+
+    @property
+    def progress(self) -> Progress:
+        """See above."""
+
+    @property
+    def steps(self) -> int:
+        """See above."""
+
+    @property
+    def stopping(self) -> Callable[[str], None]:
+        """See above."""
+
+    def take(self, step: int, tell: Callable[[int, int], None]) -> T | None:
+        """Take a step; `tell` is called with the number of its passes, and of those done.
+
+        None means that the training ends before this step; `steps` is then the number of those done.
+        """
+
+    def count(self, taken: T, seconds: float) -> dict[str, Any] | None:
+        """Count a step as done; return a line of metrics if one is due."""
+
+    def explain(self, step: int, taken: T, kept: Path | None) -> str:
+        """Say why a step with a loss or gradient that is not finite ended the training, and what helps.
+
+        Args:
+            kept: the last good checkpoint.
+        """
+
+    def sync(self) -> None:
+        """Wait until what the steps kept outside of the run is on the disk."""
+
+
+def is_finished(training: Steps[Any]) -> bool:
+    """Return whether all steps are done."""
+    return training.progress.step >= training.steps
 
 
 @dataclass(frozen=True)
@@ -52,14 +110,9 @@ class Training:
     stopping: Callable[[str], None] = to_stderr
 
     @property
-    def finished(self) -> bool:
-        """Whether all steps are done."""
-        return self.progress.step >= self.schedule.steps
-
-    def remaining_steps(self, stop: StopSignal) -> Iterator[int]:
-        """Yield the number of each remaining step, until none is left or a stop is requested."""
-        while not self.finished and not stop.asked:
-            yield self.progress.step + 1
+    def steps(self) -> int:
+        """The number of steps of the whole training."""
+        return self.schedule.steps
 
     def take(self, step: int, tell: Callable[[int, int], None]) -> Taken:
         """Take a step, and remember its largest pass; `tell` is called with the number of its passes, and of those done."""
@@ -71,18 +124,22 @@ class Training:
         """Count a step as done; return a line of metrics if one is due."""
         figures = add_score_figures if self.criterion.reads == SCORES else add_figures
         count_step(self.progress, taken, seconds, partial(figures, options=self.objective))
-        if self.progress.step % self.logging_steps and not self.finished:
+        if self.progress.step % self.logging_steps and not is_finished(self):
             return None
         line = line_of(self.progress, self.schedule, self.passes.backend.peak_memory_mb())
         self.progress.window.clear()
         return line
 
-    def event(self, stop: StopSignal, line: dict[str, Any] | None = None) -> Event:
-        """Return the event for observers."""
-        return Event(self.progress.step, self.schedule.steps, line, lambda: stop.asked)
+    def explain(self, step: int, taken: Taken, kept: Path | None) -> str:
+        """Say why a step that is not finite ended the training."""
+        return explain(step, taken, self.examples, self.objective, kept)
+
+    def sync(self) -> None:
+        """Wait until the reference cache is on the disk."""
+        self.passes.sync()
 
 
-def loop(training: Training, observers: Observers, keep: Callable[[], Path], again: str) -> None:
+def loop(training: Steps[T], observers: Observers, keep: Callable[[], Path], again: str) -> None:
     """Take the remaining steps, or those up to a Ctrl-C; observers hear of everything except the end of a finished training.
 
     Args:
@@ -95,17 +152,24 @@ def loop(training: Training, observers: Observers, keep: Callable[[], Path], aga
     """
     finite = Finite()
     with _kept_where_memory_ends(training.progress, keep, again), StopSignal(tell=training.stopping) as stop:
-        observers.started(training.event(stop))
-        for step in training.remaining_steps(stop):
-            began = time.perf_counter()
-            taken = training.take(step, partial(observers.within_step, training.event(stop)))
+
+        def event(line: dict[str, Any] | None = None) -> Event:
+            return Event(training.progress.step, training.steps, line, lambda: stop.asked)
+
+        observers.started(event())
+        while not is_finished(training) and not stop.asked:
+            began, step = time.perf_counter(), training.progress.step + 1
+            taken = training.take(step, partial(observers.within_step, event()))
+            if taken is None:
+                observers.after_step(event())
+                return
             if not finite(taken.result):  # the weights are still those after the previous, finite step
                 kept = keep() if training.progress.step else None
-                raise TrainingDiverged(explain(step, taken, training.examples, training.objective, kept))
+                raise TrainingDiverged(training.explain(step, taken, kept))
             line = training.count(taken, time.perf_counter() - began)
-            observers.after_step(training.event(stop, line))
-        if not training.finished:
-            observers.stopped(training.event(stop))
+            observers.after_step(event(line))
+        if not is_finished(training):
+            observers.stopped(event())
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lite_dil.backends.types import StepResult
 from lite_dil.batching.batch import Batch, by_batch
 from lite_dil.batching.schedule import Schedule
 from lite_dil.objectives.losses import log_ratio
@@ -104,18 +105,24 @@ def add_figures(means: Means, taken: Taken, options: ResolvedObjective) -> None:
         means.add("kl", taken.baseline, sum(batch.examples for batch in taken.batches))
 
 
-def count_step(progress: Progress, taken: Taken, seconds: float, figures: Callable[[Means, Taken], None]) -> None:
-    """Add a step to the run's progress, and to the window of its next line; `figures` adds its metrics."""
-    batches, result = taken.batches, taken.result
-    number, tokens = sum(batch.examples for batch in batches), sum(batch.tokens for batch in batches)
+def count_work(
+    progress: Progress, means: Means, result: StepResult, examples: int, tokens: int, seconds: float, reference_passes: int = 0
+) -> None:
+    """Add what every step has to the run's progress, and to the window of its next line."""
     progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + tokens
-    means = Means(progress.window)
-    means.add("loss", result.loss, number)
-    means.add("grad_norm", result.grad_norm, number)
-    figures(means, taken)
-    counts = (number, tokens, seconds, 1, int(result.skipped), int(result.clipped), taken.reference_passes)
+    means.add("loss", result.loss, examples)
+    means.add("grad_norm", result.grad_norm, examples)
+    counts = (examples, tokens, seconds, 1, int(result.skipped), int(result.clipped), reference_passes)
     for name, value in zip(_SUMS, counts, strict=True):
         means.add(name, value)
+
+
+def count_step(progress: Progress, taken: Taken, seconds: float, figures: Callable[[Means, Taken], None]) -> None:
+    """Add a step to the run's progress, and to the window of its next line; `figures` adds its metrics."""
+    batches, means = taken.batches, Means(progress.window)
+    number, tokens = sum(batch.examples for batch in batches), sum(batch.tokens for batch in batches)
+    count_work(progress, means, taken.result, number, tokens, seconds, taken.reference_passes)
+    figures(means, taken)
 
 
 def line_of(progress: Progress, schedule: Schedule, peak_memory_mb: float) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def test_a_generation_can_be_stopped(backend_name: str, one_by_one: bool, small:
     if one_by_one and backend_name == "mlx":
         from lite_dil.backends.mlx import generate as mlx_generate
 
-        monkeypatch.setattr(mlx_generate, "in_a_batch", mlx_generate.one_by_one)
+        monkeypatch.setattr(mlx_generate, "batchable", lambda model: False)
     whole = backend.generate(PROMPTS[:2], 12, [END], SEEDS[:2])
     asked: list[bool] = []
 

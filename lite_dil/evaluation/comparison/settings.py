@@ -213,6 +213,8 @@ def _configs(
             configs[name] = build(of_loss(given, loss, losses) | mine, of_loss(base, loss, losses))
         except UserError as error:
             problems += [problem for problem in str(error).splitlines() if problem not in problems]
+    if any(config.online for config in configs.values()):
+        problems.append("--reward: a comparison is of losses on the same given answers; leave it out")
     if problems:
         raise UserError("\n".join(problems))
     return configs

@@ -1,0 +1,68 @@
+"""What on-policy training needs of the options, and what of them it has no use for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lite_dil.base.errors import UserError
+from lite_dil.objectives.table import ONLINE
+from lite_dil.online.options import MAX_NEW_TOKENS, REFILL, SAMPLES, OnlineObjective
+from lite_dil.rewards.function import TIMEOUT
+from lite_dil.rewards.spec import parse
+
+_OWN = ("samples", "max_new_tokens", "missing_eos_penalty", "refill", "target_kl", "reward_timeout")
+RANGES: list[tuple[str, float, float]] = [
+    ("samples", 2, 1000),
+    ("max_new_tokens", 1, 1e18),
+    ("missing_eos_penalty", 0, 1e18),
+    ("refill", 0, 100),
+]
+ABOVE_ZERO = ("target_kl", "reward_timeout")
+# Options that are refused, and why.
+_USELESS = {
+    "auto": "its estimate of memory and time knows no drawn answers",
+    "eval_data": "nothing is held out; the metrics are those of new answers in each step",
+    "eval_fraction": "nothing is held out; the metrics are those of new answers in each step",
+    "eval_steps": "nothing is held out; the metrics are those of new answers in each step",
+    "sample_rejected": "all answers are drawn",
+    "precompute_reference": "the answers are not known before",
+    "lora_dropout": "the gradient would be of another policy than the one that drew the answers",
+}
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def online_problems(config: OnlineObjective) -> list[str]:
+    """Return what is wrong with the options of an on-policy training, or of any other that has some of them."""
+    if config.reward is None:
+        problems = [f"{_flag(name)} needs --reward; give that too" for name in _OWN if getattr(config, name) is not None]
+        if config.loss in ONLINE:
+            problems.append(f"--loss {config.loss} trains on the model's own answers by their reward: give --reward")
+        return problems
+    problems = [
+        f"{_flag(name)}: leave it out with --reward: {reason}" for name, reason in _USELESS.items() if getattr(config, name)
+    ]
+    if config.loss not in SAMPLES:
+        problems.append(f"--reward: --loss {config.loss} trains on given answers; give --loss {' or '.join(SAMPLES)}")
+    if config.loss in ONLINE and config.logp_reduction == "mean":
+        problems.append(f"--logp-reduction mean: --loss {config.loss} takes whole answers; leave it out")
+    try:
+        parse(config.reward)
+    except UserError as error:
+        problems.append(str(error))
+    return problems
+
+
+def online_defaults(config: OnlineObjective) -> dict[str, Any]:
+    """Return the defaults of an on-policy training's options by name; nothing for other trainings."""
+    if config.reward is None:
+        return {}
+    return {
+        "samples": SAMPLES[config.loss],
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "missing_eos_penalty": 0.0,
+        "refill": REFILL,
+        "reward_timeout": TIMEOUT,
+    }

@@ -1,0 +1,66 @@
+"""Options of on-policy training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lite_dil.base.option import FREE, option
+from lite_dil.objectives.options import ObjectiveOptions
+
+SAMPLES, MAX_NEW_TOKENS, REFILL = {"rloo": 8, "dpo": 2}, 256, 1  # defaults
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineOptions:
+    """How answers are drawn and rewarded; None of `reward` trains on the data's own answers."""
+
+    reward: str | None = option(
+        "online",
+        None,
+        "train on the model's own answers, by this reward: answer:exact, answer:number or answer:choice compares with the "
+        "data's column answer; FILE.py:NAME is a function with TRL's signature; several with weights are summed, as in "
+        "answer:number,rewards.py:brief=0.2",
+        metavar="SOURCE[=WEIGHT],...",
+    )
+    samples: int | None = option(
+        "online", None, f"answers drawn for each prompt (default: {', '.join(f'{n} for {k}' for k, n in SAMPLES.items())})"
+    )
+    max_new_tokens: int | None = option(
+        "online", None, f"maximum tokens of a drawn answer, its end token included (default: {MAX_NEW_TOKENS})"
+    )
+    missing_eos_penalty: float | None = option(
+        "online", None, "is subtracted from the reward of an answer that --max-new-tokens cut (default: 0)"
+    )
+    refill: int | None = option(
+        "online",
+        None,
+        f"draw a group whose answers all have the same reward again, at most this many times a step (default: {REFILL})",
+    )
+    target_kl: float | None = option(
+        "online", None, "end the training when the answers' mean log-ratio to the reference, in nats, is above this"
+    )
+    reward_timeout: float | None = option(
+        "online", None, "seconds that a call of a reward's Python function may take (default: 60)", kind=FREE
+    )
+
+    @property
+    def online(self) -> bool:
+        """Whether the training is on the model's own answers."""
+        return self.reward is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineObjective(OnlineOptions, ObjectiveOptions):
+    """What is trained on: the objective, and where its answers come from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedOnline(OnlineOptions):
+    """The options of an on-policy training with their defaults filled in."""
+
+    reward: str
+    samples: int
+    max_new_tokens: int
+    missing_eos_penalty: float
+    refill: int
+    reward_timeout: float

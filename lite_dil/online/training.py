@@ -1,0 +1,197 @@
+"""On-policy training: draw groups, credit their answers, and take one step on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lite_dil.backends.protocol import Backend
+from lite_dil.backends.types import MicroBatch, StepResult
+from lite_dil.base.errors import OutOfMemory
+from lite_dil.base.signs import CHOSEN, REJECTED
+from lite_dil.batching.batch import Batch
+from lite_dil.batching.schedule import LargestPass, Schedule, batch_tokens, computed_tokens, plan
+from lite_dil.data.encoder import Example
+from lite_dil.objectives.criterion import Criterion
+from lite_dil.objectives.loss import Loss
+from lite_dil.objectives.options import ResolvedObjective
+from lite_dil.objectives.table import ONLINE
+from lite_dil.online.credit import best_and_worst, equal_groups, leave_one_out, regularised
+from lite_dil.online.groups import Drawn, Group, GroupSampler
+from lite_dil.online.loss import POLICY_GRADIENT
+from lite_dil.online.metrics import answer_metrics
+from lite_dil.runs.progress import Progress
+from lite_dil.training.metrics import Means, count_work, line_of
+from lite_dil.training.step import micro_batches
+
+Work = tuple[Loss, list[MicroBatch]]
+
+
+@dataclass(frozen=True)
+class TakenOnline:
+    """A finished step.
+
+    Attributes:
+        advantages: (groups, K), of r - beta f.
+        skipped: groups that contributed no gradient.
+        result: with a gradient norm of 0 where no group did, and the optimiser took no step.
+    """
+
+    step: int
+    drawn: Drawn
+    advantages: np.ndarray
+    skipped: int
+    batches: list[Batch]
+    result: StepResult
+
+
+class OnlineTraining:
+    """The state of an on-policy training in the loop, a `lite_dil.training.loop.Steps`.
+
+    Args:
+        target_kl: the training ends when the mean log-ratio of a step's answers is above it; None for no limit.
+
+    Attributes:
+        last: the step taken last.
+        largest: the largest pass of all steps.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        sampler: GroupSampler,
+        objective: ResolvedObjective,
+        progress: Progress,
+        logging_steps: int,
+        target_kl: float | None,
+        say: Callable[[str], None],
+        stopping: Callable[[str], None],
+    ) -> None:
+        self.backend, self.sampler, self.objective, self.progress = backend, sampler, objective, progress
+        self.schedule, self.stopping = sampler.schedule, stopping
+        self.largest = LargestPass(backend.layout)
+        self.last: TakenOnline | None = None
+        self._logging_steps, self._target_kl, self._say = logging_steps, target_kl, say
+        self._pairs = None if objective.loss in ONLINE else Criterion(objective, [Example((), ((), ()), (CHOSEN, REJECTED))])
+        self._ended = False
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of the whole training; those done if the target KL ended it."""
+        return self.progress.step if self._ended else self.schedule.steps
+
+    def take(self, step: int, tell: Callable[[int, int], None]) -> TakenOnline | None:
+        """Take a step, unless the policy is too far from its reference: then the training ends before it."""
+        drawn = self.sampler.draw(step)
+        if self._target_kl is not None and (distance := float(drawn.log_ratios.mean())) > self._target_kl:
+            self._say(
+                f"the mean log-ratio of the answers is {distance:.3g} nats, above --target-kl {self._target_kl:g}: the training "
+                f"ends after step {self.progress.step}"
+            )
+            self._ended = True
+            return None
+        advantages = leave_one_out(regularised(drawn.rewards, drawn.log_ratios, self.objective.beta))
+        if self._pairs is None:
+            used = np.flatnonzero(advantages.any(1))
+        else:
+            used = np.flatnonzero(~equal_groups(drawn.rewards))
+        skipped = len(drawn.groups) - len(used)
+        batches, result = self._update(drawn, advantages, used, step, tell)
+        self.largest.add(batches)
+        self.last = TakenOnline(step, drawn, advantages, skipped, batches, result)
+        return self.last
+
+    def count(self, taken: TakenOnline, seconds: float) -> dict[str, Any] | None:
+        """Count a step as done; return a line of metrics if one is due."""
+        groups = taken.drawn.groups
+        tokens = sum(len(group.prompt.ids) + len(one.ids) for group in groups for one in group.rollouts)
+        means = Means(self.progress.window)
+        count_work(self.progress, means, taken.result, len(groups), tokens, seconds)
+        answer_metrics(means, taken.drawn, self.objective.beta, taken.skipped)
+        if self.progress.step % self._logging_steps and self.progress.step < self.steps:
+            return None
+        line = line_of(self.progress, self.schedule, self.backend.peak_memory_mb())
+        line |= {name: means.total(name) for name in ("skipped_groups", "refilled_groups")}
+        del line["reference_passes"]
+        self.progress.window.clear()
+        return line
+
+    def explain(self, step: int, taken: TakenOnline, kept: Path | None) -> str:
+        """Say why a step that is not finite ended the training."""
+        ratios = np.abs(taken.drawn.log_ratios)
+        saved = f"The last good checkpoint is {kept}" if kept else "No checkpoint had been saved: this was the first step"
+        return (
+            f"step {step}: loss {taken.result.loss:g}, gradient norm {taken.result.grad_norm:g}, largest log-ratio of an answer "
+            f"{ratios.max():.3g} nats. The weights were left as they were before the step. What helps: a lower "
+            f"--learning-rate; a larger --beta; --target-kl. {saved}"
+        )
+
+    def sync(self) -> None:
+        """Return: nothing is kept outside of the run."""
+
+    def _update(
+        self, drawn: Drawn, advantages: np.ndarray, used: np.ndarray, step: int, tell: Callable[[int, int], None]
+    ) -> tuple[list[Batch], StepResult]:
+        """Take the optimiser's step in passes that memory holds; none if no group has a gradient."""
+        rate = self.schedule.learning_rate(step)
+        while True:
+            loss, work = self._work(drawn, advantages, used)
+            if not work:  # not even a weight decay, which would move the policy
+                return [], StepResult(0.0, 0.0, np.zeros(0, np.float32), None)
+            batches = [one.batch for one in work]
+            try:
+                return batches, self.backend.step(work, loss, rate, count=partial(tell, len(work)))
+            except OutOfMemory as error:
+                failed = batches if error.micro_batch is None else [batches[error.micro_batch]]
+                if not self._halve(failed):
+                    raise
+                self._say(f"out of memory in step {step}: passes of at most {self.schedule.limits} from here on")
+
+    def _work(self, drawn: Drawn, advantages: np.ndarray, used: np.ndarray) -> Work:
+        """Return the loss and the passes of a step."""
+        groups, limits = [drawn.groups[at] for at in used], self.schedule.limits
+        if self._pairs is not None:
+            best, worst = best_and_worst(drawn.rewards[used]) if groups else ((), ())
+            pairs = [_example(group, pair, (CHOSEN, REJECTED)) for group, *pair in zip(groups, best, worst, strict=True)]
+            return self._pairs, micro_batches(plan(pairs, self.backend.layout, *limits), self._pairs)
+        parts, weight = list[Example](), dict[str, np.ndarray]()
+        for number, (at, group) in enumerate(zip(used, groups, strict=True)):
+            for answers in self._split(group, range(len(group.rollouts))):
+                place = f"{number} {answers[0]}"
+                parts.append(replace(_example(group, answers, (CHOSEN,) * len(answers)), place=place))
+                weight[place] = advantages[at][list(answers)] / advantages.size
+        batches = plan(parts, self.backend.layout, *limits)
+        # The backend divides the loss by the number of examples, which are parts of groups here.
+        weights = [np.concatenate([weight[place] for place in batch.places]) * len(parts) for batch in batches]
+        inputs = [{"weights": each.astype(np.float32)} for each in weights]
+        return POLICY_GRADIENT, [MicroBatch(batch, of) for batch, of in zip(batches, inputs, strict=True)]
+
+    def _split(self, group: Group, answers: Sequence[int]) -> list[Sequence[int]]:
+        """Return the numbers of a group's answers, in parts that a pass holds by the current limits."""
+        part = _example(group, answers, (CHOSEN,) * len(answers))
+        if len(answers) == 1 or computed_tokens([part], self.backend.layout) <= self.schedule.limits.tokens:
+            return [answers]
+        middle = math.ceil(len(answers) / 2)
+        return self._split(group, answers[:middle]) + self._split(group, answers[middle:])
+
+    def _halve(self, batches: Sequence[Batch]) -> bool:
+        """Plan passes of at most half of the largest of `batches` from now on; return False if that cannot be split."""
+        largest = max(batches, key=lambda batch: batch_tokens(batch, self.backend.layout))
+        if self._pairs is not None or largest.examples > 1:
+            return self.schedule.halve(batches)
+        if len(largest.responses) == 1:
+            return False
+        limits = self.schedule.limits
+        self.schedule.limits = limits._replace(tokens=batch_tokens(largest, self.backend.layout) - 1)
+        return True
+
+
+def _example(group: Group, answers: Sequence[int], signs: tuple[int, ...]) -> Example:
+    """Return some of a group's answers as an example."""
+    return Example(group.prompt.ids, tuple(group.rollouts[at].ids for at in answers), signs, group.prompt.place)

@@ -1,0 +1,161 @@
+"""On-policy training of an adapter: draw answers, reward them, take one step on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lite_dil.base.display import Display
+from lite_dil.base.hashing import digest
+from lite_dil.base.observer import Observer, Observers
+from lite_dil.base.text import count
+from lite_dil.batching.schedule import Schedule
+from lite_dil.config.train_config import ResolvedConfig
+from lite_dil.data.encoder import Encoder, Example, fingerprint
+from lite_dil.data.inspect.survey import lengths
+from lite_dil.data.prompts import Prompt, encode_prompts, read_prompts
+from lite_dil.data.rows import rows_name
+from lite_dil.generation.policy import AdapterSource
+from lite_dil.online.groups import GroupSampler
+from lite_dil.online.options import ResolvedOnline
+from lite_dil.online.preflight import PREFLIGHT, preflight
+from lite_dil.online.rollouts_file import RolloutsFile
+from lite_dil.online.training import OnlineTraining
+from lite_dil.recipes.given import NOTHING_GIVEN, Given
+from lite_dil.recipes.observers import ShownSteps
+from lite_dil.recipes.read_data import RunData
+from lite_dil.recipes.run import Run
+from lite_dil.recipes.running import Recipe, run_training
+from lite_dil.recipes.session import Opening, TrainingSession, begin, go_on, load_session
+from lite_dil.reports.card import ModelCard
+from lite_dil.reports.outcome import SAMPLES
+from lite_dil.reports.run_report import RunReport, facts_of
+from lite_dil.reports.samples import SampleAnswers, SamplePrompt
+from lite_dil.reports.trackers import Trackers
+from lite_dil.rewards.spec import sources
+from lite_dil.rewards.total import TotalReward
+from lite_dil.runs.checkpoints import Checkpoints
+from lite_dil.runs.metrics_log import MetricsLog
+
+
+def train(
+    config: ResolvedConfig,
+    display: Display,
+    resume: Path | None = None,
+    observers: Sequence[Observer] = (),
+    given: Given = NOTHING_GIVEN,
+) -> Run:
+    """Train an adapter on its own answers by `config`, from the start or from the checkpoint `resume`.
+
+    Args:
+        observers: further observers, besides those that save, log and report.
+        given: objects passed by a program; its policy is changed in place.
+
+    Raises:
+        UserError: something that the user can fix, raised before anything was changed or with the last step saved.
+        TrainingDiverged: the loss or gradient became non-finite; earlier checkpoints are good.
+    """
+    reward = TotalReward(sources(*_reward_of(config, given)), config.missing_eos_penalty or 0.0)
+    again = ("--reward", "...") if given.rewards else ()
+    recipe = Recipe(config.loss, "", partial(_open, reward=reward), _observers_of, again)
+    fixed: Set[str] | None = None
+    return run_training(recipe, config, display, resume, fixed, observers, given)
+
+
+def _reward_of(config: ResolvedConfig, given: Given) -> tuple[str, Any, float]:
+    assert config.reward is not None and config.reward_timeout is not None  # resolved
+    return config.reward, given.rewards, config.reward_timeout
+
+
+def _online(config: ResolvedConfig) -> ResolvedOnline:
+    """Return the options of drawing, which are resolved."""
+    names = ("reward", "samples", "max_new_tokens", "missing_eos_penalty", "refill", "target_kl", "reward_timeout")
+    return ResolvedOnline(**{name: getattr(config, name) for name in names})
+
+
+@dataclass
+class _Questions:
+    """Reads the prompts of a run, and keeps them with their columns."""
+
+    prompts: list[Prompt] = field(default_factory=list)
+
+    def read(self, encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None], given: Given) -> RunData:
+        """Return the prompts as examples without responses."""
+        found = read_prompts(config.data, config, config.chat, say, given.data)
+        self.prompts = encode_prompts(found, encoder, config, _online(config).max_new_tokens, say)
+        examples = [Example(prompt.ids, (), (), prompt.place) for prompt in self.prompts]
+        tokens = np.array([len(prompt.ids) for prompt in self.prompts])
+        chat = self.prompts[0].chat
+        facts = {
+            "use": "training",
+            "source": config.data,
+            "examples": len(self.prompts),
+            "form": "prompts",
+            "chat": chat,
+            "answers": {"chosen": 0, "rejected": 0},
+            "sources": [],
+            "prompts_cut": 0,
+            "answers_cut": 0,
+            "tokens": {"prompt": lengths(tokens)},
+        }
+        kind = "chat messages" if chat else "plain text, continued as it is (--chat makes it a user's message)"
+        say(f"training data {config.data}: {count(len(self.prompts), 'prompt')}, {kind}")
+        shown = [
+            SamplePrompt(each.ids, each.prompt, each.place, len(each.ids)) for each in self.prompts[: config.report_samples]
+        ]
+        if given.data is not None:
+            config = replace(config, data=rows_name(fingerprint(examples)))
+        others = digest([sorted(prompt.columns.items(), key=str) for prompt in self.prompts])[:16]
+        return RunData(examples, [], [], shown, [facts], config, others)
+
+
+def _open(opening: Opening, reward: TotalReward) -> TrainingSession:
+    """Read the prompts, load the model, and see what the reward makes of the first answers; or continue from a checkpoint."""
+    questions, display = _Questions(), opening.display
+    session, progress, _ = load_session(replace(opening, read=questions.read))
+    config, backend, encoder = session.config, session.backend, session.policy.encoder
+    schedule = Schedule(config, session.data.examples, backend.layout)
+    sampler = GroupSampler(backend, encoder, questions.prompts, schedule, _online(config), reward, display.say)
+    training = OnlineTraining(
+        backend, sampler, config, progress, config.logging_steps, config.target_kl, display.say, display.stopping
+    )
+    if opening.resume:
+        go_on(session, training, opening.resume, display)
+    else:
+        with display.status(PREFLIGHT):
+            preflight(sampler, display.say)
+        begin(session, display)
+    session.training = training
+    return session
+
+
+def _observers_of(
+    session: TrainingSession, training: OnlineTraining, display: Display, own: Sequence[Observer]
+) -> tuple[Observers, Checkpoints]:
+    """Return the observers of a run in order, and separately the one that saves."""
+    config, folder, backend, data = session.config, session.folder, session.backend, session.data
+    shown, trackers = ShownSteps(display), Trackers(config, folder.path, session.logged, display.say)
+    # The answers come before the checkpoint, so that those of all its steps are there.
+    rollouts = RolloutsFile(folder.path, training)
+    checkpoints = Checkpoints(folder, training.progress, session.save_state, session.save_adapter, config)
+    answers = SampleAnswers(
+        data.prompts,
+        False,
+        folder.path / SAMPLES,
+        backend,
+        session.policy.encoder,
+        config.max_length,
+        display.say,
+        config.save_steps,
+        shown.doing,
+    )
+    card = ModelCard(AdapterSource(folder.adapter, folder, config))
+    facts = facts_of(config, backend, training.schedule.steps, data.facts)
+    report = RunReport(folder, facts, config.save_steps, str, display.say)
+    metrics = MetricsLog([folder.log, trackers.log])
+    return Observers([metrics, shown, rollouts, checkpoints, answers, card, report, *own, trackers]), checkpoints

@@ -1,0 +1,147 @@
+"""``--reward``: the sources of a run's reward and their weights, as text and as objects.
+
+A run's config.yaml holds a Python function as ``function:NAME:DIGEST``. The function itself comes from the command line or a
+program, again for each resumed run: no file grants that code is run.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.errors import UserError, did_you_mean
+from lite_dil.rewards.answer import READERS, AnswerSource
+from lite_dil.rewards.function import TIMEOUT, FunctionSource, identity_of
+from lite_dil.rewards.source import RewardSource
+
+Functions = Mapping[str, Callable[..., Any]]  # a reward's functions by name
+_EXPECTED = "answer:exact|number|choice, FILE.py:FUNCTION, or the folder of a run of lite-dil reward"
+_FUNCTION = re.compile(r"function:(\w{1,60}):([0-9a-f]{12})")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a reward.
+
+    Attributes:
+        kind: "answer"; "file", a function in a file; "function", one by its name and digest; or "run", a trained head.
+        value: the kind of answer, FILE.py:FUNCTION, NAME:DIGEST, or the run's folder.
+    """
+
+    kind: str
+    value: str
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """Names its metrics: rewards/NAME/mean."""
+        if self.kind == "answer":
+            return f"answer:{self.value}"
+        if self.kind == "run":
+            return Path(self.value).name
+        return self.value.rpartition(":")[2] if self.kind == "file" else self.value.partition(":")[0]
+
+    def __str__(self) -> str:
+        source = self.value if self.kind in ("file", "run") else f"{self.kind}:{self.value}"
+        return source if self.weight == 1 else f"{source}={self.weight:g}"
+
+
+def parse(text: str) -> list[Part]:
+    """Return the parts of text such as ``answer:number,rewards.py:brief=0.2``. Raises UserError."""
+    parts = [_part(piece.strip()) for piece in text.split(",")]
+    for name, count in Counter(part.name for part in parts).items():
+        if count > 1:
+            raise UserError(f"--reward: {name!r} is there twice; its metrics could not be told apart")
+    return parts
+
+
+def _part(piece: str) -> Part:
+    source, equals, weight = piece.rpartition("=")
+    source, number = (source, weight) if equals else (piece, "1")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = math.nan
+    if not math.isfinite(factor) or factor == 0:
+        raise UserError(f"--reward {piece}: {number!r} is no weight; expected a number other than 0, as in answer:number=0.5")
+    kind, _, value = source.partition(":")
+    if kind == "answer":
+        if value not in READERS:
+            raise UserError(f"--reward {source}{did_you_mean(value, READERS)}: expected answer:{'|'.join(READERS)}")
+        return Part("answer", value, factor)
+    if _FUNCTION.fullmatch(source):
+        return Part("function", value, factor)
+    path, colon, name = source.rpartition(":")
+    if colon and path.endswith(".py") and name.isidentifier():
+        return Part("file", source, factor)
+    if source.endswith(".py"):
+        raise UserError(f"--reward {source}: name the function in it, as {source}:brief")
+    if not source or not Path(source).is_dir():
+        raise UserError(f"--reward {source or piece!r}: expected {_EXPECTED}")
+    return Part("run", source, factor)
+
+
+def resolved(text: str, functions: Functions) -> str:
+    """Return the text for a run's files, with the digests of its functions in place of where they come from.
+
+    Args:
+        functions: the functions that the command line named, by name.
+    """
+    parts = [
+        Part("function", f"{part.name}:{identity_of(functions[part.name])}", part.weight) if part.kind == "file" else part
+        for part in parse(text)
+    ]
+    return ",".join(map(str, parts))
+
+
+def of_program(given: str | Callable[..., Any] | Iterable[str | Callable[..., Any]]) -> tuple[str, Functions]:
+    """Return the text for a run's files of a reward in a program, and its functions by name.
+
+    Args:
+        given: text as ``--reward`` takes it, a function, or several of both, which are summed.
+    """
+    functions, texts = dict[str, Callable[..., Any]](), list[str]()
+    for each in [given] if isinstance(given, str) or callable(given) else given:
+        if isinstance(each, str):
+            texts.append(each)
+        else:
+            name = getattr(each, "__name__", type(each).__name__).strip("<>")
+            functions[name] = each
+            texts.append(f"function:{name}:{identity_of(each)}")
+    return ",".join(texts), functions
+
+
+def files(text: str) -> dict[str, tuple[Path, str]]:
+    """Return the file and the function's name of each part that is in a file, by name."""
+    named = {part.name: part.value.rpartition(":") for part in parse(text) if part.kind == "file"}
+    return {name: (Path(path), function) for name, (path, _, function) in named.items()}
+
+
+def sources(text: str, functions: Functions, timeout: float = TIMEOUT) -> list[tuple[RewardSource, float]]:
+    """Return the sources of a reward with their weights.
+
+    Raises UserError if a function is missing or was changed, or a source cannot be used.
+    """
+    return [(_source(part, functions, timeout), part.weight) for part in parse(text)]
+
+
+def _source(part: Part, functions: Functions, timeout: float) -> RewardSource:
+    if part.kind == "answer":
+        return AnswerSource(part.value)
+    if part.kind == "run":
+        # The one place where a trained head becomes a source.
+        raise UserError(f"--reward {part.value}: a trained head cannot reward a training yet; use lite-dil score with it")
+    if part.name not in functions:
+        raise UserError(
+            f"--reward {part.name} is a Python function, which no file grants to run: give it again, as --reward FILE.py:"
+            f"{part.name} on the command line, or in Python as dil.train(..., reward=...)"
+        )
+    digest = identity_of(functions[part.name])
+    if part.kind == "function" and digest != part.value.rpartition(":")[2]:
+        raise UserError(f"--reward {part.name}: the function is not the one that the run has; it was changed")
+    return FunctionSource(part.name, functions[part.name], timeout)

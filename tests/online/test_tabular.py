@@ -1,0 +1,167 @@
+"""The on-policy gradient against exact expectations, by enumeration of a small token MDP in float64.
+
+Three tokens, 0 ends an answer, at most two tokens: seven answers, and nine logits of three states.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from lite_dil.online.credit import best_and_worst, equal_groups, leave_one_out, regularised
+from lite_dil.online.loss import POLICY_GRADIENT
+
+BETA, K = 0.5, 3
+ANSWERS = [(0,), *((first, second) for first in (1, 2) for second in range(3))]
+REWARDS = np.array([0.3, 1.0, -0.5, 0.2, 0.9, 0.0, -1.0])
+TUPLES = np.array(list(itertools.product(range(len(ANSWERS)), repeat=K)))
+REFERENCE = np.random.default_rng(0).normal(size=9)
+Advantages = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def logps(theta: np.ndarray) -> np.ndarray:
+    """log pi(y) of every answer, (7,); theta may be complex."""
+    states = theta.reshape(3, 3)
+    tokens = states - np.log(np.exp(states).sum(1, keepdims=True))
+    return np.array([sum(tokens[state, token] for state, token in zip((0, *answer), answer)) for answer in ANSWERS])
+
+
+REF_LOGPS = logps(REFERENCE)
+OPTIMUM = np.exp(REF_LOGPS + REWARDS / BETA) / np.exp(REF_LOGPS + REWARDS / BETA).sum()
+
+
+def slope(function: Callable[[np.ndarray], complex], theta: np.ndarray) -> np.ndarray:
+    """The gradient by the complex step, exact to rounding: the oracle needs no derivative by hand."""
+    return np.array([function(theta + 1e-30j * unit).imag / 1e-30 for unit in np.eye(9)])
+
+
+def objective(theta: np.ndarray) -> complex:
+    """J = E[r - beta f]."""
+    found = logps(theta)
+    return (np.exp(found) * (REWARDS - BETA * (found - REF_LOGPS))).sum()
+
+
+def rloo(rewards: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
+    return leave_one_out(regularised(rewards, log_ratios, BETA))
+
+
+def expected(theta: np.ndarray, advantages: Advantages) -> np.ndarray:
+    """The expectation over all K-tuples of minus the loss's gradient."""
+    now = logps(theta)
+    chances = np.exp(now)[TUPLES].prod(1)
+    weights = advantages(REWARDS[TUPLES], (now - REF_LOGPS)[TUPLES]) * chances[:, None] / K
+
+    def loss(moved: np.ndarray) -> complex:
+        return POLICY_GRADIENT(logps(moved)[TUPLES], None, {"weights": weights})
+
+    return -slope(loss, theta)
+
+
+def climbed(gradient: Callable[[np.ndarray], np.ndarray], steps: int = 1500, rate: float = 1.0) -> np.ndarray:
+    theta = REFERENCE.copy()
+    for _ in range(steps):
+        theta = theta + rate * gradient(theta)
+    return theta
+
+
+def kl_to_optimum(theta: np.ndarray) -> float:
+    return float((np.exp(logps(theta)) * (logps(theta) - np.log(OPTIMUM))).sum())
+
+
+def score(theta: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """sum_y pi(y) weight(y) grad log pi(y)."""
+    fixed = np.exp(logps(theta)) * weight
+    return slope(lambda moved: (fixed * logps(moved)).sum(), theta)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_expected_step_is_the_objectives_gradient(seed: int) -> None:
+    theta = np.random.default_rng(seed + 1).normal(size=9)
+    np.testing.assert_allclose(expected(theta, rloo), slope(objective, theta), atol=1e-12)
+
+
+def test_it_reaches_the_optimum() -> None:
+    theta = climbed(lambda theta: expected(theta, rloo), steps=700, rate=6.0)
+    assert kl_to_optimum(theta) < 1e-6
+
+
+def test_the_groups_own_mean_scales_the_gradient() -> None:
+    def with_itself(rewards: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
+        values = regularised(rewards, log_ratios, BETA)
+        return values - values.mean(1, keepdims=True)
+
+    theta = np.random.default_rng(4).normal(size=9)
+    np.testing.assert_allclose(expected(theta, with_itself), (K - 1) / K * slope(objective, theta), atol=1e-12)
+
+
+def test_division_by_the_groups_deviation_turns_the_gradient() -> None:
+    def divided(rewards: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
+        values = regularised(rewards, log_ratios, BETA)
+        return leave_one_out(values) / (values.std(1, keepdims=True) + 1e-4)
+
+    theta = np.random.default_rng(1).normal(size=9)
+    found, true = expected(theta, divided), slope(objective, theta)
+    assert found @ true / np.linalg.norm(found) / np.linalg.norm(true) < 0.995
+    assert kl_to_optimum(climbed(lambda theta: expected(theta, divided), steps=150)) > 1e-3
+
+
+@pytest.mark.parametrize("estimate", ["k1", "k3"])
+def test_kl_as_a_loss_misses_the_optimum(estimate: str) -> None:
+    # d k1 / df = 1, whose expectation over grad log pi is 0; d k3 / df = 1 - e^-f, which is the forward KL's.
+    theta = REFERENCE
+    f = logps(theta) - REF_LOGPS
+    derivative = {"k1": np.ones_like(f), "k3": 1 - np.exp(-f)}[estimate]
+    if estimate == "k1":
+        np.testing.assert_allclose(score(theta, derivative), 0, atol=1e-12)
+
+    def gradient(theta: np.ndarray) -> np.ndarray:
+        f = logps(theta) - REF_LOGPS
+        penalty = {"k1": np.ones_like(f), "k3": 1 - np.exp(-f)}[estimate]
+        return score(theta, REWARDS - BETA * penalty)
+
+    assert kl_to_optimum(climbed(gradient)) > 0.01
+
+
+def test_a_samplers_own_log_probs_move_a_policy_without_rewards() -> None:
+    def after(noise: float) -> float:
+        draw, theta = np.random.default_rng(0), REFERENCE.copy()
+        first, second = np.zeros(9), np.zeros(9)
+        for step in range(1, 21):  # Adam, which makes a full step of any gradient, however small
+            now = logps(theta)
+            group = draw.choice(len(ANSWERS), size=(1, K), p=np.exp(now) / np.exp(now).sum())
+            f = (now - now)[group] + noise * draw.normal(size=group.shape)
+            weights = rloo(np.zeros(group.shape), f) / K
+            if not weights.any():
+                continue
+            at = theta
+            found = slope(lambda moved: -POLICY_GRADIENT(logps(moved)[group], None, {"weights": weights}), at)
+            first, second = 0.9 * first + 0.1 * found, 0.999 * second + 0.001 * found**2
+            theta = at + 0.3 * first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        return float((np.exp(logps(theta)) * (logps(theta) - REF_LOGPS)).sum())
+
+    assert after(0.0) == 0
+    assert after(1e-4) > 0.1
+
+
+def test_advantages_by_hand() -> None:
+    # TRL 1.16, rloo_trainer.py: (r - beta kl) minus (the group's sum less its own) / (K - 1), with these values by pencil.
+    rewards, kl = np.array([[1.0, 0.0, 0.5, 0.0]]), np.array([[2.0, 0.0, -1.0, 1.0]])
+    found = leave_one_out(regularised(rewards, kl, 0.1))
+    values = [0.8, 0.0, 0.6, -0.1]
+    by_hand = [0.8 - 0.5 / 3, 0.0 - 1.3 / 3, 0.6 - 0.7 / 3, -0.1 - 1.4 / 3]
+    np.testing.assert_allclose(regularised(rewards, kl, 0.1)[0], values, atol=1e-15)
+    np.testing.assert_allclose(found[0], by_hand, atol=1e-15)
+
+
+def test_equal_values_have_no_advantage_at_all() -> None:
+    assert not leave_one_out(np.full((2, 7), 0.1)).any()
+
+
+def test_pairs_of_groups() -> None:
+    rewards = np.array([[0.0, 1.0, 1.0, -1.0], [0.5, 0.5, 0.5, 0.5]])
+    best, worst = best_and_worst(rewards)
+    assert (best[0], worst[0]) == (1, 3)
+    assert equal_groups(rewards).tolist() == [False, True]

@@ -1,0 +1,223 @@
+"""On-policy runs of a tiny model, by the command: what they learn from, write, and repeat to the bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS, oracle_logps
+from test_more_recipes import eager_model
+from trainings import metrics, run, same_weights, weights
+
+import lite_dil as dil
+from lite_dil.batching.batch import Batch
+from lite_dil.cli.main import main
+from lite_dil.data.encoder import Example
+from lite_dil.online.rollouts_file import RolloutsFile
+
+REWARDS = '''
+import os, signal
+
+def vowels(completions, **columns):
+    """Share of letters that are an a or an e."""
+    texts = [completion[0]["content"] for completion in completions]
+    if (left := os.environ.get("INTERRUPT_AFTER")) is not None:
+        os.environ["INTERRUPT_AFTER"] = str(int(left) - 1)
+        if left == "1":
+            os.kill(os.getpid(), signal.SIGINT)
+    return [sum(letter in "ae" for letter in text) / (len(text) + 1) for text in texts]
+
+def same(completions, **columns):
+    return [0.5 for _ in completions]
+
+def broken(completions, **columns):
+    return [1 / (3 - len(completions)) for _ in completions][:2]
+'''
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    rows = [{"prompt": f"{' '.join(WORDS[at : at + 3])}?", "answer": at} for at in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    return path
+
+
+@pytest.fixture
+def flags(questions: Path, tiny: str, backend_name: str) -> list[str]:
+    found = ["--model", tiny, "--backend", backend_name, "--data", str(questions), "--chat", "--max-new-tokens", "6"]
+    found += [
+        "--dtype",
+        "float32",
+        "--lora-r",
+        "4",
+        "--learning-rate",
+        "0.01",
+        "--logging-steps",
+        "1",
+        "--report-samples",
+        "1",
+    ]
+    found += ["--batch-size", "2", "--gradient-accumulation-steps", "1", "--max-steps", "4", "--save-steps", "2"]
+    return [*found, "--reward", f"{questions.parent / 'rewards.py'}:vowels", "--samples", "3"]
+
+
+def rollouts(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+
+
+def test_a_step_is_the_eager_gradient_of_the_drawn_answers(flags: list[str], tiny: str, tmp_path: Path) -> None:
+    # Passes of 30 tokens hold only parts of a group.
+    split = ["--row-tokens", "30", "--target-modules", "q_proj,v_proj,down_proj", "--lora-alpha", "8", "--max-steps", "1"]
+    (line,) = run([*flags, "--loss", "rloo", *split], tmp_path / "run")
+    rows = rollouts(tmp_path / "run")
+    assert len(rows) == 6 and line["reward"] == pytest.approx(np.mean([row["reward"] for row in rows]))
+    assert all(row["log_ratio"] == 0 for row in rows)
+    for at in (0, 3):  # of a fresh adapter: the reward less the mean of the two siblings'
+        r = [row["reward"] for row in rows[at : at + 3]]
+        assert rows[at]["advantage"] == pytest.approx(r[0] - (r[1] + r[2]) / 2)
+
+    model, value = eager_model(tiny), torch.zeros(())
+    tokenizer = __import__("transformers").AutoTokenizer.from_pretrained(tiny)
+    for row in rows:
+        prompt = tuple(tokenizer(row["prompt"], add_special_tokens=False).input_ids)
+        logps = oracle_logps(model, Batch.of([Example(prompt, (tuple(row["ids"]),), (1,))]))
+        value = value - row["advantage"] * logps.sum() / len(rows)
+    value.backward()
+    norm = math.sqrt(sum(float((p.grad**2).sum()) for p in model.parameters() if p.grad is not None))
+    assert line["loss"] == pytest.approx(value.item(), abs=1e-4)
+    assert line["grad_norm"] == pytest.approx(norm, rel=2e-3)
+
+
+def test_online_dpo_is_dpo_of_the_best_and_the_worst(flags: list[str], tmp_path: Path) -> None:
+    lines = run([*flags, "--loss", "dpo", "--beta", "0.5", "--max-steps", "2", "--learning-rate", "0.05"], tmp_path / "run")
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    losses, rows = [], [row for row in rollouts(tmp_path / "run") if row["step"] == 2]
+    for group in (rows[:3], rows[3:]):
+        best, worst = (of(group, key=lambda row: row["reward"]) for of in (max, min))
+        if best["reward"] > worst["reward"]:
+            losses.append(math.log1p(math.exp(-0.5 * (best["log_ratio"] - worst["log_ratio"]))))
+    assert lines[1]["loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+    assert any(row["log_ratio"] != 0 for row in rows)
+    assert lines[1]["skipped_groups"] == 2 - len(losses)
+
+
+def test_the_metrics_have_trls_names(flags: list[str], tmp_path: Path) -> None:
+    spec = f"answer:number=2,{tmp_path / 'rewards.py'}:vowels"
+    lines = run(
+        [*flags[:-4], "--reward", spec, "--samples", "3", "--loss", "rloo", "--missing-eos-penalty", "1"], tmp_path / "r"
+    )
+    rows = [row for row in rollouts(tmp_path / "r") if row["step"] == 3]
+    line = lines[2]
+    f, r = np.array([row["log_ratio"] for row in rows]), np.array([row["reward"] for row in rows])
+    parts = [row["rewards"] for row in rows]
+    tokens = sum(len(row["ids"]) for row in rows)
+    cut = [not row["ended"] for row in rows]
+    np.testing.assert_allclose(r, [2 * p["answer:number"] + p["vowels"] - c for p, c in zip(parts, cut, strict=True)])
+    expected = {
+        "reward": r.mean(),
+        "reward_std": np.mean([r[:3].std(ddof=1), r[3:].std(ddof=1)]),
+        "rewards/vowels/mean": np.mean([p["vowels"] for p in parts]),
+        "objective": (r - 0.05 * f).mean(),
+        "kl/answer": f.mean(),
+        "kl": f.sum() / tokens,
+        "completions/mean_length": tokens / 6,
+        "completions/clipped_ratio": np.mean(cut),
+    }
+    for name, value in expected.items():
+        assert line[name] == pytest.approx(value, abs=1e-6), name
+    assert line["entropy"] > 0
+    assert {"frac_reward_zero_std", "skipped_groups", "refilled_groups"} <= line.keys()
+
+
+def test_equal_rewards_take_no_step_at_all(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], backend_name: str
+) -> None:
+    same = [flag.replace(":vowels", ":same") for flag in flags]
+    lines = run([*same, "--loss", "rloo", "--weight-decay", "0.5", "--refill", "2", "--max-steps", "2"], tmp_path / "run")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: all rewards are equal within each prompt" in said
+    assert all(line["grad_norm"] == 0 and line["skipped_groups"] == 2 for line in lines)
+    assert all(line["refilled_groups"] == 4 and line["frac_reward_zero_std"] == 1 for line in lines)
+    up = {name: value for name, value in weights(tmp_path / "run" / "adapter").items() if "lora_B" in name or "lora_b" in name}
+    assert up and not any(value.any() for value in up.values())
+    first = run([*flags, "--loss", "rloo", "--max-steps", "1", "--learning-rate", "1e-30"], tmp_path / "other")
+    assert first[0]["grad_norm"] > 0
+    a = {name: value for name, value in weights(tmp_path / "run" / "adapter").items() if name not in up}
+    b = weights(tmp_path / "other" / "adapter")
+    assert all(np.allclose(value, b[name], rtol=1e-6) for name, value in a.items())  # no decay of the other half either
+
+
+class Killed(BaseException):
+    """Ends a run as a kill does: nothing is saved."""
+
+
+def killed(flags: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = RolloutsFile.after_step
+
+    def die(self: RolloutsFile, event: Any) -> None:
+        write(self, event)
+        if event.step == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RolloutsFile, "after_step", die)
+        main(["train", *flags, "--output-dir", str(folder)])
+    assert rollouts(folder)[-1]["step"] == 3 and metrics(folder)[-1]["step"] == 3
+
+
+def interrupted(flags: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERRUPT_AFTER", "3")  # the first is the preflight's, which is step 1's
+    assert main(["train", *flags, "--output-dir", str(folder)]) == 130
+    monkeypatch.delenv("INTERRUPT_AFTER")
+
+
+@pytest.mark.parametrize("ended", [killed, interrupted])
+def test_a_resumed_run_is_the_same_to_the_bit(
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ended: Callable[..., None],
+) -> None:
+    flags = [*flags, "--loss", "rloo", "--refill", "0"]
+    run(flags, tmp_path / "whole")
+    ended(flags, tmp_path / "parts", monkeypatch)
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "parts")]) == 2
+    assert "which no file grants to run: give it again" in capsys.readouterr().err
+    again = ["--reward", flags[flags.index("--reward") + 1]]
+    assert main(["train", "--resume", str(tmp_path / "parts"), *again]) == 0
+    assert rollouts(tmp_path / "parts") == rollouts(tmp_path / "whole")
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert same_weights(tmp_path / "parts" / "adapter", tmp_path / "whole" / "adapter")
+
+
+def test_target_kl_ends_the_training(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fast = [*flags, "--loss", "rloo", "--target-kl", "0.001", "--learning-rate", "0.2"]
+    lines = run(fast, tmp_path / "run")
+    assert 1 <= len(lines) < 4 and (tmp_path / "run" / "adapter").is_dir()
+    assert "above --target-kl 0.001: the training ends after step" in " ".join(capsys.readouterr().out.split())
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["state"] == "finished"
+
+
+def test_a_program_gives_rows_and_a_function(questions: Path, tiny: str, backend_name: str, tmp_path: Path) -> None:
+    def short(completions: list[Any]) -> list[float]:
+        return [-len(completion[0]["content"]) for completion in completions]
+
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    options = {"max_new_tokens": 4, "samples": 2, "batch_size": 1, "max_steps": 1, "report_samples": 0}
+    with dil.load(tiny, backend=backend_name, dtype="float32", lora_r=4) as policy:
+        data = dil.read(rows, chat=True)
+        trained = dil.train(policy, data, loss="rloo", reward=["answer:number", short], output_dir=tmp_path / "run", **options)
+        assert {"reward", "rewards/short/mean", "rewards/answer:number/mean"} <= trained.metrics[0].keys()
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "answer:number,function:short:" in config
