@@ -66,6 +66,8 @@ class Backend(Protocol):
     def load_adapter(self, name: str, folder: Path) -> None:
         """Add an adapter from its files, in PEFT's or mlx-lm's format, bit for bit, with its head if it has one.
 
+        It is no part of the state that `save_state` and `load_state` know: its files have it.
+
         Raises UserError if it is not of this model's layers or cannot be read, and ValueError as `add_adapter` does.
         """
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lite_dil.api.comparing import Compared, compare
     from lite_dil.api.loading import load
     from lite_dil.api.reading import Data, read
+    from lite_dil.api.rewards import Reward, load_reward, train_reward
     from lite_dil.api.training import train
     from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
     from lite_dil.base.observer import Event, Observer
@@ -34,6 +35,7 @@ else:
         "OutOfMemory": "lite_dil.base.errors",
         "PairLoss": "lite_dil.objectives.own",
         "Policy": "lite_dil.generation.policy",
+        "Reward": "lite_dil.api.rewards",
         "Run": "lite_dil.recipes.run",
         "SideLoss": "lite_dil.objectives.own",
         "Terminal": "lite_dil.cli.progress",
@@ -41,8 +43,10 @@ else:
         "UserError": "lite_dil.base.errors",
         "compare": "lite_dil.api.comparing",
         "load": "lite_dil.api.loading",
+        "load_reward": "lite_dil.api.rewards",
         "read": "lite_dil.api.reading",
         "train": "lite_dil.api.training",
+        "train_reward": "lite_dil.api.rewards",
     }
 
     def __getattr__(name):
@@ -66,6 +70,7 @@ __all__ = [
     "OutOfMemory",
     "PairLoss",
     "Policy",
+    "Reward",
     "Run",
     "SideLoss",
     "Terminal",
@@ -74,8 +79,10 @@ __all__ = [
     "__version__",
     "compare",
     "load",
+    "load_reward",
     "read",
     "train",
+    "train_reward",
 ]
 
 logging.getLogger("lite_dil").addHandler(logging.NullHandler())

@@ -34,6 +34,7 @@ class Named:
         layers: its layers, by transformers' names, which seeds, files in PEFT's format and the other backend go by.
         settings: mlx-lm's adapter_config.json.
         passes: how many passes have drawn dropout masks.
+        loaded: whether it is from files of its own, so that it is no part of a training's state.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Named:
     optimizer: Optimizer
     head: ScoreHead | None = None
     passes: int = 0
+    loaded: bool = False
 
     def draw(self, seed: int) -> int:
         """Return the seed of the next pass's dropout masks."""
@@ -105,8 +107,8 @@ class Adapters:
         return name != REFERENCE and bool(self[name].layers)
 
     def trainable(self) -> list[Named]:
-        """Return all but the reference."""
-        return [each for name, each in self._named.items() if name != REFERENCE]
+        """Return those of a training's state: all but the reference, and those loaded from their own files."""
+        return [each for name, each in self._named.items() if name != REFERENCE and not each.loaded]
 
     def add(self, name: str, adapter: Adapter, dropout: float = 0.0, head: Head | None = None) -> None:
         """Add an adapter; one named as the reference is frozen (without one the reference is the bare model)."""

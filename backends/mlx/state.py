@@ -76,6 +76,7 @@ def load_adapter(folder: Path, adapters: Adapters, name: str, alone: bool) -> No
     """
     adapter, head = read_adapter(str(folder), alone=alone), read_head(folder)
     adapters.add(name, match(adapter, adapters.shapes, str(folder)), 0.0, head)
+    adapters[name].loaded = True
     if (made := adapters[name].head) is None:
         return
     check_config(folder, made)

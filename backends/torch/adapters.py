@@ -25,6 +25,7 @@ class Trainable:
 
     Attributes:
         weights: its LoRA parameters, by name in the PEFT model.
+        loaded: whether it is from files of its own, so that it is no part of a training's state.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Trainable:
         device: str,
         scaled: bool,
     ) -> None:
-        self.name, self.head = name, head
+        self.name, self.head, self.loaded = name, head, False
         ending = f".{peft_name(name)}.weight"
         self.weights = {key: value for key, value in model.named_parameters() if key.endswith(ending)}
         self._make_optimizer = make_optimizer

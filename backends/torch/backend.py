@@ -126,15 +126,15 @@ class TorchBackend:
         """Add an adapter from its files, with its head if it has one."""
         adapter, head = adapter_files.read_adapter(str(folder)), read_head(folder)
         self._add(name, adapters.match(adapter, self.every, str(folder)), 0.0, head)
+        self.adapters[name].loaded = True
         if (made := self.adapters[name].head) is not None:
             check_config(folder, made)
             made.load(folder)
 
     def set_head(self, head: Head | None) -> None:
         """Give the policy a head that starts at zero, or take its head away."""
-        policy = self._trainable(POLICY)
-        policy.head = self._head(head)
-        policy.set_state(None)
+        self._trainable(POLICY).head = self._head(head)
+        self._trainable(POLICY).set_state(None)
 
     def _add(self, name: str, adapter: adapters.Adapter, dropout: float, head: Head | None) -> None:
         check_name(name, self.switch.names)

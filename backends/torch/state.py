@@ -46,8 +46,8 @@ def save_adapter(model: Any, adapter: Trainable, folder: Path) -> None:
 
 
 def save(folder: Path, model: Any, adapters: Mapping[str, Trainable], random: Random) -> None:
-    """Write everything needed to resume training."""
-    for name, adapter in adapters.items():
+    """Write everything needed to resume training; not adapters that were loaded from their own files."""
+    for name, adapter in _own(adapters).items():
         own = folder / ADAPTERS / name
         make_folder(own)
         save_adapter(model, adapter, own)
@@ -61,7 +61,7 @@ def load(folder: Path, adapters: Mapping[str, Trainable]) -> Random:
     """Load what `save` wrote; return the random state. Raises UserError if the adapters are different ones."""
     if (folder / OLD).is_file():
         return _load_old(folder, adapters)
-    saved = {path.name for path in (folder / ADAPTERS).iterdir()}
+    saved, adapters = {path.name for path in (folder / ADAPTERS).iterdir()}, _own(adapters)
     _check_names(folder, saved, adapters)
     for name, adapter in adapters.items():
         own = folder / ADAPTERS / name
@@ -72,6 +72,10 @@ def load(folder: Path, adapters: Mapping[str, Trainable]) -> Random:
         adapter.set_state(_load(own / OPTIMIZER) if (own / OPTIMIZER).is_file() else None)
     random = _load(folder / RANDOM)
     return random["rng"], random["cuda_rng"]
+
+
+def _own(adapters: Mapping[str, Trainable]) -> Mapping[str, Trainable]:
+    return {name: adapter for name, adapter in adapters.items() if not adapter.loaded}
 
 
 def _load_old(folder: Path, adapters: Mapping[str, Trainable]) -> Random:

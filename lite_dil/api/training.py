@@ -11,6 +11,7 @@ from lite_dil.api.loading import LOADED
 from lite_dil.api.notebook import display_of
 from lite_dil.api.reading import Data, as_data
 from lite_dil.api.telling import tell
+from lite_dil.backends.head_files import has_head
 from lite_dil.base.display import Display
 from lite_dil.base.errors import UserError, did_you_mean, gather
 from lite_dil.base.observer import Observer
@@ -138,6 +139,10 @@ def _start(policy: Policy, loaded: dict[str, Any], continue_from: bool) -> dict[
         raise UserError("dil.train: continue_from needs the base as reference; load the run's adapter with dil.load instead")
     latest = policy.run.latest()
     adapter = policy.run.adapter if policy.run.adapter.exists() or latest is None else adapter_of(latest)
+    if adapter.exists() and has_head(adapter):
+        raise UserError(
+            f"dil.train: {policy.run.path} trained a reward model on this policy; policy.fresh() starts a policy anew"
+        )
     if not adapter.exists():
         raise UserError(f"dil.train: {policy.run.path} saved no adapter to continue from; policy.fresh() starts anew")
     changed: dict[str, Any] = {"init_adapter": str(adapter), "lora_r": None, "lora_alpha": None, "target_modules": None}

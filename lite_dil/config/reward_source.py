@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError
+from lite_dil.base.hashing import digest
 from lite_dil.config.adapter_source import find
 from lite_dil.config.options import build
 from lite_dil.config.train_config import FIELDS, ResolvedConfig
@@ -48,6 +49,11 @@ class RewardModel:
     def chat(self) -> bool:
         """Whether its run made plain-text prompts user messages."""
         return bool(self.read.get("chat", False))
+
+    @property
+    def adapter_name(self) -> str:
+        """A name for it beside others on a backend."""
+        return f"{ADAPTER}-{digest(self.identity)[:8]}"
 
     @property
     def identity(self) -> str:

@@ -177,7 +177,9 @@ class RewardExport:
             if (self.made / name).is_file():
                 _edit(self.made / name, pad_token=self.pad)
         if self.bias:
-            self.say(f"transformers' head has no bias: these scores are lower by {self.bias:.6g}, all of them alike")
+            self.say(
+                f"transformers' head has no bias: the trained model's, {self.bias:.6g}, is missing from every score alike"
+            )
         return dtype
 
     def _check(self, data: str, expected: np.ndarray, sequences: Sequences, rows: int, dtype: str) -> ScoreCheck:
