@@ -32,8 +32,12 @@ _CACHE_LIMIT = 4 * 2**30
 def load(folder: Path, name: str, config: ModelOptions) -> tuple[Any, dict[str, Any], int]:
     """Return the model, its config and the bits that the checkpoint is quantised to (0 if it is not)."""
     raw = read_config(folder / "config.json", f"--model {name}")
-    if (method := (raw.get("quantization_config") or {}).get("quant_method")) == "bitsandbytes":
-        raise UserError(f"--model {name}: its weights are quantised by {method}, for CUDA; give the 16-bit model, with --4bit")
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, "mxfp4") and "quantization" not in raw:  # where mlx-lm has packed it itself
+        raise UserError(
+            f"--model {name}: its weights are packed by {method}, on which this backend cannot train; give the model in "
+            "16 bits, with --4bit to save memory"
+        )
     if not any(folder.glob("model*.safetensors")):
         raise UserError(f"--model {name}: no model*.safetensors in {folder}; MLX reads no other weights")
     code = config.trust_remote_code

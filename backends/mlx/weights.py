@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from dataclasses import MISSING
 from typing import Any
@@ -23,6 +24,9 @@ def classes(config: dict[str, Any], complete: bool = False) -> tuple[Any, Any]:
     base, arguments = mlx_classes(config)
     if complete:
         config |= _neutral(arguments, config)
+    period, kind = config.get("sliding_window_pattern"), inspect.signature(arguments).parameters.get("sliding_window_pattern")
+    if isinstance(period, int) and kind is not None and "str" in str(kind.annotation):
+        config["sliding_window_pattern"] = "L" * (period - 1) + "G"  # EXAONE 4, of local and global layers
 
     def sanitize(self: Any, weights: Weights) -> Weights:
         known = _transposed(weights)

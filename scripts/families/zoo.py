@@ -231,7 +231,7 @@ TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
         {**_VISION, "num_key_value_heads": 2, "head_dim": 16},
         {**_GEMMA_IMAGES, "audio_token_id": 503, "video_token_id": 504, "audio_config": None},
     ),
-    "gemma4_unified": ("gemma4_text", {}, {}, {}),
+    "gemma4_unified": ("gemma4_text", {"hidden_size_per_layer_input": 0}, {}, {}),  # which its text model does not have
     "llama4": (
         "llama4_text",
         {},

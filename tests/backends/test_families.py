@@ -121,11 +121,14 @@ def test_offloaded_activations_of_shared_keys_are_refused() -> None:
         layer.forward(torch.zeros(1, 4, requires_grad=True), shared={})
 
 
-@pytest.mark.parametrize("packing", [{"quant_method": "fp8"}, {"quant_method": "bitsandbytes", "load_in_8bit": True}])
-def test_weights_packed_in_other_ways_are_refused(packing: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "mlx"])
+@pytest.mark.parametrize(
+    "packing", [{"quant_method": "fp8"}, {"quant_method": "gptq"}, {"quant_method": "bitsandbytes", "load_in_8bit": True}]
+)
+def test_weights_packed_in_other_ways_are_refused(backend: str, packing: dict[str, Any], tmp_path: Path) -> None:
     """In 8 bits of bitsandbytes a fresh adapter's log-ratio was 0.0016; FP8 ended in a traceback on a CPU."""
     folder = zoo.make("llama", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": packing}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"packed by {packing['quant_method']}.* 16 bits"):
-        dil.load(str(folder), backend="cpu")
+        dil.load(str(folder), backend=backend)
