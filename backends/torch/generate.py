@@ -135,9 +135,7 @@ def _pass(base: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> A
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     padding = None if bool(mask.all()) else mask  # without one, attention needs no mask of its own
-    return base(
-        input_ids=ids, attention_mask=padding, position_ids=positions, past_key_values=cache, use_cache=True, **last
-    )
+    return base(input_ids=ids, attention_mask=padding, position_ids=positions, past_key_values=cache, use_cache=True, **last)
 
 
 # By base model, so that it is tested once.

@@ -19,7 +19,9 @@ def run(args: argparse.Namespace, config: ResolvedConfig, given: Set[str]) -> in
     from rich.console import Console
 
     if config.online:
-        raise UserError("lite-dil plan: it does not know what drawn answers need; leave --reward out to plan for given answers")
+        raise UserError(
+            "lite-dil plan: it does not know what drawn answers need; leave --reward out to plan for given answers"
+        )
     size, rate = _number(args.memory, "--memory"), _number(args.tokens_per_second, "--tokens-per-second")
     host = _number(args.host_memory, "--host-memory")
     if args.measure and size is not None:

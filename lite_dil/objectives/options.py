@@ -27,7 +27,9 @@ def _by_data() -> str:
     }
     listed = {kind: ", ".join(f"{name} ({o.title})" for name, o in OBJECTIVES.items() if o.data == kind) for kind in kinds}
     online = ", ".join(f"{name} ({o.title})" for name, o in ONLINE.items())
-    return " ".join(f"{text}: {listed[kind]}." for kind, text in kinds.items()) + f" On its own answers, by --reward: {online}."
+    return (
+        " ".join(f"{text}: {listed[kind]}." for kind, text in kinds.items()) + f" On its own answers, by --reward: {online}."
+    )
 
 
 def _constant(name: str) -> Any:

@@ -25,7 +25,9 @@ def preflight(sampler: GroupSampler, say: Callable[[str], None]) -> None:
             for prompt in sampler.prompts:
                 source.right(prompt.columns, prompt.place)
     if (own := _own_rewards(sampler)) is not None:
-        say(f"reward of the data's own answers: mean {own.mean():.3g}, {own.min():.3g} to {own.max():.3g} over {len(own)} rows")
+        say(
+            f"reward of the data's own answers: mean {own.mean():.3g}, {own.min():.3g} to {own.max():.3g} over {len(own)} rows"
+        )
     drawn = sampler.draw(1)
     rewards = drawn.rewards
     spread = int((~equal_groups(rewards)).sum())
@@ -34,7 +36,9 @@ def preflight(sampler: GroupSampler, say: Callable[[str], None]) -> None:
         f"{spread} of {len(rewards)} prompts have answers of different rewards"
     )
     if spread == 0:
-        say(f"warning: all rewards are equal within each prompt, so that there is nothing to prefer: {_reason(sampler, drawn)}")
+        say(
+            f"warning: all rewards are equal within each prompt, so that there is nothing to prefer: {_reason(sampler, drawn)}"
+        )
 
 
 def _own_rewards(sampler: GroupSampler) -> np.ndarray | None:
@@ -60,4 +64,6 @@ def _reason(sampler: GroupSampler, drawn: Drawn) -> str:
     if not drawn.rewards.any() and all(isinstance(source, AnswerSource) for source in sources):
         return f"none of {len(answers)} answers is right; the first is {answers[0].response[:80]!r}"
     names = ", ".join(source.name for source in sources)
-    return f"{names} gives {drawn.rewards.flat[0]:g} to each of {len(answers)} answers; the first is {answers[0].response[:80]!r}"
+    return (
+        f"{names} gives {drawn.rewards.flat[0]:g} to each of {len(answers)} answers; the first is {answers[0].response[:80]!r}"
+    )

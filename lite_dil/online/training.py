@@ -16,7 +16,7 @@ from lite_dil.backends.types import MicroBatch, StepResult
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
-from lite_dil.batching.schedule import LargestPass, Schedule, batch_tokens, computed_tokens, plan
+from lite_dil.batching.schedule import LargestPass, batch_tokens, computed_tokens, plan
 from lite_dil.data.encoder import Example
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.loss import Loss

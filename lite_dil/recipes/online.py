@@ -114,7 +114,9 @@ class _Questions:
         }
         kind = "chat messages" if chat else "plain text, continued as it is (--chat makes it a user's message)"
         say(f"training data {config.data}: {count(len(self.prompts), 'prompt')}, {kind}")
-        shown = [SamplePrompt(each.ids, each.prompt, each.place, len(each.ids)) for each in self.prompts[: config.report_samples]]
+        shown = [
+            SamplePrompt(each.ids, each.prompt, each.place, len(each.ids)) for each in self.prompts[: config.report_samples]
+        ]
         if given.data is not None:
             config = replace(config, data=rows_name(fingerprint(examples)))
         others = digest([sorted(prompt.columns.items(), key=str) for prompt in self.prompts])[:16]

@@ -114,8 +114,24 @@ def _sides(prefix: str) -> tuple[Line, ...]:
     return (Line(f"{prefix}/chosen", "chosen", COLOURS[0]), Line(f"{prefix}/rejected", "rejected", COLOURS[1]))
 
 
-def charts(per: str) -> list[Chart]:
-    """Return every chart; `per` is the unit of log-ratios, "token" or "response"."""
+# Charts of answers that the policy draws itself.
+_ONLINE = [
+    Chart("reward", "Reward of new answers", "mean", (Line("reward"),)),
+    Chart("kl-answer", "KL to the reference, estimated", "nats per answer", (Line("kl/answer"),), 0.0),
+    Chart("length", "Length of new answers", "tokens", (Line("completions/mean_length"),)),
+    Chart("cut", "Answers cut before their end", "share", (Line("completions/clipped_ratio"),)),
+    Chart("entropy", "Entropy, estimated", "nats per token", (Line("entropy"),)),
+    Chart("equal", "Groups whose rewards are all equal", "share", (Line("frac_reward_zero_std"),)),
+]
+
+
+def charts(per: str, online: bool = False) -> list[Chart]:
+    """Return every chart; `per` is the unit of log-ratios, "token" or "response", `online` of a run on its own answers."""
+    found = _charts(per)
+    return [*_ONLINE, *(chart for chart in found if chart.key != "kl")] if online else found
+
+
+def _charts(per: str) -> list[Chart]:
     return [
         Chart("loss", "Loss", "", (Line("loss"),)),
         Chart("accuracy", "Accuracy: pairs whose chosen response gained more", "share", (Line("rewards/accuracies"),), 0.5),

@@ -55,7 +55,9 @@ class FunctionSource:
         except UserError:
             raise
         except Exception as error:  # the user's function may raise anything
-            raise UserError(f"--reward {self.name}: {type(error).__name__}: {first_line(error)}{self._where(answers)}") from error
+            raise UserError(
+                f"--reward {self.name}: {type(error).__name__}: {first_line(error)}{self._where(answers)}"
+            ) from error
         try:
             values = [float(value) for value in found]
         except (TypeError, ValueError):
