@@ -63,6 +63,6 @@ def rollouts(
     ids = [[(*answer.ids, *(() if answer.end is None else (answer.end,))) for answer in several] for several in answers]
     logps = compared_logps(backend, prompts, ids, say, row_tokens)
     return [
-        [Rollout(one, *its_logps.T, answer.end is not None) for one, its_logps, answer in zip(*columns, strict=True)]
+        [Rollout(one, both[:, 0], both[:, 1], answer.end is not None) for one, both, answer in zip(*columns, strict=True)]
         for columns in zip(ids, logps, answers, strict=True)
     ]

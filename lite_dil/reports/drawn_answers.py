@@ -77,9 +77,9 @@ def outcome_of(history: History) -> str:
         return "No step was logged yet."
     start = train.at(0, "completions/mean_length")
     return (
-        f"The mean reward of new answers went from {first:.3g} to {last:.3g}, at a distance of {kl:.3g} nats per answer from the "
-        f"reference (KL, estimated). Answers have {length:.3g} tokens, {start:.3g} at the start. The last figures are means over "
-        "the last quarter of the run."
+        f"The mean reward of new answers went from {first:.3g} to {last:.3g}, at a distance of {kl:.3g} nats per answer from "
+        f"the reference (KL, estimated). Answers have {length:.3g} tokens, {start:.3g} at the start. The last figures are "
+        "means over the last quarter of the run."
     )
 
 
@@ -92,8 +92,8 @@ def warnings_of(history: History, drawn: DrawnAnswers | None) -> list[str]:
     if by_length is not None and by_length > _BY_LENGTH and first and last and last > _LONGER * first:
         found.append(
             f"Answers grew from {first:.3g} to {last:.3g} tokens, and longer ones have higher rewards (correlation "
-            f"{by_length:+.2f}): the reward may be gamed by length. What to try: a reward of brevity in the sum, a larger --beta, "
-            "or --target-kl."
+            f"{by_length:+.2f}): the reward may be gamed by length. What to try: a reward of brevity in the sum, a larger "
+            "--beta, or --target-kl."
         )
     if cut is not None and cut > 0.5:
         found.append(
@@ -102,8 +102,8 @@ def warnings_of(history: History, drawn: DrawnAnswers | None) -> list[str]:
         )
     if (equal := train.recent("frac_reward_zero_std")) is not None and equal > 0.8:
         found.append(
-            f"In {equal:.0%} of the last groups all answers had the same reward, which teaches nothing but the distance to the "
-            "reference. What to try: harder or easier prompts, more --samples, or a finer reward."
+            f"In {equal:.0%} of the last groups all answers had the same reward, which teaches nothing but the distance to "
+            "the reference. What to try: harder or easier prompts, more --samples, or a finer reward."
         )
     return found
 

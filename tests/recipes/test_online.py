@@ -175,9 +175,10 @@ def killed(flags: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         if event.step == 3:
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(RolloutsFile, "after_step", die)
+    monkeypatch.setattr(RolloutsFile, "after_step", die)
+    with pytest.raises(Killed):
         main(["train", *flags, "--output-dir", str(folder)])
+    monkeypatch.setattr(RolloutsFile, "after_step", write)
     assert rollouts(folder)[-1]["step"] == 3 and metrics(folder)[-1]["step"] == 3
 
 
