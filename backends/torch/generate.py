@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -108,7 +108,7 @@ def _by_step(
     """
     (logits, cache), mask = first, mask[rows]
     logits = logits[rows]
-    cache.reorder_cache(rows)
+    cache.reorder_cache(cast(torch.LongTensor, rows))
     tokens: list[list[int]] = [[] for _ in rows]
     going = list(range(len(tokens)))
     ends = torch.tensor(list(end_ids), device=logits.device)
@@ -123,7 +123,7 @@ def _by_step(
             break
         if len(left) < len(going):
             going = [going[at] for at in left.tolist()]
-            cache.reorder_cache(left)
+            cache.reorder_cache(cast(torch.LongTensor, left))
             mask, new = mask[left], new[left]
         mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
         logits = _pass(base, new[:, None], mask, cache).logits[:, -1].float()

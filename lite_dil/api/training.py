@@ -63,8 +63,8 @@ def train(
         resume: a run's folder, one of its checkpoints, or "auto": continue it as if it had never stopped.
         output_dir: the run's folder; by default a new one under runs/.
         continue_from: train a trained policy further: this run starts from the previous run's adapter, with a new optimiser.
-        reward: train on the policy's own answers to the prompts of `data`, with loss "rloo" or "dpo": text as ``--reward``
-            takes it, a function ``(prompts, completions, **columns)``, or several of both (docs/online.md).
+        reward: train on the policy's own answers to the prompts of `data`, with loss "rloo" or "dpo" (docs/online.md): text
+            as ``--reward`` takes it, a function ``(prompts, completions, **columns)``, or several of both.
         accept_changes: with `resume`, go on although the run's options, data or base model have changed.
         **options: others of ``lite-dil train --help``, such as learning_rate, max_steps, beta, eval_steps.
 
@@ -78,13 +78,11 @@ def train(
     rows, eval_rows = as_data(data, eval_data, "dil.train")
     given = {name: value for name, value in options.items() if name not in LOADED}
     own = loss if isinstance(loss, OwnLoss) else None
-    given |= {"loss": own.identity if own else loss} | rows.options | {"data": rows.name}
+    rewarded, functions = of_program(reward)
+    given |= {"loss": own.identity if own else loss} | rows.options | {"data": rows.name} | rewarded
     if eval_rows is not None:
         given["eval_data"] = eval_rows.name
-    if output_dir is not None:
-        given["output_dir"] = str(output_dir)
-    text, functions = (None, {}) if reward is None else of_program(reward)
-    given |= {} if text is None else {"reward": text}
+    given |= {} if output_dir is None else {"output_dir": str(output_dir)}
     handed = Given(policy, own, functions, rows.rows, None if eval_rows is None else eval_rows.rows, accept_changes)
     own_rows = [name for name in ("data", "eval_data") if getattr(handed, name) is not None]
     config, checkpoint = (None, None)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.objectives.table import ONLINE
-from lite_dil.online.options import MAX_NEW_TOKENS, REFILL, SAMPLES, OnlineObjective
+from lite_dil.online.options import ANSWER_TOKENS, GROUP_SIZES, REFILL, OnlineObjective
 from lite_dil.rewards.function import TIMEOUT
 from lite_dil.rewards.spec import parse
 
@@ -44,8 +44,8 @@ def online_problems(config: OnlineObjective) -> list[str]:
     problems = [
         f"{_flag(name)}: leave it out with --reward: {reason}" for name, reason in _USELESS.items() if getattr(config, name)
     ]
-    if config.loss not in SAMPLES:
-        problems.append(f"--reward: --loss {config.loss} trains on given answers; give --loss {' or '.join(SAMPLES)}")
+    if config.loss not in GROUP_SIZES:
+        problems.append(f"--reward: --loss {config.loss} trains on given answers; give --loss {' or '.join(GROUP_SIZES)}")
     if config.loss in ONLINE and config.logp_reduction == "mean":
         problems.append(f"--logp-reduction mean: --loss {config.loss} takes whole answers; leave it out")
     try:
@@ -60,8 +60,8 @@ def online_defaults(config: OnlineObjective) -> dict[str, Any]:
     if config.reward is None:
         return {}
     return {
-        "samples": SAMPLES[config.loss],
-        "max_new_tokens": MAX_NEW_TOKENS,
+        "samples": GROUP_SIZES[config.loss],
+        "max_new_tokens": ANSWER_TOKENS,
         "missing_eos_penalty": 0.0,
         "refill": REFILL,
         "reward_timeout": TIMEOUT,

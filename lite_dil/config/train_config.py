@@ -12,7 +12,6 @@ from lite_dil.base.option import FREE, WRITTEN, option
 from lite_dil.base.redaction import redacted
 from lite_dil.batching.options import EMBEDDED_RATE, DrawOptions, ScheduleOptions
 from lite_dil.config.online import ABOVE_ZERO, RANGES, online_defaults, online_problems
-from lite_dil.config.online import ABOVE_ZERO, RANGES, online_defaults, online_problems
 from lite_dil.data.arguments import canonical, parse_arguments
 from lite_dil.data.options import InspectOptions, Lengths, SampleOptions
 from lite_dil.data.reader import parse_columns

@@ -45,7 +45,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnGroups:
     """The groups of a step, and how many times a group was drawn again because its rewards were equal."""
 
     groups: list[Group]
@@ -82,9 +82,9 @@ class GroupSampler:
         self.backend, self.encoder, self.prompts, self.reward = backend, encoder, prompts, reward
         self.schedule, self.options, self._say = schedule, options, say
         self._ends = encoder.end_ids()
-        self._kept: tuple[int, Drawn] | None = None
+        self._kept: tuple[int, DrawnGroups] | None = None
 
-    def draw(self, step: int) -> Drawn:
+    def draw(self, step: int) -> DrawnGroups:
         """Return the groups of step 1, 2, ...; what was drawn last is kept until another step's is asked for.
 
         Groups whose rewards are all equal are drawn again, `refill` times at most, with other seeds.
@@ -93,7 +93,7 @@ class GroupSampler:
             self._kept = step, self._drawn(step)
         return self._kept[1]
 
-    def _drawn(self, step: int) -> Drawn:
+    def _drawn(self, step: int) -> DrawnGroups:
         prompts = [self.prompts[index] for index in self.schedule.picked(step)]
         groups, refilled = self._groups(prompts, step, 0), 0
         for attempt in range(1, self.options.refill + 1):
@@ -102,7 +102,7 @@ class GroupSampler:
             refilled += len(again)
             for at, group in zip(equal, again, strict=True):
                 groups[at] = group
-        return Drawn(groups, refilled)
+        return DrawnGroups(groups, refilled)
 
     def _groups(self, prompts: Sequence[Prompt], step: int, attempt: int) -> list[Group]:
         if not prompts:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from lite_dil.online.credit import equal_groups, regularised
-from lite_dil.online.groups import Drawn
+from lite_dil.online.groups import DrawnGroups
 from lite_dil.training.metrics import Means
 
 
-def answer_metrics(means: Means, drawn: Drawn, beta: float, skipped: int) -> None:
+def answer_metrics(means: Means, drawn: DrawnGroups, beta: float, skipped: int) -> None:
     """Add a step's metrics.
 
-    ``kl`` and ``entropy`` are estimates in nats per token from the drawn tokens, ``kl/answer`` is the mean log-ratio of a whole
-    answer, ``objective`` the mean of r - beta f, and ``reward_std`` the mean of the groups' standard deviations.
+    ``kl`` and ``entropy`` are estimates in nats per token from the drawn tokens, ``kl/answer`` is the mean log-ratio of a
+    whole answer, ``objective`` the mean of r - beta f, and ``reward_std`` the mean of the groups' standard deviations.
 
     Args:
         skipped: groups that contributed no gradient.

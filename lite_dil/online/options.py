@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lite_dil.base.option import FREE, option
 from lite_dil.objectives.options import ObjectiveOptions
 
-SAMPLES, MAX_NEW_TOKENS, REFILL = {"rloo": 8, "dpo": 2}, 256, 1  # defaults
+GROUP_SIZES, ANSWER_TOKENS, REFILL = {"rloo": 8, "dpo": 2}, 256, 1  # defaults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,10 @@ class OnlineOptions:
         metavar="SOURCE[=WEIGHT],...",
     )
     samples: int | None = option(
-        "online", None, f"answers drawn for each prompt (default: {', '.join(f'{n} for {k}' for k, n in SAMPLES.items())})"
+        "online", None, f"answers drawn for each prompt (default: {', '.join(f'{n} for {k}' for k, n in GROUP_SIZES.items())})"
     )
     max_new_tokens: int | None = option(
-        "online", None, f"maximum tokens of a drawn answer, its end token included (default: {MAX_NEW_TOKENS})"
+        "online", None, f"maximum tokens of a drawn answer, its end token included (default: {ANSWER_TOKENS})"
     )
     missing_eos_penalty: float | None = option(
         "online", None, "is subtracted from the reward of an answer that --max-new-tokens cut (default: 0)"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lite_dil.online.credit import equal_groups
-from lite_dil.online.groups import Drawn, GroupSampler
+from lite_dil.online.groups import DrawnGroups, GroupSampler
 from lite_dil.rewards.answer import AnswerSource
 
 PREFLIGHT = "drawing the first answers and rewarding them"
@@ -51,7 +51,7 @@ def _own_rewards(sampler: GroupSampler) -> np.ndarray | None:
     return sampler.reward(answers).total if answers else None
 
 
-def _reason(sampler: GroupSampler, drawn: Drawn) -> str:
+def _reason(sampler: GroupSampler, drawn: DrawnGroups) -> str:
     """Return the likely reason why no group has different rewards."""
     answers = [answer for group in drawn.groups for answer in group.answers]
     if not any(answer.ended for answer in answers):

@@ -16,21 +16,21 @@ from lite_dil.backends.types import MicroBatch, StepResult
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
-from lite_dil.batching.schedule import LargestPass, Schedule, batch_tokens, computed_tokens, plan
+from lite_dil.batching.schedule import LargestPass, batch_tokens, computed_tokens, plan
 from lite_dil.data.encoder import Example
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.loss import Loss
 from lite_dil.objectives.options import ResolvedObjective
 from lite_dil.objectives.table import ONLINE
 from lite_dil.online.credit import best_and_worst, equal_groups, leave_one_out, regularised
-from lite_dil.online.groups import Drawn, Group, GroupSampler
+from lite_dil.online.groups import DrawnGroups, Group, GroupSampler
 from lite_dil.online.loss import POLICY_GRADIENT
 from lite_dil.online.metrics import answer_metrics
 from lite_dil.runs.progress import Progress
 from lite_dil.training.metrics import Means, count_work, line_of
 from lite_dil.training.step import micro_batches
 
-Work = tuple[Loss, list[MicroBatch]]
+_Work = tuple[Loss, list[MicroBatch]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TakenOnline:
     """
 
     step: int
-    drawn: Drawn
+    drawn: DrawnGroups
     advantages: np.ndarray
     skipped: int
     batches: list[Batch]
@@ -91,16 +91,13 @@ class OnlineTraining:
         drawn = self.sampler.draw(step)
         if self._target_kl is not None and (distance := float(drawn.log_ratios.mean())) > self._target_kl:
             self._say(
-                f"the mean log-ratio of the answers is {distance:.3g} nats, above --target-kl {self._target_kl:g}: the training "
-                f"ends after step {self.progress.step}"
+                f"the mean log-ratio of the answers is {distance:.3g} nats, above --target-kl {self._target_kl:g}: the "
+                f"training ends after step {self.progress.step}"
             )
             self._ended = True
             return None
         advantages = leave_one_out(regularised(drawn.rewards, drawn.log_ratios, self.objective.beta))
-        if self._pairs is None:
-            used = np.flatnonzero(advantages.any(1))
-        else:
-            used = np.flatnonzero(~equal_groups(drawn.rewards))
+        used = np.flatnonzero(advantages.any(1) if self._pairs is None else ~equal_groups(drawn.rewards))
         skipped = len(drawn.groups) - len(used)
         batches, result = self._update(drawn, advantages, used, step, tell)
         self.largest.add(batches)
@@ -127,8 +124,8 @@ class OnlineTraining:
         ratios = np.abs(taken.drawn.log_ratios)
         saved = f"The last good checkpoint is {kept}" if kept else "No checkpoint had been saved: this was the first step"
         return (
-            f"step {step}: loss {taken.result.loss:g}, gradient norm {taken.result.grad_norm:g}, largest log-ratio of an answer "
-            f"{ratios.max():.3g} nats. The weights were left as they were before the step. What helps: a lower "
+            f"step {step}: loss {taken.result.loss:g}, gradient norm {taken.result.grad_norm:g}, largest log-ratio of an "
+            f"answer {ratios.max():.3g} nats. The weights were left as they were before the step. What helps: a lower "
             f"--learning-rate; a larger --beta; --target-kl. {saved}"
         )
 
@@ -136,7 +133,7 @@ class OnlineTraining:
         """Return: nothing is kept outside of the run."""
 
     def _update(
-        self, drawn: Drawn, advantages: np.ndarray, used: np.ndarray, step: int, tell: Callable[[int, int], None]
+        self, drawn: DrawnGroups, advantages: np.ndarray, used: np.ndarray, step: int, tell: Callable[[int, int], None]
     ) -> tuple[list[Batch], StepResult]:
         """Take the optimiser's step in passes that memory holds; none if no group has a gradient."""
         rate = self.schedule.learning_rate(step)
@@ -153,7 +150,7 @@ class OnlineTraining:
                     raise
                 self._say(f"out of memory in step {step}: passes of at most {self.schedule.limits} from here on")
 
-    def _work(self, drawn: Drawn, advantages: np.ndarray, used: np.ndarray) -> Work:
+    def _work(self, drawn: DrawnGroups, advantages: np.ndarray, used: np.ndarray) -> _Work:
         """Return the loss and the passes of a step."""
         groups, limits = [drawn.groups[at] for at in used], self.schedule.limits
         if self._pairs is not None:

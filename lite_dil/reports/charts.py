@@ -114,9 +114,16 @@ def _sides(prefix: str) -> tuple[Line, ...]:
     return (Line(f"{prefix}/chosen", "chosen", COLOURS[0]), Line(f"{prefix}/rejected", "rejected", COLOURS[1]))
 
 
-def charts(per: str, reward: bool = False) -> list[Chart]:
-    """Return every chart of a policy's run, or of a `reward` model's; `per` is log-ratios' unit, "token" or "response"."""
-    return [Chart("loss", "Loss", "", (Line("loss"),)), *(_REWARD_CHARTS if reward else _policy_charts(per)), *_SHARED_CHARTS]
+def charts(per: str, reward: bool = False, online: bool = False) -> list[Chart]:
+    """Return every chart of a run.
+
+    Args:
+        per: the unit of log-ratios, "token" or "response".
+        reward: whether it trains a reward model, and no policy.
+        online: whether the policy is trained on its own answers.
+    """
+    own = _REWARD_CHARTS if reward else _ONLINE_CHARTS if online else _policy_charts(per)
+    return [Chart("loss", "Loss", "", (Line("loss"),)), *own, *_SHARED_CHARTS]
 
 
 def _policy_charts(per: str) -> list[Chart]:
@@ -135,6 +142,14 @@ _REWARD_CHARTS = (
     Chart("reward", "Reward, by side", "", _sides("reward")),
     Chart("log-v", "Mean log of the noise scale V", "", (Line("log_v"),)),
     Chart("length", "Correlation of rewards with length", "", (Line("length_correlation"),), 0.0),
+)
+_ONLINE_CHARTS = (
+    Chart("reward", "Reward of new answers", "mean", (Line("reward"),)),
+    Chart("kl-answer", "KL to the reference, estimated", "nats per answer", (Line("kl/answer"),), 0.0),
+    Chart("length", "Length of new answers", "tokens", (Line("completions/mean_length"),)),
+    Chart("cut", "Answers cut before their end", "share", (Line("completions/clipped_ratio"),)),
+    Chart("entropy", "Entropy, estimated", "nats per token", (Line("entropy"),)),
+    Chart("equal", "Groups whose rewards are all equal", "share", (Line("frac_reward_zero_std"),)),
 )
 _SHARED_CHARTS = (
     Chart("capped", "Responses beyond --log-ratio-cap", "share", (Line("capped"),)),

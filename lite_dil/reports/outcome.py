@@ -155,7 +155,12 @@ def what(record: RunRecord) -> str:
     """Return a sentence or two on what the run is and how far it got."""
     config, facts, history = record.config, record.facts, record.history
     data = record.data("training") or {}
-    kinds = {"pairs": "pairs of responses", "unpaired": "labelled responses", "demonstrations": "demonstrations"}
+    kinds = {
+        "pairs": "pairs of responses",
+        "unpaired": "labelled responses",
+        "demonstrations": "demonstrations",
+        "prompts": "prompts, answered by itself,",
+    }
     title = objective_of(config["loss"]).title
     steps = f"{history.step:,} of {facts['steps']:,} steps"
     rank = f" of rank {config['lora_r']}" if config["lora_r"] else f", continued from {config['init_adapter']},"

@@ -12,6 +12,7 @@ from lite_dil.objectives.own import shown
 from lite_dil.reports import html, outcome
 from lite_dil.reports.charts import Drawn, charts, draw, draw_margins
 from lite_dil.reports.difference import difference
+from lite_dil.reports.drawn_answers import DrawnAnswers, draw_reward_and_kl, outcome_of, read_drawn, warnings_of
 from lite_dil.reports.outcome import RunRecord
 from lite_dil.reports.pairs import page_of
 from lite_dil.reports.samples import MAX_NEW_TOKENS, Sample
@@ -33,17 +34,21 @@ _Rows = list[list[Any]]
 
 def render(record: RunRecord) -> str:
     """Return the page of a run."""
-    drawn = [found for chart in charts(record.per, record.reward) if (found := draw(chart, record.history))]
-    config, facts = record.config, record.facts
+    config, facts, online = record.config, record.facts, bool(record.config.get("reward"))
+    drawn = [found for chart in charts(record.per, record.reward, online) if (found := draw(chart, record.history))]
+    if online and (plane := draw_reward_and_kl(record.history)):
+        drawn.insert(0, plane)
+    answers = read_drawn(record.folder) if online else None
     changed, options = _options(config)
     return html.render(
         "report.html",
         name=f"{shown(config['loss'])} on {config['model'].rstrip('/').rpartition('/')[2]}",
         state=facts["state"],
         reward=record.reward,
-        outcome=outcome.outcome(record),
+        outcome=outcome_of(record.history) if online else outcome.outcome(record),
         what=outcome.what(record),
-        warnings=outcome.warnings(record),
+        warnings=[*record.damage, *warnings_of(record.history, answers)] if online else outcome.warnings(record),
+        drawn_answers=_drawn_answers(answers),
         tiles=_tiles(record),
         charts=drawn,
         charts_note=_charts_note(drawn, bool(record.history.held_out.number)),
@@ -62,11 +67,37 @@ def render(record: RunRecord) -> str:
     )
 
 
+def _drawn_answers(answers: DrawnAnswers | None) -> dict[str, Any] | None:
+    """Return what is shown of the answers that an on-policy run drew."""
+    if answers is None:
+        return None
+    by_length = "not defined, since one of them is constant" if answers.correlation is None else f"{answers.correlation:+.2f}"
+    note = f"The correlation of an answer's length with its reward is {by_length}, over the last quarter of the steps."
+    moments = [
+        {
+            "title": f"Step {step}",
+            "answers": [
+                (
+                    f"{name}: reward {row['reward']:.3g}, {len(row['ids'])} tokens, log-ratio {row['log_ratio']:.3g}",
+                    row["prompt"],
+                    row["response"],
+                )
+                for name, row in rows
+            ],
+        }
+        for step, rows in answers.moments
+    ]
+    return {"note": note, "moments": moments}
+
+
 def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     history, tiles = record.history, []
     if record.accuracy:
         share, error, _ = record.accuracy
         tiles.append((f"{share:.1%}", f"held-out accuracy, \u00b1\u00a0{error:.1%}"))
+    for key, unit in (("reward", "reward of new answers"), ("kl/answer", "KL, nats per answer")):
+        if (value := history.train.recent(key)) is not None:
+            tiles.append((f"{value:.3g}", unit))
     for key, label in _REWARD_TILES if record.reward else _TILES:
         value, place = record.figure(key)
         if value is not None:
@@ -178,7 +209,7 @@ def _data(data: dict[str, Any]) -> _Rows:
         ["source", data["source"]],
         ["form", f"{data['form']}, {'chat messages' if data['chat'] else 'plain text'}"],
         ["examples per epoch", f"{data['examples']:,}"],
-        ["responses", f"{number['chosen']:,} chosen, {number['rejected']:,} rejected"],
+        ["responses", f"{number['chosen']:,} chosen, {number['rejected']:,} rejected" if any(number.values()) else "drawn"],
         ["cut by --max-length", f"{data['prompts_cut']:,} prompts, {data['answers_cut']:,} responses"],
     ]
     if data.get("without_end"):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 # The columns that hold the right answer, the first one that a row has.
-COLUMNS = ("answer", "solution", "ground_truth")
+ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
 _NUMBER = re.compile(r"(?:(?<![\w)])[-+\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 _SAID = re.compile(r"\b(?:answer|option|choice)\b\W*(?:is\b\W*)?([A-Ja-j])\b(?!['\u2019])", re.I)
 _MARKED = re.compile(r"(?<!\w)(?:\(([A-J])\)|([A-J])[.):])(?!\w)")
@@ -40,11 +40,11 @@ class AnswerSource:
 
     def right(self, columns: Mapping[str, Any], place: str) -> object:
         """Return the right answer of a row. Raises UserError if it has none of this kind."""
-        found = next((columns[name] for name in COLUMNS if columns.get(name) is not None), None)
+        found = next((columns[name] for name in ANSWER_COLUMNS if columns.get(name) is not None), None)
         if found is None:
             names = ", ".join(columns) or "none besides the prompt"
             raise UserError(
-                f"{place}: {self.name} needs the right answer in a column {' or '.join(COLUMNS)}; the row has {names}"
+                f"{place}: {self.name} needs the right answer in a column {' or '.join(ANSWER_COLUMNS)}; the row has {names}"
             )
         right = self._read(str(found)) if isinstance(found, (str, int, float)) and not isinstance(found, bool) else None
         if right is None:

@@ -33,8 +33,8 @@ class FunctionSource:
     """Calls ``function(prompts, completions, **columns)``, which returns one number for each completion.
 
     As in TRL, prompts and completions are texts; of a chat they are lists of messages, the completion's with the assistant's
-    only. ``completion_ids`` are the completions' tokens, with the end token if there is one. Each other column of the rows is a list with an entry for each completion. A function without ``**kwargs`` is given
-    those of them only that it names.
+    only. ``completion_ids`` are the completions' tokens, with the end token if there is one. Each other column of the rows is
+    a list with an entry for each completion. A function without ``**kwargs`` is given those of them only that it names.
 
     Args:
         timeout: seconds that a call may take.
@@ -87,8 +87,8 @@ class FunctionSource:
         thread.join(self._timeout)
         if thread.is_alive():
             raise UserError(
-                f"--reward {self.name} took longer than {self._timeout:g} s for {len(answers)} completions; make it faster, or "
-                "give more time with --reward-timeout"
+                f"--reward {self.name} took longer than {self._timeout:g} s for {len(answers)} completions; make it faster, "
+                "or give more time with --reward-timeout"
             )
         if failed:
             raise failed[0]
@@ -98,7 +98,8 @@ class FunctionSource:
         names = dict.fromkeys(name for each in answers for name in each.columns)
         if taken := {"prompts", "completions", "completion_ids"} & names.keys():
             raise UserError(
-                f"--reward {self.name}: the data has a column {min(taken)!r}, which the function gets from the model; rename it"
+                f"--reward {self.name}: the data has a column {min(taken)!r}, which the function gets from the model; "
+                "rename it"
             )
         arguments = {
             "prompts": [each.prompt if each.messages is None else list(each.messages) for each in answers],

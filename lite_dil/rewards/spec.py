@@ -99,12 +99,16 @@ def resolved(text: str, functions: Functions) -> str:
     return ",".join(map(str, parts))
 
 
-def of_program(given: str | Callable[..., Any] | Iterable[str | Callable[..., Any]]) -> tuple[str, Functions]:
-    """Return the text for a run's files of a reward in a program, and its functions by name.
+def of_program(
+    given: str | Callable[..., Any] | Iterable[str | Callable[..., Any]] | None,
+) -> tuple[dict[str, str], Functions]:
+    """Return the options of a reward in a program, none for None, and its functions by name.
 
     Args:
         given: text as ``--reward`` takes it, a function, or several of both, which are summed.
     """
+    if given is None:
+        return {}, {}
     functions, texts = dict[str, Callable[..., Any]](), list[str]()
     for each in [given] if isinstance(given, str) or callable(given) else given:
         if isinstance(each, str):
@@ -113,7 +117,7 @@ def of_program(given: str | Callable[..., Any] | Iterable[str | Callable[..., An
             name = getattr(each, "__name__", type(each).__name__).strip("<>")
             functions[name] = each
             texts.append(f"function:{name}:{identity_of(each)}")
-    return ",".join(texts), functions
+    return {"reward": ",".join(texts)}, functions
 
 
 def files(text: str) -> dict[str, tuple[Path, str]]:

@@ -35,7 +35,7 @@ class TotalReward:
             found = source.rewards(answers)
             if found.shape != (len(answers),):
                 raise UserError(f"--reward {source.name} returned {found.shape} rewards for {len(answers)} responses")
-            for wrong in np.flatnonzero(~np.isfinite(found)):
+            for wrong in np.flatnonzero(~np.isfinite(found)).tolist():
                 raise UserError(f"--reward {source.name} is {found[wrong]} for {answers[wrong].place}")
             parts[source.name] = found
             total += weight * found

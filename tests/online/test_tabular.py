@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,7 +27,9 @@ def logps(theta: np.ndarray) -> np.ndarray:
     """log pi(y) of every answer, (7,); theta may be complex."""
     states = theta.reshape(3, 3)
     tokens = states - np.log(np.exp(states).sum(1, keepdims=True))
-    return np.array([sum(tokens[state, token] for state, token in zip((0, *answer), answer)) for answer in ANSWERS])
+    return np.array(
+        [sum(tokens[state, token] for state, token in zip((0, *answer), answer, strict=False)) for answer in ANSWERS]
+    )
 
 
 REF_LOGPS = logps(REFERENCE)
@@ -126,6 +129,9 @@ def test_kl_as_a_loss_misses_the_optimum(estimate: str) -> None:
 
 
 def test_a_samplers_own_log_probs_move_a_policy_without_rewards() -> None:
+    def loss(group: np.ndarray, weights: np.ndarray, moved: np.ndarray) -> complex:
+        return POLICY_GRADIENT(logps(moved)[group], None, {"weights": weights})
+
     def after(noise: float) -> float:
         draw, theta = np.random.default_rng(0), REFERENCE.copy()
         first, second = np.zeros(9), np.zeros(9)
@@ -137,9 +143,9 @@ def test_a_samplers_own_log_probs_move_a_policy_without_rewards() -> None:
             if not weights.any():
                 continue
             at = theta
-            found = slope(lambda moved: -POLICY_GRADIENT(logps(moved)[group], None, {"weights": weights}), at)
+            found = slope(partial(loss, group, weights), at)
             first, second = 0.9 * first + 0.1 * found, 0.999 * second + 0.001 * found**2
-            theta = at + 0.3 * first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+            theta = at - 0.3 * first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
         return float((np.exp(logps(theta)) * (logps(theta) - REF_LOGPS)).sum())
 
     assert after(0.0) == 0

@@ -14,6 +14,7 @@ import torch
 from conftest import WORDS, oracle_logps
 from test_more_recipes import eager_model
 from trainings import metrics, run, same_weights, weights
+from transformers import AutoTokenizer
 
 import lite_dil as dil
 from lite_dil.batching.batch import Batch
@@ -85,7 +86,7 @@ def test_a_step_is_the_eager_gradient_of_the_drawn_answers(flags: list[str], tin
         assert rows[at]["advantage"] == pytest.approx(r[0] - (r[1] + r[2]) / 2)
 
     model, value = eager_model(tiny), torch.zeros(())
-    tokenizer = __import__("transformers").AutoTokenizer.from_pretrained(tiny)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
     for row in rows:
         prompt = tuple(tokenizer(row["prompt"], add_special_tokens=False).input_ids)
         logps = oracle_logps(model, Batch.of([Example(prompt, (tuple(row["ids"]),), (1,))]))
@@ -134,6 +135,13 @@ def test_the_metrics_have_trls_names(flags: list[str], tmp_path: Path) -> None:
     for name, value in expected.items():
         assert line[name] == pytest.approx(value, abs=1e-6), name
     assert line["entropy"] > 0
+    page = (tmp_path / "r" / "report.html").read_text()
+    last = [row for row in rollouts(tmp_path / "r") if row["step"] == 4]
+    r, lengths = np.array([row["reward"] for row in last]), [len(row["ids"]) for row in last]
+    by_length = f"{np.corrcoef(r, lengths)[0, 1]:+.2f}" if np.ptp(r) and np.ptp(lengths) else "not defined"
+    assert "The mean reward of new answers went from" in page
+    assert f"length with its reward is {by_length}".replace("+", "&#43;") in page or f"reward is {by_length}" in page
+    assert f"best: reward {r.max():.3g}" in page and f"worst: reward {r.min():.3g}" in page
     assert {"frac_reward_zero_std", "skipped_groups", "refilled_groups"} <= line.keys()
 
 
@@ -167,9 +175,10 @@ def killed(flags: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         if event.step == 3:
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(RolloutsFile, "after_step", die)
+    monkeypatch.setattr(RolloutsFile, "after_step", die)
+    with pytest.raises(Killed):
         main(["train", *flags, "--output-dir", str(folder)])
+    monkeypatch.setattr(RolloutsFile, "after_step", write)
     assert rollouts(folder)[-1]["step"] == 3 and metrics(folder)[-1]["step"] == 3
 
 

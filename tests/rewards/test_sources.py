@@ -133,7 +133,7 @@ def test_a_spec_is_a_weighted_sum() -> None:
 
 def test_a_function_comes_from_the_command_line_only() -> None:
     text = resolved("rewards.py:brief", {"brief": brief})
-    with pytest.raises(UserError, match="no file grants to run: give it again, as --reward FILE.py:brief"):
+    with pytest.raises(UserError, match=r"no file grants to run: give it again, as --reward FILE.py:brief"):
         sources(text, {})
     with pytest.raises(UserError, match="not the one that the run has"):
         sources(text, {"brief": lambda completions: [0.0 for _ in completions]})
