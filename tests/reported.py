@@ -12,8 +12,8 @@ import yaml
 from conftest import config
 
 from lite_dil.objectives.table import OBJECTIVES
-from lite_dil.reports.outcome import FACTS, SAMPLES
 from lite_dil.reports.pairs import PAIRS, HeldOutPairs, WrongPair, write_pairs
+from lite_dil.reports.record import FACTS, SAMPLES
 from lite_dil.reports.run_report import write_report
 from lite_dil.reports.samples import Sample, write_samples
 

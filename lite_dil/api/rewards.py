@@ -65,7 +65,8 @@ def train_reward(
         given["eval_data"] = eval_rows.name
     if output_dir is not None:
         given["output_dir"] = str(output_dir)
-    handed = Given(policy, None, rows.rows, None if eval_rows is None else eval_rows.rows, accept_changes)
+    own_eval = None if eval_rows is None else eval_rows.rows
+    handed = Given(policy, data=rows.rows, eval_data=own_eval, accept_changes=accept_changes)
     own_rows = [name for name in ("data", "eval_data") if getattr(handed, name) is not None]
     config, checkpoint = (None, None)
     if resume is not None:

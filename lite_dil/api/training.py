@@ -77,8 +77,7 @@ def train(
     check_names(options, loaded, "dil.train")
     rows, eval_rows = as_data(data, eval_data, "dil.train")
     given = {name: value for name, value in options.items() if name not in LOADED}
-    own = loss if isinstance(loss, OwnLoss) else None
-    rewarded, functions = of_program(reward)
+    own, (rewarded, functions) = loss if isinstance(loss, OwnLoss) else None, of_program(reward)
     given |= {"loss": own.identity if own else loss} | rows.options | {"data": rows.name} | rewarded
     if eval_rows is not None:
         given["eval_data"] = eval_rows.name

@@ -8,7 +8,7 @@ from rich.text import Text
 from lite_dil.cli.progress import Terminal
 from lite_dil.recipes.run import Run
 from lite_dil.reports import outcome
-from lite_dil.reports.outcome import SAMPLES
+from lite_dil.reports.record import SAMPLES, read_record
 from lite_dil.reports.samples import read_samples
 
 SHOWN, MEASURED = 6, 20
@@ -26,7 +26,7 @@ def show(run: Run, display: Terminal) -> None:
         display.console.print(table)
         before, after = (sum(getattr(s, n) for s in samples) / len(samples) for n in ("before_tokens", "after_tokens"))
         display.say(f"answer length: {before:.0f} tokens before, {after:.0f} after (mean of {len(samples)})")
-    display.say(outcome.outcome(outcome.read_record(run.folder)))
+    display.say(outcome.outcome(read_record(run.folder)))
 
 
 def _short(text: str, limit: int = 400) -> str:

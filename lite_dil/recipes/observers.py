@@ -15,7 +15,7 @@ from lite_dil.planning.fit import memory_line
 from lite_dil.recipes.session import TrainingSession
 from lite_dil.reports.card import ModelCard
 from lite_dil.reports.health import Health
-from lite_dil.reports.outcome import SAMPLES
+from lite_dil.reports.record import SAMPLES
 from lite_dil.reports.run_report import RunReport, facts_of
 from lite_dil.reports.samples import SampleAnswers
 from lite_dil.reports.trackers import Trackers

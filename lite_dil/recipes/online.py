@@ -33,7 +33,7 @@ from lite_dil.recipes.run import Run
 from lite_dil.recipes.running import Recipe, run_training
 from lite_dil.recipes.session import Opening, TrainingSession, begin, go_on, load_session
 from lite_dil.reports.card import ModelCard
-from lite_dil.reports.outcome import SAMPLES
+from lite_dil.reports.record import SAMPLES
 from lite_dil.reports.run_report import RunReport, facts_of
 from lite_dil.reports.samples import SampleAnswers, SamplePrompt
 from lite_dil.reports.trackers import Trackers

@@ -33,8 +33,8 @@ from lite_dil.recipes.given import NOTHING_GIVEN, Given
 from lite_dil.recipes.inputs import Inputs, say_paths
 from lite_dil.recipes.read_data import RunData, read_data
 from lite_dil.reports import trackers
-from lite_dil.reports.outcome import SAMPLES
 from lite_dil.reports.pairs import PAIRS
+from lite_dil.reports.record import SAMPLES
 from lite_dil.runs.folder import RunFolder, adapter_of
 from lite_dil.runs.progress import Progress
 from lite_dil.training.loop import Steps, Training, is_finished

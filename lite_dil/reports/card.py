@@ -25,7 +25,7 @@ from lite_dil.objectives.own import is_own, shown
 from lite_dil.objectives.table import DIL_FAMILY, objective_of
 from lite_dil.reports.card_use import how_to_use
 from lite_dil.reports.card_words import code, public_command, public_sources, train_command
-from lite_dil.reports.outcome import FACTS, read_facts, shared, with_error
+from lite_dil.reports.record import FACTS, read_facts, shared, with_error
 from lite_dil.runs.folder import RunFolder, checkpoint_of, trained_options
 from lite_dil.runs.history import read_history
 

@@ -11,7 +11,7 @@ from typing import Any
 from lite_dil.base.errors import UserError
 from lite_dil.config.resume import other_options
 from lite_dil.objectives.own import shown
-from lite_dil.reports.outcome import FACTS, RunRecord, read_facts
+from lite_dil.reports.record import FACTS, RunRecord, read_facts
 from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.history import History, checked_history, metrics_of
 from lite_dil.runs.options_file import OPTIONS_FILE, read_options

@@ -13,8 +13,8 @@ from lite_dil.reports import html, outcome
 from lite_dil.reports.charts import Drawn, charts, draw, draw_margins
 from lite_dil.reports.difference import difference
 from lite_dil.reports.drawn_answers import DrawnAnswers, draw_reward_and_kl, outcome_of, read_drawn, warnings_of
-from lite_dil.reports.outcome import RunRecord
 from lite_dil.reports.pairs import page_of
+from lite_dil.reports.record import RunRecord, shared
 from lite_dil.reports.samples import MAX_NEW_TOKENS, Sample
 from lite_dil.runs.history import POINTS
 
@@ -215,7 +215,7 @@ def _data(data: dict[str, Any]) -> _Rows:
     if data.get("without_end"):
         rows.append(["left out, cut before the end token", f"{data['without_end']:,} examples"])
     if "in_training" in data:
-        rows.append(["in the training data", str(outcome.shared(data)) or "none of these prompts"])
+        rows.append(["in the training data", str(shared(data)) or "none of these prompts"])
     for source in data["sources"]:
         weight = "" if source["weight"] == 1 else f", {source['weight']:g} times per epoch"
         rows.append([source["name"], f"{source['kept']:,} rows read as {source['format']}{weight}"])

@@ -20,7 +20,7 @@ from lite_dil.base.formats import KEY, RUN
 from lite_dil.base.observer import Event, Observer
 from lite_dil.base.version import __version__
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.reports.outcome import digests_of, other_files, read_facts, read_record, write_facts
+from lite_dil.reports.record import digests_of, other_files, read_facts, read_record, write_facts
 from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.history import metrics_of, size_and_hash, wrong_metrics
 

@@ -18,7 +18,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.formats import CACHE, KEY, RUN, check_format
 from lite_dil.cli.main import main
 from lite_dil.config.options import read_yaml
-from lite_dil.reports.outcome import FACTS, read_facts, read_record
+from lite_dil.reports.record import FACTS, read_facts, read_record
 from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.progress import Progress, read_progress
 from lite_dil.training.reference_cache import ReferenceCache

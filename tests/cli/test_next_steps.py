@@ -18,7 +18,8 @@ from lite_dil.base.observer import Event, Observer
 from lite_dil.cli import adapter_flags, next_steps
 from lite_dil.cli.main import main, parsers
 from lite_dil.recipes.preference import train
-from lite_dil.reports.outcome import read_record, what
+from lite_dil.reports.outcome import what
+from lite_dil.reports.record import read_record
 
 
 def test_what_is_told_after_a_training_works(

@@ -11,7 +11,8 @@ from reported import make_run
 from trainings import run
 
 from lite_dil.reports.health import complaints, falling
-from lite_dil.reports.outcome import read_record, warnings
+from lite_dil.reports.outcome import warnings
+from lite_dil.reports.record import read_record
 from lite_dil.runs.history import MetricColumns
 
 WELL = {"loss": -0.5, "grad_norm": 3.0, "clipped_steps": 1.0, "ratio/effective_share": 0.9, "log_ratio/chosen": 0.1}

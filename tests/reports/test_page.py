@@ -17,9 +17,10 @@ from reported import HOSTILE, make_run
 
 from lite_dil.objectives.table import OBJECTIVES
 from lite_dil.reports import charts, html
-from lite_dil.reports.outcome import SAMPLES, outcome, read_record, warnings, what
+from lite_dil.reports.outcome import outcome, warnings, what
 from lite_dil.reports.page import render
 from lite_dil.reports.pairs import PAIRS, HeldOutPairs, beginning, by_length, end, page_of, write_pairs
+from lite_dil.reports.record import SAMPLES, read_record
 from lite_dil.reports.run_report import write_report
 from lite_dil.reports.samples import read_samples, write_samples
 from lite_dil.runs.history import POINTS, MetricColumns, read_history

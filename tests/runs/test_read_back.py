@@ -26,7 +26,7 @@ from lite_dil.cli.main import main
 from lite_dil.evaluation.comparison.files import read_answers, read_measured, write_answers, write_measured
 from lite_dil.models.fingerprint import base_of
 from lite_dil.reports.listing import list_runs
-from lite_dil.reports.outcome import read_record
+from lite_dil.reports.record import read_record
 from lite_dil.reports.trackers import Trackers
 from lite_dil.runs import rates
 from lite_dil.runs.folder import RunFolder

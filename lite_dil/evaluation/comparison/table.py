@@ -11,7 +11,7 @@ from lite_dil.base.text import count
 from lite_dil.evaluation.comparison.files import RESULT, read_measured
 from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.objectives.table import DIL_FAMILY
-from lite_dil.reports.outcome import FACTS, read_facts
+from lite_dil.reports.record import FACTS, read_facts
 from lite_dil.runs.history import read_metrics
 
 FinishedRun = dict[str, Any]  # result.json, with figures from metrics.jsonl
