@@ -68,7 +68,7 @@ NONE = {
     "give the share of the steps: --warmup-ratio": "warmup-steps warmup",
     "give the number of steps between them: --eval-steps": "eval-strategy evaluation-strategy do-eval val-batches",
     "give the number of steps between them: --save-steps": "save-strategy",
-    "not offered": "label-smoothing use-dora use-rslora neftune-noise-alpha rpo-alpha load-in-8bit deepspeed fsdp",
+    "not offered": "use-dora use-rslora neftune-noise-alpha rpo-alpha load-in-8bit deepspeed fsdp",
 }
 _FLAGS = {flag(name): name for name in FIELDS}
 _FIELD_OF = {name: field for field, names in SAME.items() for name in names.split()}

@@ -414,8 +414,8 @@ def test_the_held_out_pairs_are_recorded_one_by_one(flags: list[str], tiny: str,
 def test_what_is_not_finite_is_the_worst_and_a_gap(tiny: str) -> None:
     """By hand: f is 0 and 2, nan and 1, 3 and 1, with a beta of 2."""
     examples = [Example((1,), ((5,), (6, 7)), (1, -1), f"row {i}") for i in range(3)]
-    figures = PairFigures(config(logp_reduction="sum", beta=2.0))
-    figures.add(np.array([0.0, 2, np.nan, 1, 3, 1]), np.zeros(6), Batch.of(examples))
+    figures = PairFigures(2.0)
+    figures.add(np.array([0.0, 2, np.nan, 1, 3, 1]), Batch.of(examples))
     pairs = figures.at(4, Encoder(byte_level_tokenizer()))
     assert (pairs.margins, pairs.right) == ([-4.0, None, 4.0], [False, False, True])
     assert [(pair.place, pair.margin, pair.chosen_log_ratio) for pair in pairs.wrong] == [
