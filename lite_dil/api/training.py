@@ -79,8 +79,7 @@ def train(
     given = {name: value for name, value in options.items() if name not in LOADED}
     own, (rewarded, functions) = loss if isinstance(loss, OwnLoss) else None, of_program(reward)
     given |= {"loss": own.identity if own else loss} | rows.options | {"data": rows.name} | rewarded
-    if eval_rows is not None:
-        given["eval_data"] = eval_rows.name
+    given |= {} if eval_rows is None else {"eval_data": eval_rows.name}
     given |= {} if output_dir is None else {"output_dir": str(output_dir)}
     handed = Given(policy, own, functions, rows.rows, None if eval_rows is None else eval_rows.rows, accept_changes)
     own_rows = [name for name in ("data", "eval_data") if getattr(handed, name) is not None]
