@@ -5,13 +5,14 @@ from __future__ import annotations
 from lite_dil.backends.limits import check_options
 from lite_dil.base.errors import UserError
 from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.models.shape import ModelShape
-from lite_dil.planning.estimate import Estimate, Load
+from lite_dil.models.listing import ListedModel
+from lite_dil.planning.estimate import AnyModel, Estimate, Load
+from lite_dil.planning.estimate_listed import ListedStep
 from lite_dil.planning.estimate_mlx import MLXStep
 from lite_dil.planning.estimate_torch import TorchStep
 
 
-def estimate(config: ResolvedConfig, shape: ModelShape, backend: str, dtype: str, load: Load) -> Estimate:
+def estimate(config: ResolvedConfig, shape: AnyModel, backend: str, dtype: str, load: Load) -> Estimate:
     """Return the peak of live bytes in training, once the optimiser has its state.
 
     Args:
@@ -28,4 +29,6 @@ def estimate(config: ResolvedConfig, shape: ModelShape, backend: str, dtype: str
         raise UserError("plan does not know what the layers of --unsloth keep; leave it out")
     if backend == "mlx":
         return MLXStep(config, shape, dtype, load).estimate()
+    if isinstance(shape, ListedModel):
+        return ListedStep(config, shape, backend, dtype, load).estimate()
     return TorchStep(config, shape, backend, dtype, load).estimate()
