@@ -1,7 +1,7 @@
 """Estimate the memory of a step on torch for any family that transformers knows: weights by list, the rest by rehearsal.
 
 Weights are those of the model's own class, each as it is loaded. What the decoder keeps and makes is counted while the real
-step runs without memory (`lite_dil.backends.torch.rehearsal`), for a few numbers of tokens, powers of two; between them it is
+step runs without memory (`lite_dil.backends.torch.rehearsal`), for a few numbers of tokens, powers of four; between them it is
 taken as linear, which is not too little where the peak is the highest of parts that grow evenly or faster.
 """
 
@@ -10,13 +10,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from lite_dil.backends.limits import TORCH_CHUNK, chunk_tokens
 from lite_dil.base.errors import UserError
 from lite_dil.batching.schedule import PRECOMPUTE_ROWS, row_tokens
 from lite_dil.models.listing import LayerTurn, Rehearsal, StepProfile, layer_number
 from lite_dil.planning.estimate import FLOAT32, Load
 from lite_dil.planning.estimate_torch import NF4_BLOCK, TorchStep
 
-_FEWEST = 64  # tokens of the smallest rehearsal
+_FEWEST, _ROWS = 256, 4  # tokens of the smallest rehearsal, and sequences of the second one of each size
 _MOST = (
     2**14
 )  # operations of a rehearsal, beyond which the next ones are extrapolated: what takes so many is a loop over tokens
@@ -58,7 +61,7 @@ class ListedStep(TorchStep):
         lengths = Load.worst(
             replace(self.config, batch_size=PRECOMPUTE_ROWS, row_tokens=PRECOMPUTE_ROWS * row_tokens(self.config))
         )
-        found = self._profile("none", lengths.tokens(self.layout), len(lengths.prompts))
+        found = self._profile("none", lengths.tokens(self.layout), lengths.longest)
         unpacked = max(map(self._unpacked, range(-1, self.shape.layers)))
         return {"optimizer": 0, "temporaries": found.around + unpacked}
 
@@ -70,6 +73,9 @@ class ListedStep(TorchStep):
         normed = 2 * final if self.layout == "packed" else 2 * self.tokens * self.shape.hidden * self.e
         found = {"head": self.head_phase(max(0, keeps + profile.around - normed))}
         found["head"]["gradients"] = self.adapter if several else 0
+        # The targets' rows of the head, and their copy, while a chunk's logits are there.
+        chunk = chunk_tokens(self.shape.vocabulary, TORCH_CHUNK["cuda" if self.cuda else "cpu"])
+        found["head"]["temporaries"] += min(self.load.answer_tokens, chunk) * self.shape.hidden * self.e
         after, kept, moments = self._gradients_after(), 0, []
         for number, turn in enumerate(profile.layers):
             name = {self.shape.layers - 1: "last layer", 0: "first layer"}.get(number, f"layer {number + 1}")
@@ -94,8 +100,7 @@ class ListedStep(TorchStep):
         if self.shape.exact:
             found = self.shape.rehearse(self._setting(self.mode, self.load))
         else:
-            alike = max(1, self.tokens // max(self.load.longest, 1)) if self.layout == "packed" else self._rows(self.load)
-            found = self._profile(self.mode, self.tokens, alike)
+            found = self._profile(self.mode, self.tokens, self.load.longest)
         if self.mode == "full" and self.config.offload_activations:
             stream = self.tokens * self.shape.hidden * self.e
             turns = tuple(
@@ -104,21 +109,37 @@ class ListedStep(TorchStep):
             return found._replace(layers=turns)
         return found
 
-    @staticmethod
-    def _rows(load: Load) -> int:
-        return sum(map(len, load.responses))
-
-    def _profile(self, mode: str, tokens: int, alike: int) -> StepProfile:
-        """Return the memory for `tokens` tokens in about `alike` equal sequences, between those of powers of two."""
-        alike = 1 << min(alike.bit_length() - 1, 6)
-        low, known = max(_FEWEST, 16 * alike), []
+    def _profile(self, mode: str, tokens: int, longest: int) -> StepProfile:
+        """Return the memory for `tokens` tokens in sequences of at most `longest`, between those of powers of four."""
+        low, known = _FEWEST, []
         while True:
-            profile = self.shape.rehearse(self._setting(mode, _load(low, alike, self.layout)))
-            known.append((low, profile))
-            if (low >= tokens and len(known) > 1) or profile.operations > _MOST:
+            known.append((low, *self._rehearsed(mode, low)))
+            if (low >= tokens and len(known) > 1) or known[-1][-1] > _MOST:
                 break
-            low *= 2 if low * 4 >= tokens or low >= 1024 else 4
-        return _between(known, tokens)
+            low *= 4
+        (first, even, grows, _), (second, *more, _) = ([known[0]] * 2 + known)[-2:]
+        share = (tokens - first) / (second - first) if second > first else tokens / first
+        values = even + (more[0] - even) * share if second > first else even * share
+        slopes = grows + (more[1] - grows) * min(1.0, max(0.0, share))
+        around, *turns = np.maximum(0, values + slopes * tokens * longest).astype(np.int64).tolist()
+        return StepProfile(around, tuple(LayerTurn(*turns[i : i + 3]) for i in range(0, len(turns), 3)), 0)
+
+    def _rehearsed(self, mode: str, tokens: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return what grows evenly with the tokens, what does for each token and token of its sequence, and the operations.
+
+        The second is of attention with its scores or a mask in memory, which packed rows have not.
+        """
+
+        def played(rows: int) -> tuple[np.ndarray, int]:
+            found = self.shape.rehearse(self._setting(mode, Load((1,) * rows, ((tokens // rows - 1,),) * rows)))
+            numbers = [found.around, *(number for turn in found.layers for number in turn)]
+            return np.array(numbers, np.float64), found.operations
+
+        whole, operations = played(1)
+        if self.layout == "packed":
+            return whole, np.zeros_like(whole), operations
+        grows = np.maximum(0, whole - played(_ROWS)[0]) / (tokens * tokens * (1 - 1 / _ROWS))
+        return whole - grows * tokens * tokens, grows, operations
 
     def _setting(self, mode: str, load: Load) -> Rehearsal:
         fused = self.config.fused_layers
@@ -145,21 +166,3 @@ class ListedStep(TorchStep):
 
 def _size(pair: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
     return sum(rows * columns for rows, columns in pair)
-
-
-def _load(tokens: int, alike: int, layout: str) -> Load:
-    """Return a pass of so many tokens in equal sequences, each of a prompt of one token and a response."""
-    return Load((1,) * alike, ((tokens // alike - 1,),) * alike)
-
-
-def _between(known: list[tuple[int, StepProfile]], tokens: int) -> StepProfile:
-    """Return a profile between two, or beyond the last along the line through the last two."""
-    index = next((i for i, (size, _) in enumerate(known) if size >= tokens), len(known) - 1)
-    (low, first), (high, second) = known[max(0, index - 1)], known[max(1, index)] if len(known) > 1 else known[0]
-    share = (tokens - low) / (high - low) if high > low else 1.0
-
-    def mixed(a: int, b: int) -> int:
-        return max(0, int(a + (b - a) * share))
-
-    turns = (LayerTurn(*map(mixed, a, b)) for a, b in zip(first.layers, second.layers, strict=True))
-    return StepProfile(mixed(first.around, second.around), tuple(turns), second.operations)
