@@ -143,7 +143,8 @@ class ListedModel:
     @property
     def active(self) -> int:
         """Parameters that compute a token: all but the experts that were not chosen."""
-        return self.parameters - int((self.experts + self.expert_linears) * (1 - self.chosen))
+        experts = self.experts + self.expert_linears
+        return self.parameters - experts + round(experts * self.chosen)
 
     @cached_property
     def packed_share(self) -> float:
