@@ -15,6 +15,7 @@ from lite_dil.batching.schedule import row_tokens
 from lite_dil.config.train_config import ResolvedConfig, flag
 from lite_dil.models.find import model_folder
 from lite_dil.models.listing import ListedModel
+from lite_dil.models.shape import read_shape
 from lite_dil.planning.estimate import AnyModel, Estimate, Load
 from lite_dil.planning.known import read_model
 from lite_dil.planning.peak import estimate
@@ -230,7 +231,8 @@ def memory_line(config: ResolvedConfig, model: str, load: Load, peak: float, bef
         text = f"the whole process took {gigabytes(peak)} GB at its peak, {gigabytes(before)} GB before the model was loaded"
         what = " of tensors"
     try:
-        shape = read_model(str(model_folder(model)), config.trust_remote_code)
+        folder = str(model_folder(model))
+        shape = read_shape(folder) if config.backend == "mlx" else read_model(folder, config.trust_remote_code)
         shape = replace(shape, exact=True) if isinstance(shape, ListedModel) else shape
         estimated = Model(shape, config.backend, config.dtype).total(config, load)
     except UserError:  # layers or options that the estimate does not know

@@ -6,6 +6,7 @@ from lite_dil.backends.limits import check_options
 from lite_dil.base.errors import UserError
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.listing import ListedModel
+from lite_dil.models.shape import FAMILIES
 from lite_dil.planning.estimate import AnyModel, Estimate, Load
 from lite_dil.planning.estimate_listed import ListedStep
 from lite_dil.planning.estimate_mlx import MLXStep
@@ -28,6 +29,11 @@ def estimate(config: ResolvedConfig, shape: AnyModel, backend: str, dtype: str, 
     if config.unsloth:
         raise UserError("plan does not know what the layers of --unsloth keep; leave it out")
     if backend == "mlx":
+        if isinstance(shape, ListedModel):
+            raise UserError(
+                f"--model {config.model}: with --backend mlx plan knows dense models alone ({', '.join(FAMILIES)}); this is a "
+                f"{shape.model_type}. Try a few --max-steps, or plan for an NVIDIA GPU with --backend cuda"
+            )
         return MLXStep(config, shape, dtype, load).estimate()
     if isinstance(shape, ListedModel):
         return ListedStep(config, shape, backend, dtype, load).estimate()
