@@ -29,10 +29,11 @@ from lite_dil.config.options import add_flags, build
 from lite_dil.config.train_config import FIELDS, ResolvedConfig
 from lite_dil.data.encoder import Example
 from lite_dil.models.find import resolve_model
-from lite_dil.models.shape import read_shape
+from lite_dil.models.listing import ListedModel
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.planning.estimate import Estimate, Load
 from lite_dil.planning.estimate_mlx import MLXStep
+from lite_dil.planning.known import read_model
 from lite_dil.planning.peak import estimate
 from lite_dil.training.step import micro_batches
 
@@ -105,7 +106,8 @@ def measure(config: ResolvedConfig, load: Load) -> Measured:
     gc.collect()
     before = peak(nothing)
     backend = registry.load(name, config, resolve_model(config.model), config, config)
-    shape, resolved = read_shape(config.model), replace(config, layout=backend.layout)
+    shape, resolved = read_model(config.model), replace(config, layout=backend.layout)
+    shape = replace(shape, exact=True) if isinstance(shape, ListedModel) else shape
     if name == "mlx":
         of_step = MLXStep(resolved, shape, backend.dtype_name, load, metal=platform.system() == "Darwin")
         said = of_step.estimate()

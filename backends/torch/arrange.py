@@ -1,4 +1,4 @@
-"""Install the fused layers and gradient checkpointing in a model."""
+"""Arranging a decoder's layers for training: fused layers, gradient checkpointing, and what packed rows leave out."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ from lite_dil.base.errors import UserError
 
 
 def arrange(
-    base: Any, decoder: Any, dtype: torch.dtype, mode: str, fused: bool, offload: bool, switch: Switch, model: str
-) -> tuple[ActivationOffload | None, int]:
-    """Install them; return the store of offloaded activations, if any, and the number of the last layer, -1 if unknown.
+    decoder: Any, model: str, mode: str, fused: torch.dtype | None, switch: Switch, offload: bool = False
+) -> tuple[int, ActivationOffload | None]:
+    """Install the fused layers and gradient checkpointing.
 
     Args:
-        mode: of gradient checkpointing: "off", "selective" or "full".
-        fused: whether to use the fused layers.
-        offload: whether full checkpointing keeps its activations in the computer's memory.
-        model: its name, for messages.
+        model: its name and class, for messages.
+        mode: "off", "selective" or "full".
+        fused: the type in which the decoder computes; None keeps its own layers.
+        offload: keep the inputs of recomputed layers in the computer's memory.
 
-    Raises UserError if the model's layers do not allow the mode.
+    Returns:
+        The number of the last layer, whose unread positions packed rows skip, or -1; and the store of what is offloaded.
     """
-    layers, text = torch_layers.layers_of(decoder), decoder.config
+    layers = torch_layers.layers_of(decoder)
     if layers is None and mode != "off":
-        raise UserError(f"--gradient-checkpointing {mode}: the layers of {model} ({type(base).__name__}) are unknown")
+        raise UserError(f"--gradient-checkpointing {mode}: the layers of {model} are unknown")
     if mode == "selective":
         for layer in layers or ():
             if (mlp := getattr(layer, "mlp", None)) is None:
-                raise UserError(f"--gradient-checkpointing selective: a layer of {model} has no MLP; use full")
-            torch_layers.checkpoint(mlp, text, switch)  # replaced by a fused one, if any, which does it better
-    if fused:
-        torch_fused.install(decoder, dtype, mode == "selective")
+                name = model.partition(" (")[0]
+                raise UserError(f"--gradient-checkpointing selective: a layer of {name} has no MLP; use full")
+            torch_layers.checkpoint(mlp, decoder.config, switch)  # replaced by a fused one, if any, which does it better
+    if fused is not None:
+        torch_fused.install(decoder, fused, mode == "selective")
     if layers is None:
-        return None, -1
+        return -1, None
     last = -1
     if hasattr(decoder, "norm"):
         torch_layers.skip_unread(decoder, layers[-1])
         last = len(layers) - 1
-    store = None
+    store = ActivationOffload() if mode == "full" and offload else None
     if mode == "full":
-        store = ActivationOffload() if offload else None
         for layer in layers:
-            torch_layers.checkpoint(layer, text, switch, store)
-    return store, last
+            torch_layers.checkpoint(layer, decoder.config, switch, store)
+    return last, store

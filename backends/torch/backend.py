@@ -25,7 +25,15 @@ from lite_dil.backends.torch.adapters import Trainable
 from lite_dil.backends.torch.arrange import arrange
 from lite_dil.backends.torch.device import compute_dtype, where
 from lite_dil.backends.torch.head import QuantizedHead
-from lite_dil.backends.torch.load import decoder_of, linear_layers, load_model, make_optimizer, need_bitsandbytes, set_weights
+from lite_dil.backends.torch.load import (
+    decoder_of,
+    linear_layers,
+    load_model,
+    make_optimizer,
+    need_bitsandbytes,
+    packed_text,
+    set_weights,
+)
 from lite_dil.backends.torch.lora import PEFT_POLICY, Switch, add_lora, add_unsloth_lora
 from lite_dil.backends.torch.offload import ActivationOffload
 from lite_dil.backends.torch.reading import StateReader
@@ -69,6 +77,7 @@ class TorchBackend:
         # A packed weight holds two parameters per byte.
         parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
         self.checkpointing = checkpointing(training, parameters) if training else "off"
+        packed = packed_text(base, adapters.experts_of(base.config.get_text_config().to_dict()))
         self.base, self.model, self.decoder, base.name_or_path = base, base, decoder_of(base), model
         if options.head_bits:
             self._quantize_head(options.head_bits)
@@ -85,9 +94,12 @@ class TorchBackend:
         self.reader = StateReader(self.decoder, self.head, logit_transform(base.config.to_dict()), self.device)
         self.store: ActivationOffload | None = None
         if not self.unsloth:  # which has its own layers
+            fused = self.dtype if self._fused else None
             offload = bool(training and training.offload_activations)
-            arranged = arrange(base, self.decoder, self.dtype, self.checkpointing, self._fused, offload, self.switch, model)
-            self.store, self.reader.last_layer = arranged
+            last, self.store = arrange(
+                self.decoder, f"{model} ({type(base).__name__})", self.checkpointing, fused, self.switch, offload
+            )
+            self.reader.last_layer = last
         torch.manual_seed(self.seed)
         torch_probing.check_head(base, self.reader, self.token_logps, model, self.dtype_name)
         self.layout_reason, self.batched = "", True
@@ -95,7 +107,7 @@ class TorchBackend:
             probed = base, self.reader, self.token_logps, training, model, self.dtype_name, say or Silent().say
             self.layout_reason = torch_probing.choose_layout(*probed)
         self.layout = self.reader.layout
-        bits = (", 4-bit" if self.in_4bit else "") + (f", {options.head_bits}-bit head" if options.head_bits else "")
+        bits = (f", {packed}" if self.in_4bit else "") + (f", {options.head_bits}-bit head" if options.head_bits else "")
         bits += ", unsloth" if self.unsloth else ""
         self.description = f"{device} ({where(device)}), {self.dtype_name}{bits}, {self.layout} layout"
         kind = f"{' nf4' if self.in_4bit else ''} head {options.head_bits or 16}{' unsloth' if self.unsloth else ''}"

@@ -9,6 +9,7 @@ Each forward pass looks up the active adapter and saves what the backward pass n
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -312,6 +313,7 @@ def _norm(module: Any) -> tuple[float, bool] | None:
     weights = [name for name, _ in module.named_parameters()]
     if weights != ["weight"] or module.weight.ndim != 1 or not isinstance(eps, float) or any(True for _ in module.children()):
         return None
+    module = _with_numbers(module)
     weight = module.weight
     x = torch.linspace(-3, 5, 4 * len(weight)).reshape(4, -1).to(weight)
     expected = module(x).cpu()
@@ -341,8 +343,9 @@ def install(decoder: nn.Module, dtype: torch.dtype, recompute_mlp: bool) -> None
                 continue
             forward, kind = _mlp_forward(module, activation, recompute_mlp), type(module)
             if kind not in same:
-                base = _now(module.gate_proj)[0].layer
-                same[kind] = _same(module, forward, base.in_features, dtype)
+                tested = _with_numbers(module)
+                base = _now(tested.gate_proj)[0].layer
+                same[kind] = _same(tested, _mlp_forward(tested, activation, recompute_mlp), base.in_features, dtype)
             if same[kind]:
                 module.forward = _or_stock(module, forward)
         elif type(module).__name__.endswith("RMSNorm") and (norm := _norm(module)) is not None:
@@ -356,6 +359,21 @@ def install_lora(decoder: nn.Module) -> None:
     for layer in layers:
         if "forward" not in vars(layer) and _is_linear(layer):
             layer.forward = _lora_forward(layer)
+
+
+def _with_numbers(module: Any) -> Any:
+    """Return the module itself, or of one on the device "meta" a copy with numbers, in which linear layers are small."""
+    if not next(module.parameters()).is_meta:
+        return module
+    made = copy.deepcopy(module)
+    vars(made).pop("forward", None)  # checkpointed, it is the module's own
+    for name, (outputs, inputs) in {"gate_proj": (8, 6), "up_proj": (8, 6), "down_proj": (6, 8)}.items():
+        if hasattr(made, name):
+            setattr(made, name, nn.Linear(inputs, outputs, dtype=next(module.parameters()).dtype))
+    made.to_empty(device="cpu")
+    for weight in made.parameters():
+        weight.copy_(torch.linspace(-1, 2, weight.numel()).view(weight.shape))
+    return made
 
 
 def _same(module: Any, forward: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype) -> bool:

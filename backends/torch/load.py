@@ -30,6 +30,7 @@ from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.install import install
 from lite_dil.models import adapters
 from lite_dil.models.hub import STRANGE, needs_code
+from lite_dil.models.listing import packed_words
 from lite_dil.models.model_config import read_config
 from lite_dil.models.options import ModelOptions
 
@@ -86,15 +87,13 @@ def load_base(
     try:
         if not Path(model).is_dir():  # of a folder `resolve_model` has read it
             read_config(Path(str(cached_file(model, "config.json"))), f"--model {model}")
-        config = _without_dropout(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
-        # transformers 5.17 computes Gemma 2 by SDPA, which ignores the soft cap on its attention scores.
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+        config = without_dropout(AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code))
         places = device_map(config, device, table_on_host, head_on_host, trust_remote_code)
         with conversion_report():
             loaded: Any = auto_class(config).from_pretrained(
                 model,
                 output_loading_info=True,
-                attn_implementation="eager" if capped else None,
+                attn_implementation=attention_of(config),
                 config=config,
                 dtype=dtype,
                 quantization_config=_packing(config, model, dtype, in_4bit),
@@ -119,7 +118,7 @@ def load_base(
     if getattr(base, "is_loaded_in_4bit", False) and dtype != "auto":
         _set_up_4bit(base, dtype)
     base.requires_grad_(False)
-    _drop_towers(base)
+    drop_towers(base)
     return base
 
 
@@ -128,6 +127,12 @@ def auto_class(config: Any) -> Any:
     text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     towers = not text and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if towers else AutoModelForCausalLM
+
+
+def attention_of(config: Any) -> str | None:
+    """Return which attention transformers must take for a model; None leaves it the choice."""
+    # transformers 5.17 computes Gemma 2 by SDPA, which ignores the soft cap on its attention scores.
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def _packing(config: Any, model: str, dtype: torch.dtype | Literal["auto"], in_4bit: bool) -> Any:
@@ -170,7 +175,7 @@ def _check_head(head: Any, what: str) -> None:
         )
 
 
-def _without_dropout(config: Any) -> Any:
+def without_dropout(config: Any) -> Any:
     """Return the config without the model's own dropout, which would make the log-ratio noisy and not 0 at the start."""
     for part in (config, config.get_text_config()):
         for name, value in list(vars(part).items()):
@@ -240,7 +245,7 @@ def decoder_of(base: Any) -> Any:
     return decoder
 
 
-def _drop_towers(base: Any) -> None:
+def drop_towers(base: Any) -> None:
     """Free the parts of a model that text does not pass through: towers for images and sound, and their projections.
 
     Their modules' names stay in `base.dropped`: PEFT's short names of layers must not match them where the model is whole.
@@ -259,6 +264,26 @@ def _drop_towers(base: Any) -> None:
                 setattr(module, name, None)
 
     visit(base)
+
+
+def packed_text(base: Any, experts: int) -> str:
+    """Return how a model in 4 bits is described: of a mixture whose experts stay at 16 bits, with the share that is packed.
+
+    Args:
+        experts: the number of experts in each mixture layer, 0 for a dense model.
+    """
+    packed = sum(2 * weight.numel() for weight in base.parameters() if weight.dtype == torch.uint8)
+    whole = [weight for weight in base.parameters() if weight.dtype != torch.uint8]
+    if not any(weight.ndim == 3 and weight.shape[0] == experts for weight in whole):
+        return "4-bit"
+    return f"4-bit ({packed_words(packed / (packed + sum(weight.numel() for weight in whole)))})"
+
+
+def keeps_float32(base: Any, name: str, dtype: torch.dtype) -> bool:
+    """Return whether transformers keeps a weight in float32 when it loads the model in `dtype`."""
+    patterns = list(base._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else []
+    patterns += list(base._keep_in_fp32_modules or ()) if dtype == torch.float16 else []
+    return any(f".{pattern}." in f".{name}." for pattern in patterns)
 
 
 def linear_layers(base: Any) -> dict[str, tuple[int, int]]:

@@ -6,7 +6,7 @@ skips the keys that none of them can see, so that no mask is larger than such a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from lite_dil.batching.layouts import Segment
 NAME = "lite_dil_packed"
 
 
+# By the type of device: what attends over a row there. Elsewhere it is `blockwise`.
+kernels: dict[str, Callable[[Tensor, Tensor, Tensor, PackedRow, Scores], Tensor]] = {"cuda": flex.attend}
 windows: set[int | None] = set()  # the windows with which `attention` was called, for `probing`
 _active: list[PackedRow | None] = [None]  # a list, not a context variable: CUDA's backward pass runs in another thread
 
@@ -73,8 +75,8 @@ def attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = sliding_window if sliding_window is not None and sliding_window < row.longest else None
     scores = Scores(scale, softcap or 0.0, window)
-    if query.device.type == "cuda":
-        return flex.attend(query, key, value, row, scores), None
+    if (attend := kernels.get(query.device.type)) is not None:
+        return attend(query, key, value, row, scores), None
     return blockwise(query, key, value, row, scores, getattr(module, "layer_idx", None) == row.last_layer), None
 
 
@@ -125,11 +127,11 @@ def _scores(q: Tensor, keys: Tensor, seen: slice, place: int, of: Scores) -> Ten
     scores = torch.bmm(q.reshape(heads, group * queries, width), keys[:, :, seen]).view(heads, group, queries, -1)
     if of.cap:
         scores.div_(of.cap).tanh_().mul_(of.cap)
-    row = torch.arange(place, place + queries)[:, None]
+    row = torch.arange(place, place + queries, device=q.device)[:, None]
     if of.window is None:  # only keys among the queries can be too late
-        scores[..., -queries:].masked_fill_(torch.arange(place, place + queries) > row, -torch.inf)
+        scores[..., -queries:].masked_fill_(row < row.T, -torch.inf)
     else:
-        key = torch.arange(seen.start, seen.stop)
+        key = torch.arange(seen.start, seen.stop, device=q.device)
         scores.masked_fill_((key > row) | (key <= row - of.window), -torch.inf)
     return scores
 
@@ -144,7 +146,7 @@ class _Blocks(torch.autograd.Function):
         result = q.new_zeros(1, tokens, q.shape[1], v.shape[-1])
         out = result[0].unflatten(1, (heads, -1)).permute(1, 2, 0, 3)  # (key heads, group, tokens, width)
         grouped = q[0].unflatten(0, (heads, -1))
-        total = torch.zeros(grouped.shape[:3], dtype=torch.float32)
+        total = torch.zeros(grouped.shape[:3], dtype=torch.float32, device=q.device)
         for unit in units(segments, last):
             keys, values = unit.keys(k[0]).float().transpose(1, 2).contiguous(), unit.keys(v[0])
             for rows, seen, place in unit.blocks(of.window):
@@ -167,12 +169,12 @@ class _Blocks(torch.autograd.Function):
         out, grad = (x[0].unflatten(1, (heads, -1)).permute(1, 2, 0, 3) for x in (result, grads[0]))
         grouped = q[0].unflatten(0, (heads, -1))
         grad_q = torch.zeros_like(q)
-        grad_k, grad_v = (torch.zeros(x.shape[1:], dtype=torch.float32) for x in (k, v))
+        grad_k, grad_v = (x.new_zeros(x.shape[1:], dtype=torch.float32) for x in (k, v))
         into_q = grad_q[0].unflatten(0, (heads, -1))
         for unit in units(segments, last):
             keys, values = unit.keys(k[0]), unit.keys(v[0]).transpose(1, 2).contiguous()
             wide = keys.float().transpose(1, 2).contiguous()
-            own_k, own_v = torch.zeros(keys.shape, dtype=torch.float32), torch.zeros(values.mT.shape, dtype=torch.float32)
+            own_k, own_v = (x.new_zeros(x.shape, dtype=torch.float32) for x in (keys, values.mT))
             for rows, seen, place in unit.blocks(of.window):
                 here = grouped[:, :, rows]
                 scores = _scores(here.float() * of.scale, wide, seen, place, of)

@@ -69,7 +69,9 @@ def adaptable(base: Any, decoder: Any, linear: dict[str, tuple[int, int]], devic
     finally:
         for hook in hooks:
             hook.remove()
-    useless = {name for name, slope in zip(factors, slopes, strict=True) if slope is None or not slope.item()}
+    useless = {
+        name for name, slope in zip(factors, slopes, strict=True) if slope is None or not (slope.is_meta or slope.item())
+    }
     if len(useless) == len(factors):  # nothing was computed, as on a GPU that only stands in for one
         useless = set()
     seen = {_NUMBER.sub("#", name) for name in factors}

@@ -38,7 +38,7 @@ class StateReader:
 
     def logps(self, batch: Batch, what: str) -> Tensor:
         """Return summed log-probs, (responses,), or one per response token, (tokens,)."""
-        hidden, layout = self._states(batch, lambda layout: layout.hidden_index)
+        hidden, layout = self.states(batch, lambda layout: layout.hidden_index)
         logps = token_logps(hidden, self.head, self.tensor(layout.targets), self.transform)
         if what != SUMS:
             return logps
@@ -51,13 +51,13 @@ class StateReader:
         def index(layout: Plain | Packed) -> np.ndarray:
             return layout.own_index[layout.end_index] if head.at_end else layout.own_index
 
-        return head(self._states(batch, index)[0])
+        return head(self.states(batch, index)[0])
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """Put an array on the device."""
         return torch.from_numpy(array).to(self.device)
 
-    def _states(self, batch: Batch, index: Callable[[Plain | Packed], np.ndarray]) -> tuple[Tensor, Layout]:
+    def states(self, batch: Batch, index: Callable[[Plain | Packed], np.ndarray]) -> tuple[Tensor, Layout]:
         """Return the hidden states after the last norm at `index`, (n, width), and the layout."""
         if self.layout == "plain":
             repeated = plain(batch)

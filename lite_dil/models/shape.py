@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +57,12 @@ class Quantization(NamedTuple):
     bits: int
     group: int
     double: bool = False  # bitsandbytes: the groups' scales are quantised too
+    skipped: tuple[str, ...] = ()  # patterns of the names of layers that are not quantised
+
+    def leaves(self, name: str) -> bool:
+        """Return whether a layer of this name is not quantised, as transformers decides it."""
+        ends = r"(?:(?<=\.)|(?=\.|$))"
+        return any(re.match(rf"(?:{pattern}){ends}", name) or name.endswith(pattern) for pattern in self.skipped)
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,11 @@ class ModelShape:
     side: tuple[Linear, ...] = ()
     side_rest: int = 0
 
+    # As `lite_dil.models.listing.ListedModel` has them.
+    packs_rows = selective = True
+    experts_each = experts = largest_expert = 0
+    experts_stored_in = None
+
     @classmethod
     def of(cls, config: dict[str, Any], where: str = "config.json") -> ModelShape:
         """Read the shape from a config.json; `where` names it in messages."""
@@ -204,8 +216,8 @@ class ModelShape:
             transform=logit_transform(text),
             dtype=str(text.get("dtype") or text.get("torch_dtype") or "float32"),
             max_positions=int(text.get("max_position_embeddings", 0)),
-            long_rope=_long_rope(text),
-            quantization=_quantization(config, where),
+            long_rope=read_long_rope(text),
+            quantization=read_quantization(config, where),
             side=side,
             side_rest=rest,
         )
@@ -224,6 +236,38 @@ class ModelShape:
             mlp = {"mlp.gate_up_proj": Linear(2 * m, h, self.mlp_bias)}
         output, down = Linear(h, q, self.output_bias), Linear(h, m, self.mlp_bias)
         return {**attention, "self_attn.o_proj": output, **mlp, "mlp.down_proj": down}
+
+    @property
+    def adaptable(self) -> dict[str, tuple[int, int]]:
+        """Return the (out, in) shapes of all linear layers by name."""
+        each = self.linears().items()
+        return {
+            f"layers.{number}.{name}": (linear.outputs, linear.inputs)
+            for number in range(self.layers)
+            for name, linear in each
+        }
+
+    def left_whole(self) -> list[Linear]:
+        """Return the linear layers that a quantised checkpoint leaves in 16 bits."""
+        if self.quantization is None or not self.quantization.skipped:
+            return []
+        names = (
+            (f"model.layers.{number}.{name}", linear)
+            for number in range(self.layers)
+            for name, linear in self.linears().items()
+        )
+        return [linear for name, linear in names if self.quantization.leaves(name)]
+
+    @property
+    def active(self) -> int:
+        """Parameters that compute a token: all."""
+        return self.parameters
+
+    @property
+    def packed_share(self) -> float:
+        """Return the share of the parameters that 4 bits pack."""
+        whole = sum(linear.weight for linear in self.left_whole())
+        return (self.layers * sum(linear.weight for linear in self.linears().values()) - whole) / self.parameters
 
     @property
     def queries(self) -> int:
@@ -265,14 +309,20 @@ def read_shape(model: str) -> ModelShape:
     """
     if model == EMBEDDED_MODEL:
         return ModelShape.of(EMBEDDED_CONFIG)
+    return ModelShape.of(model_config.read_config(config_file(model), f"--model {model}"), f"--model {model}")
+
+
+def config_file(model: str) -> Path:
+    """Return the config.json of a folder or a hub id, fetched alone, or of itself. Raises UserError where there is none."""
     path = Path(model)
-    if path.suffix != ".json" or not path.is_file():
-        name = resolve_model(model)
-        path = path / "config.json" if path.is_dir() else fetch_config(name)
-    return ModelShape.of(model_config.read_config(path, f"--model {model}"), f"--model {model}")
+    if path.suffix == ".json" and path.is_file():
+        return path
+    name = resolve_model(model)
+    return path / "config.json" if path.is_dir() else fetch_config(name)
 
 
-def _quantization(config: dict[str, Any], where: str) -> Quantization | None:
+def read_quantization(config: dict[str, Any], where: str) -> Quantization | None:
+    """Return how a checkpoint's linear layers are quantised. Raises UserError for ways that plan does not know."""
     if isinstance(mlx := config.get("quantization"), dict):  # mlx-lm repeats it as quantization_config
         if any(isinstance(value, dict) for value in mlx.values()):
             raise UserError(f"{where}: its layers are quantised in different ways, which plan does not know")
@@ -280,12 +330,18 @@ def _quantization(config: dict[str, Any], where: str) -> Quantization | None:
     if not isinstance(packed := config.get("quantization_config"), dict):
         return None
     if packed.get("quant_method") == "bitsandbytes" and packed.get("load_in_4bit"):
-        return Quantization("bitsandbytes", 4, 64, bool(packed.get("bnb_4bit_use_double_quant")))
+        skipped = packed.get("llm_int8_skip_modules") or ()
+        if not all(isinstance(name, str) for name in skipped):
+            raise UserError(f"{where}: llm_int8_skip_modules is {skipped!r}; expected a list of names")
+        return Quantization("bitsandbytes", 4, 64, bool(packed.get("bnb_4bit_use_double_quant")), tuple(skipped))
+    if packed.get("quant_method") == "mxfp4":  # of gpt-oss; training unpacks it
+        return None
     kind = packed.get("quant_method") or "an unknown method"
     raise UserError(f"{where}: its weights are quantised by {kind}; plan knows bitsandbytes' 4 bits and MLX's")
 
 
-def _long_rope(text: dict[str, Any]) -> int | None:
+def read_long_rope(text: dict[str, Any]) -> int | None:
+    """Return the tokens beyond which a text model's rope depends on the sequence length; None if it never does."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     for part in rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]:
         if part.get("rope_type", part.get("type")) in ("dynamic", "longrope"):

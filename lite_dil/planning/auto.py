@@ -11,9 +11,9 @@ from lite_dil.base.memory import Memory
 from lite_dil.batching.schedule import computed_tokens, row_tokens
 from lite_dil.config.train_config import FIELDS, SPLIT, ResolvedConfig, flag
 from lite_dil.data.encoder import Example
-from lite_dil.models.shape import ModelShape, read_shape
-from lite_dil.planning.estimate import Load, layout_for
+from lite_dil.planning.estimate import AnyModel, Load, layout_for
 from lite_dil.planning.fit import Model, find_remedy, gigabytes, most, planned_dtype, several
+from lite_dil.planning.known import read_model
 from lite_dil.planning.memory import memory_here
 
 OFFLOADS = ("offload_embeddings", "offload_activations")  # in order of their cost in time
@@ -25,7 +25,7 @@ ROOM = 0.9  # share of the memory that passes may grow into
 
 def choose(
     config: ResolvedConfig,
-    shape: ModelShape,
+    shape: AnyModel,
     backend: str,
     dtype: str,
     memory: Memory,
@@ -82,7 +82,7 @@ def pick(config: ResolvedConfig, model: Model, memory: Memory, load: Load, given
         count = most(lambda number: fits(base, number, memory), low, high)
         return _split(base, count, tokens, given)
 
-    modes, offloads = _modes(config, given), _offloads(config, model, given)
+    modes, offloads = _modes(config, model, given), _offloads(config, model, given)
     ceiling = busy if model.backend == "cpu" else max(busy, _between(MOST_GPU // tokens, limit))
     for mode in modes:
         base = replace(config, **offloads[0], gradient_checkpointing=mode)
@@ -107,7 +107,7 @@ def frugal(config: ResolvedConfig, model: Model, load: Load, memory: Memory, giv
 
 def sparing(config: ResolvedConfig, model: Model, load: Load, given: Set[str] = frozenset()) -> list[ResolvedConfig]:
     """Return the settings of `choose` that keep the least for the backward pass, by offload, with one example per pass."""
-    tokens, mode = load.tokens(layout_for(config, model.shape, model.backend)), _modes(config, given)[-1]
+    tokens, mode = load.tokens(layout_for(config, model.shape, model.backend)), _modes(config, model, given)[-1]
     bases = [replace(config, **offload, gradient_checkpointing=mode) for offload in _offloads(config, model, given)]
     return [_split(base, 1, tokens, given) for base in bases]
 
@@ -120,7 +120,7 @@ def fitted(config: ResolvedConfig, examples: Sequence[Example], given: Set[str] 
     """
     if given is None:
         given = {name for name in TUNABLE if getattr(config, name) != FIELDS[name].default}
-    shape, memory = read_shape(config.model), memory_here(config.backend)
+    shape, memory = read_model(config.model, config.trust_remote_code), memory_here(config.backend)
     model = Model(shape, config.backend, planned_dtype(config, config.backend))
     load = largest_example(examples, config, layout_for(config, shape, config.backend))
     chosen = choose(config, shape, model.backend, model.dtype, memory, load, given)
@@ -181,17 +181,19 @@ def _split(config: ResolvedConfig, count: int, tokens: int, given: Set[str]) -> 
     return replace(config, **changes)
 
 
-def _modes(config: ResolvedConfig, given: Set[str]) -> list[str]:
+def _modes(config: ResolvedConfig, model: Model, given: Set[str]) -> list[str]:
     if "offload_activations" in given and config.offload_activations:
         return ["full"]  # activation offloading needs it
-    return [config.gradient_checkpointing] if "gradient_checkpointing" in given else ["off", "selective", "full"]
+    if "gradient_checkpointing" in given:
+        return [config.gradient_checkpointing]
+    return ["off", "selective", "full"] if model.shape.selective else ["off", "full"]
 
 
 def _offloads(config: ResolvedConfig, model: Model, given: Set[str]) -> list[dict[str, Any]]:
     """Return the sets of offloads to try, from none to all."""
     sets: list[dict[str, Any]] = [{name: False for name in OFFLOADS if name not in given}]
     for name in OFFLOADS:
-        needs_full = name == "offload_activations" and _modes(config, given)[-1] != "full"
+        needs_full = name == "offload_activations" and _modes(config, model, given)[-1] != "full"
         if name in model.can_offload(config) and name not in given and not needs_full:
             sets += [others | {name: True} for others in sets]
     return sets

@@ -14,7 +14,10 @@ from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.adapter_files import read_adapter
 from lite_dil.models.adapters import select_targets
 from lite_dil.models.header import read_header
+from lite_dil.models.listing import ListedModel
 from lite_dil.models.shape import ModelShape
+
+AnyModel = ModelShape | ListedModel  # of a known dense family, or listed by transformers
 
 FLOAT32 = 4  # bytes
 BYTES = {"float32": FLOAT32, "bfloat16": 2, "float16": 2}
@@ -78,6 +81,7 @@ class Estimate:
     Attributes:
         phase: the phase of the peak.
         linears: the decoder's linear layers, quantised or not.
+        experts: the experts of mixtures that are no linear layers, unquantised.
         embeddings: the embedding table.
         head: the output head; 0 if it is the table.
         norms: norm weights, and anything else that is loaded and not used.
@@ -95,6 +99,7 @@ class Estimate:
 
     phase: str
     linears: int = 0
+    experts: int = 0
     embeddings: int = 0
     head: int = 0
     norms: int = 0
@@ -122,7 +127,7 @@ class Estimate:
     @property
     def weights(self) -> int:
         """Bytes of the frozen model."""
-        return self.linears + self.embeddings + self.head + self.norms
+        return self.linears + self.experts + self.embeddings + self.head + self.norms
 
     @property
     def total(self) -> int:
@@ -130,28 +135,25 @@ class Estimate:
         return sum(self.components.values())
 
 
-def layout_for(config: ResolvedConfig, shape: ModelShape, backend: str) -> str:
+def layout_for(config: ResolvedConfig, shape: AnyModel, backend: str) -> str:
     """Return the layout that a run uses, as far as the model's config shows."""
     if config.layout != "auto":
         return config.layout
     if backend == "mlx":
         return "prefix"
-    return "plain" if shape.long_rope is not None and config.max_length > shape.long_rope else "packed"
+    long = shape.long_rope is not None and config.max_length > shape.long_rope
+    return "plain" if long or not shape.packs_rows else "packed"
 
 
-def adapter_tensors(config: ResolvedConfig, shape: ModelShape) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+def adapter_tensors(config: ResolvedConfig, shape: AnyModel) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Return the shapes of A and B for every adapted layer by name, from --init-adapter's files or the options."""
     if config.init_adapter:
         initial = read_adapter(config.init_adapter, _shapes_only)
         return {name: (a.shape, b.shape) for name, (a, b) in initial.weights.items()}
-    shapes = {
-        f"layers.{number}.{name}": (linear.outputs, linear.inputs)
-        for number in range(shape.layers)
-        for name, linear in shape.linears().items()
-    }
     rank, targets = config.lora_r, config.target_modules
     assert rank and targets  # filled in by TrainConfig.resolved
-    return {name: ((rank, into), (out, rank)) for name, (out, into) in select_targets(shapes, targets).items()}
+    chosen = select_targets(shape.adaptable, targets, shape.experts_each)
+    return {name: ((rank, into), (out, rank)) for name, (out, into) in chosen.items()}
 
 
 def _shapes_only(path: Path) -> dict[str, np.ndarray]:

@@ -14,8 +14,10 @@ from lite_dil.base.memory import GIB, Memory
 from lite_dil.batching.schedule import row_tokens
 from lite_dil.config.train_config import ResolvedConfig, flag
 from lite_dil.models.find import model_folder
-from lite_dil.models.shape import ModelShape, read_shape
-from lite_dil.planning.estimate import Estimate, Load
+from lite_dil.models.listing import ListedModel
+from lite_dil.models.shape import read_shape
+from lite_dil.planning.estimate import AnyModel, Estimate, Load
+from lite_dil.planning.known import read_model
 from lite_dil.planning.peak import estimate
 
 LENGTHS = 64  # lengths are multiples of this
@@ -25,7 +27,7 @@ LENGTHS = 64  # lengths are multiples of this
 class Model:
     """A model and its backend: what an estimate needs besides the options and the load."""
 
-    shape: ModelShape
+    shape: AnyModel
     backend: str
     dtype: str
 
@@ -190,7 +192,7 @@ def _harms(config: ResolvedConfig, model: Model) -> list[dict[str, Any]]:
     """Return the changes that save memory, from those that cost a little time to those that change the model."""
     mode = model.mode(config)
     steps: list[dict[str, Any]] = []
-    if mode == "off":
+    if mode == "off" and model.shape.selective:
         steps.append({"gradient_checkpointing": "selective"})
     if mode != "full":
         steps.append({"gradient_checkpointing": "full"})
@@ -200,7 +202,7 @@ def _harms(config: ResolvedConfig, model: Model) -> list[dict[str, Any]]:
         if name in model.can_offload(config) and not getattr(config, name):
             steps.append({name: True})
     packed = config.load_in_4bit or model.shape.quantization is not None
-    if not packed:
+    if not packed and not model.shape.experts_stored_in:
         steps.append({"load_in_4bit": True})
     if config.head_bits is None:
         tied = model.shape.tied and model.backend == "cuda"
@@ -229,7 +231,9 @@ def memory_line(config: ResolvedConfig, model: str, load: Load, peak: float, bef
         text = f"the whole process took {gigabytes(peak)} GB at its peak, {gigabytes(before)} GB before the model was loaded"
         what = " of tensors"
     try:
-        shape = read_shape(str(model_folder(model)))
+        folder = str(model_folder(model))
+        shape = read_shape(folder) if config.backend == "mlx" else read_model(folder, config.trust_remote_code)
+        shape = replace(shape, exact=True) if isinstance(shape, ListedModel) else shape
         estimated = Model(shape, config.backend, config.dtype).total(config, load)
     except UserError:  # layers or options that the estimate does not know
         return f"memory: {text}"

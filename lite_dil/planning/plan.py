@@ -20,10 +20,11 @@ from lite_dil.data.held_out import wanted
 from lite_dil.data.reader import refuse
 from lite_dil.data.sources import EMBEDDED, is_local, looks_like_file, split_sources
 from lite_dil.models.find import EMBEDDED_MODEL
-from lite_dil.models.shape import ModelShape, read_shape
+from lite_dil.models.listing import ListedModel
 from lite_dil.objectives.table import objective_of
 from lite_dil.planning import auto, fit
-from lite_dil.planning.estimate import BYTES, Estimate, Load
+from lite_dil.planning.estimate import BYTES, AnyModel, Estimate, Load
+from lite_dil.planning.known import read_model
 from lite_dil.planning.memory import memory_here, memory_of, nvidia_gpu
 from lite_dil.runs.history import read_metrics
 from lite_dil.runs.rates import Rate, Setting, known, named
@@ -96,6 +97,8 @@ class Plan:
         return {
             "model": self.config.model,
             "parameters": shape.parameters,
+            "active_parameters": shape.active,
+            "packed_share": shape.packed_share,
             "backend": self.model.backend,
             "dtype": self.model.dtype,
             "memory": self.memory.usable,
@@ -140,7 +143,7 @@ def make(
         host: GB of memory of the computer with an NVIDIA GPU; None means the free memory here when planning for this machine,
             and no limit otherwise.
     """
-    shape = read_shape(config.model)
+    shape = read_model(config.model, config.trust_remote_code)
     backend, remark = planned_backend(config.backend, size is not None)
     if host is not None and backend != "cuda":
         raise UserError(f"--host-memory is for an NVIDIA GPU; with --backend {backend} the computer's memory is --memory")
@@ -226,7 +229,7 @@ def _examples(config: ResolvedConfig, chosen: bool) -> tuple[int, int]:
     return total - (0 if config.eval_data else wanted(total, config.eval_fraction)), answers
 
 
-def _download(name: str, shape: ModelShape) -> int | None:
+def _download(name: str, shape: AnyModel) -> int | None:
     """Return the bytes of the weights on the hub, before quantisation; None if there is nothing to download."""
     if name == EMBEDDED_MODEL or any(path.suffix in _WEIGHTS for path in Path(name).glob("*")):
         return None
@@ -236,6 +239,8 @@ def _download(name: str, shape: ModelShape) -> int | None:
         files = ("model.safetensors", "model.safetensors.index.json")
         if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
             return None
+    if isinstance(shape, ListedModel):
+        return _stored(shape)
     if (packed := shape.quantization) is None:
         return shape.parameters * BYTES.get(shape.dtype, 2)
     linear = shape.layers * sum(linear.weight for linear in shape.linears().values())
@@ -243,6 +248,18 @@ def _download(name: str, shape: ModelShape) -> int | None:
         linear += shape.table * (1 if shape.tied else 2)
     scales = linear // packed.group * (4 if packed.library == "mlx" else 1)
     return linear * packed.bits // 8 + scales + (shape.parameters - linear) * 2
+
+
+def _stored(shape: ListedModel) -> int:
+    """Return the bytes of a listed model's files, with its towers."""
+    each = BYTES.get(shape.dtype, 2)
+    whole = (shape.parameters + sum(linear.parameters for linear in shape.tower) + shape.tower_rest) * each
+    if shape.experts_stored_in:
+        return whole - int(shape.experts * (each - shape.experts_stored_in / 8))
+    if (own := shape.quantization) is None:
+        return whole
+    packed = sum(shape.linears()[name].weight for name in shape.packed)
+    return whole - packed * each + packed * own.bits // 8 + packed // own.group * (4 if own.library == "mlx" else 1)
 
 
 def _epoch(

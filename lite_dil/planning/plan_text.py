@@ -8,11 +8,16 @@ from textwrap import wrap
 from lite_dil.base.display import duration
 from lite_dil.base.memory import GIB, on_wsl
 from lite_dil.base.text import count
+from lite_dil.models.listing import ListedModel, packed_words
 from lite_dil.planning.auto import TUNABLE
 from lite_dil.planning.fit import gigabytes
 from lite_dil.planning.plan import Plan
 
 _WIDTH = 100
+_LISTED = (
+    "Made from transformers' own class of this model: weights by list, the rest by a rehearsal of its training step in which "
+    "nothing takes memory; recurrent layers as torch computes them without kernels of their own."
+)
 
 
 def lines(plan: Plan) -> list[str]:
@@ -30,14 +35,17 @@ def _about(plan: Plan) -> list[str]:
     shape, config = plan.model.shape, plan.config
     packed = "4 bits" if config.load_in_4bit else f"{shape.quantization.bits} bits" if shape.quantization else ""
     weights = f"linear layers in {packed}, the rest in {plan.model.dtype}" if packed else plan.model.dtype
+    active = f", {_count(shape.active)} active for a token" if shape.active < shape.parameters else ""
     if config.head_bits:
         weights += f", head in {config.head_bits} bits"
     wsl = plan.model.backend == "cuda" and on_wsl()
     how = plan.choice or f"gradient checkpointing {plan.model.mode(config)}"
     return [
-        f"{config.model}: {_count(shape.parameters)} parameters, {shape.layers} layers, width {shape.hidden:,}, "
+        f"{config.model}: {_count(shape.parameters)} parameters{active}, {shape.layers} layers, width {shape.hidden:,}, "
         f"vocabulary {shape.vocabulary:,}; {weights}",
+        *([f"4-bit: {packed_words(shape.packed_share)}."] if packed and shape.experts and plan.model.backend != "mlx" else []),
         f"Planned for {plan.model.backend}{plan.remark}: {plan.memory.text}. 1 GB = 2^30 bytes.",
+        *([_LISTED] if isinstance(shape, ListedModel) else []),
         *(["On WSL the optimiser's state stays on the GPU, and more is lost between tensors."] if wsl else []),
         f"{'--auto takes ' if plan.choice else ''}{how}. The largest pass: {_examples(plan)}.",
     ]
@@ -55,7 +63,11 @@ def _table(plan: Plan) -> list[str]:
     estimate = plan.estimate
     parts = estimate.components
     shown = [
-        ("weights", estimate.weights, "frozen"),
+        (
+            "weights",
+            estimate.weights,
+            f"frozen; {gigabytes(parts['experts'])} GB are experts" if parts["experts"] else "frozen",
+        ),
         (
             "adapter",
             parts["adapter"],
@@ -85,6 +97,9 @@ def _verdict(plan: Plan) -> str:
     missing = [f"{gigabytes(-spare)} GB"] if spare < 0 else []
     if (more := plan.estimate.host - plan.memory.host) > 0:
         missing.append(f"{gigabytes(more)} GB of the computer's own memory")
+    packed = plan.config.load_in_4bit or plan.model.shape.quantization is not None
+    if packed and (experts := plan.estimate.experts) and plan.estimate.weights > plan.memory.usable:
+        missing[0] += f" (experts take {gigabytes(experts)} GB, which 4 bits leave at 16)"
     advice = f"It does not fit: {' and '.join(missing)} are missing. {plan.remedy.advice()}."
     if plan.remedy.fits and set(plan.remedy.changes) <= set(TUNABLE):
         advice += " --auto finds such a setting itself."

@@ -29,6 +29,7 @@ from lite_dil.objectives.own import missing as missing_loss
 from lite_dil.objectives.table import objective_of
 from lite_dil.online.rollouts_file import ROLLOUTS
 from lite_dil.planning.auto import fitted
+from lite_dil.planning.before_loading import check_experts
 from lite_dil.recipes.given import NOTHING_GIVEN, Given
 from lite_dil.recipes.inputs import Inputs, say_paths
 from lite_dil.recipes.read_data import RunData, read_data
@@ -174,6 +175,8 @@ def load_session(opening: Opening) -> tuple[TrainingSession, Progress, Inputs]:
     elif is_own(config.loss):
         raise UserError(missing_loss(config.loss))
     model = policy.model if policy else resolve_model(config.model, display.say)
+    if policy is None:
+        check_experts(config, display.say)
     encoder = policy.encoder if policy else encoder_of(model, config)
     data = opening.read(encoder, config, display.say, given)
     config = data.config
