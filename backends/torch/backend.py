@@ -83,7 +83,7 @@ class TorchBackend:
             self._quantize_head(options.head_bits)
         self.head = base.get_output_embeddings()
         if training and training.offload_embeddings:
-            self._offload_embeddings()
+            torch_layers.offload_embeddings(base, self.head, self.device)
         self.switch, self.adapters, self.seed = Switch(), dict[str, Trainable](), adapter.seed if adapter else 0
         self.linear, self.experts = linear_layers(base), adapters.experts_of(base.config.get_text_config().to_dict())
         self.every = self.linear
@@ -94,12 +94,10 @@ class TorchBackend:
         self.reader = StateReader(self.decoder, self.head, logit_transform(base.config.to_dict()), self.device)
         self.store: ActivationOffload | None = None
         if not self.unsloth:  # which has its own layers
-            fused = self.dtype if self._fused else None
+            fused, named = self.dtype if self._fused else None, f"{model} ({type(base).__name__})"
             offload = bool(training and training.offload_activations)
-            last, self.store = arrange(
-                self.decoder, f"{model} ({type(base).__name__})", self.checkpointing, fused, self.switch, offload
-            )
-            self.reader.last_layer = last
+            arranged = arrange(self.decoder, named, self.checkpointing, fused, self.switch, offload)
+            self.reader.last_layer, self.store = arranged
         torch.manual_seed(self.seed)
         torch_probing.check_head(base, self.reader, self.token_logps, model, self.dtype_name)
         self.layout_reason, self.batched = "", True
@@ -384,14 +382,6 @@ class TorchBackend:
         need_bitsandbytes()
         head = QuantizedHead(self.base.get_output_embeddings(), bits, self.dtype, self.device)
         self.base.set_output_embeddings(head)
-
-    def _offload_embeddings(self) -> None:
-        embedding = self.base.get_input_embeddings()
-        if getattr(self.head, "weight", None) is embedding.weight:
-            raise UserError(
-                "--offload-embeddings: the embedding table is also the output head, needed on the GPU: add --head-bits 8 or 4"
-            )
-        torch_layers.offload_embeddings(embedding, self.device)
 
 
 def load(

@@ -158,8 +158,16 @@ def skip_unread(decoder: Any, last_layer: Any) -> None:
     decoder.norm.forward = normed
 
 
-def offload_embeddings(embedding: Any, device: torch.device) -> None:
-    """Keep the embedding table in the computer's memory; only the rows looked up go to the device."""
+def offload_embeddings(base: Any, head: Any, device: torch.device) -> None:
+    """Keep the embedding table in the computer's memory; only the rows looked up go to the device.
+
+    Raises UserError if the table is the output head too, which the device needs.
+    """
+    embedding = base.get_input_embeddings()
+    if getattr(head, "weight", None) is embedding.weight:
+        raise UserError(
+            "--offload-embeddings: the embedding table is also the output head, needed on the GPU: add --head-bits 8 or 4"
+        )
     forward = embedding.forward
 
     def call(ids: Tensor) -> Tensor:
