@@ -118,7 +118,7 @@ def test_qwen3_30b_a3b_by_pencil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     said: list[str] = []
     free = Memory(24 * GIB, "a card")
     monkeypatch.setattr(before_loading, "memory_here", lambda backend: free)
-    asked = config(model=str(path), load_in_4bit=True)
+    asked = config(model=str(path), load_in_4bit=True, dtype="bfloat16")
     words = (
         r"its weights take 55\.\d GB with --4bit, and 24\.0 GB are free: 3% of the weights are packed; experts stay at 16 bits"
     )
