@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def test_qwen3_30b_a3b_by_pencil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=words):
         before_loading.check_experts(replace(asked, backend="cuda"), said.append)
     before_loading.check_experts(replace(asked, backend="cpu"), said.append)
-    assert len(said) == 1 and words[:30].replace("\\", "") in said[0]
+    assert len(said) == 1 and re.search(words, said[0])
     free = Memory(80 * GIB, "a card")
     before_loading.check_experts(replace(asked, backend="cuda"), said.append)
     before_loading.check_experts(replace(asked, load_in_4bit=False, backend="cuda"), said.append)
