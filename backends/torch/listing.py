@@ -81,7 +81,11 @@ def _list(base: Any, config: Any, quantization: Quantization | None, skipped: li
     parts = _Parts.of(base, decoder, kept)
     head, table = base.get_output_embeddings().weight, base.get_input_embeddings().weight
     each = adapters.experts_of(text.to_dict())
-    stacked = {name: size for name, size in parts.others.items() if each and size.shape[:1] == (each,) and size.ndim > 1}
+    stacked = {
+        name: size
+        for name, size in parts.others.items()
+        if each and size.shape[0] == each and (size.ndim == 3 or ".experts." in name)
+    }
     narrow = {name: _kept_wide(base, getattr(torch, name), decoder) for name in ("bfloat16", "float16")}
     rehearser = Rehearser(base)
     experts = sum(map(torch.numel, stacked.values()))

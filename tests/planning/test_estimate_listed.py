@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,14 +119,14 @@ def test_qwen3_30b_a3b_by_pencil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     said: list[str] = []
     free = Memory(24 * GIB, "a card")
     monkeypatch.setattr(before_loading, "memory_here", lambda backend: free)
-    asked = config(model=str(path), load_in_4bit=True)
+    asked = config(model=str(path), load_in_4bit=True, dtype="bfloat16")
     words = (
         r"its weights take 55\.\d GB with --4bit, and 24\.0 GB are free: 3% of the weights are packed; experts stay at 16 bits"
     )
     with pytest.raises(UserError, match=words):
         before_loading.check_experts(replace(asked, backend="cuda"), said.append)
     before_loading.check_experts(replace(asked, backend="cpu"), said.append)
-    assert len(said) == 1 and words[:30].replace("\\", "") in said[0]
+    assert len(said) == 1 and re.search(words, said[0])
     free = Memory(80 * GIB, "a card")
     before_loading.check_experts(replace(asked, backend="cuda"), said.append)
     before_loading.check_experts(replace(asked, load_in_4bit=False, backend="cuda"), said.append)
