@@ -77,7 +77,8 @@ class TorchBackend:
         # A packed weight holds two parameters per byte.
         parameters = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in base.parameters())
         self.checkpointing = checkpointing(training, parameters) if training else "off"
-        packed = packed_text(base, adapters.experts_of(base.config.get_text_config().to_dict()))
+        self.experts = adapters.experts_of(base.config.get_text_config().to_dict())
+        packed = packed_text(base, self.experts)
         self.base, self.model, self.decoder, base.name_or_path = base, base, decoder_of(base), model
         if options.head_bits:
             self._quantize_head(options.head_bits)
@@ -85,8 +86,7 @@ class TorchBackend:
         if training and training.offload_embeddings:
             torch_layers.offload_embeddings(base, self.head, self.device)
         self.switch, self.adapters, self.seed = Switch(), dict[str, Trainable](), adapter.seed if adapter else 0
-        self.linear, self.experts = linear_layers(base), adapters.experts_of(base.config.get_text_config().to_dict())
-        self.every = self.linear
+        self.linear = self.every = linear_layers(base)
         if adapter and training and not self.unsloth:
             self.linear = torch_probing.adaptable(base, self.decoder, self.linear, self.device)
         if adapter:
@@ -96,8 +96,7 @@ class TorchBackend:
         if not self.unsloth:  # which has its own layers
             fused, named = self.dtype if self._fused else None, f"{model} ({type(base).__name__})"
             offload = bool(training and training.offload_activations)
-            arranged = arrange(self.decoder, named, self.checkpointing, fused, self.switch, offload)
-            self.reader.last_layer, self.store = arranged
+            self.reader.last_layer, self.store = arrange(self.decoder, named, self.checkpointing, fused, self.switch, offload)
         torch.manual_seed(self.seed)
         torch_probing.check_head(base, self.reader, self.token_logps, model, self.dtype_name)
         self.layout_reason, self.batched = "", True
