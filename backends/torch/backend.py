@@ -95,7 +95,7 @@ class TorchBackend:
         self.store: ActivationOffload | None = None
         if not self.unsloth:  # which has its own layers
             fused, named = self.dtype if self._fused else None, f"{model} ({type(base).__name__})"
-            offload = bool(training and training.offload_activations)
+            offload = training is not None and training.offload_activations
             self.reader.last_layer, self.store = arrange(self.decoder, named, self.checkpointing, fused, self.switch, offload)
         torch.manual_seed(self.seed)
         torch_probing.check_head(base, self.reader, self.token_logps, model, self.dtype_name)
@@ -105,7 +105,7 @@ class TorchBackend:
             self.layout_reason = torch_probing.choose_layout(*probed)
         self.layout = self.reader.layout
         bits = (f", {packed}" if self.in_4bit else "") + (f", {options.head_bits}-bit head" if options.head_bits else "")
-        bits += ", unsloth" if self.unsloth else ""
+        bits += ", unsloth" * self.unsloth
         self.description = f"{device} ({where(device)}), {self.dtype_name}{bits}, {self.layout} layout"
         kind = f"{' nf4' if self.in_4bit else ''} head {options.head_bits or 16}{' unsloth' if self.unsloth else ''}"
         self.identity = f"torch {self.dtype_name}{kind}"
@@ -277,9 +277,8 @@ class TorchBackend:
         """Continue the prompts in one batch."""
         self.model.eval()
 
-        def run() -> list[Generated]:
+        def run() -> list[Generated]:  # unsloth's generation makes its own cache
             with torch_unsloth.generating(self.model, max(map(len, prompts))) if self.unsloth else nullcontext():
-                # unsloth's generation makes its own cache.
                 return torch_generate.generate(
                     self.base, self.device, prompts, max_new_tokens, end_ids, seeds, sampling, stop, share=not self.unsloth
                 )
