@@ -109,6 +109,8 @@ def measure(config: ResolvedConfig, load: Load) -> Measured:
     shape, resolved = read_model(config.model), replace(config, layout=backend.layout)
     shape = replace(shape, exact=True) if isinstance(shape, ListedModel) else shape
     if name == "mlx":
+        if isinstance(shape, ListedModel):
+            raise UserError(f"--model {config.model}: on mlx plan knows dense models alone")
         of_step = MLXStep(resolved, shape, backend.dtype_name, load, metal=platform.system() == "Darwin")
         said = of_step.estimate()
     else:

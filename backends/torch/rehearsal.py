@@ -139,8 +139,7 @@ class _Kernel(TorchFunctionMode):
         if q.shape[-1] == v.shape[-1]:
             causal = {"attn_mask": attn_mask, "scale": scale}
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout_p, is_causal, **causal)[0]
-        given = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, **given)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 @contextmanager

@@ -8,27 +8,30 @@ taken as linear, which is not too little where the peak is the highest of parts 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from lite_dil.backends.limits import TORCH_CHUNK, chunk_tokens
 from lite_dil.base.errors import UserError
 from lite_dil.batching.schedule import PRECOMPUTE_ROWS, row_tokens
-from lite_dil.models.listing import LayerTurn, Rehearsal, StepProfile, layer_number
+from lite_dil.config.train_config import ResolvedConfig
+from lite_dil.models.listing import LayerTurn, ListedModel, Rehearsal, StepProfile, layer_number
+from lite_dil.models.shape import ModelShape
 from lite_dil.planning.estimate import FLOAT32, Load
 from lite_dil.planning.estimate_torch import NF4_BLOCK, TorchStep
 
 _FEWEST, _ROWS = 256, 4  # tokens of the smallest rehearsal, and sequences of the second one of each size
-_MOST = (
-    2**14
-)  # operations of a rehearsal, beyond which the next ones are extrapolated: what takes so many is a loop over tokens
+_MOST = 2**14  # operations of a rehearsal, beyond which larger ones are extrapolated: so many are a loop over tokens
 
 
 class ListedStep(TorchStep):
     """A training step of the torch backend on a listed model."""
 
     shape: Any
+
+    def __init__(self, config: ResolvedConfig, shape: ListedModel, backend: str, dtype: str, load: Load) -> None:
+        super().__init__(config, cast(ModelShape, shape), backend, dtype, load)  # which has what the step reads of a shape
 
     def prepare(self) -> None:
         """Refuse what the backend would refuse once the model is loaded."""

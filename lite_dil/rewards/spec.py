@@ -20,7 +20,7 @@ from lite_dil.rewards.function import TIMEOUT, FunctionSource, identity_of
 from lite_dil.rewards.source import RewardSource
 
 Functions = Mapping[str, Callable[..., Any]]  # a reward's functions by name
-_EXPECTED = "answer:exact|number|choice, FILE.py:FUNCTION, or the folder of a run of lite-dil reward"
+_EXPECTED = "answer:exact|number|choice, or FILE.py:FUNCTION"
 _FUNCTION = re.compile(r"function:(\w{1,60}):([0-9a-f]{12})")
 
 
