@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # scripts/, where this pa
 from soak.pieces import Kept, Piece, run
 from soak.row import rows_of, table, write_page
 
-PARTS = ("damage", "writes", "hostile", "steady")  # the longest pieces first
+PARTS = ("writes", "damage", "hostile", "steady")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

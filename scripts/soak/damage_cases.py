@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from soak.damage_world import World
@@ -50,12 +49,10 @@ FLIPS = {"cpu": (50, 5), "mlx": (8, 2)}
 SHORT = {"cpu": 24, "mlx": 8}  # cases of the short form
 
 
-def cases(root: Path, backend: str, *, short: bool) -> Iterator[dict[str, Any]]:
-    """Make the world of a backend and go through all of its files; yield what became of each case."""
-    world = World(root, backend, short)
-    world.make()
-    found = list(_cases(world))
-    for path, name, what, damage in found[:: len(found) // SHORT[backend] if short else 1]:
+def cases(world: World, wanted: Callable[[str], bool]) -> Iterator[dict[str, Any]]:
+    """Go through the files of a world whose paths are `wanted`; yield what became of each case."""
+    found = [each for each in _cases(world) if wanted(each[0])]
+    for path, name, what, damage in found[:: len(found) // SHORT[world.backend] if world.short else 1]:
         yield case(world, path, name, what, damage)
 
 
