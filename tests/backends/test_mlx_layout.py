@@ -36,6 +36,7 @@ from lite_dil.backends.mlx import lora as mlx_lora
 from lite_dil.backends.mlx import prefix as mlx_prefix
 from lite_dil.backends.mlx.backend import MLXBackend
 from lite_dil.backends.mlx.load import memory_limits, windows
+from lite_dil.backends.mlx.twin import TwinCheck
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.objectives.loss import SUMS
@@ -228,7 +229,7 @@ def test_a_layout_that_would_be_wrong_is_not_taken(tiny: str, monkeypatch: pytes
         return self.norm(hidden)
 
     monkeypatch.setattr(llama.LlamaModel, "__call__", absolute)
-    monkeypatch.setattr(mlx_backend, "check_twin", lambda *_: "")  # which would refuse the model
+    monkeypatch.setattr(mlx_backend, "check_twin", lambda *_: TwinCheck())  # which would refuse the model
     assert "log-probs" in load("mlx", tiny).layout_reason
 
 
