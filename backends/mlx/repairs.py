@@ -1,4 +1,4 @@
-"""Settings of a config.json that some of mlx-lm's models do not read: the form of GELU, and attention windows.
+"""What some of mlx-lm's models compute otherwise: the form of GELU, constants in 16 bits, attention windows.
 
 What comes of it is not taken for granted: `lite_dil.backends.mlx.twin` compares it with transformers.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Set
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +27,7 @@ _NAMES = {"gelu", "gelu_approx"}
 def wrap(model: nn.Module, config: dict[str, Any], checkpointing: str) -> None:
     """Wrap the layers as `wrap_layers` does, and mend what the model does not read of its config."""
     mend_gelu(model, config.get("text_config") or config)
+    mend_constants(model)
     wrap_layers(model, checkpointing)
     mend_windows(model, config)
 
@@ -35,11 +37,20 @@ def mend_gelu(model: nn.Module, config: dict[str, Any]) -> None:
     wanted = _GELUS.get(str(config.get("hidden_activation") or config.get("hidden_act")))
     if wanted is None:
         return
-    library = types.SimpleNamespace(**vars(nn) | dict.fromkeys(_NAMES, wanted))
+    _rebind(model, _NAMES, {"nn": types.SimpleNamespace(**vars(nn) | dict.fromkeys(_NAMES, wanted))})
+
+
+def mend_constants(model: nn.Module) -> None:
+    """Keep constants in the model's own type: in float32 Gemma 3's embeddings are not multiplied by a root in 16 bits."""
+    _rebind(model, {"bfloat16"}, {"mx": types.SimpleNamespace(**vars(mx) | {"bfloat16": mx.float32})})
+
+
+def _rebind(model: nn.Module, used: Set[str], libraries: dict[str, Any]) -> None:
+    """Let the code of modules that uses one of these names find other libraries."""
     for module in model.modules():
         call: Any = type(module).__call__
-        if call.__globals__.get("nn") is nn and not _NAMES.isdisjoint(call.__code__.co_names):
-            names = call.__globals__ | {"nn": library}
+        if not used.isdisjoint(call.__code__.co_names) and libraries.keys() <= call.__globals__.keys():
+            names = call.__globals__ | libraries
             call = types.FunctionType(call.__code__, names, "__call__", call.__defaults__, call.__closure__)
             module.__class__ = type(type(module).__name__, (type(module),), {"__call__": call})
 

@@ -49,7 +49,7 @@ class Differences(NamedTuple):
         return self.whole < TOLERANCE
 
 
-class TwinResult(NamedTuple):
+class TwinCheck(NamedTuple):
     """Layers that must have no adapter, as in `Differences`, and what is to be said."""
 
     layers: frozenset[str] = frozenset()
@@ -60,7 +60,7 @@ class TwinResult(NamedTuple):
         return {name: shape for name, shape in shapes.items() if _NUMBER.sub("#", name) not in self.layers}
 
 
-def check_twin(model: Any, folder: Path, name: str, config: dict[str, Any], max_length: int, code: bool) -> TwinResult:
+def check_twin(model: Any, folder: Path, name: str, config: dict[str, Any], max_length: int, code: bool) -> TwinCheck:
     """Compare a model's twin with transformers.
 
     Args:
@@ -75,7 +75,7 @@ def check_twin(model: Any, folder: Path, name: str, config: dict[str, Any], max_
     except Misfit as error:
         check_windows(config, applied_windows(model), max_length, name)
         advice = "before a long run, compare its first figures with another --backend's"
-        return TwinResult(remark=f"{name} was not compared with transformers: {error}; {advice}")
+        return TwinCheck(remark=f"{name} was not compared with transformers: {error}; {advice}")
     if not found.right:
         if not found.within < TOLERANCE or not any(windows(config)):
             raise UserError(
@@ -91,7 +91,7 @@ def check_twin(model: Any, folder: Path, name: str, config: dict[str, Any], max_
         named = ", ".join(found.uncovered[:6]) + (", ..." if len(found.uncovered) > 6 else "")
         other = "without torch, only another model of its family was compared with transformers"
         remarks.append(f"{other}; it differs in {named}")
-    return TwinResult(found.layers, "; ".join(remarks))
+    return TwinCheck(found.layers, "; ".join(remarks))
 
 
 def compare(folder: Path, name: str, code: bool = False) -> Differences:

@@ -35,7 +35,7 @@ PAIRS = [
     {"prompt": "2 + 2?", "chosen": "It is 4, as everybody can count on four fingers.", "rejected": "5"},
     {"prompt": "Say hello, please.", "chosen": "Hello!", "rejected": "Goodbye, and do not come back any time soon."},
 ]
-# A difference above these is an error of the computation. float32's own noise on the tiny models is a tenth of it or less.
+# A difference above these is an error of the computation, if float32's own (see `noise`) does not explain it.
 LOGPS = {"cpu": 5e-5, "mlx": 1e-4}  # nats of one token
 GRADIENT = {"cpu": 1e-4, "mlx": 1e-3}  # of the gradient's norm, for each weight
 
@@ -85,10 +85,13 @@ def check(model: Path, backend: str, place: Path, **more: Any) -> Found:
     found.merged = float(np.abs(token_logps(independent(merged), batch).numpy() - ours).max())
     if not np.abs(ours - reference).max() > 1e-3:
         found.wrong.append("three steps changed nothing")
+    bound_of_logps = LOGPS[backend]
+    if max(found.logps, found.reloaded, found.merged) > bound_of_logps:
+        bound_of_logps += 2 * noise(independent(merged), batch)  # of each of the two that are compared
     for what, value, bound in (
-        ("log-probs", found.logps, LOGPS[backend]),
-        ("the saved adapter's log-probs", found.reloaded, LOGPS[backend]),
-        ("the merged model's log-probs", found.merged, LOGPS[backend]),
+        ("log-probs", found.logps, bound_of_logps),
+        ("the saved adapter's log-probs", found.reloaded, bound_of_logps),
+        ("the merged model's log-probs", found.merged, bound_of_logps),
         ("gradients", found.gradient, GRADIENT[backend]),
     ):
         if not value <= bound:
@@ -118,13 +121,20 @@ def token_logps(model: Any, batch: Batch) -> torch.Tensor:
         return torch.cat(sequences(model, batch))
 
 
+def noise(model: Any, batch: Batch) -> float:
+    """Return float32's own error of a model's log-probs: its largest difference from the same weights in float64."""
+    model.set_experts_implementation("eager")  # grouped products take no float64
+    before = token_logps(model, batch)
+    return float((token_logps(model.double(), batch) - before).abs().max())
+
+
 def sequences(model: Any, batch: Batch) -> list[torch.Tensor]:
     """Return each response's token log-probs."""
     found = []
     for response, prompt in zip(batch.responses, batch.prompt_of, strict=True):
         start = len(batch.prompts[prompt])
         ids = torch.from_numpy(np.concatenate([batch.prompts[prompt], response]))[None]
-        logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        logps = model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1).float()
         found.append(logps.gather(-1, ids[0, 1:, None])[start - 1 :, 0])
     return found
 

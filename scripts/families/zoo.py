@@ -283,6 +283,8 @@ def _settings(name: str, size: int) -> dict[str, Any]:
     found |= FAMILIES[name]
     if name == "gpt_neox":  # as every Pythia has it
         found["intermediate_size"] = 4 * found["hidden_size"]
+    if name == "helium":  # its last projection is square
+        found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
     if size == 2:
         for key in _GROWING_WITH_THEM if name not in _SAME_LAYERS else ():
             if key in found:

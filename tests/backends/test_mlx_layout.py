@@ -36,6 +36,7 @@ from lite_dil.backends.mlx import lora as mlx_lora
 from lite_dil.backends.mlx import prefix as mlx_prefix
 from lite_dil.backends.mlx.backend import MLXBackend
 from lite_dil.backends.mlx.load import memory_limits, windows
+from lite_dil.backends.mlx.twin import TwinCheck
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.objectives.loss import SUMS
@@ -167,15 +168,14 @@ SLIDING = {
 
 
 @pytest.mark.parametrize("kind", SLIDING)
-def test_a_window_that_mlx_lm_leaves_out_is_refused_in_any_layout(kind: str, tmp_path: Path) -> None:
+def test_a_window_that_mlx_lm_leaves_out_is_applied_in_any_layout(kind: str, tmp_path: Path) -> None:
     model = make(SLIDING[kind], tmp_path)
-    for layout in ("auto", "plain"):
-        with pytest.raises(UserError, match=r"6 tokens.*--max-length 6\b"):
-            load("mlx", model, layout=layout, max_length=32)
-    data = ragged([(3, [2, 3])])  # no row is longer than the window
+    data = ragged([(9, [2, 5]), (3, [12])])  # rows longer than the window
     with torch.no_grad():
         expected = oracle_logps(bare_model(model), data).numpy()
-    np.testing.assert_allclose(load("mlx", model, max_length=6).token_logps(data), expected, atol=1e-4)
+    for layout in ("auto", "plain"):
+        found = load("mlx", model, layout=layout, max_length=32).token_logps(data)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_windows_are_read_from_the_config() -> None:
@@ -229,7 +229,7 @@ def test_a_layout_that_would_be_wrong_is_not_taken(tiny: str, monkeypatch: pytes
         return self.norm(hidden)
 
     monkeypatch.setattr(llama.LlamaModel, "__call__", absolute)
-    monkeypatch.setattr(mlx_backend, "check_twin", lambda *_: "")  # which would refuse the model
+    monkeypatch.setattr(mlx_backend, "check_twin", lambda *_: TwinCheck())  # which would refuse the model
     assert "log-probs" in load("mlx", tiny).layout_reason
 
 
