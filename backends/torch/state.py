@@ -36,6 +36,7 @@ def save_adapter(model: Any, adapter: Trainable, folder: Path) -> None:
 
     PEFT's own `save_pretrained` writes the same two files, and beside them a model card that is not this library's.
     """
+    make_folder(folder)
     weights = {key: weight.detach().contiguous() for key, weight in _by_saved_name(adapter).items()}
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = copy(model.peft_config[peft_name(adapter.name)])

@@ -26,6 +26,7 @@ _USELESS = {
     "eval_steps": "nothing is held out; the metrics are those of new answers in each step",
     "sample_rejected": "all answers are drawn",
     "precompute_reference": "the answers are not known before",
+    "reference_cache": "the answers are new in each step, so that nothing is kept",
     "lora_dropout": "the gradient would be of another policy than the one that drew the answers",
 }
 

@@ -12,7 +12,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.config.adapter_source import find
 from lite_dil.config.options import build
-from lite_dil.config.train_config import FIELDS, ResolvedConfig
+from lite_dil.config.train_config import LOADING_FIELDS, ResolvedConfig
 from lite_dil.data.encoder import Encoder, encoder_of
 from lite_dil.generation import policy as policies
 from lite_dil.generation.policy import AdapterSource, Policy
@@ -63,7 +63,7 @@ class RewardModel:
     def data_options(self, given: Mapping[str, Any]) -> ResolvedConfig:
         """Return options that read data; those of its run where they are not given."""
         own = {name: value for name, value in self.read.items() if name == "max_length"}
-        return build({name: value for name, value in given.items() if name in FIELDS and value is not None}, own)
+        return build({name: value for name, value in given.items() if name in LOADING_FIELDS and value is not None}, own)
 
     def encoder(self, say: Callable[[str], None]) -> Encoder:
         """Return the base's encoder."""

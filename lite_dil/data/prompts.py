@@ -94,11 +94,17 @@ def key_of(row: dict[str, Any]) -> str:
 
 
 def read_prompts(
-    source: str, options: DataOptions, chat: bool, say: Callable[[str], None], given: Rows | None = None
+    source: str,
+    options: DataOptions,
+    chat: bool,
+    say: Callable[[str], None],
+    given: Rows | None = None,
+    alike: bool = False,
 ) -> list[Prompt]:
     """Read all prompts of one or several sources, each once, in order.
 
     Args:
+        alike: whether rows with the same prompt must have the same other columns, since a reward reads them.
         source: see `lite_dil.data.sources.records`; a .txt file has one prompt per line.
         options: the options in `FLAGS` decide how rows are read.
         chat: whether plain-text prompts become user messages.
@@ -125,6 +131,8 @@ def read_prompts(
                 check_prompt(draft.prompt)
                 others = {name: of for name, of in value.items() if name not in _ASKING and name != columns.get("prompt")}
                 prompt = Prompt(draft.prompt, place, draft.tools, arguments=draft.arguments, columns=others)
+                if alike:
+                    _check_alike(prompt, found.get(prompt.key))
                 first = first or prompt
                 if prompt.chat != first.chat:
                     raise RowError(
@@ -151,6 +159,18 @@ def read_prompts(
     if repeats:
         say(f"{repeats} prompt{'s repeat' if repeats > 1 else ' repeats'} an earlier one: each is used once")
     return list(found.values())
+
+
+def _check_alike(prompt: Prompt, earlier: Prompt | None) -> None:
+    """Raise RowError if a row repeats an earlier one's prompt with other columns."""
+    if earlier and earlier.columns != prompt.columns:
+        changed = sorted(set(earlier.columns) ^ set(prompt.columns)) or [
+            name for name, value in prompt.columns.items() if earlier.columns[name] != value
+        ]
+        raise RowError(
+            "prompts with several answers",
+            f"the prompt is that of {earlier.place}, but its {changed[0]!r}, which a reward may read, is another; keep one",
+        )
 
 
 def encode_prompts(

@@ -41,6 +41,7 @@ class TakenOnline:
         advantages: (groups, K), of r - beta f.
         skipped: groups that contributed no gradient.
         result: with a gradient norm of 0 where no group did, and the optimiser took no step.
+        too_far: whether --target-kl ends the training with this step.
     """
 
     step: int
@@ -49,6 +50,7 @@ class TakenOnline:
     skipped: int
     batches: list[Batch]
     result: StepResult
+    too_far: bool = False
 
 
 class OnlineTraining:
@@ -79,29 +81,29 @@ class OnlineTraining:
         self.last: TakenOnline | None = None
         self._logging_steps, self._target_kl, self._say = logging_steps, target_kl, say
         self._pairs = None if objective.loss in ONLINE else Criterion(objective, [Example((), ((), ()), (CHOSEN, REJECTED))])
-        self._ended = False
 
     @property
     def steps(self) -> int:
         """The number of steps of the whole training; those done if the target KL ended it."""
-        return self.progress.step if self._ended else self.schedule.steps
+        return self.progress.step if self.progress.ended else self.schedule.steps
 
-    def take(self, step: int, tell: Callable[[int, int], None]) -> TakenOnline | None:
-        """Take a step, unless the policy is too far from its reference: then the training ends before it."""
+    def take(self, step: int, tell: Callable[[int, int], None]) -> TakenOnline:
+        """Take a step; the last one, without an update, if the policy is too far from its reference."""
         drawn = self.sampler.draw(step)
-        if self._target_kl is not None and (distance := float(drawn.log_ratios.mean())) > self._target_kl:
+        distance = float(drawn.log_ratios.mean())
+        too_far = self._target_kl is not None and distance > self._target_kl
+        if too_far:
             self._say(
                 f"the mean log-ratio of the answers is {distance:.3g} nats, above --target-kl {self._target_kl:g}: the "
-                f"training ends after step {self.progress.step}"
+                f"training ends with step {step}, which changes nothing"
             )
-            self._ended = True
-            return None
         advantages = leave_one_out(regularised(drawn.rewards, drawn.log_ratios, self.objective.beta))
-        used = np.flatnonzero(advantages.any(1) if self._pairs is None else ~equal_groups(drawn.rewards))
+        useful = advantages.any(1) if self._pairs is None else ~equal_groups(drawn.rewards)
+        used = np.flatnonzero(useful & (not too_far))
         skipped = len(drawn.groups) - len(used)
         batches, result = self._update(drawn, advantages, used, step, tell)
         self.largest.add(batches)
-        self.last = TakenOnline(step, drawn, advantages, skipped, batches, result)
+        self.last = TakenOnline(step, drawn, advantages, skipped, batches, result, too_far)
         return self.last
 
     def count(self, taken: TakenOnline, seconds: float) -> dict[str, Any] | None:
@@ -110,6 +112,7 @@ class OnlineTraining:
         tokens = sum(len(group.prompt.ids) + len(one.ids) for group in groups for one in group.rollouts)
         means = Means(self.progress.window)
         count_work(self.progress, means, taken.result, len(groups), tokens, seconds)
+        self.progress.ended = taken.too_far
         answer_metrics(means, taken.drawn, self.objective.beta, taken.skipped)
         if self.progress.step % self._logging_steps and self.progress.step < self.steps:
             return None

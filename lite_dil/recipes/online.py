@@ -86,7 +86,7 @@ class _Questions:
 
     def read(self, encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None], given: Given) -> RunData:
         """Return the prompts as examples without responses."""
-        found = read_prompts(config.data, config, config.chat, say, given.data)
+        found = read_prompts(config.data, config, config.chat, say, given.data, alike=True)
         self.prompts = encode_prompts(found, encoder, config, _online(config).max_new_tokens, say)
         examples = [Example(prompt.ids, (), (), prompt.place) for prompt in self.prompts]
         tokens = np.array([len(prompt.ids) for prompt in self.prompts])

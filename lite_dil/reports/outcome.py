@@ -44,7 +44,7 @@ def what(record: RunRecord) -> str:
     again = command(*of, "--resume", str(record.folder), *["--trust-remote-code"] * bool(config.get("trust_remote_code")))
     states = {
         "running": f"The run is in progress: {steps} when this was written.",
-        "finished": f"It is finished: {steps}.",
+        "finished": f"It is finished: {steps}. {facts['why']}".rstrip(),
         "stopped": f"It was stopped after {steps}, and saved; {again} continues it.",
         "interrupted": f"It was interrupted by Ctrl-C after {steps}; steps after its last checkpoint are not saved.",
         "diverged": f"It diverged after {steps}: {facts['why']}",

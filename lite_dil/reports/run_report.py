@@ -75,6 +75,8 @@ class RunReport(Observer):
         """Show the run's memory, and write its final report."""
         if memory := self.memory():
             self.say(memory)
+        if event.steps < (planned := self.facts["steps"]):
+            self.facts |= {"steps": event.steps, "why": f"It ended before the {planned} steps that were planned."}
         self.facts |= {"state": "finished", "memory": memory}
         self.write()
 

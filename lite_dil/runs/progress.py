@@ -27,6 +27,7 @@ class Progress:
         drawn: a hash of the tokens of the training data with the responses that --sample-rejected drew.
         window: sums of the metrics since the last logged line, so that a resumed run logs the same means.
         metrics: size and hash of metrics.jsonl when the checkpoint was saved.
+        ended: whether the training has ended before its last step, as --target-kl does.
 
     Runs before format 3 recorded the training data alone.
     """
@@ -40,6 +41,7 @@ class Progress:
     drawn: str = ""
     base: dict[str, Any] = field(default_factory=dict)
     metrics: list[Any] = field(default_factory=list)
+    ended: bool = False
 
 
 def write_progress(checkpoint: Path, progress: Progress) -> None:
@@ -92,4 +94,5 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "window": ("lists of numbers by name", _sums),
     "base": ("weights and config", _base),
     "metrics": ("a size and a hash", _size_and_hash),
+    "ended": ("true or false", lambda value: type(value) is bool),
 }

@@ -42,7 +42,7 @@ class Steps(Protocol[T]):
 
     Attributes:
         progress: updated by each step; saved in checkpoints.
-        steps: the number of steps of the whole training.
+        steps: the number of steps of the whole training, which `count` may lower to those done: it then ends.
         stopping: shows, from a signal handler, that a stop was asked for.
     """
 
@@ -58,11 +58,8 @@ class Steps(Protocol[T]):
     def stopping(self) -> Callable[[str], None]:
         """See above."""
 
-    def take(self, step: int, tell: Callable[[int, int], None]) -> T | None:
-        """Take a step; `tell` is called with the number of its passes, and of those done.
-
-        None means that the training ends before this step; `steps` is then the number of those done.
-        """
+    def take(self, step: int, tell: Callable[[int, int], None]) -> T:
+        """Take a step; `tell` is called with the number of its passes, and of those done."""
 
     def count(self, taken: T, seconds: float) -> dict[str, Any] | None:
         """Count a step as done; return a line of metrics if one is due."""
@@ -160,9 +157,6 @@ def loop(training: Steps[T], observers: Observers, keep: Callable[[], Path], aga
         while not is_finished(training) and not stop.asked:
             began, step = time.perf_counter(), training.progress.step + 1
             taken = training.take(step, partial(observers.within_step, event()))
-            if taken is None:
-                observers.after_step(event())
-                return
             if not finite(taken.result):  # the weights are still those after the previous, finite step
                 kept = keep() if training.progress.step else None
                 raise TrainingDiverged(training.explain(step, taken, kept))

@@ -212,10 +212,28 @@ def test_a_resumed_run_is_the_same_to_the_bit(
 def test_target_kl_ends_the_training(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fast = [*flags, "--loss", "rloo", "--target-kl", "0.001", "--learning-rate", "0.2"]
     lines = run(fast, tmp_path / "run")
-    assert 1 <= len(lines) < 4 and (tmp_path / "run" / "adapter").is_dir()
-    assert "above --target-kl 0.001: the training ends after step" in " ".join(capsys.readouterr().out.split())
+    assert 1 < len(lines) < 4 and (tmp_path / "run" / "adapter").is_dir()
+    # The step that shows the distance is logged, and changes nothing.
+    assert lines[-1]["kl/answer"] > 0.001 and lines[-1]["grad_norm"] == 0 and lines[0]["grad_norm"] > 0
+    assert "above --target-kl 0.001: the training ends with step" in " ".join(capsys.readouterr().out.split())
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["state"] == "finished"
+    assert (report["state"], report["steps"]) == ("finished", len(lines)) and "before the 4 steps" in report["why"]
+    again = ["--reward", flags[flags.index("--reward") + 1]]
+    assert main(["train", "--resume", str(tmp_path / "run"), *again]) == 0
+    assert "the run is finished" in capsys.readouterr().out
+    assert metrics(tmp_path / "run") == lines
+
+
+def test_a_prompt_with_two_right_answers_is_refused(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "1 + 1?", "answer": "3"}]
+    path = tmp_path / "twice.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags[flags.index("--data") + 1] = str(path)
+    assert main(["train", *flags, "--loss", "rloo", "--output-dir", str(tmp_path / "run")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "line 2" in said and "line 1" in said and "'answer'" in said
 
 
 def test_a_program_gives_rows_and_a_function(questions: Path, tiny: str, backend_name: str, tmp_path: Path) -> None:
