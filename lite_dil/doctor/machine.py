@@ -86,7 +86,9 @@ def look(backend: str) -> Machine:
 
 def places() -> dict[str, tuple[Path, str]]:
     """Return the folders of lite-dil's cache and of the Hub's, each with the variable that moves it."""
-    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface", "hub")
+    given = os.environ.get
+    home = given("HF_HOME") or Path(given("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    hub = given("HF_HUB_CACHE") or given("HUGGINGFACE_HUB_CACHE") or Path(home, "hub")  # as huggingface_hub finds it
     return {"lite-dil": (cache_dir(), "LITE_DIL_CACHE"), "hub": (Path(hub).expanduser(), "HF_HUB_CACHE")}
 
 

@@ -79,7 +79,7 @@ def write_card(folder: Path, source: AdapterSource, format: str, check: Any, com
     kind = format
     if format == "adapter":
         kind = "peft" if (folder / "adapter_model.safetensors").is_file() else "mlx-lm"
-    options = _options(source)
+    options = options_of_run(source)
     model = source.options.model
     base = _EMBEDDED if model == EMBEDDED_MODEL else ({"base_model": model} if is_hub_id(model) else {}) | _license(model)
     facts = _facts(source.run) if source.run else {}
@@ -101,7 +101,7 @@ def write_card(folder: Path, source: AdapterSource, format: str, check: Any, com
     replace_file(folder / "README.md", redacted("\n\n".join(parts)) + "\n")
 
 
-def _options(source: AdapterSource) -> dict[str, Any]:
+def options_of_run(source: AdapterSource) -> dict[str, Any]:
     """Return the options that an adapter was trained with: those of its seal or, of older versions, its run's config.yaml."""
     if source.run is None or source.adapter is None:
         return {}
