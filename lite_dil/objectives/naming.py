@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
@@ -121,6 +122,8 @@ def _value(what: str, value: Any, seen: set[int]) -> Iterator[str]:
         for key, each in value.items():
             yield from _value(what, key, seen)
             yield from _value(what, each, seen)
+    elif isinstance(value, re.Pattern):
+        yield f"re.Pattern {value.pattern!r} {value.flags}"
     elif isinstance(value, ModuleType):
         yield f"module {value.__name__}"
     elif isinstance(value, (FunctionType, BuiltinFunctionType, functools.partial)):

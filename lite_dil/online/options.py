@@ -12,7 +12,7 @@ GROUP_SIZES, ANSWER_TOKENS, REFILL = {"rloo": 8, "dpo": 2}, 256, 1  # defaults
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineOptions:
-    """How answers are drawn and rewarded; None of `reward` trains on the data's own answers."""
+    """How answers are drawn and rewarded; With reward=None, training uses the data's own answers."""
 
     reward: str | None = option(
         "online",
@@ -29,7 +29,7 @@ class OnlineOptions:
         "online", None, f"maximum tokens of a drawn answer, its end token included (default: {ANSWER_TOKENS})"
     )
     missing_eos_penalty: float | None = option(
-        "online", None, "is subtracted from the reward of an answer that --max-new-tokens cut (default: 0)"
+        "online", None, "subtract this from the reward of an answer that --max-new-tokens cut (default: 0)"
     )
     refill: int | None = option(
         "online",

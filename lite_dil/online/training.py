@@ -133,7 +133,7 @@ class OnlineTraining:
         )
 
     def sync(self) -> None:
-        """Return: nothing is kept outside of the run."""
+        """Do nothing: no part of it is kept outside of the run."""
 
     def _update(
         self, drawn: DrawnGroups, advantages: np.ndarray, used: np.ndarray, step: int, tell: Callable[[int, int], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,13 @@ if TYPE_CHECKING:
 
 # The columns that hold the right answer, the first one that a row has.
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
-_NUMBER = re.compile(r"(?:(?<![\w)])[-+\u2212])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-_SAID = re.compile(r"\b(?:answer|option|choice)\b\W*(?:is\b\W*)?([A-Ja-j])\b(?!['\u2019])", re.I)
+_NUMBER = re.compile(
+    r"(?:(?<![\w)])[-+\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+\u2212]?\d+)?"
+)
+# Before a word of small letters, I is the pronoun and A may be the article; after "is" it is not, as in "is A because".
+_SAID = re.compile(
+    r"\b(?i:answer|option|choice)\b(?:\W*(?i:is)\b\W*([A-H]|J|I(?! +[a-z]))|\W*([B-HJ]|[AI](?! +[a-z])))\b(?!['\u2019])"
+)
 _MARKED = re.compile(r"(?<!\w)(?:\(([A-J])\)|([A-J])[.):])(?!\w)")
 _ALONE = re.compile(r"\W*([A-Ja-j])\W*")
 
@@ -36,20 +42,47 @@ class AnswerSource:
         """Return 1 or 0 for each response, (answers,). Raises UserError if a row has no answer of this kind."""
         import numpy as np
 
-        return np.array([float(self._read(each.response) == self.right(each.columns, each.place)) for each in answers])
+        return np.array([float(self._given(each) == self.right(each.columns, each.place)) for each in answers])
 
     def right(self, columns: Mapping[str, Any], place: str) -> object:
-        """Return the right answer of a row. Raises UserError if it has none of this kind."""
+        """Return the right answer of a row. Raises UserError if it has none of this kind, or for "number" more than one."""
         found = next((columns[name] for name in ANSWER_COLUMNS if columns.get(name) is not None), None)
         if found is None:
             names = ", ".join(columns) or "none besides the prompt"
             raise UserError(
                 f"{place}: {self.name} needs the right answer in a column {' or '.join(ANSWER_COLUMNS)}; the row has {names}"
             )
-        right = self._read(str(found)) if isinstance(found, (str, int, float)) and not isinstance(found, bool) else None
+        right = self._of_column(found)
         if right is None:
             raise UserError(f"{place}: {self.name} finds nothing to compare with in the row's answer {str(found)[:80]!r}")
+        if self._read is number and isinstance(found, str) and len(several := _numbers(found)) > 1:
+            raise UserError(
+                f"{place}: {self.name} finds {len(several)} numbers ({', '.join(several[:3])}) in the row's answer "
+                f"{found[-80:]!r}; give it as one number, put that after ####, or use answer:exact"
+            )
         return right
+
+    def _of_column(self, found: object) -> object:
+        """Return a column's value as what responses are compared with, or None."""
+        if self._read is number and isinstance(found, (int, float)) and not isinstance(found, bool):
+            return _decimal(found)
+        return self._read(str(found)) if isinstance(found, (str, int, float)) and not isinstance(found, bool) else None
+
+    def _given(self, answered: Answered) -> object:
+        """Return the answer of a response; None if it never stopped thinking, be it that the prompt began the thought."""
+        return None if _thinks(answered.prompt + answered.response) else self._read(answered.response)
+
+
+def _decimal(value: int | float) -> Decimal | None:
+    """Return a number as it is written, so that 1e-05 is 0.00001 exactly; None for NaN and the infinities."""
+    if isinstance(value, int):
+        return Decimal(value)
+    return Decimal(float.__repr__(value)) if math.isfinite(value) else None
+
+
+def _thinks(text: str) -> bool:
+    """Return whether text ends inside a thought."""
+    return "<think>" in text.rpartition("</think>")[2]
 
 
 def last_part(text: str) -> str | None:
@@ -58,7 +91,7 @@ def last_part(text: str) -> str | None:
     That is what follows the last ``</think>``, if there is one; of it what follows the last ``####``, else the content of the
     last ``\\boxed{}``, else all.
     """
-    if "<think>" in text.rpartition("</think>")[2]:
+    if _thinks(text):
         return None
     text = text.rpartition("</think>")[2]
     if "####" in text:
@@ -85,28 +118,35 @@ def exact(text: str) -> str | None:
 
 
 def number(text: str) -> Decimal | None:
-    """Return the last number of the answer, exactly, or None: 1,000 is 1000, and 0.50 is 0.5."""
-    found = _NUMBER.findall(last_part(text) or "")
+    """Return the last number of the answer, exactly, or None: 1,000 is 1000, .50 is 0.5, and 1.5e-3 is 0.0015."""
+    found = _numbers(text)
     try:
         return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
     except InvalidOperation:  # more digits than Decimal holds
         return None
 
 
+def _numbers(text: str) -> list[str]:
+    """Return all numbers of the answer, as they are written."""
+    return _NUMBER.findall(last_part(text) or "")
+
+
 def choice(text: str) -> str | None:
     """Return the letter A to J of the answer, or None.
 
-    A letter alone, else the last one after "answer is" and the like, else the last one marked as (B), B. or B).
+    A letter alone, else the last capital one that follows "answer is" and the like, or is marked as (B), B., B: or B).
     """
     part = last_part(text)
     if part is None:
         return None
     if alone := _ALONE.fullmatch(part):
         return alone[1].upper()
-    if said := _SAID.findall(part):
-        return str(said[-1]).upper()
-    marked = ["".join(pair) for pair in _MARKED.findall(part)]
-    return marked[-1] if marked else None
+    found = [
+        (one.start(one.lastindex or 0), str(one[one.lastindex or 0]))
+        for form in (_SAID, _MARKED)
+        for one in form.finditer(part)
+    ]
+    return max(found)[1] if found else None
 
 
 READERS: dict[str, Callable[[str], object]] = {"exact": exact, "number": number, "choice": choice}

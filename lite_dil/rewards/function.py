@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import threading
 from collections.abc import Callable, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 from lite_dil.base.errors import UserError, first_line
@@ -20,6 +22,11 @@ TIMEOUT = 60.0  # seconds of a call, by default
 
 def identity_of(function: Callable[..., Any]) -> str:
     """Return a digest of what a function computes, 12 hexadecimal digits. Raises UserError if part of it is out of reach."""
+    if not isinstance(function, (FunctionType, BuiltinFunctionType, functools.partial)):
+        raise UserError(
+            f"--reward {place_of(function)}: it is a callable {type(function).__name__}, and a resumed run could not detect "
+            "that it changed; give a function, or functools.partial(function, ...) with its settings"
+        )
     try:
         return identify([function], None)
     except CannotName as error:
@@ -59,7 +66,7 @@ class FunctionSource:
                 f"--reward {self.name}: {type(error).__name__}: {first_line(error)}{self._where(answers)}"
             ) from error
         try:
-            values = [float(value) for value in found]
+            values = [_float(value) for value in found]
         except (TypeError, ValueError):
             raise UserError(f"--reward {self.name} returned {repr(found)[:80]}; expected a list of numbers") from None
         if len(values) != len(answers):
@@ -84,7 +91,7 @@ class FunctionSource:
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        thread.join(self._timeout)
+        thread.join(min(self._timeout, threading.TIMEOUT_MAX))
         if thread.is_alive():
             raise UserError(
                 f"--reward {self.name} took longer than {self._timeout:g} s for {len(answers)} completions; make it faster, "
@@ -110,7 +117,8 @@ class FunctionSource:
             "completion_ids": [list(each.response_ids) for each in answers],
             **{name: [each.columns.get(name) for each in answers] for name in names},
         }
-        wanted = inspect.signature(self._function).parameters
+        parameters = inspect.signature(self._function).parameters
+        wanted = {name: each for name, each in parameters.items() if each.kind is not inspect.Parameter.VAR_POSITIONAL}
         if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in wanted.values()):
             return arguments
         missing = [name for name, each in wanted.items() if each.default is each.empty and name not in arguments]
@@ -129,3 +137,11 @@ class FunctionSource:
             except Exception:  # the same error, or another one, of the user's function
                 return f" ({each.place}: {each.response[:80]!r})"
         return ""
+
+
+def _float(value: Any) -> float:
+    """Return a number as a float; an infinity for an integer that no float holds. Raises TypeError or ValueError."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

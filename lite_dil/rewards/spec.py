@@ -20,7 +20,7 @@ from lite_dil.rewards.function import TIMEOUT, FunctionSource, identity_of
 from lite_dil.rewards.source import RewardSource
 
 Functions = Mapping[str, Callable[..., Any]]  # a reward's functions by name
-_EXPECTED = "answer:exact|number|choice, or FILE.py:FUNCTION"
+_EXPECTED = "answer:exact|number|choice, or FILE.py:FUNCTION without a comma in its path"
 _FUNCTION = re.compile(r"function:(\w{1,60}):([0-9a-f]{12})")
 
 
@@ -48,7 +48,9 @@ class Part:
 
     def __str__(self) -> str:
         source = self.value if self.kind in ("file", "run") else f"{self.kind}:{self.value}"
-        return source if self.weight == 1 else f"{source}={self.weight:g}"
+        short = f"{self.weight:g}"
+        weight = short if float(short) == self.weight else repr(self.weight)
+        return source if self.weight == 1 else f"{source}={weight}"
 
 
 def parse(text: str) -> list[Part]:
@@ -61,14 +63,7 @@ def parse(text: str) -> list[Part]:
 
 
 def _part(piece: str) -> Part:
-    source, equals, weight = piece.rpartition("=")
-    source, number = (source, weight) if equals else (piece, "1")
-    try:
-        factor = float(number)
-    except ValueError:
-        factor = math.nan
-    if not math.isfinite(factor) or factor == 0:
-        raise UserError(f"--reward {piece}: {number!r} is no weight; expected a number other than 0, as in answer:number=0.5")
+    source, factor = _weighted(piece)
     kind, _, value = source.partition(":")
     if kind == "answer":
         if value not in READERS:
@@ -84,6 +79,23 @@ def _part(piece: str) -> Part:
     if not source or not Path(source).is_dir():
         raise UserError(f"--reward {source or piece!r}: expected {_EXPECTED}")
     return Part("run", source, factor)
+
+
+def _weighted(piece: str) -> tuple[str, float]:
+    """Return a source and its weight. Raises UserError if what follows the last "=" is neither a weight nor part of a path."""
+    source, equals, number = piece.rpartition("=")
+    if not equals:
+        return piece, 1.0
+    try:
+        factor = float(number)
+    except ValueError:
+        whole = re.match(r"answer:|.*\.py:\w+$", source)  # a source before the "=", so that 1/2 is a wrong weight
+        if not whole and (re.search(r"[/\\]|\.py", number) or Path(piece).is_dir()):
+            return piece, 1.0
+        factor = math.nan
+    if not math.isfinite(factor) or factor == 0:
+        raise UserError(f"--reward {piece}: {number!r} is no weight; expected a number other than 0, as in answer:number=0.5")
+    return source, factor
 
 
 def resolved(text: str, functions: Functions) -> str:

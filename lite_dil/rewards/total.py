@@ -22,7 +22,7 @@ class TotalReward:
     """The weighted sum of several sources' rewards.
 
     Args:
-        cut_penalty: is subtracted from the reward of a response that was cut before its end, as in TRL.
+        cut_penalty: subtracted from the reward of a response that was cut before its end, as in TRL.
     """
 
     def __init__(self, sources: Sequence[tuple[RewardSource, float]], cut_penalty: float = 0.0) -> None:

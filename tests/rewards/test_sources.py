@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import time
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 
 from lite_dil.base.errors import UserError
 from lite_dil.rewards.answer import AnswerSource, choice, exact, number
-from lite_dil.rewards.function import FunctionSource
+from lite_dil.rewards.function import FunctionSource, identity_of
 from lite_dil.rewards.source import Answered
 from lite_dil.rewards.spec import parse, resolved, sources
 from lite_dil.rewards.total import TotalReward
@@ -33,6 +36,14 @@ def answered(response: str, ended: bool = True, place: str = "q.jsonl line 1", *
         ("10-15 of them", "15"),
         ("<think>maybe 7", None),
         ("none", None),
+        ("about .5", "0.5"),
+        ("-.25", "-0.25"),
+        ("so x = 1.5e-3", "0.0015"),
+        ("6.02E+23 of them", "602e21"),
+        ("it is 2e", "2"),
+        ("3 eggs", "3"),
+        ("wait...5", "5"),
+        ("see fig.7", "7"),
     ],
 )
 def test_numbers(text: str, found: str | None) -> None:
@@ -49,6 +60,12 @@ def test_numbers(text: str, found: str | None) -> None:
         ("Option C: a river", "C"),
         ("I am a house", None),
         ("\\boxed{E}", "E"),
+        ("The answer is a prime number, so (C)", "C"),
+        ("The right option I think is B.", "B"),
+        ("Option A is wrong, so choose (B)", "B"),
+        ("Answer: A prime number", None),
+        ("The ANSWER IS A because nothing else fits", "A"),
+        ("(D) looks right, but the answer is B", "B"),
     ],
 )
 def test_choices(text: str, found: str | None) -> None:
@@ -65,11 +82,42 @@ def test_an_answer_is_right_or_not() -> None:
     assert AnswerSource("number").rewards(both).tolist() == [1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("column", "response"), [(1e-05, "0.00001"), (1e16, "10000000000000000"), (0.1, ".10"), (-7, "-7"), (10**30, "1e30")]
+)
+def test_numbers_of_a_column_are_exact(column: float, response: str) -> None:
+    several = [answered(response, answer=column), answered(response[:-1] + "3", answer=column)]
+    assert AnswerSource("number").rewards(several).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "reward"),
+    [
+        ("Q:<think>\n", "4", 0.0),
+        ("Q:<think>\n", "4</think>4", 1.0),
+        ("Q:<think>\n\n</think>\n\n", "4", 1.0),
+        ("Q:<think>a</think>Q2:<think>\n", "5 or 4", 0.0),
+        ("Q:", "<think>5</think>4", 1.0),
+    ],
+)
+def test_a_thought_that_the_prompt_opens(prompt: str, response: str, reward: float) -> None:
+    each = Answered(prompt, response, (1,), (2,), True, {"answer": 4}, "q.jsonl line 1")
+    assert AnswerSource("number").rewards([each]).tolist() == [reward]
+
+
+@pytest.mark.parametrize("answer", ["1/2", "so \\boxed{\\frac{1}{2}}", "7 #### 1, 2"])
+def test_a_right_answer_of_several_numbers_is_refused(answer: str) -> None:
+    with pytest.raises(UserError, match=r"line 1: answer:number finds 2 numbers \(1, 2\) in the row's answer '"):
+        AnswerSource("number").rewards([answered("3/2", answer=answer)])
+
+
 def test_rows_without_an_answer_are_refused() -> None:
     with pytest.raises(UserError, match=r"line 1: answer:number needs the right answer in a column answer or .* has topic"):
         AnswerSource("number").rewards([answered("4", topic="sums")])
     with pytest.raises(UserError, match="finds nothing to compare with in the row's answer 'four'"):
         AnswerSource("number").rewards([answered("4", answer="four")])
+    with pytest.raises(UserError, match="finds nothing to compare with in the row's answer 'nan'"):
+        AnswerSource("number").rewards([answered("4", answer=float("nan"))])
 
 
 def test_a_function_has_trls_signature() -> None:
@@ -95,6 +143,11 @@ def test_a_function_may_name_columns() -> None:
     with pytest.raises(UserError, match="takes 'answer', and the data has no such column; it has topic"):
         FunctionSource("right", right).rewards([answered("a", topic="x")])
 
+    def many(completions: list[str], *args: Any) -> list[float]:
+        return [float(len(args)) for _ in completions]
+
+    assert FunctionSource("many", many).rewards([answered("a", args=1)]).tolist() == [0.0]
+
 
 @pytest.mark.parametrize(
     ("found", "message"),
@@ -103,6 +156,7 @@ def test_a_function_may_name_columns() -> None:
         (lambda texts: 3.0, "returned 3.0; expected a list of numbers"),
         (lambda texts: [0.0, float("nan")], "returned nan for q.jsonl line 1: 'b'"),
         (lambda texts: [None, 1.0], "expected a list of numbers"),
+        (lambda texts: [0.0, -(10**400)], "returned -inf for q.jsonl line 1: 'b'"),
         (lambda texts: [{"a": 1}[text] for text in texts], r"KeyError: 'b' \(q.jsonl line 1: 'b'\)"),
     ],
 )
@@ -114,10 +168,38 @@ def test_what_a_function_may_not_return(found: Any, message: str) -> None:
 def test_a_function_that_hangs() -> None:
     with pytest.raises(UserError, match=r"took longer than 0.05 s for 1 completions"):
         FunctionSource("slow", lambda completions: time.sleep(1), timeout=0.05).rewards([answered("a")])
+    assert FunctionSource("quick", lambda completions: [1], timeout=1e12).rewards([answered("a")]).tolist() == [1.0]
 
 
 def brief(completions: list[str]) -> list[float]:
     return [-len(text) for text in completions]
+
+
+NUMERAL = re.compile(r"\d+")
+
+
+def numerals(completions: list[str]) -> list[int]:
+    return [len(NUMERAL.findall(text)) for text in completions]
+
+
+class Judge:
+    def __call__(self, completions: list[str]) -> list[float]:
+        return [0.0 for _ in completions]
+
+
+def test_a_pattern_is_part_of_a_functions_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [identity_of(numerals)]
+    for other in (r"\w+", re.compile(r"\d+", re.ASCII), re.compile(r"\d+")):
+        monkeypatch.setitem(numerals.__globals__, "NUMERAL", re.compile(other))
+        found.append(identity_of(numerals))
+    assert len(set(found)) == 3 and found[3] == found[0]
+
+
+@pytest.mark.parametrize("judge", [Judge(), Judge().__call__])
+def test_a_callable_object_is_refused(judge: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match=r"it is a callable \w+, .* give a function, or functools.partial"):
+        identity_of(judge)
+    assert identity_of(functools.partial(numerals)) != identity_of(functools.partial(numerals, completions=[]))
 
 
 def test_a_spec_is_a_weighted_sum() -> None:
@@ -129,6 +211,18 @@ def test_a_spec_is_a_weighted_sum() -> None:
     )
     assert found.parts["answer:number"].tolist() == [1.0, 0.0]
     np.testing.assert_allclose(found.total, [1 - 0.2 * 7, -0.2 - 2.0])
+
+
+@pytest.mark.parametrize("weight", ["0.123456789", "2", "-1e-09"])
+def test_weights_are_kept_exactly(weight: str) -> None:
+    text = f"answer:number={weight}"
+    assert resolved(text, {}) == text and parse(text)[0].weight == float(weight)
+
+
+def test_a_path_may_have_an_equals_sign() -> None:
+    (part,) = parse("a=1/rewards.py:brief")
+    assert (part.kind, part.value, part.weight) == ("file", "a=1/rewards.py:brief", 1.0)
+    assert parse("a=1/rewards.py:brief=0.5")[0].weight == 0.5
 
 
 def test_a_function_comes_from_the_command_line_only() -> None:
@@ -149,6 +243,9 @@ def test_a_function_comes_from_the_command_line_only() -> None:
         ("no/such/run", "expected answer:exact"),
         ("answer:number,answer:number=2", "is there twice"),
         ("", "expected answer:exact"),
+        ("a,b/rewards.py:brief", "'a': expected .* without a comma in its path"),
+        ("rewards.py:brief=zero", "'zero' is no weight"),
+        ("rewards.py:brief=1/2", "'1/2' is no weight"),
     ],
 )
 def test_specs_that_are_refused(text: str, message: str) -> None:
