@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoConfig
 from transformers.utils import logging
 
@@ -28,8 +29,8 @@ def figures_of(
 ) -> tuple[Shapes, dict[str, str], np.ndarray]:
     """Return a twin's figures.
 
-    These are the shapes of its weights by their names in a checkpoint, the digests of those that can have an adapter by the
-    names of their layers, and the log-probs of the probe, (PROBE - 1,).
+    These are the shapes of its weights by their names in a checkpoint, the digests of those that can have an adapter, and of
+    routers, by the names of their layers, and the log-probs of the probe, (PROBE - 1,).
 
     Args:
         folder: has the twin's config.json; `write_weights` writes weights of the given shapes beside it.
@@ -68,9 +69,16 @@ def _layers_and_logps(folder: Path, code: bool) -> tuple[dict[str, str], np.ndar
     with torch.no_grad():
         logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
     modules = dict(model.named_modules())
-    names = adaptable(model, decoder_of(model), linear_layers(model), model.device)
+    names = [*adaptable(model, decoder_of(model), linear_layers(model), model.device), *_routers(modules)]
     layers = {name: weight_digest(modules[name].weight.detach().numpy()) for name in names}
     return layers, logps.gather(-1, ids[0, 1:, None])[:, 0].numpy()
+
+
+def _routers(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the modules with a matrix that are neither linear layers nor tables: transformers has routers as such."""
+    kinds = (nn.Linear, nn.Embedding)
+    matrices = {name: getattr(module, "weight", None) for name, module in modules.items() if not isinstance(module, kinds)}
+    return [name for name, weight in matrices.items() if isinstance(weight, nn.Parameter) and weight.ndim == 2]
 
 
 @contextmanager
