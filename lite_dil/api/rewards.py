@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,7 +19,7 @@ from lite_dil.base.start import start
 from lite_dil.config.options import build
 from lite_dil.config.resume import resumed
 from lite_dil.config.reward_source import find_reward, head_on
-from lite_dil.data.encoder import Encoder
+from lite_dil.data.encoder import Encoder, encoder_of
 from lite_dil.generation import policy as policies
 from lite_dil.generation.asked import Asked, Several, encode_responses
 from lite_dil.generation.policy import AdapterSource, Policy
@@ -82,8 +83,8 @@ def train_reward(
 class Reward:
     """A reward model in memory; `lite_dil.load_reward` returns one. A ``with`` block closes it at its end."""
 
-    def __init__(self, head: HeadReward, encoder: Encoder, own: Policy | None) -> None:
-        self._head, self._encoder, self._own = head, encoder, own
+    def __init__(self, head: HeadReward, encoder: Encoder, chat: bool, own: Policy | None) -> None:
+        self._head, self._encoder, self._chat, self._own = head, encoder, chat, own
 
     def __enter__(self) -> Reward:
         return self
@@ -103,10 +104,13 @@ class Reward:
     def score(self, prompts: Asked | Several, responses: str | list[str]) -> float | list[float]:
         """Return the reward of whole responses; arguments and errors as for `Policy.logps`.
 
+        A text prompt is a user message if the reward model's data was read with ``chat``, and is otherwise continued, as in
+        ``lite-dil score``; chat messages are always what they are. Nothing is cut to ``max_length``.
+
         Only differences between responses to the same prompt mean something, except for the density ratios, whose scores are
         log-ratios of chosen to rejected responses.
         """
-        examples = encode_responses(self._encoder, prompts, responses)
+        examples = encode_responses(self._encoder, prompts, responses, self._chat)
         found = [float(row[0]) for rows in self._head.scores(examples) for row in rows]
         return found[0] if isinstance(responses, str) else found
 
@@ -126,7 +130,12 @@ def load_reward(run: str | Path, *, policy: Policy | None = None, backend: str |
         if backend is not None:
             raise UserError("dil.load_reward: backend is the policy's; leave it out")
         found = find_reward(str(run), {"backend": policy.backend.name})
-        return Reward(head_on(policy, found, tell, found.adapter_name), policy.encoder, None)
+        head = head_on(policy, found, tell, found.adapter_name)
+        return Reward(head, encoder_of(policy.model, found.options), found.chat, None)
     found = find_reward(str(run), {} if backend is None else {"backend": backend})
     own = policies.load(AdapterSource(None, None, found.options), tell)
-    return Reward(head_on(own, found, tell), own.encoder, own)
+    with ExitStack() as opened:
+        opened.callback(own.close)
+        reward = Reward(head_on(own, found, tell), encoder_of(own.model, found.options), found.chat, own)
+        opened.pop_all()
+    return reward

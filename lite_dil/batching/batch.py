@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,16 @@ class Batch:
                 (slice(0, middle), slice(0, at)),
                 (slice(middle, self.examples), slice(at, len(self.responses))),
             )
+        )
+
+    def split(self) -> tuple[Batch, ...]:
+        """Return `halves` or, of a single example, those of its responses; nothing if it has only one."""
+        middle = math.ceil(len(self.responses) / 2)
+        if self.examples > 1 or middle == len(self.responses):
+            return self.halves()
+        return tuple(
+            Batch(self.prompts, self.responses[some], self.prompt_of[some], self.signs[some], self.places)
+            for some in (slice(0, middle), slice(middle, None))
         )
 
     @property

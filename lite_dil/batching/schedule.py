@@ -146,6 +146,36 @@ def plan(examples: Sequence[Example], layout: str, count: int, tokens: int) -> l
     return [Batch.of(row) for row in rows]
 
 
+def plan_responses(
+    examples: Sequence[Example], layout: str, count: int, tokens: int
+) -> list[tuple[Batch, list[tuple[int, int]]]]:
+    """Return `plan` of examples whose responses need not share a pass, with what each response of a batch is.
+
+    An example of more than `tokens` tokens is split into parts of fewer responses, each with the prompt; only a single
+    response gets a pass above the limit.
+
+    Returns:
+        Batches, each with the (example, response) numbers of its responses in order.
+    """
+    parts, numbers = list[Example](), dict[str, list[tuple[int, int]]]()
+    for at, example in enumerate(examples):
+        for some in _split(example, range(len(example.responses)), layout, tokens) if example.responses else ():
+            responses, signs = (tuple(values[i] for i in some) for values in (example.responses, example.signs))
+            parts.append(Example(example.prompt, responses, signs, f"{at} {some[0]}"))
+            numbers[parts[-1].place] = [(at, i) for i in some]
+    batches = plan(parts, layout, count, tokens)
+    return [(batch, [number for place in batch.places for number in numbers[place]]) for batch in batches]
+
+
+def _split(example: Example, some: range, layout: str, tokens: int) -> list[range]:
+    """Return the numbers of some of an example's responses, halved until a pass of `tokens` tokens holds each part."""
+    lengths = [len(example.responses[i]) for i in some]
+    if len(some) == 1 or layout_tokens([len(example.prompt)], [lengths], layout) <= tokens:
+        return [some]
+    middle = math.ceil(len(some) / 2)
+    return _split(example, some[:middle], layout, tokens) + _split(example, some[middle:], layout, tokens)
+
+
 def batch_tokens(batch: Batch, layout: str) -> int:
     """Return `computed_tokens` of a batch's examples."""
     return layout_tokens([len(prompt) for prompt in batch.prompts], batch.answer_lengths, layout)

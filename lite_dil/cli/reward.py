@@ -72,13 +72,13 @@ def run(args: argparse.Namespace) -> int:
         if args.reward_loss not in REWARDS:
             raise UserError(f"--reward-loss {args.reward_loss}: expected one of {', '.join(REWARDS)}")
         given["loss"] = identity(args.reward_loss)
-    checkpoint = None
+    new = {"loss": identity("bt")}
     if args.resume:
-        config, checkpoint = resumed(given, base, args.resume, display.say, args.accept_changes)
+        config, checkpoint = resumed(given, base, args.resume, display.say, args.accept_changes, new=new)
     elif args.accept_changes:
         raise UserError("--accept-changes belongs to --resume, which is missing")
-    if checkpoint is None:
-        config = build(given, {"loss": identity("bt"), **base})
+    else:
+        config, checkpoint = build(given, new | base), None
     trained = train_reward(config, display, checkpoint, given=Given(accept_changes=args.accept_changes))
     if not trained.stopped:
         folder, trust = str(trained.folder), trusting(config)

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from lite_dil.cli.progress import Terminal
     from lite_dil.config.reward_source import find_reward, open_reward
     from lite_dil.data.answers import read_answers
-    from lite_dil.evaluation.score import ScoreFile, encode_answers, make_pairs, summary
+    from lite_dil.evaluation.score import ScoreFile, check_pairs, encode_answers, make_pairs, summary
 
     display = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
     found = find_reward(args.reward, vars(args))
@@ -78,7 +78,10 @@ def run(args: argparse.Namespace) -> int:
     _check_outputs(args.answers, output, args.pairs)
     encoder = found.encoder(display.say)
     encoded = encode_answers(rows, encoder, options, encoder.end_ids(), found.identity, display.say)
-    file = ScoreFile(output, [one for each in encoded for one in each.candidates])
+    wanted = [one for each in encoded for one in each.candidates]
+    if args.pairs:
+        check_pairs(args.pairs, wanted)
+    file = ScoreFile(output, wanted)
     if file.file and file.file.torn:
         display.say(file.file.torn)
     if output and len(file):
@@ -116,12 +119,18 @@ def _score(head: HeadReward, encoded: list[Encoded], file: ScoreFile, display: D
 
 def _check_outputs(answers: str, output: Path | None, pairs: Path | None) -> None:
     """Raise UserError if a file would be written over another one of this command."""
-    named = [("--output", output), ("--pairs", pairs)]
-    for flag, path in named:
-        if path and Path(answers).exists() and path.exists() and path.samefile(answers):
+    from lite_dil.data.sources import split_sources
+
+    for flag, path in (("--output", output), ("--pairs", pairs)):
+        if path and any(_same(path, Path(source)) for source, _ in split_sources(answers)):
             raise UserError(f"{flag} {path} is the file of answers; give another one")
-    if output and pairs and output.absolute() == pairs.absolute():
+    if output and pairs and _same(pairs, output):
         raise UserError(f"--pairs {pairs} is the file of scores; give another one")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Return whether two paths are the same file, or will be."""
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

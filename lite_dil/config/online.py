@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.objectives.table import ONLINE
-from lite_dil.online.options import ANSWER_TOKENS, GROUP_SIZES, REFILL, OnlineObjective
+from lite_dil.online.options import ANSWER_TOKENS, GROUP_SIZES, REFILL, OnlineObjective, OnlineOptions
 from lite_dil.rewards.function import TIMEOUT
 from lite_dil.rewards.spec import parse
 
-_OWN = ("samples", "max_new_tokens", "missing_eos_penalty", "refill", "target_kl", "reward_timeout")
+_OWN = [each.name for each in fields(OnlineOptions) if each.name != "reward"]
 RANGES: list[tuple[str, float, float]] = [
     ("samples", 2, 1000),
     ("max_new_tokens", 1, 1e18),

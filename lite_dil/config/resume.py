@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lite_dil.base.display import unheard
@@ -100,6 +101,7 @@ def resumed(
     say: Callable[[str], None] = unheard,
     accept: bool = False,
     rows: Sequence[str] = (),
+    new: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[ResolvedConfig, Path | None]:
     """Return the options of a resumed run and its newest whole checkpoint, or those of a new run if "auto" finds none.
 
@@ -109,6 +111,7 @@ def resumed(
         say: is told of damaged checkpoints, and of changes to config.yaml.
         accept: take changes to config.yaml.
         rows: the options for which a program gives rows. They keep the run's name for them: what they hold is compared later.
+        new: options of a new run that neither `given` nor `base` names.
 
     Raises:
         UserError: there is no such run, or an option would change what it learns.
@@ -118,7 +121,7 @@ def resumed(
     if checkpoint is None:
         if output_dir:
             RunFolder(Path(output_dir)).drop_unsaved()
-        return build(given, base), None
+        return build(given, {**new, **base}), None
     run = checkpoint.parent.parent
     checkpoint = RunFolder(run).whole(checkpoint, say)
     saved = saved_config(checkpoint, say, accept)

@@ -12,15 +12,17 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.config.adapter_source import find
 from lite_dil.config.options import build
-from lite_dil.config.train_config import LOADING_FIELDS, ResolvedConfig
+from lite_dil.config.resume import trained_with
+from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.encoder import Encoder, encoder_of
+from lite_dil.data.prompts import FLAGS
 from lite_dil.generation import policy as policies
 from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models.find import resolve_model
 from lite_dil.models.options import ModelOptions
 from lite_dil.rewards.description import Description, read_description
 from lite_dil.rewards.heads import HeadReward, open_head
-from lite_dil.runs.options_file import read_options
+from lite_dil.runs.folder import trained_options
 from lite_dil.training.options import ReferenceOptions
 from lite_dil.training.reference_cache import cache_folder
 
@@ -61,9 +63,9 @@ class RewardModel:
         return f"{policies.identity(AdapterSource(self.adapter, None, self.options))} {self.description.scale!r}"
 
     def data_options(self, given: Mapping[str, Any]) -> ResolvedConfig:
-        """Return options that read data; those of its run where they are not given."""
+        """Return options that read data, `FLAGS`; those of its run where they are not given."""
         own = {name: value for name, value in self.read.items() if name == "max_length"}
-        return build({name: value for name, value in given.items() if name in LOADING_FIELDS and value is not None}, own)
+        return build({name: value for name, value in given.items() if name in FLAGS and value is not None}, own)
 
     def encoder(self, say: Callable[[str], None]) -> Encoder:
         """Return the base's encoder."""
@@ -82,7 +84,7 @@ def find_reward(folder: str, given: Mapping[str, Any]) -> RewardModel:
         raise UserError(f"--reward {folder}: no such folder")
     source = find(folder, dict(given))
     assert source.adapter is not None
-    read = read_options(source.run.path) if source.run else {}
+    read = trained_with(source.adapter, source.run) if source.run else trained_options(source.adapter)
     description = read_description(source.adapter)
     return RewardModel(
         folder, source.adapter, source.options, description, {name: read[name] for name in _READ if name in read}

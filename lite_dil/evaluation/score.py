@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lite_dil.base.checked import mark_of, with_mark
-from lite_dil.base.errors import UserError
+from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.hashing import digest
 from lite_dil.base.jsonl import JSONLines
 from lite_dil.base.shares import standard_error
@@ -42,7 +42,7 @@ class ToScore:
         tokens: of the response, with its end token.
         ended: whether it has its end token; it is scored only then.
         content: identifies prompt and response by their tokens: equal ones are scored once, since batches round differently.
-        key: identifies it and the reward model in a file of scores.
+        key: identifies it and the reward model in a file of scores. Rows that are the same in everything have their own keys.
     """
 
     row: AnswerRow
@@ -79,7 +79,13 @@ def encode_answers(
 
     Raises UserError if the model's template refuses a row, unless `options.skip_bad_rows` leaves it out.
     """
-    found, problems = list[Encoded](), list[Problem]()
+    found, problems, seen = list[Encoded](), list[Problem](), Counter[str]()
+
+    def key(*parts: Any) -> str:
+        first = digest(reward, options.max_length, *parts)[:16]
+        seen[first] += 1
+        return first if seen[first] == 1 else digest(first, seen[first])[:16]
+
     for row in rows:
         prompt = row.prompt
         signs = (CHOSEN,) * len(row.answers)
@@ -100,7 +106,7 @@ def encode_answers(
                 len(ids),
                 ids[-1] in ends and not row.cut,
                 digest(example.prompt, ids),
-                digest(reward, options.max_length, str(row.id), number, prompt.key, ids)[:16],
+                key(str(row.id), number, prompt.key, ids),
             )
             for number, (answer, ids) in enumerate(zip(row.answers, example.responses, strict=True))
         ]
@@ -125,18 +131,7 @@ class ScoreFile:
         self.path, self.wanted = path, wanted
         self.rows: dict[str, dict[str, Any]] = {}
         self.file = JSONLines(path, "scores", alone=True) if path else None
-        keys = {each.key for each in wanted}
-        for number, line in enumerate(self.file.lines if self.file else (), 1):
-            try:
-                row = parse_json(line)
-                key, whole = mark_of(row, "key")
-            except (ValueError, KeyError, TypeError):  # not JSON, not an object, or not one of our rows
-                key, whole = "", True
-            if key not in keys:
-                raise UserError(
-                    f"--output {path} line {number} is not from this command, but of other answers or another reward model; "
-                    "give another --output, or remove the file"
-                )
+        for number, key, whole, row in _own_rows(self.file.lines if self.file else (), wanted, f"--output {path}"):
             if not whole:
                 raise UserError(f"--output {path} line {number} was changed; remove it, and its answer is scored again")
             self.rows[key] = row | {"key": key}
@@ -189,6 +184,26 @@ class ScoreFile:
         return list(found.values())
 
 
+def _own_rows(lines: Iterable[str], wanted: Sequence[ToScore], file: str) -> Iterator[tuple[int, str, bool, dict[str, Any]]]:
+    """Yield the number of each line, its key, whether it is as it was written, and its row.
+
+    Raises UserError if a line has no key of a response in `wanted`. `file` names it: its flag and its path.
+    """
+    keys = {each.key for each in wanted}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parse_json(line)
+            key, whole = mark_of(row, "key")
+        except (ValueError, KeyError, TypeError):  # not JSON, not an object, or not one of our rows
+            key, whole, row = "", True, {}
+        if key not in keys:
+            raise UserError(
+                f"{file} line {number} is not from this command, but of other answers or another reward model; "
+                f"give another {file.partition(' ')[0]}, or remove the file"
+            )
+        yield number, key, whole, row
+
+
 def _row(candidate: ToScore, outputs: np.ndarray | None) -> dict[str, Any]:
     label = candidate.row.labels[candidate.number]
     figures: dict[str, Any] = {"score": None if outputs is None else float(outputs[0])}
@@ -239,6 +254,19 @@ class ScoredPairs:
     ties: int = 0
 
 
+def check_pairs(path: Path, wanted: Sequence[ToScore]) -> None:
+    """Raise UserError if the file for pairs exists and is not one that this command has written, which it replaces."""
+    if not path.exists():
+        return
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--pairs {path} cannot be read ({first_line(error)}); give another one") from None
+    for number, _, whole, _ in _own_rows(lines, wanted, f"--pairs {path}"):
+        if not whole:
+            raise UserError(f"--pairs {path} line {number} was changed; give another --pairs, or remove the file")
+
+
 def make_pairs(file: ScoreFile) -> ScoredPairs:
     """Return a pair for each prompt that has responses with unequal scores."""
     made = ScoredPairs()
@@ -251,7 +279,8 @@ def make_pairs(file: ScoreFile) -> ScoredPairs:
             made.ties += 1
             continue
         row = best.row.prompt.row(chosen=best.answer, rejected=worst.answer)
-        made.rows.append(row | {"chosen_score": max(scores), "rejected_score": min(scores), "responses": len(group)})
+        row |= {"chosen_score": max(scores), "rejected_score": min(scores), "responses": len(group)}
+        made.rows.append(with_mark({**row, "key": best.key}, "key"))
     return made
 
 

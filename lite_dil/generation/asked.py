@@ -25,8 +25,13 @@ def is_one(prompts: Asked | Several) -> bool:
     return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], Mapping))
 
 
-def encode_responses(encoder: Encoder, prompts: Asked | Several, responses: str | list[str]) -> list[Example]:
+def encode_responses(
+    encoder: Encoder, prompts: Asked | Several, responses: str | list[str], chat: bool | None = None
+) -> list[Example]:
     """Tokenise prompts and responses: one example with all responses to one prompt, or one example per prompt.
+
+    Args:
+        chat: whether plain-text prompts are user messages; None if the model has a chat template.
 
     Raises UserError if the model cannot take a prompt, or the lists differ in length.
     """
@@ -42,7 +47,7 @@ def encode_responses(encoder: Encoder, prompts: Asked | Several, responses: str 
     for number, (prompt, several) in enumerate(rows, 1):
         try:
             answers = tuple(read_text(text, "response") for text in several)
-            row = Row(_asked(encoder, prompt), answers, (CHOSEN,) * len(several), "", "demonstrations")
+            row = Row(_asked(encoder, prompt, chat), answers, (CHOSEN,) * len(several), "", "demonstrations")
             found.append(encoder.encode(row))
         except RowError as error:
             raise UserError(f"prompt {number}: {error}") from None
@@ -70,12 +75,15 @@ def encode_requests(encoder: Encoder, model: str, prompts: Asked | Several, room
     return found
 
 
-def _asked(encoder: Encoder, prompt: Any) -> str | list[Message]:
-    """Return a prompt for the encoder: as messages if the model has a chat template. Raises RowError."""
+def _asked(encoder: Encoder, prompt: Any, chat: bool | None = None) -> str | list[Message]:
+    """Return a prompt for the encoder: text as a user message if `chat`, by default if the model has a chat template.
+
+    Raises RowError.
+    """
     if not isinstance(prompt, str):
         return read_messages(prompt, "prompt")
     text = read_text(prompt, "prompt")
-    return [{"role": "user", "content": text}] if encoder.rendering.chats else text
+    return [{"role": "user", "content": text}] if (encoder.rendering.chats if chat is None else chat) else text
 
 
 def answer_seed(seed: int, prompt: Prompt, number: int) -> int:

@@ -10,7 +10,7 @@ from lite_dil.backends.protocol import Backend
 from lite_dil.base.halving import Halving
 from lite_dil.base.signs import CHOSEN
 from lite_dil.batching.batch import Batch
-from lite_dil.batching.schedule import plan
+from lite_dil.batching.schedule import plan_responses
 from lite_dil.data.encoder import Example
 
 Ids = Sequence[int]
@@ -70,18 +70,16 @@ def _scored(
 ) -> list[list[np.ndarray]]:
     """Return for each prompt and response the values that `work` computes for the tokens of a batch."""
     wanted = [
-        Example(tuple(prompt), tuple(map(tuple, several)), (CHOSEN,) * len(several), str(number))
-        for number, (prompt, several) in enumerate(zip(prompts, responses, strict=True))
-        if several
+        Example(tuple(prompt), tuple(map(tuple, several)), (CHOSEN,) * len(several))
+        for prompt, several in zip(prompts, responses, strict=True)
     ]
-    halving = Halving("a pass without gradients", lambda batch: batch.tokens, Batch.halves, say)
-    found: list[list[np.ndarray]] = [[] for _ in prompts]
-    for batch in plan(wanted, layout, len(wanted), row_tokens):
+    halving = Halving("a pass without gradients", lambda batch: batch.tokens, Batch.split, say)
+    found: dict[tuple[int, int], np.ndarray] = {}
+    for batch, numbers in plan_responses(wanted, layout, sum(map(len, responses)), row_tokens):
         values = np.concatenate(halving.run(work, batch))
         parts = np.split(values, np.cumsum([len(response) for response in batch.responses])[:-1])
-        for prompt, part in zip(batch.prompt_of, parts, strict=True):
-            found[int(batch.places[prompt])].append(part)
-    return found
+        found.update(zip(numbers, parts, strict=True))
+    return [[found[at, i] for i in range(len(several))] for at, several in enumerate(responses)]
 
 
 def log_ratio(backend: Backend, prompt: Ids, response: Ids) -> float:

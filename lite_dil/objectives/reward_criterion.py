@@ -40,12 +40,11 @@ class RewardCriterion:
 
     def inputs(self, batch: LossBatch, baseline: float = 0.0) -> dict[str, np.ndarray]:
         """Return what the loss needs besides scores: indices of chosen and rejected responses, both (pairs,) for a pairwise
-        loss, and margins. `baseline` is of losses that compare with a reference.
+        loss. `baseline` is of losses that compare with a reference.
         """
         pairs = isinstance(self.form, Pairs)
         chosen, rejected = batch.pairs if pairs else (batch.chosen, batch.rejected)
-        margins = np.zeros(len(batch.responses), np.float32)
-        return {"chosen": chosen, "rejected": rejected, "margins": margins}
+        return {"chosen": chosen, "rejected": rejected}
 
     def __call__(self, policy: Array, reference: None, inputs: dict[str, Any]) -> Array:
         """Return the loss summed over the batch's examples, a scalar.
@@ -57,7 +56,7 @@ class RewardCriterion:
 
         def answers(index: Array) -> Scored:
             scores = policy[index]
-            return Scored(scores[:, 0], scores[:, 1] if self.outputs == 2 else None, inputs["margins"][index])
+            return Scored(scores[:, 0], scores[:, 1] if self.outputs == 2 else None)
 
         chosen, rejected = answers(inputs["chosen"]), answers(inputs["rejected"])
         if isinstance(self.form, Pairs):

@@ -43,12 +43,10 @@ class Scored(NamedTuple):
     Attributes:
         reward: R, or the log-ratio d.
         log_v: the log of the noise scale V; None if the head has one output.
-        margin: how much better the pair's chosen response was labelled; 0 where the data does not say.
     """
 
     reward: Array
     log_v: Array | None
-    margin: Array
 
 
 def is_reward(loss: str) -> bool:
@@ -80,7 +78,7 @@ def _bt(c: Constants) -> Pairs:
     smoothing, coefficient = c["label_smoothing"] or 0.0, c["center_rewards_coefficient"] or 0.0
 
     def loss(w: Scored, l: Scored) -> Array:  # noqa: E741 - chosen and rejected, as in the papers
-        value = rewards.bradley_terry(w.reward, l.reward, w.margin, smoothing)
+        value = rewards.bradley_terry(w.reward, l.reward, smoothing)
         return value + coefficient * rewards.centring(w.reward, l.reward) if coefficient else value
 
     return Pairs(loss)
@@ -118,7 +116,7 @@ REWARDS: dict[str, Objective] = {
         reduction="sum",
         beta=None,
         learning_rate=_RATE,
-        formula="-log sigmoid(R_w - R_l - margin)",
+        formula="-log sigmoid(R_w - R_l)",
         use="The usual reward model, and the default.",
         source=f"{_DIL}, eq. 3",
         note="R is known up to a constant for each prompt; `--center-rewards-coefficient` keeps it near 0.",

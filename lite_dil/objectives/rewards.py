@@ -12,15 +12,14 @@ import math
 from lite_dil.objectives.losses import Array, Bregman, namespace, softplus
 
 
-def bradley_terry(chosen: Array, rejected: Array, margin: Array | float = 0.0, smoothing: float = 0.0) -> Array:
-    """``-log sigmoid(R_w - R_l - margin)`` of each pair, (pairs,) (DIL, arXiv 2503.05079, eq. 3; margin: arXiv 2307.09288).
+def bradley_terry(chosen: Array, rejected: Array, smoothing: float = 0.0) -> Array:
+    """``-log sigmoid(R_w - R_l)`` of each pair, (pairs,) (DIL, arXiv 2503.05079, eq. 3).
 
     Args:
-        margin: how much better the chosen response was labelled, (pairs,), in units of R.
         smoothing: the probability eps that a label is wrong: the loss is ``1 - eps`` times that of the label plus ``eps``
             times that of the opposite one, and its optimum at most ``log((1 - eps) / eps)`` in size.
     """
-    gap = chosen - rejected - margin
+    gap = chosen - rejected
     return _smoothed(softplus(-gap), softplus(gap), smoothing)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lite_dil.backends.types import MicroBatch, StepResult
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
-from lite_dil.batching.schedule import LargestPass, batch_tokens, computed_tokens, plan
+from lite_dil.batching.schedule import LargestPass, batch_tokens, plan, plan_responses
 from lite_dil.data.encoder import Example
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.loss import Loss
@@ -160,25 +159,14 @@ class OnlineTraining:
             best, worst = best_and_worst(drawn.rewards[used]) if groups else ((), ())
             pairs = [_example(group, pair, (CHOSEN, REJECTED)) for group, *pair in zip(groups, best, worst, strict=True)]
             return self._pairs, micro_batches(plan(pairs, self.backend.layout, *limits), self._pairs)
-        parts, weight = list[Example](), dict[str, np.ndarray]()
-        for number, (at, group) in enumerate(zip(used, groups, strict=True)):
-            for answers in self._split(group, range(len(group.rollouts))):
-                place = f"{number} {answers[0]}"
-                parts.append(replace(_example(group, answers, (CHOSEN,) * len(answers)), place=place))
-                weight[place] = advantages[at][list(answers)] / advantages.size
-        batches = plan(parts, self.backend.layout, *limits)
+        whole = [_example(group, range(count := len(group.rollouts)), (CHOSEN,) * count) for group in groups]
+        passes = plan_responses(whole, self.backend.layout, *limits)
         # The backend divides the loss by the number of examples, which are parts of groups here.
-        weights = [np.concatenate([weight[place] for place in batch.places]) * len(parts) for batch in batches]
-        inputs = [{"weights": each.astype(np.float32)} for each in weights]
-        return POLICY_GRADIENT, [MicroBatch(batch, of) for batch, of in zip(batches, inputs, strict=True)]
-
-    def _split(self, group: Group, answers: Sequence[int]) -> list[Sequence[int]]:
-        """Return the numbers of a group's answers, in parts that a pass holds by the current limits."""
-        part = _example(group, answers, (CHOSEN,) * len(answers))
-        if len(answers) == 1 or computed_tokens([part], self.backend.layout) <= self.schedule.limits.tokens:
-            return [answers]
-        middle = math.ceil(len(answers) / 2)
-        return self._split(group, answers[:middle]) + self._split(group, answers[middle:])
+        weight = advantages[used] / advantages.size * sum(batch.examples for batch, _ in passes)
+        return POLICY_GRADIENT, [
+            MicroBatch(batch, {"weights": np.array([weight[number] for number in numbers], np.float32)})
+            for batch, numbers in passes
+        ]
 
     def _halve(self, batches: Sequence[Batch]) -> bool:
         """Plan passes of at most half of the largest of `batches` from now on; return False if that cannot be split."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,7 @@ def train(
     reward = TotalReward(sources(*_reward_of(config, given)), config.missing_eos_penalty or 0.0)
     again = ("--reward", "...") if given.rewards else ()
     recipe = Recipe(config.loss, "", partial(_open, reward=reward), _observers_of, again)
-    fixed: Set[str] | None = None
-    return run_training(recipe, config, display, resume, fixed, observers, given)
+    return run_training(recipe, config, display, resume, None, observers, given)
 
 
 def _reward_of(config: ResolvedConfig, given: Given) -> tuple[str, Any, float]:
@@ -74,8 +73,7 @@ def _reward_of(config: ResolvedConfig, given: Given) -> tuple[str, Any, float]:
 
 def _online(config: ResolvedConfig) -> ResolvedOnline:
     """Return the options of drawing, which are resolved."""
-    names = ("reward", "samples", "max_new_tokens", "missing_eos_penalty", "refill", "target_kl", "reward_timeout")
-    return ResolvedOnline(**{name: getattr(config, name) for name in names})
+    return ResolvedOnline(**{each.name: getattr(config, each.name) for each in fields(ResolvedOnline)})
 
 
 @dataclass

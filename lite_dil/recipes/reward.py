@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -43,8 +43,7 @@ def train_reward(
     if not is_reward(config.loss):
         raise UserError(f"{config.loss} trains a policy, which is lite-dil train, or dil.train")
     recipe = Recipe(folder_name(config.loss), "reward", _open, _observe)
-    fixed: Set[str] | None = None
-    return run_training(recipe, config, display, resume, fixed, observers, given)
+    return run_training(recipe, config, display, resume, None, observers, given)
 
 
 def _open(opening: Opening) -> TrainingSession:

@@ -13,7 +13,7 @@ from lite_dil.backends.protocol import Backend
 from lite_dil.base.halving import Halving
 from lite_dil.base.signs import CHOSEN
 from lite_dil.batching.batch import Batch
-from lite_dil.batching.schedule import plan
+from lite_dil.batching.schedule import plan_responses
 from lite_dil.data.encoder import Example
 from lite_dil.models.fingerprint import base_of
 from lite_dil.rewards.description import Description, check_base, read_description
@@ -44,7 +44,7 @@ class HeadReward:
     ) -> None:
         self.backend, self.adapter, self.description = backend, adapter, description
         self._name, self._row_tokens = name, row_tokens
-        self._halving = Halving("a pass without gradients", lambda batch: batch.tokens, Batch.halves, say)
+        self._halving = Halving("a pass without gradients", lambda batch: batch.tokens, Batch.split, say)
 
     @property
     def name(self) -> str:
@@ -63,8 +63,8 @@ class HeadReward:
             if answer.ended:
                 of_prompt.setdefault(answer.prompt_ids, []).append(index)
         examples = [
-            Example(prompt, tuple(answers[i].response_ids for i in indices), (CHOSEN,) * len(indices), str(number))
-            for number, (prompt, indices) in enumerate(of_prompt.items())
+            Example(prompt, tuple(answers[i].response_ids for i in indices), (CHOSEN,) * len(indices))
+            for prompt, indices in of_prompt.items()
         ]
         for place, scores in zip(of_prompt.values(), self.scores(examples), strict=True):
             found[place] = scores[:, 0]
@@ -75,13 +75,12 @@ class HeadReward:
 
         The first is the reward. That of bt-variance has the log of its noise scale as the second.
         """
-        found: list[list[np.ndarray]] = [[] for _ in examples]
-        numbered = [Example(e.prompt, e.responses, e.signs, str(number)) for number, e in enumerate(examples)]
-        for batch in plan(numbered, self.backend.layout, len(numbered), self._row_tokens):
+        found: dict[tuple[int, int], np.ndarray] = {}
+        count = sum(len(example.responses) for example in examples)
+        for batch, numbers in plan_responses(examples, self.backend.layout, count, self._row_tokens):
             outputs = np.concatenate(self._halving.run(partial(self.backend.scores, adapter=self.adapter), batch))
-            for prompt, row in zip(batch.prompt_of, self._anchored(outputs.astype(np.float64)), strict=True):
-                found[int(batch.places[prompt])].append(row)
-        return [np.stack(rows) for rows in found]
+            found.update(zip(numbers, self._anchored(outputs.astype(np.float64)), strict=True))
+        return [np.stack([found[at, i] for i in range(len(example.responses))]) for at, example in enumerate(examples)]
 
     def _anchored(self, outputs: np.ndarray) -> np.ndarray:
         outputs[:, 0] *= self.description.scale

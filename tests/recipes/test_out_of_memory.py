@@ -415,6 +415,11 @@ def test_halves_of_a_batch_are_batches_of_half_its_examples() -> None:
         for name in ("prompts", "responses"):
             assert [x.tolist() for x in getattr(part, name)] == [x.tolist() for x in getattr(expected, name)]
     assert Batch.of(data[:1]).halves() == ()
+    one, other = Batch.of(data[:1]).split()  # a single example is split between its responses
+    for part, response in ((one, data[0].responses[0]), (other, data[0].responses[1])):
+        assert (part.prompts[0].tolist(), part.prompt_of.tolist()) == (list(data[0].prompt), [0])
+        assert [x.tolist() for x in part.responses] == [list(response)]
+    assert one.split() == () and len(whole.split()) == 2
     first, second = by_batch(np.concatenate([whole.lengths, parts[0].lengths]), [whole, parts[0]])
     assert (first.tolist(), second.tolist()) == (whole.lengths.tolist(), parts[0].lengths.tolist())
 

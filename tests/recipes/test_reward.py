@@ -18,20 +18,24 @@ from safetensors.numpy import load_file, save_file
 from trainings import metrics, same_weights
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import lite_dil as dil
 from lite_dil.backends.types import POLICY, Head
 from lite_dil.base.display import Silent
 from lite_dil.base.errors import UserError
 from lite_dil.base.observer import Event, Observer
 from lite_dil.batching.batch import Batch
 from lite_dil.cli.main import main
+from lite_dil.config import reward_source
 from lite_dil.config.options import build
 from lite_dil.config.reward_source import find_reward, head_on, open_reward
 from lite_dil.export import reward
 from lite_dil.export.reward import pad_token
 from lite_dil.generation import policy as policies
-from lite_dil.generation.policy import AdapterSource
+from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.recipes.reward import train_reward
+from lite_dil.rewards.heads import HeadReward
 from lite_dil.rewards.source import Answered
+from lite_dil.runs.seal import DIGESTS
 
 TRL_NAMES = {
     "loss",
@@ -137,6 +141,13 @@ def test_ctrl_c_saves_and_the_run_goes_on(tiny: str, data: Path, backend_name: s
     assert main(["reward", "--resume", str(tmp_path / "run")]) == 0
     assert metrics(tmp_path / "run") == whole
     assert same_head(tmp_path / "run" / "adapter", tmp_path / "whole" / "adapter")
+
+
+def test_a_first_start_with_resume_auto_trains_bt(tiny: str, data: Path, tmp_path: Path) -> None:
+    options = flags(tiny, data, "cpu", "--max-steps", "1", "--center-rewards-coefficient", "0.01", "--label-smoothing", "0.1")
+    run(options, tmp_path / "run", "--resume", "auto")
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["loss"] == "reward:bt"
+    assert main(["reward", "--resume", "auto", "--output-dir", str(tmp_path / "run")]) == 0
 
 
 def test_responses_without_their_end_are_left_out_and_said(
@@ -295,6 +306,80 @@ def test_scores_are_those_of_the_evaluation(trained: Path, data: Path, tmp_path:
     assert (min(scored), max(scored)) == pytest.approx((last["eval_min_reward"], last["eval_max_reward"]), abs=1e-5)
 
 
+TEXTS = ["the tea yes", "Paris no"]
+
+
+def test_a_program_scores_as_the_command_does(trained: Path, tmp_path: Path) -> None:
+    """Data read without --chat: a text prompt is continued, although the model has a chat template."""
+    Path("a.jsonl").write_text(json.dumps({"prompt": "what is", "responses": TEXTS}) + "\n")
+    scores = []
+    for chat in ([], ["--chat"]):
+        assert main(["score", "a.jsonl", "--reward", str(trained), "--output", f"s{len(chat)}.jsonl", *chat]) == 0
+        scores.append([row["score"] for row in rows_of(tmp_path / f"s{len(chat)}.jsonl")])
+    with dil.load_reward(trained, backend="cpu") as found:
+        assert found.score("what is", TEXTS) == pytest.approx(scores[0], abs=1e-5)
+        assert found.score([{"role": "user", "content": "what is"}], TEXTS) == pytest.approx(scores[1], abs=1e-5)
+    assert scores[0] != pytest.approx(scores[1], abs=1e-3)
+
+
+def test_an_adapter_outside_its_run_keeps_how_its_data_was_read(trained: Path) -> None:
+    shutil.copytree(trained / "adapter", "rm")
+    read = find_reward("rm", {"backend": "cpu"}).read
+    assert read == find_reward(str(trained), {"backend": "cpu"}).read and read.keys() == {"chat", "max_length"}
+
+
+def test_a_reward_that_cannot_be_loaded_closes_its_base(
+    trained: Path, tiny_tied: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, "copy")
+    Path("copy", "adapter", DIGESTS).unlink()
+    file = Path("copy", "config.yaml")
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"model": tiny_tied}))
+    closed, real = list[Policy](), Policy.close
+    monkeypatch.setattr(Policy, "close", lambda policy: closed.append(policy) or real(policy))
+    with pytest.raises(UserError, match="has other weights"):
+        dil.load_reward("copy", backend="cpu")
+    assert len(closed) == 1
+
+
+def test_rows_that_are_the_same_have_their_own_scores(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All are counted, one is the best, and nothing is left for a second run to score."""
+    Path("a.jsonl").write_text((json.dumps({"id": "a", "prompt": "what is", "responses": TEXTS}) + "\n") * 2)
+    argv = ["score", "a.jsonl", "--reward", str(trained), "--pairs", "p.jsonl"]
+    assert main(argv) == 0
+    whole = rows_of(tmp_path / "a.scores.jsonl")
+    assert [sum(row["best"] for row in whole), len({row["key"] for row in whole})] == [1, 4]
+    assert whole[0]["score"] == whole[2]["score"] and len(rows_of(tmp_path / "p.jsonl")) == 1
+    capsys.readouterr()
+    monkeypatch.setattr(reward_source, "open_reward", None)  # the model is not loaded again
+    assert main(argv) == 0
+    assert "4 of 4 scores are in" in capsys.readouterr().err and rows_of(tmp_path / "a.scores.jsonl") == whole
+
+
+def test_pairs_replace_no_other_file(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = json.dumps({"id": "a", "prompt": "what is", "responses": TEXTS}) + "\n"
+    for name in ("a.jsonl", "b.jsonl", "notes.jsonl"):
+        Path(name).write_text(row)
+    Path("linked.jsonl").hardlink_to("b.jsonl")
+    Path("folder").symlink_to(".")
+    argv = ["score", "a.jsonl,b.jsonl", "--reward", str(trained), "--output", "s.jsonl", "--pairs"]
+    for pairs, message in [
+        ("linked.jsonl", "is the file of answers"),
+        ("folder/a.jsonl", "is the file of answers"),
+        ("folder/s.jsonl", "is the file of scores"),
+        ("notes.jsonl", "line 1 is not from this command"),
+    ]:
+        assert main([*argv, pairs]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*argv[:-2], "b.jsonl"]) == 2 and "--output b.jsonl is the file of answers" in capsys.readouterr().err
+    assert Path("b.jsonl").read_text() == Path("notes.jsonl").read_text() == row and not Path("s.jsonl").exists()
+    assert main([*argv, "p.jsonl"]) == 0 == main([*argv, "p.jsonl"])  # its own file is written again
+    Path("p.jsonl").write_text(Path("p.jsonl").read_text().replace("yes", "no", 1))
+    assert main([*argv, "p.jsonl"]) == 2 and "--pairs p.jsonl line 1 was changed" in capsys.readouterr().err
+
+
 def test_a_head_is_refused_on_another_base_and_where_it_is_damaged(trained: Path, tiny_tied: str, tmp_path: Path) -> None:
     found = find_reward(str(trained), {"backend": "cpu"})
     other = find_reward(str(trained), {"backend": "cpu", "model": tiny_tied})
@@ -313,7 +398,7 @@ def test_a_head_is_refused_on_another_base_and_where_it_is_damaged(trained: Path
 
 
 @pytest.mark.parametrize("backend", ["cpu", "mlx"])
-def test_a_reward_beside_a_policy_on_one_base(trained: Path, tiny: str, backend: str) -> None:
+def test_a_reward_beside_a_policy_on_one_base(trained: Path, tiny: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of either backend, added to the policy's base: rewards of token ids, NaN where a response was cut."""
     options = build({"model": tiny, "backend": backend, "dtype": "float32", "data": "x.jsonl"}, {})
     policy = policies.load(AdapterSource(None, None, options), lambda text: None, options)
@@ -326,6 +411,11 @@ def test_a_reward_beside_a_policy_on_one_base(trained: Path, tiny: str, backend:
     one = [head.rewards([answer])[0] for answer in answers]
     np.testing.assert_allclose(got, one, atol=1e-5)
     assert len(set(got[[0, 1, 3]].tolist())) == 3
+    passes, real = list[int](), policy.backend.scores
+    monkeypatch.setattr(policy.backend, "scores", lambda batch, adapter: passes.append(batch.examples) or real(batch, adapter))
+    limited = HeadReward(policy.backend, head.adapter, head.description, head.name, lambda text: None, row_tokens=6)
+    np.testing.assert_allclose(limited.rewards(answers), got, atol=1e-5)  # two responses to a prompt in passes of their own
+    assert passes == [1, 1, 1]
     policy.close()
 
 
