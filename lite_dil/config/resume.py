@@ -57,7 +57,8 @@ def other_options(folder: Path, written: Mapping[str, Any]) -> str:
 def trained_with(adapter: Path, run: RunFolder) -> dict[str, Any]:
     """Return the options of a run: those of its config.yaml, and what that lacks from the seal of its `adapter`."""
     noted = {name: value for name, value in trained_options(adapter).items() if name in FIELDS and name != "trust_remote_code"}
-    return noted | run_options(run.path / OPTIONS_FILE, noted, str(adapter))
+    found = noted | run_options(run.path / OPTIONS_FILE, noted, str(adapter))
+    return {name: found[name] for name in FIELDS if name in found}
 
 
 def saved_config(checkpoint: Path, say: Callable[[str], None] = unheard, accept: bool = False) -> dict[str, Any]:
@@ -85,6 +86,9 @@ def saved_config(checkpoint: Path, say: Callable[[str], None] = unheard, accept:
         # A run may move; of what it reads the content is compared.
         if name not in written or (written[name] != options[name] and FIELDS[name].metadata["kind"] not in (READ, WRITTEN))
     ]
+    for name in options.keys() & written.keys():
+        if written[name] != options[name] and FIELDS[name].metadata["kind"] == READ:
+            say(f"{path}: {name} is {written[name]}; {checkpoint.name} records {options[name]}")
     if changes and not accept:
         raise UserError(
             gather(changes, f"{path} is not what the run wrote; restore it, or --accept-changes takes it as it is:")

@@ -7,10 +7,10 @@ from typing import Any
 
 from lite_dil.base.files import replace_file
 from lite_dil.base.redaction import redacted
+from lite_dil.config.resume import trained_with
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.models.names import is_hub_id, public_name
 from lite_dil.objectives.reward_table import identity, reward_objective
-from lite_dil.reports.card import options_of_run
 from lite_dil.reports.card_words import code, public_sources
 from lite_dil.rewards.description import read_description
 from lite_dil.runs.history import read_history
@@ -56,7 +56,7 @@ def write_reward_card(folder: Path, source: AdapterSource, architecture: str, pa
         f"Loss: {code(description.loss)}, {objective.title}: {code(objective.formula)} ({objective.source}).",
     ]
     if source.run:
-        options = options_of_run(source)
+        options = trained_with(source.adapter, source.run)
         parts.append(f"Data: {', '.join(map(code, public_sources(options['data'])[0]))}.")
         parts += _measured(source.run.path)
     if check is not None:

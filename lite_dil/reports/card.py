@@ -15,7 +15,7 @@ from lite_dil.base.files import replace_file
 from lite_dil.base.observer import Event, Observer
 from lite_dil.base.redaction import redacted
 from lite_dil.base.version import __version__
-from lite_dil.config.options import read_yaml
+from lite_dil.config.resume import trained_with
 from lite_dil.data.formats import FORMATS
 from lite_dil.data.rows import is_rows_name
 from lite_dil.generation.policy import AdapterSource
@@ -26,7 +26,7 @@ from lite_dil.objectives.table import DIL_FAMILY, objective_of
 from lite_dil.reports.card_use import how_to_use
 from lite_dil.reports.card_words import code, public_command, public_sources, train_command
 from lite_dil.reports.record import FACTS, read_facts, shared, with_error
-from lite_dil.runs.folder import RunFolder, checkpoint_of, trained_options
+from lite_dil.runs.folder import RunFolder, checkpoint_of
 from lite_dil.runs.history import read_history
 
 # The embedded model's name on the hub; it was made from a package, which has no card.
@@ -79,7 +79,7 @@ def write_card(folder: Path, source: AdapterSource, format: str, check: Any, com
     kind = format
     if format == "adapter":
         kind = "peft" if (folder / "adapter_model.safetensors").is_file() else "mlx-lm"
-    options = options_of_run(source)
+    options = trained_with(source.adapter, source.run) if source.run and source.adapter else {}
     model = source.options.model
     base = _EMBEDDED if model == EMBEDDED_MODEL else ({"base_model": model} if is_hub_id(model) else {}) | _license(model)
     facts = _facts(source.run) if source.run else {}
@@ -99,13 +99,6 @@ def write_card(folder: Path, source: AdapterSource, format: str, check: Any, com
     if options:
         parts += ["## Citation", *_citation(options["loss"])]
     replace_file(folder / "README.md", redacted("\n\n".join(parts)) + "\n")
-
-
-def options_of_run(source: AdapterSource) -> dict[str, Any]:
-    """Return the options that an adapter was trained with: those of its seal or, of older versions, its run's config.yaml."""
-    if source.run is None or source.adapter is None:
-        return {}
-    return trained_options(source.adapter) or read_yaml(source.run.path / "config.yaml")
 
 
 def _front_matter(kind: str, base: dict[str, Any], options: dict[str, Any]) -> str:

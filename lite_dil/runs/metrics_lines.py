@@ -15,7 +15,7 @@ def parse_line(text: str | bytes) -> dict[str, Any] | None:
         line["step"] = int(line["step"])
     except (ValueError, TypeError, KeyError, OverflowError):
         return None
-    return line if all(value is None or _is_number(value) for value in line.values()) else None
+    return line if all(value is None or _fits(name, value) for name, value in line.items()) else None
 
 
 def parse_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
@@ -25,5 +25,7 @@ def parse_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
     return lines, len(texts) - len(lines)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _fits(name: str, value: object) -> bool:
+    """Return whether a value is a finite number and, of an accuracy, a share."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return number and (not name.endswith("rewards/accuracies") or 0 <= value <= 1)  # type: ignore[operator]

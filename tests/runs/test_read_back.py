@@ -26,6 +26,7 @@ from lite_dil.cli.main import main
 from lite_dil.evaluation.comparison.files import read_answers, read_measured, write_answers, write_measured
 from lite_dil.models.fingerprint import base_of
 from lite_dil.reports.listing import list_runs
+from lite_dil.reports.page import render
 from lite_dil.reports.record import read_record
 from lite_dil.reports.trackers import Trackers
 from lite_dil.runs import rates
@@ -84,6 +85,14 @@ def test_a_changed_figure_is_not_listed(folder: Path, name: str) -> None:
     if file != "metrics.jsonl":
         with pytest.raises(UserError, match=re.escape(str(folder / file))):
             read_record(folder)
+
+
+def test_an_accuracy_that_is_no_share_is_damage(folder: Path) -> None:
+    """As a flipped bit makes of 1.0 a 9.0, of which no error can be computed."""
+    change(folder / "metrics.jsonl", LAST, r"\g<1>9.0")
+    record = read_record(folder)
+    assert record.history.held_out.last("eval_rewards/accuracies") is None and "metrics.jsonl" in record.damage[0]
+    assert "metrics.jsonl is not what the run wrote" in render(record)
 
 
 def test_lost_metrics_are_missed(folder: Path) -> None:
@@ -167,6 +176,9 @@ def test_an_export_of_a_run_whose_config_was_cut_says_what_was_trained(folder: P
     assert card("cut") == whole
     path.unlink()
     assert card("without") == whole
+    path.write_text(text)
+    (folder / "adapter" / "digests.json").unlink()  # as who changes an adapter on purpose does
+    assert card("unsealed") == whole
 
 
 def test_an_adapter_without_its_config_is_not_a_run_that_goes_on(folder: Path, capsys: Said) -> None:

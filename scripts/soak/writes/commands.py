@@ -9,7 +9,7 @@ from pathlib import Path
 from soak.tiny_world import make_model, write_rows
 
 
-def _no_keys(folder: Path) -> str:
+def no_keys(folder: Path) -> str:
     return ""
 
 
@@ -29,7 +29,7 @@ class Command:
     again: list[list[str]] = field(default_factory=list)
     run: bool = False
     added: tuple[str, ...] = ()
-    keys: Callable[[Path], str] = _no_keys
+    keys: Callable[[Path], str] = no_keys
 
 
 def commands(place: Path) -> list[Command]:
@@ -63,7 +63,7 @@ def _train(name: str, flags: list[str], added: tuple[str, ...] = (), resume: Seq
     return Command(name, argv, [["train", "--resume", "run", *resume], [*argv, "--resume"]], added=added)
 
 
-def _same(name: str, argv: list[str], added: tuple[str, ...] = (), keys: Callable[[Path], str] = _no_keys) -> Command:
+def _same(name: str, argv: list[str], added: tuple[str, ...] = (), keys: Callable[[Path], str] = no_keys) -> Command:
     return Command(name, argv, [argv], run=True, added=added, keys=keys)
 
 
