@@ -184,7 +184,9 @@ class ScoreFile:
         return list(found.values())
 
 
-def _own_rows(lines: Iterable[str], wanted: Sequence[ToScore], file: str) -> Iterator[tuple[int, str, bool, dict[str, Any]]]:
+def _own_rows(
+    lines: Iterable[str | bytes], wanted: Sequence[ToScore], file: str
+) -> Iterator[tuple[int, str, bool, dict[str, Any]]]:
     """Yield the number of each line, its key, whether it is as it was written, and its row.
 
     Raises UserError if a line has no key of a response in `wanted`. `file` names it: its flag and its path.
