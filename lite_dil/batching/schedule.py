@@ -160,7 +160,7 @@ def plan_responses(
     parts, numbers = list[Example](), dict[str, list[tuple[int, int]]]()
     for at, example in enumerate(examples):
         for some in _split(example, range(len(example.responses)), layout, tokens) if example.responses else ():
-            responses, signs = tuple(example.responses[i] for i in some), tuple(example.signs[i] for i in some)
+            responses, signs = example.responses[some.start : some.stop], example.signs[some.start : some.stop]
             parts.append(Example(example.prompt, responses, signs, f"{at} {some[0]}"))
             numbers[parts[-1].place] = [(at, i) for i in some]
     batches = plan(parts, layout, count, tokens)
