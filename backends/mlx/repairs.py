@@ -49,6 +49,8 @@ def _rebind(model: nn.Module, used: Set[str], libraries: dict[str, Any]) -> None
     """Let the code of modules that uses one of these names find other libraries."""
     for module in model.modules():
         call: Any = type(module).__call__
+        if getattr(call, "__code__", None) is None:  # a class that is only its parts: its owner computes with them
+            continue
         if not used.isdisjoint(call.__code__.co_names) and libraries.keys() <= call.__globals__.keys():
             names = call.__globals__ | libraries
             call = types.FunctionType(call.__code__, names, "__call__", call.__defaults__, call.__closure__)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
@@ -28,8 +29,8 @@ from lite_dil.backends.torch.load import (
 from lite_dil.backends.torch.rehearsal import Rehearser
 from lite_dil.base.errors import UserError, first_line
 from lite_dil.models import adapters
-from lite_dil.models.hub import STRANGE, needs_code
-from lite_dil.models.listing import ListedModel
+from lite_dil.models.hub import needs_code
+from lite_dil.models.listing import ListedModel, Rehearsal, StepProfile
 from lite_dil.models.logits import logit_transform
 from lite_dil.models.shape import Linear, Quantization, read_long_rope
 
@@ -53,10 +54,10 @@ def listed(model: str, path: Path, quantization: Quantization | None, trust_remo
         quantization: how its checkpoint is quantised.
 
     Raises:
-        UserError: transformers cannot make it from its config.json.
+        UserError: it cannot be made from its config.json, or not be computed without memory; `rehearse` raises it too.
     """
     where = f"--model {model}"
-    try:
+    with _planning(where):
         source = model if trust_remote_code and Path(model) != path else str(path)
         config = without_dropout(AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code))
         skipped = (getattr(config, "quantization_config", None) or {}).get("llm_int8_skip_modules")
@@ -65,11 +66,24 @@ def listed(model: str, path: Path, quantization: Quantization | None, trust_remo
                 copy.deepcopy(config), attn_implementation=attention_of(config), trust_remote_code=trust_remote_code
             )
         base.requires_grad_(False)
-        return _list(base.eval(), config, quantization, skipped)
-    except (OSError, ImportError, RuntimeError, StrictDataclassError, *STRANGE) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{where}: cannot be planned ({needs_code(error) or first_line(error)})") from None
+        found = _list(base.eval(), config, quantization, skipped)
+
+    def rehearse(of: Rehearsal) -> StepProfile:
+        with _planning(where):
+            return found.rehearse(of)
+
+    return replace(found, rehearse=rehearse)
+
+
+@contextmanager
+def _planning(where: str) -> Iterator[None]:
+    """Turn every error in the block into a UserError: code of transformers, torch or the model runs in it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # that code may raise anything
+        raise UserError(f"{where}: cannot be planned ({needs_code(error) or first_line(error)})") from error
 
 
 def _list(base: Any, config: Any, quantization: Quantization | None, skipped: list[str] | None) -> ListedModel:
@@ -94,6 +108,7 @@ def _list(base: Any, config: Any, quantization: Quantization | None, skipped: li
     return ListedModel(
         model_type=str(text.model_type),
         layers=len(layers),
+        stem=rehearser.stem,
         hidden=table.shape[1],
         vocabulary=table.shape[0],
         tied=head is table,

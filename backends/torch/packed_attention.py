@@ -68,7 +68,9 @@ def attention(
         (1, tokens, heads, head width), and None for the weights.
     """
     row = active()
-    assert row is not None and attention_mask is None
+    assert row is not None
+    if attention_mask is not None:
+        raise Unsupported("it masks its attention itself")
     if dropout or kwargs.get("s_aux") is not None or kwargs.get("is_causal") is False or key.shape[2] != query.shape[2]:
         raise Unsupported("its attention uses more than a scale, a soft cap and a window")
     windows.add(sliding_window)

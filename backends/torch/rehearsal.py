@@ -132,6 +132,8 @@ class _Kernel(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if attn_mask is not None and attn_mask.requires_grad:  # Doge's; torch then keeps more than is known here
+            raise Unsupported("its attention computes a mask with a gradient")
         if attn_mask is not None and attn_mask.dtype is torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype)  # torch makes one of numbers
         if self.device == "cuda":
@@ -153,13 +155,14 @@ def _plain_attention(config: Any, device: str) -> Iterator[None]:
     if config._attn_implementation != "sdpa":
         yield
         return
-    ALL_ATTENTION_FUNCTIONS.register(_NAME, attend)
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, attend)  # for all objects of the class: Doge's code has one of its own
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, sdpa_mask)
     config._attn_implementation = _NAME
     try:
         yield
     finally:
         config._attn_implementation = "sdpa"
+        del ALL_ATTENTION_FUNCTIONS._global_mapping[_NAME], ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[_NAME]
 
 
 @contextmanager
@@ -180,12 +183,13 @@ class Rehearser:
     """Rehearses steps of a model on "meta".
 
     Args:
-        base: the model, without towers.
+        base: the model, without towers. `stem` is the name of its list of layers.
     """
 
     def __init__(self, base: Any) -> None:
         self.base, self.decoder = base, decoder_of(base)
-        self.layers = list(layers_of(self.decoder) or ())
+        listed = layers_of(self.decoder)
+        self.layers, self.stem = list(listed or ()), next((name for name, m in base.named_modules() if m is listed), "")
         self._kinds: list[Any] = [None] * len(self.layers)
         self._tuples: list[bool] = [False] * len(self.layers)
         self._acts: dict[Rehearsal, _Act] = {}
@@ -247,8 +251,8 @@ class Rehearser:
         """Return for each layer the number of the one that stands for it."""
         adapted: dict[int, list[str]] = {}
         for name in targets:
-            number = layer_number(name)
-            adapted.setdefault(number, []).append(name.partition(f".{number}.")[2])
+            number = layer_number(name, self.stem)
+            adapted.setdefault(number, []).append(name.removeprefix(f"{self.stem}.{number}."))
         first: dict[Any, int] = {}
         found = []
         for number in range(len(self.layers)):
@@ -266,6 +270,7 @@ class _Act:
     """A copy of the model, adapted and arranged for one setting."""
 
     def __init__(self, rehearser: Rehearser, of: Rehearsal) -> None:
+        _leave_graph(rehearser.base)
         base, dtype = copy.deepcopy(rehearser.base), getattr(torch, of.dtype)
         for name, weight in base.named_parameters():
             if not keeps_float32(base, name, dtype):
@@ -276,14 +281,13 @@ class _Act:
         made = {
             name: (np.zeros((of.rank, shapes[name][1]), np.float32), np.zeros((shapes[name][0], of.rank), np.float32))
             for name in of.targets
-            if layer_number(name) in (*self.shown, -1)
+            if layer_number(name, rehearser.stem) in (*self.shown, -1)
         }
         with _META:
             model: Any = add_lora(base, POLICY, Adapter(of.rank, 1.0, made), of.dropout)
         self.model, self.decoder, self.layers = model, decoder_of(base), layers_of(decoder_of(base)) or ()
         self.weights = [weight for name, weight in model.named_parameters() if "lora_" in name]
-        for weight in model.parameters():
-            weight.requires_grad_(False)
+        model.requires_grad_(False)
         for weight in self.weights:
             weight.requires_grad_()
         switch = Switch()
@@ -375,6 +379,13 @@ class _Record:
         """End the current layer's backward pass."""
         if self._open is not None:
             self.over[self._open] = self.gauge.peak - self._floor
+
+
+def _leave_graph(model: nn.Module) -> None:
+    """Detach what modules keep of an earlier pass, as RecurrentGemma's do their state: a part of a graph cannot be copied."""
+    for module in model.modules():
+        own = vars(module)
+        own.update({name: v.detach() for name, v in own.items() if isinstance(v, Tensor) and not v.is_leaf})
 
 
 def _pass(as_tuple: bool, x: Tensor, *args: Any, **kwargs: Any) -> Any:

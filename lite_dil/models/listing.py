@@ -6,7 +6,6 @@ which builds the model without memory for its weights.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +13,6 @@ from typing import NamedTuple
 
 from lite_dil.models.logits import LogitTransform
 from lite_dil.models.shape import Linear, Quantization
-
-_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 class LayerTurn(NamedTuple):
@@ -76,6 +73,7 @@ class ListedModel:
     """A model's weights, counted in parameters, and its decoder's memory.
 
     Attributes:
+        stem: the name of the decoder's list of layers, such as "model.layers".
         layers_by_name: the decoder's linear layers.
         packed: those of them that 4 bits pack.
         adaptable: the (out, in) shapes of those that may have an adapter.
@@ -98,6 +96,7 @@ class ListedModel:
 
     model_type: str
     layers: int
+    stem: str
     hidden: int
     vocabulary: int
     tied: bool
@@ -156,15 +155,15 @@ class ListedModel:
         """Return the parameters of the largest packed weight of each layer, by its number; -1 for those outside."""
         found: dict[int, int] = {}
         for name in self.packed:
-            number = layer_number(name)
+            number = layer_number(name, self.stem)
             found[number] = max(found.get(number, 0), self.layers_by_name[name].weight)
         return found
 
 
-def layer_number(name: str) -> int:
-    """Return the number of the layer that a module's name is in, or -1."""
-    found = _NUMBER.search(f".{name}.")
-    return int(found[1]) if found else -1
+def layer_number(name: str, stem: str) -> int:
+    """Return the number of the layer that a module's name is in, or -1; `stem` is the name of the list of layers."""
+    number = name.removeprefix(f"{stem}.").partition(".")[0] if name.startswith(f"{stem}.") else ""
+    return int(number) if number.isdecimal() else -1
 
 
 def packed_words(share: float) -> str:

@@ -330,14 +330,28 @@ def read_quantization(config: dict[str, Any], where: str) -> Quantization | None
     if not isinstance(packed := config.get("quantization_config"), dict):
         return None
     if packed.get("quant_method") == "bitsandbytes" and packed.get("load_in_4bit"):
-        skipped = packed.get("llm_int8_skip_modules") or ()
-        if not all(isinstance(name, str) for name in skipped):
-            raise UserError(f"{where}: llm_int8_skip_modules is {skipped!r}; expected a list of names")
-        return Quantization("bitsandbytes", 4, 64, bool(packed.get("bnb_4bit_use_double_quant")), tuple(skipped))
+        skipped = _skipped(packed.get("llm_int8_skip_modules"), where)
+        return Quantization("bitsandbytes", 4, 64, bool(packed.get("bnb_4bit_use_double_quant")), skipped)
     if packed.get("quant_method") == "mxfp4":  # of gpt-oss; training unpacks it
         return None
     kind = packed.get("quant_method") or "an unknown method"
     raise UserError(f"{where}: its weights are quantised by {kind}; plan knows bitsandbytes' 4 bits and MLX's")
+
+
+def _skipped(value: Any, where: str) -> tuple[str, ...]:
+    """Return the patterns of the names of layers that are not quantised."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{where}: llm_int8_skip_modules is {value!r}; expected a list of names")
+    for name in value:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise UserError(
+                f"{where}: llm_int8_skip_modules has {name!r}; expected the name of a layer or a regular expression ({error})"
+            ) from None
+    return tuple(value)
 
 
 def read_long_rope(text: dict[str, Any]) -> int | None:

@@ -12,7 +12,7 @@ from lite_dil.batching.batch import Batch
 from lite_dil.batching.schedule import layout_tokens, row_tokens
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.adapter_files import read_adapter
-from lite_dil.models.adapters import select_targets
+from lite_dil.models.adapters import match, select_targets
 from lite_dil.models.header import read_header
 from lite_dil.models.listing import ListedModel
 from lite_dil.models.shape import ModelShape
@@ -149,6 +149,9 @@ def adapter_tensors(config: ResolvedConfig, shape: AnyModel) -> dict[str, tuple[
     """Return the shapes of A and B for every adapted layer by name, from --init-adapter's files or the options."""
     if config.init_adapter:
         initial = read_adapter(config.init_adapter, _shapes_only)
+        if isinstance(shape, ListedModel):
+            linears = {name: (linear.outputs, linear.inputs) for name, linear in shape.linears().items()}
+            initial = match(initial, linears, config.init_adapter)  # as training does: not only those a new one may have
         return {name: (a.shape, b.shape) for name, (a, b) in initial.weights.items()}
     rank, targets = config.lora_r, config.target_modules
     assert rank and targets  # filled in by TrainConfig.resolved

@@ -55,7 +55,12 @@ class ListedStep(TorchStep):
         return {**parts, "linears": linears, "experts": s.experts * self.e, "embeddings": tables, "norms": norms}
 
     def tower(self) -> int:
-        """Return the bytes of towers, and of the parts of a mixture's weight while they are joined."""
+        """Return the bytes that loading takes for a moment: towers, and twice the largest tensor of experts.
+
+        Checkpoints often have a tensor for each expert, and transformers joins them in two steps: all experts' gates, and all
+        experts' ups, then both to one. While the last result is made, the tensors of the file and those of the first step are
+        still there, each as large as the result.
+        """
         s = self.shape
         return sum(map(self.frozen, s.tower)) + s.tower_rest * self.e + 2 * s.largest_expert * self.e
 
@@ -100,7 +105,7 @@ class ListedStep(TorchStep):
 
     def _now(self) -> StepProfile:
         """Return the decoder's memory for this load, with inputs of recomputed layers offloaded or not."""
-        if self.shape.exact:
+        if self.shape.exact and self._operations() <= _MOST:
             found = self.shape.rehearse(self._setting(self.mode, self.load))
         else:
             found = self._profile(self.mode, self.tokens, self.load.longest)
@@ -111,6 +116,12 @@ class ListedStep(TorchStep):
             )
             return found._replace(layers=turns)
         return found
+
+    def _operations(self) -> float:
+        """Return about how many operations a rehearsal of the load takes, by those of two small ones."""
+        fewer = _FEWEST // 4
+        low, high = (self._rehearsed(self.mode, tokens)[-1] for tokens in (fewer, _FEWEST))
+        return low + (high - low) * (self.tokens - fewer) / (_FEWEST - fewer)
 
     def _profile(self, mode: str, tokens: int, longest: int) -> StepProfile:
         """Return the memory for `tokens` tokens in sequences of at most `longest`, between those of powers of four."""
@@ -162,7 +173,7 @@ class ListedStep(TorchStep):
         """Return for each layer the bytes of the gradients of the layers behind it."""
         found = [0] * self.shape.layers
         for name, pair in self.tensors.items():
-            for number in range(layer_number(name)):
+            for number in range(layer_number(name, self.shape.stem)):
                 found[number] += _size(pair) * FLOAT32
         return found
 

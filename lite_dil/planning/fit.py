@@ -9,7 +9,7 @@ from typing import Any
 
 from lite_dil.backends import registry
 from lite_dil.backends.limits import checkpointing
-from lite_dil.base.errors import UserError
+from lite_dil.base.errors import UserError, first_line
 from lite_dil.base.memory import GIB, Memory
 from lite_dil.batching.schedule import row_tokens
 from lite_dil.config.train_config import ResolvedConfig, flag
@@ -218,7 +218,7 @@ def _valid(config: ResolvedConfig, model: Model) -> bool:
 
 
 def memory_line(config: ResolvedConfig, model: str, load: Load, peak: float, before: float) -> str:
-    """Return a line that compares the estimate with the peak.
+    """Return a line that compares the estimate with the peak; a failure of the estimate is said in it and never raised.
 
     Args:
         config: with the layout and the dtype that the run used, not "auto".
@@ -237,6 +237,8 @@ def memory_line(config: ResolvedConfig, model: str, load: Load, peak: float, bef
         estimated = Model(shape, config.backend, config.dtype).total(config, load)
     except UserError:  # layers or options that the estimate does not know
         return f"memory: {text}"
+    except Exception as error:  # a model's own code may raise anything, and hours of training must end well
+        return f"memory: {text} (no estimate: {first_line(error)})"
     return f"memory: {gigabytes(estimated)} GB{what} estimated, {text}"
 
 

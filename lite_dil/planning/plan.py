@@ -94,11 +94,12 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """Return it for JSON, with sizes in bytes."""
         shape, remedy = self.model.shape, self.remedy
+        packed = self.config.load_in_4bit or shape.quantization is not None
         return {
             "model": self.config.model,
             "parameters": shape.parameters,
             "active_parameters": shape.active,
-            "packed_share": shape.packed_share,
+            "packed_share": shape.packed_share if packed else None,
             "backend": self.model.backend,
             "dtype": self.model.dtype,
             "memory": self.memory.usable,

@@ -127,6 +127,18 @@ def test_another_form_of_gelu_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         load("mlx", model)
 
 
+def test_parts_that_only_their_owner_computes_with_are_left_alone() -> None:
+    class Parts(nn.Module):  # as mlx-lm's Gemma3nAltUp: no __call__
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+    model = Parts()
+    repairs.mend_gelu(model, {"hidden_act": "gelu"})
+    repairs.mend_constants(model)
+    assert type(model) is Parts
+
+
 @pytest.mark.parametrize(
     ("family", "left_out"),
     [

@@ -287,6 +287,8 @@ def test_what_the_line_says(tiny: str, tmp_path: Path) -> None:
     assert memory_line(asked, tiny, load, 3 * GIB, GIB) == f"memory: {expected / GIB:.2f} GB estimated, 3.0 GB peak"
     (tmp_path / "config.json").write_text('{"model_type": "nobody_knows"}')
     assert memory_line(asked, str(tmp_path), load, 3 * GIB, GIB) == "memory: 3.0 GB peak"
+    strange = replace(asked, dtype="float8")  # any failure of the estimate is said, and ends no training
+    assert memory_line(strange, tiny, load, 3 * GIB, GIB) == "memory: 3.0 GB peak (no estimate: 'float8')"
 
 
 @pytest.mark.parametrize("layout", ["plain", "packed", "prefix"])

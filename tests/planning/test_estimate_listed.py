@@ -8,18 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import config
 from families import zoo
 from live_bytes import measure
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lite_dil.backends import registry
 from lite_dil.backends.torch.listing import listed
+from lite_dil.backends.torch.rehearsal import Rehearser
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import GIB, Memory
 from lite_dil.cli.main import main
-from lite_dil.models.listing import ListedModel
+from lite_dil.models.adapter_files import Files, write_mlx, write_peft
+from lite_dil.models.adapters import Adapter
+from lite_dil.models.listing import ListedModel, Rehearsal, StepProfile, layer_number
 from lite_dil.planning import before_loading
 from lite_dil.planning.estimate import Load
 from lite_dil.planning.known import read_model
@@ -137,7 +144,7 @@ def test_layers_that_a_checkpoint_leaves_unpacked_are_not_planned_as_packed(tmp_
     dense = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 512}
     packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": False}
 
-    def linears(skipped: list[str], kind: dict[str, Any]) -> int:
+    def linears(skipped: Any, kind: dict[str, Any]) -> int:
         path = tmp_path / "config.json"
         own = {"quantization_config": {**packed, "llm_int8_skip_modules": skipped}}
         path.write_text(json.dumps({**dense, "num_attention_heads": 4, **kind, **own}))
@@ -148,6 +155,9 @@ def test_layers_that_a_checkpoint_leaves_unpacked_are_not_planned_as_packed(tmp_
     difference = 3 * (2 * size - (size // 2 + size // 64 * 4))
     for kind in ({}, {"model_type": "ministral3", "num_key_value_heads": 4, "head_dim": 16}):
         assert linears(["lm_head", "model.layers.1.mlp"], kind) - linears(["lm_head"], kind) == difference
+        for wrong in ("lm_head", ["*"], [1]):
+            with pytest.raises(UserError, match="llm_int8_skip_modules"):
+                linears(wrong, kind)
 
 
 def test_plan_prints_what_is_active_and_what_is_packed(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,3 +176,78 @@ def test_what_cannot_be_listed_is_said(tmp_path: Path) -> None:
         path.write_text(json.dumps(text))
         with pytest.raises(UserError, match=message):
             listed(str(path), path, None)
+
+
+SMALL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 128,
+}
+
+
+def test_a_model_that_cannot_be_listed_trains_all_the_same(tmp_path: Path) -> None:
+    """JetMoE's code reads numbers that are not there without memory."""
+    CONFIG_MAPPING["jetmoe"](**SMALL, kv_channels=16, num_local_experts=4).save_pretrained(tmp_path)
+    asked = config(model=str(tmp_path), load_in_4bit=True, dtype="bfloat16")
+    with pytest.raises(UserError, match="cannot be planned"):
+        read_model(asked.model)
+    said: list[str] = []
+    before_loading.check_experts(replace(asked, backend="cuda"), said.append)
+    assert len(said) == 1
+    assert said[0].startswith("Not checked before loading whether the weights fit: --model")
+
+
+def test_what_the_models_own_code_makes_impossible_is_said(tmp_path: Path) -> None:
+    """Doge computes a mask for its attention: a packed row does not take it, and torch keeps more for its gradient."""
+    made = CONFIG_MAPPING["doge"](**SMALL)
+    made.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be planned \(its attention computes a mask with a gradient\)"):
+        read_model(str(tmp_path))
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(made, attn_implementation="sdpa")
+    assert not Rehearser(base.eval()).packs_rows()
+    assert "lite_dil_rehearsed" not in {*ALL_ATTENTION_FUNCTIONS, *ALL_MASK_ATTENTION_FUNCTIONS}
+
+
+def test_a_model_that_keeps_its_state_is_rehearsed_and_not_for_long(made: Any) -> None:
+    """RecurrentGemma computes token by token: the end of a run does not rehearse all tokens that it had."""
+    shape = read_model(made("recurrent_gemma"))
+    assert isinstance(shape, ListedModel)
+    target, sizes = next(iter(shape.adaptable)), list[int]()
+    kept = shape.rehearse(Rehearsal("cpu", "float32", "off", "plain", (target,), 4, True, 0.0, (4,), ((4,),)))
+    assert len(kept.layers) == shape.layers
+
+    def rehearse(of: Rehearsal) -> StepProfile:
+        sizes.append(sum(map(sum, of.responses)) + sum(of.prompts))
+        return StepProfile(1, kept.layers, 100 * sizes[-1])
+
+    asked = config(model=made("recurrent_gemma"), gradient_accumulation_steps=1)
+    estimate(asked, replace(shape, exact=True, rehearse=rehearse), "cpu", "float32", Load((10,), ((5000,),)))
+    assert max(sizes) == 256
+
+
+def test_an_earlier_adapter_is_planned_under_the_models_names(made: Any, tmp_path: Path) -> None:
+    model = made("qwen3_5")
+    shape = read_model(model)
+    assert isinstance(shape, ListedModel)
+    layer, (out, into) = next((n, s) for n, s in shape.adaptable.items() if n.endswith("down_proj"))
+    pair = np.zeros((4, into), np.float32), np.zeros((out, 4), np.float32)
+    asked = config(model=model, gradient_accumulation_steps=1)
+    tensors = Files(Adapter(4, 1.0, {layer: pair}), "F32", 0.0)
+    write_mlx(tmp_path, tensors, 1.0, model, shape.layers, alone=True)
+    assert estimate(replace(asked, init_adapter=str(tmp_path)), shape, "cpu", "float32", LOAD).adapter == 4 * 4 * (out + into)
+    other = Files(Adapter(4, 1.0, {"model.layers.0.mlp.fc1": pair}), "F32", 0.0)
+    (tmp_path / "other").mkdir()
+    write_peft(tmp_path / "other", other, 1.0, model, {"target_modules": ["fc1"]})
+    with pytest.raises(UserError, match="is it for another model"):
+        estimate(replace(asked, init_adapter=str(tmp_path / "other")), shape, "cpu", "float32", LOAD)
+
+
+def test_only_numbers_of_the_list_of_layers_count() -> None:
+    stem = "model.layers"
+    assert layer_number("model.layers.3.experts.7.up", stem) == 3
+    for name in ("model.altup_projections.0", "model.norm", "model.layers_of_old.2.up", "0.up"):
+        assert layer_number(name, stem) == -1

@@ -73,6 +73,8 @@ def test_the_numbers_of_llama_8b(llama: str, capsys: pytest.CaptureFixture[str])
     assert parts["reference"] == 0
     _, whole = planned(capsys, *flags)
     assert whole["components"]["linears"] == 2 * LINEARS
+    assert plan["packed_share"] == LINEARS / plan["parameters"]
+    assert whole["packed_share"] is None
 
 
 def test_the_words_add_up(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
