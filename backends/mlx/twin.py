@@ -72,6 +72,7 @@ def check_twin(model: Any, folder: Path, name: str, config: dict[str, Any], max_
     """
     try:
         found = compare(folder, name, code)
+        mx.clear_cache()  # what the copy has freed would serve the adapters, and larger buffers than they need count whole
     except Misfit as error:
         check_windows(config, applied_windows(model), max_length, name)
         advice = "before a long run, compare its first figures with another --backend's"

@@ -134,12 +134,7 @@ def read_prompts(
                 if alike:
                     _check_alike(prompt, found.get(prompt.key))
                 first = first or prompt
-                if prompt.chat != first.chat:
-                    raise RowError(
-                        "mixed formats",
-                        f"the prompt is {_KINDS[prompt.chat]}, but {first.place} has {_KINDS[first.chat]}; keep one kind in a "
-                        "file, or make all of them messages with --chat",
-                    )
+                _check_kind(prompt, first)
             except Tie as tie:
                 notes[str(tie)] += 1
                 continue
@@ -159,6 +154,16 @@ def read_prompts(
     if repeats:
         say(f"{repeats} prompt{'s repeat' if repeats > 1 else ' repeats'} an earlier one: each is used once")
     return list(found.values())
+
+
+def _check_kind(prompt: Prompt, first: Prompt) -> None:
+    """Raise RowError if a prompt is of another kind than the first one."""
+    if prompt.chat != first.chat:
+        raise RowError(
+            "mixed formats",
+            f"the prompt is {_KINDS[prompt.chat]}, but {first.place} has {_KINDS[first.chat]}; keep one kind in a file, or "
+            "make all of them messages with --chat",
+        )
 
 
 def _check_alike(prompt: Prompt, earlier: Prompt | None) -> None:

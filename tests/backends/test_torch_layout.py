@@ -316,11 +316,13 @@ def test_a_quantised_head_is_the_same_for_policy_and_reference(bits: int, tiny: 
 def test_the_table_that_is_offloaded_is_looked_up_the_same(tiny: str) -> None:
     from lite_dil.backends.torch import layers as torch_layers
 
-    table = torch.nn.Embedding(50, 8)
-    ids = torch.arange(7)[None]
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    table, ids = model.get_input_embeddings(), torch.arange(7)[None]
     before = table(ids)
-    torch_layers.offload_embeddings(table, torch.device("cpu"))
+    torch_layers.offload_embeddings(model, model.get_output_embeddings(), torch.device("cpu"))
     torch.testing.assert_close(table(ids), before)
+    with pytest.raises(UserError, match="the embedding table is also the output head"):
+        torch_layers.offload_embeddings(model, table, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
