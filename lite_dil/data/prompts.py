@@ -118,8 +118,7 @@ def read_prompts(
     for name, times in [(DATA, 1.0)] if given else split_sources(source):
         if times != 1:
             raise UserError(f"{source}: each prompt is used once; leave ={times:g} out")
-        problems: list[Problem] = []
-        kept = 0
+        problems, kept = list[Problem](), 0
         rows = itertools.islice(given.records(), options.max_rows) if given else _records(name, options.max_rows)
         head = list(itertools.islice(rows, LOOKED_AT))
         about = learn((tidy(v, columns) for _, v in head if isinstance(v, dict) and v.keys() >= set(columns.values())), BETTER)
