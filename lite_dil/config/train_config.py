@@ -20,7 +20,7 @@ from lite_dil.models.options import ALL_LINEAR, DEFAULT_RANK, AdapterOptions, Mo
 from lite_dil.objectives.own import is_own, shown
 from lite_dil.objectives.reward_table import REWARD_OPTIONS, REWARDS, is_reward
 from lite_dil.objectives.table import OBJECTIVES, OPTIONS, objective_of, options_of
-from lite_dil.online.options import OnlineObjective
+from lite_dil.online.options import OnlineObjective, OnlineOptions
 from lite_dil.runs.options import RunOptions
 from lite_dil.training.options import ReferenceOptions
 
@@ -218,6 +218,10 @@ NOT_OF_REWARDS = {
     "report_samples": "answers prompts, which a reward model cannot",
     "unsloth": "is not offered for a reward model's head",
     "auto": "estimates a policy's steps, not a reward model's",
+    **dict.fromkeys(
+        (each.name for each in dataclasses.fields(OnlineOptions)),
+        "is of a policy's own answers; a reward model learns from the data's",
+    ),
 }
 _OF_REWARDS: dict[str, Any] = {"logp_reduction": "sum", "beta": 1.0, "reference": "base", "report_samples": 0}
 
