@@ -130,6 +130,8 @@ def duration(seconds: float) -> str:
 def figures(line: dict[str, Any], digits: int) -> list[str]:
     """Return the figures that exist: single responses have no accuracy, demonstrations no rejected side."""
     found = [f"loss {line['loss']:.4f}"]
+    if "reward" in line:  # of a policy's own answers
+        found = [f"reward {line['reward']:.3f}", f"KL {line['kl/answer']:.3f} an answer"]
     for name in ("rewards/accuracies", "accuracy"):  # of a policy, of a reward model
         if name in line:
             found.append(f"accuracy {line[name]:.{digits}f}")

@@ -126,18 +126,19 @@ class RewardExport:
             rows = held_out(self.source, self.encoder, count, self.options.check_data, self.say)
         config = self.source.options
         quantised = self.checkpoint.packed or config.load_in_4bit
-        expected = None
+        expected, computed = None, set[str]()
         policy: Policy | None = None
         if rows or quantised:
             policy = policies.load(AdapterSource(None, None, config), self.say)
         try:
             if policy and rows:
+                computed.add(policy.backend.dtype_name)
                 expected = _expected(head_on(policy, self.reward, self.say), rows[0], self.ends)
             dtype = self._write(policy if quantised else None)
         finally:
             if policy:
                 policy.close()
-        check = self._check(rows[1], *expected, dtype) if rows and expected else None
+        check = self._check(rows[1], *expected, computed | {dtype}) if rows and expected else None
         facts = {
             "lite_dil": __version__,
             "format": "reward",
@@ -182,15 +183,15 @@ class RewardExport:
             )
         return dtype
 
-    def _check(self, data: str, expected: np.ndarray, sequences: Sequences, rows: int, dtype: str) -> ScoreCheck:
+    def _check(self, data: str, expected: np.ndarray, sequences: Sequences, rows: int, types: set[str]) -> ScoreCheck:
         self.say(f"checking reward on {rows} rows of {data} ...")
         found = registry.module("torch", "classifier").scores(self.made, sequences)
         expected = expected - self.bias
         difference, spread = np.abs(found - expected), float(expected.std())
         x, y = expected - expected.mean(), found - found.mean()
         share = float(x @ y / (x @ x)) if spread else 1.0
-        types = {dtype, "float16" if self.source.options.load_in_4bit else dtype}
-        allowed = max(SCORE_TOLERANCES[name] for name in types)
+        rounded = types | ({"float16"} if self.source.options.load_in_4bit else set())
+        allowed = max(SCORE_TOLERANCES[name] for name in rounded)
         return ScoreCheck(rows, len(found), data, float(difference.mean()), float(difference.max()), spread, allowed, share)
 
 

@@ -439,6 +439,11 @@ def test_the_exported_classifier_scores_as_the_trained_model(trained: Path, data
         np.testing.assert_allclose(got, [row["score"] for row in rows], atol=1e-4)
     card = Path("out/README.md").read_text()
     assert "text-classification" in card and "scores higher in" in card
+    # Scored in bfloat16 by lite-dil, in float32 by transformers: rounding, which is allowed.
+    rounded = ["--dtype", "bfloat16", "--output", "rounded", "--check-rows", "6"]
+    assert main(["export", "--adapter", str(trained), "--format", "reward", *rounded]) == 0
+    check = json.loads(Path("rounded/export.json").read_text())["check"]
+    assert check["mean"] > 1e-3 * check["spread"] and check["allowed"] == 0.25
 
 
 def test_an_export_of_another_kind_is_refused(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
