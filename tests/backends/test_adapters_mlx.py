@@ -400,6 +400,8 @@ def test_a_saved_adapter_is_one_of_mlx_lm(tiny: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(a.T, values[f"{path}.lora_a"])
         np.testing.assert_array_equal(b.T, values[f"{path}.lora_b"])
     assert not (tmp_path / POLICY / "head.json").exists()
+    for file in (tmp_path / "rm").glob("head.*"):  # with which it is no policy's
+        file.unlink()
     fresh = load("mlx", tiny, init_adapter=str(tmp_path / "rm"), reference="base")
     with backend.using("rm"):
         np.testing.assert_array_equal(fresh.token_logps(batch()), backend.token_logps(batch()))

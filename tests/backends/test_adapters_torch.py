@@ -166,7 +166,7 @@ def test_plain_peft_loads_a_saved_adapter(tiny: str, tmp_path: Path) -> None:
         backend.save_adapter(tmp_path / name, name)
         files = {path.name for path in (tmp_path / name).iterdir()}
         own = {"head.safetensors", "head.json"} if name == "rm" else set()
-        assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"} | own
+        assert files == {"adapter_config.json", "adapter_model.safetensors"} | own
         keys = load_file(tmp_path / name / "adapter_model.safetensors")
         assert "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight" in keys
         assert {value.dtype for value in keys.values()} == {torch.float32}
