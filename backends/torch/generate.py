@@ -18,6 +18,8 @@ from lite_dil.backends.probes import tolerance
 from lite_dil.backends.torch import out_of_memory
 from lite_dil.backends.types import Generated, Sampling, never
 
+First = tuple[Tensor, DynamicCache, dict[str, int]]
+
 
 def generate(
     base: Any,
@@ -70,15 +72,17 @@ def generate(
 
 
 @torch.no_grad()
-def _first(base: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache] | None:
-    """Compute each prompt once: return the logits after it, (prompts, vocabulary), and the cache of all its tokens.
+def _first(base: Any, ids: Tensor, mask: Tensor) -> First | None:
+    """Compute each prompt once: return the logits after it, (prompts, vocabulary), the cache of all its tokens, and the
+    options with which the model computes the logits of the last token alone.
 
     None if the cache does not hold all of the model's state by rows, or the model does not take positions.
     """
     wanted = inspect.signature(base.forward).parameters
     if not {"past_key_values", "position_ids"} <= wanted.keys():
         return None
-    out = _pass(base, ids, mask, None)
+    last = {"logits_to_keep": 1} if "logits_to_keep" in wanted else {}
+    out = _pass(base, ids, mask, None, last)
     cache = getattr(out, "past_key_values", None)
     # A model's own cache classes may hold more than rows that can be repeated and left out.
     if type(cache) is not DynamicCache or any(type(layer).__module__ != DynamicCache.__module__ for layer in cache.layers):
@@ -87,13 +91,13 @@ def _first(base: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, DynamicCache] 
     recurrent = all(cache.has_previous_state(i) for i, linear in enumerate(cache.is_linear) if linear)
     if not recurrent or not all(getattr(layer, "is_initialized", True) for layer in cache.layers):
         return None
-    return out.logits[:, -1].float(), cache
+    return out.logits[:, -1].float(), cache, last
 
 
 @torch.no_grad()
 def _by_step(
     base: Any,
-    first: tuple[Tensor, DynamicCache],
+    first: First,
     mask: Tensor,
     rows: Tensor,
     max_new_tokens: int,
@@ -106,7 +110,7 @@ def _by_step(
     Args:
         rows: (rows,) the prompt of each row.
     """
-    (logits, cache), mask = first, mask[rows]
+    (logits, cache, last), mask = first, mask[rows]
     logits = logits[rows]
     cache.reorder_cache(cast(torch.LongTensor, rows))
     tokens: list[list[int]] = [[] for _ in rows]
@@ -126,13 +130,12 @@ def _by_step(
             cache.reorder_cache(cast(torch.LongTensor, left))
             mask, new = mask[left], new[left]
         mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
-        logits = _pass(base, new[:, None], mask, cache).logits[:, -1].float()
+        logits = _pass(base, new[:, None], mask, cache, last).logits[:, -1].float()
     return tokens
 
 
-def _pass(base: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Any:
+def _pass(base: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None, last: dict[str, int]) -> Any:
     """Compute the last tokens of rows that are padded on the left: `ids` are those not in the cache, `mask` covers all."""
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     padding = None if bool(mask.all()) else mask  # without one, attention needs no mask of its own
     return base(input_ids=ids, attention_mask=padding, position_ids=positions, past_key_values=cache, use_cache=True, **last)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from lite_dil.backends import limits
 from lite_dil.config.options import add_flags, build
-from lite_dil.config.train_config import LOADING_FIELDS, ResolvedConfig
+from lite_dil.config.train_config import ResolvedConfig
+from lite_dil.data.prompts import FLAGS
 from lite_dil.models.options import MODEL_FIELDS
 
 if TYPE_CHECKING:
@@ -43,5 +44,5 @@ def find(args: argparse.Namespace) -> AdapterSource:
 
 
 def options_of(args: argparse.Namespace) -> ResolvedConfig:
-    """Return the options of train among the flags, checked, with defaults for the others."""
-    return build({name: value for name, value in vars(args).items() if name in LOADING_FIELDS and value is not None}, {})
+    """Return the options by which prompts are read, `FLAGS`, checked, with defaults for the others."""
+    return build({name: value for name, value in vars(args).items() if name in FLAGS and value is not None}, {})

@@ -242,9 +242,6 @@ _GROUPS = ("model", "data", "objective", "reward", "online", "adapter", "optimis
 FIELDS = {f.name: f for f in sorted(dataclasses.fields(TrainConfig), key=lambda f: _GROUPS.index(f.metadata["group"]))}
 # Those of a policy's training.
 POLICY_FIELDS = [name for name, field in FIELDS.items() if field.metadata["group"] != "reward"]
-# Those of a policy's own answers. Other commands have flags of these names that mean something else.
-_ONLINE_FIELDS = {name for name, field in FIELDS.items() if field.metadata["group"] == "online"}
-LOADING_FIELDS = FIELDS.keys() - _ONLINE_FIELDS
 # What may differ in a resumed run, because it does not change what is learned.
 FREE_ON_RESUME = {name for name, field in FIELDS.items() if field.metadata["kind"] in (FREE, WRITTEN)}
 # The split of a step into passes; only the product decides what is learned.

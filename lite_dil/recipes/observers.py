@@ -79,6 +79,22 @@ def setting_of(session: TrainingSession) -> Setting:
     return Setting(named(config.model), config.backend, backend.dtype_name, config.load_in_4bit, backend.layout)
 
 
+def samples_of(session: TrainingSession, shown: ShownSteps, often: int | None) -> SampleAnswers:
+    """Return the observer of the report's sample answers, which are renewed every `often` steps."""
+    data, policy = session.data, session.policy
+    return SampleAnswers(
+        data.prompts,
+        bool(data.held_out),
+        session.folder.path / SAMPLES,
+        policy.backend,
+        policy.encoder,
+        session.config.max_length,
+        shown.display.say,
+        often,
+        shown.doing,
+    )
+
+
 def observers_of(
     session: TrainingSession, training: Training, display: Display, own: Sequence[Observer]
 ) -> tuple[Observers, Checkpoints]:
@@ -93,18 +109,7 @@ def observers_of(
         return memory_line(session.taken_config(), session.policy.model, Load.of(training.largest.batch), peak, before)
 
     def results(shown: ShownSteps, often: int | None) -> list[Observer]:
-        answers = SampleAnswers(
-            data.prompts,
-            bool(data.held_out),
-            folder.path / SAMPLES,
-            backend,
-            session.policy.encoder,
-            config.max_length,
-            display.say,
-            often,
-            shown.doing,
-        )
-        return [answers, ModelCard(AdapterSource(folder.adapter, folder, config))]
+        return [samples_of(session, shown, often), ModelCard(AdapterSource(folder.adapter, folder, config))]
 
     return watching_of(session, training, display, held_out, results, memory, own)
 

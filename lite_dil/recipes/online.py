@@ -27,15 +27,14 @@ from lite_dil.online.preflight import PREFLIGHT, preflight
 from lite_dil.online.rollouts_file import RolloutsFile
 from lite_dil.online.training import OnlineTraining
 from lite_dil.recipes.given import NOTHING_GIVEN, Given
-from lite_dil.recipes.observers import ShownSteps
+from lite_dil.recipes.observers import ShownSteps, samples_of
 from lite_dil.recipes.read_data import RunData
 from lite_dil.recipes.run import Run
 from lite_dil.recipes.running import Recipe, run_training
 from lite_dil.recipes.session import Opening, TrainingSession, begin, go_on, load_session
 from lite_dil.reports.card import ModelCard
-from lite_dil.reports.record import SAMPLES
 from lite_dil.reports.run_report import RunReport, facts_of
-from lite_dil.reports.samples import SampleAnswers, SamplePrompt
+from lite_dil.reports.samples import SamplePrompt
 from lite_dil.reports.trackers import Trackers
 from lite_dil.rewards.spec import sources
 from lite_dil.rewards.total import TotalReward
@@ -141,17 +140,7 @@ def _observers_of(
     # The answers come before the checkpoint, so that those of all its steps are there.
     rollouts = RolloutsFile(folder.path, training)
     checkpoints = Checkpoints(folder, training.progress, session.save_state, session.save_adapter, config)
-    answers = SampleAnswers(
-        data.prompts,
-        False,
-        folder.path / SAMPLES,
-        backend,
-        session.policy.encoder,
-        config.max_length,
-        display.say,
-        config.save_steps,
-        shown.doing,
-    )
+    answers = samples_of(session, shown, config.save_steps)
     card = ModelCard(AdapterSource(folder.adapter, folder, config))
     facts = facts_of(config, backend, training.schedule.steps, data.facts)
     report = RunReport(folder, facts, config.save_steps, str, display.say)
