@@ -150,7 +150,11 @@ def bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             check(growing, args[at], args[at + 1 :], kwargs)
         if name in ("join", "sum"):
             args = (*args[:at], _pieces(name, args[at], args[at + 1 :], kwargs), *args[at + 1 :])
-        return made(function(*args, **kwargs))
+        try:
+            result = function(*args, **kwargs)
+        except AssertionError as error:  # how jinja2's truncate refuses its arguments
+            raise TemplateError(f"the filter {name}: {error}") from None
+        return made(result)
 
     return bound
 

@@ -154,6 +154,7 @@ def test_a_long_conversation_may_take_more() -> None:
             "{{ namespace(__class__=1) }}",
             "{{ raise_exception('no') }}",
             "{{ [].append(1) }}",
+            "{{ 'abc' | truncate(0) }}",
         ),
     ],
 )
