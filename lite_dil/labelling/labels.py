@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from lite_dil.base.errors import UserError
 from lite_dil.base.jsonl import JSONLines
 from lite_dil.base.strict_json import parse_json
+from lite_dil.data.files import RowError
 from lite_dil.data.formats import read
 from lite_dil.data.messages import Completion, Message
 from lite_dil.data.prompts import Prompt, key_of
@@ -136,6 +137,8 @@ def _rows(file: JSONLines, format: str) -> list[dict[str, Any]]:
         try:
             rows.append(parse_json(line))
             read(rows[-1], format)
+            if "prompt" not in rows[-1]:  # which training would find in what both answers begin with
+                raise RowError("no prompt", "no prompt of its own")
         except (ValueError, RecursionError) as error:  # not JSON, or a RowError
             raise UserError(f"{file.path} line {number}: {error}; fix the line, remove it, or give another --output") from None
     return rows

@@ -244,7 +244,9 @@ def test_the_editor(label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_foreign_files_are_refused(label: Label, tmp_path: Path) -> None:
     path = tmp_path / "labels.jsonl"
-    for content in ("dear diary", "dear diary\n", '{"prompt": "x"}\n'):
+    talks = [[{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}] for answer in "yz"]
+    without_prompt = json.dumps({"from": {}, "chosen": talks[0], "rejected": talks[1]}) + "\n"
+    for content in ("dear diary", "dear diary\n", '{"prompt": "x"}\n', without_prompt):
         path.write_text(content)
         code, text = label("1")
         assert code == 2 and "give another" in text and path.read_text() == content
