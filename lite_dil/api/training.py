@@ -45,6 +45,7 @@ def train(
     output_dir: str | Path | None = None,
     continue_from: bool = False,
     reward: str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None = None,
+    eval_reward: str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None = None,
     accept_changes: bool = False,
     **options: Any,
 ) -> Run:
@@ -65,6 +66,7 @@ def train(
         continue_from: train a trained policy further: this run starts from the previous run's adapter, with a new optimiser.
         reward: train on the policy's own answers to the prompts of `data`, with loss "rloo" or "dpo" (docs/online.md): text
             as ``--reward`` takes it, a function ``(prompts, completions, **columns)``, or several of both.
+        eval_reward: a reward of the same answers that is not trained on, given as `reward` is.
         accept_changes: with `resume`, go on although the run's options, data or base model have changed.
         **options: others of ``lite-dil train --help``, such as learning_rate, max_steps, beta, eval_steps.
 
@@ -77,7 +79,8 @@ def train(
     check_names(options, loaded, "dil.train")
     rows, eval_rows = as_data(data, eval_data, "dil.train")
     given = {name: value for name, value in options.items() if name not in LOADED}
-    own, (rewarded, functions) = loss if isinstance(loss, OwnLoss) else None, of_program(reward)
+    own = loss if isinstance(loss, OwnLoss) else None
+    rewarded, functions = of_program(reward=reward, eval_reward=eval_reward)
     given |= {"loss": own.identity if own else loss} | rows.options | {"data": rows.name} | rewarded
     given |= {} if eval_rows is None else {"eval_data": eval_rows.name}
     given |= {} if output_dir is None else {"output_dir": str(output_dir)}

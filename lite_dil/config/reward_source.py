@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lite_dil.data.prompts import FLAGS
 from lite_dil.generation import policy as policies
 from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models.find import resolve_model
+from lite_dil.models.fingerprint import fingerprint
 from lite_dil.models.options import ModelOptions
 from lite_dil.rewards.description import Description, read_description
 from lite_dil.rewards.heads import HeadReward, open_head
@@ -26,7 +28,6 @@ from lite_dil.runs.folder import trained_options
 from lite_dil.training.options import ReferenceOptions
 from lite_dil.training.reference_cache import cache_folder
 
-ADAPTER = "reward"  # its name on a backend
 _READ = ("max_length", "chat")  # options of the run by which its data was read
 
 
@@ -55,11 +56,16 @@ class RewardModel:
     @property
     def adapter_name(self) -> str:
         """A name for it beside others on a backend."""
-        return f"{ADAPTER}-{digest(self.identity)[:8]}"
+        return f"reward-{digest(self.files)[:16]}"
+
+    @property
+    def files(self) -> str:
+        """A hash of its files."""
+        return digest(fingerprint(self.adapter, cache_folder(ReferenceOptions())), asdict(self.description))
 
     @property
     def identity(self) -> str:
-        """A name for its weights."""
+        """A name for its weights, in files of scores."""
         return f"{policies.identity(AdapterSource(self.adapter, None, self.options))} {self.description.scale!r}"
 
     def data_options(self, given: Mapping[str, Any]) -> ResolvedConfig:
@@ -101,7 +107,13 @@ def open_reward(found: RewardModel, say: Callable[[str], None]) -> Iterator[Head
         policy.close()
 
 
-def head_on(policy: Policy, found: RewardModel, say: Callable[[str], None], adapter: str = ADAPTER) -> HeadReward:
-    """Add a reward model to the base of a policy in memory. Raises UserError if it was trained on another one."""
+def head_on(policy: Policy, found: RewardModel, say: Callable[[str], None], weight: float | None = None) -> HeadReward:
+    """Add a reward model to the base of a policy in memory. Raises UserError if it was trained on another one.
+
+    Args:
+        weight: its weight in a sum of rewards, for which the reward of a response that was cut is the worst; None gives NaN.
+    """
     name = Path(found.name).absolute().name
-    return open_head(policy.backend, adapter, found.adapter, policy.model, cache_folder(ReferenceOptions()), name, say)
+    cut = math.nan if weight is None else found.description.cut_score(weight, found.adapter)
+    memo = cache_folder(ReferenceOptions())
+    return open_head(policy.backend, found.adapter_name, found.adapter, policy.model, memo, name, say, cut)

@@ -78,6 +78,19 @@ class Inputs:
         if self.resume:
             self._follow()
 
+    def rewards(self, progress: Progress, found: Mapping[str, str]) -> None:
+        """Put the hashes of the models that reward answers into `progress`. Raises UserError if they were others."""
+        progress.rewards, saved = dict(found), self.saved.rewards
+        self._check(
+            [
+                f"--reward {name} is not the model that this run began with"
+                for name in found
+                if saved.get(name, "") != found[name]
+            ]
+            if self.resume
+            else []
+        )
+
     def drawn(self, progress: Progress, examples: Sequence[Example]) -> None:
         """Put the fingerprint of the examples with drawn responses into `progress`. Raises UserError if it was another one."""
         progress.drawn = fingerprint(examples)

@@ -35,8 +35,16 @@ class Answered:
     messages: Sequence[Mapping[str, Any]] | None = None
 
 
+def by_prompt(answers: Sequence[Answered]) -> dict[tuple[int, ...], list[int]]:
+    """Return the indices of the answers to each prompt, which is computed once for all of them."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for index, answer in enumerate(answers):
+        found.setdefault(answer.prompt_ids, []).append(index)
+    return found
+
+
 class RewardSource(Protocol):
-    """Something that rewards responses: a head, a Python function, a check of the answer.
+    """Something that rewards responses: a model, a Python function, a check of the answer.
 
     Attributes:
         name: names its metrics: rewards/NAME/mean.
