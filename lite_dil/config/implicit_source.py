@@ -60,13 +60,10 @@ class ImplicitModel:
         if self.weights and self.weights != base["weights"]:
             raise UserError(f"{where} was trained on another base than {config.model}; give one that was trained on this base")
         if self.reference != (progress.init_adapter if config.reference == INITIAL else ""):
-            kinds = [
-                f"the {'initial adapter of its run' if self.reference else 'bare base'}",
-                f"--reference {config.reference}",
-            ]
+            own = "the initial adapter of its run" if self.reference else "the bare base"
             raise UserError(
-                f"{where} was trained against {kinds[0]}, and this run has {kinds[1]}: its log-ratio is to another reference; "
-                "train with the same --init-adapter and --reference"
+                f"{where} was trained against {own}, which is not the reference of this run (--reference {config.reference}): "
+                "its log-ratio would be to another model; train with the same --init-adapter and --reference"
             )
         name = f"implicit-{digest(self.identity)[:16]}"
         add_files(policy.backend, name, self.adapter)
@@ -99,9 +96,8 @@ def find_implicit(part: Part, config: ResolvedConfig) -> ImplicitModel:
     if divergence not in (None, "reverse_kl"):
         raise UserError(f"{where} was trained by {loss} with --divergence {divergence}, whose reward is not beta times f")
     reference = ""
-    if options["reference"] == INITIAL:
-        if not (reference := progress.init_adapter):
-            raise UserError(f"{where}: its run has no checkpoint left, which says what it was trained against; keep one")
+    if options["reference"] == INITIAL and not (reference := progress.init_adapter):
+        raise UserError(f"{where}: its run has no checkpoint left, which says what it was trained against; keep one")
     mean = options["logp_reduction"] == "mean"
     return ImplicitModel(part, source.adapter, float(options["beta"]), mean, weights, reference, identity)
 

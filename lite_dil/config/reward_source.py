@@ -12,6 +12,7 @@ from typing import Any
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.config.adapter_source import find
+from lite_dil.config.classifier_source import ClassifierModel, find_classifier
 from lite_dil.config.options import build
 from lite_dil.config.resume import trained_with
 from lite_dil.config.train_config import ResolvedConfig
@@ -22,8 +23,10 @@ from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models.find import resolve_model
 from lite_dil.models.fingerprint import fingerprint
 from lite_dil.models.options import ModelOptions
+from lite_dil.rewards.classifier import ClassifierReward
 from lite_dil.rewards.description import Description, read_description
 from lite_dil.rewards.heads import HeadReward, open_head
+from lite_dil.rewards.spec import HF
 from lite_dil.runs.folder import trained_options
 from lite_dil.training.options import ReferenceOptions
 from lite_dil.training.reference_cache import cache_folder
@@ -78,6 +81,11 @@ class RewardModel:
         return encoder_of(resolve_model(self.options.model, say), self.options)
 
 
+def find_scorer(name: str, given: Mapping[str, Any], say: Callable[[str], None]) -> RewardModel | ClassifierModel:
+    """Return what scores responses by its name: a reward model as `find_reward` finds it, or hf:MODEL."""
+    return find_classifier(name, given, say) if name.startswith(f"{HF}:") else find_reward(name, given)
+
+
 def find_reward(folder: str, given: Mapping[str, Any]) -> RewardModel:
     """Return the reward model that `folder` names: a run, one of its checkpoints, or an adapter's folder.
 
@@ -98,8 +106,11 @@ def find_reward(folder: str, given: Mapping[str, Any]) -> RewardModel:
 
 
 @contextmanager
-def open_reward(found: RewardModel, say: Callable[[str], None]) -> Iterator[HeadReward]:
-    """Load a reward model on its base for the block. Raises UserError if its base is another one by now."""
+def open_reward(found: RewardModel | ClassifierModel, say: Callable[[str], None]) -> Iterator[HeadReward | ClassifierReward]:
+    """Load a reward model, a head on its base, for the block. Raises UserError if its base is another one by now."""
+    if isinstance(found, ClassifierModel):
+        yield found.open(say)
+        return
     policy = policies.load(AdapterSource(None, None, found.options), say)
     try:
         yield head_on(policy, found, say)

@@ -81,15 +81,8 @@ class Inputs:
     def rewards(self, progress: Progress, found: Mapping[str, str]) -> None:
         """Put the hashes of the models that reward answers into `progress`. Raises UserError if they were others."""
         progress.rewards, saved = dict(found), self.saved.rewards
-        self._check(
-            [
-                f"--reward {name} is not the model that this run began with"
-                for name in found
-                if saved.get(name, "") != found[name]
-            ]
-            if self.resume
-            else []
-        )
+        changed = [name for name, value in found.items() if self.resume and saved.get(name) != value]
+        self._check([f"--reward {name} is not the model that this run began with" for name in changed])
 
     def drawn(self, progress: Progress, examples: Sequence[Example]) -> None:
         """Put the fingerprint of the examples with drawn responses into `progress`. Raises UserError if it was another one."""

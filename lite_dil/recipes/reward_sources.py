@@ -28,7 +28,8 @@ class RewardSources:
     def __init__(self, config: ResolvedConfig, given: Given) -> None:
         assert config.reward is not None and config.reward_timeout is not None  # resolved
         self._config, timeout = config, config.reward_timeout
-        parts = parse(joined(config.reward, config.eval_reward))
+        self._texts = config.reward, config.eval_reward
+        parts = parse(joined(*self._texts))
         # By name, which no two of both rewards share.
         self._sources = {part.name: source_of(part, given.rewards, timeout) for part in parts if part.kind not in MODELS}
         self._found = dict[str, _Found]()
@@ -59,15 +60,11 @@ class RewardSources:
             else:
                 with display.status(f"loading {part.value}"):
                     self._sources[part.name] = found.open(display.say)
-        reward = self._total(self._config.reward)
-        assert reward is not None  # of an on-policy training
-        return reward, self._total(self._config.eval_reward)
+        trained, judge = ([self._weighted(part) for part in parse(text)] if text else [] for text in self._texts)
+        return TotalReward(trained, self._config.missing_eos_penalty or 0.0), TotalReward(judge) if judge else None
 
-    def _total(self, text: str | None) -> TotalReward | None:
-        if text is None:
-            return None
-        weighted = list[tuple[RewardSource, float]]((self._sources[part.name], part.weight) for part in parse(text))
-        return TotalReward(weighted, self._config.missing_eos_penalty or 0.0)
+    def _weighted(self, part: Part) -> tuple[RewardSource, float]:
+        return self._sources[part.name], part.weight
 
 
 def _find(part: Part, config: ResolvedConfig, say: Callable[[str], None]) -> _Found:

@@ -47,14 +47,15 @@ class ClassifierText:
         flag: the option that names it, for messages.
 
     Attributes:
+        folder: its files, downloaded if need be.
         bias: of the head, which transformers' classes lack; an export of lite-dil names it.
     """
 
     def __init__(self, model: str, flag: str, say: Callable[[str], None]) -> None:
         with in_words_of(flag, model):
-            self.model = resolve_model(model, say)
-            folder = folder_of(self.model)
-            self.encoder = Encoder(load_tokenizer(str(folder)))
+            folder = folder_of(resolve_model(model, say))
+            self.folder = str(folder)
+            self.encoder = Encoder(load_tokenizer(self.folder))
         self.flag, exported = flag, _exported(folder)
         self.bias = float(exported.get("bias") or 0.0)
         self._behind = () if exported else self._printed_behind()
@@ -64,11 +65,14 @@ class ClassifierText:
         return [(*each.prompt, *response, *self._behind) for each in examples for response in each.responses]
 
     def encode(self, answers: Sequence[Answered]) -> list[Example]:
-        """Return each answer, as text, in the classifier's tokens. Raises UserError if its template refuses one."""
+        """Return each answer, as text, in the classifier's tokens, without what its template takes for the end of a turn.
+
+        Raises UserError if its template refuses one.
+        """
         rows = [
             Row(
                 each.prompt if each.messages is None else [dict(message) for message in each.messages],
-                (each.response,),
+                (self._plain(each.response),),
                 (CHOSEN,),
                 each.place,
                 "demonstrations",
@@ -82,6 +86,12 @@ class ClassifierText:
                 raise UserError(f"{self.flag}: {each.place}: {example}")
             found.append(example)
         return found
+
+    def _plain(self, text: str) -> str:
+        """Return a response without the classifier's own control tokens, which another model may write as words."""
+        for token in self.encoder.rendering.control:
+            text = text.replace(token, "")
+        return text
 
     def _printed_behind(self) -> Ids:
         """Return the tokens that the template prints behind the token that ends a response."""
@@ -122,9 +132,8 @@ class ClassifierReward:
 
     def __init__(self, text: ClassifierText, device: str, dtype: str, name: str, say: Callable[[str], None]) -> None:
         self.text, self._name = text, name
-        self._model = registry.module(device, "classifier").Classifier(text.model, text.flag, device, dtype)
-        self._halving: Halving[Sequence[Ids], np.ndarray]
-        self._halving = Halving("a pass of the reward model", _padded, halves, say)
+        self._model = registry.module(device, "classifier").Classifier(text.folder, text.flag, device, dtype)
+        self._halving = Halving[Sequence[Ids]]("a pass of the reward model", _padded, halves, say)
 
     @property
     def name(self) -> str:
@@ -132,7 +141,7 @@ class ClassifierReward:
         return self._name
 
     def rewards(self, answers: Sequence[Answered]) -> np.ndarray:
-        """Return the reward of each response's text, float64, (answers,), also of one that was cut, as if it had ended there."""
+        """Return the reward of each response's text, float64, (answers,); one that was cut is read as if it had ended."""
         found = self.scores(self.text.encode(answers))
         return np.concatenate(found)[:, 0] if found else np.zeros(0)
 

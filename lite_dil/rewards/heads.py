@@ -60,14 +60,17 @@ class HeadReward:
         prompt share its computation.
         """
         found = np.full(len(answers), self._cut)
-        whole = np.flatnonzero([answer.ended for answer in answers])
-        places = by_prompt([answers[at] for at in whole])
+        ended = np.array([answer.ended for answer in answers], bool)
+        whole = [answer for answer in answers if answer.ended]
+        places = by_prompt(whole)
         examples = [
-            Example(prompt, tuple(answers[at].response_ids for at in whole[several]), (CHOSEN,) * len(several))
+            Example(prompt, tuple(whole[at].response_ids for at in several), (CHOSEN,) * len(several))
             for prompt, several in places.items()
         ]
+        scored = np.zeros(len(whole))
         for several, scores in zip(places.values(), self.scores(examples), strict=True):
-            found[whole[several]] = scores[:, 0]
+            scored[several] = scores[:, 0]
+        found[ended] = scored
         return found
 
     def scores(self, examples: Sequence[Example]) -> list[np.ndarray]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:  # --help imports this file, and importing numpy takes longer than all the rest
     import numpy as np
 
+    from lite_dil.data.encoder import Example
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -41,6 +43,13 @@ def by_prompt(answers: Sequence[Answered]) -> dict[tuple[int, ...], list[int]]:
     for index, answer in enumerate(answers):
         found.setdefault(answer.prompt_ids, []).append(index)
     return found
+
+
+class Scorer(Protocol):
+    """A model that scores tokens of its own: a head or a sequence classifier."""
+
+    def scores(self, examples: Sequence[Example]) -> list[np.ndarray]:
+        """Return the outputs for each example's responses, float64, (responses, outputs), the first the reward."""
 
 
 class RewardSource(Protocol):
