@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,9 @@ from lite_dil.backends import registry
 from lite_dil.base.checked import read_object
 from lite_dil.base.errors import UserError
 from lite_dil.base.halving import Halving, halves
-from lite_dil.base.signs import CHOSEN
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.files import RowError
-from lite_dil.data.messages import read_tools
-from lite_dil.data.reader import Row
+from lite_dil.data.messages import Message, read_tools
 from lite_dil.models.find import folder_of, load_tokenizer, resolve_model
 from lite_dil.rewards.source import Answered
 
@@ -37,10 +36,10 @@ def in_words_of(flag: str, model: str) -> Iterator[None]:
 
 
 class ClassifierText:
-    """How a classifier reads a prompt with a response: as lite-dil reads them, with the classifier's tokenizer and template.
+    """How a classifier reads a prompt with a response: with its own tokenizer, as its own chat template prints them.
 
-    Behind the token that ends the response comes what its template prints there, such as a line feed, which is what such a
-    model was trained on; not for an export of lite-dil, whose head was trained on the end token's state.
+    An export of lite-dil reads up to the token that ends the response, whose state its head was trained on. Plain text is
+    continued, and has the end-of-sequence token behind it, as lite-dil and TRL train reward models.
 
     Args:
         model: its folder or hub id.
@@ -57,58 +56,65 @@ class ClassifierText:
             self.folder = str(folder)
             self.encoder = Encoder(load_tokenizer(self.folder))
         self.flag, exported = flag, _exported(folder)
-        self.bias = float(exported.get("bias") or 0.0)
-        self._behind = () if exported else self._printed_behind()
+        self.bias, self._exported = float(exported.get("bias") or 0.0), bool(exported)
 
-    def sequences(self, examples: Sequence[Example]) -> list[Ids]:
-        """Return the tokens of each prompt with each of its responses, in order."""
-        return [(*each.prompt, *response, *self._behind) for each in examples for response in each.responses]
+    def of_answers(self, answers: Sequence[Answered]) -> list[Ids]:
+        """Return the tokens of each prompt with its response, read as text. Raises UserError if the template refuses one.
 
-    def encode(self, answers: Sequence[Answered]) -> list[Example]:
-        """Return each answer, as text, in the classifier's tokens, without what its template takes for the end of a turn.
-
-        Raises UserError if its template refuses one.
+        A response may be anything that a policy writes: what the template takes for the end of a turn is left out of it.
         """
-        rows = [
-            Row(
-                each.prompt if each.messages is None else [dict(message) for message in each.messages],
-                (self._plain(each.response),),
-                (CHOSEN,),
-                each.place,
-                "demonstrations",
-                read_tools(each.columns),
-            )
-            for each in answers
-        ]
         found = []
-        for example, each in zip(self.encoder.encode_all(rows), answers, strict=True):
-            if isinstance(example, RowError):
-                raise UserError(f"{self.flag}: {each.place}: {example}")
-            found.append(example)
+        for each in answers:
+            try:
+                found.append(self._chat(each) if each.messages is not None else self._text(each))
+            except RowError as error:
+                raise UserError(f"{self.flag}: {each.place}: {error}") from None
         return found
 
-    def _plain(self, text: str) -> str:
-        """Return a response without the classifier's own control tokens, which another model may write as words."""
-        for token in self.encoder.rendering.control:
-            text = text.replace(token, "")
-        return text
+    def of_examples(self, examples: Sequence[Example]) -> list[Ids]:
+        """Return the tokens of each prompt with each of its responses, in order; the examples are in its own tokens.
 
-    def _printed_behind(self) -> Ids:
-        """Return the tokens that the template prints behind the token that ends a response."""
+        Raises UserError if its template refuses a conversation.
+        """
+        behind = self._behind
+        return [(*each.prompt, *response, *behind) for each in examples for response in each.responses]
+
+    @cached_property
+    def _behind(self) -> Ids:
+        """The tokens that the template prints behind the one that ends a response, such as a line feed."""
         rendering = self.encoder.rendering
-        if not rendering.chats:
+        if self._exported or not rendering.chats:
             return ()
-        asked: list[dict[str, Any]] = [{"role": "user", "content": "Is it?"}]
-        said = {"role": "assistant", "content": "It is."}
+        asked: list[Message] = [{"role": "user", "content": "Is it?"}]
+        said: Message = {"role": "assistant", "content": "It is."}
         try:
             before = rendering.prompt(asked)
             read = before + rendering.answer(asked, before, said)
             whole = rendering.lay_out([*asked, said], None, add_generation_prompt=False)
         except RowError as error:
             raise UserError(f"{self.flag}: {error}") from None
-        if not whole.startswith(read):  # it adds no end token, and lite-dil does
-            return ()
-        return self.encoder.ids(whole.removeprefix(read))
+        # It does not begin so where the template prints no end token, and lite-dil adds one.
+        return self.encoder.ids(whole.removeprefix(read)) if whole.startswith(read) else ()
+
+    def _chat(self, answer: Answered) -> Ids:
+        rendering, text = self.encoder.rendering, answer.response
+        for token in rendering.control:
+            text = text.replace(token, "")
+        messages = [*map(dict, answer.messages or ()), {"role": "assistant", "content": text}]
+        whole = rendering.lay_out(messages, read_tools(answer.columns), add_generation_prompt=False)
+        if self._exported:
+            whole = whole.rstrip()
+        ids = self.encoder.prompt_ids(whole, chat=True)
+        return (*ids, self._eos) if self._exported and ids[-1] not in self.encoder.end_ids() else ids
+
+    def _text(self, answer: Answered) -> Ids:
+        text = answer.response.replace(self.encoder.tokenizer.eos_token, "")
+        prompt = self.encoder.prompt_ids(answer.prompt, chat=False)
+        return (*prompt, *(self.encoder.continuation(answer.prompt, text) if text else ()), self._eos)
+
+    @property
+    def _eos(self) -> int:
+        return int(self.encoder.tokenizer.eos_token_id)
 
 
 def _exported(folder: Path) -> dict[str, Any]:
@@ -142,20 +148,23 @@ class ClassifierReward:
 
     def rewards(self, answers: Sequence[Answered]) -> np.ndarray:
         """Return the reward of each response's text, float64, (answers,); one that was cut is read as if it had ended."""
-        found = self.scores(self.text.encode(answers))
-        return np.concatenate(found)[:, 0] if found else np.zeros(0)
+        return self._scored(self.text.of_answers(answers))
 
     def scores(self, examples: Sequence[Example]) -> list[np.ndarray]:
         """Return the scores of each example's responses, float64, (responses, 1); the examples are in its own tokens."""
-        sequences = self.text.sequences(examples)
+        values = self._scored(self.text.of_examples(examples))
+        ends = np.cumsum([len(example.responses) for example in examples])[:-1]
+        return [part[:, None] for part in np.split(values, ends)] if len(examples) else []
+
+    def _scored(self, sequences: Sequence[Ids]) -> np.ndarray:
+        """Return the score of each sequence, shortest first in passes of few tokens."""
         values = np.zeros(len(sequences))
         order = sorted(range(len(sequences)), key=lambda at: len(sequences[at]))
         while order:
             some = order[: max(1, _TOKENS // len(sequences[order[-1]]))]
             passes = self._halving.run(self._model.scores, [sequences[at] for at in some])
             values[some], order = np.concatenate(passes) + self.text.bias, order[len(some) :]
-        ends = np.cumsum([len(example.responses) for example in examples])[:-1]
-        return [part[:, None] for part in np.split(values, ends)] if len(examples) else []
+        return values
 
 
 def _padded(sequences: Sequence[Ids]) -> int:

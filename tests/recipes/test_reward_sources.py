@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import WORDS, bare_model, examples, oracle_logps, write_pairs
-from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 from trainings import export, metrics, run, same_weights
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -26,10 +25,13 @@ from lite_dil.config.reward_source import find_reward, head_on
 from lite_dil.data.encoder import Example
 from lite_dil.generation import policy as policies
 from lite_dil.generation.policy import AdapterSource, Policy
+from lite_dil.models.adapter_files import read_adapter
+from lite_dil.reports.drawn_answers import warnings_of
 from lite_dil.rewards.classifier import ClassifierReward, ClassifierText
 from lite_dil.rewards.description import read_description
 from lite_dil.rewards.source import Answered
 from lite_dil.rewards.spec import parse
+from lite_dil.runs.history import History
 from lite_dil.runs.seal import DIGESTS, seal
 
 QUICK = ["--dtype", "float32", "--lora-r", "4", "--batch-size", "2", "--gradient-accumulation-steps", "1"]
@@ -219,9 +221,11 @@ def test_an_implicit_reward_is_beta_times_the_log_ratio(
     seal(source, options | changed)
     lines = run([*flags, "--reward", f"implicit:{source}=2", "--max-steps", "1"], tmp_path / "run")
     rows = rollouts(tmp_path / "run")
-    merged = PeftModel.from_pretrained(bare_model(short), str(source)).merge_and_unload()
-    base, expected = bare_model(short), []
+    merged, base, expected = bare_model(short), bare_model(short), []
+    adapter, modules = read_adapter(str(source)), dict(merged.named_modules())
     with torch.no_grad():
+        for name, (a, b) in adapter.weights.items():
+            modules[name.removeprefix("model.model.")].weight += torch.from_numpy(adapter.scale * b @ a)
         for example in examples_of(rows, short):
             f = oracle_logps(merged, Batch.of([example])) - oracle_logps(base, Batch.of([example]))
             expected.append(float(f.mean() if changed else 0.3 * f.sum()))
@@ -347,8 +351,20 @@ def test_a_held_out_reward_is_measured_and_not_trained_on(
         assert line.pop("eval_reward") == pytest.approx(np.mean(own))  # without the penalty for cut answers
         assert line.pop("eval_rewards/brief/mean") == pytest.approx(2 * np.mean(own))
     assert lines == plain and same_weights(tmp_path / "judged" / "adapter", tmp_path / "plain" / "adapter")
-    assert "held-out reward" in (tmp_path / "judged" / "report.html").read_text()
-    assert "held-out reward" not in (tmp_path / "plain" / "report.html").read_text()
+    pages = [(tmp_path / name / "report.html").read_text() for name in ("judged", "plain")]
+    assert ["The held-out reward went from" in page for page in pages] == [True, False]
+    assert ['data-chart="eval-reward"' in page for page in pages] == [True, False]
+
+
+def test_rewards_that_part_are_a_warning() -> None:
+    histories = []
+    for judged in (-1.0, 1.0):
+        histories.append(history := History())
+        for step in range(1, 13):
+            noise = 0.1 * (step % 3)
+            history.add({"step": step, "reward": step + noise, "eval_reward": judged * step + noise, "kl/answer": 0.1})
+    assert any("rose while the held-out reward fell" in text for text in warnings_of(histories[0], None))
+    assert not warnings_of(histories[1], None)
 
 
 def test_a_held_out_reward_that_is_trained_on_is_refused(
