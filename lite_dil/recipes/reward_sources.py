@@ -28,12 +28,15 @@ class RewardSources:
     def __init__(self, config: ResolvedConfig, given: Given) -> None:
         assert config.reward is not None and config.reward_timeout is not None  # resolved
         self._config, timeout = config, config.reward_timeout
-        self._texts = config.reward, config.eval_reward
-        parts = parse(joined(*self._texts))
-        # By name, which no two of both rewards share.
-        self._sources = {part.name: source_of(part, given.rewards, timeout) for part in parts if part.kind not in MODELS}
-        self._found = dict[str, _Found]()
-        self._parts = parts
+        self._texts = {"--reward": config.reward, "--eval-reward": config.eval_reward}
+        # Names are unique in both together.
+        self._parts, self._found = parse(joined(*self._texts.values())), dict[str, _Found]()
+        self._sources = {
+            part.name: source_of(part, given.rewards, timeout, flag)
+            for flag, text in self._texts.items()
+            for part in (parse(text) if text else ())
+            if part.kind not in MODELS
+        }
 
     def find(self, config: ResolvedConfig, say: Callable[[str], None]) -> None:
         """Read the small files of the models that reward. Raises UserError if one of them cannot be used."""
@@ -60,7 +63,7 @@ class RewardSources:
             else:
                 with display.status(f"loading {part.value}"):
                     self._sources[part.name] = found.open(display.say)
-        trained, judge = ([self._weighted(part) for part in parse(text)] if text else [] for text in self._texts)
+        trained, judge = ([self._weighted(part) for part in parse(text)] if text else [] for text in self._texts.values())
         return TotalReward(trained, self._config.missing_eos_penalty or 0.0), TotalReward(judge) if judge else None
 
     def _weighted(self, part: Part) -> tuple[RewardSource, float]:

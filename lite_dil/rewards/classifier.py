@@ -53,7 +53,8 @@ class ClassifierText:
     def __init__(self, model: str, flag: str, say: Callable[[str], None]) -> None:
         with in_words_of(flag, model):
             folder = folder_of(resolve_model(model, say))
-            self.folder = str(folder)
+        self.folder = str(folder)
+        with in_words_of(flag, self.folder):
             self.encoder = Encoder(load_tokenizer(self.folder))
         self.flag, exported = flag, _exported(folder)
         self.bias, self._exported = float(exported.get("bias") or 0.0), bool(exported)

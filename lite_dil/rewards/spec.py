@@ -164,8 +164,8 @@ def files(text: str) -> dict[str, tuple[Path, str]]:
     return {name: (Path(path), function) for name, (path, _, function) in named.items()}
 
 
-def source_of(part: Part, functions: Functions, timeout: float = TIMEOUT) -> RewardSource:
-    """Return the source of a part that no model computes.
+def source_of(part: Part, functions: Functions, timeout: float = TIMEOUT, flag: str = "--reward") -> RewardSource:
+    """Return the source of a part that no model computes; `flag` is the option that names it.
 
     Raises UserError if its function is missing or was changed, or cannot be used.
     """
@@ -173,10 +173,10 @@ def source_of(part: Part, functions: Functions, timeout: float = TIMEOUT) -> Rew
         return AnswerSource(part.value)
     if part.name not in functions:
         raise UserError(
-            f"--reward {part.name} is a Python function, which no file grants to run: give it again, as --reward FILE.py:"
+            f"{flag} {part.name} is a Python function, which no file grants to run: give it again, as {flag} FILE.py:"
             f"{part.name} on the command line, or in Python as dil.train(..., reward=...)"
         )
     digest = identity_of(functions[part.name])
     if part.kind == "function" and digest != part.value.rpartition(":")[2]:
-        raise UserError(f"--reward {part.name}: the function is not the one that the run has; it was changed")
+        raise UserError(f"{flag} {part.name}: the function is not the one that the run has; it was changed")
     return FunctionSource(part.name, functions[part.name], timeout)
