@@ -377,6 +377,7 @@ def test_a_margin_is_trls(tmp_path: Path, centred: float | None) -> None:
     trainer = SimpleNamespace(
         args=SimpleNamespace(center_rewards_coefficient=centred),
         accelerator=gather,
+        model=SimpleNamespace(training=False),
         _metrics=defaultdict(lambda: defaultdict(list)),
         _total_train_tokens=0,
     )
