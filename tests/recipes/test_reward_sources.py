@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,16 @@ def examples_of(rows: list[dict[str, Any]], model: str) -> list[Example]:
 
 
 def test_a_head_rewards_the_answers_and_a_cut_one_gets_its_lowest_score(
-    flags: list[str], short: str, place: Path, tmp_path: Path, backend_name: str
+    flags: list[str],
+    short: str,
+    place: Path,
+    tmp_path: Path,
+    backend_name: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rm = str(place / "rm")
     lines = run([*flags, "--reward", f"{rm}=2", "--missing-eos-penalty", "0.5"], tmp_path / "run")
+    assert "of 2 prompts have answers of different rewards" in " ".join(capsys.readouterr().out.split())
     rows = rollouts(tmp_path / "run")
     cut = np.array([not row["ended"] for row in rows])
     assert 0 < cut.sum() < len(rows)
@@ -194,6 +201,17 @@ def test_models_that_are_refused(
     where = {"place": place, "tiny": tiny}
     assert main(["train", *given, "--reward", source.format(**where), "--output-dir", str(tmp_path / "run")]) == 2
     assert message.format(**where) in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
+
+
+def test_a_head_whose_score_is_not_a_number_is_refused_before_the_first_step(
+    flags: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = shutil.copytree(place / "rm" / "adapter", tmp_path / "rm", ignore=shutil.ignore_patterns(DIGESTS))
+    head = load_file(adapter / "head.safetensors")
+    save_file({**head, "bias": head["bias"] * np.float32(np.nan)}, adapter / "head.safetensors")
+    assert main(["train", *flags, "--reward", str(adapter), "--output-dir", str(tmp_path / "run")]) == 2
+    assert re.search(r"--reward rm is nan for \S+questions.jsonl line \d", " ".join(capsys.readouterr().err.split()))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_head_of_an_earlier_version_is_refused(
