@@ -79,8 +79,10 @@ def train(
     check_names(options, loaded, "dil.train")
     rows, eval_rows = as_data(data, eval_data, "dil.train")
     given = {name: value for name, value in options.items() if name not in LOADED}
-    own = loss if isinstance(loss, OwnLoss) else None
-    rewarded, functions = of_program(reward=reward, eval_reward=eval_reward)
+    own, (rewarded, functions) = (
+        loss if isinstance(loss, OwnLoss) else None,
+        of_program(reward=reward, eval_reward=eval_reward),
+    )
     given |= {"loss": own.identity if own else loss} | rows.options | {"data": rows.name} | rewarded
     given |= {} if eval_rows is None else {"eval_data": eval_rows.name}
     given |= {} if output_dir is None else {"output_dir": str(output_dir)}
@@ -90,8 +92,7 @@ def train(
     if resume is not None:
         config, checkpoint = resumed(given | loaded, {}, str(resume), tell, accept_changes, own_rows)
     if config is None or checkpoint is None:
-        loaded = _start(policy, loaded, continue_from)
-        config = build(given | loaded, {})
+        config = build(given | _start(policy, loaded, continue_from), {})
     if config.online:
         return online.train(config, display_of(display), checkpoint, observers, handed)
     return preference.train(config, display_of(display), checkpoint, None, observers, handed)

@@ -12,7 +12,7 @@ from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.generation.policy import Policy
 from lite_dil.recipes.given import Given
 from lite_dil.rewards.source import RewardSource
-from lite_dil.rewards.spec import IMPLICIT, MODELS, RUN, Part, joined, parse, source_of
+from lite_dil.rewards.spec import IMPLICIT, MODELS, REWARD_RUN, Part, joined, parse, source_of
 from lite_dil.rewards.total import TotalReward
 from lite_dil.runs.progress import Progress
 
@@ -74,7 +74,7 @@ def _find(part: Part, config: ResolvedConfig, say: Callable[[str], None]) -> _Fo
     """Return the model of a part of a reward."""
     if part.kind == IMPLICIT:
         return find_implicit(part, config)
-    if part.kind != RUN:
+    if part.kind != REWARD_RUN:
         return ClassifierModel(part, config, say)
     found = find_reward(part.value, {"model": config.model, "backend": config.backend})
     found.description.cut_score(part.weight, found.adapter)

@@ -21,8 +21,8 @@ from lite_dil.rewards.source import RewardSource
 
 Functions = Mapping[str, Callable[..., Any]]  # a reward's functions by name
 # Kinds that models compute, and which the caller opens beside the policy.
-RUN, IMPLICIT, HF = "run", "implicit", "hf"
-MODELS = (RUN, IMPLICIT, HF)
+REWARD_RUN, IMPLICIT, HF = "run", "implicit", "hf"
+MODELS = (REWARD_RUN, IMPLICIT, HF)
 _EXPECTED = (
     "answer:exact|number|choice, FILE.py:FUNCTION, the folder of a run of lite-dil reward, implicit:ADAPTER or hf:MODEL, "
     "without a comma in its path"
@@ -35,7 +35,7 @@ class Part:
     """One source of a reward.
 
     Attributes:
-        kind: "answer"; "file", a function in a file; "function", one by its name and digest; `RUN`, a trained head;
+        kind: "answer"; "file", a function in a file; "function", one by its name and digest; `REWARD_RUN`, a trained head;
             `IMPLICIT`, the log-ratio of a trained policy; or `HF`, a sequence classifier of transformers.
         value: the kind of answer, FILE.py:FUNCTION, NAME:DIGEST, the folder of a run or an adapter, or a model's folder or
             hub id.
@@ -54,11 +54,11 @@ class Part:
             return f"answer:{self.value}"
         if self.kind in MODELS:
             name = Path(self.value).absolute().name
-            return name if self.kind == RUN else f"{self.kind}:{name}"
+            return name if self.kind == REWARD_RUN else f"{self.kind}:{name}"
         return self.value.rpartition(":")[2] if self.kind == "file" else self.value.partition(":")[0]
 
     def __str__(self) -> str:
-        source = self.value if self.kind in ("file", RUN) else f"{self.kind}:{self.value}"
+        source = self.value if self.kind in ("file", REWARD_RUN) else f"{self.kind}:{self.value}"
         short = f"{self.weight:g}"
         weight = short if float(short) == self.weight else repr(self.weight)
         return source if self.weight == 1 and not self.given else f"{source}={weight}"
@@ -101,7 +101,7 @@ def _part(piece: str) -> Part:
         raise UserError(f"--reward {source}: name the function in it, as {source}:brief")
     if not source or not Path(source).is_dir():
         raise UserError(f"--reward {source or piece!r}: expected {_EXPECTED}")
-    return Part(RUN, source, factor)
+    return Part(REWARD_RUN, source, factor)
 
 
 def _weighted(piece: str) -> tuple[str, float]:
