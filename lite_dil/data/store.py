@@ -117,7 +117,7 @@ class ExampleStore(Sequence[Example]):
 
 
 class StoreWriter:
-    """Examples on their way into a temporary file. Memory holds about 70 bytes of each, so there may be more than it holds."""
+    """Examples on their way into a temporary file. Memory holds about 80 bytes of each, so there may be more than it holds."""
 
     def __init__(self) -> None:
         self._what = f"the data's tokens in {cache_dir()}"
@@ -125,7 +125,9 @@ class StoreWriter:
             self._file = scratch_file(cache_dir())
         weakref.finalize(self, _close, self._file)
         self._sources: dict[str, int] = {}  # their numbers
-        self._arrays = {name: array(np.dtype(kind).char) for name, kind in _TYPES.items() if name != "records"}
+        self._arrays: dict[str, array[Any]] = {
+            name: array(np.dtype(kind).char) for name, kind in _TYPES.items() if name != "records"
+        }
         for name in ("starts", "first"):
             self._arrays[name].append(0)
 
