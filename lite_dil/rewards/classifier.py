@@ -20,7 +20,7 @@ from lite_dil.data.messages import Message, read_tools
 from lite_dil.models.find import folder_of, load_tokenizer, resolve_model
 from lite_dil.rewards.source import Answered
 
-Ids = tuple[int, ...]
+TokenIds = tuple[int, ...]
 _TOKENS = 4096  # maximum tokens of a pass, padding included
 _EXPORT = "export.json"
 
@@ -59,7 +59,7 @@ class ClassifierText:
         self.flag, exported = flag, _exported(folder)
         self.bias, self._exported = float(exported.get("bias") or 0.0), bool(exported)
 
-    def of_answers(self, answers: Sequence[Answered]) -> list[Ids]:
+    def of_answers(self, answers: Sequence[Answered]) -> list[TokenIds]:
         """Return the tokens of each prompt with its response, read as text. Raises UserError if the template refuses one.
 
         A response may be anything that a policy writes: what the template takes for the end of a turn is left out of it.
@@ -72,7 +72,7 @@ class ClassifierText:
                 raise UserError(f"{self.flag}: {each.place}: {error}") from None
         return found
 
-    def of_examples(self, examples: Sequence[Example]) -> list[Ids]:
+    def of_examples(self, examples: Sequence[Example]) -> list[TokenIds]:
         """Return the tokens of each prompt with each of its responses, in order; the examples are in its own tokens.
 
         Raises UserError if its template refuses a conversation.
@@ -81,7 +81,7 @@ class ClassifierText:
         return [(*each.prompt, *response, *behind) for each in examples for response in each.responses]
 
     @cached_property
-    def _behind(self) -> Ids:
+    def _behind(self) -> TokenIds:
         """The tokens that the template prints behind the one that ends a response, such as a line feed."""
         rendering = self.encoder.rendering
         if self._exported or not rendering.chats:
@@ -97,7 +97,7 @@ class ClassifierText:
         # It does not begin so where the template prints no end token, and lite-dil adds one.
         return self.encoder.ids(whole.removeprefix(read)) if whole.startswith(read) else ()
 
-    def _chat(self, answer: Answered) -> Ids:
+    def _chat(self, answer: Answered) -> TokenIds:
         rendering, text = self.encoder.rendering, answer.response
         for token in rendering.control:
             text = text.replace(token, "")
@@ -108,7 +108,7 @@ class ClassifierText:
         ids = self.encoder.prompt_ids(whole, chat=True)
         return (*ids, self._eos) if self._exported and ids[-1] not in self.encoder.end_ids() else ids
 
-    def _text(self, answer: Answered) -> Ids:
+    def _text(self, answer: Answered) -> TokenIds:
         text = answer.response.replace(self.encoder.tokenizer.eos_token, "")
         prompt = self.encoder.prompt_ids(answer.prompt, chat=False)
         return (*prompt, *(self.encoder.continuation(answer.prompt, text) if text else ()), self._eos)
@@ -140,7 +140,7 @@ class ClassifierReward:
     def __init__(self, text: ClassifierText, device: str, dtype: str, name: str, say: Callable[[str], None]) -> None:
         self.text, self._name = text, name
         self._model = registry.module(device, "classifier").Classifier(text.folder, text.flag, device, dtype)
-        self._halving = Halving[Sequence[Ids]]("a pass of the reward model", _padded, halves, say)
+        self._halving = Halving[Sequence[TokenIds]]("a pass of the reward model", _padded, halves, say)
 
     @property
     def name(self) -> str:
@@ -157,7 +157,7 @@ class ClassifierReward:
         ends = np.cumsum([len(example.responses) for example in examples])[:-1]
         return [part[:, None] for part in np.split(values, ends)] if len(examples) else []
 
-    def _scored(self, sequences: Sequence[Ids]) -> np.ndarray:
+    def _scored(self, sequences: Sequence[TokenIds]) -> np.ndarray:
         """Return the score of each sequence, shortest first in passes of few tokens."""
         values = np.zeros(len(sequences))
         order = sorted(range(len(sequences)), key=lambda at: len(sequences[at]))
@@ -168,5 +168,5 @@ class ClassifierReward:
         return values
 
 
-def _padded(sequences: Sequence[Ids]) -> int:
+def _padded(sequences: Sequence[TokenIds]) -> int:
     return len(sequences) * max(map(len, sequences))
