@@ -1,4 +1,4 @@
-"""An exported reward model as transformers loads it: its class, and the scores that it computes."""
+"""Sequence classifiers of transformers with one label, which score: exported reward models, and those of others."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from lite_dil.backends.torch import out_of_memory
+from lite_dil.backends.torch.device import compute_dtype
 from lite_dil.backends.types import Sequences
-from lite_dil.base.errors import UserError
+from lite_dil.base.errors import UserError, first_line
+from lite_dil.models.hub import STRANGE
 
 _TOGETHER = 4  # sequences of unequal lengths in a batch, so that padding is read past
 
@@ -43,18 +47,83 @@ def scores(folder: Path, sequences: Sequences) -> np.ndarray:
     wrong = sorted(name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in map(str, loading[kind]))
     if wrong:
         raise UserError(f"transformers does not take the weights as they were written: {', '.join(wrong[:3])}")
-    pad = model.config.get_text_config().pad_token_id
-    found: list[float] = []
-    model.eval()
-    with torch.no_grad():
-        for start in range(0, len(sequences), _TOGETHER):
-            some = [[*prompt, *response] for prompt, response in sequences[start : start + _TOGETHER]]
-            found += model(**_padded(some, pad)).logits[:, 0].double().tolist()
+    whole, found = [[*prompt, *response] for prompt, response in sequences], list[float]()
+    for start in range(0, len(whole), _TOGETHER):
+        found += _logits(model.eval(), whole[start : start + _TOGETHER])
     return np.array(found)
 
 
-def _padded(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
-    longest = max(map(len, sequences))
+class Classifier:
+    """A sequence classifier in memory, beside any other model.
+
+    Args:
+        model: its folder or hub id.
+        name: the option with which it was given, for messages.
+        device: "cuda" or "cpu".
+        dtype: the value of --dtype.
+
+    Raises UserError if it cannot be loaded, or has not exactly one label.
+    """
+
+    def __init__(self, model: str, name: str, device: str, dtype: str) -> None:
+        self.device, self._name = torch.device(device), name
+        self.model = out_of_memory.loaded(model, self.device, [], lambda: self._load(model, compute_dtype(dtype, device)))
+        text = self.model.config.get_text_config()
+        # Without a pad token transformers reads the last token of a single sequence.
+        self.batched = text.pad_token_id is not None
+        self.longest = getattr(text, "max_position_embeddings", None)
+
+    def _load(self, model: str, dtype: torch.dtype) -> Any:
+        try:
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+            if config.num_labels != 1:
+                raise UserError(f"{self._name}: it has {config.num_labels} labels; expected a reward model, which has one")
+            with out_of_memory.conversion_report():
+                found, loading = AutoModelForSequenceClassification.from_pretrained(
+                    model,
+                    config=config,
+                    dtype=dtype,
+                    device_map={"": self.device},
+                    output_loading_info=True,
+                    trust_remote_code=False,
+                )
+        except (OSError, ImportError, RuntimeError, SafetensorError, *STRANGE) as error:
+            if out_of_memory.ran_out(error):
+                raise
+            why = "it brings Python files of its own, which are not run" if "trust_remote_code" in str(error) else ""
+            raise UserError(f"{self._name}: cannot be loaded ({why or first_line(error)})") from None
+        if absent := sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]])):
+            raise UserError(f"{self._name}: its files lack {absent[0]}, so it is no sequence classifier")
+        found.requires_grad_(False)
+        return found.eval()
+
+    def scores(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return the score of each sequence of tokens, (sequences,) float64, as the model's own class reads it.
+
+        Raises:
+            UserError: a sequence is longer than the model takes.
+            OutOfMemory: the device does not hold them all at once.
+        """
+        if self.longest is not None and (longest := max(map(len, sequences))) > self.longest:
+            raise UserError(
+                f"{self._name}: a prompt with its answer has {longest} of its tokens, and it takes {self.longest}; give a "
+                "lower --max-new-tokens or --max-length"
+            )
+        groups = [list(sequences)] if self.batched else [[each] for each in sequences]
+
+        def run() -> np.ndarray:
+            return np.array([score for group in groups for score in _logits(self.model, group)])
+
+        return out_of_memory.whole("a pass of the reward model", self.device, run)
+
+
+@torch.no_grad()
+def _logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[float]:
+    """Return the one logit of each sequence, in a batch that is padded on the right."""
+    pad, longest = model.config.get_text_config().pad_token_id or 0, max(map(len, sequences))
     ids = [[*each, *[pad] * (longest - len(each))] for each in sequences]
     mask = [[1] * len(each) + [0] * (longest - len(each)) for each in sequences]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    inputs = (torch.tensor(rows, device=model.device) for rows in (ids, mask))
+    found = model(**dict(zip(("input_ids", "attention_mask"), inputs, strict=True))).logits[:, 0]
+    values: list[float] = found.double().tolist()
+    return values

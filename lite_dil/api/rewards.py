@@ -130,7 +130,7 @@ def load_reward(run: str | Path, *, policy: Policy | None = None, backend: str |
         if backend is not None:
             raise UserError("dil.load_reward: backend is the policy's; leave it out")
         found = find_reward(str(run), {"backend": policy.backend.name})
-        head = head_on(policy, found, tell, found.adapter_name)
+        head = head_on(policy, found, tell)
         return Reward(head, encoder_of(policy.model, found.options), found.chat, None)
     found = find_reward(str(run), {} if backend is None else {"backend": backend})
     own = policies.load(AdapterSource(None, None, found.options), tell)

@@ -45,13 +45,13 @@ def train(
     output_dir: str | Path | None = None,
     continue_from: bool = False,
     reward: str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None = None,
+    eval_reward: str | Callable[..., Any] | Sequence[str | Callable[..., Any]] | None = None,
     accept_changes: bool = False,
     **options: Any,
 ) -> Run:
     """Train the policy's adapter, in place, and write a run's folder.
 
-    Nothing is printed: messages are logged at INFO by the logger "lite_dil", unless `display` shows them. In a
-    notebook progress and messages are shown below the cell.
+    Messages are logged at INFO by the logger "lite_dil", unless `display` shows them; a notebook shows them below the cell.
 
     Args:
         policy: one that no run has trained, or made `fresh` again, or with `continue_from` one that is trained further.
@@ -65,6 +65,7 @@ def train(
         continue_from: train a trained policy further: this run starts from the previous run's adapter, with a new optimiser.
         reward: train on the policy's own answers to the prompts of `data`, with loss "rloo" or "dpo" (docs/online.md): text
             as ``--reward`` takes it, a function ``(prompts, completions, **columns)``, or several of both.
+        eval_reward: a reward of the same answers that is not trained on.
         accept_changes: with `resume`, go on although the run's options, data or base model have changed.
         **options: others of ``lite-dil train --help``, such as learning_rate, max_steps, beta, eval_steps.
 
@@ -76,19 +77,19 @@ def train(
     loaded = decided(policy, "dil.train")
     check_names(options, loaded, "dil.train")
     rows, eval_rows = as_data(data, eval_data, "dil.train")
-    given = {name: value for name, value in options.items() if name not in LOADED}
-    own, (rewarded, functions) = loss if isinstance(loss, OwnLoss) else None, of_program(reward)
-    given |= {"loss": own.identity if own else loss} | rows.options | {"data": rows.name} | rewarded
+    own = loss if isinstance(loss, OwnLoss) else None
+    rewarded, functions = of_program(reward=reward, eval_reward=eval_reward)
+    given = {name: value for name, value in options.items() if name not in LOADED} | rewarded
+    given |= {"loss": own.identity if own else loss} | rows.options | {"data": rows.name}
     given |= {} if eval_rows is None else {"eval_data": eval_rows.name}
     given |= {} if output_dir is None else {"output_dir": str(output_dir)}
     handed = Given(policy, own, functions, rows.rows, None if eval_rows is None else eval_rows.rows, accept_changes)
-    own_rows = [name for name in ("data", "eval_data") if getattr(handed, name) is not None]
-    config, checkpoint = (None, None)
+    config, checkpoint = None, None
     if resume is not None:
+        own_rows = [name for name in ("data", "eval_data") if getattr(handed, name) is not None]
         config, checkpoint = resumed(given | loaded, {}, str(resume), tell, accept_changes, own_rows)
     if config is None or checkpoint is None:
-        loaded = _start(policy, loaded, continue_from)
-        config = build(given | loaded, {})
+        config = build(given | _start(policy, loaded, continue_from), {})
     if config.online:
         return online.train(config, display_of(display), checkpoint, observers, handed)
     return preference.train(config, display_of(display), checkpoint, None, observers, handed)

@@ -17,7 +17,7 @@ class Batch:
     """Prompts, and responses with the index of their prompt.
 
     prompts=[p0, p1], responses=[w0, l0, w1, l1], prompt_of=[0, 0, 1, 1], signs=[1, -1, 1, -1] are two pairs. Unpaired
-    responses are prompts with one response. `places` says where each prompt's example came from.
+    responses are prompts with one response. `places` says where each prompt's example came from, `margins` are its margin.
     """
 
     prompts: list[np.ndarray]
@@ -25,6 +25,7 @@ class Batch:
     prompt_of: np.ndarray
     signs: np.ndarray
     places: tuple[str, ...] = ()
+    margins: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Batch:
@@ -35,6 +36,7 @@ class Batch:
             prompt_of=np.array([i for i, example in enumerate(examples) for _ in example.responses], np.int64),
             signs=np.array([sign for example in examples for sign in example.signs], np.int64),
             places=tuple(example.place for example in examples),
+            margins=tuple(example.margin for example in examples),
         )
 
     def sums(self, values: np.ndarray) -> np.ndarray:
@@ -54,6 +56,7 @@ class Batch:
                 self.prompt_of[responses] - prompts.start,
                 self.signs[responses],
                 self.places[prompts],
+                self.margins[prompts],
             )
             for prompts, responses in (
                 (slice(0, middle), slice(0, at)),
@@ -87,6 +90,12 @@ class Batch:
         same = self.prompt_of[self.chosen][:, None] == self.prompt_of[self.rejected]
         first, second = np.nonzero(same)
         return self.chosen[first], self.rejected[second]
+
+    @property
+    def pair_margins(self) -> np.ndarray:
+        """The margin of every pair, in the order of `pairs`, float32."""
+        first, _ = self.pairs
+        return np.array([self.margins[prompt] if self.margins else 0.0 for prompt in self.prompt_of[first]], np.float32)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -27,7 +27,7 @@ from lite_dil.config.train_config import FIELDS, POLICY_FIELDS, ResolvedConfig, 
 from lite_dil.data.sources import EMBEDDED
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.objectives.own import OwnLoss
-from lite_dil.rewards.spec import resolved
+from lite_dil.rewards.spec import joined, resolved
 
 _TRAIN = """\
 Train a LoRA adapter on preference data. Without flags: the demo's training, SmolLM2-135M-Instruct on the embedded data.
@@ -188,7 +188,8 @@ def _run(argv: list[str]) -> int:
     if name in _MODULES:
         return int(_module(name).run(args))
     args.own_loss = _own_loss(args)
-    args.functions = reward_functions(args.reward) if getattr(args, "reward", None) else {}
+    rewards = joined(getattr(args, "reward", None), getattr(args, "eval_reward", None))
+    args.functions = reward_functions(rewards) if rewards else {}
     if name == "data":
         return _show_data(args)
     if name == "plan":
@@ -274,8 +275,7 @@ def _options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
     if args.own_loss is not None:
         given["loss"] = args.own_loss.identity
-    if "reward" in given:
-        given["reward"] = resolved(given["reward"], args.functions)
+    given |= {name: resolved(given[name], args.functions) for name in ("reward", "eval_reward") if name in given}
     return given, read_yaml(Path(args.config)) if args.config else {}
 
 

@@ -18,7 +18,7 @@ from lite_dil.models.options import MODEL_FIELDS
 if TYPE_CHECKING:
     from lite_dil.base.display import Display
     from lite_dil.evaluation.score import Encoded, ScoreFile
-    from lite_dil.rewards.heads import HeadReward
+    from lite_dil.rewards.source import Scorer
 
 HELP = "score responses with a reward model, and make pairs of the best and the worst"
 DESCRIPTION = """\
@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("answers", metavar="ANSWERS", help=ANSWERS_HELP)
     parser.add_argument(
         "--reward",
-        metavar="DIR",
+        metavar="DIR|hf:MODEL",
         required=True,
         help="a run of lite-dil reward, one of its checkpoints, or its adapter's folder; model and quantisation are the run's "
-        "unless given",
+        "unless given. Or hf: with the folder or hub id of a sequence classifier of transformers with one label",
     )
     group = parser.add_argument_group("scores")
     group.add_argument(
@@ -65,12 +65,12 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from lite_dil.cli.progress import Terminal
-    from lite_dil.config.reward_source import find_reward, open_reward
+    from lite_dil.config.reward_source import find_scorer, open_reward
     from lite_dil.data.answers import read_answers
     from lite_dil.evaluation.score import ScoreFile, check_pairs, encode_answers, make_pairs, summary
 
     display = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
-    found = find_reward(args.reward, vars(args))
+    found = find_scorer(args.reward, vars(args), display.say)
     options = found.data_options(vars(args))
     chat = found.chat if args.chat is None else args.chat
     rows = read_answers(args.answers, options, chat, display.say)
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _score(head: HeadReward, encoded: list[Encoded], file: ScoreFile, display: Display) -> bool:
+def _score(head: Scorer, encoded: list[Encoded], file: ScoreFile, display: Display) -> bool:
     """Score everything that is missing; return False if Ctrl-C ended it early."""
     from lite_dil.evaluation.score import score_all
 

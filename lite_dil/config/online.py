@@ -9,7 +9,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.objectives.table import ONLINE
 from lite_dil.online.options import ANSWER_TOKENS, GROUP_SIZES, REFILL, OnlineObjective, OnlineOptions
 from lite_dil.rewards.function import TIMEOUT
-from lite_dil.rewards.spec import parse
+from lite_dil.rewards.spec import joined, parse
 
 _OWN = [each.name for each in fields(OnlineOptions) if each.name != "reward"]
 RANGES: list[tuple[str, float, float]] = [
@@ -51,7 +51,7 @@ def online_problems(config: OnlineObjective) -> list[str]:
     if config.loss in ONLINE and config.logp_reduction == "mean":
         problems.append(f"--logp-reduction mean: --loss {config.loss} takes whole answers; leave it out")
     try:
-        parse(config.reward)
+        parse(joined(config.reward, config.eval_reward))
     except UserError as error:
         problems.append(str(error))
     return problems

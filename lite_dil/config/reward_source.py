@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.config.adapter_source import find
+from lite_dil.config.classifier_source import ClassifierModel, find_classifier
 from lite_dil.config.options import build
 from lite_dil.config.resume import trained_with
 from lite_dil.config.train_config import ResolvedConfig
@@ -19,14 +21,16 @@ from lite_dil.data.prompts import FLAGS
 from lite_dil.generation import policy as policies
 from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models.find import resolve_model
+from lite_dil.models.fingerprint import fingerprint
 from lite_dil.models.options import ModelOptions
+from lite_dil.rewards.classifier import ClassifierReward
 from lite_dil.rewards.description import Description, read_description
 from lite_dil.rewards.heads import HeadReward, open_head
+from lite_dil.rewards.spec import HF
 from lite_dil.runs.folder import trained_options
 from lite_dil.training.options import ReferenceOptions
 from lite_dil.training.reference_cache import cache_folder
 
-ADAPTER = "reward"  # its name on a backend
 _READ = ("max_length", "chat")  # options of the run by which its data was read
 
 
@@ -55,11 +59,16 @@ class RewardModel:
     @property
     def adapter_name(self) -> str:
         """A name for it beside others on a backend."""
-        return f"{ADAPTER}-{digest(self.identity)[:8]}"
+        return f"reward-{digest(self.files)[:16]}"
+
+    @property
+    def files(self) -> str:
+        """A hash of its files."""
+        return digest(fingerprint(self.adapter, cache_folder(ReferenceOptions())), asdict(self.description))
 
     @property
     def identity(self) -> str:
-        """A name for its weights."""
+        """A name for its weights, in files of scores."""
         return f"{policies.identity(AdapterSource(self.adapter, None, self.options))} {self.description.scale!r}"
 
     def data_options(self, given: Mapping[str, Any]) -> ResolvedConfig:
@@ -70,6 +79,11 @@ class RewardModel:
     def encoder(self, say: Callable[[str], None]) -> Encoder:
         """Return the base's encoder."""
         return encoder_of(resolve_model(self.options.model, say), self.options)
+
+
+def find_scorer(name: str, given: Mapping[str, Any], say: Callable[[str], None]) -> RewardModel | ClassifierModel:
+    """Return what scores responses by its name: a reward model as `find_reward` finds it, or hf:MODEL."""
+    return find_classifier(name, given, say) if name.startswith(f"{HF}:") else find_reward(name, given)
 
 
 def find_reward(folder: str, given: Mapping[str, Any]) -> RewardModel:
@@ -92,8 +106,11 @@ def find_reward(folder: str, given: Mapping[str, Any]) -> RewardModel:
 
 
 @contextmanager
-def open_reward(found: RewardModel, say: Callable[[str], None]) -> Iterator[HeadReward]:
-    """Load a reward model on its base for the block. Raises UserError if its base is another one by now."""
+def open_reward(found: RewardModel | ClassifierModel, say: Callable[[str], None]) -> Iterator[HeadReward | ClassifierReward]:
+    """Load a reward model, a head on its base, for the block. Raises UserError if its base is another one by now."""
+    if isinstance(found, ClassifierModel):
+        yield found.open(say)
+        return
     policy = policies.load(AdapterSource(None, None, found.options), say)
     try:
         yield head_on(policy, found, say)
@@ -101,7 +118,13 @@ def open_reward(found: RewardModel, say: Callable[[str], None]) -> Iterator[Head
         policy.close()
 
 
-def head_on(policy: Policy, found: RewardModel, say: Callable[[str], None], adapter: str = ADAPTER) -> HeadReward:
-    """Add a reward model to the base of a policy in memory. Raises UserError if it was trained on another one."""
+def head_on(policy: Policy, found: RewardModel, say: Callable[[str], None], weight: float | None = None) -> HeadReward:
+    """Add a reward model to the base of a policy in memory. Raises UserError if it was trained on another one.
+
+    Args:
+        weight: its weight in a sum of rewards, for which the reward of a response that was cut is the worst; None gives NaN.
+    """
     name = Path(found.name).absolute().name
-    return open_head(policy.backend, adapter, found.adapter, policy.model, cache_folder(ReferenceOptions()), name, say)
+    cut = math.nan if weight is None else found.description.cut_score(weight, found.adapter)
+    memo = cache_folder(ReferenceOptions())
+    return open_head(policy.backend, found.adapter_name, found.adapter, policy.model, memo, name, say, cut)

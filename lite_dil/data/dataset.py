@@ -115,11 +115,11 @@ class DataSet:
         return [problem for source in self.sources for problem in source.problems]
 
 
-def reader_of(name: str, split: str, options: DataOptions, rows: Rows | None = None) -> Reader:
+def reader_of(name: str, split: str, options: DataOptions, rows: Rows | None = None, margins: bool = False) -> Reader:
     """Return the reader for one source, or for a program's rows, with the settings of `options`."""
-    columns = parse_columns(options.columns)
+    columns, limit = parse_columns(options.columns), options.max_rows
     return Reader(
-        name, split, format=options.data_format, columns=columns, limit=options.max_rows, chat=options.chat, rows=rows
+        name, split, format=options.data_format, columns=columns, limit=limit, chat=options.chat, rows=rows, margins=margins
     )
 
 
@@ -132,6 +132,7 @@ def load(
     good_only: bool = False,
     strict: bool = True,
     say: Callable[[str], None] = unheard,
+    margins: bool = False,
 ) -> DataSet:
     """Read, check, tokenise and cut all rows of `data`.
 
@@ -142,17 +143,18 @@ def load(
         good_only: leave unpaired rejected responses out, for objectives that train on chosen ones only.
         strict: raise UserError for unusable rows (unless ``--skip-bad-rows``), and for a source without usable rows.
         say: is told if the tokens that an earlier run kept are damaged, or these cannot be kept.
+        margins: read the column 'margin' of pairs.
 
     Raises:
         UserError: a source cannot be read, or its kind of data differs from the source before it; or as `strict` says.
     """
-    cache = None if watch else TokenCache(data, split, encoder, options)
+    cache = None if watch else TokenCache(data, split, encoder, options, margins)
     found = cache.find(say) if cache else None
     if found:
         store, sources = found[0], [Source.of(part) for part in found[1]]
         _check(sources, options, strict)
     else:
-        store, sources = _read(_readers(data, split, options), encoder, options, watch, strict)
+        store, sources = _read(_readers(data, split, options, margins), encoder, options, watch, strict)
         if cache:
             store = cache.keep(store, [vars(source) for source in sources], say)
     for source, weight in zip(sources, _weights(data), strict=True):
@@ -271,11 +273,11 @@ def halved(data: DataSet, max_length: int) -> str:
     )
 
 
-def _readers(data: str | Rows, split: str, options: DataOptions) -> list[Reader]:
+def _readers(data: str | Rows, split: str, options: DataOptions, margins: bool) -> list[Reader]:
     """Return the readers of all sources."""
     if isinstance(data, Rows):
-        return [reader_of(DATA, split, options, data)]
-    return [reader_of(name, split, options) for name, _ in split_sources(data)]
+        return [reader_of(DATA, split, options, data, margins)]
+    return [reader_of(name, split, options, margins=margins) for name, _ in split_sources(data)]
 
 
 def _weights(data: str | Rows) -> list[float]:

@@ -27,13 +27,14 @@ class Example:
     """A tokenised prompt and the responses to it.
 
     `responses` are token ids that continue `prompt`, each ending in its end-of-turn token unless it was cut; `signs` holds
-    ``CHOSEN`` or ``REJECTED`` for each. `place` names the row in messages.
+    ``CHOSEN`` or ``REJECTED`` for each. `place` names the row in messages; `margin` is that of a `lite_dil.data.reader.Row`.
     """
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
     signs: tuple[int, ...]
     place: str = field(default="", compare=False)
+    margin: float = 0.0
 
 
 class _Rendered(NamedTuple):
@@ -143,7 +144,7 @@ class Encoder:
             return RowError(
                 "identical responses", "'chosen' and 'rejected' are the same tokens; there is no preference to learn"
             )
-        return Example(prompt, responses, row.signs, row.place)
+        return Example(prompt, responses, row.signs, row.place, row.margin)
 
     def _rendered(self, row: Row) -> _Rendered | RowError:
         self.rendering.notes.clear()
@@ -232,7 +233,8 @@ def truncate(example: Example, max_length: int) -> tuple[Example, bool, bool]:
 
 def fingerprint(examples: Iterable[Example]) -> str:
     """Return a digest of the token ids and their split, by which a resumed run recognises its data."""
-    parts = ((example.prompt, example.responses, example.signs) for example in examples)
+    # A margin of 0, which is none, is left out, so that other data keeps its digest.
+    parts = ((e.prompt, e.responses, e.signs, *((e.margin,) if e.margin else ())) for e in examples)
     return sha256(repr(part).encode() for part in parts)[:16]
 
 

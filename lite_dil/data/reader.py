@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from lite_dil.base.errors import UserError, did_you_mean, gather
@@ -36,7 +37,8 @@ class Row:
 
     A pair has one of each, an unpaired row a single response, a demonstration a single chosen one. With `chat` the prompt is a
     list of messages, rendered by the model's chat template with the `tools` and the row's own `arguments` of the template;
-    otherwise it is plain text that the responses continue. `place` is where the row came from, for error messages.
+    otherwise it is plain text that the responses continue. `margin` is by how much the reward of a pair's chosen response
+    should be above the other's, where it is read. `place` is where the row came from, for error messages.
     """
 
     prompt: str | list[Message]
@@ -46,6 +48,7 @@ class Row:
     form: str
     tools: list[dict[str, Any]] | None = field(default=None, compare=False)
     arguments: dict[str, Any] | None = field(default=None, compare=False)
+    margin: float = 0.0
 
     @property
     def chat(self) -> bool:
@@ -75,6 +78,7 @@ class Reader:
         limit: read at most this many rows.
         chat: whether plain-text prompts become user messages.
         rows: rows to read instead of `source`, which then names them in messages.
+        margins: whether to read the column 'margin' of pairs, which all rows have or none.
 
     Attributes:
         format: the name of the format, once a row was read.
@@ -95,7 +99,9 @@ class Reader:
         limit: int | None = None,
         chat: bool = False,
         rows: Rows | None = None,
+        margins: bool = False,
     ) -> None:
+        self._margins, self._margin = margins, False
         self.source, self.format, self.columns = source, format, columns or {}
         self.form, self.chat, self._first, self._to_chat = "", False, "", chat
         self._seen, self._taken = dict[str, None](), set[str]()
@@ -185,8 +191,9 @@ class Reader:
                 f"rejected={column}; if it is not, remove that column",
             )
         row = _checked(draft, place)
+        margin = value.get("margin") if self._margins and row.form == "pairs" else None
         if not self._first:
-            self._first, self.form, self.chat = place, row.form, row.chat
+            self._first, self.form, self.chat, self._margin = place, row.form, row.chat, margin is not None
         if row.form != self.form:
             raise RowError(
                 "mixed formats", f"the row has {row.form}, but {self._first} has {self.form}; keep one form in {self._one}"
@@ -197,9 +204,12 @@ class Reader:
                 "mixed formats",
                 f"the prompt is {kinds[row.chat]}, but {self._first} has {kinds[self.chat]}; keep one kind in {self._one}",
             )
+        if (margin is not None) != self._margin and row.form == "pairs":
+            one, other = ("a", "none") if self._margin else ("no", "one")
+            raise RowError("mixed margins", f"{self._first} has {one} field 'margin', but the row has {other}; all or no rows")
         if draft.notes:
             self.notes.update(draft.notes)
-        return row
+        return row if margin is None else replace(row, margin=_margin(margin))
 
     def check(self, kept: int, skip: bool) -> None:
         """Raise UserError if rows are unusable, unless `skip` leaves them out, or `kept` is 0."""
@@ -288,6 +298,17 @@ def check_prompt(prompt: str | list[Message]) -> None:
         for number, message in enumerate(prompt):
             if message["role"] == "user" and not same_text(message["content"]):
                 raise RowError("empty prompt", f"the prompt's message {number + 1}, the user's, is empty")
+
+
+def _margin(value: Any) -> float:
+    """Return a pair's margin. Raises RowError unless it is a finite number."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise RowError("margin", f"field 'margin' is {str(value)[:40]!r}; expected a finite number")
+    return found
 
 
 def _checked(draft: Draft, place: str) -> Row:

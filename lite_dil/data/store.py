@@ -26,7 +26,16 @@ PLACE = "LITE_DIL_CACHE"  # the variable that sets another place
 # hash of all this.
 _AT, _HASH = struct.Struct("<Q"), 32
 _ALIGNED, _PIECE = 8, 2**22
-_TYPES = {"records": "<i4", "starts": "<i8", "first": "<i8", "lengths": "<i4", "signs": "<i1", "rows": "<i4", "names": "<u8"}
+_TYPES = {
+    "records": "<i4",
+    "starts": "<i8",
+    "first": "<i8",
+    "lengths": "<i4",
+    "signs": "<i1",
+    "rows": "<i4",
+    "names": "<u8",
+    "margins": "<f8",
+}
 _IN_TWOS = ("lengths", "rows", "names")
 
 
@@ -47,6 +56,7 @@ class ExampleStore(Sequence[Example]):
         rows: (examples, 2) the number of its source, and of its row there.
         names: (examples, 2) uint64, for each example a hash of its prompt, and of its prompt with its responses in any order,
             before cutting; (0, 2) where these were not given.
+        margins: (examples,) the margin of each pair.
         sources: the names of the sources.
     """
 
@@ -57,6 +67,7 @@ class ExampleStore(Sequence[Example]):
     signs: np.ndarray
     rows: np.ndarray
     names: np.ndarray
+    margins: np.ndarray
     sources: list[str]
 
     def __len__(self) -> int:
@@ -82,7 +93,7 @@ class ExampleStore(Sequence[Example]):
             begin += length
         source, number = self.rows[index].tolist()
         signs = tuple(self.signs[first + 1 : end].tolist())
-        return Example(parts[0], tuple(parts[1:]), signs, f"{self.sources[source]} {number}")
+        return Example(parts[0], tuple(parts[1:]), signs, f"{self.sources[source]} {number}", float(self.margins[index]))
 
     def shown(self, index: int) -> Any:
         """Return an example's prompt for people, text or messages, if it was given."""
@@ -106,7 +117,7 @@ class ExampleStore(Sequence[Example]):
 
 
 class StoreWriter:
-    """Examples on their way into a temporary file. Memory holds about 70 bytes of each, so there may be more than it holds."""
+    """Examples on their way into a temporary file. Memory holds about 80 bytes of each, so there may be more than it holds."""
 
     def __init__(self) -> None:
         self._what = f"the data's tokens in {cache_dir()}"
@@ -114,7 +125,9 @@ class StoreWriter:
             self._file = scratch_file(cache_dir())
         weakref.finalize(self, _close, self._file)
         self._sources: dict[str, int] = {}  # their numbers
-        self._arrays = {name: array(np.dtype(kind).char) for name, kind in _TYPES.items() if name != "records"}
+        self._arrays: dict[str, array[Any]] = {
+            name: array(np.dtype(kind).char) for name, kind in _TYPES.items() if name != "records"
+        }
         for name in ("starts", "first"):
             self._arrays[name].append(0)
 
@@ -143,6 +156,7 @@ class StoreWriter:
         for cut, uncut in zip((example.prompt, *example.responses), (full.prompt, *full.responses), strict=True):
             arrays["lengths"].extend((len(cut), len(uncut)))
         arrays["signs"].extend((0, *example.signs))
+        arrays["margins"].append(example.margin)
         source, _, number = example.place.rpartition(" ")
         arrays["rows"].extend((self._sources.setdefault(source, len(self._sources)), int(number or 0)))
         if whole:

@@ -33,13 +33,13 @@ class TokenCache:
     """The place of one data set's tokens.
 
     Args:
-        data, split, encoder, options: as for `lite_dil.data.dataset.load`.
+        data, split, encoder, options, margins: as for `lite_dil.data.dataset.load`.
 
     Attributes:
         path: the file; None if the data is small, or not known by its content before it is read: data of the hub, an iterator.
     """
 
-    def __init__(self, data: str | Rows, split: str, encoder: Encoder, options: DataOptions) -> None:
+    def __init__(self, data: str | Rows, split: str, encoder: Encoder, options: DataOptions, margins: bool = False) -> None:
         self._files = [] if isinstance(data, Rows) else _files(data, split)
         self._seen = list(map(_stat, self._files))
         self.path = None
@@ -48,6 +48,7 @@ class TokenCache:
             return
         read = {name: getattr(options, name) for name in ("max_length", "data_format", "columns", "chat", "max_rows")}
         self._key = {KEY: STORE, "code": _code(), "content": content, "encoder": encoder.identity(), **read}
+        self._key["margins"] = margins
         name = blake2([json.dumps(self._key, sort_keys=True).encode()]).hex()
         self.path = cache_dir() / "tokens" / f"{name}{_ENDING}"
 

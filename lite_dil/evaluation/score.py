@@ -25,7 +25,7 @@ from lite_dil.data.files import RowError
 from lite_dil.data.messages import Completion
 from lite_dil.data.options import DataOptions
 from lite_dil.data.reader import Problem, Row, refuse
-from lite_dil.rewards.heads import HeadReward
+from lite_dil.rewards.source import Scorer
 from lite_dil.training.reward_metrics import by_length
 
 _TOGETHER = 64  # rows that are scored before they are written
@@ -222,7 +222,7 @@ def _row(candidate: ToScore, outputs: np.ndarray | None) -> dict[str, Any]:
     }
 
 
-def score_all(head: HeadReward, encoded: Sequence[Encoded], file: ScoreFile) -> Iterator[int]:
+def score_all(head: Scorer, encoded: Sequence[Encoded], file: ScoreFile) -> Iterator[int]:
     """Score what is not in the file yet, some rows at a time; yield how many responses are done after each of them.
 
     Raises UserError if a score is not finite.

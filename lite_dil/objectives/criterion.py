@@ -47,6 +47,10 @@ class LossBatch(Protocol):
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Indices of both sides of every pair, each (pairs,)."""
 
+    @property
+    def pair_margins(self) -> np.ndarray:
+        """(pairs,) the margin of every pair, 0 where the data has none."""
+
 
 class Criterion:
     """The objective of `options` with the weights for a data set.

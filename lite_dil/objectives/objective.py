@@ -76,6 +76,7 @@ class Objective:
         token_weights: returns the weight of each token of a response of n tokens; None for weights of 1.
         baseline: whether it needs the reference point z0, the mean log-ratio of responses to other prompts.
         outputs: numbers that it reads of a reward head for each response; 0 if it reads log-probs.
+        margins: whether it reads the margin of each pair.
     """
 
     title: str
@@ -94,3 +95,4 @@ class Objective:
     token_weights: Callable[[int], list[float]] | None = None
     baseline: bool = False
     outputs: int = 0
+    margins: bool = False

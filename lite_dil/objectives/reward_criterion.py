@@ -40,11 +40,12 @@ class RewardCriterion:
 
     def inputs(self, batch: LossBatch, baseline: float = 0.0) -> dict[str, np.ndarray]:
         """Return what the loss needs besides scores: indices of chosen and rejected responses, both (pairs,) for a pairwise
-        loss. `baseline` is of losses that compare with a reference.
+        loss, and for one that reads it the margin of each pair. `baseline` is of losses that compare with a reference.
         """
         pairs = isinstance(self.form, Pairs)
         chosen, rejected = batch.pairs if pairs else (batch.chosen, batch.rejected)
-        return {"chosen": chosen, "rejected": rejected}
+        found = {"chosen": chosen, "rejected": rejected}
+        return found | {"margin": batch.pair_margins} if self.objective.margins else found
 
     def __call__(self, policy: Array, reference: None, inputs: dict[str, Any]) -> Array:
         """Return the loss summed over the batch's examples, a scalar.
@@ -56,7 +57,7 @@ class RewardCriterion:
 
         def answers(index: Array) -> Scored:
             scores = policy[index]
-            return Scored(scores[:, 0], scores[:, 1] if self.outputs == 2 else None)
+            return Scored(scores[:, 0], scores[:, 1] if self.outputs == 2 else None, inputs.get("margin"))
 
         chosen, rejected = answers(inputs["chosen"]), answers(inputs["rejected"])
         if isinstance(self.form, Pairs):

@@ -43,10 +43,12 @@ class Scored(NamedTuple):
     Attributes:
         reward: R, or the log-ratio d.
         log_v: the log of the noise scale V; None if the head has one output.
+        margin: by how much R_w should be above R_l, (pairs,); None if the loss does not read it.
     """
 
     reward: Array
     log_v: Array | None
+    margin: Array | None = None
 
 
 def is_reward(loss: str) -> bool:
@@ -78,7 +80,7 @@ def _bt(c: Constants) -> Pairs:
     smoothing, coefficient = c["label_smoothing"] or 0.0, c["center_rewards_coefficient"] or 0.0
 
     def loss(w: Scored, l: Scored) -> Array:  # noqa: E741 - chosen and rejected, as in the papers
-        value = rewards.bradley_terry(w.reward, l.reward, smoothing)
+        value = rewards.bradley_terry(w.reward, l.reward, smoothing, w.margin)
         return value + coefficient * rewards.centring(w.reward, l.reward) if coefficient else value
 
     return Pairs(loss)
@@ -116,11 +118,13 @@ REWARDS: dict[str, Objective] = {
         reduction="sum",
         beta=None,
         learning_rate=_RATE,
-        formula="-log sigmoid(R_w - R_l)",
+        formula="-log sigmoid(R_w - R_l - m)",
         use="The usual reward model, and the default.",
         source=f"{_DIL}, eq. 3",
-        note="R is known up to a constant for each prompt; `--center-rewards-coefficient` keeps it near 0.",
+        note="R is known up to a constant for each prompt; `--center-rewards-coefficient` keeps it near 0. m is the column "
+        "`margin` of the data, 0 without it.",
         options=("center_rewards_coefficient", "label_smoothing"),
+        margins=True,
         reference=False,
         outputs=1,
     ),

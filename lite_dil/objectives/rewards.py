@@ -12,14 +12,15 @@ import math
 from lite_dil.objectives.losses import Array, Bregman, namespace, softplus
 
 
-def bradley_terry(chosen: Array, rejected: Array, smoothing: float = 0.0) -> Array:
-    """``-log sigmoid(R_w - R_l)`` of each pair, (pairs,) (DIL, arXiv 2503.05079, eq. 3).
+def bradley_terry(chosen: Array, rejected: Array, smoothing: float = 0.0, margin: Array | None = None) -> Array:
+    """``-log sigmoid(R_w - R_l - m)`` of each pair, (pairs,) (DIL, arXiv 2503.05079, eq. 3, without m).
 
     Args:
         smoothing: the probability eps that a label is wrong: the loss is ``1 - eps`` times that of the label plus ``eps``
             times that of the opposite one, and its optimum at most ``log((1 - eps) / eps)`` in size.
+        margin: m, (pairs,), by how much R_w should be above R_l (Touvron et al. 2023, arXiv 2307.09288, eq. 2); None for 0.
     """
-    gap = chosen - rejected
+    gap = chosen - rejected if margin is None else chosen - rejected - margin
     return _smoothed(softplus(-gap), softplus(gap), smoothing)
 
 

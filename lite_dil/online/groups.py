@@ -16,7 +16,7 @@ from lite_dil.generation.rollouts import Rollout, rollouts
 from lite_dil.online.credit import equal_groups
 from lite_dil.online.options import ResolvedOnline
 from lite_dil.rewards.source import Answered
-from lite_dil.rewards.total import TotalReward
+from lite_dil.rewards.total import Rewarded, TotalReward
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,14 @@ class Group:
 
 @dataclass(frozen=True)
 class DrawnGroups:
-    """The groups of a step, and how many times a group was drawn again because its rewards were equal."""
+    """The groups of a step, and how many times a group was drawn again because its rewards were equal.
+
+    `judged` are the rewards of --eval-reward for all answers, group by group; None without it.
+    """
 
     groups: list[Group]
     refilled: int
+    judged: Rewarded | None = None
 
     @property
     def rewards(self) -> np.ndarray:
@@ -67,6 +71,7 @@ class GroupSampler:
 
     Args:
         prompts: in the order of the schedule's examples.
+        judge: a reward that is only measured.
     """
 
     def __init__(
@@ -78,8 +83,9 @@ class GroupSampler:
         options: ResolvedOnline,
         reward: TotalReward,
         say: Callable[[str], None],
+        judge: TotalReward | None = None,
     ) -> None:
-        self.backend, self.encoder, self.prompts, self.reward = backend, encoder, prompts, reward
+        self.backend, self.encoder, self.prompts, self.reward, self.judge = backend, encoder, prompts, reward, judge
         self.schedule, self.options, self._say = schedule, options, say
         self._ends = encoder.end_ids()
         self._kept: tuple[int, DrawnGroups] | None = None
@@ -102,7 +108,8 @@ class GroupSampler:
             refilled += len(again)
             for at, group in zip(equal, again, strict=True):
                 groups[at] = group
-        return DrawnGroups(groups, refilled)
+        judged = self.judge([answer for group in groups for answer in group.answers]) if self.judge else None
+        return DrawnGroups(groups, refilled, judged)
 
     def _groups(self, prompts: Sequence[Prompt], step: int, attempt: int) -> list[Group]:
         if not prompts:

@@ -14,6 +14,7 @@ def answer_metrics(means: Means, drawn: DrawnGroups, beta: float, skipped: int) 
 
     ``kl`` and ``entropy`` are estimates in nats per token from the drawn tokens, ``kl/answer`` is the mean log-ratio of a
     whole answer, ``objective`` the mean of r - beta f, and ``reward_std`` the mean of the groups' standard deviations.
+    ``eval_reward`` and ``eval_rewards/NAME/mean`` are of the same answers, by --eval-reward.
 
     Args:
         skipped: groups that contributed no gradient.
@@ -24,6 +25,10 @@ def answer_metrics(means: Means, drawn: DrawnGroups, beta: float, skipped: int) 
     means.add("frac_reward_zero_std", equal_groups(rewards))
     for name in drawn.groups[0].parts:
         means.add(f"rewards/{name}/mean", np.concatenate([group.parts[name] for group in drawn.groups]))
+    if drawn.judged:
+        means.add("eval_reward", drawn.judged.total)
+        for name, values in drawn.judged.parts.items():
+            means.add(f"eval_rewards/{name}/mean", values)
     answers = [rollout for group in drawn.groups for rollout in group.rollouts]
     means.add("objective", regularised(rewards, ratios, beta))
     means.add("kl/answer", ratios)

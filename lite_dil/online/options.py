@@ -18,8 +18,16 @@ class OnlineOptions:
         "online",
         None,
         "train on the model's own answers, by this reward: answer:exact, answer:number or answer:choice compares with the "
-        "data's column answer; FILE.py:NAME is a function with TRL's signature; several with weights are summed, as in "
-        "answer:number,rewards.py:brief=0.2",
+        "data's column answer; FILE.py:NAME is a function with TRL's signature; DIR is a run of lite-dil reward; "
+        "implicit:ADAPTER is beta times the log-ratio of a trained policy; hf:MODEL is a sequence classifier with one label "
+        "(cuda, cpu); several with weights are summed, as in answer:number,rewards.py:brief=0.2",
+        metavar="SOURCE[=WEIGHT],...",
+    )
+    eval_reward: str | None = option(
+        "online",
+        None,
+        "a second reward of the same answers that is not trained on, as --reward takes it: if it falls while the trained one "
+        "rises, the reward is gamed",
         metavar="SOURCE[=WEIGHT],...",
     )
     samples: int | None = option(

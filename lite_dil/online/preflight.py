@@ -20,7 +20,8 @@ def preflight(sampler: GroupSampler, say: Callable[[str], None]) -> None:
 
     Raises UserError if the reward cannot be used: a row without a right answer, an exception, NaN, a wrong number of rewards.
     """
-    for source, _ in sampler.reward.sources:
+    judges = sampler.judge.sources if sampler.judge else []
+    for source, _ in [*sampler.reward.sources, *judges]:
         if isinstance(source, AnswerSource):
             for prompt in sampler.prompts:
                 source.right(prompt.columns, prompt.place)
@@ -35,6 +36,9 @@ def preflight(sampler: GroupSampler, say: Callable[[str], None]) -> None:
         f"reward of the first {rewards.size} answers: mean {rewards.mean():.3g}, {rewards.min():.3g} to {rewards.max():.3g}; "
         f"{spread} of {len(rewards)} prompts have answers of different rewards"
     )
+    if drawn.judged:
+        judged = drawn.judged.total
+        say(f"held-out reward of the same answers: mean {judged.mean():.3g}, {judged.min():.3g} to {judged.max():.3g}")
     if spread == 0:
         say(
             f"warning: all rewards are equal within each prompt, so that there is nothing to prefer: {_reason(sampler, drawn)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from lite_dil.base.jsonl import JSONLines
 from lite_dil.base.observer import Event, Observer
 from lite_dil.base.strict_json import parse_json
 from lite_dil.online.training import OnlineTraining, TakenOnline
+from lite_dil.rewards.total import Rewarded
 
 ROLLOUTS = "rollouts.jsonl"
 
@@ -42,6 +44,7 @@ class RolloutsFile(Observer):
 
 def _rows(taken: TakenOnline) -> Iterator[dict[str, Any]]:
     """Yield a row for each answer."""
+    judged, at = taken.drawn.judged, itertools.count()
     for group, advantages in zip(taken.drawn.groups, taken.advantages, strict=True):
         columns = (group.rollouts, group.answers, group.seeds, group.rewards, group.log_ratios, advantages)
         for number, (rollout, answer, seed, reward, ratio, advantage) in enumerate(zip(*columns, strict=True)):
@@ -52,12 +55,21 @@ def _rows(taken: TakenOnline) -> Iterator[dict[str, Any]]:
                 "response": answer.response,
                 "reward": float(reward),
                 "rewards": {name: float(values[number]) for name, values in group.parts.items()},
+                **_judged(judged, next(at)),
                 "log_ratio": float(ratio),
                 "advantage": float(advantage),
                 "ended": rollout.ended,
                 "ids": list(rollout.ids),
                 "seed": seed,
             }
+
+
+def _judged(judged: Rewarded | None, at: int) -> dict[str, Any]:
+    """Return what --eval-reward gave to an answer."""
+    if judged is None:
+        return {}
+    parts = {name: float(values[at]) for name, values in judged.parts.items()}
+    return {"eval_reward": float(judged.total[at]), "eval_rewards": parts}
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -78,6 +78,12 @@ class Inputs:
         if self.resume:
             self._follow()
 
+    def rewards(self, progress: Progress, found: Mapping[str, str]) -> None:
+        """Put the hashes of the models that reward answers into `progress`. Raises UserError if they were others."""
+        progress.rewards, saved = dict(found), self.saved.rewards
+        changed = [name for name, value in found.items() if self.resume and saved.get(name) != value]
+        self._check([f"--reward {name} is not the model that this run began with" for name in changed])
+
     def drawn(self, progress: Progress, examples: Sequence[Example]) -> None:
         """Put the fingerprint of the examples with drawn responses into `progress`. Raises UserError if it was another one."""
         progress.drawn = fingerprint(examples)

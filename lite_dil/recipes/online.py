@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from lite_dil.online.training import OnlineTraining
 from lite_dil.recipes.given import NOTHING_GIVEN, Given
 from lite_dil.recipes.observers import ShownSteps, samples_of
 from lite_dil.recipes.read_data import RunData
+from lite_dil.recipes.reward_sources import RewardSources
 from lite_dil.recipes.run import Run
 from lite_dil.recipes.running import Recipe, run_training
 from lite_dil.recipes.session import Opening, TrainingSession, begin, go_on, load_session
@@ -36,8 +36,7 @@ from lite_dil.reports.card import ModelCard
 from lite_dil.reports.run_report import RunReport, facts_of
 from lite_dil.reports.samples import SamplePrompt
 from lite_dil.reports.trackers import Trackers
-from lite_dil.rewards.spec import sources
-from lite_dil.rewards.total import TotalReward
+from lite_dil.rewards.spec import parse
 from lite_dil.runs.checkpoints import Checkpoints
 from lite_dil.runs.metrics_log import MetricsLog
 
@@ -59,15 +58,17 @@ def train(
         UserError: something that the user can fix, raised before anything was changed or with the last step saved.
         TrainingDiverged: the loss or gradient became non-finite; earlier checkpoints are good.
     """
-    reward = TotalReward(sources(*_reward_of(config, given)), config.missing_eos_penalty or 0.0)
-    again = ("--reward", "...") if given.rewards else ()
-    recipe = Recipe(config.loss, "", partial(_open, reward=reward), _observers_of, again)
+    rewards = RewardSources(config, given)
+    recipe = Recipe(config.loss, "", partial(_open, rewards=rewards), _observers_of, _again(config))
     return run_training(recipe, config, display, resume, None, observers, given)
 
 
-def _reward_of(config: ResolvedConfig, given: Given) -> tuple[str, Any, float]:
-    assert config.reward is not None and config.reward_timeout is not None  # resolved
-    return config.reward, given.rewards, config.reward_timeout
+def _again(config: ResolvedConfig) -> tuple[str, ...]:
+    """Return the flags that must be given again to continue: those with functions, which no file grants to run."""
+    texts = (("--reward", config.reward), ("--eval-reward", config.eval_reward))
+    return tuple(
+        word for name, text in texts if text and any(part.kind == "function" for part in parse(text)) for word in (name, "...")
+    )
 
 
 def _online(config: ResolvedConfig) -> ResolvedOnline:
@@ -111,13 +112,21 @@ class _Questions:
         return RunData(examples, [], [], shown, [facts], config, others)
 
 
-def _open(opening: Opening, reward: TotalReward) -> TrainingSession:
-    """Read the prompts, load the model, and see what the reward makes of the first answers; or continue from a checkpoint."""
+def _open(opening: Opening, rewards: RewardSources) -> TrainingSession:
+    """Read the prompts, load the models, and see what the reward makes of the first answers; or continue from a checkpoint."""
     questions, display = _Questions(), opening.display
-    session, progress, _ = load_session(replace(opening, read=questions.read))
+
+    def read(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None], given: Given) -> RunData:
+        found = questions.read(encoder, config, say, given)
+        rewards.find(config, say)
+        return found
+
+    session, progress, inputs = load_session(replace(opening, read=read))
+    inputs.rewards(progress, rewards.identities)
+    reward, judge = rewards.open(session.policy, progress, display)
     config, backend, encoder = session.config, session.backend, session.policy.encoder
     schedule = Schedule(config, session.data.examples, backend.layout)
-    sampler = GroupSampler(backend, encoder, questions.prompts, schedule, _online(config), reward, display.say)
+    sampler = GroupSampler(backend, encoder, questions.prompts, schedule, _online(config), reward, display.say, judge)
     training = OnlineTraining(
         backend, sampler, config, progress, config.logging_steps, config.target_kl, display.say, display.stopping
     )

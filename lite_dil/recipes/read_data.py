@@ -19,7 +19,7 @@ from lite_dil.data.overlap import Overlap, overlap
 from lite_dil.data.reader import Problem
 from lite_dil.data.rows import DATA, Rows, rows_name
 from lite_dil.objectives.accepts import check_data
-from lite_dil.objectives.reward_table import is_reward
+from lite_dil.objectives.reward_table import is_reward, name_of
 from lite_dil.objectives.table import objective_of
 from lite_dil.recipes.given import Given
 from lite_dil.reports.samples import SamplePrompt, data_facts, lengths_of, sample_prompts
@@ -113,12 +113,36 @@ def _sequences(example: Example) -> Iterator[tuple[int, int]]:
     return zip(map(len, (example.prompt, *example.responses)), (0, *example.signs), strict=True)
 
 
+def _check_margins(config: ResolvedConfig, data: DataSet, source: str) -> None:
+    """Raise UserError if a reward model's data has margins that its loss does not read.
+
+    Args:
+        source: the data's name, for the message.
+    """
+    if not is_reward(config.loss):
+        return
+    if not objective_of(config.loss).margins and any("margin" in each.unread for each in data.sources):
+        raise UserError(
+            f"{source} has a column 'margin', by how much the chosen response's reward should be above the other's, which "
+            f"--reward-loss {name_of(config.loss)} cannot take: only bt compares two rewards in fixed units; give that, or "
+            "remove the column"
+        )
+    if config.label_smoothing and data.read.margins.any():
+        raise UserError(
+            f"--label-smoothing: {source} has a column 'margin', and what the margin of a wrong label is nobody says; leave "
+            "one of the two out"
+        )
+
+
 def _load(
     given: str | Rows, split: str, encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None]
 ) -> tuple[DataSet, str]:
     """Read and describe a data set; return also its name in the run's files."""
     source = DATA if isinstance(given, Rows) else given
-    data = load(given, split, encoder, config, good_only=objective_of(config.loss).data == "chosen", say=say)
+    objective = objective_of(config.loss)
+    good_only = objective.data == "chosen"
+    data = load(given, split, encoder, config, good_only=good_only, say=say, margins=objective.margins)
+    _check_margins(config, data, source)
     check_data(config.loss, data.form, set(data.answers), source, config.sample_rejected is not None)
     number, good = len(data.examples), data.answers[CHOSEN]
     kinds = {

@@ -29,7 +29,7 @@ from lite_dil.training.loop import Training
 from lite_dil.training.passes import Passes
 from lite_dil.training.reference_cache import ReferenceCache
 
-_ANCHORED_ON = 64  # training examples over which the mean of log V is 0
+_MEASURED_ON = 64  # training examples over which the mean of log V is 0, and from which the extreme scores are
 
 
 def train_reward(
@@ -86,16 +86,17 @@ def _observe(
 def _describe(session: TrainingSession, training: Training, folder: Path) -> None:
     """Write reward.json beside the adapter and the head."""
     config = session.config
-    description = Description(name_of(config.loss), _scale(training, config), training.progress.base, config.model)
+    outputs = _outputs(training, config)
+    # What the rewards and their noise scales are multiplied with, so that the mean of log V is 0.
+    scale = rewards.anchor(outputs[:, 1]) if outputs.shape[1] > 1 else 1.0
+    lowest, highest = float(outputs[:, 0].min()) * scale, float(outputs[:, 0].max()) * scale
+    description = Description(name_of(config.loss), scale, training.progress.base, config.model, lowest, highest)
     write_description(folder, description)
 
 
-def _scale(training: Training, config: ResolvedConfig) -> float:
-    """Return what the rewards and their noise scales are multiplied with, so that the mean of log V is 0."""
-    assert isinstance(training.criterion, RewardCriterion)
-    if training.criterion.outputs == 1:
-        return 1.0
-    examples, backend = training.examples[:_ANCHORED_ON], training.passes.backend
+def _outputs(training: Training, config: ResolvedConfig) -> np.ndarray:
+    """Return the head's outputs for the responses of the first training examples, (responses, outputs), float64."""
+    examples, backend = training.examples[:_MEASURED_ON], training.passes.backend
     batches = plan(examples, backend.layout, config.batch_size, row_tokens(config))
     scores = [training.passes.run(partial(backend.scores, adapter=POLICY), batch) for batch in batches]
-    return rewards.anchor(np.concatenate(scores)[:, 1].astype(np.float64))
+    return np.concatenate(scores).astype(np.float64)

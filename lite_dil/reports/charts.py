@@ -145,6 +145,7 @@ _REWARD_CHARTS = (
 )
 _ONLINE_CHARTS = (
     Chart("reward", "Reward of new answers", "mean", (Line("reward"),)),
+    Chart("eval-reward", "Held-out reward of new answers, not trained on", "mean", (Line("eval_reward"),)),
     Chart("kl-answer", "KL to the reference, estimated", "nats per answer", (Line("kl/answer"),), 0.0),
     Chart("length", "Length of new answers", "tokens", (Line("completions/mean_length"),)),
     Chart("cut", "Answers cut before their end", "share", (Line("completions/clipped_ratio"),)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from lite_dil.reports.charts import COLOURS, Chart, Drawn, inked, plain_ticks, t
 from lite_dil.runs.history import History
 
 _RECENT = 0.25  # share of the steps that the final figures are of
+_CLEAR = 3.0  # standard errors by which a mean has moved without doubt
 _BY_LENGTH, _LONGER = 0.5, 1.3  # a correlation, and a growth of the mean length, that together are a warning
 
 
@@ -76,10 +78,12 @@ def outcome_of(history: History) -> str:
     if first is None or last is None or kl is None or length is None:
         return "No step was logged yet."
     start = train.at(0, "completions/mean_length")
+    before, after = train.at(0, "eval_reward"), train.recent("eval_reward")
+    judged = "" if before is None or after is None else f" The held-out reward went from {before:.3g} to {after:.3g}."
     return (
         f"The mean reward of new answers went from {first:.3g} to {last:.3g}, at a distance of {kl:.3g} nats per answer from "
-        f"the reference (KL, estimated). Answers have {length:.3g} tokens, {start:.3g} at the start. The last figures are "
-        "means over the last quarter of the run."
+        f"the reference (KL, estimated).{judged} Answers have {length:.3g} tokens, {start:.3g} at the start. The last "
+        "figures are means over the last quarter of the run."
     )
 
 
@@ -95,6 +99,11 @@ def warnings_of(history: History, drawn: DrawnAnswers | None) -> list[str]:
             f"{by_length:+.2f}): the reward may be gamed by length. What to try: a reward of brevity in the sum, a larger "
             "--beta, or --target-kl."
         )
+    if _moved(train.get("reward")) > _CLEAR and _moved(train.get("eval_reward")) < -_CLEAR:
+        found.append(
+            "The reward rose while the held-out reward fell: the answers please the one and not the other, as where a reward "
+            "is gamed. What to try: an earlier checkpoint, a larger --beta, --target-kl, or the two rewards in a sum."
+        )
     if cut is not None and cut > 0.5:
         found.append(
             f"{cut:.0%} of the last answers were cut before their end. What to try: a larger --max-new-tokens, or "
@@ -106,6 +115,21 @@ def warnings_of(history: History, drawn: DrawnAnswers | None) -> list[str]:
             "the reference. What to try: harder or easier prompts, more --samples, or a finer reward."
         )
     return found
+
+
+def _moved(values: np.ndarray) -> float:
+    """Return how far the mean over the last quarter of the lines is from that over the first, in standard errors.
+
+    0 where the lines are too few to tell.
+    """
+    values = values[np.isfinite(values)]
+    quarter = int(len(values) * _RECENT)
+    if quarter < 2:
+        return 0.0
+    first, last = values[:quarter], values[-quarter:]
+    error = float(np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / quarter))
+    gap = float(last.mean() - first.mean())
+    return gap / error if error else math.copysign(math.inf, gap) if gap else 0.0
 
 
 def draw_reward_and_kl(history: History) -> Drawn | None:

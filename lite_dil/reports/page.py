@@ -95,7 +95,11 @@ def _tiles(record: RunRecord) -> list[tuple[str, str]]:
     if record.accuracy:
         share, error, _ = record.accuracy
         tiles.append((f"{share:.1%}", f"held-out accuracy, \u00b1\u00a0{error:.1%}"))
-    for key, unit in (("reward", "reward of new answers"), ("kl/answer", "KL, nats per answer")):
+    for key, unit in (
+        ("reward", "reward of new answers"),
+        ("eval_reward", "held-out reward of new answers"),
+        ("kl/answer", "KL, nats per answer"),
+    ):
         if (value := history.train.recent(key)) is not None:
             tiles.append((f"{value:.3g}", unit))
     for key, label in _REWARD_TILES if record.reward else _TILES:

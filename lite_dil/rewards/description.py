@@ -27,12 +27,29 @@ class Description:
         scale: multiplies the head's first output, and the noise scale V; 1 except for bt-variance, whose loss leaves it open.
         base: what identifies its base; see `lite_dil.models.fingerprint.base_of`.
         model: the base's name.
+        lowest, highest: the extreme scores that it gave to responses of its training data; see `cut_score`. None in a file of
+            an earlier version.
     """
 
     loss: str
     scale: float
     base: dict[str, Any]
     model: str
+    lowest: float | None = None
+    highest: float | None = None
+
+    def cut_score(self, weight: float, folder: Path) -> float:
+        """Return what an answer that was cut before its end gets, which a head cannot score: the worst for this weight.
+
+        Raises UserError if the file has no such figures.
+        """
+        worst = self.lowest if weight > 0 else self.highest
+        if worst is None:
+            raise UserError(
+                f"{folder / REWARD_FILE} is of an earlier lite-dil and lacks the lowest score, which answers get that are cut "
+                "before their end; train the reward model again"
+            )
+        return worst
 
 
 def write_description(folder: Path, description: Description) -> None:
@@ -53,6 +70,9 @@ def read_description(folder: Path) -> Description:
         found = Description(**without_digest(content))
         if not (math.isfinite(found.scale) and found.scale > 0):
             raise ValueError(f"scale is {found.scale}")
+        for name, value in (("lowest", found.lowest), ("highest", found.highest)):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
     return found

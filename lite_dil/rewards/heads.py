@@ -17,7 +17,7 @@ from lite_dil.batching.schedule import plan_responses
 from lite_dil.data.encoder import Example
 from lite_dil.models.fingerprint import base_of
 from lite_dil.rewards.description import Description, check_base, read_description
-from lite_dil.rewards.source import Answered
+from lite_dil.rewards.source import Answered, by_prompt
 from lite_dil.runs.folder import recorded_with
 
 _ROW_TOKENS = 4096  # maximum tokens of a pass
@@ -31,6 +31,7 @@ class HeadReward:
         name: names its metrics.
         say: tells the user if memory holds less than a pass.
         row_tokens: maximum tokens of a pass.
+        cut: the reward of a response that was cut before its end token.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class HeadReward:
         name: str,
         say: Callable[[str], None],
         row_tokens: int = _ROW_TOKENS,
+        cut: float = math.nan,
     ) -> None:
         self.backend, self.adapter, self.description = backend, adapter, description
-        self._name, self._row_tokens = name, row_tokens
+        self._name, self._row_tokens, self._cut = name, row_tokens, cut
         self._halving = Halving("a pass without gradients", lambda batch: batch.tokens, Batch.split, say)
 
     @property
@@ -52,22 +54,23 @@ class HeadReward:
         return self._name
 
     def rewards(self, answers: Sequence[Answered]) -> np.ndarray:
-        """Return the reward of each response, float64, (answers,): NaN for one that was cut before its end token.
+        """Return the reward of each response, float64, (answers,).
 
-        A reward is read from the state of the end token; there is none where a response was cut. Responses to the same
+        It is read from the state of the end token; a response that was cut has none, and gets `cut`. Responses to the same
         prompt share its computation.
         """
-        found = np.full(len(answers), math.nan)
-        of_prompt: dict[tuple[int, ...], list[int]] = {}
-        for index, answer in enumerate(answers):
-            if answer.ended:
-                of_prompt.setdefault(answer.prompt_ids, []).append(index)
+        found = np.full(len(answers), self._cut)
+        ended = np.array([answer.ended for answer in answers], bool)
+        whole = [answer for answer in answers if answer.ended]
+        places = by_prompt(whole)
         examples = [
-            Example(prompt, tuple(answers[i].response_ids for i in indices), (CHOSEN,) * len(indices))
-            for prompt, indices in of_prompt.items()
+            Example(prompt, tuple(whole[at].response_ids for at in several), (CHOSEN,) * len(several))
+            for prompt, several in places.items()
         ]
-        for place, scores in zip(of_prompt.values(), self.scores(examples), strict=True):
-            found[place] = scores[:, 0]
+        scored = np.zeros(len(whole))
+        for several, scores in zip(places.values(), self.scores(examples), strict=True):
+            scored[several] = scores[:, 0]
+        found[ended] = scored
         return found
 
     def scores(self, examples: Sequence[Example]) -> list[np.ndarray]:
@@ -88,22 +91,45 @@ class HeadReward:
         return outputs
 
 
+def add_files(backend: Backend, adapter: str, folder: Path) -> None:
+    """Add an adapter from its files to a base in memory, unless it is there already.
+
+    Args:
+        adapter: its name on the backend, which holds a hash of the files.
+
+    Raises UserError if the files are damaged, or of another base.
+    """
+    recorded_with(folder)
+    try:
+        with backend.using(adapter):  # an earlier training of the same policy has added it
+            return
+    except KeyError:
+        backend.load_adapter(adapter, folder)
+
+
 def open_head(
-    backend: Backend, adapter: str, folder: Path, model: str, memo: Path | None, name: str, say: Callable[[str], None]
+    backend: Backend,
+    adapter: str,
+    folder: Path,
+    model: str,
+    memo: Path | None,
+    name: str,
+    say: Callable[[str], None],
+    cut: float = math.nan,
 ) -> HeadReward:
     """Add a reward model's adapter and head to a base in memory.
 
     Args:
-        adapter: its name on the backend.
+        adapter: its name on the backend; see `add_files`.
         folder: holds its files.
         model: the folder or hub id of the base.
         memo: the folder in which hashes of large files are remembered.
         name: names its metrics.
+        cut: the reward of a response that was cut before its end token.
 
     Raises UserError if it is damaged, is no reward model, or was trained on another base.
     """
-    recorded_with(folder)
     description = read_description(folder)
     check_base(folder, description, base_of(model, memo), model)
-    backend.load_adapter(adapter, folder)
-    return HeadReward(backend, adapter, description, name, say)
+    add_files(backend, adapter, folder)
+    return HeadReward(backend, adapter, description, name, say, cut=cut)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:  # --help imports this file, and importing numpy takes longer than all the rest
     import numpy as np
 
+    from lite_dil.data.encoder import Example
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -35,8 +37,23 @@ class Answered:
     messages: Sequence[Mapping[str, Any]] | None = None
 
 
+def by_prompt(answers: Sequence[Answered]) -> dict[tuple[int, ...], list[int]]:
+    """Return the indices of the answers to each prompt, which is computed once for all of them."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for index, answer in enumerate(answers):
+        found.setdefault(answer.prompt_ids, []).append(index)
+    return found
+
+
+class Scorer(Protocol):
+    """A model that scores tokens of its own: a head or a sequence classifier."""
+
+    def scores(self, examples: Sequence[Example]) -> list[np.ndarray]:
+        """Return the outputs for each example's responses, float64, (responses, outputs), the first the reward."""
+
+
 class RewardSource(Protocol):
-    """Something that rewards responses: a head, a Python function, a check of the answer.
+    """Something that rewards responses: a model, a Python function, a check of the answer.
 
     Attributes:
         name: names its metrics: rewards/NAME/mean.

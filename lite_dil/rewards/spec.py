@@ -20,7 +20,13 @@ from lite_dil.rewards.function import TIMEOUT, FunctionSource, identity_of
 from lite_dil.rewards.source import RewardSource
 
 Functions = Mapping[str, Callable[..., Any]]  # a reward's functions by name
-_EXPECTED = "answer:exact|number|choice, or FILE.py:FUNCTION without a comma in its path"
+# Kinds that models compute, and which the caller opens beside the policy.
+REWARD_RUN, IMPLICIT, HF = "run", "implicit", "hf"
+MODELS = (REWARD_RUN, IMPLICIT, HF)
+_EXPECTED = (
+    "answer:exact|number|choice, FILE.py:FUNCTION, the folder of a run of lite-dil reward, implicit:ADAPTER or hf:MODEL, "
+    "without a comma in its path"
+)
 _FUNCTION = re.compile(r"function:(\w{1,60}):([0-9a-f]{12})")
 
 
@@ -29,28 +35,38 @@ class Part:
     """One source of a reward.
 
     Attributes:
-        kind: "answer"; "file", a function in a file; "function", one by its name and digest; or "run", a trained head.
-        value: the kind of answer, FILE.py:FUNCTION, NAME:DIGEST, or the run's folder.
+        kind: "answer"; "file", a function in a file; "function", one by its name and digest; `REWARD_RUN`, a trained head;
+            `IMPLICIT`, the log-ratio of a trained policy; or `HF`, a sequence classifier of transformers.
+        value: the kind of answer, FILE.py:FUNCTION, NAME:DIGEST, the folder of a run or an adapter, or a model's folder or
+            hub id.
+        given: whether the text has the weight.
     """
 
     kind: str
     value: str
     weight: float
+    given: bool = False
 
     @property
     def name(self) -> str:
         """Names its metrics: rewards/NAME/mean."""
         if self.kind == "answer":
             return f"answer:{self.value}"
-        if self.kind == "run":
-            return Path(self.value).name
+        if self.kind in MODELS:
+            name = Path(self.value).absolute().name
+            return name if self.kind == REWARD_RUN else f"{self.kind}:{name}"
         return self.value.rpartition(":")[2] if self.kind == "file" else self.value.partition(":")[0]
 
     def __str__(self) -> str:
-        source = self.value if self.kind in ("file", "run") else f"{self.kind}:{self.value}"
+        source = self.value if self.kind in ("file", REWARD_RUN) else f"{self.kind}:{self.value}"
         short = f"{self.weight:g}"
         weight = short if float(short) == self.weight else repr(self.weight)
-        return source if self.weight == 1 else f"{source}={weight}"
+        return source if self.weight == 1 and not self.given else f"{source}={weight}"
+
+
+def joined(*texts: str | None) -> str:
+    """Return several texts as one; those that are None are left out."""
+    return ",".join(text for text in texts if text is not None)
 
 
 def parse(text: str) -> list[Part]:
@@ -64,11 +80,18 @@ def parse(text: str) -> list[Part]:
 
 def _part(piece: str) -> Part:
     source, factor = _weighted(piece)
+    given = source != piece
     kind, _, value = source.partition(":")
     if kind == "answer":
         if value not in READERS:
             raise UserError(f"--reward {source}{did_you_mean(value, READERS)}: expected answer:{'|'.join(READERS)}")
         return Part("answer", value, factor)
+    if kind == HF and value:
+        return Part(HF, value, factor)
+    if kind == IMPLICIT:
+        if not value or not Path(value).is_dir():
+            raise UserError(f"--reward {source}: no such folder; expected that of a run of lite-dil train, or of an adapter")
+        return Part(IMPLICIT, value, factor, given)
     if _FUNCTION.fullmatch(source):
         return Part("function", value, factor)
     path, colon, name = source.rpartition(":")
@@ -78,7 +101,7 @@ def _part(piece: str) -> Part:
         raise UserError(f"--reward {source}: name the function in it, as {source}:brief")
     if not source or not Path(source).is_dir():
         raise UserError(f"--reward {source or piece!r}: expected {_EXPECTED}")
-    return Part("run", source, factor)
+    return Part(REWARD_RUN, source, factor)
 
 
 def _weighted(piece: str) -> tuple[str, float]:
@@ -90,7 +113,8 @@ def _weighted(piece: str) -> tuple[str, float]:
         factor = float(number)
     except ValueError:
         whole = re.match(r"answer:|.*\.py:\w+$", source)  # a source before the "=", so that 1/2 is a wrong weight
-        if not whole and (re.search(r"[/\\]|\.py", number) or Path(piece).is_dir()):
+        folder = piece.removeprefix(f"{IMPLICIT}:").removeprefix(f"{HF}:")
+        if not whole and (re.search(r"[/\\]|\.py", number) or Path(folder).is_dir()):
             return piece, 1.0
         factor = math.nan
     if not math.isfinite(factor) or factor == 0:
@@ -112,24 +136,26 @@ def resolved(text: str, functions: Functions) -> str:
 
 
 def of_program(
-    given: str | Callable[..., Any] | Iterable[str | Callable[..., Any]] | None,
+    **rewards: str | Callable[..., Any] | Iterable[str | Callable[..., Any]] | None,
 ) -> tuple[dict[str, str], Functions]:
-    """Return the options of a reward in a program, none for None, and its functions by name.
+    """Return the options of a program's rewards, none for those that are None, and their functions by name.
 
     Args:
-        given: text as ``--reward`` takes it, a function, or several of both, which are summed.
+        rewards: by option, text as ``--reward`` takes it, a function, or several of both, which are summed.
     """
-    if given is None:
-        return {}, {}
-    functions, texts = dict[str, Callable[..., Any]](), list[str]()
-    for each in [given] if isinstance(given, str) or callable(given) else given:
-        if isinstance(each, str):
-            texts.append(each)
-        else:
-            name = getattr(each, "__name__", type(each).__name__).strip("<>")
-            functions[name] = each
-            texts.append(f"function:{name}:{identity_of(each)}")
-    return {"reward": ",".join(texts)}, functions
+    functions, options = dict[str, Callable[..., Any]](), dict[str, str]()
+    for option, given in rewards.items():
+        texts = list[str]()
+        for each in [given] if isinstance(given, str) or callable(given) else given or ():
+            if isinstance(each, str):
+                texts.append(each)
+            else:
+                name = getattr(each, "__name__", type(each).__name__).strip("<>")
+                functions[name] = each
+                texts.append(f"function:{name}:{identity_of(each)}")
+        if given is not None:
+            options[option] = ",".join(texts)
+    return options, functions
 
 
 def files(text: str) -> dict[str, tuple[Path, str]]:
@@ -138,26 +164,19 @@ def files(text: str) -> dict[str, tuple[Path, str]]:
     return {name: (Path(path), function) for name, (path, _, function) in named.items()}
 
 
-def sources(text: str, functions: Functions, timeout: float = TIMEOUT) -> list[tuple[RewardSource, float]]:
-    """Return the sources of a reward with their weights.
+def source_of(part: Part, functions: Functions, timeout: float = TIMEOUT, flag: str = "--reward") -> RewardSource:
+    """Return the source of a part that no model computes; `flag` is the option that names it.
 
-    Raises UserError if a function is missing or was changed, or a source cannot be used.
+    Raises UserError if its function is missing or was changed, or cannot be used.
     """
-    return [(_source(part, functions, timeout), part.weight) for part in parse(text)]
-
-
-def _source(part: Part, functions: Functions, timeout: float) -> RewardSource:
     if part.kind == "answer":
         return AnswerSource(part.value)
-    if part.kind == "run":
-        # The one place where a trained head becomes a source.
-        raise UserError(f"--reward {part.value}: a trained head cannot reward a training yet; use lite-dil score with it")
     if part.name not in functions:
         raise UserError(
-            f"--reward {part.name} is a Python function, which no file grants to run: give it again, as --reward FILE.py:"
+            f"{flag} {part.name} is a Python function, which no file grants to run: give it again, as {flag} FILE.py:"
             f"{part.name} on the command line, or in Python as dil.train(..., reward=...)"
         )
     digest = identity_of(functions[part.name])
     if part.kind == "function" and digest != part.value.rpartition(":")[2]:
-        raise UserError(f"--reward {part.name}: the function is not the one that the run has; it was changed")
+        raise UserError(f"{flag} {part.name}: the function is not the one that the run has; it was changed")
     return FunctionSource(part.name, functions[part.name], timeout)

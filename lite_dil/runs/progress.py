@@ -24,6 +24,7 @@ class Progress:
         fingerprint, held_out: hashes of the tokens of the training and held-out data; "" for none, or unknown.
         base: what identifies the base model, by `lite_dil.models.fingerprint.base_of`.
         init_adapter: a hash of the initial adapter's files.
+        rewards: hashes of the models that reward the policy's own answers, by the reward's name.
         drawn: a hash of the tokens of the training data with the responses that --sample-rejected drew.
         window: sums of the metrics since the last logged line, so that a resumed run logs the same means.
         metrics: size and hash of metrics.jsonl when the checkpoint was saved.
@@ -42,6 +43,7 @@ class Progress:
     base: dict[str, Any] = field(default_factory=dict)
     metrics: list[Any] = field(default_factory=list)
     ended: bool = False
+    rewards: dict[str, str] = field(default_factory=dict)
 
 
 def write_progress(checkpoint: Path, progress: Progress) -> None:
@@ -81,6 +83,10 @@ def _base(value: Any) -> bool:
     )
 
 
+def _hashes_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+
+
 def _size_and_hash(value: Any) -> bool:
     return value == [] or (isinstance(value, list) and len(value) == 2 and _whole(value[0]) and isinstance(value[1], str))
 
@@ -93,6 +99,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("fingerprint", "held_out", "init_adapter", "drawn"), _TEXT),
     "window": ("lists of numbers by name", _sums),
     "base": ("weights and config", _base),
+    "rewards": ("hashes by name", _hashes_by_name),
     "metrics": ("a size and a hash", _size_and_hash),
     "ended": ("true or false", lambda value: type(value) is bool),
 }

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from lite_dil.data.dataset import load as load_data
 from lite_dil.data.encoder import Encoder, Example
 from lite_dil.data.mismatched import mismatched
 from lite_dil.objectives.criterion import Criterion
+from lite_dil.objectives.reward_criterion import RewardCriterion
 from lite_dil.training.passes import Passes
 from lite_dil.training.reference_cache import open_cache
 
@@ -344,3 +347,43 @@ def test_a_run_logs_what_trl_logs(backend: Any, loss: str, names: tuple[str, ...
     assert line["loss"] == pytest.approx(expected_loss, rel=LOSS)
     for name in (*LOGGED, *names):
         assert line[name] == pytest.approx(trainer._metrics["train"][name][-1], rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.parametrize("centred", [None, 0.01])
+def test_a_margin_is_trls(tmp_path: Path, centred: float | None) -> None:
+    """From the rows of a file to the loss, on given scores, in float32 on both libraries."""
+    import mlx.core as mx
+    import torch
+    from trl import RewardTrainer
+
+    margins = [0.5, 0.0, -1.25, 3]
+    path = tmp_path / "rows.jsonl"
+    rows = [{**row, "margin": margin} for row, margin in zip(RAGGED, margins, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = list(load_data(str(path), "train", encoder(), TrainConfig(max_length=64), margins=True).examples)
+    batch = Batch.of(examples)
+    scores = np.random.default_rng(0).normal(0, 2, (len(batch.responses), 1)).astype(np.float32)
+    criterion = RewardCriterion(config(loss="reward:bt", center_rewards_coefficient=centred), examples)
+    given, losses = criterion.inputs(batch), []
+    for array in (torch.from_numpy, mx.array):
+        arrays = {name: array(value) for name, value in given.items()}
+        losses.append(float(criterion(array(scores), None, arrays)) / batch.examples)
+
+    class Model(torch.nn.Module):
+        def forward(self, **inputs: Any) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.from_numpy(np.concatenate([scores[batch.chosen], scores[batch.rejected]])))
+
+    gather = SimpleNamespace(gather=lambda values: values, gather_for_metrics=lambda values: values)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(center_rewards_coefficient=centred),
+        accelerator=gather,
+        model=SimpleNamespace(training=False),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+    )
+    expected = RewardTrainer.compute_loss(trainer, Model().eval(), {"margin": torch.tensor(margins)}).item()
+    assert losses == pytest.approx([expected] * 2, abs=1e-6)
+    without = float(
+        criterion(torch.from_numpy(scores), None, {n: torch.from_numpy(a) for n, a in given.items() if n != "margin"})
+    )
+    assert abs(without / batch.examples - expected) > 0.01

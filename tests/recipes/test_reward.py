@@ -204,6 +204,55 @@ def test_data_without_pairs_is_refused_by_bt_and_taken_by_a_ratio(
     assert lines[-1]["reward/chosen"] > lines[-1]["reward/rejected"] and "accuracy" not in lines[-1]
 
 
+def with_margins(data: Path, folder: Path, margins: list[Any]) -> Path:
+    """The pairs with a column 'margin'; None leaves it out."""
+    rows, file = [json.loads(line) for line in data.read_text().splitlines()], folder / "margins.jsonl"
+    for row, margin in zip(rows, margins, strict=False):
+        row |= {} if margin is None else {"margin": margin}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[: len(margins)]))
+    return file
+
+
+@pytest.mark.parametrize("backend", ["cpu", "mlx"])
+def test_a_margin_is_part_of_the_loss(tiny: str, data: Path, tmp_path: Path, backend: str) -> None:
+    """In micro-batches of one pair; the held-out part has its own; another margin is other data on --resume."""
+    file = with_margins(data, tmp_path, [2.5] * 12)
+    options = flags(tiny, file, backend, "--batch-size", "1", "--eval-fraction", "0.25", "--max-steps", "2")
+    lines = run(options, tmp_path / "run", "--logging-steps", "1", "--eval-steps", "1", "--save-steps", "1")
+    assert lines[0]["loss"] == pytest.approx(np.log1p(np.exp(2.5)), abs=1e-6)  # a head at zero
+    held_out = next(line for line in lines if "eval_loss" in line)
+    assert held_out["eval_loss"] > np.log1p(np.exp(2.5 - held_out["eval_margin"])) - 1e-6  # Jensen
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    with_margins(data, tmp_path, [2.5] * 11 + [2.0])
+    assert main(["reward", "--resume", str(tmp_path / "run")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("margins", "more", "message"),
+    [
+        ([1.0, "much"], [], "line 2: field 'margin' is 'much'; expected a finite number"),
+        ([1.0, True], [], "line 2: field 'margin' is 'True'; expected a finite number"),
+        ([1.0, float("nan")], [], "line 2:"),
+        ([1.0, None], [], "line 1 has a field 'margin', but the row has none; all or no rows"),
+        ([None, 1.0], [], "line 1 has no field 'margin', but the row has one; all or no rows"),
+        ([1.0, 1.0], ["--reward-loss", "bce"], "which --reward-loss bce cannot take: only bt compares two rewards"),
+        ([1.0, 1.0], ["--label-smoothing", "0.1"], "what the margin of a wrong label is nobody says"),
+    ],
+)
+def test_margins_that_are_refused(
+    tiny: str,
+    data: Path,
+    tmp_path: Path,
+    margins: list[Any],
+    more: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = with_margins(data, tmp_path, margins)
+    assert main(["reward", *flags(tiny, file, "cpu"), *more, "--output-dir", "run"]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
 # --- what a score reads
 
 

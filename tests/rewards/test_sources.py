@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,13 @@ import pytest
 from lite_dil.base.errors import UserError
 from lite_dil.rewards.answer import AnswerSource, choice, exact, number
 from lite_dil.rewards.function import FunctionSource, identity_of
-from lite_dil.rewards.source import Answered
-from lite_dil.rewards.spec import parse, resolved, sources
+from lite_dil.rewards.source import Answered, RewardSource
+from lite_dil.rewards.spec import Functions, joined, parse, resolved, source_of
 from lite_dil.rewards.total import TotalReward
+
+
+def sources(text: str, functions: Functions) -> list[tuple[RewardSource, float]]:
+    return [(source_of(part, functions), part.weight) for part in parse(text)]
 
 
 def answered(response: str, ended: bool = True, place: str = "q.jsonl line 1", **columns: Any) -> Answered:
@@ -223,6 +228,26 @@ def test_a_path_may_have_an_equals_sign() -> None:
     (part,) = parse("a=1/rewards.py:brief")
     assert (part.kind, part.value, part.weight) == ("file", "a=1/rewards.py:brief", 1.0)
     assert parse("a=1/rewards.py:brief=0.5")[0].weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "weight"),
+    [
+        ("hf:owner/judge=0.5", "hf:judge", 0.5),
+        ("hf:owner/judge", "hf:judge", 1.0),
+        ("implicit:{here}", "implicit:a=b", 1.0),
+        ("implicit:{here}=1", "implicit:a=b", 1.0),
+        ("{here}=-2", "a=b", -2.0),
+    ],
+)
+def test_a_model_is_named_by_its_place(text: str, name: str, weight: float, tmp_path: Path) -> None:
+    """The weight of an implicit reward is kept as it was given, since it may be its beta."""
+    (tmp_path / "a=b").mkdir()
+    text = text.format(here=tmp_path / "a=b")
+    (part,) = parse(text)
+    assert (part.name, part.weight, str(part), resolved(text, {})) == (name, weight, text, text)
+    assert part.given == (text.startswith("implicit") and text.endswith("=1"))
+    assert [each.name for each in parse(joined(text, None, "answer:exact"))] == [name, "answer:exact"]
 
 
 def test_a_function_comes_from_the_command_line_only() -> None:
