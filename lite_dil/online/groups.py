@@ -85,16 +85,25 @@ class GroupSampler:
         self._kept: tuple[int, DrawnGroups] | None = None
 
     def draw(self, step: int) -> DrawnGroups:
-        """Return the groups of step 1, 2, ...; what was drawn last is kept until another step's is asked for.
+        """Return the groups of step 1, 2, ...; what was drawn last is kept until other answers are asked for.
 
         Groups whose rewards are all equal are drawn again, `refill` times at most, with other seeds.
         """
+        step = self.schedule.first(step)
         if self._kept is None or self._kept[0] != step:
             self._kept = step, self._drawn(step)
         return self._kept[1]
 
+    def keep(self, step: int, drawn: DrawnGroups) -> None:
+        """Take the groups of a step, which its checkpoint had."""
+        self._kept = self.schedule.first(step), drawn
+
+    def asked(self, step: int) -> list[Prompt]:
+        """Return the prompts of step 1, 2, ..."""
+        return [self.prompts[index] for index in self.schedule.picked(step)]
+
     def _drawn(self, step: int) -> DrawnGroups:
-        prompts = [self.prompts[index] for index in self.schedule.picked(step)]
+        prompts = self.asked(step)
         groups, refilled = self._groups(prompts, step, 0), 0
         for attempt in range(1, self.options.refill + 1):
             equal = np.flatnonzero(equal_groups(np.stack([group.rewards for group in groups])))

@@ -116,8 +116,9 @@ def _open(opening: Opening, reward: TotalReward) -> TrainingSession:
     questions, display = _Questions(), opening.display
     session, progress, _ = load_session(replace(opening, read=questions.read))
     config, backend, encoder = session.config, session.backend, session.policy.encoder
-    schedule = Schedule(config, session.data.examples, backend.layout)
-    sampler = GroupSampler(backend, encoder, questions.prompts, schedule, _online(config), reward, display.say)
+    online = _online(config)
+    schedule = Schedule(config, session.data.examples, backend.layout, repeats=online.num_iterations)
+    sampler = GroupSampler(backend, encoder, questions.prompts, schedule, online, reward, display.say)
     training = OnlineTraining(
         backend, sampler, config, progress, config.logging_steps, config.target_kl, display.say, display.stopping
     )
