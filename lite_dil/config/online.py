@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any
+from urllib.parse import urlsplit
 
 from lite_dil.base.errors import UserError
 from lite_dil.objectives.table import ONLINE
@@ -23,7 +24,6 @@ RANGES: list[tuple[str, float, float]] = [
 ABOVE_ZERO = ("target_kl", "reward_timeout")
 # Options that are refused, and why.
 _USELESS = {
-    "auto": "its estimate of memory and time knows no drawn answers",
     "eval_data": "nothing is held out; the metrics are those of new answers in each step",
     "eval_fraction": "nothing is held out; the metrics are those of new answers in each step",
     "eval_steps": "nothing is held out; the metrics are those of new answers in each step",
@@ -38,6 +38,13 @@ _OF_ADVANTAGES = {
     "kl_estimator": "has its own term for the reference",
     "reward_scale": "takes only the order of rewards",
 }
+
+
+def check_url(url: str) -> None:
+    """Raise UserError if it is no address of a server."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise UserError(f"--sampler {url!r} is not an address such as http://localhost:8000")
 
 
 def _flag(name: str) -> str:
@@ -66,10 +73,12 @@ def online_problems(config: OnlineObjective) -> list[str]:
         problems.append("--epsilon needs --num-iterations above 1: there is no ratio in one update")
     if config.loss in ONLINE and config.logp_reduction == "mean":
         problems.append(f"--logp-reduction mean: --loss {config.loss} takes whole answers; leave it out")
-    try:
-        parse(config.reward)
-    except UserError as error:
-        problems.append(str(error))
+    for check, value in ((parse, config.reward), (check_url, config.sampler)):
+        try:
+            if value is not None:
+                check(value)
+        except UserError as error:
+            problems.append(str(error))
     return problems
 
 

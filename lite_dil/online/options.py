@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lite_dil.base.option import FREE, option
+from lite_dil.base.option import FREE, WRITTEN, option
 from lite_dil.objectives.options import ObjectiveOptions
 
 GROUP_SIZES, ANSWER_TOKENS, REFILL = {"rloo": 8, "dpo": 2}, 256, 1  # defaults
@@ -41,6 +41,14 @@ class OnlineOptions:
     )
     target_kl: float | None = option(
         "online", None, "end the training when the answers' mean log-ratio to the reference, in nats, is above this"
+    )
+    sampler: str | None = option(
+        "online",
+        None,
+        "draw answers from the OpenAI-compatible server at this address, which loads the adapter before each set of answers "
+        "and returns token ids, as vLLM does (docs/online.md)",
+        metavar="URL",
+        kind=WRITTEN,
     )
     num_iterations: int | None = option(
         "online", None, "optimiser steps on each set of answers before new ones are drawn (default: 1)"

@@ -121,7 +121,8 @@ class OnlineTraining:
             return ~equal_groups(drawn.rewards)
         found = advantages.any(1)
         if self.sampler.options.kl_estimator == K3:
-            found |= [any((one.logps != one.reference_logps).any() for one in group.rollouts) for group in drawn.groups]
+            moved = [any((one.logps != one.reference_logps).any() for one in group.rollouts) for group in drawn.groups]
+            found = np.asarray(found | np.array(moved))
             if update:  # the others have moved the policy, also on this group's answers
                 found[:] = found.any()
         return np.asarray(found)
