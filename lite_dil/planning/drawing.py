@@ -46,21 +46,17 @@ class Drawing:
     def on_torch(self, shape: ModelShape, e: int) -> dict[str, int]:
         """Return the bytes that the last token's pass has, `e` for a number.
 
-        Each layer's keys are copied to be longer by one; with prompts of unequal lengths, keys and values are then repeated
-        for every query head. Tokens are drawn in float64.
+        Each layer's keys and values are copied, one after the other, to be longer by one. Tokens are drawn in float64.
         """
         vocabulary, layer = self.answers * shape.vocabulary, self.cached * shape.keys * e
-        repeated = 2 * self.cached * shape.queries * e if shape.heads > shape.kv_heads else 0
-        before = vocabulary * FLOAT32 + max(layer, repeated)
-        after = vocabulary * (FLOAT32 + 2 * _DOUBLE)
+        before, after = vocabulary * FLOAT32 + layer, vocabulary * (FLOAT32 + 2 * _DOUBLE)
         return {"cache": 2 * layer * shape.layers, "temporaries": max(before, after)}
 
     def on_mlx(self, shape: ModelShape, e: int) -> dict[str, int]:
-        """Return the bytes at the token for which the caches grow.
+        """Return the bytes at the token for which the caches grow, or at which an answer has ended.
 
-        They grow by 256 tokens for all layers in one pass, which is queued ahead. Tokens are drawn with noise in float32.
+        Caches grow by 256 tokens; about one layer's is there twice then. Tokens are drawn with noise in float32.
         """
         grown = self.prompt - 1 + -(-self.tokens // _STEP) * _STEP
         kept = self.answers * grown * 2 * shape.keys * shape.layers * e
-        before = kept - self.answers * min(_STEP, grown) * 2 * shape.keys * shape.layers * e
-        return {"cache": kept, "temporaries": max(before // shape.layers, 4 * self.answers * shape.vocabulary * FLOAT32)}
+        return {"cache": kept, "temporaries": max(kept // shape.layers, 4 * self.answers * shape.vocabulary * FLOAT32)}

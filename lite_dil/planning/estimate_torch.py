@@ -195,11 +195,20 @@ class TorchStep:
         return inside + self.unpacked([name for name in self.linears if "mlp" in name])
 
     def drawn(self) -> dict[str, dict[str, int]]:
-        """Return what drawing answers and scoring them hold; a scoring pass has any number of answers of a step."""
-        drawing = Drawing.of(self.config)
+        """Return what reading prompts, drawing answers and scoring them hold; a scoring pass may have all of a step's."""
+        drawing, s = Drawing.of(self.config), self.shape
+        read = drawing.prompts * drawing.prompt  # at once, keys and values of a layer repeated for every query head
+        reading = {
+            "cache": 2 * read * s.keys * s.layers * self.e,
+            "temporaries": self.without_gradients(read) + 2 * read * s.queries * self.e,
+        }
         step = examples_per_step(self.config) * (drawing.prompt + (self.config.samples or 1) * drawing.tokens)
         scoring = self.without_gradients(min(step, row_tokens(self.config)))
-        return {"drawing answers": drawing.on_torch(self.shape, self.e), "scoring answers": {"temporaries": scoring}}
+        return {
+            "reading prompts": reading,
+            "drawing answers": drawing.on_torch(s, self.e),
+            "scoring answers": {"temporaries": scoring},
+        }
 
     def backward(self, several: bool) -> dict[str, dict[str, int]]:
         """Return the head's phase, when everything is kept, and the backward passes of the layers that may be the peak."""

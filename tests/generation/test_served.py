@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,10 +34,12 @@ class Server(BaseHTTPRequestHandler):
         kind = type(self)
         kind.posts.append((self.path, asked))
         if self.path == "/v1/load_lora_adapter":
-            if kind.model is None:
-                kind.model = PeftModel.from_pretrained(bare_model(kind.base), asked["lora_path"], asked["lora_name"])
-            elif not kind.stale:
-                kind.model.load_adapter(asked["lora_path"], asked["lora_name"])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                if kind.model is None:
+                    kind.model = PeftModel.from_pretrained(bare_model(kind.base), asked["lora_path"], asked["lora_name"])
+                elif not kind.stale:
+                    kind.model.load_adapter(asked["lora_path"], asked["lora_name"])
             self._send(200, b"Success")
         elif self.path == "/v1/unload_lora_adapter":
             self._send(200, b"Success")
