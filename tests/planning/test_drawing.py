@@ -43,7 +43,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16", "load_in_4bit": True}], ids=["float32", "4bit"])
+@pytest.mark.parametrize(
+    ("backend_name", "options"), [("cpu", {}), ("cpu", {"dtype": "bfloat16", "load_in_4bit": True}), ("mlx", {})]
+)
 def test_drawing_is_within_a_few_percent(model: str, backend_name: str, options: dict[str, Any]) -> None:
     made = config(**ONLINE, model=model, batch_size=2, gradient_accumulation_steps=1, optim="adamw", **options)
     peak = peak_bytes if backend_name == "cpu" else mlx_peak_bytes
