@@ -25,9 +25,9 @@ from lite_dil.base.files import make_folder, remove, replace_folder
 from lite_dil.generation.batch_generator import Wanted
 from lite_dil.generation.rollouts import Rollout
 
-TIMEOUT = 600  # seconds for an answer of the server
-APART = 0.1  # nats per token by which its log-probs may differ from ours on average; rounding to 16 bits makes about 0.02
-T = TypeVar("T")
+_TIMEOUT = 600  # seconds for an answer of the server
+_APART = 0.1  # nats per token by which its log-probs may differ on average: a guess, above what rounding in 16 bits makes
+_T = TypeVar("_T")
 
 
 class ServedPolicy:
@@ -81,7 +81,7 @@ class ServedPolicy:
             for prompt, several in zip(prompts, found, strict=True)
             for one in several
         ]
-        if (mean := float(np.concatenate(apart).mean())) > APART:
+        if (mean := float(np.concatenate(apart).mean())) > _APART:
             raise UserError(
                 f"--sampler {self.url}: its log-probs differ from the policy's by {mean:.2g} nats per token on average: it "
                 "serves another model, another quantisation or another adapter, so that its answers are not the policy's own"
@@ -129,11 +129,11 @@ class ServedPolicy:
         self._logps[prompt, kept] = logps
         return generated
 
-    def _ask(self, path: str, content: dict[str, Any], read: Callable[[str], T]) -> T:
+    def _ask(self, path: str, content: dict[str, Any], read: Callable[[str], _T]) -> _T:
         """Post JSON to a path of the server and read its answer. Raises UserError if that fails."""
         where, data = f"{self.url}/v1/{path}", json.dumps(content).encode()
         try:
-            with urlopen(_post(where, data), timeout=TIMEOUT) as answer:  # noqa: S310
+            with urlopen(_post(where, data), timeout=_TIMEOUT) as answer:  # noqa: S310
                 return read(answer.read().decode())
         except HTTPError as error:
             said = error.read().decode(errors="replace").strip()[:300]
