@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lite_dil.backends.types import StepResult
+from lite_dil.backends.types import MicroBatch, StepResult
 from lite_dil.batching.batch import Batch
 from lite_dil.objectives.criterion import Criterion
+from lite_dil.objectives.loss import Loss
 from lite_dil.training.step import micro_batches
 
 Adapter = dict[str, np.ndarray]  # layer.lora_a (in, r) and layer.lora_b (r, out)
@@ -49,6 +50,11 @@ def set_adapter(backend: Any, values: Adapter) -> None:
 def step_gradients(
     backend: Any, batches: Sequence[Batch], criterion: Criterion, baseline: float = 0.0
 ) -> tuple[StepResult, Adapter]:
+    """`work_gradients` of a criterion's step on these batches."""
+    return work_gradients(backend, micro_batches(batches, criterion, None, baseline), criterion)
+
+
+def work_gradients(backend: Any, work: Sequence[MicroBatch], loss: Loss) -> tuple[StepResult, Adapter]:
     """Take a step at rate 0 and return what it reports, and the gradients that reach its optimiser.
 
     The backend must have been loaded with a `max_grad_norm` that never acts.
@@ -65,7 +71,7 @@ def step_gradients(
 
         backend.optimizer.update = record
         try:
-            result = backend.step(micro_batches(batches, criterion, None, baseline), criterion, 0.0)
+            result = backend.step(work, loss, 0.0)
         finally:
             backend.optimizer.update = update
         return result, taken
@@ -75,7 +81,7 @@ def step_gradients(
 
     handle = backend.adapters["policy"].optimizer.register_step_pre_hook(hook)
     try:
-        result = backend.step(micro_batches(batches, criterion, None, baseline), criterion, 0.0)
+        result = backend.step(work, loss, 0.0)
     finally:
         handle.remove()
     return result, taken

@@ -71,6 +71,7 @@ def in_a_batch(
     """
     rows = prefilled(model, prompts)
     caches = [of[0].merge(list(of)) for of in zip(*rows, strict=True)]  # it copies them
+    del rows  # which would keep the prompts' own caches until the end
     drawn = seeds is not None and sampling.temperature > 0
     keys = mx.stack([mx.random.key(seed) for seed in seeds or ()]) if drawn else None
 

@@ -21,9 +21,13 @@ def examples_per_step(options: ScheduleOptions) -> int:
     return options.batch_size * options.gradient_accumulation_steps
 
 
-def steps_of(options: ScheduleOptions, examples: int) -> tuple[int, int]:
-    """Return the number of steps of an epoch over `examples` examples, including a short last one, and of the whole run."""
-    per_epoch = math.ceil(examples / examples_per_step(options))
+def steps_of(options: ScheduleOptions, examples: int, repeats: int = 1) -> tuple[int, int]:
+    """Return the number of steps of an epoch over `examples` examples, including a short last one, and of the whole run.
+
+    Args:
+        repeats: steps on the same examples, one after the other.
+    """
+    per_epoch = math.ceil(examples / examples_per_step(options)) * repeats
     return per_epoch, options.max_steps or math.ceil(options.epochs * per_epoch)
 
 
@@ -47,15 +51,22 @@ class Schedule:
 
     Args:
         others: for each example one that accompanies it in every step (kto's rows for z0), or empty.
+        repeats: steps on the same examples, one after the other.
     """
 
     def __init__(
-        self, options: ResolvedSchedule, examples: Sequence[Example], layout: str = "plain", others: Sequence[Example] = ()
+        self,
+        options: ResolvedSchedule,
+        examples: Sequence[Example],
+        layout: str = "plain",
+        others: Sequence[Example] = (),
+        repeats: int = 1,
     ) -> None:
         self.options, self.examples, self.layout, self._others = options, examples, layout, others
         self.limits = Limits(options.batch_size, row_tokens(options))
         self.examples_per_step = examples_per_step(options)
-        self.steps_per_epoch, self.steps = steps_of(options, len(examples))
+        self.repeats = repeats
+        self.steps_per_epoch, self.steps = steps_of(options, len(examples), repeats)
         self._shuffled = lru_cache(1)(self._draw)
 
     def batches(self, step: int) -> list[Batch]:
@@ -77,9 +88,13 @@ class Schedule:
     def picked(self, step: int) -> list[int]:
         """Return the indices of the examples of step 1, 2, ..."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
-        start = position * self.examples_per_step
+        start = position // self.repeats * self.examples_per_step
         found: list[int] = self.order(epoch)[start : start + self.examples_per_step].tolist()
         return found
+
+    def first(self, step: int) -> int:
+        """Return the first of the steps on the same examples as `step`."""
+        return step - (step - 1) % self.repeats
 
     def _planned(self, examples: Sequence[Example], step: int) -> list[Batch]:
         return plan([examples[i] for i in self.picked(step)], self.layout, *self.limits)

@@ -18,10 +18,8 @@ def run(args: argparse.Namespace, config: ResolvedConfig, given: Set[str]) -> in
     """Print the plan for the flags; return 0 if the run fits, else 1."""
     from rich.console import Console
 
-    if config.online:
-        raise UserError(
-            "lite-dil plan: it does not know what drawn answers need; leave --reward out to plan for given answers"
-        )
+    if config.online and args.measure:
+        raise UserError("--measure takes steps on given answers; give the folder of an on-policy run with --like")
     size, rate = _number(args.memory, "--memory"), _number(args.tokens_per_second, "--tokens-per-second")
     host = _number(args.host_memory, "--host-memory")
     if args.measure and size is not None:

@@ -40,6 +40,9 @@ SAME = {
     "reward": "reward-funcs reward-model reward-function reward-functions reward-model-name-or-path reward-model-path",
     "samples": "num-generations num-samples-per-prompt rloo-k",
     "max_new_tokens": "max-completion-length response-length",
+    "num_iterations": "num-ppo-epochs ppo-epochs",
+    "epsilon": "cliprange clip-range",
+    "reward_scale": "scale-rewards",
 }
 _SWITCHES = {
     "load-in-4bit": "--4bit",

@@ -39,6 +39,7 @@ def rollouts(
     end_ids: Sequence[int],
     say: Callable[[str], None],
     row_tokens: int = 4096,
+    draw: Callable[[Sequence[Request]], list[Generated]] | None = None,
 ) -> list[list[Rollout]]:
     """Sample responses from the active adapter's exact distribution; score them, and the reference, as training does.
 
@@ -48,6 +49,7 @@ def rollouts(
         end_ids: the tokens that end a response.
         say: tells the user if memory holds less than a batch or a pass.
         row_tokens: maximum tokens of a scoring pass; a generation batch has `ROWS` times as many.
+        draw: draws a batch in the backend's place, from the same distribution.
 
     Returns:
         For each prompt, its responses in the order of their seeds.
@@ -56,9 +58,10 @@ def rollouts(
         [Request(tuple(prompt), max_new_tokens, seed) for seed in several]
         for prompt, several in zip(prompts, seeds, strict=True)
     ]
-    generator, found = BatchGenerator(backend, end_ids, say), dict[Request, Generated]()  # equal rows have equal responses
+    draw = draw or BatchGenerator(backend, end_ids, say).draw
+    found = dict[Request, Generated]()  # equal rows have equal responses
     for batch in batched(list(chain.from_iterable(rows)), ROWS * row_tokens):
-        found.update(zip(batch, generator.draw(batch), strict=True))
+        found.update(zip(batch, draw(batch), strict=True))
     answers = [[found[each] for each in several] for several in rows]
     ids = [[(*answer.ids, *(() if answer.end is None else (answer.end,))) for answer in several] for several in answers]
     logps = compared_logps(backend, prompts, ids, say, row_tokens)

@@ -6,7 +6,53 @@ gradient through k1 as a loss has expectation 0, and one through k3 is that of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
 import numpy as np
+
+_SMALL = 1e-4  # of TRL: keeps a group of equal rewards from division by 0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The count, mean and sum of squared deviations of all rewards so far, in float64."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @classmethod
+    def of(cls, state: Sequence[float]) -> Spread:
+        """Return it from `state`; from an empty one, of no rewards."""
+        return cls(int(state[0]), state[1], state[2]) if state else cls()
+
+    @property
+    def state(self) -> list[float]:
+        """Numbers that `of` takes."""
+        return list(astuple(self))
+
+    def including(self, rewards: np.ndarray) -> Spread:
+        """Return it with further rewards (Chan, Golub and LeVeque 1979)."""
+        first = rewards.flat[0]
+        above = rewards - first  # so that equal rewards have a deviation of exactly 0
+        mean, count = float(first + above.mean()), self.count + rewards.size
+        apart = mean - self.mean
+        squares = float(((above - above.mean()) ** 2).sum()) + apart**2 * self.count * rewards.size / count
+        return Spread(count, self.mean + apart * (rewards.size / count), self.squares + squares)
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation, and 1 where it is 0, since equal rewards need no scale."""
+        return float(np.sqrt(self.squares / (self.count - 1))) if self.count > 1 and self.squares > 0 else 1.0
+
+
+def by_group(rewards: np.ndarray) -> np.ndarray:
+    """Return the rewards, (groups, K), over their group's standard deviation, as TRL's ``scale_rewards="group"`` takes it.
+
+    Answers whose group differs little count more then, so that the gradient is no longer that of J.
+    """
+    return rewards / (rewards.std(1, ddof=1, keepdims=True) + _SMALL)
 
 
 def regularised(rewards: np.ndarray, log_ratios: np.ndarray, beta: float) -> np.ndarray:

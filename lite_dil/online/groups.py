@@ -13,6 +13,7 @@ from lite_dil.batching.schedule import Schedule, row_tokens
 from lite_dil.data.encoder import Encoder, continuation_text
 from lite_dil.data.prompts import Prompt
 from lite_dil.generation.rollouts import Rollout, rollouts
+from lite_dil.generation.served import ServedPolicy
 from lite_dil.online.credit import equal_groups
 from lite_dil.online.options import ResolvedOnline
 from lite_dil.rewards.source import Answered
@@ -72,6 +73,7 @@ class GroupSampler:
     Args:
         prompts: in the order of the schedule's examples.
         judge: a reward that is only measured.
+        served: draws in the backend's place, and is given the adapter before each step's answers.
     """
 
     def __init__(
@@ -84,23 +86,35 @@ class GroupSampler:
         reward: TotalReward,
         say: Callable[[str], None],
         judge: TotalReward | None = None,
+        served: ServedPolicy | None = None,
     ) -> None:
         self.backend, self.encoder, self.prompts, self.reward, self.judge = backend, encoder, prompts, reward, judge
-        self.schedule, self.options, self._say = schedule, options, say
+        self.schedule, self.options, self._say, self.served = schedule, options, say, served
         self._ends = encoder.end_ids()
         self._kept: tuple[int, DrawnGroups] | None = None
 
     def draw(self, step: int) -> DrawnGroups:
-        """Return the groups of step 1, 2, ...; what was drawn last is kept until another step's is asked for.
+        """Return the groups of step 1, 2, ...; what was drawn last is kept until other answers are asked for.
 
         Groups whose rewards are all equal are drawn again, `refill` times at most, with other seeds.
         """
+        step = self.schedule.first(step)
         if self._kept is None or self._kept[0] != step:
             self._kept = step, self._drawn(step)
         return self._kept[1]
 
+    def keep(self, step: int, drawn: DrawnGroups) -> None:
+        """Take the groups of a step, which its checkpoint had."""
+        self._kept = self.schedule.first(step), drawn
+
+    def asked(self, step: int) -> list[Prompt]:
+        """Return the prompts of step 1, 2, ..."""
+        return [self.prompts[index] for index in self.schedule.picked(step)]
+
     def _drawn(self, step: int) -> DrawnGroups:
-        prompts = [self.prompts[index] for index in self.schedule.picked(step)]
+        prompts = self.asked(step)
+        if self.served:
+            self.served.serve(step)
         groups, refilled = self._groups(prompts, step, 0), 0
         for attempt in range(1, self.options.refill + 1):
             equal = np.flatnonzero(equal_groups(np.stack([group.rewards for group in groups])))
@@ -116,7 +130,10 @@ class GroupSampler:
             return []
         seeds = [[self._seed(prompt, step, attempt, number) for number in range(self.options.samples)] for prompt in prompts]
         limit, tokens = self.options.max_new_tokens, row_tokens(self.schedule.options)
-        found = rollouts(self.backend, [prompt.ids for prompt in prompts], seeds, limit, self._ends, self._say, tokens)
+        ids, draw = [prompt.ids for prompt in prompts], self.served.draw if self.served else None
+        found = rollouts(self.backend, ids, seeds, limit, self._ends, self._say, tokens, draw)
+        if self.served:
+            self.served.check(ids, found)
         answers = [
             [self.answered(prompt, rollout.ids, rollout.ended) for rollout in several]
             for prompt, several in zip(prompts, found, strict=True)

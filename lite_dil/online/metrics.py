@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from lite_dil.backends.types import MicroBatch
 from lite_dil.online.credit import equal_groups, regularised
 from lite_dil.online.groups import DrawnGroups
+from lite_dil.online.loss import is_clipped
+from lite_dil.online.updates import ratios
 from lite_dil.training.metrics import Means
 
 
-def answer_metrics(means: Means, drawn: DrawnGroups, beta: float, skipped: int) -> None:
+def answer_metrics(means: Means, drawn: DrawnGroups, beta: float, skipped: int, refilled: int) -> None:
     """Add a step's metrics.
 
     ``kl`` and ``entropy`` are estimates in nats per token from the drawn tokens, ``kl/answer`` is the mean log-ratio of a
@@ -18,6 +23,7 @@ def answer_metrics(means: Means, drawn: DrawnGroups, beta: float, skipped: int) 
 
     Args:
         skipped: groups that contributed no gradient.
+        refilled: groups drawn again for this step.
     """
     rewards, ratios = drawn.rewards, drawn.log_ratios
     means.add("reward", rewards)
@@ -37,4 +43,15 @@ def answer_metrics(means: Means, drawn: DrawnGroups, beta: float, skipped: int) 
     means.add("completions/mean_length", np.array([len(one.ids) for one in answers]))
     means.add("completions/clipped_ratio", np.array([not one.ended for one in answers]))
     means.add("skipped_groups", skipped)
-    means.add("refilled_groups", drawn.refilled)
+    means.add("refilled_groups", refilled)
+
+
+def ratio_metrics(means: Means, work: Sequence[MicroBatch], policy: np.ndarray, epsilon: float) -> None:
+    """Add ``importance_ratio``, the mean of pi / pi_old over the tokens, and ``clip_ratio``, the share beyond its bound.
+
+    Args:
+        policy: log-probs of the tokens before the step, (tokens,), in nats.
+    """
+    ratio, weights = ratios(work, policy)
+    means.add("importance_ratio", ratio)
+    means.add("clip_ratio", is_clipped(ratio, weights, epsilon))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lite_dil.base.option import FREE, option
+from lite_dil.base.option import FREE, WRITTEN, option
 from lite_dil.objectives.options import ObjectiveOptions
 
 GROUP_SIZES, ANSWER_TOKENS, REFILL = {"rloo": 8, "dpo": 2}, 256, 1  # defaults
+EPSILON = 0.2
+K1, K3 = KL_ESTIMATORS = ("k1", "k3")
+NO_SCALE, RUNNING, BY_GROUP = REWARD_SCALES = ("none", "running", "group")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,37 @@ class OnlineOptions:
     target_kl: float | None = option(
         "online", None, "end the training when the answers' mean log-ratio to the reference, in nats, is above this"
     )
+    sampler: str | None = option(
+        "online",
+        None,
+        "draw answers from the OpenAI-compatible server at this address, which loads the adapter before each set of answers "
+        "and returns token ids, as vLLM does (docs/online.md)",
+        metavar="URL",
+        kind=WRITTEN,
+    )
+    num_iterations: int | None = option(
+        "online", None, "optimiser steps on each set of answers before new ones are drawn (default: 1)"
+    )
+    epsilon: float | None = option(
+        "online",
+        None,
+        "with --num-iterations above 1, bound the ratio of each token's probability to that at drawing to 1 - epsilon and "
+        f"1 + epsilon (default: {EPSILON}; for rloo)",
+    )
+    kl_estimator: str | None = option(
+        "online",
+        None,
+        "how the KL from the reference is taken: k1, the log-ratio of an answer in its reward, which is exact; or k3, GRPO's "
+        "term in the loss, whose gradient is that of the forward KL (default: k1; for rloo)",
+        choices=KL_ESTIMATORS,
+    )
+    reward_scale: str | None = option(
+        "online",
+        None,
+        "divide rewards by the standard deviation of all rewards so far (running), or of their group (group), which changes "
+        "the direction of the gradient (default: none; for rloo)",
+        choices=REWARD_SCALES,
+    )
     reward_timeout: float | None = option(
         "online", None, "seconds that a call of a reward's Python function may take (default: 60)", kind=FREE
     )
@@ -71,4 +105,5 @@ class ResolvedOnline(OnlineOptions):
     max_new_tokens: int
     missing_eos_penalty: float
     refill: int
+    num_iterations: int
     reward_timeout: float

@@ -35,10 +35,11 @@ class RolloutsFile(Observer):
         self._written = event.step
 
     def after_step(self, event: Event) -> None:
-        """Write the step's answers."""
+        """Write the step's answers; further steps on them add none."""
         taken = self._training.last
         if self._file is not None and taken is not None and taken.step == event.step > self._written:
-            self._file.add(*_rows(taken))
+            if not taken.update:
+                self._file.add(*_rows(taken))
             self._written = event.step
 
 

@@ -1,4 +1,4 @@
-"""On-policy training: draw groups, credit their answers, and take one step on them."""
+"""On-policy training: draw groups, credit their answers, and take one step or more on them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from lite_dil.backends.types import MicroBatch, StepResult
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
-from lite_dil.batching.schedule import LargestPass, batch_tokens, plan, plan_responses
+from lite_dil.batching.schedule import LargestPass, batch_tokens
 from lite_dil.data.encoder import Example
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.loss import Loss
 from lite_dil.objectives.options import ResolvedObjective
 from lite_dil.objectives.table import ONLINE
-from lite_dil.online.credit import best_and_worst, equal_groups, leave_one_out, regularised
-from lite_dil.online.groups import DrawnGroups, Group, GroupSampler
-from lite_dil.online.loss import POLICY_GRADIENT
-from lite_dil.online.metrics import answer_metrics
+from lite_dil.online.credit import Spread, equal_groups
+from lite_dil.online.groups import DrawnGroups, GroupSampler
+from lite_dil.online.kept_answers import read_answers, write_answers
+from lite_dil.online.loss import Surrogate
+from lite_dil.online.metrics import answer_metrics, ratio_metrics
+from lite_dil.online.options import K3, RUNNING
+from lite_dil.online.updates import advantages_of, answer_passes, batches_of, loss_of, pair_passes
 from lite_dil.runs.progress import Progress
 from lite_dil.training.metrics import Means, count_work, line_of
-from lite_dil.training.step import micro_batches
 
 _Work = tuple[Loss, list[MicroBatch]]
 
@@ -37,17 +39,23 @@ class TakenOnline:
     """A finished step.
 
     Attributes:
-        advantages: (groups, K), of r - beta f.
+        update: how many steps were taken on the same answers before.
+        advantages: (groups, K), of r - beta f, or of r where the KL is in the loss.
+        spread: of all rewards so far.
         skipped: groups that contributed no gradient.
+        loss, work: the step's loss and passes; no passes where no group has a gradient.
         result: with a gradient norm of 0 where no group did, and the optimiser took no step.
         too_far: whether --target-kl ends the training with this step.
     """
 
     step: int
+    update: int
     drawn: DrawnGroups
     advantages: np.ndarray
+    spread: Spread
     skipped: int
-    batches: list[Batch]
+    loss: Loss
+    work: list[MicroBatch]
     result: StepResult
     too_far: bool = False
 
@@ -96,14 +104,28 @@ class OnlineTraining:
                 f"the mean log-ratio of the answers is {distance:.3g} nats, above --target-kl {self._target_kl:g}: the "
                 f"training ends with step {step}, which changes nothing"
             )
-        advantages = leave_one_out(regularised(drawn.rewards, drawn.log_ratios, self.objective.beta))
-        useful = advantages.any(1) if self._pairs is None else ~equal_groups(drawn.rewards)
-        used = np.flatnonzero(useful & (not too_far))
+        update, spread = step - self.schedule.first(step), Spread.of(self.progress.reward_spread)
+        if not update:
+            spread = spread.including(drawn.rewards)
+        advantages = advantages_of(drawn, self.sampler.options, self.objective.beta, spread)
+        used = np.flatnonzero(self._useful(drawn, advantages, update) & (not too_far))
         skipped = len(drawn.groups) - len(used)
-        batches, result = self._update(drawn, advantages, used, step, tell)
-        self.largest.add(batches)
-        self.last = TakenOnline(step, drawn, advantages, skipped, batches, result, too_far)
+        loss, work, result = self._update(drawn, advantages, used, step, tell)
+        self.largest.add(batches_of(work))
+        self.last = TakenOnline(step, update, drawn, advantages, spread, skipped, loss, work, result, too_far)
         return self.last
+
+    def _useful(self, drawn: DrawnGroups, advantages: np.ndarray, update: int) -> np.ndarray:
+        """Return whether each group has a gradient, (groups,)."""
+        if self._pairs is not None:
+            return ~equal_groups(drawn.rewards)
+        found = advantages.any(1)
+        if self.sampler.options.kl_estimator == K3:
+            moved = [any((one.logps != one.reference_logps).any() for one in group.rollouts) for group in drawn.groups]
+            found = np.asarray(found | np.array(moved))
+            if update:  # the others have moved the policy, also on this group's answers
+                found[:] = found.any()
+        return np.asarray(found)
 
     def count(self, taken: TakenOnline, seconds: float) -> dict[str, Any] | None:
         """Count a step as done; return a line of metrics if one is due."""
@@ -112,7 +134,12 @@ class OnlineTraining:
         means = Means(self.progress.window)
         count_work(self.progress, means, taken.result, len(groups), tokens, seconds)
         self.progress.ended = taken.too_far
-        answer_metrics(means, taken.drawn, self.objective.beta, taken.skipped)
+        if self.sampler.options.reward_scale == RUNNING:
+            self.progress.reward_spread = taken.spread.state
+            means.add("reward_scale", taken.spread.deviation)
+        answer_metrics(means, taken.drawn, self.objective.beta, taken.skipped, taken.drawn.refilled * (not taken.update))
+        if taken.work and isinstance(taken.loss, Surrogate) and (epsilon := self.sampler.options.epsilon):
+            ratio_metrics(means, taken.work, taken.result.policy, epsilon)
         if self.progress.step % self._logging_steps and self.progress.step < self.steps:
             return None
         line = line_of(self.progress, self.schedule, self.backend.peak_memory_mb())
@@ -134,39 +161,42 @@ class OnlineTraining:
     def sync(self) -> None:
         """Do nothing: no part of it is kept outside of the run."""
 
+    def save_state(self, folder: Path) -> None:
+        """Write the answers on which further steps are to be taken."""
+        step = self.progress.step
+        if step and self.schedule.first(step + 1) <= step:
+            write_answers(folder, self.sampler.draw(step))
+
+    def load_state(self, folder: Path) -> None:
+        """Read the answers on which further steps are to be taken."""
+        step = self.progress.step
+        if self.schedule.first(step + 1) <= step:
+            self.sampler.keep(step, read_answers(folder, self.sampler, self.sampler.asked(step)))
+
     def _update(
         self, drawn: DrawnGroups, advantages: np.ndarray, used: np.ndarray, step: int, tell: Callable[[int, int], None]
-    ) -> tuple[list[Batch], StepResult]:
+    ) -> tuple[Loss, list[MicroBatch], StepResult]:
         """Take the optimiser's step in passes that memory holds; none if no group has a gradient."""
-        rate = self.schedule.learning_rate(step)
+        rate, update = self.schedule.learning_rate(step), step - self.schedule.first(step)
         while True:
-            loss, work = self._work(drawn, advantages, used)
+            loss, work = self._work(drawn, advantages, used, update)
             if not work:  # not even a weight decay, which would move the policy
-                return [], StepResult(0.0, 0.0, np.zeros(0, np.float32), None)
-            batches = [one.batch for one in work]
+                return loss, [], StepResult(0.0, 0.0, np.zeros(0, np.float32), None)
             try:
-                return batches, self.backend.step(work, loss, rate, count=partial(tell, len(work)))
+                return loss, work, self.backend.step(work, loss, rate, count=partial(tell, len(work)))
             except OutOfMemory as error:
-                failed = batches if error.micro_batch is None else [batches[error.micro_batch]]
+                failed = batches_of(work if error.micro_batch is None else [work[error.micro_batch]])
                 if not self._halve(failed):
                     raise
                 self._say(f"out of memory in step {step}: passes of at most {self.schedule.limits} from here on")
 
-    def _work(self, drawn: DrawnGroups, advantages: np.ndarray, used: np.ndarray) -> _Work:
+    def _work(self, drawn: DrawnGroups, advantages: np.ndarray, used: np.ndarray, update: int) -> _Work:
         """Return the loss and the passes of a step."""
-        groups, limits = [drawn.groups[at] for at in used], self.schedule.limits
+        layout, limits = self.backend.layout, self.schedule.limits
         if self._pairs is not None:
-            best, worst = best_and_worst(drawn.rewards[used]) if groups else ((), ())
-            pairs = [_example(group, pair, (CHOSEN, REJECTED)) for group, *pair in zip(groups, best, worst, strict=True)]
-            return self._pairs, micro_batches(plan(pairs, self.backend.layout, *limits), self._pairs)
-        whole = [_example(group, range(count := len(group.rollouts)), (CHOSEN,) * count) for group in groups]
-        passes = plan_responses(whole, self.backend.layout, *limits)
-        # The backend divides the loss by the number of examples, which are parts of groups here.
-        weight = advantages[used] / advantages.size * sum(batch.examples for batch, _ in passes)
-        return POLICY_GRADIENT, [
-            MicroBatch(batch, {"weights": np.array([weight[number] for number in numbers], np.float32)})
-            for batch, numbers in passes
-        ]
+            return self._pairs, pair_passes(drawn, used, self._pairs, layout, limits)
+        loss = loss_of(self.sampler.options, update)
+        return loss, answer_passes(drawn, used, advantages, loss, self.objective.beta, layout, limits)
 
     def _halve(self, batches: Sequence[Batch]) -> bool:
         """Plan passes of at most half of the largest of `batches` from now on; return False if that cannot be split."""
@@ -178,8 +208,3 @@ class OnlineTraining:
         limits = self.schedule.limits
         self.schedule.limits = limits._replace(tokens=batch_tokens(largest, self.backend.layout) - 1)
         return True
-
-
-def _example(group: Group, answers: Sequence[int], signs: tuple[int, ...]) -> Example:
-    """Return some of a group's answers as an example."""
-    return Example(group.prompt.ids, tuple(group.rollouts[at].ids for at in answers), signs, group.prompt.place)

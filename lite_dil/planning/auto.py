@@ -122,9 +122,31 @@ def fitted(config: ResolvedConfig, examples: Sequence[Example], given: Set[str] 
         given = {name for name in TUNABLE if getattr(config, name) != FIELDS[name].default}
     shape, memory = read_model(config.model, config.trust_remote_code), memory_here(config.backend)
     model = Model(shape, config.backend, planned_dtype(config, config.backend))
-    load = largest_example(examples, config, layout_for(config, shape, config.backend))
-    chosen = choose(config, shape, model.backend, model.dtype, memory, load, given)
+    if config.online:
+        chosen = _for_drawn(config, examples, model, memory, given)
+    else:
+        load = largest_example(examples, config, layout_for(config, shape, config.backend))
+        chosen = choose(config, shape, model.backend, model.dtype, memory, load, given)
     return chosen, f"--auto: {words(chosen)} ({memory.text})"
+
+
+def _for_drawn(
+    config: ResolvedConfig, prompts: Sequence[Example], model: Model, memory: Memory, given: Set[str]
+) -> ResolvedConfig:
+    """Return the choice for answers that are not drawn yet, each as long as it may be: whole groups in a pass if they fit."""
+    assert config.samples and config.max_new_tokens  # resolved
+    prompt = max(len(each.prompt) for each in prompts)
+    short = replace(config, max_length=prompt + config.max_new_tokens)  # what drawing takes into account
+
+    def chosen(answers: int) -> ResolvedConfig:
+        load = Load((prompt,), ((config.max_new_tokens or 1,) * answers,))
+        found = choose(short, model.shape, model.backend, model.dtype, memory, load, given)
+        return replace(found, max_length=config.max_length, row_tokens=row_tokens(found))
+
+    try:
+        return chosen(config.samples)
+    except UserError:
+        return chosen(1)
 
 
 def words(config: ResolvedConfig) -> str:

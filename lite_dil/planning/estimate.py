@@ -44,9 +44,16 @@ class Load:
     def worst(cls, config: ResolvedConfig, answers: int = 2) -> Load:
         """Return the largest pass under --max-length, --row-tokens and --batch-size, of examples with `answers` responses.
 
-        Prompts are one token long: responses cost more, and in a packed row each response has its own tokens.
+        Prompts are one token long: responses cost more, and in a packed row each response has its own tokens. On drawn answers
+        a prompt has --samples of them, which may be in different passes.
         """
         tokens = row_tokens(config)
+        if config.online:
+            assert config.samples and config.max_new_tokens  # resolved
+            each = min(config.max_new_tokens, config.max_length - 1)
+            drawn = min(config.batch_size * config.samples, max(1, tokens // each))
+            groups = [config.samples] * (drawn // config.samples) + [drawn % config.samples] * bool(drawn % config.samples)
+            return cls((1,) * len(groups), tuple((each,) * some for some in groups))
         count = min(config.batch_size, max(1, -(-tokens // (answers * config.max_length))))
         # A single example is never split, however long it is.
         length = config.max_length if count == 1 else min(config.max_length, tokens // (answers * count))
@@ -89,6 +96,7 @@ class Estimate:
         reference: a frozen second adapter; otherwise the reference is the same model and needs nothing.
         gradients: the adapter's gradients that exist at this moment.
         optimizer: AdamW's state.
+        cache: keys and values of answers that are being drawn.
         activations: what is kept for the backward pass.
         logits: the head's chunk, tokens by vocabulary.
         temporaries: short-lived tensors, unpacked weights included.
@@ -107,6 +115,7 @@ class Estimate:
     reference: int = 0
     gradients: int = 0
     optimizer: int = 0
+    cache: int = 0
     activations: int = 0
     logits: int = 0
     temporaries: int = 0

@@ -73,6 +73,13 @@ class ListedStep(TorchStep):
         unpacked = max(map(self._unpacked, range(-1, self.shape.layers)))
         return {"optimizer": 0, "temporaries": found.around + unpacked}
 
+    def drawn(self) -> dict[str, dict[str, int]]:
+        """Refuse: caches differ among these families."""
+        raise UserError(
+            f"--model {self.config.model}: plan knows what drawn answers need for dense models alone; leave --reward out "
+            "to plan for given answers, and try a few --max-steps"
+        )
+
     def backward(self, several: bool) -> dict[str, dict[str, int]]:
         """Return the head's phase, when everything is kept, and the layer whose backward pass is the peak."""
         profile, final = self._now(), self.load.answer_tokens * self.shape.hidden * self.e

@@ -30,6 +30,7 @@ from lite_dil.backends.limits import BITS, COMPILED_MULTIPLE, GROUP_SIZE, MLX_CH
 from lite_dil.base.errors import UserError
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.shape import Linear, ModelShape
+from lite_dil.planning.drawing import Drawing
 from lite_dil.planning.estimate import BYTES, FLOAT32, Estimate, Load, adapter_tensors, layout_for
 
 WIDTH = 20  # mlx/utils.h: MLX_BFS_MAX_WIDTH
@@ -158,6 +159,8 @@ class MLXStep:
             here = {"activations": kept, "gradients": gradients, "logits" if moment.phase == "head" else "temporaries": made}
             if sum(here.values()) > sum(worst.get(moment.phase, {}).values()):
                 worst[moment.phase] = here
+        if self.config.online:
+            worst["drawing answers"] = Drawing.of(self.config).on_mlx(self.shape, self.e)
         found = [Estimate(phase, **{**fixed, **parts}) for phase, parts in worst.items()]
         return replace(max(found, key=lambda e: e.total), phases=tuple((e.phase, e.total) for e in found))
 

@@ -18,10 +18,11 @@ from lite_dil.backends.limits import (
 )
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import GIB, expandable_segments, on_wsl
-from lite_dil.batching.schedule import PRECOMPUTE_ROWS, row_tokens
+from lite_dil.batching.schedule import PRECOMPUTE_ROWS, examples_per_step, row_tokens
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.shape import Linear, ModelShape
 from lite_dil.planning.dense_layer import Layer, peak
+from lite_dil.planning.drawing import Drawing
 from lite_dil.planning.estimate import BYTES, FLOAT32, Estimate, Load, adapter_tensors, layout_for
 
 # Share of reserved GPU memory lost to fragmentation, with expandable segments and without, by the allocator's statistics in
@@ -159,6 +160,8 @@ class TorchStep:
         found = {"loading": self.loading()}
         if self.config.precompute_reference:
             found["reference beforehand"] = self.beforehand()
+        if self.config.online:
+            found |= self.drawn()
         several = self.config.gradient_accumulation_steps > 1  # the gradients of earlier passes exist
         found |= self.backward(several)
         found["optimiser"] = {"gradients": self.adapter}  # the fused AdamW has no temporaries
@@ -181,11 +184,31 @@ class TorchStep:
         return {"adapter": 0, "reference": 0, "optimizer": 0, "temporaries": quantising + self.tower()}
 
     def beforehand(self) -> dict[str, int]:
+        """Return what a pass of --precompute-reference holds."""
+        return {"optimizer": 0, "temporaries": self.without_gradients(PRECOMPUTE_ROWS * row_tokens(self.config))}
+
+    def without_gradients(self, tokens: int) -> int:
         """Without gradients a pass holds one layer's MLP: its input, the residual, and a piece of gate, up and product."""
-        s, tokens = self.shape, PRECOMPUTE_ROWS * row_tokens(self.config)
+        s = self.shape
         tile = min(tokens, self.mlp_tile) if self.fused_mlp else tokens
         inside = (tokens * 3 * s.hidden + tile * 3 * s.intermediate) * self.e
-        return {"optimizer": 0, "temporaries": inside + self.unpacked([name for name in self.linears if "mlp" in name])}
+        return inside + self.unpacked([name for name in self.linears if "mlp" in name])
+
+    def drawn(self) -> dict[str, dict[str, int]]:
+        """Return what reading prompts, drawing answers and scoring them hold; a scoring pass may have all of a step's."""
+        drawing, s = Drawing.of(self.config), self.shape
+        read = drawing.prompts * drawing.prompt  # at once, keys and values of a layer repeated for every query head
+        reading = {
+            "cache": 2 * read * s.keys * s.layers * self.e,
+            "temporaries": self.without_gradients(read) + 2 * read * s.queries * self.e,
+        }
+        step = examples_per_step(self.config) * (drawing.prompt + (self.config.samples or 1) * drawing.tokens)
+        scoring = self.without_gradients(min(step, row_tokens(self.config)))
+        return {
+            "reading prompts": reading,
+            "drawing answers": drawing.on_torch(s, self.e),
+            "scoring answers": {"temporaries": scoring},
+        }
 
     def backward(self, several: bool) -> dict[str, dict[str, int]]:
         """Return the head's phase, when everything is kept, and the backward passes of the layers that may be the peak."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lite_dil.backends import registry
+from lite_dil.base.display import unheard
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import Memory
 from lite_dil.base.signs import CHOSEN
@@ -17,6 +18,7 @@ from lite_dil.batching.schedule import examples_taken, steps_of
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.data.dataset import epoch_rows, reader_of
 from lite_dil.data.held_out import wanted
+from lite_dil.data.prompts import read_prompts
 from lite_dil.data.reader import refuse
 from lite_dil.data.sources import EMBEDDED, is_local, looks_like_file, split_sources
 from lite_dil.models.find import EMBEDDED_MODEL
@@ -153,6 +155,8 @@ def make(
     memory = memory_here(backend, host) if size is None else memory_of(size, backend, host)
     count, answers = _examples(config, "data" in given)
     answers += config.sample_rejected or 0
+    if config.online and rate is not None:
+        raise UserError("--tokens-per-second is of given answers; give the folder of an on-policy run with --like")
     one = Load.worst(replace(config, batch_size=1), answers)
     choice = ""
     if config.auto:
@@ -166,7 +170,7 @@ def make(
     sizes = [("this memory", memory), *((f"{card} GB", memory_of(card, backend, host)) for card in CARDS)]
     least = auto.sparing(config, model, one)
     rooms = tuple(_room(name, config, least, model, memory, answers) for name, memory in sizes)
-    kept = known(config.model, setting_of(config, model)) if size is None else None
+    kept = known(config.model, setting_of(config, model)) if size is None and not config.online else None
     epoch = _epoch(config, count, answers, rate, like, kept)
     return Plan(
         config, model, memory, load, answers, found, remedy, rooms, _download(config.model, shape), epoch, remark, choice
@@ -215,6 +219,9 @@ def _examples(config: ResolvedConfig, chosen: bool) -> tuple[int, int]:
     Data on the hub is not downloaded.
     """
     sources = split_sources(config.data)
+    if config.online:
+        local = chosen and all(name == EMBEDDED or is_local(name) or looks_like_file(name) for name, _ in sources)
+        return len(read_prompts(config.data, config, config.chat, unheard, alike=True)) if local else 0, config.samples or 1
     if not chosen if config.data == EMBEDDED else not all(is_local(name) or looks_like_file(name) for name, _ in sources):
         return 0, 1 if config.sample_rejected else 2  # --sample-rejected is for demonstrations
     good_only, total, answers = objective_of(config.loss).data == "chosen", 0, 0
@@ -276,10 +283,12 @@ def _epoch(
         seconds, name = 1 / kept.examples_per_second, str(kept)
     if not count:
         return Epoch(None, None, at_most, name)
-    _, steps = steps_of(config, count)
+    repeats = config.num_iterations or 1
+    _, steps = steps_of(config, count, repeats)
     if not name:
         return Epoch(count, None, at_most, name, steps)
-    return Epoch(count, count * seconds, at_most, name, steps, examples_taken(config, count) * seconds)
+    taken = examples_taken(config, count) * (1 if config.max_steps else repeats)
+    return Epoch(count, count * seconds * repeats, at_most, name, steps, taken * seconds)
 
 
 def _measured(folder: Path) -> dict[str, float]:

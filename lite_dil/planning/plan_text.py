@@ -10,6 +10,7 @@ from lite_dil.base.memory import GIB, on_wsl
 from lite_dil.base.text import count
 from lite_dil.models.listing import ListedModel, packed_words
 from lite_dil.planning.auto import TUNABLE
+from lite_dil.planning.drawing import Drawing
 from lite_dil.planning.fit import gigabytes
 from lite_dil.planning.plan import Plan
 
@@ -48,15 +49,26 @@ def _about(plan: Plan) -> list[str]:
         *([_LISTED] if isinstance(shape, ListedModel) else []),
         *(["On WSL the optimiser's state stays on the GPU, and more is lost between tensors."] if wsl else []),
         f"{'--auto takes ' if plan.choice else ''}{how}. The largest pass: {_examples(plan)}.",
+        *([_drawing(Drawing.of(config))] if config.online else []),
     ]
 
 
 def _examples(plan: Plan) -> str:
     """Return the content of the largest pass, in which each response with its prompt is as long as --max-length allows."""
     examples, tokens = len(plan.load.prompts), plan.load.longest
+    if plan.config.online:
+        answers = sum(map(len, plan.load.responses))
+        return f"{count(answers, 'answer')} of {plan.load.responses[0][0]:,} tokens to {count(examples, 'prompt')}"
     kind = {1: "answer", 2: "pair"}.get(plan.answers, f"prompt with {plan.answers} answers")
     plural = {1: "answers", 2: "pairs"}.get(plan.answers, f"prompts with {plan.answers} answers")
     return f"{examples:,} {kind if examples == 1 else plural} of {tokens:,} tokens (prompt plus answer)"
+
+
+def _drawing(drawing: Drawing) -> str:
+    return (
+        f"Drawn at once: {count(drawing.answers, 'answer')} of at most {drawing.tokens:,} tokens, to prompts of at most "
+        f"{drawing.prompt:,}."
+    )
 
 
 def _table(plan: Plan) -> list[str]:
@@ -75,6 +87,7 @@ def _table(plan: Plan) -> list[str]:
         ),
         ("gradients", parts["gradients"], "of the adapter alone"),
         ("optimiser", parts["optimizer"], "AdamW's state"),
+        *([("drawn answers", parts["cache"], "their keys and values")] if parts["cache"] else []),
         ("activations", parts["activations"], "kept for the backward pass"),
         ("logits chunk", parts["logits"], "" if parts["logits"] else "none at the fullest moment"),
         ("temporaries", parts["temporaries"], f"at the fullest moment: {estimate.phase}"),

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lite_dil.backends.protocol import Backend
 from lite_dil.base.display import Display
+from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
-from lite_dil.base.observer import Observer, Observers
+from lite_dil.base.observer import Event, Observer, Observers
 from lite_dil.base.text import count
 from lite_dil.batching.schedule import Schedule
 from lite_dil.config.train_config import ResolvedConfig
@@ -20,6 +22,8 @@ from lite_dil.data.inspect.survey import lengths
 from lite_dil.data.prompts import Prompt, encode_prompts, read_prompts
 from lite_dil.data.rows import rows_name
 from lite_dil.generation.policy import AdapterSource
+from lite_dil.generation.served import ServedPolicy
+from lite_dil.models.find import cache_dir
 from lite_dil.online.groups import GroupSampler
 from lite_dil.online.options import ResolvedOnline
 from lite_dil.online.preflight import PREFLIGHT, preflight
@@ -125,8 +129,10 @@ def _open(opening: Opening, rewards: RewardSources) -> TrainingSession:
     inputs.rewards(progress, rewards.identities)
     reward, judge = rewards.open(session.policy, progress, display)
     config, backend, encoder = session.config, session.backend, session.policy.encoder
-    schedule = Schedule(config, session.data.examples, backend.layout)
-    sampler = GroupSampler(backend, encoder, questions.prompts, schedule, _online(config), reward, display.say, judge)
+    online = _online(config)
+    schedule = Schedule(config, session.data.examples, backend.layout, repeats=online.num_iterations)
+    served = _served(config, backend, encoder)
+    sampler = GroupSampler(backend, encoder, questions.prompts, schedule, online, reward, display.say, judge, served)
     training = OnlineTraining(
         backend, sampler, config, progress, config.logging_steps, config.target_kl, display.say, display.stopping
     )
@@ -138,6 +144,15 @@ def _open(opening: Opening, rewards: RewardSources) -> TrainingSession:
         begin(session, display)
     session.training = training
     return session
+
+
+def _served(config: ResolvedConfig, backend: Backend, encoder: Encoder) -> ServedPolicy | None:
+    """Return the policy on the server of --sampler. Raises UserError for MLX, whose adapters no server loads."""
+    if config.sampler is None:
+        return None
+    if backend.name == "mlx":
+        raise UserError("--sampler: servers load adapters in PEFT's format, which --backend cuda and cpu write; leave it out")
+    return ServedPolicy(backend, config.sampler, cache_dir() / "served", encoder.end_ids())
 
 
 def _observers_of(
@@ -154,4 +169,30 @@ def _observers_of(
     facts = facts_of(config, backend, training.schedule.steps, data.facts)
     report = RunReport(folder, facts, config.save_steps, str, display.say)
     metrics = MetricsLog([folder.log, trackers.log])
-    return Observers([metrics, shown, rollouts, checkpoints, answers, card, report, *own, trackers]), checkpoints
+    served = [ServedUntilTheEnd(training.sampler.served, display.say)] if training.sampler.served else []
+    return Observers([metrics, shown, rollouts, checkpoints, answers, card, report, *own, trackers, *served]), checkpoints
+
+
+class ServedUntilTheEnd(Observer):
+    """Has the server of --sampler drop the last adapter, however the training ends."""
+
+    def __init__(self, served: ServedPolicy, say: Callable[[str], None]) -> None:
+        self._served, self._say = served, say
+
+    def stopped(self, event: Event) -> None:
+        """Drop it."""
+        self._drop()
+
+    def finished(self, event: Event) -> None:
+        """Drop it."""
+        self._drop()
+
+    def failed(self, error: BaseException) -> None:
+        """Drop it."""
+        self._drop()
+
+    def _drop(self) -> None:
+        try:
+            self._served.close()
+        except UserError as error:  # the training itself has ended well, or has its own error
+            self._say(str(error))

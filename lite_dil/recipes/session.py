@@ -80,12 +80,9 @@ class TrainingSession:
         return replace(self.config, dtype=self.backend.dtype_name, layout=self.backend.layout)
 
     def save_state(self, folder: Path) -> None:
-        """Write the state for resuming, and the adapter for people and other programs.
-
-        The cache is on the disk before: recomputed in other batches, the reference's log-probs differ in the last bits.
-        """
+        """Write the state for resuming, and the adapter for people and other programs."""
         if self.training:
-            self.training.sync()
+            self.training.save_state(folder)
         self.backend.save_state(folder)
         if self.beside:
             self.beside(adapter_of(folder))
@@ -219,6 +216,7 @@ def _open_cache(session: TrainingSession, display: Display) -> ReferenceCache:
 def go_on(session: TrainingSession, training: Steps[Any], checkpoint: Path, display: Display) -> None:
     """Restore the model and metrics of the checkpoint."""
     session.backend.load_state(checkpoint)
+    training.load_state(checkpoint)
     session.logged = session.folder.rewind(training.progress, display.say)
     where = f"step {training.progress.step} of {training.steps} in {session.folder.path}"
     display.say(f"the run is finished: {where}" if is_finished(training) else f"continuing after {where}")

@@ -150,6 +150,7 @@ _ONLINE_CHARTS = (
     Chart("length", "Length of new answers", "tokens", (Line("completions/mean_length"),)),
     Chart("cut", "Answers cut before their end", "share", (Line("completions/clipped_ratio"),)),
     Chart("entropy", "Entropy, estimated", "nats per token", (Line("entropy"),)),
+    Chart("bounded", "Tokens whose ratio is beyond its bound", "share", (Line("clip_ratio"),)),
     Chart("equal", "Groups whose rewards are all equal", "share", (Line("frac_reward_zero_std"),)),
 )
 _SHARED_CHARTS = (

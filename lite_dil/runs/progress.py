@@ -29,6 +29,7 @@ class Progress:
         window: sums of the metrics since the last logged line, so that a resumed run logs the same means.
         metrics: size and hash of metrics.jsonl when the checkpoint was saved.
         ended: whether the training has ended before its last step, as --target-kl does.
+        reward_spread: what --reward-scale running keeps: count, mean and sum of squared deviations of all rewards so far.
 
     Runs before format 3 recorded the training data alone.
     """
@@ -44,6 +45,7 @@ class Progress:
     metrics: list[Any] = field(default_factory=list)
     ended: bool = False
     rewards: dict[str, str] = field(default_factory=dict)
+    reward_spread: list[float] = field(default_factory=list)
 
 
 def write_progress(checkpoint: Path, progress: Progress) -> None:
@@ -91,6 +93,10 @@ def _size_and_hash(value: Any) -> bool:
     return value == [] or (isinstance(value, list) and len(value) == 2 and _whole(value[0]) and isinstance(value[1], str))
 
 
+def _spread(value: Any) -> bool:
+    return value == [] or (isinstance(value, list) and len(value) == 3 and all(type(n) in (int, float) for n in value))
+
+
 _TEXT: tuple[str, Callable[[Any], bool]] = ("text", lambda value: isinstance(value, str))
 _WHOLE: tuple[str, Callable[[Any], bool]] = ("a whole number, at least 0", _whole)
 # What each field must be: in words, and as a check.
@@ -101,5 +107,6 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "base": ("weights and config", _base),
     "rewards": ("hashes by name", _hashes_by_name),
     "metrics": ("a size and a hash", _size_and_hash),
+    "reward_spread": ("three numbers, or none", _spread),
     "ended": ("true or false", lambda value: type(value) is bool),
 }

@@ -74,6 +74,12 @@ class Steps(Protocol[T]):
     def sync(self) -> None:
         """Wait until what the steps kept outside of the run is on the disk."""
 
+    def save_state(self, folder: Path) -> None:
+        """Write into a checkpoint what the next step needs besides the backend's state, and `sync`."""
+
+    def load_state(self, folder: Path) -> None:
+        """Read what `save_state` wrote."""
+
 
 def is_finished(training: Steps[Any]) -> bool:
     """Return whether all steps are done."""
@@ -134,6 +140,13 @@ class Training:
     def sync(self) -> None:
         """Wait until the reference cache is on the disk."""
         self.passes.sync()
+
+    def save_state(self, folder: Path) -> None:
+        """Wait until the cache is on the disk: recomputed in other batches, log-probs differ in the last bits."""
+        self.sync()
+
+    def load_state(self, folder: Path) -> None:
+        """Do nothing: a step needs no more than the backend's state."""
 
 
 def loop(training: Steps[T], observers: Observers, keep: Callable[[], Path], again: str) -> None:

@@ -12,8 +12,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from lite_dil.online.credit import best_and_worst, equal_groups, leave_one_out, regularised
-from lite_dil.online.loss import POLICY_GRADIENT
+from lite_dil.online.credit import Spread, best_and_worst, by_group, equal_groups, leave_one_out, regularised
+from lite_dil.online.loss import POLICY_GRADIENT, Surrogate, bounded, is_clipped
 
 BETA, K = 0.5, 3
 ANSWERS = [(0,), *((first, second) for first in (1, 2) for second in range(3))]
@@ -23,13 +23,20 @@ REFERENCE = np.random.default_rng(0).normal(size=9)
 Advantages = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def logps(theta: np.ndarray) -> np.ndarray:
-    """log pi(y) of every answer, (7,); theta may be complex."""
+LENGTHS = np.array([len(answer) for answer in ANSWERS])
+VISITS = [(state, token) for answer in ANSWERS for state, token in zip((0, *answer), answer, strict=False)]
+
+
+def token_logps(theta: np.ndarray) -> np.ndarray:
+    """log pi of each token of every answer, (13,); theta may be complex."""
     states = theta.reshape(3, 3)
     tokens = states - np.log(np.exp(states).sum(1, keepdims=True))
-    return np.array(
-        [sum(tokens[state, token] for state, token in zip((0, *answer), answer, strict=False)) for answer in ANSWERS]
-    )
+    return np.array([tokens[visit] for visit in VISITS])
+
+
+def logps(theta: np.ndarray) -> np.ndarray:
+    """log pi(y) of every answer, (7,)."""
+    return np.add.reduceat(token_logps(theta), np.cumsum(LENGTHS) - LENGTHS)
 
 
 REF_LOGPS = logps(REFERENCE)
@@ -109,6 +116,85 @@ def test_division_by_the_groups_deviation_turns_the_gradient() -> None:
     found, true = expected(theta, divided), slope(objective, theta)
     assert found @ true / np.linalg.norm(found) / np.linalg.norm(true) < 0.995
     assert kl_to_optimum(climbed(lambda theta: expected(theta, divided), steps=150)) > 1e-3
+
+
+def test_division_of_the_rewards_by_their_groups_deviation_turns_it_too() -> None:
+    def scaled(rewards: np.ndarray, log_ratios: np.ndarray) -> np.ndarray:
+        return leave_one_out(regularised(by_group(rewards), log_ratios, BETA))
+
+    # Of the same gradient without it, at beta 0, since the division changes the weight of the KL as well.
+    theta = np.random.default_rng(1).normal(size=9)
+    found = expected(theta, lambda rewards, f: scaled(rewards, 0 * f))
+    true = expected(theta, lambda rewards, f: leave_one_out(rewards))
+    assert 0.9 < found @ true / np.linalg.norm(found) / np.linalg.norm(true) < 0.99
+    assert kl_to_optimum(climbed(lambda theta: expected(theta, scaled), steps=150)) > 1e-2
+
+
+def test_one_scale_for_all_rewards_is_another_beta() -> None:
+    theta = np.random.default_rng(1).normal(size=9)
+    scaled = expected(theta, lambda rewards, f: leave_one_out(regularised(rewards / 4, f, BETA / 4)))
+    np.testing.assert_allclose(4 * scaled, slope(objective, theta), atol=1e-12)
+
+
+def test_the_running_deviation_is_that_of_all_rewards_at_once() -> None:
+    rewards = 1e6 + np.random.default_rng(0).normal(size=(5, 4, 3))
+    spread = Spread()
+    for part in rewards:
+        spread = Spread.of(spread.including(part).state)
+    assert spread.deviation == pytest.approx(rewards.std(ddof=1), rel=1e-9)
+    equal = Spread().including(np.full((2, 3), 0.1)).including(np.full((1, 3), 0.1))
+    assert (equal.squares, equal.deviation) == (0, 1) and Spread().including(np.ones((1, 1))).deviation == 1
+
+
+def per_token(values: np.ndarray) -> np.ndarray:
+    return np.repeat(values, LENGTHS)
+
+
+def test_the_surrogates_first_step_is_the_policy_gradients() -> None:
+    theta, weights = np.random.default_rng(3).normal(size=9), np.random.default_rng(4).normal(size=7)
+    inputs = {"weights": per_token(weights), "old_logps": token_logps(theta)}
+    true = slope(lambda moved: POLICY_GRADIENT(logps(moved), None, {"weights": weights}), theta)
+    for loss in (Surrogate(), Surrogate(0.2)):
+        np.testing.assert_allclose(slope(partial(surrogate, loss, inputs), theta), true, atol=1e-14)
+    assert abs(Surrogate(0.2)(token_logps(theta), None, inputs)) < 1e-15
+
+
+def surrogate(loss: Surrogate, inputs: dict[str, np.ndarray], theta: np.ndarray) -> complex:
+    return loss(token_logps(theta), None, inputs)
+
+
+def test_the_surrogate_is_ppos_minimum() -> None:
+    ratio = np.array([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 3.0] * 2)
+    weights = np.repeat([2.0, -3.0], 7)
+    ppo = np.minimum(ratio * weights, np.clip(ratio, 0.8, 1.2) * weights)
+    np.testing.assert_array_equal(bounded(ratio, weights, 0.2) * weights, ppo)
+    # Clipped is what cannot be gained, never what is to be undone.
+    assert is_clipped(ratio, weights, 0.2).tolist() == [False] * 5 + [True] * 2 + [True] * 2 + [False] * 5
+    inputs = {"weights": weights, "old_logps": np.zeros(14)}
+    assert Surrogate(0.2)(np.log(ratio), None, inputs) == pytest.approx(-(ppo - weights).sum())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_k3_in_the_loss_has_the_gradient_of_the_forward_kl_where_the_policy_goes(first: bool) -> None:
+    theta = np.random.default_rng(5).normal(size=9)
+    now, reference = token_logps(theta), token_logps(REFERENCE)
+    chances = np.exp(logps(theta))
+    inputs = {"weights": np.zeros(13), "kl_weights": per_token(chances), "reference_logps": reference, "old_logps": now}
+    loss = Surrogate(None if first else 0.2, kl=True)
+    found = slope(partial(surrogate, loss, inputs), theta)
+
+    visited = np.array([1.0, *(np.exp(theta[:3]) / np.exp(theta[:3]).sum())[1:]])  # of the three states
+
+    def forward(moved: np.ndarray) -> complex:
+        tokens, fixed = (
+            np.log(np.exp(t.reshape(3, 3)) / np.exp(t.reshape(3, 3)).sum(1, keepdims=True)) for t in (moved, REFERENCE)
+        )
+        return (visited[:, None] * np.exp(fixed) * (fixed - tokens)).sum()
+
+    np.testing.assert_allclose(found, slope(forward, theta), atol=1e-12)
+    assert loss(now, None, inputs) == pytest.approx((per_token(chances) * (np.expm1(reference - now) - reference + now)).sum())
+    at_reference = {**inputs, "old_logps": reference}
+    assert not first or not slope(partial(surrogate, loss, at_reference), REFERENCE).any()  # exactly, for an optimiser
 
 
 @pytest.mark.parametrize("estimate", ["k1", "k3"])

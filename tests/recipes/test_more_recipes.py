@@ -20,6 +20,7 @@ from lite_dil.backends.types import MicroBatch
 from lite_dil.batching.batch import Batch
 from lite_dil.models import adapters
 from lite_dil.objectives.loss import NOTHING, TOKENS
+from lite_dil.online.loss import Surrogate
 
 STEPS, RATE = 3, 5e-3
 TARGETS = "q_proj,v_proj,down_proj"
@@ -68,6 +69,18 @@ def eager_clipped(logps: torch.Tensor, inputs: Arrays) -> torch.Tensor:
     return total
 
 
+def surrogate_inputs(data: Batch, old: np.ndarray) -> Arrays:
+    draws = np.random.default_rng(3).normal(size=(2, len(old))).astype(np.float32)
+    return {"weights": draws[0], "old_logps": old, "kl_weights": abs(draws[1]), "reference_logps": old - 0.1}
+
+
+def eager_surrogate(logps: torch.Tensor, inputs: Arrays) -> torch.Tensor:
+    at_old = torch.from_numpy(inputs["weights"]).sum()
+    d = torch.from_numpy(inputs["reference_logps"]) - logps
+    k3 = (torch.from_numpy(inputs["kl_weights"]) * (d.exp() - d - 1)).sum()
+    return eager_clipped(logps, {"old_logps": inputs["old_logps"], "advantages": inputs["weights"]}) + at_old + k3
+
+
 def eager_model(model: str) -> Any:
     """The checkpoint with PEFT's own LoRA, at the weights that a fresh adapter has."""
     bare = bare_model(model)
@@ -87,8 +100,12 @@ def eager_model(model: str) -> Any:
 @pytest.mark.parametrize("sharing", [False, True])
 @pytest.mark.parametrize(
     ("loss", "inputs_of", "eager"),
-    [(WeightedTokens(), weights, eager_weighted), (ClippedRatios(), advantages, eager_clipped)],
-    ids=["weighted tokens", "clipped ratios"],
+    [
+        (WeightedTokens(), weights, eager_weighted),
+        (ClippedRatios(), advantages, eager_clipped),
+        (Surrogate(0.2, kl=True), surrogate_inputs, eager_surrogate),
+    ],
+    ids=["weighted tokens", "clipped ratios", "the package's surrogate"],
 )
 def test_a_recipe_equals_an_eager_loop(
     backend_name: str,

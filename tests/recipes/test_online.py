@@ -20,6 +20,7 @@ import lite_dil as dil
 from lite_dil.batching.batch import Batch
 from lite_dil.cli.main import main
 from lite_dil.data.encoder import Example
+from lite_dil.online.kept_answers import ANSWERS
 from lite_dil.online.rollouts_file import RolloutsFile
 
 REWARDS = '''
@@ -183,22 +184,30 @@ def killed(flags: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def interrupted(flags: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("INTERRUPT_AFTER", "3")  # the first is the preflight's, which is step 1's
+    # The first is the preflight's, which is step 1's. With two steps on each set of answers, step 3 begins the second set.
+    monkeypatch.setenv("INTERRUPT_AFTER", "2" if "--num-iterations" in flags else "3")
     assert main(["train", *flags, "--output-dir", str(folder)]) == 130
     monkeypatch.delenv("INTERRUPT_AFTER")
 
 
-@pytest.mark.parametrize("ended", [killed, interrupted])
+SEVERAL = ["--num-iterations", "2", "--kl-estimator", "k3", "--reward-scale", "running"]
+
+
+@pytest.mark.parametrize(
+    ("ended", "more"), [(killed, []), (interrupted, []), (interrupted, SEVERAL)], ids=["killed", "interrupted", "within a set"]
+)
 def test_a_resumed_run_is_the_same_to_the_bit(
     flags: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     ended: Callable[..., None],
+    more: list[str],
 ) -> None:
-    flags = [*flags, "--loss", "rloo", "--refill", "0"]
+    flags = [*flags, "--loss", "rloo", "--refill", "0", *more]
     run(flags, tmp_path / "whole")
     ended(flags, tmp_path / "parts", monkeypatch)
+    assert (tmp_path / "parts" / "checkpoints" / "step-3" / ANSWERS).is_file() == bool(more)
     capsys.readouterr()
     assert main(["train", "--resume", str(tmp_path / "parts")]) == 2
     assert "which no file grants to run: give it again" in capsys.readouterr().err
@@ -207,6 +216,60 @@ def test_a_resumed_run_is_the_same_to_the_bit(
     assert rollouts(tmp_path / "parts") == rollouts(tmp_path / "whole")
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     assert same_weights(tmp_path / "parts" / "adapter", tmp_path / "whole" / "adapter")
+
+
+def test_several_steps_on_the_same_answers(flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags, "--loss", "rloo", "--refill", "0", "--learning-rate", "0.1", "--warmup-ratio", "0"]
+    one = run([*flags, "--max-steps", "1"], tmp_path / "one")
+    first = run([*flags, "--max-steps", "1", "--num-iterations", "3"], tmp_path / "first")
+    assert same_weights(tmp_path / "one" / "adapter", tmp_path / "first" / "adapter")
+    assert first[0]["grad_norm"] == one[0]["grad_norm"] and not {"clip_ratio", "importance_ratio"} & one[0].keys()
+
+    lines = run([*flags, "--max-steps", "4", "--num-iterations", "3"], tmp_path / "run")
+    assert [row["step"] for row in rollouts(tmp_path / "run")] == [1] * 6 + [4] * 6
+    assert [line["reward"] == lines[0]["reward"] for line in lines] == [True, True, True, False]
+    assert [line["epoch"] for line in lines] == pytest.approx([1 / 9, 2 / 9, 1 / 3, 4 / 9])
+    for at in (0, 3):
+        assert lines[at]["importance_ratio"] == pytest.approx(1, abs=1e-5) and lines[at]["clip_ratio"] == 0
+        assert lines[at]["loss"] == pytest.approx(0, abs=1e-5)
+    assert lines[1]["clip_ratio"] > 0.05 and lines[1]["loss"] < -1e-3  # the surrogate gains
+    wide = run([*flags, "--max-steps", "2", "--num-iterations", "3", "--epsilon", "0.9"], tmp_path / "wide")
+    assert wide[1]["clip_ratio"] < lines[1]["clip_ratio"] and wide[1]["importance_ratio"] == lines[1]["importance_ratio"]
+
+
+def test_k3_and_a_scale_of_rewards(flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags, "--loss", "rloo", "--beta", "0.5", "--max-steps", "2", "--refill", "0"]
+    k3 = run([*flags, "--kl-estimator", "k3", "--reward-scale", "running"], tmp_path / "k3")
+    k1 = run([*flags, "--reward-scale", "group"], tmp_path / "k1")
+    rows, seen = rollouts(tmp_path / "k3"), []
+    for line, at in zip(k3, (0, 6), strict=True):
+        seen += [row["reward"] for row in rows[at : at + 6]]
+        assert line["reward_scale"] == pytest.approx(np.std(seen, ddof=1))
+        r = np.array([row["reward"] for row in rows[at : at + 3]]) / np.std(seen, ddof=1)
+        assert [row["advantage"] for row in rows[at : at + 3]] == pytest.approx(1.5 * (r - r.mean()), abs=1e-12)
+    for row in rollouts(tmp_path / "k1")[:3]:
+        r = np.array([other["reward"] for other in rollouts(tmp_path / "k1")[:3]])
+        scaled = 1.5 * (row["reward"] - r.mean()) / (r.std(ddof=1) + 1e-4)
+        assert row["advantage"] == pytest.approx(scaled, abs=1e-12)
+    assert any(row["log_ratio"] != 0 for row in rows) and k1[0]["grad_norm"] > 0
+    # At the reference k3 has no gradient at all: equal rewards take no step with it either.
+    same = [flag.replace(":vowels", ":same") for flag in flags]
+    assert run([*same, "--kl-estimator", "k3", "--max-steps", "1"], tmp_path / "same")[0]["grad_norm"] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--loss rloo --epsilon 0.1", "--epsilon needs --num-iterations above 1"),
+        ("--loss dpo --kl-estimator k3", "--kl-estimator: --loss dpo has its own term for the reference"),
+        ("--loss dpo --reward-scale group", "--reward-scale: --loss dpo takes only the order of rewards"),
+    ],
+)
+def test_options_without_a_use_are_refused(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str, said: str
+) -> None:
+    assert main(["train", *flags, *given.split(), "--output-dir", str(tmp_path / "run")]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_target_kl_ends_the_training(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,128 @@
+"""What plan says drawing answers needs, against the measured peak of live bytes, and a plan of an on-policy run."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import config
+from live_bytes import mlx_peak_bytes, nothing, peak_bytes, random_examples
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lite_dil.backends import registry
+from lite_dil.backends.types import MicroBatch
+from lite_dil.base.errors import UserError
+from lite_dil.base.memory import GIB, Memory
+from lite_dil.batching.batch import Batch
+from lite_dil.cli.main import main
+from lite_dil.data.encoder import Example
+from lite_dil.models.shape import ModelShape, read_shape
+from lite_dil.online.loss import POLICY_GRADIENT
+from lite_dil.planning import auto
+from lite_dil.planning.drawing import Drawing
+from lite_dil.planning.estimate import Load
+from lite_dil.planning.estimate_mlx import MLXStep
+from lite_dil.planning.peak import estimate
+
+ONLINE: dict[str, Any] = {"loss": "rloo", "reward": "answer:number", "samples": 8, "max_new_tokens": 40, "max_length": 300}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 2048}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096}
+    folder = str(tmp_path_factory.mktemp("model"))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **sizes, **heads, bos_token_id=0, eos_token_id=2, pad_token_id=2)
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("backend_name", "options"), [("cpu", {}), ("cpu", {"dtype": "bfloat16", "load_in_4bit": True}), ("mlx", {})]
+)
+def test_drawing_is_within_a_few_percent(model: str, backend_name: str, options: dict[str, Any]) -> None:
+    made = config(**ONLINE, model=model, batch_size=2, gradient_accumulation_steps=1, optim="adamw", **options)
+    peak = peak_bytes if backend_name == "cpu" else mlx_peak_bytes
+    gc.collect()
+    before = peak(nothing)
+    backend = registry.load(backend_name, made, model, made, made)
+    part = Batch.of(random_examples(Load((9,), ((5, 5),)), 2048))
+    backend.step([MicroBatch(part, {"weights": torch.ones(2).numpy()})], POLICY_GRADIENT, 1e-5)  # the optimiser's state
+    drawing = Drawing.of(made)
+    assert (drawing.answers, drawing.prompts, drawing.prompt, drawing.tokens) == (16, 2, 260, 40)
+    prompts = [[3 + (7 * i + 11 * j) % 2000 for j in range(260 - i)] for i in range(2)]  # of unequal lengths
+    found: list[Any] = []
+    measured = (
+        peak(lambda: found.extend(backend.generate([p for p in prompts for _ in range(8)], 40, [2047], range(16)))) - before
+    )
+    assert min(len(one.ids) for one in found) > 30
+    if backend_name == "mlx":
+        said = MLXStep(made, read_shape(model), backend.dtype_name, Load.worst(made), metal=False).estimate()
+    else:
+        said = estimate(made, read_shape(model), backend_name, backend.dtype_name, Load.worst(made))
+    ratio = dict(said.phases)["drawing answers"] / measured
+    print(f"{ratio:.3f} of {measured / 2**20:.1f} MiB")
+    assert ratio == pytest.approx(1, abs=0.05)
+
+
+def test_the_largest_pass_of_drawn_answers() -> None:
+    made = config(**{**ONLINE, "batch_size": 4})
+    assert Load.worst(made).responses == ((40,) * 8, (40,) * 7)  # 600 tokens
+    assert Load.worst(config(**ONLINE, batch_size=1)).responses == ((40,) * 8,)
+    assert Load.worst(config(**ONLINE, batch_size=4, row_tokens=30)).responses == ((40,),)
+
+
+def test_an_8b_models_keys_and_values_by_pencil() -> None:
+    made = config(**{**ONLINE, "max_new_tokens": 256, "max_length": 1024, "batch_size": 4, "gradient_accumulation_steps": 4})
+    drawing = Drawing.of(made)
+    assert (drawing.answers, drawing.prompts) == (16, 2)  # 16 x 1024 tokens are eight rows of 2048
+    llama = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    shape = ModelShape.of({**llama, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256})
+    assert drawing.on_torch(shape, 2)["cache"] == 16 * 1023 * 2 * 8 * 128 * 32 * 2
+
+
+def test_plan_of_an_on_policy_run(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n} + 1?", "answer": n + 1}) + "\n" for n in range(6)))
+    flags = (
+        f"--model {model} --backend cpu --loss rloo --reward answer:number --samples 8 --max-new-tokens 40 --max-length 300"
+    )
+    flags += f" --data {data} --batch-size 2 --gradient-accumulation-steps 1 --num-iterations 2"
+    assert main(["plan", *flags.split(), "--memory", "4"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Drawn at once: 16 answers of at most 40 tokens, to prompts of at most 260." in said
+    assert "The largest pass: 15 answers of 40 tokens to 2 prompts" in said
+    assert "Steps: 6, over 6 examples an epoch" in said  # three sets of answers, two steps on each
+    # With as many keys as queries they take more than training does.
+    wide = json.loads((Path(model) / "config.json").read_text()) | {"num_key_value_heads": 8}
+    (tmp_path / "config.json").write_text(json.dumps(wide))
+    other = [*flags.replace(model, str(tmp_path)).split(), "--gradient-checkpointing", "full", "--dtype", "float32"]
+    assert main(["plan", *other, "--memory", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["components"]["cache"] == 2 * 4 * 16 * 299 * 256 * 4
+    assert main(["plan", *other, "--memory", "4"]) == 0
+    assert "drawn answers" in (said := capsys.readouterr().out) and "their keys and values" in said
+    assert main(["plan", *flags.split(), "--memory", "4", "--tokens-per-second", "9"]) == 2
+    assert "an on-policy run with --like" in " ".join(capsys.readouterr().err.split())
+
+
+def test_auto_splits_a_step_so_that_drawing_fits(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(**{**ONLINE, "max_length": 2000}, model=model, backend="cpu", dtype="float32", batch_size=16, optim="adamw")
+    prompts = [Example(tuple(range(200)), (), (), "here")]
+
+    def chosen(gigabytes: float) -> Any:
+        monkeypatch.setattr(auto, "memory_here", lambda backend: Memory(int(gigabytes * GIB), "a test"))
+        return auto.fitted(made, prompts, frozenset())[0]
+
+    # At least 33 MiB are needed for a group of eight, and 26 for a single answer.
+    large, small = chosen(1), chosen(0.029)
+    assert large.max_length == small.max_length == 2000
+    assert (large.row_tokens, small.row_tokens) == (200 + 8 * 40, 200 + 40)
+    with pytest.raises(UserError, match="GB are needed"):
+        chosen(0.01)
