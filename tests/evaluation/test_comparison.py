@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SVG, bare_model, config, oracle_logps, write_pairs
+from conftest import bare_model, config, oracle_logps, write_pairs
 from markupsafe import Markup
+from undrawn import SVG
 
 from lite_dil.backends.types import Generated
 from lite_dil.base.html import clean
@@ -64,7 +65,8 @@ def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison that was never stopped, with a reference cache of its own."""
     folder = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(charts, "svg", SVG)
+        if "cpu" in flags:  # the curves are the same: one backend's are looked at
+            patch.setattr(charts, "svg", SVG)
         assert main([*flags, "--output", str(folder), "--reference-cache", "off"]) == 0
     return folder
 
@@ -123,7 +125,7 @@ def compare_samples(folder: Path, loss: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "runs" / f"{loss}-seed0" / "samples.jsonl").read_text().splitlines()]
 
 
-def test_the_curves_start_at_the_reference_and_end_in_the_table(whole: Path) -> None:
+def test_the_curves_start_at_the_reference_and_end_in_the_table(whole: Path, flags: list[str]) -> None:
     curves, content = json.loads((whole / "curves.json").read_text()), table(whole)
     for row in content["rows"]:
         for side in ("chosen", "rejected"):
@@ -133,7 +135,7 @@ def test_the_curves_start_at_the_reference_and_end_in_the_table(whole: Path) -> 
             assert curve["mean"][-1] == pytest.approx(row["figures"][f"logps/{side}"]["mean"], abs=1e-3)
     assert (whole / "figure2.png").read_bytes()[:4] == b"\x89PNG"
     page = (whole / "index.html").read_text()
-    assert "currentColor" in page and INK not in page
+    assert ("currentColor" in page) == ("cpu" in flags) and INK not in page
     assert set(re.findall(r"https?://[^\s\"'<]+", page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     # Each prompt stands once, with the answers of all beside each other.
     tags = Tags()
