@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import bare_model, config, oracle_logps, write_pairs
 from markupsafe import Markup
-from undrawn import SVG
+from undrawn import SVG, blank
 
 from lite_dil.backends.types import Generated
 from lite_dil.base.html import clean
@@ -43,10 +43,19 @@ from lite_dil.reports.charts import INK
 from lite_dil.runs.folder import RunFolder
 
 STEPS, PROMPTS, TOKENS = 4, 9, 6
+CURVES = compare_page._curves
 
 
 def main(argv: list[str]) -> int:
     return command_line.main(["compare", *argv])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unplotted() -> Iterator[pytest.MonkeyPatch]:
+    """The figure of curves is left blank, but where it is looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_page, "_curves", blank)
+        yield patch
 
 
 @pytest.fixture(scope="module", params=["cpu", "mlx"])
@@ -67,6 +76,7 @@ def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         if "cpu" in flags:  # the curves are the same: one backend's are looked at
             patch.setattr(charts, "svg", SVG)
+            patch.setattr(compare_page, "_curves", CURVES)
         assert main([*flags, "--output", str(folder), "--reference-cache", "off"]) == 0
     return folder
 
