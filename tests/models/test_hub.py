@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -41,12 +42,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked(endpoint: str, home: Path) -> dict[str, new.Done]:
+def asked(endpoint: str, home: Path, tiny: str) -> dict[str, new.Done]:
     """What one new interpreter made of these commands, in this order."""
     both, own = "--data owner/prefs --eval-data owner/prefs:test", write_pairs(home / "pairs.jsonl", 8)
     commands = {
         # First: what libraries print beside sys.stderr is in its `err`.
         "own": f"--model owner/tiny --data {own} --backend cpu",
+        "local": f"--model {tiny} --data {own} --backend cpu",
         "cpu": f"--model owner/tiny {both} --backend cpu",
         "mlx": f"--model owner/tiny {both} --backend mlx",
         "split": "--model owner/tiny --data owner/good/good:learn --max-rows 3 --backend cpu",
@@ -121,6 +123,8 @@ def offline(
         "generate": ["generate", str(place / "prompts.txt"), *model, "--output", "-"],
         "rows": ["train", "--model", tiny, "--data", "owner/none"],
     }
+    export = ["export", "--adapter", str(home / "local"), "--model", "owner/tiny", "--format"]
+    commands |= {form: [*export, form, "--output", str(home / form)] for form in ("merged", "adapter")}
     # Were a hub asked again and again, its library would say so.
     found = new.run(list(commands.values()), variables(nowhere, home) | {"HF_HUB_VERBOSITY": "warning"})
     return dict(zip(commands, (done._replace(err=done.err.replace(nowhere, "NOWHERE")) for done in found), strict=True))
@@ -139,6 +143,16 @@ def test_without_a_network_there_is_one_message(command: str, offline: dict[str,
 def test_without_a_network_a_model_that_was_had_before_trains(offline: dict[str, new.Done]) -> None:
     done = offline["had before"]
     assert (done.code, done.err) == (0, "") and "the run is finished" in done.out, done
+
+
+def test_a_hub_id_stays_one_in_an_export(offline: dict[str, new.Done], home: Path, tiny: str) -> None:
+    """Of a run on a folder, exported with the same model from the hub."""
+    for form in ("merged", "adapter"):
+        assert offline[form].code == 0, offline[form].err
+        assert json.loads((home / form / "export.json").read_text())["model"] == "owner/tiny"
+    assert json.loads((home / "adapter" / "adapter_config.json").read_text())["model"] == "owner/tiny"
+    for path in [path for path in home.glob("merged/*") if path.suffix in (".json", ".md")]:
+        assert tiny not in path.read_text() and str(home / "hub") not in path.read_text(), path
 
 
 def test_a_hub_that_is_busy_is_asked_again_in_silence(asked: dict[str, new.Done]) -> None:
