@@ -95,12 +95,32 @@ def test_the_page_joins_the_rows_of_a_kind(tmp_path: Path) -> None:
     assert "short form" in text and "3 cases took 1 minutes of CPU; 1 failed" in text and "## steady\n\nNot run." in text
 
 
-def test_a_process_that_ends_is_a_failure_and_the_others_go_on(tmp_path: Path) -> None:
-    pieces = [Piece("hostile", "no such target"), Piece("steady", "no such backend")]
+# A part whose pieces take no time.
+PART = """
+from collections import Counter
+from contextlib import contextmanager
+from soak.row import Row
+
+@contextmanager
+def opened(output, *, short):
+    def take(name):
+        if name == "ends":
+            raise RuntimeError("an end")
+        yield Row("toy", name, Counter(tried=1), ["harm"] if name == "fails" else [])
+    yield take
+"""
+
+
+def test_a_process_that_ends_is_a_failure_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "more" / "soak").mkdir(parents=True)
+    (tmp_path / "more" / "soak" / "part_toy.py").write_text(PART)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "more"), prepend=os.pathsep)
+    pieces = [Piece("toy", name) for name in ("ends", "fails", "is well")]
     kept = Kept(tmp_path / "pieces", short=True)
     found = dict(run(pieces, kept, tmp_path, workers=1))
     assert list(found) == pieces
-    ((ended,), (failed,)) = (rows_of([done]) for done in found.values())
-    assert "the process ended with 1: KeyError" in ended.failures[0] and str(tmp_path / "hostile-0.log") in ended.failures[0]
-    assert failed.what.startswith("100 steps on no such backend") and failed.failures
-    assert [kept.find(piece) for piece in pieces] == [None, None]
+    ((ended,), (failed,), (well,)) = (rows_of([done]) for done in found.values())
+    assert "the process ended with 1: RuntimeError: an end" in ended.failures[0]
+    assert str(tmp_path / "toy-0.log") in ended.failures[0]
+    assert failed.failures == ["harm"] and well.ok
+    assert [kept.find(piece) for piece in pieces] == [None, None, found[pieces[2]]]
