@@ -20,7 +20,7 @@ from lite_dil.planning.estimate_mlx import MLXStep
 from lite_dil.planning.peak import estimate
 
 MIB = 2**20
-LOAD = Load((40,), ((120, 100),))  # prefix 39 + 220 tokens, plain 2 rows of 160
+LOAD = Load((20,), ((60, 50),))  # prefix 19 + 110 tokens, plain 2 rows of 80
 
 
 @pytest.fixture(scope="module")
