@@ -1,7 +1,8 @@
 # make demo    train the embedded 135M model and see its answers before and after
 # make test    run the tests
-# make check   lint, types and tests: what CI runs
+# make check   lint, types and tests: CI runs this and make soak-short
 # make soak    kills, power cuts, damage and hostile input by the hundred, under an hour; docs/reliability.md has its table
+# make soak-short   the same in two minutes, a few of each
 # make audit   look for known vulnerabilities of the installed packages, before a release; needs the network
 # make rehearse-cuda   the CUDA backend on a stand-in GPU, without one (5 GB of installation, then up to 25 minutes)
 PYTHON ?= python3
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 BACKEND := $(if $(findstring Darwin arm64,$(shell uname -sm)),mlx,cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check lint soak audit rehearse-cuda clean
+.PHONY: demo test check lint soak soak-short audit rehearse-cuda clean
 
 demo: $(VENV)/demo
 	$(BIN)/lite-dil demo
@@ -32,6 +33,9 @@ lint: $(VENV)/dev
 
 soak: $(VENV)/dev
 	$(BIN)/python scripts/soak --page docs/reliability.md
+
+soak-short: $(VENV)/dev
+	$(BIN)/python scripts/soak --short --anew --output build/soak-short
 
 # Of exact versions, without what torch's own index adds to them (+cpu). --strict: a package that could not be asked about fails.
 audit: $(VENV)/dev .venv-audit/ready

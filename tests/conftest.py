@@ -23,8 +23,8 @@ import blas  # noqa: F401
 import numpy as np
 import pytest
 import torch
+import undrawn as without_curves
 from cpu_time import CpuTime
-from markupsafe import Markup
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -55,7 +55,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BACKENDS = ["cpu", "mlx"]
 _imported = 0  # modules, when objects were last frozen
-SVG = charts.svg
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -199,16 +198,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def undrawn() -> Iterator[None]:
-    """Charts without curves: drawing them is four fifths of what a run of a tiny model takes, in every test that trains."""
+    """Charts without curves, in every test that trains."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(charts, "svg", lambda make, salt="", text="": Markup(f'<svg data-chart="{salt}"></svg>'))
+        patch.setattr(charts, "svg", without_curves.svg)
         yield
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts as they are, for what is about them."""
-    monkeypatch.setattr(charts, "svg", SVG)
+    monkeypatch.setattr(charts, "svg", without_curves.SVG)
 
 
 Make = Callable[[Path], Any]
@@ -287,8 +286,17 @@ def trained(shared: Callable[[str, Make], Path]) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def embedded() -> str:
-    """The folder of the embedded 135M model."""
+def embedded(own_cache: None, shared: Callable[[str, Make], Path]) -> str:
+    """The folder of the embedded 135M model, which is made once for all processes where the user has none."""
+    here = cache_dir() / EMBEDDED_MODEL
+    if not here.exists():
+
+        def make(folder: Path) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("LITE_DIL_CACHE", str(folder))
+                resolve_model(EMBEDDED_MODEL)
+
+        here.symlink_to(shared("embedded", make) / EMBEDDED_MODEL)
     return resolve_model(EMBEDDED_MODEL)
 
 

@@ -11,7 +11,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 start()
 
 import blas  # noqa: E402, F401
+import rich.live  # noqa: E402
+import rich.progress  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
+import undrawn  # noqa: E402
 
 import lite_dil.backends.torch.backend  # noqa: E402
 import lite_dil.backends.torch.generate  # noqa: E402
@@ -27,5 +30,6 @@ with contextlib.suppress(ImportError):
     import lite_dil.backends.mlx.backend
     import lite_dil.backends.mlx.load  # noqa: F401
 
+undrawn.undraw()
 gc.collect()
 gc.freeze()  # the forked processes' collections neither visit nor copy what is here

@@ -72,9 +72,9 @@ print("compiled")
     assert said.count("usage: lite-dil ") >= 8 and said.endswith("compiled\n")
 
 
-@pytest.mark.parametrize("version", [VERSIONS[0], VERSIONS[-1]])
+@pytest.mark.parametrize("version", VERSIONS[:1])
 def test_plan_and_data(version: str, sources: Path, tiny: str, tmp_path: Path) -> None:
-    """With the packages that they need, on the oldest and the newest."""
+    """With the packages that they need, on the oldest, which lacks the most; installing them takes most of the time."""
     python, packages = interpreter(version), str(tmp_path / "packages")
     wanted = re.findall(rf'"((?:{"|".join(PACKAGES)})[<>=][^"]*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert len(wanted) == len(PACKAGES)

@@ -94,9 +94,10 @@ def test_the_example_data_and_config_train(tiny: str, tmp_path: Path) -> None:
         data = tmp_path / f"{number}.jsonl"
         data.write_text(block, encoding="utf-8")
         flags = ["--model", tiny, "--backend", "cpu", "--loss", loss, "--data", str(data), "--max-steps", "1"]
-        assert main(["train", *flags, "--output-dir", str(tmp_path / f"out{number}")]) == 0
+        assert main(["train", *flags, "--report-samples", "0", "--output-dir", str(tmp_path / f"out{number}")]) == 0
     (tmp_path / "c.yaml").write_text(options, encoding="utf-8")
     assert read_yaml(tmp_path / "c.yaml").keys() == yaml.safe_load(options).keys()
     own = ["--model", tiny, "--data", str(write_pairs(tmp_path / "p.jsonl")), "--max-steps", "1", "--dtype", "float32"]
+    own += ["--max-length", "64"]  # for the sample answers
     flags = ["--config", str(tmp_path / "c.yaml"), *own, "--backend", "cpu", "--no-4bit", "--output-dir", str(tmp_path / "o")]
     assert main(["train", *flags]) == 0

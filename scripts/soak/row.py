@@ -57,7 +57,8 @@ def table(rows: Iterable[Row]) -> str:
 
 _HEAD = """# Reliability
 
-What became of lite-dil when it was broken on purpose. `make soak` makes this page; `scripts/soak` says how each part works.
+What became of lite-dil when it was broken on purpose. `make soak` makes this page, CI runs `make soak-short`, a few of each
+kind, and `scripts/soak` says how each part works.
 
 - **writes**: a layer below the process kills it at a write, cuts the power (what was not synced is lost, torn or zeroed), or
   lets the disk fail; then the same command is started again. *Equal* is the result of an uninterrupted run, to the bit.

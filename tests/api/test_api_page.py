@@ -27,7 +27,7 @@ def test_the_examples_run(
     for number, code in enumerate(examples(), 1):
         # A function's text is looked for in a file.
         file = tmp_path / f"example_{number}.py"
-        file.write_text(code.replace('"MODEL"', f'"{tiny}", backend="cpu"'))
+        file.write_text(code.replace('"MODEL"', f'"{tiny}", backend="cpu", max_length=64'))
         exec(compile(file.read_text(), str(file), "exec"), names)
     assert "this policy was closed" in capsys.readouterr().out
     assert (tmp_path / "merged" / "config.json").is_file() and (tmp_path / "adapter-alone").is_dir()

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import undrawn
 from conftest import write_pairs
 
 import lite_dil as dil
 from lite_dil.backends import registry
 from lite_dil.cli.main import main
+from lite_dil.evaluation.comparison import page
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -24,6 +26,7 @@ def test_compare_is_the_command(
     tiny: str, backend_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """From a generator of rows; nothing is loaded for its four runs; a second call does nothing again."""
+    monkeypatch.setattr(page, "_curves", undrawn.blank)
     data = write_pairs(tmp_path / "pairs.jsonl", 40)
     flags = ["--model", tiny, "--backend", backend_name, "--dtype", "float32", "--lora-r", "4", "--data", str(data)]
     flags += ["--losses", "lsif,dpo", "--seeds", "1,2", "--max-steps", "2", "--batch-size", "4", "--sample-prompts", "2"]

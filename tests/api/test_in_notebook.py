@@ -16,13 +16,12 @@ from nbclient import NotebookClient
 
 import lite_dil
 import lite_dil as dil
-from lite_dil.models.find import EMBEDDED_MODEL
 
-FIVE = f"""\
+FIVE = """\
 import lite_dil as dil
-policy = dil.load({EMBEDDED_MODEL!r}, backend="cpu", max_length=64)
+policy = dil.load(MODEL, backend="cpu", max_length=64)
 pairs = dil.read("short-answers", max_rows=2)
-small = {{"batch_size": 1, "gradient_accumulation_steps": 1, "report_samples": 0, "output_dir": "run"}}
+small = {"batch_size": 1, "gradient_accumulation_steps": 1, "report_samples": 0, "output_dir": "run"}
 run = dil.train(policy, pairs, loss="lsif", max_steps=2, eval_data=pairs, **small)
 print(run.metrics[-1]["step"], policy.generate("Why?", max_new_tokens=2), policy.log_ratio("2 + 2?", "4."))
 run.export("my-model", format="ollama", no_check=True)
@@ -43,7 +42,8 @@ print(run.stopped, len(run.metrics))
 
 def execute(place: Path, monkeypatch: pytest.MonkeyPatch, *cells: str) -> list[list[Any]]:
     """Run cells in a fresh kernel, which is interrupted when there is a file "now"; return the outputs of each."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(lite_dil.__file__).parent.parent), prepend=os.pathsep)
+    for folder in (Path(__file__).parents[1], Path(lite_dil.__file__).parent.parent):
+        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     client = NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(place)}})
     over = threading.Event()
@@ -79,8 +79,14 @@ class Shown(HTMLParser):
         self.text += data
 
 
-def test_the_five_lines_and_the_stop_button(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cells = [FIVE, "policy", "run", STOPPED, "run = run.resume()\nprint(run.stopped, run.metrics[-1]['step'])"]
+def test_the_five_lines_and_the_stop_button(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [
+        f"import undrawn\nundrawn.undraw()\nMODEL = {tiny!r}\n{FIVE}",
+        "policy",
+        "run",
+        STOPPED,
+        "run = run.resume()\nprint(run.stopped, run.metrics[-1]['step'])",
+    ]
     five, policy, run, stopped, resumed = execute(tmp_path, monkeypatch, *cells)
     assert {output.output_type for output in five} <= {"stream", "display_data", "execute_result"}
     printed = "".join(output.text for output in five if output.output_type == "stream")
@@ -90,7 +96,7 @@ def test_the_five_lines_and_the_stop_button(tmp_path: Path, monkeypatch: pytest.
     assert ("progress", {"value": "2", "max": "2", "style": "width: 20em"}) in shown.tags
     assert "held out, step 2: loss" in shown.text and "adapter in run" in shown.text and "pairs/s" in shown.text
     said = Shown(policy[0].data["text/html"]).text
-    assert EMBEDDED_MODEL in said and "cpu (CPU" in said and "trained by run" in said and "rank 16" in said
+    assert tiny in said and "cpu (CPU" in said and "trained by run" in said and "rank 16" in said
     shown = Shown(run[0].data["text/html"])
     assert re.search(r"step2loss-0\.\d+", shown.text) and "finished" in shown.text
     assert ("a", {"href": "run/report.html", "target": "_blank"}) in shown.tags

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from conftest import bare_model, load, oracle_logps, pair_row
+from conftest import bare_model, load, oracle_logps
 from steps import step
 from test_parity import assert_same_gradients
 
@@ -47,11 +48,12 @@ def test_it_answers(embedded: str, encoder: Encoder) -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "mlx"])
 def test_it_knows_in_4_bits(embedded: str, encoder: Encoder, name: str) -> None:
-    text = "The capital of France is Paris."
-    wrong = encoder.encode(pair_row(QUESTION, text, "The capital of France is Berlin."))
-    right, other = load(name, embedded, load_in_4bit=True).sequence_logps(Batch.of([wrong])) / len(wrong.responses[0])
-    assert right > -1  # nats per token; by chance it would be -log(49152) = -10.8
-    assert right > other + 0.5
+    """A few tokens: MLX's products of 4 bits take a third of a second for each on a CPU."""
+    prompt, *towns = (encoder.tokenizer(text).input_ids for text in ("The capital of France is", " Paris", " Berlin"))
+    data = Batch.of([Example(tuple(prompt), tuple(map(tuple, towns)), (1, -1))])
+    right, other = load(name, embedded, load_in_4bit=True).sequence_logps(data)
+    assert right > -2  # nats; by chance it would be -log(49152) = -10.8
+    assert right > other + 1
 
 
 def test_mlx_lm_by_itself_reads_the_rope_that_transformers_does(embedded: str) -> None:
@@ -72,8 +74,17 @@ def test_it_answers_on_mlx(embedded: str, encoder: Encoder) -> None:
     assert encoder.tokenizer.decode(answer).startswith("The capital of France is Paris")
 
 
+@pytest.fixture(scope="module")
+def base_logps(embedded: str, short_pair: Batch) -> np.ndarray:
+    """The pair's token log-probs by transformers alone."""
+    with torch.no_grad():
+        return oracle_logps(bare_model(embedded), short_pair).numpy()
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("cpu", "float32"), ("cpu", "bfloat16"), ("mlx", "float32")])
-def test_fresh_start_first_step_and_adapter_off(embedded: str, short_pair: Batch, name: str, dtype: str) -> None:
+def test_fresh_start_first_step_and_adapter_off(
+    embedded: str, short_pair: Batch, base_logps: np.ndarray, name: str, dtype: str
+) -> None:
     backend = load(name, embedded, dtype=dtype)
     first = step(backend, [short_pair], 1e-3)
     assert (first.policy == first.reference).all()
@@ -81,11 +92,9 @@ def test_fresh_start_first_step_and_adapter_off(embedded: str, short_pair: Batch
     second = step(backend, [short_pair], 1e-3)
     np.testing.assert_array_equal(second.reference, first.reference)
     assert second.loss < first.loss
-    with torch.no_grad():
-        base = oracle_logps(bare_model(embedded), short_pair).numpy()
     with backend.adapter_off():
-        np.testing.assert_allclose(backend.token_logps(short_pair), base, atol=5e-4 if dtype == "float32" else 0.5)
-    assert np.abs(backend.token_logps(short_pair) - base).max() > 0.05
+        np.testing.assert_allclose(backend.token_logps(short_pair), base_logps, atol=5e-4 if dtype == "float32" else 0.5)
+    assert np.abs(backend.token_logps(short_pair) - base_logps).max() > 0.05
 
 
 def test_parity_of_torch_and_mlx(embedded: str, short_pair: Batch) -> None:
@@ -110,7 +119,7 @@ def test_it_is_made_once_and_whole(embedded: str, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(KeyboardInterrupt):
             models.prepare_embedded()
     assert list(tmp_path.iterdir()) == [], "nothing half-made is left"
-    shutil.copytree(embedded, tmp_path / models.EMBEDDED_MODEL)
+    shutil.copytree(embedded, tmp_path / models.EMBEDDED_MODEL, copy_function=os.symlink)
     with monkeypatch.context() as patch:
         patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", killed)
         assert models.prepare_embedded() == tmp_path / models.EMBEDDED_MODEL

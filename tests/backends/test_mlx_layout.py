@@ -62,11 +62,17 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
 }
 
 
-@pytest.fixture(autouse=True, params=["by itself", "padded"])
-def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either way to attend: a CPU's, row by row and here three queries at a time, and Metal's, in padded blocks."""
-    monkeypatch.setattr(MLXBackend, "pads_attention", request.param == "padded")
+@pytest.fixture(autouse=True)
+def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's way to attend: row by row, and here three queries at a time."""
+    monkeypatch.setattr(MLXBackend, "pads_attention", False)
     monkeypatch.setattr(mlx_prefix, "MLX_QUERIES", 3)
+
+
+@pytest.fixture(params=["by itself", "padded"])
+def attention(request: pytest.FixtureRequest, by_itself: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either way to attend: a CPU's, and Metal's, in padded blocks."""
+    monkeypatch.setattr(MLXBackend, "pads_attention", request.param == "padded")
 
 
 def make(architecture: PretrainedConfig, folder: Path) -> str:
@@ -132,23 +138,28 @@ def oracle_gradients(model: str, names: list[str], values: dict[str, np.ndarray]
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_prefix_layout_equals_plain_and_the_models_own(kind: str, tmp_path: Path) -> None:
+def test_prefix_layout_equals_plain_and_the_models_own(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probs against transformers one sequence at a time; gradients against the plain layout and autograd there."""
     model, data = make(ARCHITECTURES[kind], tmp_path), ragged()
-    prefix, plain = (load("mlx", model, layout=layout, max_length=32, max_grad_norm=1e9) for layout in ("auto", "plain"))
-    assert (prefix.layout, prefix.layout_reason, plain.layout) == ("prefix", "", "plain")
+    bare, options = bare_model(model), {"max_length": 32, "max_grad_norm": 1e9}
     with torch.no_grad():
-        expected = oracle_logps(bare_model(model), data).numpy()
+        expected = oracle_logps(bare, data).numpy()
+    plain = load("mlx", model, layout="plain", **options)
     np.testing.assert_allclose(plain.token_logps(data), expected, atol=1e-4)
-    np.testing.assert_allclose(prefix.token_logps(data), expected, atol=1e-4)
-    values = adapter(moved(plain))
-    in_prefix = gradients(moved(prefix), data)
-    assert_same_gradients(in_prefix, gradients(plain, data))
+    values, in_plain = adapter(moved(plain)), gradients(plain, data)
     names = [name.removesuffix(".lora_a") for name in values if name.endswith("lora_a")]
-    if all(f"{name}.weight" in dict(bare_model(model).named_parameters()) for name in names):  # not in mlx-lm's own experts
-        assert_same_gradients(in_prefix, oracle_gradients(model, names, values, data), 1e-3)
+    theirs = oracle_gradients(model, names, values, data)
+    for padded in (False, True):  # either way to attend, as `attention` has them
+        monkeypatch.setattr(MLXBackend, "pads_attention", padded)
+        prefix = load("mlx", model, layout="auto", **options)
+        assert (prefix.layout, prefix.layout_reason, plain.layout) == ("prefix", "", "plain")
+        np.testing.assert_allclose(prefix.token_logps(data), expected, atol=1e-4)
+        in_prefix = gradients(moved(prefix), data)
+        assert_same_gradients(in_prefix, in_plain)
+        assert_same_gradients(in_prefix, theirs, 1e-3)
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("lengths", [[(3, [2])], [(1, [1, 1])], [(4, [2, 5]), (2, [3])], [(1, [4, 2]), (1, [1, 7])]])
 def test_prefix_layout_of_odd_batches(lengths: Any, tiny: str) -> None:
     """One response, prompts of a single token, prompts with different numbers of responses, out of order."""
@@ -167,6 +178,7 @@ SLIDING = {
 }
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("kind", SLIDING)
 def test_a_window_that_mlx_lm_leaves_out_is_applied_in_any_layout(kind: str, tmp_path: Path) -> None:
     model = make(SLIDING[kind], tmp_path)
@@ -189,6 +201,7 @@ def test_windows_are_read_from_the_config() -> None:
     assert windows({"text_config": {"num_hidden_layers": 2, "sliding_window": 8, "model_type": "mistral"}}) == [8, 8]
 
 
+@pytest.mark.usefixtures("attention")
 def test_a_window_that_mlx_lm_applies_is_in_the_prefix_layout_too(tmp_path: Path) -> None:
     """Rows of 25 tokens on windows of 6, in the layers that have one."""
     model, data = make(Cohere2Config(**{**SMALL, "num_hidden_layers": 4}, sliding_window=6), tmp_path), ragged()
@@ -238,6 +251,7 @@ def test_models_built_in_another_way_are_refused(tmp_path: Path) -> None:
         load("mlx", make(MambaConfig(**SMALL_MAMBA), tmp_path))
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("layout", ["prefix", "plain"])
 def test_checkpointing_in_a_layout_changes_no_gradient(layout: str, tiny: str) -> None:
     data = ragged()
@@ -302,6 +316,7 @@ def test_the_prefix_layout_computes_only_what_is_read(tiny: str, tmp_path: Path,
     assert seen == [(1, prompts), (1, responses)] * 2 + [(responses,)]
 
 
+@pytest.mark.usefixtures("attention")
 def test_the_prefix_layout_in_bfloat16_starts_at_0(tiny: str) -> None:
     backend, data = load("mlx", tiny, dtype="bfloat16"), ragged()
     assert (backend.layout, backend.identity) == ("prefix", "mlx bfloat16")

@@ -340,6 +340,7 @@ def test_a_run_logs_what_trl_logs(backend: Any, loss: str, names: tuple[str, ...
         "--model", tiny, "--backend", backend.name, "--dtype", "float32", "--data", str(tmp_path / "rows.jsonl"),
         "--loss", loss, "--beta", "0.2", "--init-adapter", str(tmp_path / "adapter"), "--reference", "base",
         "--batch-size", "2", "--gradient-accumulation-steps", str(len(rows) // 2), "--max-steps", "1",
+        "--report-samples", "0",
         "--output-dir", str(tmp_path / "run"),
     ]  # fmt: skip
     assert main(["train", *flags]) == 0

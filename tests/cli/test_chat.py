@@ -178,7 +178,8 @@ def test_answers_are_saved_and_train(tuned: Tuned, chat: Callable[..., Said], tm
     """A row an answer; only what the file does not hold yet, and only what came to its end."""
     file = tmp_path / "chats.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}')
-    draws = ("--temperature", "3", "--max-new-tokens", "3000", "--system", "be good")
+    # By this seed both answers are short.
+    draws = ("--temperature", "3", "--max-new-tokens", "3000", "--system", "be good", "--seed", "11")
     said = chat(
         tuned, "tea", "/system be bad", f"/save {file}", "bread", f"/save {file}", f"/save {file}", "/save", flags=draws
     )
@@ -195,7 +196,7 @@ def test_answers_are_saved_and_train(tuned: Tuned, chat: Callable[..., Said], tm
     assert [row[0]["content"] for row in rows[1:]] == ["be good", "be bad"]  # as it was when the answer was given
     assert shown(rows[1][-1]["content"]) in said.out
     train = ["train", "--model", tiny, "--data", str(file), "--loss", "sft", "--max-steps", "1", "--output-dir"]
-    assert main([*train, str(tmp_path / "run")]) == 0
+    assert main([*train, str(tmp_path / "run"), "--report-samples", "0"]) == 0
 
     cut = chat(tuned, "the red house", f"/save {tmp_path / 'none.jsonl'}", f"/save {tmp_path}")
     assert "0 answers added" in cut.err

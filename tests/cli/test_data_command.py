@@ -243,7 +243,7 @@ def test_exit_codes_are_those_of_training(
         assert f"train stops: {found['stops'][0]['why']}" in out
         assert last == f"what to do: {found['stops'][0]['mend']}"
     # And training agrees.
-    more = ["--max-steps", "1", "--backend", "cpu", "--output-dir", str(tmp_path / "run")]
+    more = ["--max-steps", "1", "--report-samples", "0", "--backend", "cpu", "--output-dir", str(tmp_path / "run")]
     assert main(["train", "--data", file, "--model", tiny, *flags, *more]) == code
 
 

@@ -123,6 +123,7 @@ def test_the_file_trains(generate: Run, backend_name: str, tiny: str, tmp_path: 
     path = tmp_path / "answers.jsonl"
     assert [row.form for row in read_rows(str(path))] == ["demonstrations"] * 10
     flags = ["--model", tiny, "--backend", backend_name, "--dtype", "float32", "--loss", "sft", "--max-steps", "1"]
+    flags += ["--report-samples", "0"]
     assert main(["train", "--data", str(path), *flags, "--output-dir", str(tmp_path / "run")]) == 0
 
 

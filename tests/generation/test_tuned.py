@@ -48,7 +48,7 @@ def runs(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
     data = str(write_pairs(folder / "pairs.jsonl"))
     argv = ["train", "--model", tiny, "--data", data, "--dtype", "float32", "--learning-rate", "0.01", "--lora-dropout", "0.1"]
-    argv += ["--max-steps", "3", "--save-steps", "1", "--gradient-accumulation-steps", "1"]
+    argv += ["--max-steps", "3", "--save-steps", "1", "--gradient-accumulation-steps", "1", "--report-samples", "0"]
     for name in BACKENDS:
         assert main([*argv, "--backend", name, "--output-dir", str(folder / name)]) == 0
     return Runs({name: folder / name for name in BACKENDS}, tiny)

@@ -27,6 +27,8 @@ from lite_dil.labelling.labels import Candidate, Labels
 
 QUESTIONS = ["what is tea", "how do you make good bread and tea", "a red house"]
 Label = Callable[..., tuple[int, str]]
+# Of what is above the backends, and the same code for both.
+one_backend = pytest.mark.parametrize("backend_name", ["cpu"])
 
 
 def write_prompts(folder: Path, *questions: str) -> str:
@@ -87,6 +89,7 @@ def test_1_and_2_take_one_and_refuse_the_other(label: Label, tmp_path: Path) -> 
     assert not (tmp_path / "labels.bad.jsonl").exists()
 
 
+@one_backend
 def test_both_bad_and_typed(label: Label, tmp_path: Path) -> None:
     code, text = label("b b 2 t a\tdrink q")
     assert code == 0
@@ -106,6 +109,7 @@ def test_both_bad_and_typed(label: Label, tmp_path: Path) -> None:
     assert "7 pairs in" in text and "4 bad answers in" in text
 
 
+@one_backend
 def test_bad_ones_are_known_after_a_restart(label: Label, tmp_path: Path) -> None:
     assert label("b")[0] == 0  # and the end of the input, which is q
     assert label("1 q")[0] == 0
@@ -114,6 +118,7 @@ def test_bad_ones_are_known_after_a_restart(label: Label, tmp_path: Path) -> Non
     assert len(pairs) == 3 and {said(row["rejected"]) for row in pairs[:1]}.isdisjoint(said(r["completion"]) for r in bad)
 
 
+@one_backend
 def test_undo_takes_back_exactly_the_last_decisions(label: Label, tmp_path: Path) -> None:
     _, text = label("u q")
     assert text.count("nothing to undo") == 1
@@ -133,6 +138,7 @@ def test_undo_takes_back_exactly_the_last_decisions(label: Label, tmp_path: Path
     assert (taken["chosen"], taken["rejected"]) == (other["rejected"], other["chosen"])
 
 
+@one_backend
 def test_it_goes_on_with_what_is_left(label: Label, tmp_path: Path) -> None:
     _, text = label("s 1 q")
     assert [question(row) for row in rows(tmp_path)] == [QUESTIONS[1]]
@@ -160,12 +166,14 @@ def test_the_file_trains_by_the_command_that_is_told(label: Label, backend_name:
     assert "--reference initial-adapter" in told
     words = shlex.split(told)
     assert words[:2] == ["lite-dil", "train"]
-    assert main([*words[1:], "--dtype", "float32", "--max-steps", "1", "--output-dir", str(tmp_path / "run")]) == 0
+    short = ["--max-steps", "1", "--report-samples", "0"]
+    assert main([*words[1:], "--dtype", "float32", *short, "--output-dir", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "adapter").is_dir()
     found = read_rows(str(tmp_path / "labels.jsonl"))
     assert [row.form for row in found] == ["pairs"] * 6 and all(row.chat for row in found)
 
 
+@one_backend
 def test_the_data_command_has_no_complaint(
     label: Label, backend_name: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +219,7 @@ def test_against_the_base(label: Label, tmp_path: Path, backend_name: str, tiny:
     assert f"chosen {won} of 8 times" in text and "tuned-" not in text
 
 
+@one_backend
 def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(
     label: Label,
     backend_name: str,
@@ -227,6 +236,7 @@ def test_an_answer_that_cannot_be_trained_on_is_asked_for_again(
     assert [said(row["chosen"]) for row in rows(tmp_path)] == ["tea", "tea"]
 
 
+@one_backend
 def test_the_editor(label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "editor.py"
     script.write_text("import sys; p = sys.argv[1]; t = open(p).read(); open(p, 'w').write(t + '\\nand more\\n')")
@@ -242,6 +252,7 @@ def test_the_editor(label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert problem in text and len(rows(tmp_path)) == 4
 
 
+@one_backend
 def test_foreign_files_are_refused(label: Label, tmp_path: Path) -> None:
     path = tmp_path / "labels.jsonl"
     talks = [[{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}] for answer in "yz"]
@@ -252,6 +263,7 @@ def test_foreign_files_are_refused(label: Label, tmp_path: Path) -> None:
         assert code == 2 and "give another" in text and path.read_text() == content
 
 
+@one_backend
 def test_other_refusals(label: Label, tmp_path: Path) -> None:
     for flags, message in (
         (("--temperature", "0"), "--temperature 0 gives the same answer twice"),

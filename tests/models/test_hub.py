@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import new
 import pytest
 from conftest import write_pairs
-from hub_server import Busy, Hub, serve
+from hub_server import Busy, serve
 
 
 @pytest.fixture(scope="module")
@@ -28,29 +27,13 @@ def endpoint(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         (place / name / "README.md").write_text(card)
     folders = {f"datasets/owner/{name}": place / name for name in ("prefs", "good", "other")}
     folders["models/owner/tiny"] = Path(tiny)
-    with serve(Hub, repositories=folders) as (address, _):
+    with serve(Busy, repositories=folders) as (address, own):  # refuses the first two questions for a file
         yield address
+        assert own.busy == 0
 
 
 def variables(endpoint: str, home: Path) -> dict[str, str]:
     return os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "5"}
-
-
-def train(endpoint: str, home: Path, *flags: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """A process of its own: the libraries read these variables when they are imported."""
-    env = variables(endpoint, home) | more
-    command = [
-        sys.executable,
-        "-m",
-        "lite_dil",
-        "train",
-        *flags,
-        "--max-steps",
-        "1",
-        "--output-dir",
-        str(home / "run"),
-    ]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +42,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked(endpoint: str, home: Path) -> dict[str, new.Done]:
+def asked(endpoint: str, home: Path, tiny: str) -> dict[str, new.Done]:
     """What one new interpreter made of these commands, in this order."""
-    both = "--data owner/prefs --eval-data owner/prefs:test"
+    both, own = "--data owner/prefs --eval-data owner/prefs:test", write_pairs(home / "pairs.jsonl", 8)
     commands = {
+        # First: what libraries print beside sys.stderr is in its `err`.
+        "own": f"--model owner/tiny --data {own} --backend cpu",
+        "local": f"--model {tiny} --data {own} --backend cpu",
         "cpu": f"--model owner/tiny {both} --backend cpu",
         "mlx": f"--model owner/tiny {both} --backend mlx",
         "split": "--model owner/tiny --data owner/good/good:learn --max-rows 3 --backend cpu",
@@ -74,7 +60,8 @@ def asked(endpoint: str, home: Path) -> dict[str, new.Done]:
             f"no data, {backend}": f"--model owner/tiny --data owner/none --backend {backend}",
             f"no such split, {backend}": f"--model owner/tiny --data owner/prefs:dev --backend {backend}",
         }
-    argvs = [["train", *argv.split(), "--max-steps", "1", "--output-dir", str(home / name)] for name, argv in commands.items()]
+    short = ["--max-steps", "1", "--report-samples", "0"]
+    argvs = [["train", *argv.split(), *short, "--output-dir", str(home / name)] for name, argv in commands.items()]
     return dict(zip(commands, new.run(argvs, variables(endpoint, home)), strict=True))
 
 
@@ -118,41 +105,55 @@ def refusing() -> str:
         return f"http://127.0.0.1:{here.getsockname()[1]}"
 
 
-def test_without_a_network_there_is_one_message(tiny: str, tmp_path: Path) -> None:
-    data = str(write_pairs(tmp_path / "pairs.jsonl", 8))
-    (tmp_path / "prompts.txt").write_text("the red\n")
-    nowhere, model = refusing(), ["--model", "owner/tiny"]
-    missing = (
-        f"--model owner/tiny: no such folder, not in the hub's cache here, and the hub cannot be reached ({nowhere} does not"
-    )
-    cases = [
-        (["plan", *model], missing),
-        (["data", data, *model], missing),
-        (["train", *model, "--data", data, "--backend", "cpu"], missing),
-        (["train", *model, "--data", data, "--backend", "mlx"], missing),
-        (["generate", str(tmp_path / "prompts.txt"), *model, "--output", "-"], missing),
-        (["train", "--model", tiny, "--data", "owner/prefs"], "owner/prefs: cannot be loaded from the hub"),
-    ]
-    found = new.run([argv for argv, _ in cases], variables(nowhere, tmp_path / "home"))
-    for (_, message), done in zip(cases, found, strict=True):
-        assert (done.code, done.err.count("\n")) == (2, 1), done
-        assert done.out in ("", "importing torch ...\n", "importing MLX ...\n")
-        assert message in done.err and f"{nowhere} does not answer" in done.err
+@pytest.fixture(scope="module")
+def offline(
+    asked: dict[str, new.Done], home: Path, tiny: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, new.Done]:
+    """What a second interpreter makes of these, whose hub does not answer; `asked` had the model from it before."""
+    place = tmp_path_factory.mktemp("offline")
+    data, nowhere = str(write_pairs(place / "pairs.jsonl", 8)), refusing()
+    (place / "prompts.txt").write_text("the red\n")
+    model = ["--model", "owner/none"]
+    commands = {
+        "had before": ["train", "--resume", str(home / "own")],
+        "plan": ["plan", *model],
+        "data": ["data", data, *model],
+        "train, cpu": ["train", *model, "--data", data, "--backend", "cpu"],
+        "train, mlx": ["train", *model, "--data", data, "--backend", "mlx"],
+        "generate": ["generate", str(place / "prompts.txt"), *model, "--output", "-"],
+        "rows": ["train", "--model", tiny, "--data", "owner/none"],
+    }
+    export = ["export", "--adapter", str(home / "local"), "--model", "owner/tiny", "--format"]
+    commands |= {form: [*export, form, "--output", str(home / form)] for form in ("merged", "adapter")}
+    # Were a hub asked again and again, its library would say so.
+    found = new.run(list(commands.values()), variables(nowhere, home) | {"HF_HUB_VERBOSITY": "warning"})
+    return dict(zip(commands, (done._replace(err=done.err.replace(nowhere, "NOWHERE")) for done in found), strict=True))
 
 
-def test_without_a_network_a_model_that_was_had_before_trains(endpoint: str, tmp_path: Path) -> None:
-    home, flags = tmp_path / "home", ["--model", "owner/tiny", "--backend", "cpu"]
-    flags += ["--data", str(write_pairs(tmp_path / "pairs.jsonl", 8))]
-    assert train(endpoint, home, *flags).returncode == 0
-    # Were it asked again and again, its library would say so.
-    out = train(refusing(), home, *flags, "--resume", str(home / "run"), HF_HUB_VERBOSITY="warning")
-    assert out.returncode == 0, out.stderr
-    assert "the run is finished" in out.stdout and out.stderr == ""
+@pytest.mark.parametrize("command", ["plan", "data", "train, cpu", "train, mlx", "generate", "rows"])
+def test_without_a_network_there_is_one_message(command: str, offline: dict[str, new.Done]) -> None:
+    done = offline[command]
+    assert (done.code, done.err.count("\n")) == (2, 1), done
+    assert done.out in ("", "importing torch ...\n", "importing MLX ...\n")
+    what = "--model owner/none: no such folder, not in the hub's cache here, and the hub cannot be reached (NOWHERE does not"
+    assert ("owner/none: cannot be loaded from the hub" if command == "rows" else what) in done.err
+    assert "NOWHERE does not answer" in done.err
 
 
-def test_a_hub_that_is_busy_is_asked_again_in_silence(tiny: str, tmp_path: Path) -> None:
-    data = str(write_pairs(tmp_path / "pairs.jsonl", 8))
-    with serve(Busy, repositories={"models/owner/tiny": Path(tiny)}) as (address, own):
-        out = train(address, tmp_path / "home", "--model", "owner/tiny", "--backend", "cpu", "--data", data)
-    assert own.busy == 0
-    assert (out.returncode, out.stderr) == (0, "")
+def test_without_a_network_a_model_that_was_had_before_trains(offline: dict[str, new.Done]) -> None:
+    done = offline["had before"]
+    assert (done.code, done.err) == (0, "") and "the run is finished" in done.out, done
+
+
+def test_a_hub_id_stays_one_in_an_export(offline: dict[str, new.Done], home: Path, tiny: str) -> None:
+    """Of a run on a folder, exported with the same model from the hub."""
+    for form in ("merged", "adapter"):
+        assert offline[form].code == 0, offline[form].err
+        assert json.loads((home / form / "export.json").read_text())["model"] == "owner/tiny"
+    assert json.loads((home / "adapter" / "adapter_config.json").read_text())["model"] == "owner/tiny"
+    for path in [path for path in home.glob("merged/*") if path.suffix in (".json", ".md")]:
+        assert tiny not in path.read_text() and str(home / "hub") not in path.read_text(), path
+
+
+def test_a_hub_that_is_busy_is_asked_again_in_silence(asked: dict[str, new.Done]) -> None:
+    assert (asked["own"].code, asked["own"].err) == (0, ""), asked["own"]

@@ -195,7 +195,7 @@ def flags(tiny: str, tmp_path: Path) -> list[str]:
     data = str(write_pairs(tmp_path / "pairs.jsonl"))
     return [
         "--model", tiny, "--backend", "cpu", "--data", data, "--dtype", "float32", "--learning-rate", "1e-3", "--lora-r", "4",
-        "--epochs", "2", "--max-length", "64",
+        "--epochs", "2", "--max-length", "64", "--report-samples", "0",
     ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from lite_dil.planning.estimate_mlx import MLXStep
 from lite_dil.planning.peak import estimate
 
 MIB = 2**20
-LOAD = Load((40,), ((120, 100),))  # prefix 39 + 220 tokens, plain 2 rows of 160
+LOAD = Load((20,), ((60, 50),))  # prefix 19 + 110 tokens, plain 2 rows of 80
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_large_vocabulary(models: Any, form: dict[str, Any]) -> None:
         (LOAD, {"target_modules": "q_proj,v_proj", "lora_r": 8}),
         (LOAD, {"lora_dropout": 0.1}),
         (LOAD, {"gradient_accumulation_steps": 2}),
-        (Load((193,), ((192, 192),)), {"compile": True} | BFLOAT16),  # lengths that compiling does not pad
+        (Load((193,), ((192, 192),)), {"compile": True}),  # lengths that compiling does not pad
         (Load((60, 20), ((60, 50), (30, 60))), {"compile": True}),  # compiled attention sees padded blocks on a CPU too
     ],
     ids=("long prompt", "three padded pairs", "two adapters", "dropout", "two passes", "compiled", "compiled blocks"),

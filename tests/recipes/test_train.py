@@ -30,6 +30,10 @@ TRL_NAMES = {
 OURS = {"step", "log_ratio/chosen", "log_ratio/rejected", "tokens_per_second", "peak_memory_mb"}
 
 
+# Of what is above the backends, and the same code for both.
+one_backend = pytest.mark.parametrize("backend_name", ["cpu"])
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
@@ -82,8 +86,7 @@ def test_resumed_equals_never_stopped(flags: list[str], data: Path, tmp_path: Pa
     more = ["--lora-dropout", dropout, "--logging-steps", "2", "--eval-data", str(data), "--eval-steps", "2"]
     whole = run(flags, tmp_path / "whole", *more, "--save-steps", "3")
     # As if killed after step 4: metrics beyond the checkpoint, half a line, and a half-written checkpoint.
-    broken = tmp_path / "broken"
-    run(flags, broken, *more, "--save-steps", "3")
+    broken = shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     shutil.rmtree(broken / "adapter")
     shutil.rmtree(broken / "checkpoints" / "step-6")
     (broken / "checkpoints" / ".step-6.partial").mkdir()
@@ -94,6 +97,7 @@ def test_resumed_equals_never_stopped(flags: list[str], data: Path, tmp_path: Pa
     assert same_weights(broken / "adapter", tmp_path / "whole" / "adapter")
 
 
+@one_backend
 def test_resume_auto_starts_then_goes_on(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "auto"
     run(flags, folder, "--resume", "auto", "--max-steps", "3")
@@ -104,6 +108,7 @@ def test_resume_auto_starts_then_goes_on(flags: list[str], tmp_path: Path, capsy
     assert "--learning-rate is 5.0, but the run has 0.001" in capsys.readouterr().err
 
 
+@one_backend
 def test_resume_auto_starts_anew_where_nothing_was_saved(flags: list[str], tmp_path: Path) -> None:
     """A machine that was cut off before the first checkpoint: the same command starts again, and drops nothing else."""
     folder = tmp_path / "run"
@@ -119,6 +124,7 @@ def test_resume_auto_starts_anew_where_nothing_was_saved(flags: list[str], tmp_p
     assert (folder / "metrics.jsonl").is_file()
 
 
+@one_backend
 def test_resume_names_what_it_cannot_do(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +146,7 @@ def test_resume_names_what_it_cannot_do(
     assert same_weights(adapter_of(aside / "step-6"), folder / "adapter")
 
 
-@pytest.mark.parametrize("split", [(4, 1), (1, 4), (3, 2)])
+@pytest.mark.parametrize("split", [(1, 4), (3, 2)])
 def test_any_split_into_micro_batches_is_the_same_run(flags: list[str], tmp_path: Path, split: tuple[int, int]) -> None:
     """10 pairs in steps of 4 (or 6), so that the last batch of an epoch is short; compared with one pass a step."""
     flags[flags.index("--data") + 1] = str(write_pairs(tmp_path / "ten.jsonl", 10))
@@ -155,6 +161,7 @@ def test_any_split_into_micro_batches_is_the_same_run(flags: list[str], tmp_path
             assert one[name] == pytest.approx(two[name], rel=1e-3, abs=2e-4), name
 
 
+@one_backend
 def test_resume_refuses_other_data(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = write_pairs(tmp_path / "mine.jsonl", 8)
     flags = [str(mine) if "pairs.jsonl" in flag else flag for flag in flags]
@@ -223,6 +230,7 @@ def test_a_moved_run_goes_on(flags: list[str], data: Path, tmp_path: Path, capsy
     assert metrics(new / "run") == whole
 
 
+@one_backend
 def test_a_run_is_never_written_over(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = run(flags, tmp_path / "run", "--max-steps", "1")
     assert main(["train", *flags, "--output-dir", str(tmp_path / "run")]) == 2
@@ -249,17 +257,20 @@ def test_ctrl_c_saves_and_resume_goes_on(flags: list[str], tmp_path: Path) -> No
     assert same_weights(folder / "adapter", tmp_path / "whole" / "adapter")
 
 
+@one_backend
 def test_save_total_limit_keeps_the_newest(flags: list[str], tmp_path: Path) -> None:
     run(flags, tmp_path / "run", "--save-steps", "1", "--save-total-limit", "2")
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-5", "step-6"}
 
 
+@one_backend
 def test_config_yaml_of_a_run_trains_the_same(flags: list[str], tmp_path: Path) -> None:
     first = run(flags, tmp_path / "a", "--max-steps", "2")
     assert main(["train", "--config", str(tmp_path / "a" / "config.yaml"), "--output-dir", str(tmp_path / "b")]) == 0
     assert metrics(tmp_path / "b") == first
 
 
+@one_backend
 def test_learning_rate_schedules(flags: list[str], tmp_path: Path) -> None:
     rates = {}
     for kind in ("linear", "cosine", "constant"):
@@ -296,8 +307,7 @@ def test_resume_with_a_reference_adapter(flags: list[str], tmp_path: Path) -> No
     flags = [*flags[: flags.index("--lora-r")], "--init-adapter", str(tmp_path / "sft" / "adapter")]
     flags += ["--reference", "initial-adapter", "--save-steps", "2"]
     whole = run(flags, tmp_path / "whole")
-    broken = tmp_path / "broken"
-    run(flags, broken)
+    broken = shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     for step in (4, 6):
         shutil.rmtree(broken / "checkpoints" / f"step-{step}")
     assert main(["train", "--resume", str(broken)]) == 0
@@ -369,6 +379,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(
     assert not (folder / "adapter").exists()
 
 
+@one_backend
 def test_long_rows_are_cut_and_counted(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(flags, tmp_path / "run", "--max-length", "12", "--max-steps", "2")
     assert "--max-length 12 cut 12 prompts and" in capsys.readouterr().out

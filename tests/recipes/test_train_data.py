@@ -20,6 +20,7 @@ def flags(tiny: str, backend_name: str) -> list[str]:
     return [
         "--model", tiny, "--backend", backend_name, "--dtype", "float32", "--learning-rate", "1e-3", "--lora-r", "4",
         "--max-length", "64", "--batch-size", "2", "--gradient-accumulation-steps", "2",
+        "--report-samples", "0",
     ]  # fmt: skip
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SVG, config
+from conftest import config
 from reported import HOSTILE, make_run
+from undrawn import SVG
 
 from lite_dil.evaluation.comparison import LOSSES, page, table
 from lite_dil.evaluation.comparison.settings import Comparison

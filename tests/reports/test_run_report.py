@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from html import unescape
@@ -39,6 +39,9 @@ from lite_dil.reports.run_report import RunReport, write_report
 from lite_dil.reports.samples import SampleAnswers, SamplePrompt, read_samples, sample_prompts, write_samples
 from lite_dil.runs.folder import RunFolder
 
+# Of what is above the backends, and the same code for both.
+one_backend = pytest.mark.parametrize("backend_name", ["cpu"])
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -59,12 +62,24 @@ def run(flags: Sequence[str], folder: Path, *more: str) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[str]], Path]:
+    """Runs to the end, once with each flags; the folder is only read."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def once(flags: Sequence[str]) -> Path:
+        if tuple(flags) not in made:
+            made[tuple(flags)] = run(flags, tmp_path_factory.mktemp("whole") / "run")
+        return made[tuple(flags)]
+
+    return once
+
+
 def learned(folder: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Return what was logged, but for what a clock decides, and the adapter."""
     return metrics(folder), load_file(next((folder / "adapter").glob("adapter*.safetensors")))
 
 
-@pytest.mark.usefixtures("drawn")
 def test_samples_are_greedy_answers_and_change_nothing(flags: list[str], tiny: str, tmp_path: Path) -> None:
     """Also with dropout, which draws from the random state that generation might have touched."""
     more = ["--lora-dropout", "0.3"]
@@ -95,7 +110,6 @@ def test_samples_are_greedy_answers_and_change_nothing(flags: list[str], tiny: s
             assert (text, tokens, cut) == (encoder.tokenizer.decode(answer.ids).strip(), len(answer.ids), answer.end is None)
     page = (with_samples / "report.html").read_text()
     assert "the held-out data" in page and ">finished<" in page
-    assert page == write_report(with_samples).read_text()  # it is made from the files there
 
 
 def test_a_sample_prompt_is_shown_whole_with_what_the_model_saw_of_it(flags: list[str], tmp_path: Path) -> None:
@@ -112,6 +126,7 @@ def test_a_sample_prompt_is_shown_whole_with_what_the_model_saw_of_it(flags: lis
     assert all(f"saw {sample.prompt_seen} of the prompt's {sample.prompt_tokens} tokens" in page for sample in cut)
 
 
+@one_backend
 def test_without_held_out_data_it_samples_training_prompts_at_checkpoints(flags: list[str], tmp_path: Path) -> None:
     for option in ("--eval-data", "--eval-steps"):
         del flags[flags.index(option) : flags.index(option) + 2]
@@ -123,10 +138,10 @@ def test_without_held_out_data_it_samples_training_prompts_at_checkpoints(flags:
 
 
 def test_a_stopped_run_has_its_report_and_goes_on_with_it(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: list[str], whole_run: Callable[[Sequence[str]], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Answers with the adapter off are made once, and the report is that of the whole run."""
-    whole = run(flags, tmp_path / "whole")
+    whole = whole_run(flags)
     log, folder = RunFolder.log, tmp_path / "stopped"
 
     def stop(self: RunFolder, line: dict[str, float]) -> None:
@@ -154,6 +169,7 @@ def test_a_stopped_run_has_its_report_and_goes_on_with_it(
 @pytest.mark.parametrize(("ends", "evaluated"), [("save_adapter", False), ("log", True)], ids=["evaluation", "samples"])
 def test_ctrl_c_after_the_last_step_leaves_out_only_what_is_made_up_for(
     flags: list[str],
+    whole_run: Callable[[Sequence[str]], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -161,7 +177,7 @@ def test_ctrl_c_after_the_last_step_leaves_out_only_what_is_made_up_for(
     evaluated: bool,
 ) -> None:
     """The adapter is there before the last evaluation, which may take long, and before the sample answers."""
-    whole, folder = run(flags, tmp_path / "whole"), tmp_path / "stopped"
+    whole, folder = whole_run(flags), tmp_path / "stopped"
     right = getattr(RunFolder, ends)
 
     def stop(self: RunFolder, what: Any) -> None:
@@ -181,14 +197,17 @@ def test_ctrl_c_after_the_last_step_leaves_out_only_what_is_made_up_for(
     assert {sample.step for sample in read_samples(folder / "report_samples.jsonl")} == {6}
 
 
+@one_backend
 @pytest.mark.usefixtures("drawn")
 def test_a_diverged_run_has_its_report(flags: list[str], tmp_path: Path) -> None:
     more = ["--logp-reduction", "sum", "--beta", "1e4", "--output-dir", str(tmp_path / "run")]
     assert main(["train", *flags, *more]) == 1
     page = (tmp_path / "run" / "report.html").read_text()
     assert ">diverged<" in page and "lower --learning-rate" in page
+    assert page == write_report(tmp_path / "run").read_text()  # it is made from the files there, to the curves
 
 
+@one_backend
 def test_a_report_that_cannot_be_written_does_not_end_training(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,6 +339,7 @@ def test_prompts_are_drawn_by_the_seed_each_once_and_with_room() -> None:
     assert len(drawn(10, max_length=10)) == 10
 
 
+@one_backend
 def test_answers_of_a_run_that_saved_nothing_are_not_taken_for_this_ones(flags: list[str], tmp_path: Path) -> None:
     """The next run in its folder may be of another model, and is another one for the trackers."""
     folder = tmp_path / "run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -41,11 +42,13 @@ def execute(place: Path, before: str, after: str, **values: object) -> tuple[str
     targets = [target for node in ast.parse(cell.source).body for target in node.targets]  # type: ignore[attr-defined]
     assert set(values) <= {name.id for target in targets for name in getattr(target, "elts", [target])}
     cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    cell.source += "\nimport undrawn\nundrawn.undraw()"
     code, number = [cell for cell in book.cells if cell.cell_type == "code"], len(book.cells)
     (load,) = (place for place, cell in enumerate(code) if "dil.load(" in cell.source)
     book.cells += [nbformat.v4.new_code_cell(source) for source in (before, *(cell.source for cell in code[load:]), after)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(lite_dil.__file__).parent.parent))
+        folders = Path(lite_dil.__file__).parent.parent, Path(__file__).parents[1]
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
         NotebookClient(book, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(place)}}).execute()
     outputs = [output for cell in book.cells for output in cell.get("outputs", ())]
     assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
@@ -89,7 +92,7 @@ def test_each_step_says_how_long_it_takes() -> None:
 def test_it_runs_and_runs_again(tiny: str, tmp_path: Path) -> None:
     questions = ["What is the capital of France?"]
     values: dict[str, object] = {"MODEL": tiny, "OUTPUT": "drive/run", "MAX_STEPS": 2, "SAVE_STEPS": 1, "QUESTIONS": questions}
-    values |= {"READ": {"max_rows": 6}, "LOAD": {"lora_r": 4}, "TRAIN": {"report_samples": 0}}
+    values |= {"READ": {"max_rows": 6}, "LOAD": {"lora_r": 4, "max_length": 128}, "TRAIN": {"report_samples": 0}}
     note = "files = [path.read_bytes() for path in sorted(Path(OUTPUT).glob('adapter/*'))]"
     first, second = execute(
         tmp_path, f"FORMAT = 'merged'; {note}; old_files = files", f"{note}; print('same:', files == old_files)", **values

@@ -1,9 +1,12 @@
-"""The short form of scripts/soak: what CI runs of it, each part in a process of its own; and its pieces."""
+"""The soak's layer below a process, and its pieces. `make soak-short` runs a few cases of every part, also in CI."""
 
 from __future__ import annotations
 
-import json
+import errno
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -12,29 +15,57 @@ from pathlib import Path
 import pytest
 from soak.pieces import Kept, Piece, run
 from soak.row import Row, as_json, page, rows_of
+from soak.writes.journal import Disk, File, differences, read, tree_of
+from soak.writes.warm import build
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "soak"
+# A process below the layer that makes, writes, syncs and renames a file; its arguments are those of an Order.
+WORK = """
+import ctypes, os, sys
+folder, journal, *numbers = sys.argv[1:]
+kill_at, fail_from, error = map(int, numbers)
+journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+long, nobody = ctypes.c_long, ctypes.CFUNCTYPE(None)()
+begin = ctypes.CDLL(None).soak_begin
+begin(folder.encode(), journal, long(kill_at), long(fail_from), long(10**9), error, b"CWRF", 0, long(0), nobody)
+with open(folder + "/new", "wb", buffering=0) as file:
+    file.write(b"12345")
+    os.fsync(file.fileno())
+    file.write(b"678")
+os.rename(folder + "/new", folder + "/name")
+"""
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the layer below the process is for Linux")
-def test_kills_power_cuts_and_failing_disks(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "LITE_DIL_CACHE"}
-    argv = [sys.executable, str(SCRIPT), "writes", "--short", "--output", str(tmp_path)]
-    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    pieces = [json.loads(path.read_text()) for path in (tmp_path / "pieces").glob("*.json")]
-    assert len(pieces) == 4
-    for piece in pieces:
-        assert [row["what"] for row in piece["rows"]][:4] == [
-            "who changes the folder",
-            "the same command twice",
-            "a kill at a write",
-            "a power cut at a write",
-        ]
-        assert all(row["outcomes"] and not row["failures"] for row in piece["rows"])
-    again = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0 and again.stdout.startswith("4 of 4 pieces are done already")
-    assert again.stdout.partition("| part")[2] == done.stdout.partition("| part")[2]
+def test_the_layer_kills_fails_and_notes(tmp_path: Path) -> None:
+    layer, folder, journal = build(tmp_path / "layer"), tmp_path / "folder", tmp_path / "journal"
+
+    def run(kill_at: int = 0, fail_from: int = 0, error: int = 0) -> tuple[int, str, str, bytes]:
+        """Return the exit code, the journal's letters, and the name and content of the file that is left."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        argv = [sys.executable, "-c", WORK, str(folder), str(journal), *map(str, (kill_at, fail_from, error))]
+        code = subprocess.run(argv, env=os.environ | {"LD_PRELOAD": str(layer)}, capture_output=True).returncode
+        entries, disk = read(journal), tree_of(folder)
+        assert not list(differences(Disk(folder, {}, entries).now, disk)), "the journal is what happened"
+        (name, file), *others = disk.items() or [("", File())]
+        assert not others and file is not None
+        return code, "".join(entry.kind for entry in entries), name, file.content()
+
+    assert run() == (0, "CWFWR", "name", b"12345678")
+    found = [run(kill_at=event) for event in range(1, 6)]
+    assert [code for code, *_ in found] == [-signal.SIGKILL] * 5
+    assert [left for _, _, *left in found] == [
+        ["", b""],
+        ["new", b""],
+        ["new", b"12345"],
+        ["new", b"12345"],
+        ["new", b"12345678"],
+    ]
+    assert run(fail_from=4, error=errno.ENOSPC)[0::2] == (1, "new")
+    whole = read(journal)
+    # After the sync of the content alone, a power cut may take its name, and never a part of what has one.
+    names = {tuple(Disk(folder, {}, whole[:3]).after_power_cut(random.Random(seed))) for seed in range(20)}
+    assert names == {(), ("new",)}
 
 
 def test_a_piece_that_failed_or_is_of_other_code_is_repeated(tmp_path: Path) -> None:
@@ -64,14 +95,32 @@ def test_the_page_joins_the_rows_of_a_kind(tmp_path: Path) -> None:
     assert "short form" in text and "3 cases took 1 minutes of CPU; 1 failed" in text and "## steady\n\nNot run." in text
 
 
-def test_a_process_that_ends_is_a_failure_and_the_others_go_on(tmp_path: Path) -> None:
-    pieces = [Piece("damage", "no such backend"), Piece("steady", "no such backend")]
+# A part whose pieces take no time.
+PART = """
+from collections import Counter
+from contextlib import contextmanager
+from soak.row import Row
+
+@contextmanager
+def opened(output, *, short):
+    def take(name):
+        if name == "ends":
+            raise RuntimeError("an end")
+        yield Row("toy", name, Counter(tried=1), ["harm"] if name == "fails" else [])
+    yield take
+"""
+
+
+def test_a_process_that_ends_is_a_failure_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "more" / "soak").mkdir(parents=True)
+    (tmp_path / "more" / "soak" / "part_toy.py").write_text(PART)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "more"), prepend=os.pathsep)
+    pieces = [Piece("toy", name) for name in ("ends", "fails", "is well")]
     kept = Kept(tmp_path / "pieces", short=True)
     found = dict(run(pieces, kept, tmp_path, workers=1))
     assert list(found) == pieces
-    ((ended,), (failed,)) = (rows_of([done]) for done in found.values())
-    assert (
-        "the process ended with 1: RuntimeError" in ended.failures[0] and str(tmp_path / "damage-0.log") in ended.failures[0]
-    )
-    assert failed.what.startswith("100 steps on no such backend") and failed.failures
-    assert [kept.find(piece) for piece in pieces] == [None, None]
+    ((ended,), (failed,), (well,)) = (rows_of([done]) for done in found.values())
+    assert "the process ended with 1: RuntimeError: an end" in ended.failures[0]
+    assert str(tmp_path / "toy-0.log") in ended.failures[0]
+    assert failed.failures == ["harm"] and well.ok
+    assert [kept.find(piece) for piece in pieces] == [None, None, found[pieces[2]]]

@@ -1,10 +1,7 @@
-"""The parts damage and steady of make soak: their short forms, and that the first sees what it looks for."""
+"""The soak's damage: that it sees what it looks for. `make soak-short` runs it."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,23 +9,6 @@ import pytest
 from soak.damage_cases import case
 from soak.damage_world import Command, World
 from soak.damages import damages
-
-SOAK = Path(__file__).parents[2] / "scripts" / "soak"
-
-
-@pytest.mark.parametrize("part", ["damage", "steady"])
-def test_the_short_form(part: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(SOAK), part, "--short", "--output", str(tmp_path)], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = [row for path in (tmp_path / "pieces").glob("*.json") for row in json.loads(path.read_text())["rows"]]
-    assert rows and all(row["outcomes"] and not row["failures"] for row in rows)
-    for backend in ("cpu", "mlx"):
-        assert any(backend in row["what"] or row["of"] == backend for row in rows)
-    if part == "damage":
-        assert sum(count for row in rows for count in row["outcomes"].values()) >= 30
-        assert any(row["what"] == "the store of tokens" for row in rows)
 
 
 def test_every_kind_of_damage_changes_the_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The short form of make soak's hostile input, and that its watch sees what it looks for."""
+"""The soak's hostile input: that its watch sees what it looks for. `make soak-short` runs it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lite_dil.base.errors import UserError
 if os.name != "posix":
     pytest.skip("signals and audit of paths as POSIX has them", allow_module_level=True)
 
-from soak import hostile_watch
-from soak.part_hostile import TARGETS, opened
+from soak import hostile_watch, part_hostile
+from soak.part_hostile import LOADED, PURE, opened
 
 
 def refuse() -> int:
@@ -48,8 +48,18 @@ def test_what_is_right_is_not_called_harm(tmp_path: Path) -> None:
         hostile_watch.watched(lambda: {}["a"], tmp_path)
 
 
-def test_hostile_input_is_taken_or_refused(tmp_path: Path) -> None:
+def test_a_target_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three cases each, of one whose cases are functions and of one whose are commands."""
+    monkeypatch.setattr(part_hostile, "_SHORT", dict.fromkeys((PURE, LOADED), 3))
     with opened(tmp_path / "hostile", short=True) as rows:
-        found = [row for name in TARGETS for row in rows(name)]
-    assert [(row.what, row.failures) for row in found if not row.ok] == []
-    assert len(found) == 11 and all(set(row.outcomes) <= {"taken", "refused"} for row in found)
+        found = [row for name in ("options in YAML", "files of rows, by the command") for row in rows(name)]
+    assert [row.outcomes.total() for row in found] == [3, 3]
+    assert all(row.ok and set(row.outcomes) <= {"taken", "refused"} for row in found), found
+
+
+def test_a_harm_fails_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part_hostile, "_SHORT", dict.fromkeys((PURE, LOADED), 3))
+    monkeypatch.setattr(part_hostile, "read_yaml", lambda path: print("\x1b[31m"))
+    with opened(tmp_path / "hostile", short=True) as rows:
+        (row,) = rows("options in YAML")
+    assert not row.ok and "printed" in row.failures[0]

@@ -159,6 +159,7 @@ def run(backend: str, model: str, tmp_path: Path, name: str, **changes: Any) -> 
         "batch_size": 4,
         "gradient_accumulation_steps": 1,
         "reference_cache": str(tmp_path / "cache"),
+        "report_samples": 0,
         **changes,
     }
     train(config(**settings), Silent())
@@ -216,7 +217,7 @@ sys.exit(main(sys.argv[1:]))
 """
     arguments = ["train", "--backend", "cpu", "--model", tiny, "--data", str(tmp_path / "pairs.jsonl"), "--row-tokens", "40"]
     arguments += ["--dtype", "float32", "--precompute-reference", "--reference-cache", str(tmp_path / "cache")]
-    arguments += ["--max-steps", "1", "--batch-size", "1", "--max-length", "30"]
+    arguments += ["--max-steps", "1", "--batch-size", "1", "--max-length", "30", "--report-samples", "0"]
     arguments += ["--output-dir", str(tmp_path / "one")]
     stopped = warm.run(*arguments, code=code)
     assert stopped.returncode == 130, stopped.stderr
