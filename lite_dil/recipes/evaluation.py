@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,9 @@ from lite_dil.generation.conversation import context_limit
 from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models.find import cache_dir, model_folder, resolve_model
 from lite_dil.models.fingerprint import fingerprint
+from lite_dil.reports.card import write_card
+from lite_dil.reports.record import FACTS
+from lite_dil.reports.run_report import write_report
 from lite_dil.reports.scores import write_scores
 from lite_dil.runs.folder import RUNS, checkpoint_of, unused
 from lite_dil.training.options import ReferenceOptions
@@ -96,10 +99,7 @@ def evaluate(asked: EvaluationRequest, display: Display) -> Evaluated:
     Raises UserError if a task, an adapter or a pair cannot be used, before anything is computed where that is possible.
     """
     _check(asked)
-    loaded: dict[str, Any] = {}
-    if asked.tasks:
-        harness.require()
-        loaded = load_tasks(asked.tasks, asked.shots, display.say)
+    loaded = check_tasks(asked.tasks, asked.shots, display.say) if asked.tasks else {}
     sources = [find(adapter, asked.given, asked.strength) for adapter in asked.adapters] or [find(None, asked.given)]
     first = sources[0]
     if other := next((each for each in sources if each.options != first.options), None):
@@ -128,7 +128,15 @@ def evaluate(asked: EvaluationRequest, display: Display) -> Evaluated:
     folders = _folders(asked, sides)
     for folder, names in folders.items():
         _write(folder, names, found, measured)
+    for source in sources if asked.output is None else ():
+        _show_in_run(source, display)
     return Evaluated(found, list(folders))
+
+
+def check_tasks(tasks: str, shots: int | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the tasks that `load_tasks` finds. Raises UserError if one cannot be used, or lm-eval is not installed."""
+    harness.require()
+    return load_tasks(tasks, shots, say)
 
 
 def _check(asked: EvaluationRequest) -> None:
@@ -183,7 +191,7 @@ def _store(asked: EvaluationRequest, policy: Policy, side: _Side) -> ResultStore
 
 def _benchmarks(
     asked: EvaluationRequest, policy: Policy, sides: Sequence[_Side], loaded: dict[str, Any], display: Display
-) -> dict[str, measure.Measured]:
+) -> dict[str, measure.TaskScores]:
     """Run the tasks on each model; return what was measured, by its name."""
     from lite_dil.evaluation.benchmarks.language_model import PolicyLM
 
@@ -253,7 +261,17 @@ def _folders(asked: EvaluationRequest, sides: Sequence[_Side]) -> dict[Path, lis
     return {unused(RUNS / f"eval-{datetime.datetime.now():%Y%m%d-%H%M%S}"): every}
 
 
-def _write(folder: Path, names: Sequence[str], found: dict[str, Any], measured: dict[str, measure.Measured]) -> None:
+def _show_in_run(source: AdapterSource, display: Display) -> None:
+    """Write the run's report, and the card beside its final adapter, anew: both show the results."""
+    if source.run is None or source.adapter is None:
+        return
+    if (source.run.path / FACTS).exists():
+        write_report(source.run.path, display.say)
+    if source.adapter.absolute() == source.run.adapter.absolute() and (source.adapter / "README.md").exists():
+        write_card(source.adapter, source, "adapter", None, "")
+
+
+def _write(folder: Path, names: Sequence[str], found: dict[str, Any], measured: dict[str, measure.TaskScores]) -> None:
     """Write the results of some adapters beside the base's."""
     mine = {
         **found,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,6 +105,45 @@ def setting_lines(content: Mapping[str, Any]) -> list[str]:
         words += [f"{how['truncated']:,} contexts cut at their start"] if how["truncated"] else []
         alike.setdefault(", ".join(words), []).append(task)
     return [f"{', '.join(tasks) if len(tasks) < 8 else f'{len(tasks)} tasks'}: {how}" for how, tasks in alike.items()]
+
+
+def page_scores(content: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the report shows of an evaluation; None without one."""
+    if content is None:
+        return None
+    settings = setting_lines(content)
+    settings += [CAUTION] if settings else []
+    return {"tables": score_tables(content), "sentences": score_sentences(content), "settings": settings}
+
+
+def card_scores(content: Mapping[str, Any], adapter: Path, strength: float) -> Iterator[str]:
+    """Yield the parts of a model card about one adapter; nothing if the evaluation was of another one."""
+    names = [
+        each["name"]
+        for each in content["adapters"]
+        if Path(each["adapter"]).absolute() == adapter.absolute() and each["strength"] == strength
+    ]
+    if not names:
+        return
+    one = {
+        **content,
+        "adapters": [each for each in content["adapters"] if each["name"] in names],
+        "figures": [
+            {**figure, "adapters": [each for each in figure["adapters"] if each["name"] in names]}
+            for figure in content["figures"]
+        ],
+        "preferences": {name: found for name, found in content["preferences"].items() if name in names},
+    }
+    yield from markdown_scores(one)
+
+
+def markdown_scores(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the paragraphs of a section in Markdown: tables, what they show, and how it was asked."""
+    yield "## Benchmarks and preferences"
+    for table in score_tables(content):
+        lines = [table.head, ["---"] * len(table.head), *table.rows]
+        yield f"**{table.title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    yield "\n".join(f"- {line}" for line in [*score_sentences(content), *setting_lines(content), CAUTION])
 
 
 def score_words(content: Mapping[str, Any]) -> str:

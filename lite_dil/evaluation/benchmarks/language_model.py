@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from lm_eval import utils
 from lm_eval.api.instance import Instance
@@ -24,9 +24,9 @@ from lite_dil.generation.policy import Policy
 from lite_dil.generation.scoring import token_hits
 from lite_dil.models.find import model_folder
 
-Ids = tuple[int, ...]
+TokenIds = tuple[int, ...]
 # A request for a log-likelihood as lm-eval encodes it: its two texts, and the tokens of each.
-Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 _SCORED_TOKENS = 32768  # scored before they are kept
 _BATCH_TOKENS = 16384  # prompts plus room for responses, generated in one batch
@@ -34,13 +34,6 @@ _NEW_TOKENS = 256  # where a task does not say, as in HFLM
 # Rope of these kinds gives a position the same angles whatever the length of the sequence.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 _OF_SAMPLING = ("top_p", "top_k", "min_p", "typical_p")  # which change nothing in greedy decoding
-
-
-class Progress(Protocol):
-    """Shows how far a kind of request is: `Display.bar`."""
-
-    def __call__(self, steps: int, done: int, first: str = "") -> AbstractContextManager[Bar]:
-        """Show a bar during the block."""
 
 
 class PolicyLM(TemplateLM):
@@ -51,7 +44,7 @@ class PolicyLM(TemplateLM):
         adapter: the name of the adapter on the policy's backend; "reference" is the base.
         store: has the results that are known, and takes new ones.
         chat: whether the model's chat template is applied, whose end of turn then ends a generated text too.
-        bar: shows progress.
+        bar: shows progress: `Display.bar`.
         say: tells the user if memory holds less than a pass.
 
     Attributes:
@@ -65,7 +58,7 @@ class PolicyLM(TemplateLM):
         adapter: str,
         store: ResultStore,
         chat: bool,
-        bar: Progress,
+        bar: Callable[[int, int], AbstractContextManager[Bar]],
         say: Callable[[str], None],
     ) -> None:
         super().__init__()
@@ -130,7 +123,7 @@ class PolicyLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Return the log-likelihood of each text in nats, in windows of the model's context, every token predicted once."""
-        windows: list[Encoded] = []
+        windows: list[TokenRequest] = []
         counts = []
         for (text,) in (request.args for request in requests):
             of_text = utils.get_rolling_token_windows(
@@ -145,10 +138,10 @@ class PolicyLM(TemplateLM):
         values = iter(self._loglikelihood_tokens(windows))
         return [sum(next(values)[0] for _ in range(count)) for count in counts]
 
-    def _loglikelihood_tokens(self, requests: Sequence[Encoded], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], **_: Any) -> list[tuple[float, bool]]:
         asked = [self._fitted(context, continuation) for _, context, continuation in requests]
         keys = [digest("loglikelihood", *each) for each in asked]
-        wanted: dict[Ids, dict[Ids, str]] = {}
+        wanted: dict[TokenIds, dict[TokenIds, str]] = {}
         for (context, continuation), key in zip(asked, keys, strict=True):
             if key not in self.store.known:
                 wanted.setdefault(context, {})[continuation] = key
@@ -175,7 +168,7 @@ class PolicyLM(TemplateLM):
         except ValueError as error:
             raise UserError(f"{self.adapter}: {error}; the weights of the model or of its adapter are damaged") from None
 
-    def _fitted(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[Ids, Ids]:
+    def _fitted(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[TokenIds, TokenIds]:
         """Return both, the context cut at its start to what the model takes."""
         if not continuation:
             raise UserError("a task has a continuation without a token, whose likelihood is not defined; leave the task out")
@@ -253,17 +246,17 @@ class PolicyLM(TemplateLM):
 class _Text(NamedTuple):
     """A text to generate: all that decides it besides the model."""
 
-    ids: Ids
+    ids: TokenIds
     room: int
     until: tuple[str, ...]
     sampling: Sampling
-    ends: Ids
+    ends: TokenIds
     number: int = 0  # of several samples
 
 
-def _parts(contexts: Sequence[Ids], wanted: Mapping[Ids, Mapping[Ids, str]]) -> Iterator[list[Ids]]:
+def _parts(contexts: Sequence[TokenIds], wanted: Mapping[TokenIds, Mapping[TokenIds, str]]) -> Iterator[list[TokenIds]]:
     """Yield contexts, some at a time."""
-    part, tokens = list[Ids](), 0
+    part, tokens = list[TokenIds](), 0
     for context in contexts:
         part.append(context)
         tokens += len(context) + sum(map(len, wanted[context]))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lite_dil.base.errors import UserError
 from lite_dil.base.shares import interval
+from lite_dil.evaluation.benchmarks.tasks import FEWSHOT_SEED
 from lite_dil.evaluation.statistics import compare_paired, holm, mean_interval, sentence
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ GENERATES = "generate_until"
 
 
 @dataclass(frozen=True)
-class Measured:
+class TaskScores:
     """What one model did.
 
     Attributes:
@@ -35,7 +36,7 @@ class Measured:
 
 def measure_tasks(
     model: Callable[[bool], PolicyLM], loaded: Mapping[str, Any], template: str, limit: int | None, chats: bool
-) -> Measured:
+) -> TaskScores:
     """Run all tasks.
 
     Args:
@@ -55,6 +56,8 @@ def measure_tasks(
         tasks = {name: task for name, task in loaded["tasks"].items() if _with_template(task, template, chats) == chat}
         if not tasks:
             continue
+        for task in tasks.values():  # whose own state the model before has moved on
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
         groups = {name: group for name, group in loaded["groups"].items() if _leaves(group) <= tasks.keys()}
         lm = model(chat)
         found = evaluate(
@@ -77,7 +80,7 @@ def measure_tasks(
                 "truncated": len(lm.truncated),
             }
     items = {name: sorted(some, key=lambda item: item["doc_id"]) for name, some in results.pop("samples").items()}
-    return Measured(results, items, settings)
+    return TaskScores(results, items, settings)
 
 
 def _with_template(task: Any, template: str, chats: bool) -> bool:
@@ -104,7 +107,7 @@ def values_of(items: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 def figures(
-    base: Measured, tuned: Mapping[str, Measured], groups: Mapping[str, Sequence[str]], seed: int = 0
+    base: TaskScores, tuned: Mapping[str, TaskScores], groups: Mapping[str, Sequence[str]], seed: int = 0
 ) -> list[dict[str, Any]]:
     """Return a figure for each task, or group of tasks, and metric: of the base, and of each adapter against it.
 
@@ -174,7 +177,7 @@ def summary(values: Sequence[float], seed: int = 0) -> dict[str, float]:
     return {"mean": mean, "low": low, "high": high}
 
 
-def sample_rows(base: Measured, tuned: Mapping[str, Measured]) -> list[dict[str, Any]]:
+def sample_rows(base: TaskScores, tuned: Mapping[str, TaskScores]) -> list[dict[str, Any]]:
     """Return a row for each item: its prompt, what was expected, and each model's answers with their figures."""
     rows = []
     for task, items in base.items.items():

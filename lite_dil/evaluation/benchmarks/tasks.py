@@ -19,7 +19,7 @@ PAPER = {
     "gsm8k": 5,
     "arc_challenge": 25,
 }
-_SEED = 1234  # draws a prompt's examples, as in lm-eval itself
+FEWSHOT_SEED = 1234  # draws a prompt's examples, as in lm-eval itself
 _SHOWN = 5  # problems of a file that are shown
 _QUESTION = "Question: {{question}}\nAnswer:"
 _NUMBERS = [  # as in gsm8k
@@ -73,7 +73,6 @@ def load_tasks(named: str, shots: int | None, say: Callable[[str], None]) -> dic
             task.set_config(key="num_fewshot", value=shots)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=_SEED)
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(f"--tasks {name}: it runs code that the model writes, which lite-dil does not; leave it out")
     return found
