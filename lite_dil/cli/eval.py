@@ -124,7 +124,7 @@ def show(content: dict[str, Any], display: Terminal) -> None:
             table.add_column(heading, justify="left" if number < 2 and heading != "pairs" else "right", overflow="fold")
         for row in each.rows:
             table.add_row(*map(Text, row))
-        display.console.print(table)
+        display.console.print(table, soft_wrap=False)
     for line in score_sentences(content):
         display.say(line)
     settings = setting_lines(content)

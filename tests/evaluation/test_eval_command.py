@@ -130,7 +130,8 @@ def test_what_is_known_is_not_computed_again(
     assert main([*argv, "--output", str(copy)]) == 0
     said = capsys.readouterr().out
     assert "asked: choices: 1-shot, no chat template, no BOS" in said and "no difference can be seen with n = 14" in said
-    assert max(map(len, said.partition("asked:")[0].splitlines()[3:12])) <= 80
+    table = said.partition("Benchmarks")[2].partition("choices acc:")[0].splitlines()
+    assert len(table) > 5 and max(map(len, table)) <= 80
     names = ("base", runs[0].name)
     first = [{name: row[name] for name in names} for row in samples(done)]
     assert [{name: row[name] for name in names} for row in samples(copy)] == first
@@ -245,3 +246,18 @@ def test_the_results_of_a_run_are_in_its_folder_and_shown(
     path.write_text(path.read_text().replace('"items": 14', '"items": 15'))
     assert main(["runs", str(tmp_path / "my-run")]) == 0
     assert "damaged" in capsys.readouterr().out
+
+
+def test_a_comparison_evaluates_every_loss(tiny: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["compare", "--model", tiny, "--backend", "cpu", "--data", str(files / "plain.jsonl"), "--losses", "lsif,dpo"]
+    argv += ["--eval-data", str(files / "plain.jsonl"), "--max-steps", "2", "--lora-r", "4", "--sample-prompts", "1"]
+    argv += ["--sample-tokens", "4", "--output", str(tmp_path / "out"), "--eval", str(files / "choices.jsonl")]
+    assert main([*argv, "--eval-limit", "6"]) == 0
+    assert "dpo-seed0: choices acc: no difference" in capsys.readouterr().out
+    content = read_scores(tmp_path / "out")
+    assert content is not None and [each["name"] for each in content["adapters"]] == ["lsif-seed0", "dpo-seed0"]
+    assert content["settings"]["choices"]["items"] == 6
+    for file in ("index.html", "table.md"):
+        assert "Benchmarks: dpo-seed0" in (tmp_path / "out" / file).read_text()
+    assert main([*argv[:-2], "--eval-limit", "6"]) == 2
+    assert main([*argv[:-1], str(tmp_path / "none.jsonl")]) == 2
