@@ -210,6 +210,8 @@ def test_requests_that_make_no_sense_are_refused(
     tasks, pairs = str(files / "choices.jsonl"), str(files / "pairs.jsonl")
     damaged = tmp_path / "damaged.yaml"
     damaged.write_text("task: x\noutput_type: nonsense\n")
+    away = tmp_path / "away.yaml"  # of the hub, which no test reaches
+    away.write_text("task: y\ndataset_path: nobody/nothing\noutput_type: multiple_choice\ntest_split: test\n")
     for argv, said in (
         ([], "give --tasks, --preferences or both"),
         (["--preferences", pairs], "give --adapter too"),
@@ -219,6 +221,7 @@ def test_requests_that_make_no_sense_are_refused(
         (["--tasks", "paper", "--shots", "2"], "sets the examples"),
         (["--tasks", str(tmp_path / "none.jsonl")], "no such file"),
         (["--tasks", str(damaged)], "lm-eval cannot use it"),
+        (["--tasks", str(away)], "the data cannot be downloaded or read"),
     ):
         assert main(["eval", *argv]) == 2
         assert said in capsys.readouterr().err
