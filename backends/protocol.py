@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lite_dil.backends.types import OWN, POLICY, Generated, Head, MicroBatch, Sampling, StepResult, never
+from lite_dil.backends.types import OWN, POLICY, Done, Generated, Head, MicroBatch, Sampling, StepResult, never
 from lite_dil.base.display import Count, uncounted
 
 if TYPE_CHECKING:  # --help imports this file, and importing numpy takes longer than all the rest
@@ -91,6 +91,9 @@ class Backend(Protocol):
         OutOfMemory if the device does not hold it all at once and fewer examples may fit.
         """
 
+    def token_hits(self, batch: Batch) -> np.ndarray:
+        """Return `token_logps`, and with each whether that token is the most likely one, 1 or 0: (tokens, 2) float32."""
+
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         """Like `token_logps`, summed over each response: shape (responses,)."""
 
@@ -127,6 +130,7 @@ class Backend(Protocol):
         seeds: Sequence[int] | None = None,
         sampling: Sampling = OWN,
         stop: Callable[[], bool] = never,
+        done: Done | None = None,
     ) -> list[Generated]:
         """Continue the prompts as the policy (or the reference, inside `adapter_off`), without dropout.
 
@@ -143,6 +147,7 @@ class Backend(Protocol):
                 state of training does not change.
             sampling: how to draw if there are seeds.
             stop: called between tokens; if it returns true, the responses end there.
+            done: called with the tokens of each response so far; if it returns true, that response ends there.
         """
 
     def stream(

@@ -94,6 +94,10 @@ class Sampling:
 OWN = Sampling()  # the model's own distribution
 
 
+# Whether a response ends with the tokens that it has so far, for a reason that no single token shows.
+Done = Callable[[Sequence[int]], bool]
+
+
 def never() -> bool:
     """Return false, so that nothing stops a generation."""
     return False
@@ -102,8 +106,8 @@ def never() -> bool:
 class Generated(NamedTuple):
     """A generated continuation of a prompt.
 
-    `ids` are the new tokens without the end token; `end` is the end token, or None if the limit came first. The limit counts
-    the end token, so `end` is None exactly when there are as many `ids` as the limit allows.
+    `ids` are the new tokens without the end token; `end` is the end token, or None if the limit or `done` came first. The
+    limit counts the end token: without `done`, `end` is None exactly when there are as many `ids` as the limit allows.
     """
 
     ids: list[int]

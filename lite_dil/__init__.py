@@ -16,6 +16,7 @@ from lite_dil.base.version import __version__
 
 if TYPE_CHECKING:
     from lite_dil.api.comparing import Compared, compare
+    from lite_dil.api.evaluating import evaluate
     from lite_dil.api.loading import load
     from lite_dil.api.reading import Data, read
     from lite_dil.api.rewards import Reward, load_reward, train_reward
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     from lite_dil.cli.progress import Terminal
     from lite_dil.generation.policy import Policy
     from lite_dil.objectives.own import PairLoss, SideLoss
+    from lite_dil.recipes.evaluation import Evaluated
     from lite_dil.recipes.run import Run
 else:
     _PLACES = {
         "Compared": "lite_dil.api.comparing",
         "Data": "lite_dil.api.reading",
+        "Evaluated": "lite_dil.recipes.evaluation",
         "Event": "lite_dil.base.observer",
         "Observer": "lite_dil.base.observer",
         "OutOfMemory": "lite_dil.base.errors",
@@ -42,6 +45,7 @@ else:
         "TrainingDiverged": "lite_dil.base.errors",
         "UserError": "lite_dil.base.errors",
         "compare": "lite_dil.api.comparing",
+        "evaluate": "lite_dil.api.evaluating",
         "load": "lite_dil.api.loading",
         "load_reward": "lite_dil.api.rewards",
         "read": "lite_dil.api.reading",
@@ -65,6 +69,7 @@ else:
 __all__ = [
     "Compared",
     "Data",
+    "Evaluated",
     "Event",
     "Observer",
     "OutOfMemory",
@@ -78,6 +83,7 @@ __all__ = [
     "UserError",
     "__version__",
     "compare",
+    "evaluate",
     "load",
     "load_reward",
     "read",

@@ -25,7 +25,7 @@ from lite_dil.backends.limits import (
 from lite_dil.backends.mlx import generate as mlx_generate
 from lite_dil.backends.mlx import state as mlx_state
 from lite_dil.backends.mlx.adapters import Adapters
-from lite_dil.backends.mlx.head import token_logps
+from lite_dil.backends.mlx.head import token_hits, token_logps
 from lite_dil.backends.mlx.inputs import as_mlx, cut, filled, inputs_of, sums
 from lite_dil.backends.mlx.load import TABLES, decode, limit_memory, load, output_head, quantise, set_dtype
 from lite_dil.backends.mlx.prefix import Pass, RowLengths
@@ -147,11 +147,6 @@ class MLXBackend:
         self.adapters.switch_to(self.adapters.on)
         self._compiled.clear()  # traces contain the old adapter's strength and scale
 
-    @property
-    def optimizer(self) -> optimizers.Optimizer:
-        """The policy's."""
-        return self.adapters[POLICY].optimizer
-
     def _new_optimizer(self) -> optimizers.Optimizer:
         return optimizers.AdamW(0.0, weight_decay=self.weight_decay, bias_correction=True)
 
@@ -159,6 +154,13 @@ class MLXBackend:
         """Return the log-prob of every response token, without dropout; shape (tokens,), float32."""
         self.model.eval()
         return cut(self._token_logps(self._arrays(batch), with_grad=False), batch)
+
+    def token_hits(self, batch: Batch) -> np.ndarray:
+        """Return the log-prob of every response token and whether it is the most likely one, (tokens, 2) float32."""
+        self.model.eval()
+        inputs = self._arrays(batch)
+        read = self._states(inputs), self._project, inputs["targets"], self.vocabulary, self.transform
+        return cut(token_hits(*read), batch)
 
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         """Return the summed log-prob of every response, without dropout; shape (responses,), float32."""
@@ -228,10 +230,11 @@ class MLXBackend:
         seeds: Sequence[int] | None = None,
         sampling: Sampling = OWN,
         stop: Callable[[], bool] = never,
+        done: Callable[[Sequence[int]], bool] | None = None,
     ) -> list[Generated]:
         """Continue the prompts, in one batch if the model's cache allows it."""
         self.model.eval()
-        return mlx_generate.generate(self.model, prompts, max_new_tokens, end_ids, seeds, sampling, stop)
+        return mlx_generate.generate(self.model, prompts, max_new_tokens, end_ids, seeds, sampling, stop, done)
 
     def stream(
         self,

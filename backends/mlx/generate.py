@@ -13,7 +13,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from lite_dil.backends.foreign import Misfit, foreign
-from lite_dil.backends.types import Generated, Sampling, never
+from lite_dil.backends.types import Done, Generated, Sampling, never
 
 Processor = Callable[[Any, mx.array], mx.array]
 PREFILL = 2048  # prompt tokens at once, as in mlx-lm
@@ -27,11 +27,12 @@ def generate(
     seeds: Sequence[int] | None,
     sampling: Sampling,
     stop: Callable[[], bool] = never,
+    done: Done | None = None,
 ) -> list[Generated]:
     """Continue the prompts with an mlx-lm model; see `lite_dil.backends.protocol.Backend.generate`."""
     if batchable(model):
-        return in_a_batch(model, prompts, max_new_tokens, end_ids, seeds, sampling, stop)
-    return one_by_one(model, prompts, max_new_tokens, end_ids, processors_of(prompts, seeds, sampling), stop)
+        return in_a_batch(model, prompts, max_new_tokens, end_ids, seeds, sampling, stop, done)
+    return one_by_one(model, prompts, max_new_tokens, end_ids, processors_of(prompts, seeds, sampling), stop, done)
 
 
 def batchable(model: Any) -> bool:
@@ -64,6 +65,7 @@ def in_a_batch(
     seeds: Sequence[int] | None,
     sampling: Sampling,
     stop: Callable[[], bool] = never,
+    done: Done | None = None,
 ) -> list[Generated]:
     """Continue the prompts in one batch, which an answer leaves when it has ended.
 
@@ -95,7 +97,7 @@ def in_a_batch(
         read = new.tolist()
         for row, token in zip(going, read, strict=True):
             tokens[row].append(token)
-        left = [at for at, token in enumerate(read) if token not in ends]
+        left = [at for at, token in enumerate(read) if token not in ends and not (done and done(tokens[going[at]]))]
         if after is None or not left:
             break
         new = after
@@ -115,12 +117,18 @@ def one_by_one(
     end_ids: Sequence[int],
     processors: Sequence[Processor],
     stop: Callable[[], bool] = never,
+    done: Done | None = None,
 ) -> list[Generated]:
     """Continue one prompt after the other, for models whose caches cannot be batched."""
     answers = []
     for prompt, cache, processor in zip(prompts, prefilled(model, prompts), processors, strict=True):
         tokens = stream(model, prompt[-1:], max_new_tokens, end_ids, processor, copy.deepcopy(cache))
-        answers.append(Generated.of(list(takewhile(lambda _: not stop(), tokens)), end_ids))
+        ids: list[int] = []
+        for token in takewhile(lambda _: not stop(), tokens):
+            ids.append(token)
+            if done and done(ids):
+                break
+        answers.append(Generated.of(ids, end_ids))
     return answers
 
 

@@ -26,26 +26,57 @@ def token_logps(
         targets: (tokens,) integers.
         with_grad: compute d logp / d hidden, (tokens, width), along with the values, so that backward is a multiplication.
     """
+    return _in_chunks(
+        hidden, targets, vocabulary, lambda chunk, some: _chunk(chunk, project, some[:, None], transform, with_grad)
+    )
+
+
+def token_hits(
+    hidden: mx.array,
+    project: Callable[[mx.array], mx.array],
+    targets: mx.array,
+    vocabulary: int,
+    transform: LogitTransform,
+) -> mx.array:
+    """Return `token_logps` and whether each target is the most likely token, 1 or 0: (tokens, 2) float32, no gradient."""
+
+    def chunk(hidden: mx.array, targets: mx.array) -> mx.array:
+        logits = _logits(hidden, project, transform)
+        logps = mx.take_along_axis(logits, targets[:, None], -1)[:, 0] - mx.logsumexp(logits, -1)
+        return mx.stack([logps, (logits.argmax(-1) == targets).astype(mx.float32)], -1)
+
+    return _in_chunks(hidden, targets, vocabulary, chunk)
+
+
+def _in_chunks(
+    hidden: mx.array, targets: mx.array, vocabulary: int, work: Callable[[mx.array, mx.array], mx.array]
+) -> mx.array:
+    """Return the results of `work`, for some hidden states and targets at a time."""
     size = chunk_tokens(vocabulary, MLX_CHUNK)
     parts: list[mx.array] = []
     for start in range(0, len(targets), size):
         chunk = hidden[start : start + size]
         if parts:  # else MLX may run chunks at the same time, and hold the logits of all of them
             (chunk,) = mx.depends([chunk], [parts[-1]])
-        parts.append(_chunk(chunk, project, targets[start : start + size, None], transform, with_grad))
+        parts.append(work(chunk, targets[start : start + size]))
     return mx.concatenate(parts)
+
+
+def _logits(hidden: mx.array, project: Callable[[mx.array], mx.array], transform: LogitTransform) -> mx.array:
+    """Return the logits, float32, with what the model does to them."""
+    logits = project(hidden).astype(mx.float32)
+    if transform.scale != 1.0:
+        logits = logits * transform.scale
+    if transform.cap:
+        logits = transform.cap * mx.tanh(logits / transform.cap)
+    return logits
 
 
 def _chunk(
     hidden: mx.array, project: Callable[[mx.array], mx.array], targets: mx.array, transform: LogitTransform, with_grad: bool
 ) -> mx.array:
     def logits_of(hidden: mx.array) -> mx.array:
-        logits = project(hidden).astype(mx.float32)
-        if transform.scale != 1.0:
-            logits = logits * transform.scale
-        if transform.cap:
-            logits = transform.cap * mx.tanh(logits / transform.cap)
-        return logits
+        return _logits(hidden, project, transform)
 
     def logps_of(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         # logsumexp and softmax from one exp, which is slow in MLX on a CPU

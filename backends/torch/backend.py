@@ -24,7 +24,6 @@ from lite_dil.backends.torch import unsloth as torch_unsloth
 from lite_dil.backends.torch.adapters import Trainable
 from lite_dil.backends.torch.arrange import arrange
 from lite_dil.backends.torch.device import compute_dtype, where
-from lite_dil.backends.torch.head import QuantizedHead
 from lite_dil.backends.torch.load import (
     decoder_of,
     linear_layers,
@@ -32,6 +31,7 @@ from lite_dil.backends.torch.load import (
     make_optimizer,
     need_bitsandbytes,
     packed_text,
+    quantize_head,
     set_weights,
 )
 from lite_dil.backends.torch.lora import PEFT_POLICY, Switch, add_lora, add_unsloth_lora
@@ -81,7 +81,7 @@ class TorchBackend:
         packed = packed_text(base, self.experts)
         self.base, self.model, self.decoder, base.name_or_path = base, base, decoder_of(base), model
         if options.head_bits:
-            self._quantize_head(options.head_bits)
+            quantize_head(base, options.head_bits, self.dtype, self.device)
         self.head = base.get_output_embeddings()
         if training and training.offload_embeddings:
             torch_layers.offload_embeddings(base, self.head, self.device)
@@ -171,6 +171,10 @@ class TorchBackend:
     def token_logps(self, batch: Batch) -> np.ndarray:
         """Return the log-prob of every response token, without dropout; shape (tokens,), float32."""
         return self._without_grad(lambda: self.reader.logps(batch, TOKENS))
+
+    def token_hits(self, batch: Batch) -> np.ndarray:
+        """Return the log-prob of every response token and whether it is the most likely one, (tokens, 2) float32."""
+        return self._without_grad(lambda: self.reader.hits(batch))
 
     def sequence_logps(self, batch: Batch) -> np.ndarray:
         """Return the summed log-prob of every response, without dropout; shape (responses,), float32."""
@@ -273,15 +277,15 @@ class TorchBackend:
         seeds: Sequence[int] | None = None,
         sampling: Sampling = OWN,
         stop: Callable[[], bool] = never,
+        done: Callable[[Sequence[int]], bool] | None = None,
     ) -> list[Generated]:
         """Continue the prompts in one batch."""
         self.model.eval()
 
         def run() -> list[Generated]:  # unsloth's generation makes its own cache
             with torch_unsloth.generating(self.model, max(map(len, prompts))) if self.unsloth else nullcontext():
-                return torch_generate.generate(
-                    self.base, self.device, prompts, max_new_tokens, end_ids, seeds, sampling, stop, share=not self.unsloth
-                )
+                asked = prompts, max_new_tokens, end_ids, seeds, sampling, stop
+                return torch_generate.generate(self.base, self.device, *asked, share=not self.unsloth, done=done)
 
         work = f"the generation of {len(prompts)} answers of up to {max_new_tokens} tokens"
         return out_of_memory.whole(work, self.device, run)
@@ -375,11 +379,6 @@ class TorchBackend:
         if self.training is None:
             return self.name != "cuda"
         return self.training.fused_layers and not self.unsloth
-
-    def _quantize_head(self, bits: int) -> None:
-        need_bitsandbytes()
-        head = QuantizedHead(self.base.get_output_embeddings(), bits, self.dtype, self.device)
-        self.base.set_output_embeddings(head)
 
 
 def load(

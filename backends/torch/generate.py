@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor
 
 from lite_dil.backends.probes import tolerance
 from lite_dil.backends.torch import out_of_memory
-from lite_dil.backends.types import Generated, Sampling, never
+from lite_dil.backends.types import Done, Generated, Sampling, never
 
 First = tuple[Tensor, DynamicCache, dict[str, int]]
 
@@ -31,6 +31,7 @@ def generate(
     sampling: Sampling,
     stop: Callable[[], bool] = never,
     share: bool = True,
+    done: Done | None = None,
 ) -> list[Generated]:
     """Continue the prompts in one batch of a transformers model; see `lite_dil.backends.protocol.Backend.generate`.
 
@@ -45,7 +46,7 @@ def generate(
         for length in set(lengths):  # without padding
             at = [i for i, other in enumerate(lengths) if other == length]
             some = [prompts[i] for i in at], max_new_tokens, end_ids, seeds and [seeds[i] for i in at]
-            found |= zip(at, generate(base, device, *some, sampling, stop, share), strict=True)
+            found |= zip(at, generate(base, device, *some, sampling, stop, share, done), strict=True)
         return [found[i] for i in range(len(prompts))]
     place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     rows = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
@@ -54,8 +55,13 @@ def generate(
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in place], device=device)
     draws = _draws(seeds, sampling)
     if share and (first := _first(base, ids, mask)) is not None:
-        tokens = _by_step(base, first, mask, rows, max_new_tokens, end_ids, draws, stop)
+        tokens = _by_step(base, first, mask, rows, max_new_tokens, end_ids, draws, stop, done)
         return [Generated.of(each, end_ids) for each in tokens]
+
+    def stopping(sequences: Tensor, _: Any) -> Tensor:
+        ended = [stop() or (done is not None and done(row)) for row in sequences[:, longest:].tolist()]
+        return torch.tensor(ended, device=device)
+
     with _plain_settings(base):
         out = base.generate(
             input_ids=ids[rows],
@@ -64,11 +70,18 @@ def generate(
             do_sample=False,  # `Draws` leaves only one token
             use_cache=True,  # an empty GenerationConfig may not set it
             logits_processor=None if draws is None else [draws],
-            stopping_criteria=[lambda rows, _: torch.full((len(rows),), stop(), device=device)],
+            stopping_criteria=[stopping],
             eos_token_id=list(end_ids),
             pad_token_id=end_ids[0],
         )
-    return [Generated.of(row, end_ids) for row in out[:, longest:].tolist()]
+    found_rows = [Generated.of(row, end_ids) for row in out[:, longest:].tolist()]
+    return [_up_to(row, done) for row in found_rows] if done else found_rows
+
+
+def _up_to(answer: Generated, done: Done) -> Generated:
+    """Cut what was added after a response was done: padding, which is an end token, not the response's own."""
+    at = next((at for at in range(1, len(answer.ids) + 1) if done(answer.ids[:at])), None)
+    return answer if at is None else Generated(answer.ids[:at], None)
 
 
 @torch.no_grad()
@@ -104,6 +117,7 @@ def _by_step(
     end_ids: Sequence[int],
     draws: Draws | None,
     stop: Callable[[], bool],
+    done: Done | None,
 ) -> list[list[int]]:
     """Return the tokens that continue each row, up to its end; a row that has ended is not computed further.
 
@@ -122,7 +136,10 @@ def _by_step(
         new = logits.argmax(-1) if draws is None else draws.take(logits, going)
         for row, token in zip(going, new.tolist(), strict=True):
             tokens[row].append(token)
-        left = torch.isin(new, ends, invert=True).nonzero()[:, 0]
+        over = torch.isin(new, ends)
+        if done is not None:
+            over = over | torch.tensor([done(tokens[row]) for row in going], device=over.device)
+        left = (~over).nonzero()[:, 0]
         if len(left) == 0 or len(tokens[going[int(left[0])]]) == max_new_tokens:
             break
         if len(left) < len(going):

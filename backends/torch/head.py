@@ -70,14 +70,18 @@ class _Softmax:
         hidden: (tokens, width).
         targets: (tokens, 1).
         grads: output for d logp / d hidden, (tokens, width), or None. Holds the targets' rows of the weight until `finish`.
+        hits: output for whether a target is the most likely token, (tokens,) bool, or None.
     """
 
-    def __init__(self, hidden: Tensor, targets: Tensor, transform: LogitTransform, grads: Tensor | None) -> None:
-        self.hidden, self.targets, self.transform, self.grads = hidden, targets, transform, grads
+    def __init__(
+        self, hidden: Tensor, targets: Tensor, transform: LogitTransform, grads: Tensor | None, hits: Tensor | None = None
+    ) -> None:
+        self.hidden, self.targets, self.transform, self.grads, self.hits = hidden, targets, transform, grads, hits
         column = torch.zeros_like(targets, dtype=torch.float32)
         # The largest logit so far and the target's; the sum of e^(logit - top); the cap's slope at the target.
         self.top, self.chosen = torch.full_like(column, torch.finfo(torch.float32).min), column
         self.mass, self.own = torch.zeros_like(column), torch.ones_like(column)
+        self.best = None if hits is None else torch.full_like(targets, -1)  # the first token with the largest logit
         # The sum of the weight's rows times e^(logit - top) and the slope.
         self.sums = None if grads is None else torch.zeros_like(hidden, dtype=torch.float32)
 
@@ -95,7 +99,12 @@ class _Softmax:
         here = (place >= 0) & (place < len(weight))
         place.clamp_(0, len(weight) - 1)
         self.chosen[part] = torch.where(here, logits.gather(-1, place), self.chosen[part])
-        top = torch.maximum(self.top[part], logits.amax(-1, keepdim=True))
+        if self.best is None:
+            top = torch.maximum(self.top[part], logits.amax(-1, keepdim=True))
+        else:
+            largest, at = logits.max(-1, keepdim=True)
+            self.best[part] = torch.where(largest > self.top[part], at + first, self.best[part])
+            top = torch.maximum(self.top[part], largest)
         shrink = (self.top[part] - top).exp_()
         self.top[part] = top
         weights = logits.sub_(top).exp_()
@@ -111,10 +120,42 @@ class _Softmax:
     def finish(self, part: slice, logps: Tensor) -> None:
         """Write the log-probs of these hidden states into `logps`, (tokens,), and their gradients."""
         logps[part] = (self.chosen[part] - self.top[part] - self.mass[part].log())[:, 0]
+        if self.hits is not None and self.best is not None:
+            self.hits[part] = (self.best[part] == self.targets[part])[:, 0]
         if self.grads is not None and self.sums is not None:
             # d logp / d logits = onehot(target) - softmax(logits), times what the transform adds
             own = self.grads[part].float().mul_(self.own[part])
             self.grads[part] = own.sub_(self.sums[part].div_(self.mass[part])).mul_(self.transform.scale)
+
+
+def _read(
+    hidden: Tensor,
+    head: Any,
+    targets: Tensor,
+    transform: LogitTransform,
+    grads: Tensor | None = None,
+    hits: Tensor | None = None,
+) -> Tensor:
+    """Return the log-probs of the targets, (tokens,) float32, and fill `grads` and `hits` as `_Softmax` does."""
+    logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    bias = getattr(head, "bias", None)
+    size, together = _sizes(hidden, head)
+    for block in slices(len(targets), together):
+        softmax = _Softmax(
+            hidden[block],
+            targets[block, None],
+            transform,
+            None if grads is None else grads[block],
+            None if hits is None else hits[block],
+        )
+        parts = list(slices(len(softmax.hidden), size))
+        for rows, weight in _tiles(head):
+            for part in parts:
+                softmax.add(part, rows.start, weight, None if bias is None else bias[rows])
+            del weight  # else it would live until the next one is unpacked
+        for part in parts:
+            softmax.finish(part, logps[block])
+    return logps
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -123,19 +164,8 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Any, targets: Tensor, transform: LogitTransform) -> Tensor:
-        logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grads = torch.empty_like(hidden) if hidden.requires_grad else None
-        bias = getattr(head, "bias", None)
-        size, together = _sizes(hidden, head)
-        for block in slices(len(targets), together):
-            own = hidden[block], targets[block, None], transform, None if grads is None else grads[block]
-            softmax, parts = _Softmax(*own), list(slices(len(own[0]), size))
-            for rows, weight in _tiles(head):
-                for part in parts:
-                    softmax.add(part, rows.start, weight, None if bias is None else bias[rows])
-                del weight  # else it would live until the next one is unpacked
-            for part in parts:
-                softmax.finish(part, logps[block])
+        logps = _read(hidden, head, targets, transform, grads)
         if grads is not None:
             ctx.save_for_backward(grads)
         return logps
@@ -156,3 +186,13 @@ def token_logps(hidden: Tensor, head: Any, targets: Tensor, transform: LogitTran
         transform: what the model does to its logits afterwards.
     """
     return _TokenLogps.apply(hidden, head, targets, transform)
+
+
+def token_hits(hidden: Tensor, head: Any, targets: Tensor, transform: LogitTransform) -> Tensor:
+    """Return `token_logps` and whether each target is the most likely token, 1 or 0: (tokens, 2) float32, no gradient.
+
+    Of several equal logits the first is the most likely, as `argmax` has it.
+    """
+    hits = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+    logps = _read(hidden.detach(), head, targets, transform, hits=hits)
+    return torch.stack([logps, hits.float()], -1)

@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.torch import unsloth as torch_unsloth
+from lite_dil.backends.torch.head import QuantizedHead
 from lite_dil.backends.torch.lazy import leave_in_files
 from lite_dil.backends.torch.out_of_memory import conversion_report, ran_out
 from lite_dil.base.errors import UserError, first_line
@@ -319,6 +320,12 @@ def need_bitsandbytes() -> None:
     """Raise UserError if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"--4bit, --head-bits and --optim paged_adamw_8bit need bitsandbytes: {install('cpu')}")
+
+
+def quantize_head(base: Any, bits: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Replace a model's output head by one in 8 or 4 bits."""
+    need_bitsandbytes()
+    base.set_output_embeddings(QuantizedHead(base.get_output_embeddings(), bits, dtype, device))
 
 
 def make_optimizer(parameters: list[Tensor], config: EngineOptions, in_4bit: bool, device: str) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lite_dil.backends.limits import FLEX_BLOCK
 from lite_dil.backends.torch import packed_attention
-from lite_dil.backends.torch.head import token_logps
+from lite_dil.backends.torch.head import token_hits, token_logps
 from lite_dil.backends.torch.row import PackedRow
 from lite_dil.backends.torch.score_head import ScoreHead
 from lite_dil.batching.batch import Batch
@@ -44,6 +44,11 @@ class StateReader:
             return logps
         # A gather and a sum over rows, not index_add, fix the order of additions: equal log-probs give bitwise equal sums.
         return (logps[self.tensor(layout.token_index)] * self.tensor(layout.token_mask)).sum(-1)
+
+    def hits(self, batch: Batch) -> Tensor:
+        """Return the log-prob of each response token and whether it is the most likely one, (tokens, 2)."""
+        hidden, layout = self.states(batch, lambda layout: layout.hidden_index)
+        return token_hits(hidden, self.head, self.tensor(layout.targets), self.transform)
 
     def scores(self, batch: Batch, head: ScoreHead) -> Tensor:
         """Return a head's outputs, (responses, outputs) or (tokens, outputs)."""

@@ -15,6 +15,7 @@ HEAD = 1  # head.json and head.safetensors of an adapter
 REWARD = 1  # reward.json of a reward model
 CACHE = 1  # a file of reference log-probs
 STORE = 1  # a file of a data set's tokens
+EVALUATION = 1  # a file of a model's answers to benchmarks; eval.json
 
 
 class NewerFormat(UserError):
@@ -26,7 +27,7 @@ def check_format(content: Mapping[str, Any], known: int, place: str | Path) -> N
 
     Args:
         content: the file's fields.
-        known: the latest known format of such a file: `RUN`, `HEAD`, `REWARD`, `CACHE` or `STORE`.
+        known: the latest known format of such a file: `RUN`, `HEAD`, `REWARD`, `CACHE`, `STORE` or `EVALUATION`.
         place: the run's folder or the file, for the message.
     """
     found = content.get(KEY, 1)

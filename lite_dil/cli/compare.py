@@ -63,6 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the comparison's folder; an interrupted one continues (default: new, under runs/)",
     )
+    group.add_argument(
+        "--eval",
+        nargs="?",
+        const="paper",
+        metavar="TASKS",
+        help="at the end also evaluate every adapter beside the base, as lite-dil eval --tasks does (without TASKS: paper)",
+    )
+    group.add_argument("--eval-limit", type=_count, metavar="N", help="only the first N items of each task of --eval")
     group.add_argument("--config", metavar="FILE.yaml", help="options of train as 'key: value' lines; flags override them")
     add_flags(parser)
 
@@ -70,12 +78,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run a comparison; return 0, or 130 if it was stopped."""
     from lite_dil.cli.progress import Terminal
-    from lite_dil.recipes.comparison import compare
+    from lite_dil.recipes.comparison import Benchmarks, compare
+    from lite_dil.recipes.evaluation import check_tasks
 
     display = Terminal()
+    if args.eval_limit and not args.eval:
+        raise UserError("--eval-limit belongs to --eval, which is missing")
     comparison = settled(args, display)
+    if args.eval:
+        check_tasks(args.eval, None, display.say)
     try:
-        findings = compare(comparison, display)
+        findings = compare(comparison, display, benchmarks=Benchmarks(args.eval, args.eval_limit) if args.eval else None)
     except UserError as error:  # finished runs are kept; options that change no result, such as --row-tokens, may differ
         raise UserError(f"{error}\nonce that is fixed, continue with: {comparison.again}") from error
     except KeyboardInterrupt:
@@ -144,6 +157,9 @@ def _show(comparison: Comparison, findings: Findings, display: Terminal) -> None
     from rich.box import SIMPLE
     from rich.table import Table
 
+    from lite_dil.cli.eval import show
+    from lite_dil.reports.scores import read_scores
+
     title = f"{comparison.steps} steps, seeds {', '.join(map(str, comparison.seeds))}"
     table = Table(title=title, box=SIMPLE, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column(findings.headings[0], no_wrap=True)
@@ -152,5 +168,7 @@ def _show(comparison: Comparison, findings: Findings, display: Terminal) -> None
     for number, heading in enumerate(findings.headings[1:], 1):
         table.add_row(heading, *(line[number] for line in findings.cells))
     display.console.print(table)
+    if scores := read_scores(comparison.output):
+        show(scores, display)
     for text in [*findings.sentences, "", f"everything on one page: {findings.page}"]:
         display.say(text)

@@ -74,6 +74,7 @@ _MODULES: tuple[str, ...] = (
     "reward",
     "score",
     "compare",
+    "eval",
     "chat",
     "generate",
     "label",

@@ -72,6 +72,10 @@ def _show(runs: list[ListedRun], folder: Path) -> None:
         if run.why:
             text = f"damaged: {run.folder}: {run.why}"
             console.print(visible(text), markup=False, emoji=False, soft_wrap=True)
+    for run in runs:
+        if run.evaluated:
+            name = run.folder.relative_to(folder) if run.folder != folder else run.folder.absolute().name
+            console.print(visible(f"eval: {name}: {run.evaluated}"), markup=False, emoji=False, soft_wrap=True)
     if good := [run for run in runs if run.figures]:
         console.print(f"\n{_legend(good)}", markup=False, emoji=False)
 

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Protocol, TypeVar
 
 from lite_dil.backends.protocol import Backend
-from lite_dil.backends.types import OWN, Generated, Sampling, never
+from lite_dil.backends.types import OWN, Done, Generated, Sampling, never
 from lite_dil.base.halving import Halving, halves
 
 # Generation keeps keys and values but no activations, so a batch can have more tokens than a training pass.
@@ -72,6 +72,7 @@ class BatchGenerator:
         say: shows a line to the user.
         sampling: how the next token is drawn.
         stop: called between tokens; if it returns true, the responses end there.
+        done: called with the tokens of a response so far; if it returns true, that response ends there.
     """
 
     def __init__(
@@ -81,8 +82,9 @@ class BatchGenerator:
         say: Callable[[str], None],
         sampling: Sampling = OWN,
         stop: Callable[[], bool] = never,
+        done: Done | None = None,
     ) -> None:
-        self.backend, self.ends, self.sampling, self.stop = backend, ends, sampling, stop
+        self.backend, self.ends, self.sampling, self.stop, self.done = backend, ends, sampling, stop, done
         self._halving: Halving[Sequence[Wanted]] = Halving("a batch of responses", _tokens, halves, say)
 
     def draw(self, batch: Sequence[Wanted]) -> list[Generated]:
@@ -93,7 +95,7 @@ class BatchGenerator:
     def _generate(self, part: Sequence[Wanted]) -> list[Generated]:
         prompts, seeds = [each.prompt for each in part], [each.seed for each in part]
         room = max(each.room for each in part)
-        return self.backend.generate(prompts, room, self.ends, seeds, self.sampling, self.stop)
+        return self.backend.generate(prompts, room, self.ends, seeds, self.sampling, self.stop, self.done)
 
 
 def _within(answer: Generated, room: int) -> Generated:

@@ -25,7 +25,7 @@ from lite_dil.models.options import ModelOptions, ResolvedAdapter
 from lite_dil.runs.folder import RunFolder, checkpoint_of
 
 if TYPE_CHECKING:
-    from lite_dil.backends.options import LoadOptions
+    from lite_dil.backends.options import EngineOptions, LoadOptions
     from lite_dil.data.encoder import Example
     from lite_dil.generation.batch_generator import BatchGenerator
 
@@ -349,21 +349,24 @@ class Policy:
 
 
 def load(
-    source: AdapterSource, say: Callable[[str], None], training: LoadOptions | None = None, in_files: bool = False
+    source: AdapterSource,
+    say: Callable[[str], None],
+    training: LoadOptions | None = None,
+    in_files: bool = False,
+    engine: EngineOptions | None = None,
 ) -> Policy:
     """Load the model with its adapter for inference, or by options for `training`, which hold the initial adapter.
 
-    `say` shows a line to the user; `in_files` is that of `registry.load`.
+    `say` shows a line to the user; `in_files` is that of `registry.load`; `engine` has the layout of inference (plain).
     """
     checkpoint = checkpoint_of(source.adapter) if source.adapter else None
     if checkpoint and source.run and not source.run.adapter.exists() and checkpoint == source.run.latest():
         say(f"{source.run.path} has not finished: using its newest checkpoint, {checkpoint.name}")
-    options = source.options
-    name = registry.resolve(options.backend)
+    options, name = source.options, registry.resolve(source.options.backend)
     registry.prepare(name, options, training)
     quiet_bars()
     model = resolve_model(options.model, say)
-    return load_found(source, name, model, encoder_of(model, options), say, training, in_files)
+    return load_found(source, name, model, encoder_of(model, options), say, training, in_files, engine)
 
 
 def load_found(
@@ -374,20 +377,17 @@ def load_found(
     say: Callable[[str], None],
     training: LoadOptions | None,
     in_files: bool = False,
+    engine: EngineOptions | None = None,
 ) -> Policy:
     """Finish `load` after `model`, a result of `resolve_model`, was found and its tokenizer loaded."""
     registry.import_library(backend)  # `registry.load` tells what it remarks
     before = peak_rss_mb()
-    loaded = registry.load(backend, source.options, model, training or _adapter(source), training, say, in_files)
+    of = source.adapter
+    adapter = None if of is None else ResolvedAdapter(init_adapter=str(of), reference="base", lora_dropout=0.0)
+    loaded = registry.load(backend, source.options, model, training or adapter, training or engine, say, in_files)
     loaded.set_strength(source.strength)
     say(f"{source.options.model} on {loaded.description}")
     return Policy(loaded, encoder, source, model, say, training, before)
-
-
-def _adapter(source: AdapterSource) -> ResolvedAdapter | None:
-    if source.adapter is None:
-        return None
-    return ResolvedAdapter(init_adapter=str(source.adapter), reference="base", lora_dropout=0.0)
 
 
 def identity(source: AdapterSource) -> str:

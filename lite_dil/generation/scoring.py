@@ -40,6 +40,17 @@ def token_logps(
     return _scored(backend.token_logps, backend.layout, prompts, responses, say, row_tokens)
 
 
+def token_hits(
+    backend: Backend,
+    prompts: Sequence[Ids],
+    responses: Sequence[Sequence[Ids]],
+    say: Callable[[str], None],
+    row_tokens: int = 4096,
+) -> list[list[np.ndarray]]:
+    """Return `token_logps`, and with each whether that token is the most likely one, 1 or 0: (tokens, 2) for each response."""
+    return _scored(backend.token_hits, backend.layout, prompts, responses, say, row_tokens)
+
+
 def compared_logps(
     backend: Backend,
     prompts: Sequence[Ids],

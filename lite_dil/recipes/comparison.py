@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lite_dil.evaluation.comparison.report import Findings, report
 from lite_dil.evaluation.comparison.settings import Comparison
 from lite_dil.generation import policy as policies
 from lite_dil.generation.policy import AdapterSource, Policy
+from lite_dil.recipes.evaluation import EvaluationRequest, evaluate
 from lite_dil.recipes.given import Given
 from lite_dil.recipes.preference import train
 from lite_dil.recipes.run import Run
@@ -29,13 +30,16 @@ from lite_dil.runs.folder import RunFolder
 _NOT_COMPARED = {"backend", "dtype", "seed"}
 
 
-def compare(comparison: Comparison, display: Display, policy: Policy | None = None) -> Findings | None:
+def compare(
+    comparison: Comparison, display: Display, policy: Policy | None = None, benchmarks: Benchmarks | None = None
+) -> Findings | None:
     """Train and measure what is not done yet, and report; return None if Ctrl-C ended it early.
 
     All runs share one base in memory, each with a fresh adapter, unless --auto decides for each run how to load the model.
 
     Args:
         policy: the policy to use, which is left with a fresh adapter. None loads one, and closes it at the end.
+        benchmarks: what every trained adapter is evaluated on at the end, beside the base.
 
     Raises:
         UserError: as training does; finished runs are kept.
@@ -53,10 +57,43 @@ def compare(comparison: Comparison, display: Display, policy: Policy | None = No
             display.say(f"\n{name}")
             if not _run(comparison, loss, seed, base, display):
                 return None
+        base.leave()
+        if benchmarks:
+            _evaluate(comparison, benchmarks, display)
     finally:
         base.leave()
         lock.release()
     return report(comparison)
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """What adapters are evaluated on: `tasks` and `limit` are those of `EvaluationRequest`."""
+
+    tasks: str
+    limit: int | None = None
+
+
+def _evaluate(comparison: Comparison, benchmarks: Benchmarks, display: Display) -> None:
+    """Evaluate the adapters of all runs that did not diverge; the results lie in the comparison's folder."""
+    runs = [
+        RunFolder(Path(comparison.run(loss, seed).output_dir or ""))
+        for seed in comparison.seeds
+        for loss in comparison.configs
+    ]
+    adapters = tuple(str(run.path) for run in runs if run.adapter.exists())
+    if not adapters:
+        return
+    config = next(iter(comparison.configs.values()))
+    asked = EvaluationRequest(
+        adapters=adapters,
+        tasks=benchmarks.tasks,
+        given={"trust_remote_code": config.trust_remote_code},  # which no run's files grant
+        data=config,
+        limit=benchmarks.limit,
+        output=comparison.output,
+    )
+    evaluate(asked, display)
 
 
 class _Base:

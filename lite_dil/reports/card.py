@@ -26,6 +26,7 @@ from lite_dil.objectives.table import DIL_FAMILY, objective_of
 from lite_dil.reports.card_use import how_to_use
 from lite_dil.reports.card_words import code, public_command, public_sources, train_command
 from lite_dil.reports.record import FACTS, read_facts, shared, with_error
+from lite_dil.reports.scores import card_scores, read_scores
 from lite_dil.runs.folder import RunFolder, checkpoint_of
 from lite_dil.runs.history import read_history
 
@@ -93,6 +94,8 @@ def write_card(folder: Path, source: AdapterSource, format: str, check: Any, com
     ]
     if source.run and options:
         parts += ["## Training", *_training(options, facts), *_figures(source.run, _step(source), options, facts)]
+    if source.run and source.adapter and (scores := read_scores(source.run.path)):
+        parts += card_scores(scores, source.adapter, source.strength)
     if check is not None:
         parts += ["## Check of these files", _checked(check)]
     parts += ["## How it was made", *_made(options, command), "## Limits", _limits(options)]

@@ -16,6 +16,7 @@ from lite_dil.reports.drawn_answers import DrawnAnswers, draw_reward_and_kl, out
 from lite_dil.reports.pairs import page_of
 from lite_dil.reports.record import RunRecord, shared
 from lite_dil.reports.samples import MAX_NEW_TOKENS, Sample
+from lite_dil.reports.scores import page_scores
 from lite_dil.runs.history import POINTS
 
 _EVALUATIONS = 40  # the most rows in the table of evaluations
@@ -55,6 +56,7 @@ def render(record: RunRecord) -> str:
         pairs=_pairs(record),
         samples=[_sample(sample, config["max_length"]) for sample in record.samples],
         samples_note=_samples_note(record.samples),
+        scores=page_scores(record.scores),
         evaluations=_evaluations(record),
         lengths=_lengths(record),
         answer_lengths=_answer_lengths(record),

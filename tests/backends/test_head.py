@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lite_dil.backends.torch import head as torch_head
-from lite_dil.backends.torch.head import QuantizedHead, token_logps
+from lite_dil.backends.torch.head import QuantizedHead, token_hits, token_logps
 from lite_dil.models.logits import LogitTransform
 
 WIDTH, VOCABULARY, TOKENS = 64, 200, 45
@@ -96,3 +96,24 @@ def test_a_quantised_head_is_unpacked_once_however_many_tokens_there_are(monkeyp
         token_logps(hidden.requires_grad_(), head, targets, LogitTransform()).sum().backward()
         assert len(calls) == len(head.packed) == 4
         calls.clear()
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(1.5, 6.0)])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_hits_are_the_argmax_of_whole_logits(
+    bits: int | None, transform: LogitTransform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In tiles and chunks; of equal logits the first one counts."""
+    small_pieces(monkeypatch)
+    head, weight = made(bits)
+    hidden, targets = hidden_and_targets(TOKENS)
+    best = (hidden @ weight.T + head.bias).argmax(-1)
+    targets[::2] = best[::2]
+    logps = token_logps(hidden, head, targets, transform)
+    found = token_hits(hidden, head, targets, transform)
+    assert torch.equal(found[:, 0], logps) and 0 < found[:, 1].sum() < TOKENS
+    assert torch.equal(found[:, 1].bool(), targets == best)
+
+    same = nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(False)
+    same.weight.zero_()
+    assert token_hits(hidden[:3], same, torch.tensor([0, 1, 199]), transform)[:, 1].tolist() == [1.0, 0.0, 0.0]

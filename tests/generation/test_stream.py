@@ -287,7 +287,7 @@ def test_inference_pays_for_no_optimiser(backend_name: str, small: str) -> None:
     def state(backend: Any) -> int:
         if backend.name != "mlx":
             return 0 if backend.adapters["policy"].state() is None else len(backend.adapters["policy"].optimizer.state)
-        return len([name for name in backend.optimizer.state if name not in ("step", "learning_rate")])
+        return len([name for name in backend.adapters["policy"].optimizer.state if name not in ("step", "learning_rate")])
 
     backend.token_logps(batch(vocabulary=VOCABULARY))
     backend.generate(PROMPTS, 2, [END])

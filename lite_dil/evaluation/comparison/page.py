@@ -112,6 +112,7 @@ def render(
     curves: Markup,
     accuracy: Plot | None,
     samples: list[dict[str, Any]],
+    scores: dict[str, Any] | None = None,
 ) -> str:
     """Return the page.
 
@@ -119,6 +120,7 @@ def render(
         headings, cells: the table, a row per loss; the page has a column per loss, which fits a screen.
         curves, accuracy: what `draw_curves` and `draw_accuracy` returned.
         samples: by prompt the "prompt" and the "answers", each with the name of whose it is.
+        scores: what `page_scores` returned of an evaluation of the runs.
     """
     head, *rows = map(list, zip(headings, *cells, strict=True))
     return html.render(
@@ -135,5 +137,6 @@ def render(
         rows=rows,
         remarks=remarks,
         samples=samples,
+        scores=scores,
         open=OPEN,
     )

@@ -12,6 +12,7 @@ from lite_dil.evaluation.comparison import page
 from lite_dil.evaluation.comparison import table as tables
 from lite_dil.evaluation.comparison.files import ANSWERS_FILE, REFERENCE_FILE, read_answers, read_measured
 from lite_dil.evaluation.comparison.settings import Comparison
+from lite_dil.reports.scores import markdown_scores, page_scores, read_scores
 
 PAGE = "index.html"
 
@@ -43,12 +44,15 @@ def report(comparison: Comparison) -> Findings:
 
     markdown = ["| " + " | ".join(line) + " |" for line in (headings, ["---"] * len(headings), *cells)]
     listed = ["\n".join(f"- {text}" for text in texts) for texts in (sentences, remarks)]
+    scores = read_scores(output)
+    listed += markdown_scores(scores) if scores else ()
     replace_file(output / "table.md", "\n".join(markdown) + "\n\n" + "\n\n".join(listed) + "\n")
     content = {"rows": rows, "reference": reference["figures"] if reference else None, "verdict": sentences, "notes": remarks}
     replace_file(output / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     replace_file(output / "curves.json", json.dumps(curves, indent=1) + "\n")
     drawn = page.draw_curves(curves, output / "figure2.png"), page.draw_accuracy(rows)
-    html = page.render(comparison, headings, cells, sentences, remarks, *drawn, _samples(comparison, runs, reference))
+    samples = _samples(comparison, runs, reference)
+    html = page.render(comparison, headings, cells, sentences, remarks, *drawn, samples, page_scores(scores))
     replace_file(output / PAGE, html)
     return Findings(rows, headings, cells, sentences, output / PAGE)
 

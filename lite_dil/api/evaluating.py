@@ -1,0 +1,75 @@
+"""Evaluating adapters beside their base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lite_dil.api.notebook import display_of
+from lite_dil.base.display import Display
+from lite_dil.base.errors import UserError, did_you_mean
+from lite_dil.base.start import start
+from lite_dil.config.options import build
+from lite_dil.data.prompts import FLAGS
+from lite_dil.models.options import MODEL_FIELDS
+from lite_dil.recipes import evaluation
+from lite_dil.recipes.evaluation import Evaluated, EvaluationRequest
+
+
+def evaluate(
+    *adapters: str | Path,
+    tasks: str = "",
+    preferences: str = "",
+    limit: int | None = None,
+    shots: int | None = None,
+    template: str = "auto",
+    strength: float = 1.0,
+    samples: int = 32,
+    sample_tokens: int = 128,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    display: Display | None = None,
+    **options: Any,
+) -> Evaluated:
+    """Measure adapters beside their base, on benchmarks and preferences; what was computed is kept for the next call.
+
+    Args:
+        *adapters: runs, checkpoints or adapters' folders, all on one base; without any, the bare `model` of the options.
+        tasks: comma-separated: names of lm-eval, its FILE.yaml, FILE.jsonl with question, choices and answer; or "paper".
+        preferences: a file of pairs, grouped by its column "subset".
+        limit: items of each task, and pairs; None takes all.
+        shots: examples in each prompt; None leaves it to the tasks.
+        template: the model's chat template: "none", "chat", or "auto" for tasks that generate text.
+        strength: multiplies a single adapter.
+        samples, sample_tokens, seed: prompts of the pairs that each model answers, the longest answer, and what draws it.
+        output_dir: the folder for the results; by default each adapter's run.
+        display: shows messages and progress, such as ``lite_dil.Terminal()``.
+        **options: for loading the model and reading pairs, named as in ``lite-dil eval --help``.
+
+    Returns:
+        `content`, that of eval.json, and `folders`, where it is.
+
+    Raises:
+        UserError: something you can fix; what was computed is kept.
+        OutOfMemory: the device does not hold the model, or a single request.
+    """
+    start()
+    known = (*MODEL_FIELDS, *FLAGS)
+    for name in options:
+        if name not in known:
+            raise UserError(f"dil.evaluate: unknown option {name!r}{did_you_mean(name, known)}")
+    asked = EvaluationRequest(
+        adapters=tuple(map(str, adapters)),
+        tasks=tasks,
+        preferences=preferences,
+        given={name: value for name, value in options.items() if name in MODEL_FIELDS},
+        data=build({name: value for name, value in options.items() if name in FLAGS} | {"seed": seed}, {}),
+        limit=limit,
+        shots=shots,
+        template=template,
+        strength=strength,
+        samples=samples,
+        sample_tokens=sample_tokens,
+        output=None if output_dir is None else Path(output_dir),
+    )
+    return evaluation.evaluate(asked, display_of(display))

@@ -1,0 +1,188 @@
+"""Tasks of an evaluation: by lm-eval's name, from its YAML files, or from rows of questions and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lite_dil.base.errors import UserError, did_you_mean, first_line, gather
+from lite_dil.data.files import RowError, file_rows
+
+# The benchmarks of the DIL paper's first table, with the numbers of examples in the prompt. leaderboard_math_hard is only the
+# hardest fifth of MATH.
+PAPER = {
+    "leaderboard_mmlu_pro": 5,
+    "leaderboard_bbh": 3,
+    "leaderboard_musr": 0,
+    "leaderboard_math_hard": 4,
+    "gsm8k": 5,
+    "arc_challenge": 25,
+}
+FEWSHOT_SEED = 1234  # draws a prompt's examples, as in lm-eval itself
+_SHOWN = 5  # problems of a file that are shown
+_QUESTION = "Question: {{question}}\nAnswer:"
+_NUMBERS = [  # as in gsm8k
+    {
+        "name": "strict-match",
+        "filter": [{"function": "regex", "regex_pattern": r"#### (\-?[0-9\.\,]+)"}, {"function": "take_first"}],
+    },
+    {
+        "name": "flexible-extract",
+        "filter": [
+            {"function": "regex", "group_select": -1, "regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"},
+            {"function": "take_first"},
+        ],
+    },
+]
+_EXACT = {"ignore_case": True, "ignore_punctuation": False, "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"]}
+
+
+def load_tasks(named: str, shots: int | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return lm-eval's tasks and groups of a list of names and files; `harness.require` was called before.
+
+    Args:
+        named: comma-separated: names of lm-eval, its FILE.yaml, FILE.jsonl of rows (see `rows_task`), or "paper".
+        shots: examples in each prompt; None leaves the number to each task.
+        say: is told what takes long.
+
+    Raises UserError if a task is unknown, is damaged, needs something that is not installed, or cannot be downloaded.
+    """
+    parts = [part.strip() for part in named.split(",") if part.strip()]
+    if not parts or len(set(parts)) < len(parts):
+        raise UserError(f"--tasks {named}: " + ("a task is given twice" if parts else "no task is given"))
+    if "paper" in parts and (shots is not None or len(parts) > 1):
+        raise UserError("--tasks paper: it is given alone, and sets the examples of each prompt itself; leave --shots out")
+    files = [part for part in parts if Path(part).suffix or Path(part).is_file()]
+    names = list(PAPER) if "paper" in parts else [part for part in parts if part not in files]
+    if names:
+        say("reading lm-eval's list of tasks, which takes some seconds")
+    found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    for several, built_in in ((files, False), (names, True)):
+        if several:
+            for kind, values in _load(several, built_in).items():
+                if both := found[kind].keys() & values.keys():
+                    raise UserError(
+                        f"--tasks {named}: {', '.join(sorted(both))} is there twice; give one of them another name"
+                    )
+                found[kind] |= values
+    for name, task in found["tasks"].items():
+        if "paper" in parts and name in PAPER:
+            task.set_config(key="num_fewshot", value=PAPER[name])
+        elif shots is not None:
+            task.set_config(key="num_fewshot", value=shots)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(f"--tasks {name}: it runs code that the model writes, which lite-dil does not; leave it out")
+    return found
+
+
+def _load(several: Sequence[str], built_in: bool) -> dict[str, Any]:
+    """Return the tasks of files, or of names, for which lm-eval reads all of its files first."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=built_in)
+    for name in several if built_in else ():
+        if name not in manager.task_index:
+            raise UserError(f"--tasks {name}: no such task or file{did_you_mean(name, manager.all_tasks)}")
+    for name in () if built_in else several:
+        if not Path(name).is_file():
+            raise UserError(f"--tasks {name}: no such file")
+    wanted = [name if built_in or Path(name).suffix in (".yaml", ".yml") else rows_task(Path(name)) for name in several]
+    names = ", ".join(several)
+    try:
+        return dict(manager.load(wanted))
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"--tasks {names}: {first_line(error)}; lm-eval has extras for some tasks: pip install 'lm-eval[math,ifeval]'"
+        ) from None
+    except OSError as error:  # of the hub's client and of the datasets package
+        raise UserError(
+            f"--tasks {names}: the data cannot be downloaded or read ({first_line(error)}); with a network, it is kept for "
+            "later, and a FILE.jsonl of rows needs none"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        if built_in:
+            raise
+        raise UserError(f"--tasks {names}: lm-eval cannot use it ({type(error).__name__}: {first_line(error)})") from None
+
+
+def rows_task(path: Path) -> dict[str, Any]:
+    """Return lm-eval's configuration of a task from rows of a file.
+
+    A row has a "question", and either "choices", texts, with "answer", the index of the right one from 0 (or its label in
+    "labels"); or an "answer" that is a number, as in GSM8K, with a "solution" that shows how to find it if examples are asked
+    for. Choices are scored as lm-eval's arc_challenge does, answers as its gsm8k.
+
+    Raises UserError, with file, line, field and what was expected, for rows that cannot be used.
+    """
+    rows, problems = list[dict[str, Any]](), list[str]()
+    for place, row in file_rows(path):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            rows.append(_row(row))
+        except RowError as error:
+            problems.append(f"{place}: {error}")
+    kinds = {"choices" in row for row in rows}
+    if len(kinds) > 1 and not problems:
+        problems.append(f"{path}: some rows have choices and some have none; put them into two files")
+    if problems:
+        raise UserError(gather(problems, f"--tasks {path}: rows cannot be used:", _SHOWN))
+    if not rows:
+        raise UserError(f"--tasks {path}: no rows")
+
+    def dataset(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {"test": Dataset.from_list(rows)}
+
+    common = {
+        "task": path.name.partition(".")[0],
+        "custom_dataset": dataset,
+        "test_split": "test",
+        "fewshot_split": "test",  # without the row that is asked
+        "doc_to_text": _QUESTION,
+        "num_fewshot": 0,
+        "metadata": {"version": 1},
+    }
+    means = {"aggregation": "mean", "higher_is_better": True}
+    if kinds == {True}:
+        scored = [{"metric": name, **means} for name in ("acc", "acc_norm")]
+        choices = {"doc_to_choice": "choices", "doc_to_target": "answer", "metric_list": scored}
+        return {**common, **choices, "output_type": "multiple_choice"}
+    return {
+        **common,
+        "output_type": "generate_until",
+        "doc_to_target": "{{solution}}",
+        "metric_list": [{"metric": "exact_match", **means, **_EXACT}],
+        "generation_kwargs": {"until": ["Question:", "</s>", "<|im_end|>"], "do_sample": False, "temperature": 0.0},
+        "filter_list": _NUMBERS,
+    }
+
+
+def _row(row: Any) -> dict[str, Any]:
+    """Return what is used of a row. Raises RowError."""
+    if not isinstance(row, dict):
+        raise RowError("no object", "expected a JSON object with question, answer and, for a choice, choices")
+    question, choices, answer = (row.get(name) for name in ("question", "choices", "answer"))
+    if not isinstance(question, str) or not question.strip():
+        raise RowError("no question", f"question is {question!r:.60}; expected a text")
+    if choices is None:
+        if not isinstance(answer, str | int | float) or isinstance(answer, bool) or not str(answer).strip():
+            raise RowError(
+                "no answer", f"answer is {answer!r:.60}; expected a number, or its text, since there are no choices"
+            )
+        solution = row.get("solution")
+        if solution is not None and (not isinstance(solution, str) or "#### " not in solution):
+            raise RowError("solution", f"solution has no '#### {answer}' at its end, by which the answer is found")
+        return {"question": question, "solution": solution or f"#### {answer}"}
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(each, str) and each for each in choices):
+        raise RowError("choices", f"choices is {choices!r:.60}; expected a list of at least 2 texts")
+    labels = row.get("labels")
+    if isinstance(labels, list) and isinstance(answer, str) and answer in labels:
+        answer = labels.index(answer)
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise RowError("answer", f"answer is {answer!r:.60}; expected the index of the right choice, 0 to {len(choices) - 1}")
+    return {"question": question, "choices": choices, "answer": answer}

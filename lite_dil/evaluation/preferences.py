@@ -1,0 +1,209 @@
+"""Preferences as a benchmark: which answer a model prefers, by subset, and how far its own answers went from the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lite_dil.backends.types import REFERENCE, Sampling
+from lite_dil.base.errors import UserError
+from lite_dil.base.hashing import digest
+from lite_dil.base.shares import interval
+from lite_dil.data.dataset import reader_of
+from lite_dil.data.encoder import Encoder, Example, truncate
+from lite_dil.data.files import RowError
+from lite_dil.data.options import DataOptions
+from lite_dil.data.reader import Problem, refuse
+from lite_dil.data.sources import records, split_sources
+from lite_dil.evaluation.statistics import compare_paired, mean_interval, sentence
+from lite_dil.generation.batch_generator import BatchGenerator, Request, batched
+from lite_dil.generation.policy import Policy
+from lite_dil.generation.scoring import token_logps
+
+SUBSET = "subset"  # the column by which pairs are grouped
+_BINS = 5  # of calibration
+_TOGETHER = 64  # pairs scored between two moves of the progress bar
+_BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """Pairs as a model reads them: chosen first, then rejected; and the subset of each, "" for none."""
+
+    examples: list[Example]
+    subsets: list[str]
+
+
+def read_pairs(source: str, encoder: Encoder, options: DataOptions) -> PreferencePairs:
+    """Read pairs of any format that training takes, cut to ``--max-length``; their column "subset" groups them.
+
+    Raises UserError for rows that cannot be used, unless `options.skip_bad_rows` leaves them out, and for data without pairs.
+    """
+    found = PreferencePairs([], [])
+    for name, times in split_sources(source):
+        if times != 1:
+            raise UserError(f"--preferences {source}: each pair is used once; leave ={times:g} out")
+        rows = records(name, "test", options.max_rows)
+        subsets = {place: str(row.get(SUBSET) or "") for place, row in rows if isinstance(row, dict)}
+        reader, problems, kept = reader_of(name, "test", options), list[Problem](), 0
+        for row in reader:
+            if row.form != "pairs":
+                raise UserError(f"--preferences {name}: {row.place} has no chosen and rejected response; expected pairs")
+            try:
+                whole = encoder.encode(row)
+            except RowError as error:
+                problems.append(Problem(error.kind, row.place, str(error)))
+                continue
+            found.examples.append(truncate(whole, options.max_length)[0])
+            found.subsets.append(subsets.get(row.place, ""))
+            kept += 1
+        problems = [*reader.problems, *problems]
+        refuse(name, [] if options.skip_bad_rows and kept else problems, kept, "pairs of chosen and rejected")
+    return found
+
+
+def pair_logps(
+    policy: Policy, adapter: str, examples: Sequence[Example], say: Callable[[str], None], step: Callable[[int], None]
+) -> np.ndarray:
+    """Return the summed log-probs of the chosen and the rejected response, in nats, (pairs, 2) float64."""
+    values = []
+    with policy.backend.using(adapter):
+        for start in range(0, len(examples), _TOGETHER):
+            some = examples[start : start + _TOGETHER]
+            found = token_logps(policy.backend, [each.prompt for each in some], [each.responses for each in some], say)
+            values += [[float(tokens.sum(dtype="float64")) for tokens in both] for both in found]
+            step(len(some))
+    return np.array(values).reshape(-1, 2)
+
+
+def preference_figures(
+    pairs: PreferencePairs, base: np.ndarray, tuned: np.ndarray, beta: float, name: str = ""
+) -> dict[str, Any]:
+    """Return an adapter's figures on pairs.
+
+    Args:
+        base, tuned: what `pair_logps` returned.
+        beta: of the implicit reward beta x log-ratio.
+        name: of the adapter, for sentences.
+    """
+    lengths = np.array([[len(response) for response in each.responses] for each in pairs.examples], np.float64)
+    margin = beta * ((tuned - base)[:, 0] - (tuned - base)[:, 1])
+    right = {
+        "implicit reward": margin > 0,
+        "mean log-prob": _prefers(tuned / lengths),
+        "mean log-prob of the base": _prefers(base / lengths),
+        # Of two answers of the same length either is the longer one in half of the cases.
+        "the longer answer": np.where(lengths[:, 0] == lengths[:, 1], 0.5, lengths[:, 0] > lengths[:, 1]),
+    }
+    groups = {"all": np.ones(len(margin), bool)}
+    groups |= {subset: np.array([each == subset for each in pairs.subsets]) for subset in sorted(set(pairs.subsets) - {""})}
+    change = compare_paired(right["mean log-prob of the base"].astype(float), right["mean log-prob"].astype(float))
+    said = f"{name}: " if name else ""
+    return {
+        "beta": beta,
+        "subsets": [
+            {
+                "subset": subset,
+                "pairs": int(some.sum()),
+                **{rule: _share(np.asarray(values, np.float64)[some]) for rule, values in right.items()},
+            }
+            for subset, some in groups.items()
+        ],
+        "calibration": calibration(margin),
+        "sentences": [sentence(f"{said}accuracy by mean log-prob", change, change.p)],
+    }
+
+
+def _prefers(values: np.ndarray) -> np.ndarray:
+    return values[:, 0] > values[:, 1]
+
+
+def _share(right: np.ndarray) -> dict[str, float]:
+    share = float(right.mean())
+    low, high = interval(share, len(right))
+    return {"mean": share, "low": low, "high": high}
+
+
+def calibration(margin: np.ndarray) -> dict[str, Any]:
+    """Return how often a model is right at each confidence, sigmoid(|margin|), and the mean distance of the two.
+
+    Perfect calibration is 0: of the pairs that it is sure of by 0.8, it is right on 0.8.
+    """
+    sure = 1 / (1 + np.exp(-np.abs(margin)))
+    right = np.where(margin == 0, 0.5, margin > 0)
+    place = np.minimum(((sure - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
+    bins = [
+        {
+            "pairs": int((place == number).sum()),
+            "confidence": float(sure[place == number].mean()),
+            "right": float(right[place == number].mean()),
+        }
+        for number in range(_BINS)
+        if (place == number).any()
+    ]
+    error = sum(each["pairs"] * abs(each["confidence"] - each["right"]) for each in bins) / len(margin)
+    return {"error": float(error), "bins": bins}
+
+
+@dataclass(frozen=True)
+class DrawnTexts:
+    """A model's own answers to prompts, at temperature 1: their tokens with the end token, and whether they have one."""
+
+    ids: list[tuple[int, ...]]
+    ended: list[bool]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each, without the end token."""
+        return np.array([len(ids) - ended for ids, ended in zip(self.ids, self.ended, strict=True)], np.float64)
+
+
+def draw_texts(
+    policy: Policy, adapter: str, prompts: Sequence[tuple[int, ...]], tokens: int, seed: int, say: Callable[[str], None]
+) -> DrawnTexts:
+    """Return an answer of at most `tokens` tokens to each prompt."""
+    asked = [Request(prompt, tokens, int(digest(seed, prompt)[:16], 16)) for prompt in prompts]
+    place = {id(request): number for number, request in enumerate(asked)}
+    found: list[tuple[tuple[int, ...], bool]] = [((), False)] * len(asked)
+    generator = BatchGenerator(policy.backend, policy.encoder.end_ids(), say, Sampling(1.0))
+    with policy.backend.using(adapter):
+        for batch in batched(asked, _BATCH_TOKENS):
+            for request, (ids, end) in zip(batch, generator.draw(batch), strict=True):
+                found[place[id(request)]] = (*ids, *(() if end is None else (end,))), end is not None
+    return DrawnTexts([ids for ids, _ in found], [ended for _, ended in found])
+
+
+def distance_figures(
+    policy: Policy,
+    adapter: str,
+    prompts: Sequence[tuple[int, ...]],
+    base: DrawnTexts,
+    own: DrawnTexts,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return the KL from the reference on an adapter's own answers, in nats per answer, and how their length changed.
+
+    The KL is the mean of log pi - log pi_ref, which may come out below 0 by chance.
+    """
+    sums = []
+    for name in (adapter, REFERENCE):
+        with policy.backend.using(name):
+            logps = token_logps(policy.backend, prompts, [[ids] for ids in own.ids], say)
+        sums.append(np.array([float(each.sum(dtype="float64")) for (each,) in logps]))
+    ratio, longer = sums[0] - sums[1], own.lengths - base.lengths
+    (kl_low, kl_high), (low, high) = mean_interval(ratio), mean_interval(longer)
+    return {
+        "answers": len(prompts),
+        "kl": {"mean": float(ratio.mean()), "low": kl_low, "high": kl_high},
+        "length": {
+            "base": float(base.lengths.mean()),
+            "tuned": float(own.lengths.mean()),
+            "difference": float(longer.mean()),
+            "low": low,
+            "high": high,
+        },
+        "cut": {"base": base.ended.count(False), "tuned": own.ended.count(False)},
+    }
