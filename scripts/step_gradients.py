@@ -63,17 +63,18 @@ def work_gradients(backend: Any, work: Sequence[MicroBatch], loss: Loss) -> tupl
     if backend.name == "mlx":
         from mlx.utils import tree_flatten
 
-        update = backend.optimizer.update
+        optimizer = backend.adapters["policy"].optimizer
+        update = optimizer.update
 
         def record(model: Any, gradients: Any) -> None:
             taken.update({name: np.array(value) for name, value in tree_flatten(gradients)})
             update(model, gradients)
 
-        backend.optimizer.update = record
+        optimizer.update = record
         try:
             result = backend.step(work, loss, 0.0)
         finally:
-            backend.optimizer.update = update
+            optimizer.update = update
         return result, taken
 
     def hook(*_: Any) -> None:
