@@ -21,6 +21,8 @@ from lite_dil.models.find import load_tokenizer
 from lite_dil.models.options import ModelOptions
 from lite_dil.models.table import beyond_table
 
+TokenIds = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Example:

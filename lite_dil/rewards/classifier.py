@@ -14,13 +14,12 @@ from lite_dil.backends import registry
 from lite_dil.base.checked import read_object
 from lite_dil.base.errors import UserError
 from lite_dil.base.halving import Halving, halves
-from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.encoder import Encoder, Example, TokenIds
 from lite_dil.data.files import RowError
 from lite_dil.data.messages import Message, read_tools
 from lite_dil.models.find import folder_of, load_tokenizer, resolve_model
 from lite_dil.rewards.source import Answered
 
-TokenIds = tuple[int, ...]
 _TOKENS = 4096  # maximum tokens of a pass, padding included
 _EXPORT = "export.json"
 

@@ -18,13 +18,13 @@ from lite_dil.backends.types import Done, Sampling
 from lite_dil.base.display import Bar
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
+from lite_dil.data.encoder import TokenIds
 from lite_dil.evaluation.benchmarks.store import Result, ResultStore
 from lite_dil.generation.batch_generator import BatchGenerator, Request, batched
 from lite_dil.generation.policy import Policy
 from lite_dil.generation.scoring import token_hits
 from lite_dil.models.find import model_folder
 
-TokenIds = tuple[int, ...]
 # A request for a log-likelihood as lm-eval encodes it: its two texts, and the tokens of each.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
