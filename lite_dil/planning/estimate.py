@@ -94,6 +94,7 @@ class Estimate:
         norms: norm weights, and anything else that is loaded and not used.
         adapter: LoRA's float32 weights.
         reference: a frozen second adapter; otherwise the reference is the same model and needs nothing.
+        rewards: adapters, heads and classifiers that reward the policy's own answers.
         gradients: the adapter's gradients that exist at this moment.
         optimizer: AdamW's state.
         cache: keys and values of answers that are being drawn.
@@ -113,6 +114,7 @@ class Estimate:
     norms: int = 0
     adapter: int = 0
     reference: int = 0
+    rewards: int = 0
     gradients: int = 0
     optimizer: int = 0
     cache: int = 0

@@ -32,6 +32,7 @@ from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.shape import Linear, ModelShape
 from lite_dil.planning.drawing import Drawing
 from lite_dil.planning.estimate import BYTES, FLOAT32, Estimate, Load, adapter_tensors, layout_for
+from lite_dil.planning.reward_models import reward_bytes
 
 WIDTH = 20  # mlx/utils.h: MLX_BFS_MAX_WIDTH
 TASKS = 10  # mlx/transforms.cpp: queued before the next one waits
@@ -147,6 +148,7 @@ class MLXStep:
         fixed: dict[str, Any] = {**self.weights(), "adapter": self.adapter, "optimizer": 2 * self.adapter}
         if self.config.reference == "initial-adapter":
             fixed["reference"] = self.adapter
+        fixed["rewards"] = reward_bytes(self.config, self.e)
         worst: dict[str, dict[str, Any]] = {}  # the parts, at the worst moment of each phase
         queue: deque[tuple[float, Moment]] = deque()
         kept, gradients = 0, several

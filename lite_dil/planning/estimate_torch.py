@@ -24,6 +24,7 @@ from lite_dil.models.shape import Linear, ModelShape
 from lite_dil.planning.dense_layer import Layer, peak
 from lite_dil.planning.drawing import Drawing
 from lite_dil.planning.estimate import BYTES, FLOAT32, Estimate, Load, adapter_tensors, layout_for
+from lite_dil.planning.reward_models import reward_bytes
 
 # Share of reserved GPU memory lost to fragmentation, with expandable segments and without, by the allocator's statistics in
 # steps of an 8B Llama (docs/LOG.md).
@@ -128,6 +129,7 @@ class TorchStep:
             fixed["host_parts"] = self.host(paged)
         if self.config.reference == "initial-adapter":
             fixed["reference"] = self.adapter
+        fixed["rewards"] = reward_bytes(self.config, self.e)
         found = [Estimate(phase, **{**fixed, **parts}) for phase, parts in self.phases().items()]
         if self.cuda:
             found = [replace(e, temporaries=e.temporaries + WORKSPACE) for e in found]
@@ -181,7 +183,7 @@ class TorchStep:
             if self.cuda and (not s.tied or self.config.offload_embeddings):
                 table = tile * self.e
             quantising = max(quantising, table + tile * FLOAT32)
-        return {"adapter": 0, "reference": 0, "optimizer": 0, "temporaries": quantising + self.tower()}
+        return {"adapter": 0, "reference": 0, "rewards": 0, "optimizer": 0, "temporaries": quantising + self.tower()}
 
     def beforehand(self) -> dict[str, int]:
         """Return what a pass of --precompute-reference holds."""

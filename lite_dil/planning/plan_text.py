@@ -13,6 +13,7 @@ from lite_dil.planning.auto import TUNABLE
 from lite_dil.planning.drawing import Drawing
 from lite_dil.planning.fit import gigabytes
 from lite_dil.planning.plan import Plan
+from lite_dil.planning.reward_models import uncounted
 
 _WIDTH = 100
 _LISTED = (
@@ -50,6 +51,7 @@ def _about(plan: Plan) -> list[str]:
         *(["On WSL the optimiser's state stays on the GPU, and more is lost between tensors."] if wsl else []),
         f"{'--auto takes ' if plan.choice else ''}{how}. The largest pass: {_examples(plan)}.",
         *([_drawing(Drawing.of(config))] if config.online else []),
+        *([f"Not counted, since its files are not here: {', '.join(missing)}."] if (missing := uncounted(config)) else []),
     ]
 
 
@@ -92,6 +94,7 @@ def _table(plan: Plan) -> list[str]:
         ("logits chunk", parts["logits"], "" if parts["logits"] else "none at the fullest moment"),
         ("temporaries", parts["temporaries"], f"at the fullest moment: {estimate.phase}"),
         ("reference", parts["reference"], "the initial adapter" if parts["reference"] else "the same model, its adapter off"),
+        *([("rewards", parts["rewards"], "models that reward")] if parts["rewards"] else []),
         ("fragmentation", parts["reserve"], "lost between tensors"),
     ]
     rows = [f"  {name:14}{size / GIB:8.2f} GB   {note}" for name, size, note in shown]
@@ -148,7 +151,8 @@ def _time(plan: Plan) -> str:
         f"Steps: {epoch.steps:,}, over {count(epoch.examples, 'example')} an epoch. " if epoch.steps and epoch.examples else ""
     )
     if not epoch.rate:
-        return f"{steps}Time: not known; --measure takes a few steps here, --like RUN_FOLDER uses the rate of an earlier run."
+        measure = "" if plan.config.online else "--measure takes a few steps here, "
+        return f"{steps}Time: not known; {measure}--like RUN_FOLDER uses the rate of an earlier run."
     if epoch.run_seconds is None:
         return f"Time: at {epoch.rate}; of a run not known without --data FILE."
     most, lengths = (

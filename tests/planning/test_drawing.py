@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import config
 from live_bytes import mlx_peak_bytes, nothing, peak_bytes, random_examples
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lite_dil.backends import registry
@@ -27,6 +28,7 @@ from lite_dil.planning.drawing import Drawing
 from lite_dil.planning.estimate import Load
 from lite_dil.planning.estimate_mlx import MLXStep
 from lite_dil.planning.peak import estimate
+from lite_dil.planning.reward_models import reward_bytes, uncounted
 
 ONLINE: dict[str, Any] = {"loss": "rloo", "reward": "answer:number", "samples": 8, "max_new_tokens": 40, "max_length": 300}
 
@@ -126,3 +128,19 @@ def test_auto_splits_a_step_so_that_drawing_fits(model: str, monkeypatch: pytest
     assert (large.row_tokens, small.row_tokens) == (200 + 8 * 40, 200 + 40)
     with pytest.raises(UserError, match="GB are needed"):
         chosen(0.01)
+
+
+def test_models_that_reward_are_counted(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A head's adapter in float32 by its run, a classifier in the type of the computation; others are named."""
+    (tmp_path / "rm" / "adapter").mkdir(parents=True)
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, tmp_path / "rm" / "adapter" / "adapter_model.safetensors")
+    save_file({"score": torch.zeros(11)}, tmp_path / "rm" / "adapter" / "head.safetensors")
+    reward = f"answer:number,{tmp_path / 'rm'}"
+    made = config(**ONLINE | {"reward": reward, "eval_reward": f"hf:{model}"}, model=model, dtype="bfloat16")
+    weights = sum(each.numel() for path in Path(model).glob("*.safetensors") for each in load_file(path).values())
+    assert reward_bytes(made, 2) == 4 * (15 + 7 + 11) + 2 * weights and not uncounted(made)
+    assert estimate(made, read_shape(model), "cpu", "bfloat16", Load((9,), ((5, 5),))).rewards == reward_bytes(made, 2)
+    flags = ["--data", str(tmp_path / "q.jsonl"), "--model", model, "--loss", "rloo", "--reward", f"{reward},hf:some/one"]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "one", "answer": "1"}) + "\n")
+    assert main(["plan", *flags]) == 0
+    assert "Not counted, since its files are not here: hf:some/one." in capsys.readouterr().out
