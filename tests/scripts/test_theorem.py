@@ -13,7 +13,7 @@ from theorem_world import Drawn, Held, Setting, World, divergence, questions, ta
 
 import lite_dil as dil
 
-QUESTIONS = [f"what is {word}" for word in "one two red blue here there old new left right sun moon".split()]
+QUESTIONS = [f"{first} {second}" for first in ("what is", "where is", "name", "draw") for second in ("one", "red", "it")]
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +61,16 @@ def test_the_true_ratio_is_that_of_the_distributions_drawn_from(policy: dil.Poli
 
 
 def test_a_training_approaches_and_is_kept(tiny: str, tmp_path: Path) -> None:
-    trainings = Trainings(Setting(1, None, 0.3), QUESTIONS, 4, tmp_path, tiny)
-    arm = Arm("bce", 1e-3, 1.0, 0, 40)
+    trainings = Trainings(Setting(1, "one two"), QUESTIONS, 8, tmp_path, tiny)
+    arm = Arm("bce", 1e-3, 1.0, 0, 25)
     done = trainings.run(arm)
-    assert [point["step"] for point in done["points"]] == [0, 20, 40]
-    assert np.mean(done["points"][-1]["kl_forward"]) < np.mean(done["points"][0]["kl_forward"])
-    assert Trainings(Setting(1, None, 0.3), [], 4, tmp_path, "no such model").run(arm) == done
+    assert [point["step"] for point in done["points"]] == [0, 20, 25]
+    assert np.mean(done["points"][-1]["kl_forward"]) < 0.7 * np.mean(done["points"][0]["kl_forward"])
+    assert Trainings(Setting(1, "one two"), [], 4, tmp_path, "no such model").run(arm) == done
     theorem_page.write_page(tmp_path, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
-    assert "| bce | 0.001 | 1 | 640 |" in page and "| sft | missing |" in page
-    assert (tmp_path / "page-temperature-0.3-1.png").stat().st_size > 10_000
+    assert "| bce | 0.001 | 1 | 400 |" in page and "| sft | missing |" in page
+    assert (tmp_path / "page-system-1.png").stat().st_size > 10_000
 
 
 def test_slope_and_offset() -> None:
