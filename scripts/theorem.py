@@ -40,7 +40,7 @@ LOSSES: dict[str, dict[str, str | float]] = {
 }
 RATES = (1e-4, 2e-4, 5e-4)
 PAIRS = 8  # prompts of a step, each with an answer of either side
-EVERY = 20  # steps between measurements
+MEASURED = (20, 40, 80, 160)  # steps after which the policy is measured, besides the last
 
 
 class Arm(NamedTuple):
@@ -111,7 +111,7 @@ class Trainings:
         held, backend = self.held(arm.seed, world), world.policy.fresh(arm.seed).backend
         options = build(LOSSES[arm.loss] | {"logp_reduction": "sum"}, {})
         criterion: Criterion | None = None
-        points, clipped, losses = [self._point(0, held, 0, [])], 0, list[float]()
+        points, clipped, losses = list[dict[str, Any]](), 0, list[float]()
         for step in range(1, arm.steps + 1):
             pairs = self.examples(world, arm.seed, step)
             batch, known = Batch.of([pair for pair, _ in pairs]), np.array([logps for _, logps in pairs], np.float32).ravel()
@@ -119,19 +119,15 @@ class Trainings:
             result = backend.step(micro_batches([batch], criterion, [known]), criterion, arm.rate)
             clipped += result.grad_norm > arm.clip
             losses.append(result.loss)
-            if step % EVERY == 0 or step == arm.steps:
-                points.append(self._point(step, held, clipped, losses))
-        done = arm._asdict() | {"setting": self.setting.name, "start": held.start(), "points": points}
+            if step in MEASURED or step == arm.steps:
+                figures = {name: [round(value, 5) for value in values] for name, values in held.measure().items()}
+                points.append({"step": step, "answers": 2 * PAIRS * step, "clipped_steps": clipped} | figures)
+        done = arm._asdict() | {"setting": self.setting.name, "start": held.start(), "points": points, "losses": losses}
         done |= {"cpu_seconds": round(time.process_time() - began), "date": time.strftime("%Y-%m-%d")}
         replace_file(path, json.dumps(done))
         last = points[-1]
         print(f"{path.stem}: KL(chosen, policy) {np.mean(last['kl_forward']):.3f}, {done['cpu_seconds']} s of CPU", flush=True)
         return done
-
-    @staticmethod
-    def _point(step: int, held: Held, clipped: int, losses: list[float]) -> dict[str, Any]:
-        figures = {name: [round(value, 5) for value in values] for name, values in held.measure().items()}
-        return {"step": step, "answers": 2 * PAIRS * step, "clipped_steps": clipped, "losses": losses[-EVERY:]} | figures
 
 
 def best_rate(trainings: Trainings, loss: str, steps: int) -> float:
@@ -156,7 +152,7 @@ def main() -> None:
     parser.add_argument("--clip", type=float, default=1.0, help="--max-grad-norm (default: 1)")
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--rate-steps", type=int, default=20, help="steps of the trainings that choose the rates")
-    parser.add_argument("--held-out", type=int, default=64, help="prompts that are measured")
+    parser.add_argument("--held-out", type=int, default=48, help="prompts that are measured")
     parser.add_argument("--output", type=Path, default=Path("runs/theorem"), help="folder of the finished trainings")
     parser.add_argument("--page", type=Path, help="write the page and its figure, such as docs/theorem.md")
     args = parser.parse_args()
@@ -164,11 +160,11 @@ def main() -> None:
     brief = None if args.temperature else args.system
     setting = Setting(args.tokens, brief, args.temperature or 1.0)
     prompts = questions(args.prompts, args.longest)
-    trainings = Trainings(setting, prompts, args.held_out, args.output, args.model)
-    rates = {loss: best_rate(trainings, loss, args.rate_steps) for loss in args.losses}
+    apart, rest = prompts[::5], [prompt for number, prompt in enumerate(prompts) if number % 5]
+    tried = Trainings(setting, apart, args.held_out, args.output, args.model)
+    rates = {loss: best_rate(tried, loss, args.rate_steps) for loss in args.losses}
     print("rates: " + ", ".join(f"{loss} {rate:g}" for loss, rate in rates.items()), flush=True)
-    if args.null:
-        trainings = Trainings(replace(setting, null=True), prompts, args.held_out, args.output, args.model)
+    trainings = Trainings(replace(setting, null=args.null), rest, args.held_out, args.output, args.model)
     for seed in args.seeds:
         for loss in args.losses:
             trainings.run(Arm(loss, rates[loss], args.clip, seed, args.steps))

@@ -121,8 +121,9 @@ def draw(arms: list[Trained], path: Path) -> None:
                 same = [arm for arm in arms if arm["loss"] == loss]
                 if same:
                     steps = min((arm["points"] for arm in same), key=len)
-                    answers = [point["answers"] for point in steps]
-                    rows = np.array([[np.mean(point[name]) for point in arm["points"][: len(steps)]] for arm in same])
+                    answers = [0, *(point["answers"] for point in steps)]
+                    curves = [[arm["start"], *arm["points"][: len(steps)]] for arm in same]
+                    rows = np.array([[np.mean(point[name]) for point in curve] for curve in curves])
                     axes.plot(answers, rows.mean(0), color=colour, label=loss)
                     if len(rows) > 1:
                         axes.fill_between(answers, rows.min(0), rows.max(0), color=colour, alpha=0.15, linewidth=0)
