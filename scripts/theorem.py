@@ -168,8 +168,8 @@ def main() -> None:
     for seed in args.seeds:
         for loss in args.losses:
             trainings.run(Arm(loss, rates[loss], args.clip, seed, args.steps))
-    if args.page:
-        write_page(args.output, args.page)
+            if args.page:
+                write_page(args.output, args.page)
 
 
 if __name__ == "__main__":
