@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--clip", type=float, default=1.0, help="--max-grad-norm (default: 1)")
     parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--rate", type=float, help="learning rate of every loss, in place of choosing one each")
     parser.add_argument("--rate-steps", type=int, default=20, help="steps of the trainings that choose the rates")
     parser.add_argument("--held-out", type=int, default=48, help="prompts that are measured")
     parser.add_argument("--output", type=Path, default=Path("runs/theorem"), help="folder of the finished trainings")
@@ -162,7 +163,7 @@ def main() -> None:
     prompts = questions(args.prompts, args.longest)
     apart, rest = prompts[::5], [prompt for number, prompt in enumerate(prompts) if number % 5]
     tried = Trainings(setting, apart, args.held_out, args.output, args.model)
-    rates = {loss: best_rate(tried, loss, args.rate_steps) for loss in args.losses}
+    rates = {loss: args.rate or best_rate(tried, loss, args.rate_steps) for loss in args.losses}
     print("rates: " + ", ".join(f"{loss} {rate:g}" for loss, rate in rates.items()), flush=True)
     trainings = Trainings(replace(setting, null=args.null), rest, args.held_out, args.output, args.model)
     for seed in args.seeds:
