@@ -1,0 +1,177 @@
+"""python scripts/theorem.py --prompts FILE: does DIL recover pi_chosen on a real language model? Writes docs/theorem.md.
+
+The theorem: if chosen responses come from pi_chosen and rejected ones from pi_ref, the minimiser of each DIL loss (sums,
+beta 1) is pi_chosen. Here pi_ref is a real model and pi_chosen the same one with another system prompt or temperature, so that
+the truth is known. Every step has fresh answers of both. Each training (an arm) is kept in --output when it ends and is not
+repeated: after an interruption the same command goes on, and the page is made of the arms that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from theorem_page import TRIED, write_page
+from theorem_world import Held, Setting, World, questions
+
+import lite_dil as dil
+from lite_dil.base.files import replace_file
+from lite_dil.base.signs import CHOSEN, REJECTED
+from lite_dil.batching.batch import Batch
+from lite_dil.config.options import build
+from lite_dil.data.encoder import Example
+from lite_dil.objectives.criterion import Criterion
+from lite_dil.training.step import micro_batches
+
+LOSSES: dict[str, dict[str, str | float]] = {
+    "sft": {"loss": "sft"},
+    "ukl": {"loss": "ukl"},
+    "bce": {"loss": "bce"},
+    "rulsif": {"loss": "rulsif"},
+    "lsif": {"loss": "lsif"},
+    "dpo": {"loss": "dpo", "beta": 1.0},
+    "dpo, beta 0.1": {"loss": "dpo", "beta": 0.1},
+}
+RATES = (1e-4, 2e-4, 5e-4)
+PAIRS = 8  # prompts of a step, each with an answer of either side
+MEASURED = (20, 40, 80, 160)  # steps after which the policy is measured, besides the last
+
+
+class Arm(NamedTuple):
+    """A training."""
+
+    loss: str
+    rate: float
+    clip: float
+    seed: int
+    steps: int
+
+    def path(self, folder: Path, setting: Setting) -> Path:
+        """Return the file that keeps it."""
+        loss = self.loss.replace(", beta ", "-")
+        return folder / f"{setting.name}-{loss}-rate-{self.rate:g}-clip-{self.clip:g}-seed-{self.seed}-steps-{self.steps}.json"
+
+
+class Trainings:
+    """Trains arms in one setting, one after the other, with one model for each --max-grad-norm."""
+
+    def __init__(self, setting: Setting, prompts: Sequence[str], held_out: int, folder: Path, model: str | None) -> None:
+        self.setting, self.folder, self._model = setting, folder, model
+        self._prompts, self._held_out = list(prompts), held_out
+        self._world: tuple[float, World] | None = None
+        self._held: dict[int, Held] = {}
+        self._drawn: dict[tuple[int, int], list[tuple[Example, list[float]]]] = {}
+
+    def world(self, clip: float) -> World:
+        """Return the model, loaded with this clip."""
+        if self._world is None or self._world[0] != clip:
+            policy = dil.load(self._model, backend="cpu", dtype="float32", max_grad_norm=clip)
+            self._world = clip, World(policy, self.setting)
+            for held in self._held.values():
+                held.world = self._world[1]
+        return self._world[1]
+
+    def held(self, seed: int, world: World) -> Held:
+        """Return the prompts that a seed is measured on, the same for all its arms."""
+        if seed not in self._held:
+            order = np.random.default_rng([seed, 1]).permutation(len(self._prompts))
+            some = [self._prompts[i] for i in order[: self._held_out]]
+            self._held[seed] = Held(world, world.pairs(some, 10**6 + seed), seed)
+        return self._held[seed]
+
+    def examples(self, world: World, seed: int, step: int) -> list[tuple[Example, list[float]]]:
+        """Return a step's fresh pairs with the reference's log-probs of both answers; the same for all arms of a seed."""
+        if (seed, step) not in self._drawn:
+            order = np.random.default_rng([seed, 1]).permutation(len(self._prompts))[self._held_out :]
+            some = [self._prompts[order[(PAIRS * (step - 1) + i) % len(order)]] for i in range(PAIRS)]
+            drawn = world.pairs(some, 10**4 * seed + step)
+            pairs = [
+                Example(world.ids(prompt), (chosen, rejected), (CHOSEN, REJECTED))
+                for prompt, chosen, rejected in zip(drawn.prompts, drawn.chosen, drawn.rejected, strict=True)
+            ]
+            with world.policy.backend.adapter_off():
+                logps = world.policy.backend.sequence_logps(Batch.of(pairs)).reshape(PAIRS, 2)
+            self._drawn[seed, step] = list(zip(pairs, logps.tolist(), strict=True))
+        return self._drawn[seed, step]
+
+    def run(self, arm: Arm) -> dict[str, Any]:
+        """Return a training's measurements, from its file or by training."""
+        path = arm.path(self.folder, self.setting)
+        if path.exists():
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+        began = time.process_time()
+        world = self.world(arm.clip)
+        held, backend = self.held(arm.seed, world), world.policy.fresh(arm.seed).backend
+        options = build(LOSSES[arm.loss] | {"logp_reduction": "sum"}, {})
+        criterion: Criterion | None = None
+        points, clipped, losses = list[dict[str, Any]](), 0, list[float]()
+        for step in range(1, arm.steps + 1):
+            pairs = self.examples(world, arm.seed, step)
+            batch, known = Batch.of([pair for pair, _ in pairs]), np.array([logps for _, logps in pairs], np.float32).ravel()
+            criterion = criterion or Criterion(options, [pair for pair, _ in pairs])
+            result = backend.step(micro_batches([batch], criterion, [known]), criterion, arm.rate)
+            clipped += result.grad_norm > arm.clip
+            losses.append(result.loss)
+            if step in MEASURED or step == arm.steps:
+                figures = {name: [round(value, 5) for value in values] for name, values in held.measure().items()}
+                points.append({"step": step, "answers": 2 * PAIRS * step, "clipped_steps": clipped} | figures)
+        done = arm._asdict() | {"setting": self.setting.name, "start": held.start(), "points": points, "losses": losses}
+        done |= {"cpu_seconds": round(time.process_time() - began), "date": time.strftime("%Y-%m-%d")}
+        replace_file(path, json.dumps(done))
+        last = points[-1]
+        print(f"{path.stem}: KL(chosen, policy) {np.mean(last['kl_forward']):.3f}, {done['cpu_seconds']} s of CPU", flush=True)
+        return done
+
+
+def best_rate(trainings: Trainings, loss: str, steps: int) -> float:
+    """Return the rate with the least KL(pi_chosen, pi) after some steps, on prompts and draws of their own."""
+    ends = {rate: trainings.run(Arm(loss, rate, 1.0, TRIED, steps))["points"][-1] for rate in RATES}
+    return min(RATES, key=lambda rate: float(np.mean(ends[rate]["kl_forward"])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--prompts", type=Path, required=True, help="JSON Lines with a prompt a row; its first question is taken"
+    )
+    parser.add_argument("--model", help="model folder or hub id (default: the embedded one)")
+    parser.add_argument("--longest", type=int, default=80, help="most characters of a question (default: 80)")
+    parser.add_argument("--tokens", type=int, default=4, help="most tokens of an answer (default: 4)")
+    parser.add_argument("--system", default="Answer in one short sentence.", help="system prompt of pi_chosen")
+    parser.add_argument("--temperature", type=float, help="temperature of pi_chosen, in place of --system")
+    parser.add_argument("--null", action="store_true", help="pi_chosen is pi_ref: what each loss does without a signal")
+    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, metavar="LOSS", help="; ".join(LOSSES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--clip", type=float, default=1.0, help="--max-grad-norm (default: 1)")
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--rate", type=float, help="learning rate of every loss, in place of choosing one each")
+    parser.add_argument("--rate-steps", type=int, default=20, help="steps of the trainings that choose the rates")
+    parser.add_argument("--held-out", type=int, default=48, help="prompts that are measured")
+    parser.add_argument("--output", type=Path, default=Path("runs/theorem"), help="folder of the finished trainings")
+    parser.add_argument("--page", type=Path, help="write the page and its figure, such as docs/theorem.md")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    brief = None if args.temperature else args.system
+    setting = Setting(args.tokens, brief, args.temperature or 1.0)
+    prompts = questions(args.prompts, args.longest)
+    apart, rest = prompts[::5], [prompt for number, prompt in enumerate(prompts) if number % 5]
+    tried = Trainings(setting, apart, args.held_out, args.output, args.model)
+    rates = {loss: args.rate or best_rate(tried, loss, args.rate_steps) for loss in args.losses}
+    print("rates: " + ", ".join(f"{loss} {rate:g}" for loss, rate in rates.items()), flush=True)
+    trainings = Trainings(replace(setting, null=args.null), rest, args.held_out, args.output, args.model)
+    for seed in args.seeds:
+        for loss in args.losses:
+            trainings.run(Arm(loss, rates[loss], args.clip, seed, args.steps))
+            if args.page:
+                write_page(args.output, args.page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The table and the figure of scripts/theorem.py's trainings, for docs/theorem.md."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from lite_dil.base.files import replace_file
+
+Trained: TypeAlias = dict[str, Any]
+MARK = "<!-- Below: made by scripts/theorem.py --page -->"
+SIDES = ("chosen", "rejected")
+PANELS = {"kl_forward": "KL(pi_chosen, pi)", "kl_reverse": "KL(pi, pi_chosen)"}
+TRIED = 1000  # the seed of the trainings that choose rates
+COLOURS = {
+    "sft": "#000000",
+    "ukl": "#0072B2",
+    "bce": "#56B4E9",
+    "rulsif": "#009E73",
+    "lsif": "#D55E00",
+    "dpo": "#CC79A7",
+    "dpo, beta 0.1": "#E69F00",
+}
+
+
+def write_page(folder: Path, page: Path) -> None:
+    """Replace what is below the page's mark by a section a setting, with the figures beside the page."""
+    groups = defaultdict[tuple[str, float], list[Trained]](list)
+    for path in sorted(folder.glob("*.json")):
+        trained = json.loads(path.read_text(encoding="utf-8"))
+        if trained["seed"] != TRIED:
+            groups[trained["setting"], trained["clip"]].append(trained)
+    sections = []
+    for (setting, clip), arms in sorted(groups.items()):
+        figure = page.with_name(f"{page.stem}-{setting}{'' if clip == 1 else f'-clip-{clip:g}'}.png")
+        draw(arms, figure)
+        sections.append(section(setting, clip, arms) + f"\n\n![KL to pi_chosen]({figure.name})")
+    head = page.read_text(encoding="utf-8").split(MARK)[0].rstrip() if page.exists() else "# The theorem on a language model"
+    replace_file(page, "\n\n".join([head, MARK, *sections]) + "\n")
+
+
+def section(setting: str, clip: float, arms: list[Trained]) -> str:
+    """Return a setting's heading, facts and table in Markdown."""
+    start = {name: np.concatenate([arm["start"][name] for arm in _one_a_seed(arms)]) for name in arms[0]["start"]}
+    ratio = {side: np.exp(start[f"true/{side}"]) for side in ("chosen", "rejected")}
+    facts = (
+        f"KL(pi_chosen, pi_ref) {_error(start['kl_forward'])}, KL(pi_ref, pi_chosen) {_error(start['kl_reverse'])} nats an "
+        f"answer; E_ref[r^2] {(ratio['rejected'] ** 2).mean():.2f} from draws of pi_ref, {ratio['chosen'].mean():.2f} from "
+        f"draws of pi_chosen. {len(start['kl_forward'])} held-out prompts in all; {max(arm['date'] for arm in arms)}."
+    )
+    lines = [
+        "| loss | rate | seeds | answers | KL(pi_chosen, pi) | KL(pi, pi_chosen) | less than sft's | correlation | slope "
+        "| offset | change of chosen | clipped steps |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    by_loss = defaultdict[str, list[Trained]](list)
+    for arm in arms:
+        by_loss[arm["loss"]].append(arm)
+    for loss in COLOURS:
+        lines.append(_row(loss, by_loss[loss], by_loss["sft"]) if by_loss[loss] else f"| {loss} | missing |" + " |" * 10)
+    return "\n".join([f"## {setting}, gradients clipped at {clip:g}", "", facts, "", *lines])
+
+
+def _row(loss: str, arms: list[Trained], sft: list[Trained]) -> str:
+    ends = [arm["points"][-1] for arm in arms]
+    forward, reverse = (_over_seeds([end[name] for end in ends]) for name in ("kl_forward", "kl_reverse"))
+    base = {arm["seed"]: arm["points"][-1]["kl_forward"] for arm in sft}
+    both = [(base[arm["seed"]], end["kl_forward"]) for arm, end in zip(arms, ends, strict=True) if arm["seed"] in base]
+    less = _over_seeds([np.subtract(*pair).tolist() for pair in both]) if both and loss != "sft" else "–"
+    fits = {side: [fit(arm["start"][f"true/{side}"], arm["points"][-1][f"learned/{side}"]) for arm in arms] for side in SIDES}
+    correlation, slope, offset = ([float(np.mean([each[i] for each in fits[side]])) for side in SIDES] for i in range(3))
+    change = _over_seeds([end["learned/chosen"] for end in ends])
+    clipped = sum(end["clipped_steps"] for end in ends) / sum(end["step"] for end in ends)
+    rates, answers = sorted({f"{arm['rate']:g}" for arm in arms}), sorted({str(end["answers"]) for end in ends})
+    cells = [loss, ", ".join(rates), str(len(arms)), ", ".join(answers), forward, reverse, less]
+    cells += [f"{first:.2f}, {second:.2f}" for first, second in (correlation, slope, offset)]
+    return f"| {' | '.join([*cells, change, f'{clipped:.0%}'])} |"
+
+
+def fit(true: list[float], learned: list[float]) -> tuple[float, float, float]:
+    """Return the correlation of two log-ratios, and slope and offset of the learned one by least squares."""
+    x, y = np.array(true), np.array(learned)
+    if not x.std():  # the null setting has no true ratio
+        return np.nan, np.nan, float(y.mean())
+    slope = float(((x - x.mean()) * (y - y.mean())).mean() / x.var())
+    correlation = float(np.corrcoef(x, y)[0, 1]) if y.std() else 0.0
+    return correlation, slope, float(y.mean() - slope * x.mean())
+
+
+def _one_a_seed(arms: list[Trained]) -> list[Trained]:
+    return list({arm["seed"]: arm for arm in arms}.values())
+
+
+def _error(values: np.ndarray) -> str:
+    """Return a mean with its standard error over prompts."""
+    return f"{values.mean():.3f} ± {values.std(ddof=1) / np.sqrt(len(values)):.3f}"
+
+
+def _over_seeds(values: list[list[float]]) -> str:
+    """Return a mean with its standard error: over seeds, each with prompts and draws of its own; over prompts for one seed."""
+    means = np.array([np.mean(each) for each in values])
+    return _error(means) if len(means) > 1 else _error(np.array(values[0]))
+
+
+def draw(arms: list[Trained], path: Path) -> None:
+    """Draw the divergence from pi_chosen against the number of answers, a line a loss: the mean of its seeds."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        sides = zip(
+            figure.subplots(1, 2), {"kl_forward": "KL(pi_chosen, pi)", "kl_reverse": "KL(pi, pi_chosen)"}.items(), strict=True
+        )
+        for axes, (name, title) in sides:
+            for loss, colour in COLOURS.items():
+                same = [arm for arm in arms if arm["loss"] == loss]
+                if same:
+                    steps = min((arm["points"] for arm in same), key=len)
+                    answers = [0, *(point["answers"] for point in steps)]
+                    curves = [[arm["start"], *arm["points"][: len(steps)]] for arm in same]
+                    rows = np.array([[np.mean(point[name]) for point in curve] for curve in curves])
+                    axes.plot(answers, rows.mean(0), color=colour, label=loss)
+                    if len(rows) > 1:
+                        axes.fill_between(answers, rows.min(0), rows.max(0), color=colour, alpha=0.15, linewidth=0)
+            axes.set(title=title, xlabel="answers trained on", ylabel="nats an answer")
+            axes.set_ylim(bottom=0)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
+        figure.savefig(path, dpi=150, facecolor="white")
