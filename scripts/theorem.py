@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="learning rate of every loss, in place of choosing one each")
     parser.add_argument("--rate-steps", type=int, default=20, help="steps of the trainings that choose the rates")
     parser.add_argument("--held-out", type=int, default=48, help="prompts that are measured")
-    parser.add_argument("--output", type=Path, default=Path("runs/theorem"), help="folder of the finished trainings")
+    parser.add_argument("--output", type=Path, default=Path("docs/theorem"), help="folder of the finished trainings")
     parser.add_argument("--page", type=Path, help="write the page and its figure, such as docs/theorem.md")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def section(setting: str, clip: float, arms: list[Trained]) -> str:
         f"draws of pi_chosen. {len(start['kl_forward'])} held-out prompts in all; {max(arm['date'] for arm in arms)}."
     )
     lines = [
-        "| loss | rate | seeds | answers | KL(pi_chosen, pi) | KL(pi, pi_chosen) | less than sft's | correlation | slope "
+        "| loss | rate | seeds | answers | KL(pi_chosen, pi) | KL(pi, pi_chosen) | below sft's by | correlation | slope "
         "| offset | change of chosen | clipped steps |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lite_dil.base.files import write
 from lite_dil.data.prompts import Prompt
 from lite_dil.generation.rollouts import Rollout
 from lite_dil.online.groups import DrawnGroups, Group, GroupSampler
+from lite_dil.rewards.total import Rewarded
 
 ANSWERS = "answers.json"
 
@@ -24,7 +25,7 @@ def write_answers(checkpoint: Path, drawn: DrawnGroups) -> None:
         {
             "seeds": group.seeds,
             "rewards": group.rewards.tolist(),
-            "parts": {name: values.tolist() for name, values in group.parts.items()},
+            "parts": _lists(group.parts),
             "answers": [
                 {
                     "ids": list(one.ids),
@@ -37,7 +38,10 @@ def write_answers(checkpoint: Path, drawn: DrawnGroups) -> None:
         }
         for group in drawn.groups
     ]
-    write(checkpoint / ANSWERS, json.dumps({"refilled": drawn.refilled, "groups": groups}))
+    content: dict[str, Any] = {"refilled": drawn.refilled, "groups": groups}
+    if drawn.judged:
+        content["judged"] = {"parts": _lists(drawn.judged.parts), "total": drawn.judged.total.tolist()}
+    write(checkpoint / ANSWERS, json.dumps(content))
 
 
 def read_answers(checkpoint: Path, sampler: GroupSampler, prompts: Sequence[Prompt]) -> DrawnGroups:
@@ -46,9 +50,9 @@ def read_answers(checkpoint: Path, sampler: GroupSampler, prompts: Sequence[Prom
     Raises UserError if the file cannot be read.
     """
     content = read_object(checkpoint / ANSWERS)
-    return DrawnGroups(
-        [_group(row, prompt, sampler) for row, prompt in zip(content["groups"], prompts, strict=True)], content["refilled"]
-    )
+    groups = [_group(row, prompt, sampler) for row, prompt in zip(content["groups"], prompts, strict=True)]
+    judged = content.get("judged")
+    return DrawnGroups(groups, content["refilled"], judged and Rewarded(_arrays(judged["parts"]), np.array(judged["total"])))
 
 
 def _group(row: dict[str, Any], prompt: Prompt, sampler: GroupSampler) -> Group:
@@ -62,5 +66,12 @@ def _group(row: dict[str, Any], prompt: Prompt, sampler: GroupSampler) -> Group:
         for one in row["answers"]
     ]
     answers = [sampler.answered(prompt, one.ids, one.ended) for one in found]
-    parts = {name: np.array(values) for name, values in row["parts"].items()}
-    return Group(prompt, found, answers, row["seeds"], parts, np.array(row["rewards"]))
+    return Group(prompt, found, answers, row["seeds"], _arrays(row["parts"]), np.array(row["rewards"]))
+
+
+def _lists(parts: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
+    return {name: values.tolist() for name, values in parts.items()}
+
+
+def _arrays(parts: Mapping[str, list[Any]]) -> dict[str, np.ndarray]:
+    return {name: np.array(values) for name, values in parts.items()}

@@ -26,6 +26,9 @@ from lite_dil.online.rollouts_file import RolloutsFile
 REWARDS = '''
 import os, signal
 
+def brief(completions, **columns):
+    return [-len(completion[0]["content"]) for completion in completions]
+
 def vowels(completions, **columns):
     """Share of letters that are an a or an e."""
     texts = [completion[0]["content"] for completion in completions]
@@ -204,6 +207,9 @@ def test_a_resumed_run_is_the_same_to_the_bit(
     ended: Callable[..., None],
     more: list[str],
 ) -> None:
+    own = flags[flags.index("--reward") + 1]
+    if more:  # the held-out reward is part of what a checkpoint within a set keeps
+        more = [*more, "--eval-reward", own.replace("vowels", "brief")]
     flags = [*flags, "--loss", "rloo", "--refill", "0", *more]
     run(flags, tmp_path / "whole")
     ended(flags, tmp_path / "parts", monkeypatch)
@@ -211,7 +217,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(
     capsys.readouterr()
     assert main(["train", "--resume", str(tmp_path / "parts")]) == 2
     assert "which no file grants to run: give it again" in capsys.readouterr().err
-    again = ["--reward", flags[flags.index("--reward") + 1]]
+    again = ["--reward", own, *more[-2:]]
     assert main(["train", "--resume", str(tmp_path / "parts"), *again]) == 0
     assert rollouts(tmp_path / "parts") == rollouts(tmp_path / "whole")
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
