@@ -48,8 +48,8 @@ def section(setting: str, clip: float, arms: list[Trained]) -> str:
     start = {name: np.concatenate([arm["start"][name] for arm in _one_a_seed(arms)]) for name in arms[0]["start"]}
     ratio = {side: np.exp(start[f"true/{side}"]) for side in ("chosen", "rejected")}
     facts = (
-        f"KL(pi_chosen, pi_ref) {_error(start['kl_forward'])}, KL(pi_ref, pi_chosen) {_error(start['kl_reverse'])} nats an "
-        f"answer; E_ref[r^2] {(ratio['rejected'] ** 2).mean():.2f} from draws of pi_ref, {ratio['chosen'].mean():.2f} from "
+        f"At the start: KL(pi_chosen, pi_ref) {_error(start['kl_forward'])}, KL(pi_ref, pi_chosen) "
+        f"{_error(start['kl_reverse'])} nats an answer; E_ref[r^2] {(ratio['rejected'] ** 2).mean():.2f} from draws of pi_ref, {ratio['chosen'].mean():.2f} from "
         f"draws of pi_chosen. {len(start['kl_forward'])} held-out prompts in all; {max(arm['date'] for arm in arms)}."
     )
     lines = [
@@ -62,7 +62,9 @@ def section(setting: str, clip: float, arms: list[Trained]) -> str:
         by_loss[arm["loss"]].append(arm)
     for loss in COLOURS:
         lines.append(_row(loss, by_loss[loss], by_loss["sft"]) if by_loss[loss] else f"| {loss} | missing |" + " |" * 10)
-    return "\n".join([f"## {setting}, gradients clipped at {clip:g}", "", facts, "", *lines])
+    kind, _, tokens = setting.rpartition("-")
+    what = {"system": "Another system prompt", "null": "pi_chosen is pi_ref"}.get(kind, kind.replace("-", " ").capitalize())
+    return "\n".join([f"## {what}: at most {tokens} tokens, gradients clipped at {clip:g}", "", facts, "", *lines])
 
 
 def _row(loss: str, arms: list[Trained], sft: list[Trained]) -> str:
