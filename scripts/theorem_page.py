@@ -49,8 +49,8 @@ def section(setting: str, clip: float, arms: list[Trained]) -> str:
     ratio = {side: np.exp(start[f"true/{side}"]) for side in ("chosen", "rejected")}
     facts = (
         f"At the start: KL(pi_chosen, pi_ref) {_error(start['kl_forward'])}, KL(pi_ref, pi_chosen) "
-        f"{_error(start['kl_reverse'])} nats an answer; E_ref[r^2] {(ratio['rejected'] ** 2).mean():.2f} from draws of pi_ref, {ratio['chosen'].mean():.2f} from "
-        f"draws of pi_chosen. {len(start['kl_forward'])} held-out prompts in all; {max(arm['date'] for arm in arms)}."
+        f"{_error(start['kl_reverse'])} nats an answer; E_ref[r^2] {(ratio['rejected'] ** 2).mean():.2f} from draws of "
+        f"pi_ref, {ratio['chosen'].mean():.2f} from draws of pi_chosen. {len(start['kl_forward'])} held-out prompts in all; {max(arm['date'] for arm in arms)}."
     )
     lines = [
         "| loss | rate | seeds | answers | KL(pi_chosen, pi) | KL(pi, pi_chosen) | below sft's by | correlation | slope "
