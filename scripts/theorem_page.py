@@ -47,10 +47,11 @@ def section(setting: str, clip: float, arms: list[Trained]) -> str:
     """Return a setting's heading, facts and table in Markdown."""
     start = {name: np.concatenate([arm["start"][name] for arm in _one_a_seed(arms)]) for name in arms[0]["start"]}
     ratio = {side: np.exp(start[f"true/{side}"]) for side in ("chosen", "rejected")}
+    squares, items, date = (ratio["rejected"] ** 2).mean(), len(start["kl_forward"]), max(arm["date"] for arm in arms)
     facts = (
         f"At the start: KL(pi_chosen, pi_ref) {_error(start['kl_forward'])}, KL(pi_ref, pi_chosen) "
-        f"{_error(start['kl_reverse'])} nats an answer; E_ref[r^2] {(ratio['rejected'] ** 2).mean():.2f} from draws of "
-        f"pi_ref, {ratio['chosen'].mean():.2f} from draws of pi_chosen. {len(start['kl_forward'])} held-out prompts in all; {max(arm['date'] for arm in arms)}."
+        f"{_error(start['kl_reverse'])} nats an answer; E_ref[r^2] {squares:.2f} from draws of pi_ref, "
+        f"{ratio['chosen'].mean():.2f} from draws of pi_chosen. {items} held-out prompts in all; {date}."
     )
     lines = [
         "| loss | rate | seeds | answers | KL(pi_chosen, pi) | KL(pi, pi_chosen) | below sft's by | correlation | slope "
