@@ -56,7 +56,9 @@ default of its own paper.
 For the DIL family the minimiser is `f = log(pi_chosen / pi_ref)`, that is `pi_theta = pi_chosen`, if the rejected responses
 are drawn from pi_ref, f is the sum over the response and beta is 1 (tests/objectives/test_recovery.py). `--sample-rejected`
 on demonstrations with `--logp-reduction sum` is this setting. With rejected responses from elsewhere each member has its
-own minimiser; with averaged log-ratios there is no such theorem. dpo's own theory: `pi_ref (p / q)^(1 / beta)`, normalised,
+own minimiser; with averaged log-ratios there is no such theorem. [theorem.md](theorem.md) tries it on a language model.
+
+dpo's own theory: `pi_ref (p / q)^(1 / beta)`, normalised,
 for chosen responses from p and rejected ones from q, drawn independently.
 
 Two toys (`python scripts/toys.py`), with a tabular policy and plain gradient descent, without the averages, AdamW and
