@@ -15,7 +15,7 @@ from conftest import WORDS, write_pairs
 from lite_dil.cli.main import main
 from lite_dil.evaluation.benchmarks import harness
 from lite_dil.evaluation.statistics import compare_paired, holm
-from lite_dil.reports.scores import EVAL, read_scores
+from lite_dil.reports.scores import EVAL, read_evaluations, read_scores
 
 harness.require()
 
@@ -78,7 +78,9 @@ def test_its_figures_are_those_of_its_items(done: Path) -> None:
     assert {metric for task, metric in figures if task == "sums"} == {
         f"exact_match, {n}" for n in ("strict-match", "flexible-extract")
     }
-    of = {name: [row[name]["acc"] for row in rows if row["task"] == "choices"] for name in ("base", *names)}
+    of = {
+        name: [row["models"][name]["figures"]["acc"] for row in rows if row["task"] == "choices"] for name in ("base", *names)
+    }
     figure = figures["choices", "acc"]
     assert figure["items"] == 14 and figure["base"]["mean"] == np.mean(of["base"])
     compared = [compare_paired(of["base"], of[name]) for name in names]
@@ -133,10 +135,10 @@ def test_what_is_known_is_not_computed_again(
     table = said.partition("Benchmarks")[2].partition("choices acc:")[0].splitlines()
     assert len(table) > 5 and max(map(len, table)) <= 80
     names = ("base", runs[0].name)
-    first = [{name: row[name] for name in names} for row in samples(done)]
-    assert [{name: row[name] for name in names} for row in samples(copy)] == first
+    first = [{name: row["models"][name] for name in names} for row in samples(done)]
+    assert [row["models"] for row in samples(copy)] == first
     with pytest.raises(AssertionError, match="it is known"):  # other examples in the prompt are other requests
-        main([*argv[:-3], "0", *argv[-2:], "--output", str(copy)])
+        main([*argv[:-3], "0", *argv[-2:], "--output", str(tmp_path / "other")])
 
 
 def test_an_evaluation_that_is_stopped_continues(
@@ -164,6 +166,7 @@ def test_an_evaluation_that_is_stopped_continues(
     monkeypatch.setattr(language_model, "token_hits", real)
     assert main([*argv[:-1], str(tmp_path / "other"), "--output", str(tmp_path / "b")]) == 0
     one, other = (read_scores(tmp_path / name) for name in "ab")
+    assert one is not None and other is not None and one.pop("made") < other.pop("made")
     assert one == other
 
 
@@ -171,7 +174,7 @@ def test_at_strength_0_nothing_differs(runs: list[Path], files: Path, tmp_path: 
     argv = ["eval", "--adapter", str(runs[0]), "--tasks", str(files / "choices.jsonl"), "--strength", "0"]
     assert main([*argv, "--output", str(tmp_path), "--store", str(tmp_path / "store"), "--limit", "5"]) == 0
     for row in samples(tmp_path):
-        assert row["base"] == row[runs[0].name]
+        assert row["models"]["base"] == row["models"][f"{runs[0].name} x0"]
 
 
 def test_without_an_adapter_it_is_the_base_alone(
@@ -180,7 +183,8 @@ def test_without_an_adapter_it_is_the_base_alone(
     argv = ["eval", "--model", tiny, "--backend", "cpu", "--dtype", "float32", "--tasks", str(files / "choices.jsonl")]
     assert main([*argv, "--shots", "1", "--output", str(tmp_path), "--store", str(done / "store")]) == 0
     assert "base: " in (said := capsys.readouterr().out) and "no results are known" not in said
-    assert [row["base"] for row in samples(tmp_path)] == [row["base"] for row in samples(done) if row["task"] == "choices"]
+    first = [row["models"]["base"] for row in samples(done) if row["task"] == "choices"]
+    assert [row["models"] for row in samples(tmp_path)] == [{"base": each} for each in first]
 
 
 BAD = [
@@ -244,8 +248,8 @@ def test_the_results_of_a_run_are_in_its_folder_and_shown(
     assert "Benchmarks" in (run / "adapter" / "README.md").read_text()
     capsys.readouterr()
     assert main(["runs", str(tmp_path / "my-run")]) == 0
-    assert "choices 0-shot" in capsys.readouterr().out
-    path = run / EVAL
+    assert "choices acc, 0-shot" in capsys.readouterr().out
+    (path,) = run.glob(f"evaluations/*/{EVAL}")
     path.write_text(path.read_text().replace('"items": 14', '"items": 15'))
     assert main(["runs", str(tmp_path / "my-run")]) == 0
     assert "damaged" in capsys.readouterr().out
@@ -257,8 +261,8 @@ def test_a_comparison_evaluates_every_loss(tiny: str, files: Path, tmp_path: Pat
     argv += ["--sample-tokens", "4", "--output", str(tmp_path / "out"), "--eval", str(files / "choices.jsonl")]
     assert main([*argv, "--eval-limit", "6"]) == 0
     assert "dpo-seed0: choices acc: no difference" in capsys.readouterr().out
-    content = read_scores(tmp_path / "out")
-    assert content is not None and [each["name"] for each in content["adapters"]] == ["lsif-seed0", "dpo-seed0"]
+    (content,) = read_evaluations(tmp_path / "out").current
+    assert [each["name"] for each in content["adapters"]] == ["lsif-seed0", "dpo-seed0"]
     assert content["settings"]["choices"]["items"] == 6
     for file in ("index.html", "table.md"):
         assert "Benchmarks: dpo-seed0" in (tmp_path / "out" / file).read_text()

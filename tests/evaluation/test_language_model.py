@@ -55,7 +55,7 @@ WRITTEN = [
 
 
 def instances(kind: str, requests: list[Any]) -> list[Instance]:
-    return [Instance(kind, {}, request, number) for number, request in enumerate(requests)]
+    return [Instance(kind, {}, request, number, ("task", number, 1)) for number, request in enumerate(requests)]
 
 
 @pytest.fixture(scope="module")
