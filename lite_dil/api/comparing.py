@@ -84,7 +84,7 @@ def compare(
         learning_rates: by loss; the others use learning_rate, or their own default.
         sample_prompts: held-out prompts that every trained model answers.
         sample_tokens: the maximum tokens of an answer.
-        eval_tasks: benchmarks of every adapter beside the base at the end, as tasks of `lite_dil.evaluate`; for a model by name.
+        eval_tasks: for a model by name: benchmarks of every adapter beside the base, as `tasks` of `lite_dil.evaluate`.
         eval_limit: items of each of them; None takes all.
         output_dir: the comparison's folder; by default a new one under runs/. The same call continues a stopped comparison.
         display: shows messages and progress, such as ``lite_dil.Terminal()``.

@@ -17,7 +17,7 @@ from lite_dil.training.reference_cache import cache_folder
 EVAL = "eval.json"
 EVALUATIONS = "evaluations"  # in the folder of a run or of a comparison: a folder for each evaluation
 HEADING = "## Benchmarks and preferences"
-_OWN = "As lm-eval sums up, no mean of items: without an interval"
+_OWN = "Summed up by lm-eval, without an interval"
 CAUTION = "Scores of other templates, numbers of examples or limits are other scores: compare only what has the same ones."
 
 
