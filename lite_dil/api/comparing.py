@@ -82,10 +82,8 @@ def compare(
         seeds: each loss is trained with each seed; by default only with the policy's.
         eval_data: held-out data of the same form; without it a tenth of the data is held out, whole prompts, 20 to 200 rows.
         learning_rates: by loss; the others use learning_rate, or their own default.
-        sample_prompts: held-out prompts that every trained model answers.
-        sample_tokens: the maximum tokens of an answer.
-        eval_tasks: for a model by name: benchmarks of every adapter beside the base, as `tasks` of `lite_dil.evaluate`.
-        eval_limit: items of each of them; None takes all.
+        sample_prompts, sample_tokens: held-out prompts that every trained model answers, and the longest answer.
+        eval_tasks, eval_limit: `tasks` and `limit` of `lite_dil.evaluate` for every adapter; only for a model by name.
         output_dir: the comparison's folder; by default a new one under runs/. The same call continues a stopped comparison.
         display: shows messages and progress, such as ``lite_dil.Terminal()``.
         **options: others of ``lite-dil train --help``, for all losses; with the name of a model also those for loading it.
@@ -96,13 +94,6 @@ def compare(
     """
     rows, eval_rows = as_data(data, eval_data, _WHERE)
     mine = policy if isinstance(policy, Policy) else None
-    if mine and eval_tasks:
-        raise UserError(
-            f"{_WHERE}: eval_tasks loads the model once more beside this policy; give the model's name in its place, or call "
-            "lite_dil.evaluate on the runs"
-        )
-    if eval_limit is not None and not eval_tasks:
-        raise UserError(f"{_WHERE}: eval_limit belongs to eval_tasks, which is missing")
     given = _of_policy(mine, options) if mine else _of_model(str(policy), options)
     given |= rows.options | {"data": rows.name} | ({} if eval_rows is None else {"eval_data": eval_rows.name})
     seed = given.pop("seed", 0)
@@ -120,15 +111,27 @@ def compare(
         eval_rows=None if eval_rows is None else eval_rows.rows,
     )
     display = display_of(display)
+    benchmarks = _benchmarks(mine, eval_tasks, eval_limit, display)
     settled = settle(asked, display.say)
-    if eval_tasks:
-        check_tasks(eval_tasks, None, display.say)
-    benchmarks = comparison.Benchmarks(eval_tasks, eval_limit) if eval_tasks else None
     found = comparison.compare(settled, display, mine, benchmarks)
     if found is None:
         return Compared([], [], settled.output, stopped=True)
-    scores = read_evaluations(settled.output).current
-    return Compared(found.rows, found.sentences, settled.output, stopped=False, scores=scores)
+    return Compared(found.rows, found.sentences, settled.output, False, read_evaluations(settled.output).current)
+
+
+def _benchmarks(policy: Policy | None, tasks: str, limit: int | None, display: Display) -> comparison.Benchmarks | None:
+    """Return what the adapters are evaluated on at the end, checked; None for nothing."""
+    if not tasks:
+        if limit is not None:
+            raise UserError(f"{_WHERE}: eval_limit belongs to eval_tasks, which is missing")
+        return None
+    if policy:
+        raise UserError(
+            f"{_WHERE}: eval_tasks loads the model once more beside this policy; give the model's name in its place, or call "
+            "lite_dil.evaluate on the runs"
+        )
+    check_tasks(tasks, None, display.say)
+    return comparison.Benchmarks(tasks, limit)
 
 
 def _of_policy(policy: Policy, options: dict[str, Any]) -> dict[str, Any]:

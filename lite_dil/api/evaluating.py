@@ -14,6 +14,8 @@ from lite_dil.models.options import MODEL_FIELDS
 from lite_dil.recipes import evaluation
 from lite_dil.recipes.evaluation import Evaluated, EvaluationRequest
 
+_KNOWN = (*MODEL_FIELDS, *FLAGS)
+
 
 def evaluate(
     *adapters: str | Path,
@@ -39,10 +41,9 @@ def evaluate(
         preferences: a file of pairs, grouped by its column "subset".
         limit: items of each task, and pairs; None takes all.
         shots: examples in each prompt; None leaves it to the tasks.
-        template: the model's chat template: "none", "chat", or "auto" (the default) for tasks that generate text.
+        template: "none", "chat", or "auto" (the default), which applies the chat template where text is generated.
         strength: multiplies a single adapter.
-        samples, sample_tokens, seed: prompts of the pairs that each model answers (by default 32), the longest answer (128),
-            and what draws it (0).
+        samples, sample_tokens, seed: prompts of the pairs that are answered (32), the longest answer (128), what draws it (0).
         output_dir: the folder for the results; by default a new one in evaluations/ of each adapter's run.
         store: the folder of computed results; by default in the cache folder.
         display: shows messages and progress, such as ``lite_dil.Terminal()``.
@@ -56,10 +57,8 @@ def evaluate(
         OutOfMemory: the device does not hold the model, or a single request.
     """
     start()
-    known = (*MODEL_FIELDS, *FLAGS)
-    for name in options:
-        if name not in known:
-            raise UserError(f"dil.evaluate: unknown option {name!r}{did_you_mean(name, known)}")
+    if unknown := next((name for name in options if name not in _KNOWN), None):
+        raise UserError(f"dil.evaluate: unknown option {unknown!r}{did_you_mean(unknown, _KNOWN)}")
     asked = EvaluationRequest(
         adapters=tuple(map(str, adapters)),
         tasks=tasks,

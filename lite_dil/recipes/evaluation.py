@@ -237,6 +237,7 @@ def _benchmarks(
     from lite_dil.evaluation.benchmarks.language_model import PolicyLM
 
     measured = {}
+    assert asked.template is not None  # `_checked` has set it
     for side in sides:
         store = _store(asked, policy, side)
         display.say(f"{side.name}: {store.found:,} results are known" if store.found else f"{side.name}: no results are known")
@@ -260,6 +261,7 @@ def _preferences(
     asked: EvaluationRequest, pairs: preferences.PreferencePairs, policy: Policy, sides: Sequence[_Side], display: Display
 ) -> dict[str, dict[str, Any]]:
     """Return the figures of each adapter on pairs, by its name."""
+    assert asked.sample_tokens is not None  # `_checked` has set it
     prompts = list(dict.fromkeys(each.prompt for each in pairs.examples))[: asked.samples]
     logps, drawn, done = {}, {}, 0
     display.say(f"{len(pairs.examples):,} pairs, and answers to {len(prompts):,} of their prompts")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from conftest import WORDS, write_pairs
 from lite_dil.cli.main import main
 from lite_dil.evaluation.benchmarks import harness
 from lite_dil.evaluation.statistics import compare_paired, holm
-from lite_dil.reports.scores import EVAL, read_evaluations, read_scores
+from lite_dil.reports.scores import EVAL, outdated_lines, read_evaluations, read_scores
 
 harness.require()
 
@@ -94,6 +96,8 @@ def test_its_figures_are_those_of_its_items(done: Path) -> None:
         assert row["prompt"].count("Question:") == 2 and len(set(row["prompt"].split("Question:")[1:])) == 2
     own = json.loads((done / "lm_eval_base.json").read_text())["results"]["choices"]
     assert own["acc,none"] == figure["base"]["mean"]
+    for path in (done / "store").glob("*.jsonl"):  # results of another device are others
+        assert json.loads(path.read_text().partition("\n")[0])["computed"].startswith("cpu torch float32")
 
 
 def test_preferences_by_subset(done: Path, files: Path, runs: list[Path]) -> None:
@@ -211,7 +215,7 @@ def test_rows_that_cannot_be_used_are_named(
 def test_requests_that_make_no_sense_are_refused(
     files: Path, runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tasks, pairs = str(files / "choices.jsonl"), str(files / "pairs.jsonl")
+    tasks, pairs, adapter = str(files / "choices.jsonl"), str(files / "pairs.jsonl"), ["--adapter", str(runs[0])]
     damaged = tmp_path / "damaged.yaml"
     damaged.write_text("task: x\noutput_type: nonsense\n")
     away = tmp_path / "away.yaml"  # of the hub, which no test reaches
@@ -224,6 +228,10 @@ def test_requests_that_make_no_sense_are_refused(
         (["--tasks", f"{tasks},{tasks}"], "given twice"),
         (["--tasks", "paper", "--shots", "2"], "sets the examples"),
         (["--tasks", str(tmp_path / "none.jsonl")], "no such file"),
+        (["--tasks", tasks, "--samples", "3", "--max-rows", "5"], "--samples, --max-rows: only for --preferences"),
+        (["--tasks", tasks, "--seed", "0"], "--seed: only for --preferences"),
+        ([*adapter, "--preferences", pairs, "--shots", "1"], "--shots: only for --tasks"),
+        ([*adapter, "--preferences", pairs, "--template", "chat"], "--template: only for --tasks"),
         (["--tasks", str(damaged)], "lm-eval cannot use it"),
         (["--tasks", str(away)], "the data cannot be downloaded or read"),
     ):
@@ -238,8 +246,6 @@ def test_the_results_of_a_run_are_in_its_folder_and_shown(
     runs: list[Path], files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The report, the card and the list of runs show them; a damaged file is one message."""
-    import shutil
-
     run = Path(shutil.copytree(runs[0], tmp_path / "my-run"))
     argv = ["eval", "--adapter", str(run), "--tasks", str(files / "choices.jsonl"), "--store", str(tmp_path / "store")]
     assert main(argv) == 0
@@ -255,6 +261,64 @@ def test_the_results_of_a_run_are_in_its_folder_and_shown(
     assert "damaged" in capsys.readouterr().out
 
 
+def test_evaluations_of_a_run_lie_side_by_side(
+    runs: list[Path], files: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another evaluation replaces none; that of a checkpoint or a strength says so; one of another adapter is left out."""
+    run = Path(shutil.copytree(runs[0], tmp_path / "task"))  # a name that is also a field of each item
+    card = run / "adapter" / "README.md"
+    card.write_text(card.read_text().replace("## Limits", "My own words.\n\n## Limits"))
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    choices, store = str(files / "choices.jsonl"), ["--store", str(tmp_path / "store")]
+    for argv in (
+        ["--adapter", str(run), "--tasks", choices, "--limit", "5"],
+        ["--adapter", str(run), "--preferences", str(files / "pairs.jsonl"), "--samples", "0"],
+        ["--adapter", str(checkpoint), "--tasks", choices, "--strength", "0.5", "--limit", "4"],
+        ["--adapter", str(checkpoint), "--tasks", choices, "--strength", "0.5", "--limit", "4"],  # once more
+    ):
+        assert main(["eval", *argv, *(store if "--tasks" in argv else [])]) == 0
+    found = read_evaluations(run)
+    half = f"task/{checkpoint.name} x0.5"
+    assert [each["adapters"][0]["name"] for each in found.current] == [half, "task", "task"] and not found.outdated
+    (folder,) = (run / "evaluations").glob("choices-*/lm_eval_task.json")
+    assert {row["task"] for row in samples(folder.parent)} == {"choices"}
+    assert samples(folder.parent)[0]["models"].keys() == {"base", "task"}
+    page = (run / "report.html").read_text()
+    assert all(title in page for title in ("Benchmarks: task<", f"Benchmarks: {half}<", "Preferences: task<"))
+    written = card.read_text()
+    assert written.count("## Benchmarks and preferences") == 1 and "My own words.\n\n## Limits" in written
+    assert "**Benchmarks: task**" in written and "**Preferences: task**" in written and "x0.5" not in written
+    capsys.readouterr()
+    assert main(["runs", str(run)]) == 0
+    assert "choices acc, 0-shot, first 4 items 0." in (said := capsys.readouterr().out) and f"({half})" in said
+    weights = next((run / "adapter").glob("*.safetensors"))
+    shutil.copy(next(runs[1].glob("adapter/*.safetensors")), weights)
+    found = read_evaluations(run)
+    assert [each["adapters"][0]["name"] for each in found.current] == [half] and len(found.outdated) == 2
+    assert "not shown; evaluate again" in " ".join(outdated_lines(found))
+
+
+def test_an_output_folder_keeps_its_evaluation(runs: list[Path], files: Path, done: Path) -> None:
+    before = (done / EVAL).read_bytes()
+    argv = ["eval", "--adapter", str(runs[0]), "--tasks", str(files / "choices.jsonl"), "--output", str(done)]
+    assert main(argv) == 2
+    assert (done / EVAL).read_bytes() == before
+
+
+def test_bad_pairs_are_found_before_anything_is_computed(
+    runs: list[Path], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("it computes")
+
+    monkeypatch.setattr("lite_dil.evaluation.benchmarks.language_model.token_hits", never)
+    argv = ["eval", "--adapter", str(runs[0]), "--tasks", str(files / "choices.jsonl"), "--store", str(tmp_path / "store")]
+    assert main([*argv, "--preferences", str(tmp_path / "bad.jsonl")]) == 2
+    assert "rejected" in capsys.readouterr().err
+
+
 def test_a_comparison_evaluates_every_loss(tiny: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["compare", "--model", tiny, "--backend", "cpu", "--data", str(files / "plain.jsonl"), "--losses", "lsif,dpo"]
     argv += ["--eval-data", str(files / "plain.jsonl"), "--max-steps", "2", "--lora-r", "4", "--sample-prompts", "1"]
@@ -268,3 +332,24 @@ def test_a_comparison_evaluates_every_loss(tiny: str, files: Path, tmp_path: Pat
         assert "Benchmarks: dpo-seed0" in (tmp_path / "out" / file).read_text()
     assert main([*argv[:-2], "--eval-limit", "6"]) == 2
     assert main([*argv[:-1], str(tmp_path / "none.jsonl")]) == 2
+    assert main([*argv, "--auto"]) == 2 and "--eval needs one way to load the model" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_fails_leaves_the_comparison(tiny: str, files: Path, tmp_path: Path) -> None:
+    """Its page and table are written; the API gives the scores of one that went well."""
+    import lite_dil as dil
+
+    given: dict[str, Any] = {"backend": "cpu", "max_steps": 1, "sample_prompts": 1, "sample_tokens": 4, "losses": ["dpo"]}
+    given |= {"eval_data": str(files / "plain.jsonl"), "output_dir": tmp_path / "out"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lite_dil.recipes.comparison.evaluate", Mock(side_effect=dil.UserError("no such data")))
+        with pytest.raises(dil.UserError, match=r"no such data\nonly the evaluation is missing; .*index\.html"):
+            dil.compare(tiny, str(files / "plain.jsonl"), eval_tasks=str(files / "choices.jsonl"), **given)
+    assert (tmp_path / "out" / "index.html").exists() and (tmp_path / "out" / "table.md").exists()
+    found = dil.compare(tiny, str(files / "plain.jsonl"), eval_tasks=str(files / "choices.jsonl"), eval_limit=2, **given)
+    assert found.scores[0]["settings"]["choices"]["items"] == 2
+    run, store = next((tmp_path / "out").rglob("dpo-seed0")), tmp_path / "store"
+    one = dil.evaluate(run, tasks=str(files / "choices.jsonl"), limit=2, output_dir=tmp_path / "one", store=store)
+    assert one.content["figures"] == found.scores[0]["figures"] and len(list(store.glob("*.jsonl"))) == 2
+    with pytest.raises(dil.UserError, match="eval_limit belongs to eval_tasks"):
+        dil.compare(tiny, str(files / "plain.jsonl"), eval_limit=2, **given)
