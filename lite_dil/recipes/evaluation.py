@@ -220,7 +220,7 @@ def _store(asked: EvaluationRequest, policy: Policy, side: _Side) -> ResultStore
     """Return the results of a model, whatever tasks they are of."""
     memo = cache_folder(ReferenceOptions())
     model = {
-        "computed": f"{policy.backend.name} {policy.backend.identity}",
+        "computed": f"{policy.backend.name} {policy.backend.identity} {policy.backend.layout}",
         "weights": fingerprint(model_folder(policy.model), memo),
         "tokens": digest(sorted(policy.encoder.identity().items())),
     }
