@@ -36,7 +36,7 @@ from lite_dil.training.reference_cache import cache_folder
 
 _LONGEST = 2048  # tokens of a sequence, where a model's config does not say
 # What an option is where it is not given, by whether it belongs to --tasks or to --preferences.
-_OF_TASKS: dict[str, Any] = {"shots": None, "template": "auto"}
+_OF_TASKS: dict[str, Any] = {"shots": None, "template": "auto", "store": None}
 _OF_PREFERENCES: dict[str, Any] = {"samples": 32, "sample_tokens": 128, "seed": 0}
 
 
@@ -87,7 +87,7 @@ class EvaluationRequest:
         """What tells this evaluation from others: all but where its results go."""
         tasks = [Path(part).absolute() if is_file(part) else part for part in parts_of(self.tasks)]
         adapters = [Path(adapter).absolute() for adapter in self.adapters]
-        names = ("limit", "strength", *_OF_TASKS, *_OF_PREFERENCES)
+        names = ("limit", "strength", "shots", "template", *_OF_PREFERENCES)
         options = [(name, getattr(self, name)) for name in names]
         chosen = self.preferences and Path(self.preferences).absolute()
         return digest(*map(repr, (adapters, tasks, chosen, options, sorted(self.given.items()), sorted(self.reading.items()))))
@@ -123,6 +123,9 @@ def evaluate(asked: EvaluationRequest, display: Display) -> Evaluated:
     first = sources[0]
     if other := next((each for each in sources if each.options != first.options), None):
         raise UserError(f"--adapter {other.adapter}: its model or how it is loaded differs from that of {first.adapter}")
+    found_in = [each.adapter.resolve() for each in sources if each.adapter]
+    if twice := next((each for each in found_in if found_in.count(each) > 1), None):
+        raise UserError(f"--adapter {twice}: it is given twice")
     limit = context_limit(resolve_model(first.options.model, display.say)) or _LONGEST
     engine = EngineOptions(layout="auto", gradient_checkpointing="off", max_length=limit)
     with policies.load(first, display.say, engine=engine) as policy:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lite_dil.base.checked import read_object, with_digest
+from lite_dil.base.errors import UserError
 from lite_dil.base.files import make_folder, replace_file
 from lite_dil.base.formats import EVALUATION, KEY, check_format
 from lite_dil.models.fingerprint import fingerprint
@@ -71,8 +72,11 @@ def read_evaluations(folder: Path) -> Evaluations:
 
 
 def adapter_print(adapter: Path) -> str:
-    """Return what tells an adapter's weights from others, "" if it is not there."""
-    return fingerprint(adapter, cache_folder(ReferenceOptions())) if (adapter / "adapter_config.json").is_file() else ""
+    """Return what tells an adapter's weights from others, "" if they are not there."""
+    try:
+        return fingerprint(adapter, cache_folder(ReferenceOptions()))
+    except UserError:  # no weights in that folder
+        return ""
 
 
 def score_tables(content: Mapping[str, Any]) -> list[ScoreTable]:

@@ -228,10 +228,11 @@ def test_requests_that_make_no_sense_are_refused(
         (["--tasks", f"{tasks},{tasks}"], "given twice"),
         (["--tasks", "paper", "--shots", "2"], "sets the examples"),
         (["--tasks", str(tmp_path / "none.jsonl")], "no such file"),
+        ([*adapter, *adapter, "--tasks", tasks], "it is given twice"),
         (["--tasks", tasks, "--samples", "3", "--max-rows", "5"], "--samples, --max-rows: only for --preferences"),
         (["--tasks", tasks, "--seed", "0"], "--seed: only for --preferences"),
         ([*adapter, "--preferences", pairs, "--shots", "1"], "--shots: only for --tasks"),
-        ([*adapter, "--preferences", pairs, "--template", "chat"], "--template: only for --tasks"),
+        ([*adapter, "--preferences", pairs, "--template", "chat", "--store", "s"], "--template, --store: only for --tasks"),
         (["--tasks", str(damaged)], "lm-eval cannot use it"),
         (["--tasks", str(away)], "the data cannot be downloaded or read"),
     ):

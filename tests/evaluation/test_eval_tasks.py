@@ -14,7 +14,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.evaluation.benchmarks import harness
 from lite_dil.evaluation.benchmarks.measure import TaskScores, figures, measure_tasks, own_figures
 from lite_dil.evaluation.benchmarks.tasks import load_tasks
-from lite_dil.reports.scores import score_tables
+from lite_dil.reports.scores import Evaluations, score_tables, score_words
 
 harness.require()
 from lm_eval.api.model import LM  # noqa: E402
@@ -121,6 +121,23 @@ def test_a_group_hides_only_figures_that_it_has() -> None:
     assert [(each["by"], each["base"]) for each in own_figures(scores, {}, known)] == [("mean of its tasks", 0.75)]
 
 
+def test_a_score_in_a_list_says_how_it_was_asked() -> None:
+    """Of a group too, if its tasks were asked alike; and of which adapter it is, if it is not the run's own as it is."""
+    how = {"shots": 5, "template": "chat", "limit": 10, "bos": False, "truncated": 0}
+    figure = {"task": "g", "metric": "acc", "part": False, "base": {"mean": 0.5}, "adapters": [{"name": "run", "mean": 0.625}]}
+    content: dict[str, Any] = {
+        "adapters": [{"name": "run", "adapter": "adapter", "strength": 1}],
+        "groups": {"g": ["a", "b"]},
+        "settings": {"a": how, "b": how},
+        "figures": [figure],
+    }
+    assert score_words(Evaluations([content], [])) == "g acc, 5-shot, chat template, first 10 items 0.500>0.625"
+    content["settings"] = {"a": how, "b": how | {"shots": 0}}
+    assert score_words(Evaluations([content], [])) == "g acc 0.500>0.625"
+    content["adapters"] = [{"name": "run/step-2 x0.5", "adapter": "checkpoints/step-2/adapter", "strength": 0.5}]
+    assert score_words(Evaluations([content], [])) == "g acc 0.500>0.625 (run/step-2 x0.5)"
+
+
 def test_tasks_that_cannot_be_used_are_refused(write: Callable[..., Path], tmp_path: Path) -> None:
     four, other = questions(tmp_path / "q.jsonl", 4), questions(tmp_path / "b" / "q.jsonl", 4)
     rolling = write("texts", "loglikelihood_rolling", "[{metric: bits_per_byte}]", text="")
@@ -128,6 +145,8 @@ def test_tasks_that_cannot_be_used_are_refused(write: Callable[..., Path], tmp_p
     twice = write("q", "loglikelihood", "[{metric: acc}]")
     broken = tmp_path / "broken.yaml"
     broken.write_text("task: [x\n  output_type: y\n")
+    group = tmp_path / "group.yaml"
+    group.write_text("group: g\ntask: [{task: a}]\n")
     for named, shots, said in (
         (f"{four},{other}", None, "q is there twice"),
         (f"{four},{twice}", None, "q is there twice"),
@@ -135,6 +154,7 @@ def test_tasks_that_cannot_be_used_are_refused(write: Callable[..., Path], tmp_p
         (f"{rolling}", 2, "texts is made to be asked without examples"),
         (f"{fixed}", 2, "fixed is made to be asked without examples"),
         (f"{broken}", None, "not valid YAML"),
+        (f"{group}", None, "reads no group from a file"),
     ):
         with pytest.raises(UserError, match=said):
             load(named, shots)

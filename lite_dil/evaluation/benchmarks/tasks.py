@@ -120,6 +120,8 @@ def _load(several: Sequence[str], built_in: bool) -> dict[str, Any]:
     for name in () if built_in else several:
         if not Path(name).is_file():
             raise UserError(f"--tasks {name}: no such file")
+        if Path(name).suffix in _YAML and re.search(rb"^group:", Path(name).read_bytes(), re.MULTILINE):
+            raise UserError(f"--tasks {name}: lm-eval reads no group from a file; give the files of its tasks")
     wanted = [name if built_in or Path(name).suffix in _YAML else rows_task(Path(name)) for name in several]
     names = ", ".join(several)
     try:
