@@ -30,7 +30,7 @@ from lite_dil.models.find import cache_dir, model_folder, resolve_model
 from lite_dil.models.fingerprint import fingerprint
 from lite_dil.recipes import evaluation_files as files
 from lite_dil.reports.scores import adapter_print
-from lite_dil.runs.folder import checkpoint_of
+from lite_dil.runs.folder import checkpoint_of, say_unfinished
 from lite_dil.training.options import ReferenceOptions
 from lite_dil.training.reference_cache import cache_folder
 
@@ -128,8 +128,10 @@ def evaluate(asked: EvaluationRequest, display: Display) -> Evaluated:
         raise UserError(f"--adapter {twice}: it is given twice")
     limit = context_limit(resolve_model(first.options.model, display.say)) or _LONGEST
     engine = EngineOptions(layout="auto", gradient_checkpointing="off", max_length=limit)
-    with policies.load(first, display.say, engine=engine) as policy:
-        sides = [_Side(BASE, REFERENCE, None), *_on_backend(policy, sources)]
+    # Without an adapter, whose rounding may choose another layout: the base's results are the same for all adapters.
+    bare = AdapterSource(None, None, first.options) if first.strength == 1 else first
+    with policies.load(bare, display.say, engine=engine) as policy:
+        sides = [_Side(BASE, REFERENCE, None), *_on_backend(policy, sources, display.say)]
         found: dict[str, Any] = {
             "version": __version__,
             "made": datetime.datetime.now(datetime.UTC).isoformat(),
@@ -196,8 +198,8 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _on_backend(policy: Policy, sources: Sequence[AdapterSource]) -> list[_Side]:
-    """Load the further adapters beside the policy; return all under names of their own."""
+def _on_backend(policy: Policy, sources: Sequence[AdapterSource], say: Callable[[str], None]) -> list[_Side]:
+    """Load the adapters beside the policy, if it has none; return all under names of their own."""
     sides, taken = list[_Side](), {BASE}
     for number, source in enumerate(each for each in sources if each.adapter):
         assert source.adapter is not None
@@ -207,9 +209,10 @@ def _on_backend(policy: Policy, sources: Sequence[AdapterSource]) -> list[_Side]
         name += f" x{source.strength:g}" if source.strength != 1 else ""
         name = name if files.plain(name) not in taken else f"{name} ({number + 1})"
         taken.add(files.plain(name))
-        if number:
+        if policy.source.adapter is None:
+            say_unfinished(source.adapter, source.run, say)
             policy.backend.load_adapter(f"evaluated-{number}", source.adapter)
-        sides.append(_Side(name, f"evaluated-{number}" if number else POLICY, source))
+        sides.append(_Side(name, POLICY if policy.source.adapter else f"evaluated-{number}", source))
     return sides
 
 
