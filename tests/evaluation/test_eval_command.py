@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from conftest import WORDS, write_pairs
+from safetensors.numpy import load_file, save_file
 
 from lite_dil.cli.main import main
 from lite_dil.evaluation.benchmarks import harness
@@ -297,6 +298,22 @@ def test_evaluations_of_a_run_lie_side_by_side(
     found = read_evaluations(run)
     assert [each["adapters"][0]["name"] for each in found.current] == [half] and len(found.outdated) == 2
     assert "not shown; evaluate again" in " ".join(outdated_lines(found))
+
+
+def test_the_base_serves_every_adapter(
+    runs: list[Path], files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one whose numbers in 16 bits differ so much between layouts that a model with it is given another one."""
+    loud = Path(shutil.copytree(runs[1], tmp_path / "loud")) / "adapter"
+    for path in loud.glob("*.safetensors"):
+        save_file({name: 300 * value for name, value in load_file(path).items()}, path)
+    (loud / "digests.json").unlink()
+    argv = ["eval", "--tasks", str(files / "choices.jsonl"), "--limit", "3", "--backend", "cpu", "--dtype", "bfloat16"]
+    argv += ["--store", str(tmp_path / "store")]
+    for number, adapter in enumerate((runs[0] / "adapter", loud)):
+        assert main([*argv, "--adapter", str(adapter), "--output", str(tmp_path / str(number))]) == 0
+        said = capsys.readouterr().out
+        assert "packed layout" in said and ("base: 9 results are known" in said) == bool(number)
 
 
 def test_an_output_folder_keeps_its_evaluation(runs: list[Path], files: Path, done: Path) -> None:
