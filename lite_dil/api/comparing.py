@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from lite_dil.evaluation.comparison.settings import ComparisonRequest, settle
 from lite_dil.generation.policy import Policy
 from lite_dil.objectives.own import OwnLoss
 from lite_dil.recipes import comparison
+from lite_dil.recipes.evaluation import check_tasks
+from lite_dil.reports.scores import read_evaluations
 
 _WHERE = "dil.compare"
 
@@ -35,12 +37,14 @@ class Compared:
         verdict: the same in sentences.
         folder: holds the page, table.md, table.json, curves.json, figure2.png and the runs.
         stopped: whether Ctrl-C ended it early, after saving; rows and verdict are then empty.
+        scores: with eval_tasks what each adapter got beside the base, as in eval.json (docs/evaluation.md), newest first.
     """
 
     rows: list[dict[str, Any]]
     verdict: list[str]
     folder: Path
     stopped: bool
+    scores: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def page(self) -> Path:
@@ -63,6 +67,8 @@ def compare(
     learning_rates: Mapping[str, float] | None = None,
     sample_prompts: int = SAMPLE_PROMPTS,
     sample_tokens: int = SAMPLE_TOKENS,
+    eval_tasks: str = "",
+    eval_limit: int | None = None,
     output_dir: str | Path | None = None,
     display: Display | None = None,
     **options: Any,
@@ -76,8 +82,8 @@ def compare(
         seeds: each loss is trained with each seed; by default only with the policy's.
         eval_data: held-out data of the same form; without it a tenth of the data is held out, whole prompts, 20 to 200 rows.
         learning_rates: by loss; the others use learning_rate, or their own default.
-        sample_prompts: held-out prompts that every trained model answers.
-        sample_tokens: the maximum tokens of an answer.
+        sample_prompts, sample_tokens: held-out prompts that every trained model answers, and the longest answer.
+        eval_tasks, eval_limit: `tasks` and `limit` of `lite_dil.evaluate` for every adapter; only for a model by name.
         output_dir: the comparison's folder; by default a new one under runs/. The same call continues a stopped comparison.
         display: shows messages and progress, such as ``lite_dil.Terminal()``.
         **options: others of ``lite-dil train --help``, for all losses; with the name of a model also those for loading it.
@@ -105,11 +111,27 @@ def compare(
         eval_rows=None if eval_rows is None else eval_rows.rows,
     )
     display = display_of(display)
+    benchmarks = _benchmarks(mine, eval_tasks, eval_limit, display)
     settled = settle(asked, display.say)
-    found = comparison.compare(settled, display, mine)
+    found = comparison.compare(settled, display, mine, benchmarks)
     if found is None:
         return Compared([], [], settled.output, stopped=True)
-    return Compared(found.rows, found.sentences, settled.output, stopped=False)
+    return Compared(found.rows, found.sentences, settled.output, False, read_evaluations(settled.output).current)
+
+
+def _benchmarks(policy: Policy | None, tasks: str, limit: int | None, display: Display) -> comparison.Benchmarks | None:
+    """Return what the adapters are evaluated on at the end, checked; None for nothing."""
+    if not tasks:
+        if limit is not None:
+            raise UserError(f"{_WHERE}: eval_limit belongs to eval_tasks, which is missing")
+        return None
+    if policy:
+        raise UserError(
+            f"{_WHERE}: eval_tasks loads the model once more beside this policy; give the model's name in its place, or call "
+            "lite_dil.evaluate on the runs"
+        )
+    check_tasks(tasks, None, display.say)
+    return comparison.Benchmarks(tasks, limit)
 
 
 def _of_policy(policy: Policy, options: dict[str, Any]) -> dict[str, Any]:

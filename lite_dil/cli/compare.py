@@ -158,7 +158,7 @@ def _show(comparison: Comparison, findings: Findings, display: Terminal) -> None
     from rich.table import Table
 
     from lite_dil.cli.eval import show
-    from lite_dil.reports.scores import read_scores
+    from lite_dil.reports.scores import outdated_lines, read_evaluations
 
     title = f"{comparison.steps} steps, seeds {', '.join(map(str, comparison.seeds))}"
     table = Table(title=title, box=SIMPLE, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
@@ -168,7 +168,10 @@ def _show(comparison: Comparison, findings: Findings, display: Terminal) -> None
     for number, heading in enumerate(findings.headings[1:], 1):
         table.add_row(heading, *(line[number] for line in findings.cells))
     display.console.print(table)
-    if scores := read_scores(comparison.output):
-        show(scores, display)
+    scores = read_evaluations(comparison.output)
+    for content in scores.current:
+        show(content, display)
+    for line in outdated_lines(scores):
+        display.say(line)
     for text in [*findings.sentences, "", f"everything on one page: {findings.page}"]:
         display.say(text)

@@ -56,17 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked.add_argument(
         "--template",
         choices=("auto", "none", "chat"),
-        default="auto",
         help="the model's chat template: none, chat for all tasks, or auto for those that generate text (default: auto)",
     )
     asked.add_argument(
-        "--samples", metavar="N", type=int, default=32, help="prompts of --preferences that each model answers (default: 32)"
+        "--samples", metavar="N", type=int, help="prompts of --preferences that each model answers (default: 32)"
     )
-    asked.add_argument("--sample-tokens", metavar="N", type=int, default=128, help="longest such answer (default: 128)")
-    asked.add_argument("--seed", metavar="N", type=int, default=0, help="of these answers (default: 0)")
+    asked.add_argument("--sample-tokens", metavar="N", type=int, help="longest such answer (default: 128)")
+    asked.add_argument("--seed", metavar="N", type=int, help="of these answers (default: 0)")
     files = parser.add_argument_group("files")
     files.add_argument(
-        "--output", metavar="DIR", help="folder for eval.json and eval_samples.jsonl (default: each adapter's run)"
+        "--output",
+        metavar="DIR",
+        help="folder for eval.json and eval_samples.jsonl (default: a new one in evaluations/ of each adapter's run)",
     )
     files.add_argument("--store", metavar="DIR", help="folder of computed results (default: in the cache folder)")
     add_flags(parser, FLAGS)
@@ -78,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from lite_dil.cli.progress import Terminal
-    from lite_dil.config.options import build
     from lite_dil.recipes.evaluation import EvaluationRequest, evaluate
 
     display = Terminal(Console(highlight=False, soft_wrap=True))
@@ -89,13 +89,14 @@ def run(args: argparse.Namespace) -> int:
         tasks=args.tasks,
         preferences=args.preferences,
         given=given,
-        data=build(reading | {"seed": args.seed}, {}),
+        reading=reading,
         limit=args.limit,
         shots=args.shots,
         template=args.template,
         strength=args.strength,
         samples=args.samples,
         sample_tokens=args.sample_tokens,
+        seed=args.seed,
         output=Path(args.output) if args.output else None,
         store=Path(args.store) if args.store else None,
     )

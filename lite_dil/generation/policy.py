@@ -22,7 +22,7 @@ from lite_dil.data.encoder import Encoder, encoder_of
 from lite_dil.generation.asked import Asked, Several, answer_seed, encode_requests, encode_responses, is_one
 from lite_dil.models.find import resolve_model
 from lite_dil.models.options import ModelOptions, ResolvedAdapter
-from lite_dil.runs.folder import RunFolder, checkpoint_of
+from lite_dil.runs.folder import RunFolder, say_unfinished
 
 if TYPE_CHECKING:
     from lite_dil.backends.options import EngineOptions, LoadOptions
@@ -359,9 +359,7 @@ def load(
 
     `say` shows a line to the user; `in_files` is that of `registry.load`; `engine` has the layout of inference (plain).
     """
-    checkpoint = checkpoint_of(source.adapter) if source.adapter else None
-    if checkpoint and source.run and not source.run.adapter.exists() and checkpoint == source.run.latest():
-        say(f"{source.run.path} has not finished: using its newest checkpoint, {checkpoint.name}")
+    say_unfinished(source.adapter, source.run, say)
     options, name = source.options, registry.resolve(source.options.backend)
     registry.prepare(name, options, training)
     quiet_bars()

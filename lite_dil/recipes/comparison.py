@@ -9,7 +9,7 @@ from typing import Any
 from lite_dil.backends import registry
 from lite_dil.backends.options import LoadOptions
 from lite_dil.base.display import Display
-from lite_dil.base.errors import TrainingDiverged
+from lite_dil.base.errors import TrainingDiverged, UserError
 from lite_dil.base.files import make_folder, remove
 from lite_dil.base.lock import Lock
 from lite_dil.config.resume import check_same_run, saved_config
@@ -44,6 +44,8 @@ def compare(
     Raises:
         UserError: as training does; finished runs are kept.
     """
+    if benchmarks and any(config.auto for config in comparison.configs.values()):
+        raise UserError("--eval needs one way to load the model, and --auto may decide for each run; leave one of them out")
     make_folder(comparison.output)
     lock = Lock(comparison.output, "--output", display.say)
     base = _Base(policy, display)
@@ -58,12 +60,17 @@ def compare(
             if not _run(comparison, loss, seed, base, display):
                 return None
         base.leave()
+        found = report(comparison)
         if benchmarks:
-            _evaluate(comparison, benchmarks, display)
+            try:
+                _evaluate(comparison, benchmarks, display)
+            except UserError as error:
+                raise UserError(f"{error}\nonly the evaluation is missing; the comparison is on {found.page}") from error
+            found = report(comparison)
     finally:
         base.leave()
         lock.release()
-    return report(comparison)
+    return found
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,8 @@ def _evaluate(comparison: Comparison, benchmarks: Benchmarks, display: Display) 
         adapters=adapters,
         tasks=benchmarks.tasks,
         given={"trust_remote_code": config.trust_remote_code},  # which no run's files grant
-        data=config,
         limit=benchmarks.limit,
-        output=comparison.output,
+        parent=comparison.output,
     )
     evaluate(asked, display)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +12,32 @@ from lite_dil.backends.options import EngineOptions
 from lite_dil.backends.types import POLICY, REFERENCE
 from lite_dil.base.display import Display
 from lite_dil.base.errors import UserError
-from lite_dil.base.files import replace_file
 from lite_dil.base.hashing import digest
 from lite_dil.base.version import __version__
 from lite_dil.config.adapter_source import find
+from lite_dil.config.options import build
 from lite_dil.config.resume import trained_with
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.evaluation import preferences
 from lite_dil.evaluation.benchmarks import harness, measure
+from lite_dil.evaluation.benchmarks.measure import BASE
 from lite_dil.evaluation.benchmarks.store import ResultStore
-from lite_dil.evaluation.benchmarks.tasks import load_tasks
+from lite_dil.evaluation.benchmarks.tasks import is_file, load_tasks, parts_of
 from lite_dil.generation import policy as policies
 from lite_dil.generation.conversation import context_limit
 from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models.find import cache_dir, model_folder, resolve_model
 from lite_dil.models.fingerprint import fingerprint
-from lite_dil.reports.card import write_card
-from lite_dil.reports.record import FACTS
-from lite_dil.reports.run_report import write_report
-from lite_dil.reports.scores import write_scores
-from lite_dil.runs.folder import RUNS, checkpoint_of, unused
+from lite_dil.recipes import evaluation_files as files
+from lite_dil.reports.scores import adapter_print
+from lite_dil.runs.folder import checkpoint_of, say_unfinished
 from lite_dil.training.options import ReferenceOptions
 from lite_dil.training.reference_cache import cache_folder
 
-EVAL_SAMPLES = "eval_samples.jsonl"
 _LONGEST = 2048  # tokens of a sequence, where a model's config does not say
-BASE = "base"  # the name of the base beside the adapters
+# What an option is where it is not given, by whether it belongs to --tasks or to --preferences.
+_OF_TASKS: dict[str, Any] = {"shots": None, "template": "auto", "store": None}
+_OF_PREFERENCES: dict[str, Any] = {"samples": 32, "sample_tokens": 128, "seed": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +49,15 @@ class EvaluationRequest:
         tasks: see `tasks.load_tasks`; "" for none.
         preferences: a source of pairs; "" for none.
         given: options that load the model, by name; by default those of the adapter's run.
-        data: how pairs are read.
+        reading: options that read pairs, by name.
         limit: items of each task, and pairs; None takes all.
         shots: examples in each prompt; None leaves it to the tasks.
-        template: see `measure.TEMPLATES`.
+        template: see `measure.TEMPLATES`; None is auto.
         strength: multiplies the adapter, if there is one.
-        samples, sample_tokens: prompts of the pairs that each model answers, and the longest answer.
-        output: the folder for the results; None is each run's own.
+        samples, sample_tokens, seed: prompts of the pairs that each model answers, the longest answer, and what draws it; None
+            is the default.
+        output: the folder for the results; None makes one in `parent`, or in each adapter's run.
+        parent: the folder of a comparison.
         store: the folder of results by model; None is that in the cache folder.
     """
 
@@ -65,15 +65,32 @@ class EvaluationRequest:
     tasks: str = ""
     preferences: str = ""
     given: dict[str, Any] = field(default_factory=dict)
-    data: ResolvedConfig
+    reading: dict[str, Any] = field(default_factory=dict)
     limit: int | None = None
     shots: int | None = None
-    template: str = "auto"
+    template: str | None = None
     strength: float = 1.0
-    samples: int = 32
-    sample_tokens: int = 128
+    samples: int | None = None
+    sample_tokens: int | None = None
+    seed: int | None = None
     output: Path | None = None
+    parent: Path | None = None
     store: Path | None = None
+
+    @property
+    def data(self) -> ResolvedConfig:
+        """How pairs are read."""
+        return build(self.reading | {"seed": self.seed}, {})
+
+    @property
+    def key(self) -> str:
+        """What tells this evaluation from others: all but where its results go."""
+        tasks = [Path(part).absolute() if is_file(part) else part for part in parts_of(self.tasks)]
+        adapters = [Path(adapter).absolute() for adapter in self.adapters]
+        names = ("limit", "strength", "shots", "template", *_OF_PREFERENCES)
+        options = [(name, getattr(self, name)) for name in names]
+        chosen = self.preferences and Path(self.preferences).absolute()
+        return digest(*map(repr, (adapters, tasks, chosen, options, sorted(self.given.items()), sorted(self.reading.items()))))
 
 
 @dataclass(frozen=True)
@@ -98,39 +115,54 @@ def evaluate(asked: EvaluationRequest, display: Display) -> Evaluated:
 
     Raises UserError if a task, an adapter or a pair cannot be used, before anything is computed where that is possible.
     """
-    _check(asked)
+    asked = _checked(asked)
+    if asked.output is not None:
+        files.check_output(asked.output, asked.key)
     loaded = check_tasks(asked.tasks, asked.shots, display.say) if asked.tasks else {}
     sources = [find(adapter, asked.given, asked.strength) for adapter in asked.adapters] or [find(None, asked.given)]
     first = sources[0]
     if other := next((each for each in sources if each.options != first.options), None):
         raise UserError(f"--adapter {other.adapter}: its model or how it is loaded differs from that of {first.adapter}")
+    found_in = [each.adapter.resolve() for each in sources if each.adapter]
+    if twice := next((each for each in found_in if found_in.count(each) > 1), None):
+        raise UserError(f"--adapter {twice}: it is given twice")
     limit = context_limit(resolve_model(first.options.model, display.say)) or _LONGEST
     engine = EngineOptions(layout="auto", gradient_checkpointing="off", max_length=limit)
-    with policies.load(first, display.say, engine=engine) as policy:
-        sides = [_Side(BASE, REFERENCE, None), *_on_backend(policy, sources)]
+    # Without an adapter, whose rounding may choose another layout: the base's results are the same for all adapters.
+    bare = AdapterSource(None, None, first.options) if first.strength == 1 else first
+    with policies.load(bare, display.say, engine=engine) as policy:
+        sides = [_Side(BASE, REFERENCE, None), *_on_backend(policy, sources, display.say)]
         found: dict[str, Any] = {
             "version": __version__,
+            "made": datetime.datetime.now(datetime.UTC).isoformat(),
+            "asked": asked.key,
             "model": first.options.model,
             "computed": policy.backend.description,
             "adapters": [_described(side) for side in sides[1:]],
             "settings": {},
+            "groups": {},
             "figures": [],
+            "own_figures": [],
             "preferences": {},
         }
+        pairs = _pairs(asked, policy) if asked.preferences else None
         measured = _benchmarks(asked, policy, sides, loaded, display) if asked.tasks else {}
         if measured:
             tuned = {name: each for name, each in measured.items() if name != BASE}
             groups = {name: [task.task_name for task in group.get_all_tasks()] for name, group in loaded["groups"].items()}
-            found["settings"] = measured[BASE].settings
+            found |= {"settings": measured[BASE].settings, "groups": groups}
             found["figures"] = measure.figures(measured[BASE], tuned, groups)
-        if asked.preferences:
-            found["preferences"] = _preferences(asked, policy, sides, display)
-    folders = _folders(asked, sides)
-    for folder, names in folders.items():
-        _write(folder, names, found, measured)
-    for source in sources if asked.output is None else ():
-        _show_in_run(source, display)
-    return Evaluated(found, list(folders))
+            found["own_figures"] = measure.own_figures(measured[BASE], tuned, found["figures"])
+        if pairs is not None:
+            found["preferences"] = _preferences(asked, pairs, policy, sides, display)
+    names = {side.name: side.source for side in sides if side.source is not None}
+    folder = files.folder_name(asked.key, asked.tasks, asked.preferences)
+    places = files.places(names, asked.output, asked.parent, folder)
+    for place, (mine, above) in places.items():
+        files.write(place, mine, above, found, measured)
+    for source in sources if asked.output is None and asked.parent is None else ():
+        files.show_in_run(source, display)
+    return Evaluated(found, list(places))
 
 
 def check_tasks(tasks: str, shots: int | None, say: Callable[[str], None]) -> dict[str, Any]:
@@ -139,47 +171,62 @@ def check_tasks(tasks: str, shots: int | None, say: Callable[[str], None]) -> di
     return load_tasks(tasks, shots, say)
 
 
-def _check(asked: EvaluationRequest) -> None:
+def _checked(asked: EvaluationRequest) -> EvaluationRequest:
+    """Return what is asked, with the defaults. Raises UserError for what makes no sense, or would be ignored."""
     if not asked.tasks and not asked.preferences:
         raise UserError("nothing to evaluate: give --tasks, --preferences or both")
     if asked.preferences and not asked.adapters:
         raise UserError("--preferences compares an adapter with its base; give --adapter too")
     if asked.strength != 1 and len(asked.adapters) != 1:
         raise UserError(f"--strength {asked.strength:g} is for one --adapter; {len(asked.adapters)} are given")
-    if asked.template not in measure.TEMPLATES:
+    given = [name for name in (*_OF_TASKS, *_OF_PREFERENCES) if getattr(asked, name) is not None] + list(asked.reading)
+    for what, there in (("tasks", asked.tasks), ("preferences", asked.preferences)):
+        wrong = [] if there else [name for name in given if (name in _OF_TASKS) == (what == "tasks")]
+        if wrong:
+            raise UserError(f"{', '.join(map(_flag, wrong))}: only for --{what}, which is not given; leave it out")
+    if asked.template not in (None, *measure.TEMPLATES):
         raise UserError(f"--template {asked.template}: expected {', '.join(measure.TEMPLATES)}")
     least = {"limit": 1, "shots": 0, "samples": 0, "sample_tokens": 1}
     for name, number in least.items():
-        if (given := getattr(asked, name)) is not None and given < number:
-            raise UserError(f"--{name.replace('_', '-')} is {given}; expected at least {number}")
+        if (value := getattr(asked, name)) is not None and value < number:
+            raise UserError(f"{_flag(name)} is {value}; expected at least {number}")
+    defaults = {name: value for name, value in (_OF_TASKS | _OF_PREFERENCES).items() if getattr(asked, name) is None}
+    return replace(asked, **defaults)
 
 
-def _on_backend(policy: Policy, sources: Sequence[AdapterSource]) -> list[_Side]:
-    """Load the further adapters beside the policy; return all under names of their own."""
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _on_backend(policy: Policy, sources: Sequence[AdapterSource], say: Callable[[str], None]) -> list[_Side]:
+    """Load the adapters beside the policy, if it has none; return all under names of their own."""
     sides, taken = list[_Side](), {BASE}
     for number, source in enumerate(each for each in sources if each.adapter):
         assert source.adapter is not None
         checkpoint = checkpoint_of(source.adapter.absolute())
         where = source.run.path if source.run else source.adapter
         name = where.absolute().name + (f"/{checkpoint.name}" if checkpoint else "")
-        name = name if name not in taken else f"{name} ({number + 1})"
-        taken.add(name)
-        if number:
+        name += f" x{source.strength:g}" if source.strength != 1 else ""
+        name = name if files.plain(name) not in taken else f"{name} ({number + 1})"
+        taken.add(files.plain(name))
+        if policy.source.adapter is None:
+            say_unfinished(source.adapter, source.run, say)
             policy.backend.load_adapter(f"evaluated-{number}", source.adapter)
-        sides.append(_Side(name, f"evaluated-{number}" if number else POLICY, source))
+        sides.append(_Side(name, POLICY if policy.source.adapter else f"evaluated-{number}", source))
     return sides
 
 
 def _described(side: _Side) -> dict[str, Any]:
-    assert side.source is not None
-    return {"name": side.name, "adapter": str(side.source.adapter), "strength": side.source.strength}
+    assert side.source is not None and side.source.adapter is not None
+    adapter = side.source.adapter.absolute()
+    return {"name": side.name, "adapter": str(adapter), "weights": adapter_print(adapter), "strength": side.source.strength}
 
 
 def _store(asked: EvaluationRequest, policy: Policy, side: _Side) -> ResultStore:
     """Return the results of a model, whatever tasks they are of."""
     memo = cache_folder(ReferenceOptions())
     model = {
-        "computed": policy.backend.identity,
+        "computed": f"{policy.backend.name} {policy.backend.identity} {policy.backend.layout}",
         "weights": fingerprint(model_folder(policy.model), memo),
         "tokens": digest(sorted(policy.encoder.identity().items())),
     }
@@ -196,6 +243,7 @@ def _benchmarks(
     from lite_dil.evaluation.benchmarks.language_model import PolicyLM
 
     measured = {}
+    assert asked.template is not None  # `_checked` has set it
     for side in sides:
         store = _store(asked, policy, side)
         display.say(f"{side.name}: {store.found:,} results are known" if store.found else f"{side.name}: no results are known")
@@ -210,12 +258,16 @@ def _benchmarks(
     return measured
 
 
+def _pairs(asked: EvaluationRequest, policy: Policy) -> preferences.PreferencePairs:
+    pairs = preferences.read_pairs(asked.preferences, policy.encoder, asked.data)
+    return preferences.PreferencePairs(pairs.examples[: asked.limit], pairs.subsets[: asked.limit])
+
+
 def _preferences(
-    asked: EvaluationRequest, policy: Policy, sides: Sequence[_Side], display: Display
+    asked: EvaluationRequest, pairs: preferences.PreferencePairs, policy: Policy, sides: Sequence[_Side], display: Display
 ) -> dict[str, dict[str, Any]]:
     """Return the figures of each adapter on pairs, by its name."""
-    pairs = preferences.read_pairs(asked.preferences, policy.encoder, asked.data)
-    pairs = preferences.PreferencePairs(pairs.examples[: asked.limit], pairs.subsets[: asked.limit])
+    assert asked.sample_tokens is not None  # `_checked` has set it
     prompts = list(dict.fromkeys(each.prompt for each in pairs.examples))[: asked.samples]
     logps, drawn, done = {}, {}, 0
     display.say(f"{len(pairs.examples):,} pairs, and answers to {len(prompts):,} of their prompts")
@@ -243,51 +295,3 @@ def _preferences(
             figures["distance"] = preferences.distance_figures(policy, side.adapter, prompts, *texts, display.say)
         found[side.name] = figures
     return found
-
-
-def _folders(asked: EvaluationRequest, sides: Sequence[_Side]) -> dict[Path, list[str]]:
-    """Return the folders to write into, with the names of the adapters whose results each gets."""
-    every = [side.name for side in sides[1:]]
-    if asked.output is not None:
-        return {asked.output: every}
-    found: dict[Path, list[str]] = {}
-    for side in sides[1:]:
-        if side.source is None or side.source.run is None:
-            break
-        found.setdefault(side.source.run.path, []).append(side.name)
-    else:
-        if found:
-            return found
-    return {unused(RUNS / f"eval-{datetime.datetime.now():%Y%m%d-%H%M%S}"): every}
-
-
-def _show_in_run(source: AdapterSource, display: Display) -> None:
-    """Write the run's report, and the card beside its final adapter, anew: both show the results."""
-    if source.run is None or source.adapter is None:
-        return
-    if (source.run.path / FACTS).exists():
-        write_report(source.run.path, display.say)
-    if source.adapter.absolute() == source.run.adapter.absolute() and (source.adapter / "README.md").exists():
-        write_card(source.adapter, source, "adapter", None, "")
-
-
-def _write(folder: Path, names: Sequence[str], found: dict[str, Any], measured: dict[str, measure.TaskScores]) -> None:
-    """Write the results of some adapters beside the base's."""
-    mine = {
-        **found,
-        "adapters": [each for each in found["adapters"] if each["name"] in names],
-        "figures": [
-            {**figure, "adapters": [each for each in figure["adapters"] if each["name"] in names]}
-            for figure in found["figures"]
-        ],
-        "preferences": {name: each for name, each in found["preferences"].items() if name in names},
-    }
-    write_scores(folder, mine)
-    if not measured:
-        return
-    rows = measure.sample_rows(measured[BASE], {name: measured[name] for name in names})
-    as_json = partial(json.dumps, ensure_ascii=False, default=harness.jsonable)
-    replace_file(folder / EVAL_SAMPLES, "".join(as_json(row) + "\n" for row in rows))
-    for name in (BASE, *names):
-        written = folder / f"lm_eval_{name.replace('/', '_')}.json"
-        replace_file(written, as_json(measured[name].results, indent=1) + "\n")

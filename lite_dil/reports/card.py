@@ -26,7 +26,7 @@ from lite_dil.objectives.table import DIL_FAMILY, objective_of
 from lite_dil.reports.card_use import how_to_use
 from lite_dil.reports.card_words import code, public_command, public_sources, train_command
 from lite_dil.reports.record import FACTS, read_facts, shared, with_error
-from lite_dil.reports.scores import card_scores, read_scores
+from lite_dil.reports.scores import HEADING, card_scores, read_evaluations
 from lite_dil.runs.folder import RunFolder, checkpoint_of
 from lite_dil.runs.history import read_history
 
@@ -94,14 +94,35 @@ def write_card(folder: Path, source: AdapterSource, format: str, check: Any, com
     ]
     if source.run and options:
         parts += ["## Training", *_training(options, facts), *_figures(source.run, _step(source), options, facts)]
-    if source.run and source.adapter and (scores := read_scores(source.run.path)):
-        parts += card_scores(scores, source.adapter, source.strength)
+    parts += _scores(source)
     if check is not None:
         parts += ["## Check of these files", _checked(check)]
     parts += ["## How it was made", *_made(options, command), "## Limits", _limits(options)]
     if options:
         parts += ["## Citation", *_citation(options["loss"])]
     replace_file(folder / "README.md", redacted("\n\n".join(parts)) + "\n")
+
+
+def _scores(source: AdapterSource) -> list[str]:
+    """Return the section on evaluations of this adapter."""
+    if source.run is None or source.adapter is None:
+        return []
+    return list(card_scores(read_evaluations(source.run.path), source.adapter, source.strength))
+
+
+def write_card_scores(folder: Path, source: AdapterSource) -> None:
+    """Write the section on evaluations into the README.md of `folder`, if there is one; leave its other words as they are."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8")
+    before, old, rest = text.partition(f"{HEADING}\n")
+    if old:  # up to the next section
+        text = before + (rest[place + 1 :] if (place := rest.find("\n## ")) >= 0 else "")
+    if section := "\n\n".join(_scores(source)):
+        place = text.find("\n## How it was made\n") + 1 or len(text)
+        text = f"{text[:place].rstrip()}\n\n{redacted(section)}\n\n{text[place:]}".rstrip() + "\n"
+    replace_file(path, text)
 
 
 def _front_matter(kind: str, base: dict[str, Any], options: dict[str, Any]) -> str:

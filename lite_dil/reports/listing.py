@@ -12,7 +12,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.config.resume import other_options
 from lite_dil.objectives.own import shown
 from lite_dil.reports.record import FACTS, RunRecord, read_facts
-from lite_dil.reports.scores import read_scores, score_words
+from lite_dil.reports.scores import read_evaluations, score_words
 from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.history import History, checked_history, metrics_of
 from lite_dil.runs.options_file import OPTIONS_FILE, read_options
@@ -38,7 +38,7 @@ class ListedRun:
             nats per token or per response; those that it has.
         held_out: whether the log-ratios are of held-out data.
         per: "token" or "response", the unit of the log-ratios.
-        evaluated: the first figure of its eval.json in words, base and tuned; "" without one.
+        evaluated: the first figure of its newest evaluation in words, base and tuned; "" without one.
     """
 
     folder: Path
@@ -130,7 +130,7 @@ def _listed(folder: Path, changed: float, config: dict[str, Any], facts: dict[st
         figures={name: value for name, value in figures.items() if value is not None},
         held_out=place == "held out",
         per=record.per,
-        evaluated=score_words(scores) if (scores := read_scores(folder)) else "",
+        evaluated=score_words(read_evaluations(folder)),
     )
 
 

@@ -18,7 +18,7 @@ from lite_dil.data.overlap import Overlap
 from lite_dil.objectives.reward_table import is_reward
 from lite_dil.reports.pairs import PAIRS, HeldOutPairs, read_pairs
 from lite_dil.reports.samples import Sample, read_samples
-from lite_dil.reports.scores import read_scores
+from lite_dil.reports.scores import Evaluations, read_evaluations
 from lite_dil.runs.history import History, checked_history, metrics_of
 from lite_dil.runs.options_file import read_options
 
@@ -32,7 +32,7 @@ class RunRecord:
     Attributes:
         facts: report.json.
         pairs: None for old runs, and where they are damaged.
-        scores: eval.json; None without one, and where it is damaged.
+        scores: what lite-dil eval found; empty where it is damaged.
         damage: what of it is damaged, for people.
     """
 
@@ -43,7 +43,7 @@ class RunRecord:
     samples: list[Sample] = field(default_factory=list)
     pairs: HeldOutPairs | None = None
     damage: list[str] = field(default_factory=list)
-    scores: dict[str, Any] | None = None
+    scores: Evaluations = field(default_factory=lambda: Evaluations([], []))
 
     @property
     def per(self) -> str:
@@ -123,7 +123,7 @@ def other_files(folder: Path, facts: dict[str, Any]) -> dict[str, str]:
 
 
 def read_record(folder: Path, metrics: bytes | None = None) -> RunRecord:
-    """Read a run's folder: config.yaml, report.json, metrics.jsonl, report_samples.jsonl, held_out_pairs.json, eval.json.
+    """Read a run's folder: config.yaml, report.json, metrics.jsonl, report_samples.jsonl, held_out_pairs.json, evaluations.
 
     `metrics` is the content of metrics.jsonl if it has been read.
 
@@ -139,9 +139,9 @@ def read_record(folder: Path, metrics: bytes | None = None) -> RunRecord:
     if others and len(damage) == told:  # whole, but of another run
         damage += [f"{folder / name} is not what the run wrote" for name in others]
         samples, pairs = [] if SAMPLES in others else samples, None if PAIRS in others else pairs
-    scores = None
+    scores = Evaluations([], [])
     try:
-        scores = read_scores(folder)
+        scores = read_evaluations(folder)
     except UserError as error:
         damage.append(str(error))
     return RunRecord(folder, options, facts, history, samples, pairs, damage, scores)

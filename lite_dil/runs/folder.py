@@ -312,6 +312,13 @@ def checkpoint_of(adapter: Path) -> Path | None:
     return found if found and found.parent.name == "checkpoints" and _STEP.fullmatch(found.name) else None
 
 
+def say_unfinished(adapter: Path | None, run: RunFolder | None, say: Callable[[str], None]) -> None:
+    """Say so if an adapter is the newest checkpoint of a run that has not finished."""
+    checkpoint = checkpoint_of(adapter) if adapter else None
+    if checkpoint and run and not run.adapter.exists() and checkpoint == run.latest():
+        say(f"{run.path} has not finished: using its newest checkpoint, {checkpoint.name}")
+
+
 def recorded_with(adapter: Path) -> dict[str, Any]:
     """Return the options that an adapter's seal, or its checkpoint's, records; none if it has none, as one from elsewhere.
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from conftest import WORDS, write_pairs
+from safetensors.numpy import load_file, save_file
 
 from lite_dil.cli.main import main
 from lite_dil.evaluation.benchmarks import harness
 from lite_dil.evaluation.statistics import compare_paired, holm
-from lite_dil.reports.scores import EVAL, read_scores
+from lite_dil.reports.scores import EVAL, outdated_lines, read_evaluations, read_scores
 
 harness.require()
 
@@ -78,7 +81,9 @@ def test_its_figures_are_those_of_its_items(done: Path) -> None:
     assert {metric for task, metric in figures if task == "sums"} == {
         f"exact_match, {n}" for n in ("strict-match", "flexible-extract")
     }
-    of = {name: [row[name]["acc"] for row in rows if row["task"] == "choices"] for name in ("base", *names)}
+    of = {
+        name: [row["models"][name]["figures"]["acc"] for row in rows if row["task"] == "choices"] for name in ("base", *names)
+    }
     figure = figures["choices", "acc"]
     assert figure["items"] == 14 and figure["base"]["mean"] == np.mean(of["base"])
     compared = [compare_paired(of["base"], of[name]) for name in names]
@@ -92,6 +97,8 @@ def test_its_figures_are_those_of_its_items(done: Path) -> None:
         assert row["prompt"].count("Question:") == 2 and len(set(row["prompt"].split("Question:")[1:])) == 2
     own = json.loads((done / "lm_eval_base.json").read_text())["results"]["choices"]
     assert own["acc,none"] == figure["base"]["mean"]
+    for path in (done / "store").glob("*.jsonl"):  # results of another device are others
+        assert json.loads(path.read_text().partition("\n")[0])["computed"].startswith("cpu torch float32")
 
 
 def test_preferences_by_subset(done: Path, files: Path, runs: list[Path]) -> None:
@@ -133,10 +140,10 @@ def test_what_is_known_is_not_computed_again(
     table = said.partition("Benchmarks")[2].partition("choices acc:")[0].splitlines()
     assert len(table) > 5 and max(map(len, table)) <= 80
     names = ("base", runs[0].name)
-    first = [{name: row[name] for name in names} for row in samples(done)]
-    assert [{name: row[name] for name in names} for row in samples(copy)] == first
+    first = [{name: row["models"][name] for name in names} for row in samples(done)]
+    assert [row["models"] for row in samples(copy)] == first
     with pytest.raises(AssertionError, match="it is known"):  # other examples in the prompt are other requests
-        main([*argv[:-3], "0", *argv[-2:], "--output", str(copy)])
+        main([*argv[:-3], "0", *argv[-2:], "--output", str(tmp_path / "other")])
 
 
 def test_an_evaluation_that_is_stopped_continues(
@@ -164,6 +171,7 @@ def test_an_evaluation_that_is_stopped_continues(
     monkeypatch.setattr(language_model, "token_hits", real)
     assert main([*argv[:-1], str(tmp_path / "other"), "--output", str(tmp_path / "b")]) == 0
     one, other = (read_scores(tmp_path / name) for name in "ab")
+    assert one is not None and other is not None and one.pop("made") < other.pop("made")
     assert one == other
 
 
@@ -171,7 +179,7 @@ def test_at_strength_0_nothing_differs(runs: list[Path], files: Path, tmp_path: 
     argv = ["eval", "--adapter", str(runs[0]), "--tasks", str(files / "choices.jsonl"), "--strength", "0"]
     assert main([*argv, "--output", str(tmp_path), "--store", str(tmp_path / "store"), "--limit", "5"]) == 0
     for row in samples(tmp_path):
-        assert row["base"] == row[runs[0].name]
+        assert row["models"]["base"] == row["models"][f"{runs[0].name} x0"]
 
 
 def test_without_an_adapter_it_is_the_base_alone(
@@ -180,7 +188,8 @@ def test_without_an_adapter_it_is_the_base_alone(
     argv = ["eval", "--model", tiny, "--backend", "cpu", "--dtype", "float32", "--tasks", str(files / "choices.jsonl")]
     assert main([*argv, "--shots", "1", "--output", str(tmp_path), "--store", str(done / "store")]) == 0
     assert "base: " in (said := capsys.readouterr().out) and "no results are known" not in said
-    assert [row["base"] for row in samples(tmp_path)] == [row["base"] for row in samples(done) if row["task"] == "choices"]
+    first = [row["models"]["base"] for row in samples(done) if row["task"] == "choices"]
+    assert [row["models"] for row in samples(tmp_path)] == [{"base": each} for each in first]
 
 
 BAD = [
@@ -207,7 +216,7 @@ def test_rows_that_cannot_be_used_are_named(
 def test_requests_that_make_no_sense_are_refused(
     files: Path, runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tasks, pairs = str(files / "choices.jsonl"), str(files / "pairs.jsonl")
+    tasks, pairs, adapter = str(files / "choices.jsonl"), str(files / "pairs.jsonl"), ["--adapter", str(runs[0])]
     damaged = tmp_path / "damaged.yaml"
     damaged.write_text("task: x\noutput_type: nonsense\n")
     away = tmp_path / "away.yaml"  # of the hub, which no test reaches
@@ -220,6 +229,11 @@ def test_requests_that_make_no_sense_are_refused(
         (["--tasks", f"{tasks},{tasks}"], "given twice"),
         (["--tasks", "paper", "--shots", "2"], "sets the examples"),
         (["--tasks", str(tmp_path / "none.jsonl")], "no such file"),
+        ([*adapter, *adapter, "--tasks", tasks], "it is given twice"),
+        (["--tasks", tasks, "--samples", "3", "--max-rows", "5"], "--samples, --max-rows: only for --preferences"),
+        (["--tasks", tasks, "--seed", "0"], "--seed: only for --preferences"),
+        ([*adapter, "--preferences", pairs, "--shots", "1"], "--shots: only for --tasks"),
+        ([*adapter, "--preferences", pairs, "--template", "chat", "--store", "s"], "--template, --store: only for --tasks"),
         (["--tasks", str(damaged)], "lm-eval cannot use it"),
         (["--tasks", str(away)], "the data cannot be downloaded or read"),
     ):
@@ -234,8 +248,6 @@ def test_the_results_of_a_run_are_in_its_folder_and_shown(
     runs: list[Path], files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The report, the card and the list of runs show them; a damaged file is one message."""
-    import shutil
-
     run = Path(shutil.copytree(runs[0], tmp_path / "my-run"))
     argv = ["eval", "--adapter", str(run), "--tasks", str(files / "choices.jsonl"), "--store", str(tmp_path / "store")]
     assert main(argv) == 0
@@ -244,11 +256,85 @@ def test_the_results_of_a_run_are_in_its_folder_and_shown(
     assert "Benchmarks" in (run / "adapter" / "README.md").read_text()
     capsys.readouterr()
     assert main(["runs", str(tmp_path / "my-run")]) == 0
-    assert "choices 0-shot" in capsys.readouterr().out
-    path = run / EVAL
+    assert "choices acc, 0-shot" in capsys.readouterr().out
+    (path,) = run.glob(f"evaluations/*/{EVAL}")
     path.write_text(path.read_text().replace('"items": 14', '"items": 15'))
     assert main(["runs", str(tmp_path / "my-run")]) == 0
     assert "damaged" in capsys.readouterr().out
+
+
+def test_evaluations_of_a_run_lie_side_by_side(
+    runs: list[Path], files: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another evaluation replaces none; that of a checkpoint or a strength says so; one of another adapter is left out."""
+    run = Path(shutil.copytree(runs[0], tmp_path / "task"))  # a name that is also a field of each item
+    card = run / "adapter" / "README.md"
+    card.write_text(card.read_text().replace("## Limits", "My own words.\n\n## Limits"))
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    choices, store = str(files / "choices.jsonl"), ["--store", str(tmp_path / "store")]
+    for argv in (
+        ["--adapter", str(run), "--tasks", choices, "--limit", "5"],
+        ["--adapter", str(run), "--preferences", str(files / "pairs.jsonl"), "--samples", "0"],
+        ["--adapter", str(checkpoint), "--tasks", choices, "--strength", "0.5", "--limit", "4"],
+        ["--adapter", str(checkpoint), "--tasks", choices, "--strength", "0.5", "--limit", "4"],  # once more
+    ):
+        assert main(["eval", *argv, *(store if "--tasks" in argv else [])]) == 0
+    found = read_evaluations(run)
+    half = f"task/{checkpoint.name} x0.5"
+    assert [each["adapters"][0]["name"] for each in found.current] == [half, "task", "task"] and not found.outdated
+    (folder,) = (run / "evaluations").glob("choices-*/lm_eval_task.json")
+    assert {row["task"] for row in samples(folder.parent)} == {"choices"}
+    assert samples(folder.parent)[0]["models"].keys() == {"base", "task"}
+    page = (run / "report.html").read_text()
+    assert all(title in page for title in ("Benchmarks: task<", f"Benchmarks: {half}<", "Preferences: task<"))
+    written = card.read_text()
+    assert written.count("## Benchmarks and preferences") == 1 and "My own words.\n\n## Limits" in written
+    assert "**Benchmarks: task**" in written and "**Preferences: task**" in written and "x0.5" not in written
+    capsys.readouterr()
+    assert main(["runs", str(run)]) == 0
+    assert "choices acc, 0-shot, first 4 items 0." in (said := capsys.readouterr().out) and f"({half})" in said
+    weights = next((run / "adapter").glob("*.safetensors"))
+    shutil.copy(next(runs[1].glob("adapter/*.safetensors")), weights)
+    found = read_evaluations(run)
+    assert [each["adapters"][0]["name"] for each in found.current] == [half] and len(found.outdated) == 2
+    assert "not shown; evaluate again" in " ".join(outdated_lines(found))
+
+
+def test_the_base_serves_every_adapter(
+    runs: list[Path], files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one whose numbers in 16 bits differ so much between layouts that a model with it is given another one."""
+    loud = Path(shutil.copytree(runs[1], tmp_path / "loud")) / "adapter"
+    for path in loud.glob("*.safetensors"):
+        save_file({name: 300 * value for name, value in load_file(path).items()}, path)
+    (loud / "digests.json").unlink()
+    argv = ["eval", "--tasks", str(files / "choices.jsonl"), "--limit", "3", "--backend", "cpu", "--dtype", "bfloat16"]
+    argv += ["--store", str(tmp_path / "store")]
+    for number, adapter in enumerate((runs[0] / "adapter", loud)):
+        assert main([*argv, "--adapter", str(adapter), "--output", str(tmp_path / str(number))]) == 0
+        said = capsys.readouterr().out
+        assert "packed layout" in said and ("base: 9 results are known" in said) == bool(number)
+
+
+def test_an_output_folder_keeps_its_evaluation(runs: list[Path], files: Path, done: Path) -> None:
+    before = (done / EVAL).read_bytes()
+    argv = ["eval", "--adapter", str(runs[0]), "--tasks", str(files / "choices.jsonl"), "--output", str(done)]
+    assert main(argv) == 2
+    assert (done / EVAL).read_bytes() == before
+
+
+def test_bad_pairs_are_found_before_anything_is_computed(
+    runs: list[Path], files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("it computes")
+
+    monkeypatch.setattr("lite_dil.evaluation.benchmarks.language_model.token_hits", never)
+    argv = ["eval", "--adapter", str(runs[0]), "--tasks", str(files / "choices.jsonl"), "--store", str(tmp_path / "store")]
+    assert main([*argv, "--preferences", str(tmp_path / "bad.jsonl")]) == 2
+    assert "rejected" in capsys.readouterr().err
 
 
 def test_a_comparison_evaluates_every_loss(tiny: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,10 +343,31 @@ def test_a_comparison_evaluates_every_loss(tiny: str, files: Path, tmp_path: Pat
     argv += ["--sample-tokens", "4", "--output", str(tmp_path / "out"), "--eval", str(files / "choices.jsonl")]
     assert main([*argv, "--eval-limit", "6"]) == 0
     assert "dpo-seed0: choices acc: no difference" in capsys.readouterr().out
-    content = read_scores(tmp_path / "out")
-    assert content is not None and [each["name"] for each in content["adapters"]] == ["lsif-seed0", "dpo-seed0"]
+    (content,) = read_evaluations(tmp_path / "out").current
+    assert [each["name"] for each in content["adapters"]] == ["lsif-seed0", "dpo-seed0"]
     assert content["settings"]["choices"]["items"] == 6
     for file in ("index.html", "table.md"):
         assert "Benchmarks: dpo-seed0" in (tmp_path / "out" / file).read_text()
     assert main([*argv[:-2], "--eval-limit", "6"]) == 2
     assert main([*argv[:-1], str(tmp_path / "none.jsonl")]) == 2
+    assert main([*argv, "--auto"]) == 2 and "--eval needs one way to load the model" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_fails_leaves_the_comparison(tiny: str, files: Path, tmp_path: Path) -> None:
+    """Its page and table are written; the API gives the scores of one that went well."""
+    import lite_dil as dil
+
+    given: dict[str, Any] = {"backend": "cpu", "max_steps": 1, "sample_prompts": 1, "sample_tokens": 4, "losses": ["dpo"]}
+    given |= {"eval_data": str(files / "plain.jsonl"), "output_dir": tmp_path / "out"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lite_dil.recipes.comparison.evaluate", Mock(side_effect=dil.UserError("no such data")))
+        with pytest.raises(dil.UserError, match=r"no such data\nonly the evaluation is missing; .*index\.html"):
+            dil.compare(tiny, str(files / "plain.jsonl"), eval_tasks=str(files / "choices.jsonl"), **given)
+    assert (tmp_path / "out" / "index.html").exists() and (tmp_path / "out" / "table.md").exists()
+    found = dil.compare(tiny, str(files / "plain.jsonl"), eval_tasks=str(files / "choices.jsonl"), eval_limit=2, **given)
+    assert found.scores[0]["settings"]["choices"]["items"] == 2
+    run, store = next((tmp_path / "out").rglob("dpo-seed0")), tmp_path / "store"
+    one = dil.evaluate(run, tasks=str(files / "choices.jsonl"), limit=2, output_dir=tmp_path / "one", store=store)
+    assert one.content["figures"] == found.scores[0]["figures"] and len(list(store.glob("*.jsonl"))) == 2
+    with pytest.raises(dil.UserError, match="eval_limit belongs to eval_tasks"):
+        dil.compare(tiny, str(files / "plain.jsonl"), eval_limit=2, **given)

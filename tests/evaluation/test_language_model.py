@@ -20,7 +20,9 @@ from lite_dil.base.display import Silent
 from lite_dil.base.errors import UserError
 from lite_dil.config import adapter_source
 from lite_dil.evaluation.benchmarks import harness
+from lite_dil.evaluation.benchmarks.measure import measure_tasks
 from lite_dil.evaluation.benchmarks.store import ResultStore
+from lite_dil.evaluation.benchmarks.tasks import load_tasks
 from lite_dil.generation import policy as policies
 from lite_dil.generation.policy import Policy
 
@@ -55,7 +57,7 @@ WRITTEN = [
 
 
 def instances(kind: str, requests: list[Any]) -> list[Instance]:
-    return [Instance(kind, {}, request, number) for number, request in enumerate(requests)]
+    return [Instance(kind, {}, request, number, ("task", number, 1)) for number, request in enumerate(requests)]
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +130,26 @@ def test_its_answers_are_those_of_hflm(backend: str, layout: str, run: Path, exp
             lm, said = language_model(policy, adapter), expected[adapter]
             assert lm.max_length == CONTEXT
             same(lm.loglikelihood(instances("loglikelihood", SCORED)), said["scores"])
-            assert len(lm.truncated) == 2
+            assert lm.truncated == {("task", 5), ("task", 6)}
             rolling = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in TEXTS]))
             assert rolling == pytest.approx(said["rolling"], abs=1e-3)
             assert lm.generate_until(instances("generate_until", WRITTEN)) == said["texts"]
             asked = instances("generate_until", [("the capital of France is", said["stop"])])
             assert lm.generate_until(asked) == said["stopped"]
     assert said["stopped"] != said["texts"][:1]
+
+
+def test_contexts_that_were_cut_are_counted_for_each_task(run: Path, tmp_path: Path) -> None:
+    """By items, whatever the number of their choices."""
+    for name, question in (("long", LONG), ("short", "what"), ("sums", LONG)):
+        row: dict[str, Any] = {"choices": [" a", " b"], "answer": 0} if name != "sums" else {"answer": 2}
+        rows = [{"question": f"{question} {number}"} | row for number in range(2)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = load_tasks(",".join(str(path) for path in tmp_path.glob("*.jsonl")), None, lambda _: None)
+    loaded["tasks"]["sums"].set_config(key="generation_kwargs", value={"until": [], "max_gen_toks": 4})
+    with opened(run, "cpu", "packed") as policy:
+        found = measure_tasks(lambda chat: language_model(policy, POLICY, chat=chat), loaded, "none", None, True)
+    assert {name: how["truncated"] for name, how in found.settings.items()} == {"long": 2, "short": 0, "sums": 2}
 
 
 @pytest.mark.parametrize("backend", ["cpu", "mlx"])

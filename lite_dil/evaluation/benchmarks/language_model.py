@@ -48,8 +48,7 @@ class PolicyLM(TemplateLM):
         say: tells the user if memory holds less than a pass.
 
     Attributes:
-        truncated: keys of the requests whose context was cut at its start, to fit the model's context.
-        asked: keys of all requests.
+        truncated: the task and the number of each item of which a context was cut at its start, to fit the model's.
     """
 
     def __init__(
@@ -64,7 +63,8 @@ class PolicyLM(TemplateLM):
         super().__init__()
         self.policy, self.adapter, self.store, self.chat, self.bar, self.say = policy, adapter, store, chat, bar, say
         self.tokenizer = policy.encoder.tokenizer
-        self.truncated, self.asked = set[str](), set[str]()
+        self.truncated = set[tuple[str | None, int | None]]()
+        self._cut = list[bool]()  # of the requests that were scored last
         config = _config(policy)
         self.max_length = resolve_max_length(config, self.tokenizer)
         # The last token of a sequence is predicted and not read: only its position must exist.
@@ -119,7 +119,9 @@ class PolicyLM(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation in nats, and whether greedy decoding would give it."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        self.truncated |= {_item(request) for request, cut in zip(requests, self._cut, strict=True) if cut}
+        return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Return the log-likelihood of each text in nats, in windows of the model's context, every token predicted once."""
@@ -140,12 +142,12 @@ class PolicyLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], **_: Any) -> list[tuple[float, bool]]:
         asked = [self._fitted(context, continuation) for _, context, continuation in requests]
+        self._cut = [len(fitted) < len(given) for (_, given, _), (fitted, _) in zip(requests, asked, strict=True)]
         keys = [digest("loglikelihood", *each) for each in asked]
         wanted: dict[TokenIds, dict[TokenIds, str]] = {}
         for (context, continuation), key in zip(asked, keys, strict=True):
             if key not in self.store.known:
                 wanted.setdefault(context, {})[continuation] = key
-        self.asked |= set(keys)
         contexts = sorted(wanted, key=lambda context: (-len(context), context))
         missing = sum(map(len, wanted.values()))
         done = len(set(keys)) - missing
@@ -177,8 +179,6 @@ class PolicyLM(TemplateLM):
             raise UserError(
                 f"a continuation of {len(continuation)} tokens is longer than the model's context of {self.max_length}"
             )
-        if len(context) > room:
-            self.truncated.add(digest("loglikelihood", tuple(context[-room:]), tuple(continuation)))
         return tuple(context[-room:]), tuple(continuation)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
@@ -186,15 +186,15 @@ class PolicyLM(TemplateLM):
         wanted: dict[str, _Text] = {}
         keys = []
         repeats: dict[str, int] = {}
-        for context, settings in (request.args for request in requests):
-            text = self._text(context, settings)
+        for request in requests:
+            text, cut = self._text(*request.args)
+            self.truncated |= {_item(request)} if cut else set()
             first = digest("generate_until", text)
             number = repeats[first] = repeats.get(first, -1) + 1
             if text.sampling.temperature == 0:
                 number = 0
             keys.append(digest(first, number) if number else first)
             wanted[keys[-1]] = text._replace(number=number)
-        self.asked |= set(keys)
         missing = {key: text for key, text in wanted.items() if key not in self.store.known}
         done = len(wanted) - len(missing)
         with self.bar(len(wanted), done) as bar, self.policy.backend.using(self.adapter):
@@ -222,8 +222,8 @@ class PolicyLM(TemplateLM):
             bar.update(done, None)
         return done
 
-    def _text(self, context: str, settings: dict[str, Any]) -> _Text:
-        """Return a text to generate, with a task's settings. Raises UserError for one that cannot be honoured."""
+    def _text(self, context: str, settings: dict[str, Any]) -> tuple[_Text, bool]:
+        """Return a text to generate, and whether its context was cut. Raises UserError for settings it cannot honour."""
         given = dict(normalize_gen_kwargs(settings, _NEW_TOKENS))
         until = handle_stop_sequences(given.pop("until"), self.tokenizer.decode(self.eot_token_id))
         room = given.pop("max_gen_toks")
@@ -238,9 +238,7 @@ class PolicyLM(TemplateLM):
             raise UserError(f"a task generates {room} tokens, and the model takes {self.max_length} in all; leave it out")
         ids = self.tok_encode(context)
         text = _Text(tuple(ids[-limit:]), room, tuple(until), Sampling(temperature, top_p), tuple(self._ends))
-        if len(ids) > limit:
-            self.truncated.add(digest("generate_until", text))
-        return text
+        return text, len(ids) > limit
 
 
 class _Text(NamedTuple):
@@ -252,6 +250,10 @@ class _Text(NamedTuple):
     sampling: Sampling
     ends: TokenIds
     number: int = 0  # of several samples
+
+
+def _item(request: Instance) -> tuple[str | None, int | None]:
+    return request.task_name, request.doc_id
 
 
 def _parts(contexts: Sequence[TokenIds], wanted: Mapping[TokenIds, Mapping[TokenIds, str]]) -> Iterator[list[TokenIds]]:

@@ -12,7 +12,7 @@ from lite_dil.evaluation.comparison import page
 from lite_dil.evaluation.comparison import table as tables
 from lite_dil.evaluation.comparison.files import ANSWERS_FILE, REFERENCE_FILE, read_answers, read_measured
 from lite_dil.evaluation.comparison.settings import Comparison
-from lite_dil.reports.scores import markdown_scores, page_scores, read_scores
+from lite_dil.reports.scores import markdown_scores, page_scores, read_evaluations
 
 PAGE = "index.html"
 
@@ -44,8 +44,8 @@ def report(comparison: Comparison) -> Findings:
 
     markdown = ["| " + " | ".join(line) + " |" for line in (headings, ["---"] * len(headings), *cells)]
     listed = ["\n".join(f"- {text}" for text in texts) for texts in (sentences, remarks)]
-    scores = read_scores(output)
-    listed += markdown_scores(scores) if scores else ()
+    scores = read_evaluations(output)
+    listed += markdown_scores(scores)
     replace_file(output / "table.md", "\n".join(markdown) + "\n\n" + "\n\n".join(listed) + "\n")
     content = {"rows": rows, "reference": reference["figures"] if reference else None, "verdict": sentences, "notes": remarks}
     replace_file(output / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
