@@ -106,7 +106,7 @@ def test_verdicts_on_both_sides_of_the_boundary(
     assert "It does not fit" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("memory", [4, 5, 6, 6.5, 7, 8, 10, 12, 16])
+@pytest.mark.parametrize("memory", [4, 6, 6.5, 8, 12])
 @pytest.mark.parametrize(
     "flags", [(), ("--4bit", "--batch-size", "8", "--row-tokens", "16384", "--gradient-checkpointing", "off")]
 )
@@ -215,7 +215,7 @@ def test_single_answers_are_half_of_pairs(llama: str, tmp_path: Path, capsys: py
 def test_an_initial_adapter_brings_its_rank(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = str(write_pairs(tmp_path / "pairs.jsonl"))
     first = ["--model", tiny, "--backend", "cpu", "--data", data, "--lora-r", "4", "--target-modules", "q_proj,down_proj"]
-    assert main(["train", *first, "--max-steps", "1", "--output-dir", str(tmp_path / "run")]) == 0
+    assert main(["train", *first, "--max-steps", "1", "--report-samples", "0", "--output-dir", str(tmp_path / "run")]) == 0
     capsys.readouterr()
     adapter = ["--init-adapter", str(tmp_path / "run" / "adapter"), "--reference", "initial-adapter"]
     parts = planned(capsys, "--model", tiny, "--backend", "cpu", "--memory", "8", *adapter)[1]["components"]

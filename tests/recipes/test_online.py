@@ -45,6 +45,8 @@ def broken(completions, **columns):
     return [1 / (3 - len(completions)) for _ in completions][:2]
 '''
 
+SAMPLED = ("--report-samples", "1")  # of one test: the report's answers cost as much as the steps
+
 
 @pytest.fixture
 def questions(tmp_path: Path) -> Path:
@@ -68,7 +70,7 @@ def flags(questions: Path, tiny: str, backend_name: str) -> list[str]:
         "--logging-steps",
         "1",
         "--report-samples",
-        "1",
+        "0",
     ]
     found += ["--batch-size", "2", "--gradient-accumulation-steps", "1", "--max-steps", "4", "--save-steps", "2"]
     return [*found, "--reward", f"{questions.parent / 'rewards.py'}:vowels", "--samples", "3"]
@@ -117,8 +119,10 @@ def test_online_dpo_is_dpo_of_the_best_and_the_worst(flags: list[str], tmp_path:
 def test_the_metrics_have_trls_names(flags: list[str], tmp_path: Path) -> None:
     spec = f"answer:number=2,{tmp_path / 'rewards.py'}:vowels"
     lines = run(
-        [*flags[:-4], "--reward", spec, "--samples", "3", "--loss", "rloo", "--missing-eos-penalty", "1"], tmp_path / "r"
+        [*flags[:-4], "--reward", spec, "--samples", "3", "--loss", "rloo", "--missing-eos-penalty", "1", *SAMPLED],
+        tmp_path / "r",
     )
+    assert (tmp_path / "r" / "report_samples.jsonl").is_file()
     rows = [row for row in rollouts(tmp_path / "r") if row["step"] == 3]
     line = lines[2]
     f, r = np.array([row["log_ratio"] for row in rows]), np.array([row["reward"] for row in rows])

@@ -29,6 +29,7 @@ TRL_NAMES = {
 }  # fmt: skip
 OURS = {"step", "log_ratio/chosen", "log_ratio/rejected", "tokens_per_second", "peak_memory_mb"}
 
+UNSAMPLED = ("--report-samples", "0")
 
 # Of what is above the backends, and the same code for both.
 one_backend = pytest.mark.parametrize("backend_name", ["cpu"])
@@ -319,7 +320,7 @@ def test_adapters_of_one_backend_go_on_in_the_other(tiny: str, data: Path, tmp_p
     for name in ("cpu", "mlx"):
         folder = folders[name] = tmp_path / name
         flags = ["--model", tiny, "--data", str(data), "--dtype", "float32", "--max-steps", "3", "--learning-rate", "1e-2"]
-        run([*flags, "--backend", name], folder)
+        run([*flags, "--backend", name, *UNSAMPLED], folder)
     for written in ("cpu", "mlx"):
         adapter = str(folders[written] / "adapter")
         logps = [load(n, tiny, init_adapter=adapter, reference="base").token_logps(batch()) for n in ("cpu", "mlx")]
@@ -333,7 +334,7 @@ def test_peft_loads_our_adapter(tiny: str, data: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     flags = ["--model", tiny, "--data", str(data), "--dtype", "float32", "--max-steps", "3", "--learning-rate", "1e-2"]
-    run([*flags, "--backend", "cpu"], tmp_path / "run")
+    run([*flags, "--backend", "cpu", *UNSAMPLED], tmp_path / "run")
     adapter = tmp_path / "run" / "adapter"
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter).eval()
@@ -354,7 +355,7 @@ def test_mlx_lm_loads_our_adapter(data: Path, tmp_path: Path) -> None:
     # mlx-lm's own loader takes rope theta 10000 for this folder, so the checkpoint has that.
     tiny = str(make_checkpoint(tmp_path / "tiny", rope_theta=10000.0))
     flags = ["--model", tiny, "--data", str(data), "--dtype", "float32", "--max-steps", "3", "--learning-rate", "1e-2"]
-    run([*flags, "--backend", "mlx", "--target-modules", "q_proj,up_proj"], tmp_path / "run")
+    run([*flags, "--backend", "mlx", "--target-modules", "q_proj,up_proj", *UNSAMPLED], tmp_path / "run")
     adapter = tmp_path / "run" / "adapter"
     model, _ = mlx_load(tiny, adapter_path=str(adapter))
     ids = np.arange(3, 12)
@@ -407,7 +408,7 @@ def test_skipped_steps_are_counted_and_training_goes_on(
     tiny: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_scaler(monkeypatch, init_scale=2.0**127)
-    lines = run([*steep(tiny, data), "--epochs", "8"], tmp_path / "run")
+    lines = run([*steep(tiny, data), "--epochs", "8", *UNSAMPLED], tmp_path / "run")
     skipped = [line["skipped_steps"] for line in lines]
     assert skipped[0] == 1
     assert skipped[-1] == 0
