@@ -1,22 +1,24 @@
-"""A day with a card: whether training on this GPU is right, what memory it takes, and how fast it is.
+"""Check on a GPU that training is right, what memory it takes and how fast it is.
 
     python scripts/gpu_day.py                                   # all three parts, at most six minutes each
     python scripts/gpu_day.py correctness                       # or memory, or speed
     python scripts/gpu_day.py correctness --device cpu --tiny   # the same checks on toys, to see that they run
 
-Needs what `pip install -e ".[cuda]"` installs, and a C compiler, as training does. Where torch, transformers, PEFT and
-accelerate are there and nothing can be downloaded, carry the wheels of bitsandbytes, platformdirs, rich, markdown-it-py, mdurl
-and pygments in a folder WHEELS, and run in the repository
+Needs what `pip install -e ".[cuda]"` installs, and a C compiler, as training does. On a machine that has torch, transformers,
+PEFT and accelerate and no network, put the wheels of bitsandbytes, platformdirs, rich, markdown-it-py, mdurl and pygments in a
+folder WHEELS, and run in the repository
 
     pip install --no-index --no-deps WHEELS/*.whl && pip install --no-index --no-deps --no-build-isolation -e .
 
-trl, datasets, liger-kernel and unsloth are measured too where they are installed. A model of the shape of Llama 3.1 8B is made
-on the card, a layer at a time, of random weights in 4 bits (5.7 GB in --folder); nothing is downloaded.
+If trl, datasets, liger-kernel and unsloth are installed, their speed is measured too. Nothing is downloaded: a model of the
+shape of Llama 3.1 8B is made on the card, layer by layer, of random weights in 4 bits (5.7 GB in --folder).
 
-Each check has a process and a time limit of its own; several run at a time, but for those of `speed`. What came of each is in
-the JSON file as soon as it is known. The same command goes on where it was: what passed or failed is not repeated (but with
---again all, or --again failed), what was left out for time is done then: with peers to measure, `speed` takes two calls on an
-H200. The table is printed at the end, and kept beside the JSON file as .txt. Exit code: 1 where a check failed, 2 for errors.
+Each check runs in its own process with its own time limit, several at once except those of `speed`. Checks take single steps
+of the backend, because gradients, bytes and loss scales of a step are what they examine; the training loop around it needs no
+GPU to be tested. Each result is written to the JSON file at once. The same command continues an earlier one: checks that
+passed or failed are not repeated (use --again failed, or --again all), those left out for lack of time are run. With all peers
+installed, `speed` takes two calls on an H200. The table is printed at the end and saved beside the JSON file as .txt. The exit
+code is 1 if a check failed, 2 for errors.
 """
 
 from __future__ import annotations
@@ -82,21 +84,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny models and short pairs")
     parser.add_argument(
-        "--minutes", type=float, default=6.0, help="for each part; what no longer fits is left out (default: 6)"
+        "--minutes", type=float, default=6.0, help="for each part; checks for which no time is left are left out (default: 6)"
     )
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="TEXT", help="the checks whose names have one of these in them"
-    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="only checks whose names contain one of these")
     parser.add_argument("--again", nargs="?", const="all", choices=("all", "failed"), help="repeat what was done before")
-    parser.add_argument(
-        "--json", default="gpu_day.json", metavar="FILE", help="what came of the checks (default: gpu_day.json)"
-    )
+    parser.add_argument("--json", default="gpu_day.json", metavar="FILE", help="results of the checks (default: gpu_day.json)")
     parser.add_argument("--folder", metavar="FOLDER", help="where models that are made are kept (default: the cache folder)")
     parser.add_argument(
         "--jobs",
         type=int,
         metavar="N",
-        help="checks at a time, but in speed (default: 8 or 4, or fewer by cores and free memory)",
+        help="checks at once, except in speed (default: 8 or 4, or fewer by cores and free memory)",
     )
     parser.add_argument(
         "--patience", type=float, metavar="TIMES", help="lengthen the checks' time limits (default: 1, on a CPU 5)"
@@ -122,7 +120,7 @@ class Card(NamedTuple):
 
     @classmethod
     def here(cls) -> Card:
-        """Ask in a process of its own: a context in this one would hold memory that is to be measured."""
+        """Ask in a separate process: a CUDA context in this one would hold memory that is to be measured."""
         asked = subprocess.run([sys.executable, "-c", _CARD], capture_output=True, text=True, check=False)
         if asked.returncode:
             last = (asked.stderr.strip().splitlines() or ["it said nothing"])[-1]
@@ -136,7 +134,7 @@ class Card(NamedTuple):
 
     @property
     def warning(self) -> str:
-        """What is to be said above the table."""
+        """Lines above the table."""
         if not self.computes:
             return "THIS DEVICE DOES NOT ADD 1 AND 1: no figure below that comes of arithmetic, or of time, means anything."
         return (
@@ -171,7 +169,7 @@ def machine_of(options: argparse.Namespace, card: Card) -> dict[str, str]:
 
 
 def checks_of(part: str, options: argparse.Namespace) -> dict[str, Check]:
-    """Return a part's checks that are asked for, by their names in the record, and what they need."""
+    """Return the checks of a part that were asked for, by name in the record, with those they need."""
     module = importlib.import_module(f"gpu_day_{part}")
     named = {f"{part}: {check.name}": check for check in module.CHECKS}
     asked = {key for key in named if not options.only or any(text in key for text in options.only)}
@@ -200,7 +198,7 @@ def run_part(part: str, options: argparse.Namespace, card: Card, record: Record,
 
 
 def jobs_of(part: str, options: argparse.Namespace) -> int:
-    """Return how many checks are made at a time."""
+    """Return how many checks run at once."""
     from lite_dil.base.memory import GIB, available
 
     if part == "speed" or options.device == "cpu":
@@ -211,7 +209,7 @@ def jobs_of(part: str, options: argparse.Namespace) -> int:
 
 
 def work(options: argparse.Namespace) -> None:
-    """Make one check, in this process; write each finding as it is found, then what came of it."""
+    """Run one check in this process; write each finding as it is found, then the check's result."""
     from gpu_day_models import NotRun, Place
 
     key, result, limit = options.worker[0], Path(options.worker[1]), float(options.worker[2])

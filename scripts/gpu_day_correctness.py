@@ -58,7 +58,7 @@ def as_near(name: str, one: Measured, other_name: str, other: Measured, exact: M
 
 
 def offload(place: Place, **option: bool) -> list[Finding]:
-    """Expect what is kept in the computer's memory to come back as it was."""
+    """Expect offloaded tensors to come back bit-equal."""
     here = {"dtype": place.dtype, "layout": "packed", "gradient_checkpointing": "full"}
     one, again, other = place.measured(**here), place.measured(**here, seed=1), place.measured(**here, **option)
     findings = []

@@ -43,7 +43,7 @@ class Fit(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """What three steps take; offloaded activations come and go beside the computing."""
+        """Seconds of three steps; offloaded activations are transferred while the step computes."""
         return START + LOAD + COMPILE + 3 * step([(1, self.length - 1, self.length - 1)])
 
 
@@ -150,7 +150,7 @@ def live(place: Place) -> list[Finding]:
 
 
 def runs_out(place: Place, **options: Any) -> list[Finding]:
-    """Let memory end five times in a large step; expect the bytes back, and the next step to be as if nothing had been."""
+    """Run out of memory five times in a large step; expect all bytes back and an unchanged next step."""
     import torch
 
     length = 2048 if place.tiny else LENGTH

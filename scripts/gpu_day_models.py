@@ -54,7 +54,7 @@ class Measured(NamedTuple):
 
 
 class Place:
-    """Where checks are made: a device, the models, what was found before."""
+    """Where checks run: a device, the models, earlier results."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         from lite_dil.models.find import cache_dir
@@ -156,7 +156,7 @@ class Place:
         return registry.load(self.device, config, config.model, config, config)
 
     def free(self) -> None:
-        """Let go of what nobody holds."""
+        """Free memory that nothing uses."""
         gc.collect()
         if self.device == "cuda":
             import torch
@@ -190,7 +190,7 @@ class Place:
 
 @contextmanager
 def gradients(backend: Any) -> Iterator[dict[str, np.ndarray]]:
-    """Take down the gradients of the policy's weights that a step in the block accumulates, the loss's scale taken out."""
+    """Record the gradients of the policy's weights that a step in this block accumulates, divided by the loss scale."""
     policy, taken, hooks = backend.adapters["policy"], {}, []
     scale = policy.scaler.get_scale()
 
@@ -211,7 +211,7 @@ def gradients(backend: Any) -> Iterator[dict[str, np.ndarray]]:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """Give a folder that is gone after the block."""
+    """Yield a folder that is deleted after the block."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 

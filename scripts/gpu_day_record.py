@@ -1,4 +1,4 @@
-"""What scripts/gpu_day.py keeps: checks, what came of them, and the JSON file that a later call goes on from."""
+"""The checks of scripts/gpu_day.py, their results, and the JSON file from which a later call continues."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PASSED, FAILED, NOT_RUN, LEFT_OUT = "ok", "FAILED", "not run", "left out"
 
 @dataclass(frozen=True)
 class Finding:
-    """A figure beside what was expected of it.
+    """A figure and what was expected.
 
     Attributes:
         passed: None where the figure could not be had, and `measured` says why.
@@ -43,14 +43,14 @@ def between(what: str, value: float, low: float, high: float, why: str, unit: st
 
 
 def same(what: str, equal: bool, difference: float = math.nan) -> Finding:
-    """Expect two ways to come to the same bits."""
+    """Expect two results to be bit-equal."""
     far = "" if math.isnan(difference) else f", by up to {difference:.3g}"
     return Finding(what, "bit-equal" if equal else f"they differ{far}", "bit-equal", equal)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing to find out, in a process of its own.
+    """A check, which runs in its own process.
 
     Attributes:
         run: returns or yields the findings; raises NotRun where it cannot be done here. What was yielded before its process
@@ -75,7 +75,7 @@ class Check:
 
 @dataclass
 class Record:
-    """The file: of which machine it is, and what came of each check. One process writes it, others may read it."""
+    """The file of results: its machine, and each check's result. One process writes it, others may read it."""
 
     path: Path
     machine: dict[str, str]
@@ -83,7 +83,7 @@ class Record:
 
     @classmethod
     def open(cls, path: Path, machine: dict[str, str]) -> Record:
-        """Read the file, or begin one. Raises UserError where it is of another machine, or cannot be read."""
+        """Read the file, or start one. Raises UserError if it is of another machine or cannot be read."""
         record = cls(path, machine)
         if not path.exists():
             return record
@@ -95,7 +95,7 @@ class Record:
         return record
 
     def read(self) -> Record:
-        """Take what the file says now."""
+        """Read the file again."""
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             self.machine, self.checks = found["machine"], found["checks"]
@@ -112,7 +112,7 @@ class Record:
         seconds: float = 0.0,
         log: str = "",
     ) -> None:
-        """Note what came of a check, on the disk at once; `log` is the end of what a failed one printed."""
+        """Record a check's result and write it to disk at once; `log` is the end of what a failed one printed."""
         self.checks.pop(key, None)  # a repeated one comes last, as it was done last
         self.checks[key] = {
             "status": status,
@@ -124,24 +124,24 @@ class Record:
         self.write()
 
     def forget(self, keys: Iterable[str], statuses: Sequence[str]) -> None:
-        """Forget what came of these checks, where it is one of `statuses`."""
+        """Drop the results of these checks that have one of `statuses`."""
         for key in keys:
             if self.checks.get(key, {}).get("status") in statuses:
                 del self.checks[key]
         self.write()
 
     def value(self, key: str, what: str) -> float | None:
-        """Return the figure of a finding, None where there is none."""
+        """Return the figure of a finding, or None."""
         found = (one["value"] for one in self.checks.get(key, {}).get("findings", ()) if one["what"] == what)
         return next(found, None)
 
     def write(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         replace_file(self.path, json.dumps({"machine": self.machine, "checks": self.checks}, indent=1) + "\n")
 
 
 def status_of(verdicts: Sequence[bool | None]) -> str:
-    """Return what findings come to: failed by one, passed by one where none failed."""
+    """Return the status of findings: failed if one failed, passed if one passed and none failed."""
     return FAILED if False in verdicts else PASSED if True in verdicts else NOT_RUN
 
 

@@ -59,7 +59,7 @@ class Run:
         self.running: dict[str, Running] = {}
 
     def all(self, left: dict[str, Check]) -> None:
-        """Make these checks, as many as there is time for."""
+        """Run as many of these checks as time allows."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 while left or self.running:
@@ -71,7 +71,7 @@ class Run:
                     stop(one)
 
     def start(self, left: dict[str, Check], folder: Path) -> None:
-        """Start what may be started now, and leave out what there is no time for."""
+        """Start the checks that may start now; leave out those for which no time is left."""
         for key, check in list(left.items()):
             needed, remaining = self.seconds(check), self.until - time.time()
             if remaining < needed:
@@ -85,14 +85,14 @@ class Run:
                 return
 
     def has_room(self, check: Check) -> bool:
-        """Return whether a check may run beside those that do."""
+        """Return whether a check may run beside those that are running."""
         others = [one.check for one in self.running.values()]
         if check.first or any(one.first for one in others):
             return not others
         return not others or (len(others) < self.jobs and sum(one.gib for one in (check, *others)) <= OF_CARD * self.gib)
 
     def seconds(self, check: Check) -> float:
-        """Return what a check takes here."""
+        """Return the seconds that a check takes here."""
         return min(check.seconds, 15.0) if self.options.tiny else check.seconds * self.slower
 
     def started(self, key: str, check: Check, folder: Path) -> Running:
@@ -112,7 +112,7 @@ class Run:
         return Running(check, process, result, log, time.time(), seconds)
 
     def collect(self) -> None:
-        """Write down what came of the checks that ended, and end those whose time is over."""
+        """Record the results of checks that ended, and stop those beyond their limit."""
         for key, one in list(self.running.items()):
             took, cut, late = time.time() - one.since, "", False
             if one.process.poll() is None:
@@ -132,13 +132,13 @@ class Run:
             self.end(key, end["status"], lines, end["reason"], took, log if failed else "")
 
     def end(self, key: str, status: str, findings: Any = (), reason: str = "", seconds: float = 0.0, log: str = "") -> None:
-        """Note what came of a check, and say it."""
+        """Record a check's result and print it."""
         self.record.end(key, status, findings, reason, seconds, log)
         self.say(f"  {key}: {status}, {seconds:.0f} s {reason}".rstrip())
 
 
 def stop(one: Running) -> None:
-    """End a process, with what it started itself."""
+    """Kill a process and its children."""
     if one.process.poll() is None:
         os.killpg(one.process.pid, signal.SIGKILL)
     one.process.wait()

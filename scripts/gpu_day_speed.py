@@ -61,7 +61,7 @@ OURS, FIRST = "lite-dil-cached", "lite-dil"
 
 
 def run(job: Job, place: Place) -> dict[str, Any]:
-    """Measure in a process of the contestant's own; raise NotRun where it cannot be had here."""
+    """Measure in a process of the contestant's own. Raises NotRun if it is not installed here."""
     options = argparse.Namespace(threads=os.cpu_count(), python=place.python, timeout=max(1, int(0.9 * place.limit)))
     result = benchmark.run(job, options)
     if result["status"] == "not run":
@@ -195,7 +195,7 @@ def broken(what: str, result: dict[str, Any]) -> Finding:
 
 
 def known(place: Place, key: str, what: str) -> float | None:
-    """Return a figure of an earlier check, None where it is not there."""
+    """Return a figure of an earlier check, or None."""
     return Record(place.record, {}).read().value(key, what) if place.record.exists() else None
 
 

@@ -22,6 +22,7 @@ from theorem_world import Held, Setting, World, questions
 
 import lite_dil as dil
 from lite_dil.base.files import replace_file
+from lite_dil.base.hashing import digest
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
 from lite_dil.config.options import build
@@ -52,10 +53,11 @@ class Arm(NamedTuple):
     seed: int
     steps: int
 
-    def path(self, folder: Path, setting: Setting) -> Path:
-        """Return the file that keeps it."""
+    def path(self, folder: Path, setting: Setting, asked: str) -> Path:
+        """Return the file that keeps it; `asked` is `Trainings.asked`."""
         loss = self.loss.replace(", beta ", "-")
-        return folder / f"{setting.name}-{loss}-rate-{self.rate:g}-clip-{self.clip:g}-seed-{self.seed}-steps-{self.steps}.json"
+        name = f"{setting.name}-{loss}-rate-{self.rate:g}-clip-{self.clip:g}-seed-{self.seed}-steps-{self.steps}"
+        return folder / f"{name}-{asked}.json"
 
 
 class Trainings:
@@ -67,6 +69,11 @@ class Trainings:
         self._world: tuple[float, World] | None = None
         self._held: dict[int, Held] = {}
         self._drawn: dict[tuple[int, int], list[tuple[Example, list[float]]]] = {}
+
+    @property
+    def asked(self) -> str:
+        """What else a training's figures depend on: model, prompts and texts."""
+        return digest(*map(repr, (self.setting, self._model, self._prompts, self._held_out, PAIRS, MEASURED)))[:8]
 
     def world(self, clip: float) -> World:
         """Return the model, loaded with this clip."""
@@ -102,7 +109,7 @@ class Trainings:
 
     def run(self, arm: Arm) -> dict[str, Any]:
         """Return a training's measurements, from its file or by training."""
-        path = arm.path(self.folder, self.setting)
+        path = arm.path(self.folder, self.setting, self.asked)
         if path.exists():
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             return found
@@ -122,7 +129,13 @@ class Trainings:
             if step in MEASURED or step == arm.steps:
                 figures = {name: [round(value, 5) for value in values] for name, values in held.measure().items()}
                 points.append({"step": step, "answers": 2 * PAIRS * step, "clipped_steps": clipped} | figures)
-        done = arm._asdict() | {"setting": self.setting.name, "start": held.start(), "points": points, "losses": losses}
+        done = arm._asdict() | {
+            "setting": self.setting.name,
+            "asked": self.asked,
+            "start": held.start(),
+            "points": points,
+            "losses": losses,
+        }
         done |= {"cpu_seconds": round(time.process_time() - began), "date": time.strftime("%Y-%m-%d")}
         replace_file(path, json.dumps(done))
         last = points[-1]
@@ -130,9 +143,9 @@ class Trainings:
         return done
 
 
-def best_rate(trainings: Trainings, loss: str, steps: int) -> float:
+def best_rate(trainings: Trainings, loss: str, clip: float, steps: int) -> float:
     """Return the rate with the least KL(pi_chosen, pi) after some steps, on prompts and draws of their own."""
-    ends = {rate: trainings.run(Arm(loss, rate, 1.0, TRIED, steps))["points"][-1] for rate in RATES}
+    ends = {rate: trainings.run(Arm(loss, rate, clip, TRIED, steps))["points"][-1] for rate in RATES}
     return min(RATES, key=lambda rate: float(np.mean(ends[rate]["kl_forward"])))
 
 
@@ -163,7 +176,7 @@ def main() -> None:
     prompts = questions(args.prompts, args.longest)
     apart, rest = prompts[::5], [prompt for number, prompt in enumerate(prompts) if number % 5]
     tried = Trainings(setting, apart, args.held_out, args.output, args.model)
-    rates = {loss: args.rate or best_rate(tried, loss, args.rate_steps) for loss in args.losses}
+    rates = {loss: args.rate or best_rate(tried, loss, args.clip, args.rate_steps) for loss in args.losses}
     print("rates: " + ", ".join(f"{loss} {rate:g}" for loss, rate in rates.items()), flush=True)
     trainings = Trainings(replace(setting, null=args.null), rest, args.held_out, args.output, args.model)
     for seed in args.seeds:

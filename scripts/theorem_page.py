@@ -15,6 +15,8 @@ Trained: TypeAlias = dict[str, Any]
 MARK = "<!-- Below: made by scripts/theorem.py --page -->"
 SIDES = ("chosen", "rejected")
 PANELS = {"kl_forward": "KL(pi_chosen, pi)", "kl_reverse": "KL(pi, pi_chosen)"}
+RESAMPLES = 2000
+STYLES = ("-", "--", ":", "-.")  # of a loss with several rates
 TRIED = 1000  # the seed of the trainings that choose rates
 COLOURS = {
     "sft": "#000000",
@@ -29,14 +31,16 @@ COLOURS = {
 
 def write_page(folder: Path, page: Path) -> None:
     """Replace what is below the page's mark by a section a setting, with the figures beside the page."""
-    groups = defaultdict[tuple[str, float], list[Trained]](list)
+    groups = defaultdict[tuple[str, float, int, str], list[Trained]](list)
     for path in sorted(folder.glob("*.json")):
         trained = json.loads(path.read_text(encoding="utf-8"))
         if trained["seed"] != TRIED:
-            groups[trained["setting"], trained["clip"]].append(trained)
+            groups[trained["setting"], trained["clip"], trained["steps"], trained["asked"]].append(trained)
     sections = []
-    for (setting, clip), arms in sorted(groups.items()):
-        figure = page.with_name(f"{page.stem}-{setting}{'' if clip == 1 else f'-clip-{clip:g}'}.png")
+    for (setting, clip, steps, asked), arms in sorted(groups.items()):
+        alone = sum((setting, clip, steps) == other[:3] for other in groups) == 1
+        name = f"{page.stem}-{setting}{'' if clip == 1 else f'-clip-{clip:g}'}-{steps}{'' if alone else f'-{asked}'}"
+        figure = page.with_name(f"{name}.png")
         draw(arms, figure)
         sections.append(section(setting, clip, arms) + f"\n\n![KL to pi_chosen]({figure.name})")
     head = page.read_text(encoding="utf-8").split(MARK)[0].rstrip() if page.exists() else "# The theorem on a language model"
@@ -58,14 +62,21 @@ def section(setting: str, clip: float, arms: list[Trained]) -> str:
         "| offset | change of chosen | clipped steps |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    by_loss = defaultdict[str, list[Trained]](list)
+    by_rate = defaultdict[tuple[str, float], list[Trained]](list)
     for arm in arms:
-        by_loss[arm["loss"]].append(arm)
+        by_rate[arm["loss"], arm["rate"]].append(arm)
+    sft = min(([each for (loss, _), each in by_rate.items() if loss == "sft"]), key=_end, default=[])
     for loss in COLOURS:
-        lines.append(_row(loss, by_loss[loss], by_loss["sft"]) if by_loss[loss] else f"| {loss} | missing |" + " |" * 10)
+        rows = [_row(loss, each, sft) for (name, _), each in sorted(by_rate.items()) if name == loss]
+        lines += rows or [f"| {loss} | missing |" + " |" * 10]
     kind, _, tokens = setting.rpartition("-")
     what = {"system": "Another system prompt", "null": "pi_chosen is pi_ref"}.get(kind, kind.replace("-", " ").capitalize())
     return "\n".join([f"## {what}: at most {tokens} tokens, gradients clipped at {clip:g}", "", facts, "", *lines])
+
+
+def _end(arms: list[Trained]) -> float:
+    """Return the mean KL(pi_chosen, pi) at the end."""
+    return float(np.mean([arm["points"][-1]["kl_forward"] for arm in arms]))
 
 
 def _row(loss: str, arms: list[Trained], sft: list[Trained]) -> str:
@@ -104,9 +115,12 @@ def _error(values: np.ndarray) -> str:
 
 
 def _over_seeds(values: list[list[float]]) -> str:
-    """Return a mean with its standard error: over seeds, each with prompts and draws of its own; over prompts for one seed."""
-    means = np.array([np.mean(each) for each in values])
-    return _error(means) if len(means) > 1 else _error(np.array(values[0]))
+    """Return a mean over seeds and prompts with its standard error: by bootstrap of the seeds, and of each one's prompts."""
+    draw, means = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        some = [values[i] for i in draw.integers(0, len(values), len(values))]
+        means.append(np.mean([np.mean(np.array(each)[draw.integers(0, len(each), len(each))]) for each in some]))
+    return f"{np.mean([np.mean(each) for each in values]):.3f} ± {np.std(means):.3f}"
 
 
 def draw(arms: list[Trained], path: Path) -> None:
@@ -116,18 +130,17 @@ def draw(arms: list[Trained], path: Path) -> None:
 
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
-        sides = zip(
-            figure.subplots(1, 2), {"kl_forward": "KL(pi_chosen, pi)", "kl_reverse": "KL(pi, pi_chosen)"}.items(), strict=True
-        )
-        for axes, (name, title) in sides:
+        for axes, (name, title) in zip(figure.subplots(1, 2), PANELS.items(), strict=True):
             for loss, colour in COLOURS.items():
-                same = [arm for arm in arms if arm["loss"] == loss]
-                if same:
+                rates = sorted({arm["rate"] for arm in arms if arm["loss"] == loss})
+                for rate, style in zip(rates, STYLES, strict=False):
+                    same = [arm for arm in arms if (arm["loss"], arm["rate"]) == (loss, rate)]
                     steps = min((arm["points"] for arm in same), key=len)
                     answers = [0, *(point["answers"] for point in steps)]
                     curves = [[arm["start"], *arm["points"][: len(steps)]] for arm in same]
                     rows = np.array([[np.mean(point[name]) for point in curve] for curve in curves])
-                    axes.plot(answers, rows.mean(0), color=colour, label=loss)
+                    label = loss if len(rates) == 1 else f"{loss}, rate {rate:g}"
+                    axes.plot(answers, rows.mean(0), style, color=colour, label=label)
                     if len(rows) > 1:
                         axes.fill_between(answers, rows.min(0), rows.max(0), color=colour, alpha=0.15, linewidth=0)
             axes.set(title=title, xlabel="answers trained on", ylabel="nats an answer")

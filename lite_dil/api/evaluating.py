@@ -33,7 +33,7 @@ def evaluate(
     display: Display | None = None,
     **options: Any,
 ) -> Evaluated:
-    """Measure adapters beside their base, on benchmarks and preferences; what was computed is kept for the next call.
+    """Measure adapters beside their base, on benchmarks and preferences; answers to benchmarks are kept for the next call.
 
     Args:
         *adapters: runs, checkpoints or adapters' folders, all on one base; without any, the bare `model` of the options.

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 HELP = "measure an adapter on benchmarks and preferences, beside its base"
 DESCRIPTION = """\
 Did it get better, and did it forget anything? Measure one or several adapters beside their base, which is in memory once, on
-benchmarks (lm-eval's, or rows of questions) and on preferences, with intervals and tests. What was computed is kept: if
-stopped, the same command continues, and the base is computed only once. docs/evaluation.md says what each figure means.
+benchmarks (lm-eval's, or rows of questions) and on preferences, with intervals and tests. Answers to benchmarks are
+kept: if stopped, the same command continues, and the base is computed only once. docs/evaluation.md explains each figure.
 
   lite-dil eval --adapter runs/my-run --tasks arc_challenge,gsm8k --limit 200
   lite-dil eval --adapter runs/a --adapter runs/b --tasks questions.jsonl

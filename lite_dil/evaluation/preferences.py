@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from lite_dil.data.files import RowError
 from lite_dil.data.options import DataOptions
 from lite_dil.data.reader import Problem, refuse
 from lite_dil.data.sources import records, split_sources
-from lite_dil.evaluation.statistics import compare_paired, mean_interval, sentence
+from lite_dil.evaluation.statistics import compare_paired, holm, mean_interval, sentence
 from lite_dil.generation.batch_generator import BatchGenerator, Request, batched
 from lite_dil.generation.policy import Policy
 from lite_dil.generation.scoring import token_logps
@@ -79,46 +79,79 @@ def pair_logps(
     return np.array(values).reshape(-1, 2)
 
 
+@dataclass(frozen=True)
+class PairReward:
+    """What an adapter was trained to prefer by: beta times its log-ratio to the base, summed or averaged over the tokens.
+
+    Attributes:
+        note: what the figures by it do not say; "" for nothing.
+    """
+
+    beta: float
+    mean: bool
+    note: str = ""
+
+    def margins(self, base: np.ndarray, tuned: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return the reward of the chosen response less that of the rejected one, (pairs,), from sums in nats, (pairs, 2)."""
+        ratio = (tuned - base) / lengths if self.mean else tuned - base
+        return self.beta * (ratio[:, 0] - ratio[:, 1])
+
+
 def preference_figures(
-    pairs: PreferencePairs, base: np.ndarray, tuned: np.ndarray, beta: float, name: str = ""
-) -> dict[str, Any]:
-    """Return an adapter's figures on pairs.
+    pairs: PreferencePairs, base: np.ndarray, tuned: Mapping[str, np.ndarray], rewards: Mapping[str, PairReward]
+) -> dict[str, dict[str, Any]]:
+    """Return each adapter's figures on pairs, by its name. A tie is right by half, whatever the rule.
 
     Args:
         base, tuned: what `pair_logps` returned.
-        beta: of the implicit reward beta x log-ratio.
-        name: of the adapter, for sentences.
+        rewards: each adapter's implicit reward.
     """
     lengths = np.array([[len(response) for response in each.responses] for each in pairs.examples], np.float64)
-    margin = beta * ((tuned - base)[:, 0] - (tuned - base)[:, 1])
-    right = {
-        "implicit reward": margin > 0,
-        "mean log-prob": _prefers(tuned / lengths),
-        "mean log-prob of the base": _prefers(base / lengths),
-        # Of two answers of the same length either is the longer one in half of the cases.
-        "the longer answer": np.where(lengths[:, 0] == lengths[:, 1], 0.5, lengths[:, 0] > lengths[:, 1]),
-    }
-    groups = {"all": np.ones(len(margin), bool)}
+    groups = {"all": np.ones(len(lengths), bool)}
     groups |= {subset: np.array([each == subset for each in pairs.subsets]) for subset in sorted(set(pairs.subsets) - {""})}
-    change = compare_paired(right["mean log-prob of the base"].astype(float), right["mean log-prob"].astype(float))
-    said = f"{name}: " if name else ""
-    return {
-        "beta": beta,
-        "subsets": [
-            {
-                "subset": subset,
-                "pairs": int(some.sum()),
-                **{rule: _share(np.asarray(values, np.float64)[some]) for rule, values in right.items()},
-            }
-            for subset, some in groups.items()
-        ],
-        "calibration": calibration(margin),
-        "sentences": [sentence(f"{said}accuracy by mean log-prob", change, change.p)],
+    longer, by_base = _right(lengths[:, 0] - lengths[:, 1]), _prefers(base / lengths)
+    margins = {name: rewards[name].margins(base, sums, lengths) for name, sums in tuned.items()}
+    implicit = {name: _right(margin) for name, margin in margins.items()}
+    own = {name: _prefers(sums / lengths) for name, sums in tuned.items()}
+    told = {
+        "accuracy by mean log-prob": (by_base, own, ("rose", "fell")),
+        "implicit reward against the longer answer: accuracy": (longer, implicit, ("is higher", "is lower")),
     }
+    said: dict[str, list[str]] = {name: [] for name in tuned}
+    for what, (first, others, words) in told.items():
+        found = {name: compare_paired(first, other, tests=len(tuned)) for name, other in others.items()}
+        corrected = holm([each.p for each in found.values()])
+        for (name, each), p in zip(found.items(), corrected, strict=True):
+            said[name].append(sentence(f"{name}: {what}" if len(tuned) > 1 else what, each, p, words))
+    return {
+        name: {
+            "beta": rewards[name].beta,
+            "reduction": "mean" if rewards[name].mean else "sum",
+            "subsets": [
+                {
+                    "subset": subset,
+                    "pairs": int(some.sum()),
+                    "implicit reward": _share(implicit[name][some]),
+                    "mean log-prob": _share(own[name][some]),
+                    "mean log-prob of the base": _share(by_base[some]),
+                    "the longer answer": _share(longer[some]),
+                }
+                for subset, some in groups.items()
+            ],
+            "calibration": calibration(margins[name]),
+            "sentences": [*said[name], *([rewards[name].note] if rewards[name].note else [])],
+        }
+        for name in tuned
+    }
+
+
+def _right(margin: np.ndarray) -> np.ndarray:
+    """Return 1 where a margin is above 0, 0.5 where it is 0, else 0."""
+    return np.where(margin == 0, 0.5, margin > 0)
 
 
 def _prefers(values: np.ndarray) -> np.ndarray:
-    return values[:, 0] > values[:, 1]
+    return _right(values[:, 0] - values[:, 1])
 
 
 def _share(right: np.ndarray) -> dict[str, float]:
@@ -133,7 +166,7 @@ def calibration(margin: np.ndarray) -> dict[str, Any]:
     Perfect calibration is 0: of the pairs that it is sure of by 0.8, it is right on 0.8.
     """
     sure = 1 / (1 + np.exp(-np.abs(margin)))
-    right = np.where(margin == 0, 0.5, margin > 0)
+    right = _right(margin)
     place = np.minimum(((sure - 0.5) * 2 * _BINS).astype(int), _BINS - 1)
     bins = [
         {

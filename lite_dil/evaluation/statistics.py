@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 LEVEL = 0.05  # a difference is seen where its p-value, after Holm's correction, is below this
 _RESAMPLES = 10_000
-_Z_LEVEL, _Z_POWER = 1.959964, 0.841621  # of a two-sided test at 5 %, and of a power of 80 %
+_POWER = 0.8
 _AT_ONCE = 2**22  # numbers of a resampling in memory
 
 
@@ -25,7 +26,8 @@ class PairedDifference:
         gained, lost: items on which the second model's figure is larger, and smaller: the discordant ones.
         p: the probability of a difference like this one or larger if there is none: by McNemar's exact test for figures that
             are 0 or 1, else by random signs.
-        needed: items with which a difference of this size would be seen with a probability of 80 %; None if there is none.
+        needed: items that would show a difference of this size with a probability of 80 %, by `items_needed`; None if there is
+            no difference.
     """
 
     items: int
@@ -44,11 +46,14 @@ class PairedDifference:
         return self.second - self.first
 
 
-def compare_paired(first: Sequence[float], second: Sequence[float], seed: int = 0) -> PairedDifference:
+def compare_paired(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, seed: int = 0, tests: int = 1
+) -> PairedDifference:
     """Compare two models' figures of the same items in the same order.
 
     Args:
         seed: for the resampling.
+        tests: how many such comparisons Holm's correction is over.
 
     Raises ValueError if there are no items, or not the same number.
     """
@@ -61,7 +66,7 @@ def compare_paired(first: Sequence[float], second: Sequence[float], seed: int = 
     binary = bool(np.isin(one, (0, 1)).all() and np.isin(other, (0, 1)).all())
     p = mcnemar(gained, lost) if binary else random_signs(change, seed)
     return PairedDifference(
-        len(change), float(one.mean()), float(other.mean()), low, high, gained, lost, p, items_needed(change)
+        len(change), float(one.mean()), float(other.mean()), low, high, gained, lost, p, items_needed(change, tests)
     )
 
 
@@ -107,14 +112,18 @@ def random_signs(change: np.ndarray, seed: int = 0) -> float:
     return (beyond + 1) / (_RESAMPLES + 1)
 
 
-def items_needed(change: np.ndarray) -> int | None:
-    """Return how many items would show the mean of these changes with a power of 80 %, at 5 %; None if the mean is 0."""
+def items_needed(change: np.ndarray, tests: int = 1) -> int | None:
+    """Return how many items would show the mean of these changes with a power of 80 %; None if the mean is 0.
+
+    The level is 5 % divided by the number of tests, that of the first step of Holm's correction.
+    """
     mean = float(np.mean(change))
     if mean == 0:
         return None
     if len(change) < 2:
         return 2
-    return max(2, math.ceil(((_Z_LEVEL + _Z_POWER) * float(np.std(change, ddof=1)) / mean) ** 2))
+    both = NormalDist().inv_cdf(1 - LEVEL / tests / 2) + NormalDist().inv_cdf(_POWER)
+    return max(2, math.ceil((both * float(np.std(change, ddof=1)) / mean) ** 2))
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -126,17 +135,18 @@ def holm(values: Sequence[float]) -> list[float]:
     return found
 
 
-def sentence(name: str, found: PairedDifference, p: float) -> str:
+def sentence(name: str, found: PairedDifference, p: float, words: tuple[str, str] = ("rose", "fell")) -> str:
     """Return in words what a comparison shows; `p` is its p-value after Holm's correction."""
     change, items = found.difference, f"n = {found.items:,}"
     between = f"95 % interval {found.low:+.3f} to {found.high:+.3f}"
     if p < LEVEL:
-        return f"{name} {'rose' if change > 0 else 'fell'} by {abs(change):.3f} ({between}, p = {p:.2g}, {items})."
+        return f"{name} {words[change < 0]} by {abs(change):.3f} ({between}, p = {p:.2g}, {items})."
     if found.needed is None:
         return f"{name}: no difference can be seen with {items}; the two means are the same."
+    needed = max(found.needed, found.items + 1)  # by the normal distribution, which may take these items for enough
     return (
         f"{name}: no difference can be seen with {items} ({change:+.3f}, {between}); one of this size would need about "
-        f"n = {found.needed:,}."
+        f"n = {needed:,}."
     )
 
 

@@ -15,6 +15,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.base.version import __version__
 from lite_dil.config.adapter_source import find
+from lite_dil.config.implicit_source import INITIAL
 from lite_dil.config.options import build
 from lite_dil.config.resume import trained_with
 from lite_dil.config.train_config import ResolvedConfig
@@ -28,9 +29,10 @@ from lite_dil.generation.conversation import context_limit
 from lite_dil.generation.policy import AdapterSource, Policy
 from lite_dil.models.find import cache_dir, model_folder, resolve_model
 from lite_dil.models.fingerprint import fingerprint
+from lite_dil.objectives.table import objective_of
 from lite_dil.recipes import evaluation_files as files
 from lite_dil.reports.scores import adapter_print
-from lite_dil.runs.folder import checkpoint_of, say_unfinished
+from lite_dil.runs.folder import checkpoint_of, say_unfinished, trained_options
 from lite_dil.training.options import ReferenceOptions
 from lite_dil.training.reference_cache import cache_folder
 
@@ -283,15 +285,30 @@ def _preferences(
     for side in sides if prompts else ():
         draw = policy, side.adapter, prompts, asked.sample_tokens, asked.data.seed, display.say
         drawn[side.name] = preferences.draw_texts(*draw)
-    found = {}
-    for side in sides[1:]:
-        assert side.source is not None and side.source.adapter is not None
-        options = trained_with(side.source.adapter, side.source.run) if side.source.run else {}
-        beta = float(options.get("beta") or 1.0)
-        several = side.name if len(sides) > 2 else ""
-        figures = preferences.preference_figures(pairs, logps[BASE], logps[side.name], beta, several)
-        if prompts:
-            texts = drawn[BASE], drawn[side.name]
-            figures["distance"] = preferences.distance_figures(policy, side.adapter, prompts, *texts, display.say)
-        found[side.name] = figures
+    tuned = {side.name: logps[side.name] for side in sides[1:]}
+    rewards = {side.name: _reward(side) for side in sides[1:]}
+    found = preferences.preference_figures(pairs, logps[BASE], tuned, rewards)
+    for side in sides[1:] if prompts else ():
+        texts = drawn[BASE], drawn[side.name]
+        found[side.name]["distance"] = preferences.distance_figures(policy, side.adapter, prompts, *texts, display.say)
     return found
+
+
+def _reward(side: _Side) -> preferences.PairReward:
+    """Return the implicit reward of an adapter: its run's beta and reduction."""
+    assert side.source is not None and side.source.adapter is not None
+    adapter, run = side.source.adapter, side.source.run
+    options = trained_with(adapter, run) if run else trained_options(adapter)
+    if not options.get("loss"):
+        note = f"{side.name}: nothing says how it was trained; its implicit reward here is the summed log-ratio, with beta 1."
+        return preferences.PairReward(1.0, False, note)
+    loss, divergence, note = options["loss"], options.get("divergence"), ""
+    if not objective_of(loss).reference:
+        note = f"{side.name}: {loss} has no reference; it was not trained by the implicit reward."
+    elif options.get("reference") == INITIAL:
+        note = f"{side.name}: it was trained against its initial adapter; its implicit reward here is against the bare base."
+    elif divergence not in (None, "reverse_kl"):
+        note = (
+            f"{side.name}: the reward of --divergence {divergence} is not beta times the log-ratio; confidence is not of it."
+        )
+    return preferences.PairReward(float(options.get("beta") or 1.0), options.get("logp_reduction") == "mean", note)

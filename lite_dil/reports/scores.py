@@ -19,6 +19,7 @@ EVAL = "eval.json"
 EVALUATIONS = "evaluations"  # in the folder of a run or of a comparison: a folder for each evaluation
 HEADING = "## Benchmarks and preferences"
 _OWN = "Summed up by lm-eval, without an interval"
+_REDUCTIONS = {"sum": "summed log-ratios", "mean": "log-ratios per token"}
 CAUTION = "Scores of other templates, numbers of examples or limits are other scores: compare only what has the same ones."
 
 
@@ -129,16 +130,23 @@ def score_sentences(content: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{said}accuracy by implicit reward {reward['mean']:.3f} (95 % interval {reward['low']:.3f} to "
             f"{reward['high']:.3f}, {all_pairs['pairs']:,} pairs); the longer answer wins in {longer['mean']:.3f}. Confidence "
-            f"sigmoid({found['beta']:g} x margin) is off by {found['calibration']['error']:.3f} on average."
+            f"sigmoid({found['beta']:g} x margin of the {_REDUCTIONS[found['reduction']]}) is off by "
+            f"{found['calibration']['error']:.3f} on average."
         )
         if away := found.get("distance"):
             kl, length = away["kl"], away["length"]
             lines.append(
                 f"{said}KL to the reference on {away['answers']} own answers: {kl['mean']:.2f} nats per answer (95 % interval "
                 f"{kl['low']:.2f} to {kl['high']:.2f}). Their length: {length['tuned']:.0f} tokens, the base's "
-                f"{length['base']:.0f} (change {length['low']:+.0f} to {length['high']:+.0f})."
+                f"{length['base']:.0f} (change {length['low']:+.0f} to {length['high']:+.0f}){_cut(away)}."
             )
     return lines
+
+
+def _cut(away: Mapping[str, Any]) -> str:
+    """Return how many of the answers were cut at the longest length, which bounds KL and length."""
+    cut = away["cut"]
+    return f"; cut at the longest length: {cut['tuned']} of them, {cut['base']} of the base's" if any(cut.values()) else ""
 
 
 def setting_lines(content: Mapping[str, Any]) -> list[str]:

@@ -75,6 +75,7 @@ def _train() -> Iterator[Case]:
     for layout, (name, card, options) in product(("plain", "packed"), TRAININGS):
         yield Case("train", f"{layout}, {name}", card, settings={**options, "layout": layout})
     yield Case("train", "the command, stopped and resumed", settings={"command": True})
+    yield Case("train", "a policy trained and closed, twice", settings={"close": True})
 
 
 # --- attention

@@ -15,11 +15,13 @@ from rehearse_cuda.checkpoints import tiny, write_tokenizer
 from rehearse_cuda.failed import require
 from rehearse_cuda.stepping import RATE, Stepper, held, loaded, resolved
 
+import lite_dil as dil
 from lite_dil.backends.types import POLICY, Head
 from lite_dil.cli.main import main
 from lite_dil.config.train_config import ResolvedConfig
 
 SECOND = "second"
+LEFT = 4096  # bytes that may stay on the card: a generator's state, a constant
 
 
 class HeadLoss:
@@ -37,6 +39,8 @@ def run(case: Case, folder: Path) -> tuple[str, dict[str, Any]]:
     model = tiny(folder / "model")
     if options.pop("command", False):
         return _command(model, folder)
+    if options.pop("close", False):
+        return _closed(model, folder)
     passes, head, initial = options.pop("passes", 1), options.pop("head", False), options.pop("init_adapter", False)
     if initial:
         options["init_adapter"] = str(_adapter(model, folder / "initial"))
@@ -117,3 +121,24 @@ def _command(model: Path, folder: Path) -> tuple[str, dict[str, Any]]:
     require(main(["train", "--resume", str(out / "checkpoints" / "step-1")]) == 0, "resuming from a checkpoint failed")
     require((out / "adapter" / "adapter_model.safetensors").exists(), "no adapter was written")
     return f"3 steps, 2 of them again from a checkpoint; {torch.cuda.get_device_name()}", {}
+
+
+def _closed(model: Path, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Load, train and close in one process, twice, by the API; closing gives everything back."""
+    write_tokenizer(model)
+    pairs = [{"prompt": f"{number} + 1?", "chosen": f"{number + 1}.", "rejected": "I do not know."} for number in range(4)]
+    before, found = held(), []
+    for time in (1, 2):
+        with dil.load(str(model), backend="cuda", bits=4, max_length=128) as policy:
+            dil.train(
+                policy, pairs, max_steps=2, report_samples=0, reference_cache="off", output_dir=str(folder / f"run-{time}")
+            )
+            used = torch.cuda.memory_allocated()
+        torch._C._cuda_clearCublasWorkspaces()  # torch's own, for later products
+        found.append(held())
+    require(found[0] == found[1], f"{found[1]} bytes are held after the second training, {found[0]} after the first")
+    left = found[0][0] - before[0]
+    figures = {"trained": used, "left": left, "pinned": found[0][1] - before[1]}
+    require(left <= LEFT < used, f"{left:,} bytes are left of {used:,}", figures)
+    require(figures["pinned"] == 0, f"{figures['pinned']:,} bytes of pinned memory are left", figures)
+    return f"{used:,} bytes in use after training, {left:,} after closing", figures

@@ -115,7 +115,7 @@ def test_a_hub_that_repeats_the_token(status: int, saved: bool, token: str, tiny
         ["plan", "--model", "owner/one"],
         ["data", "owner/two", "--model", tiny],
         ["train", data, "--model", "owner/three", "--backend", "cpu", "--output-dir", run],
-    ][: 2 if saved else 3]  # where the hub's library has the login from, no command knows
+    ][: 1 if saved else 3]  # where the hub's library has the login from, no command knows
     with serve(Echo, status=status, seen=seen) as (address, _):
         env = (
             os.environ

@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import yaml
 from conftest import WORDS, write_pairs
 from safetensors.numpy import load_file, save_file
 
@@ -113,6 +114,9 @@ def test_preferences_by_subset(done: Path, files: Path, runs: list[Path]) -> Non
         assert sum(each["pairs"] for each in found["calibration"]["bins"]) == every["pairs"] == 12
         away = found["distance"]
         assert away["answers"] == 3 and away["kl"]["low"] <= away["kl"]["mean"] <= away["kl"]["high"]
+    for run, found in zip(runs, content["preferences"].values(), strict=True):  # as the run's own loss takes it
+        trained = yaml.safe_load((run / "config.yaml").read_text())
+        assert (found["beta"], found["reduction"]) == (trained["beta"] or 1, trained["logp_reduction"])
     # It was trained on these pairs, which by implicit reward it then prefers.
     assert all(found["subsets"][0]["implicit reward"]["mean"] > 0.8 for found in content["preferences"].values())
 

@@ -64,6 +64,8 @@ def test_the_items_needed_show_the_difference() -> None:
     seen = np.mean([mcnemar(int(gained), int(lost)) < 0.05 for gained, lost, _ in counts])
     assert 0.72 < seen < 0.88
     assert items_needed(np.zeros(5)) is None
+    # Of several tests each must be below a smaller level: z of 5 % / 4 is 2.498, and 0.842 that of the power.
+    assert items_needed(change, 4) == math.ceil(((2.4977 + 0.8416) * change.std(ddof=1) / change.mean()) ** 2)
 
 
 def test_a_comparison_in_words() -> None:
@@ -75,6 +77,11 @@ def test_a_comparison_in_words() -> None:
     nearly = compare_paired([0, 1] * 100, [*[0, 1] * 99, 1, 1])
     said = sentence("acc", nearly, nearly.p)
     assert "no difference can be seen with n = 200 (+0.005" in said and f"n = {nearly.needed:,}" in said
+    # One that 10 items would show by the normal distribution, and 12 do not by the exact test.
+    few = compare_paired([0] * 12, [1] * 5 + [0] * 7)
+    assert few.p == 2 / 32 and few.needed is not None and few.needed <= 12
+    assert "one of this size would need about n = 13." in sentence("acc", few, few.p)
+    assert sentence("acc", few, 0.01, ("is higher", "is lower")).startswith("acc is higher by 0.417")
     same = compare_paired([0, 1], [0, 1])
     assert sentence("acc", same, 1.0) == "acc: no difference can be seen with n = 2; the two means are the same."
     with pytest.raises(ValueError, match="the same items"):

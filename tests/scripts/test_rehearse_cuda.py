@@ -27,7 +27,7 @@ from lite_dil.models.shape import read_shape
 from lite_dil.planning.memory import memory_of
 
 ROOT = Path(__file__).parent.parent.parent
-OWN = {"passes", "head", "command", "where"}  # settings that are no options of training
+OWN = {"passes", "head", "command", "close", "where"}  # settings that are no options of training
 # Options of the engine and the model that no training rehearses, each with its reason.
 LEFT_OUT = {
     "model": "is the rehearsal's own",

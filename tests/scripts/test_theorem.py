@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 
@@ -66,11 +67,32 @@ def test_a_training_approaches_and_is_kept(tiny: str, tmp_path: Path) -> None:
     done = trainings.run(arm)
     assert [point["step"] for point in done["points"]] == [20, 25]
     assert np.mean(done["points"][-1]["kl_forward"]) < 0.7 * np.mean(done["start"]["kl_forward"])
-    assert Trainings(Setting(1, "one two"), [], 4, tmp_path, "no such model").run(arm) == done
+    (kept,) = tmp_path.glob("*.json")
+    kept.write_text(kept.read_text().replace(done["date"], "kept"))
+    assert Trainings(Setting(1, "one two"), QUESTIONS, 8, tmp_path, tiny).run(arm) == done | {"date": "kept"}
+    others = [(Setting(1, "three"), QUESTIONS, 8, tiny), (Setting(1, "one two"), QUESTIONS[1:], 8, tiny)]
+    others += [(Setting(1, "one two"), QUESTIONS, 7, tiny), (Setting(1, "one two"), QUESTIONS, 8, "another")]
+    for setting, prompts, held_out, model in others:  # whose figures are others
+        other = Trainings(setting, prompts, held_out, tmp_path, model)
+        assert not arm.path(tmp_path, setting, other.asked).exists()
     theorem_page.write_page(tmp_path, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert "| bce | 0.001 | 1 | 400 |" in page and "| sft | missing |" in page
-    assert (tmp_path / "page-system-1.png").stat().st_size > 10_000
+    assert (tmp_path / "page-system-1-25.png").stat().st_size > 10_000
+
+
+def test_what_was_trained_otherwise_is_another_row_or_section(tmp_path: Path) -> None:
+    ratio = {f"{kind}/{side}": [0.1, 0.3] for kind in ("true", "learned") for side in theorem_page.SIDES}
+    figures = {"kl_forward": [1.0, 2.0], "kl_reverse": [1.0, 2.0]} | ratio
+    for number, changed in enumerate(({}, {"rate": 2e-4}, {"steps": 20}, {"asked": "b"}, {"clip": 50.0})):
+        arm = {"loss": "bce", "rate": 1e-4, "clip": 1.0, "seed": 0, "steps": 10, "setting": "system-1", "asked": "a"}
+        arm |= {"start": figures, "date": "2026-12-01"}
+        arm |= {"points": [{"step": 10, "answers": 160, "clipped_steps": 0} | figures]} | changed
+        (tmp_path / f"{number}.json").write_text(json.dumps(arm))
+    theorem_page.write_page(tmp_path, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert page.count("## Another system prompt") == 4 and page.count("| bce | 0.0001 |") == 4
+    assert page.count("| bce | 0.0002 | 1 |") == 1
 
 
 def test_slope_and_offset() -> None:

@@ -204,7 +204,7 @@ def _together(parts: Sequence[Mapping[str, list[float]]]) -> dict[str, list[floa
 
 def _figure(name: str, values: Sequence[list[float]], adapters: Sequence[str], seed: int) -> dict[str, Any]:
     first, *others = values
-    compared = [compare_paired(first, other, seed) for other in others]
+    compared = [compare_paired(first, other, seed, len(others)) for other in others]
     corrected = holm([each.p for each in compared])
     return {
         "items": len(first),
