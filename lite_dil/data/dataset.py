@@ -19,7 +19,7 @@ from lite_dil.data.encoder import Encoder, Example, truncate
 from lite_dil.data.files import RowError
 from lite_dil.data.formats import FORMATS
 from lite_dil.data.options import DataOptions
-from lite_dil.data.reader import Problem, Reader, Row, check_kept, parse_columns
+from lite_dil.data.reader import MARGIN, Problem, Reader, Row, check_kept, parse_columns
 from lite_dil.data.rows import DATA, Rows
 from lite_dil.data.sources import split_sources
 from lite_dil.data.store import ExampleStore, StoreWriter
@@ -118,6 +118,10 @@ class DataSet:
 def reader_of(name: str, split: str, options: DataOptions, rows: Rows | None = None, margins: bool = False) -> Reader:
     """Return the reader for one source, or for a program's rows, with the settings of `options`."""
     columns, limit = parse_columns(options.columns), options.max_rows
+    if MARGIN in columns and not margins:
+        raise UserError(
+            f"--columns {MARGIN}={columns[MARGIN]}: only lite-dil reward with --reward-loss bt reads it; leave it out"
+        )
     return Reader(
         name, split, format=options.data_format, columns=columns, limit=limit, chat=options.chat, rows=rows, margins=margins
     )

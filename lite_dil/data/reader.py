@@ -25,6 +25,7 @@ __all__ = ["CHOSEN", "EMBEDDED", "REJECTED", "Completion", "Message", "Problem",
 
 LOOKED_AT = 100  # rows from which the format is detected
 NO_RESPONSE = "no response"
+MARGIN = "margin"  # of pairs, for a reward model by bt
 _PROMPTS_ARE_FOR = "Prompts without responses are for lite-dil label, which makes pairs of them, and lite-dil generate"
 # Characters that show nothing and change nothing: two texts that differ only in them look the same to a reader. Joiners
 # (U+200C, U+200D) are not among them: they change Persian words and emoji.
@@ -191,7 +192,7 @@ class Reader:
                 f"rejected={column}; if it is not, remove that column",
             )
         row = _checked(draft, place)
-        margin = value.get("margin") if self._margins and row.form == "pairs" else None
+        margin = value.get(MARGIN) if self._margins and row.form == "pairs" else None
         if not self._first:
             self._first, self.form, self.chat, self._margin = place, row.form, row.chat, margin is not None
         if row.form != self.form:
@@ -267,10 +268,10 @@ def parse_columns(text: str | None) -> dict[str, str]:
             continue
         if not (equals and column):
             raise UserError(f"--columns {part}: expected FIELD=COLUMN, such as chosen=good")
-        if name not in ROW_FIELDS:
+        known = [*ROW_FIELDS, MARGIN]
+        if name not in known:
             raise UserError(
-                f"--columns {part}: unknown field {name!r}{did_you_mean(name, ROW_FIELDS)}; "
-                f"expected one of {', '.join(ROW_FIELDS)}"
+                f"--columns {part}: unknown field {name!r}{did_you_mean(name, known)}; expected one of {', '.join(known)}"
             )
         columns[name] = column
     return columns

@@ -28,6 +28,8 @@ from lite_dil.cli.main import main
 from lite_dil.config import reward_source
 from lite_dil.config.options import build
 from lite_dil.config.reward_source import find_reward, head_on, open_reward
+from lite_dil.config.train_config import TrainConfig
+from lite_dil.data.dataset import reader_of
 from lite_dil.export import reward
 from lite_dil.export.reward import pad_token
 from lite_dil.generation import policy as policies
@@ -236,6 +238,8 @@ def test_a_margin_is_part_of_the_loss(tiny: str, data: Path, tmp_path: Path, bac
         ([1.0, None], [], "line 1 has a field 'margin', but the row has none; all or no rows"),
         ([None, 1.0], [], "line 1 has no field 'margin', but the row has one; all or no rows"),
         ([1.0, 1.0], ["--reward-loss", "bce"], "which --reward-loss bce cannot take: only bt compares two rewards"),
+        ([1.0, 1.0], ["--columns", "margin=gap", "--reward-loss", "bce"], "--columns margin=gap: only lite-dil reward with"),
+        ([1.0, 1.0], ["--columns", "margins=gap"], "unknown field 'margins' (did you mean 'margin'?)"),
         ([1.0, 1.0], ["--label-smoothing", "0.1"], "what the margin of a wrong label is nobody says"),
     ],
 )
@@ -251,6 +255,13 @@ def test_margins_that_are_refused(
     file = with_margins(data, tmp_path, margins)
     assert main(["reward", *flags(tiny, file, "cpu"), *more, "--output-dir", "run"]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_margin_may_have_another_name(data: Path, tmp_path: Path) -> None:
+    file = with_margins(data, tmp_path, [2.5, -1.0])
+    file.write_text(file.read_text().replace('"margin"', '"gap"'))
+    read = [reader_of(str(file), "train", TrainConfig(columns=columns), margins=True) for columns in ("margin=gap", None)]
+    assert [[row.margin for row in rows] for rows in read] == [[2.5, -1.0], [0.0, 0.0]]
 
 
 # --- what a score reads
