@@ -76,7 +76,7 @@ def _steps(backend: str, steps: int, place: Path) -> Row:
         failures.append(f"resident memory grows: {figures}")
     if files_last > files:
         failures.append(f"open files grow: {figures}")
-    if step_last > step * (1 + STEP_TIME):
+    if steps >= STEPS and step_last > step * (1 + STEP_TIME):  # of a few steps it is the machine's other programs
         failures.append(f"steps become slower: {figures}")
     return Row("steady", what, Counter({figures: 1}), failures, seconds)
 
