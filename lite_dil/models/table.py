@@ -10,21 +10,27 @@ from lite_dil.models.hub import fetch_config
 from lite_dil.models.model_config import read_config
 
 
-def beyond_table(tokenizer: Any) -> dict[int, str]:
-    """Return the token ids beyond the embedding table of the tokenizer's own model, each with a message for the user.
-
-    Some models have such tokens and never use them (Gemma 3 1B has one for images). The table's size is `vocab_size` in
-    config.json; where that does not say it, nothing is known to be beyond.
-    """
+def table_rows(tokenizer: Any) -> int | None:
+    """Return the rows of the embedding table of the tokenizer's own model; None where config.json does not say it."""
     name = tokenizer.name_or_path
     try:
         file = Path(name) / "config.json" if Path(name).is_dir() else fetch_config(name) if name.count("/") == 1 else None
         config = read_config(file, f"--model {name}") if file else {}
     except UserError:  # loading the model will say so
-        return {}
+        return None
     text = config.get("text_config")
     rows = (text if isinstance(text, dict) else config).get("vocab_size", config.get("vocab_size"))
-    if not isinstance(rows, int) or len(tokenizer) <= rows:
+    return rows if isinstance(rows, int) else None
+
+
+def beyond_table(tokenizer: Any) -> dict[int, str]:
+    """Return the token ids beyond the embedding table of the tokenizer's own model, each with a message for the user.
+
+    Some models have such tokens and never use them (Gemma 3 1B has one for images). Where config.json has no `vocab_size`,
+    nothing is known to be beyond.
+    """
+    name, rows = tokenizer.name_or_path, table_rows(tokenizer)
+    if rows is None or len(tokenizer) <= rows:
         return {}
     return {
         number: f"--model {name}: its tokenizer has token {number} ({token!r}), and its embedding table only {rows} rows "

@@ -24,6 +24,7 @@ from lite_dil.data.rows import rows_name
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.generation.served import ServedPolicy
 from lite_dil.models.find import cache_dir
+from lite_dil.models.table import table_rows
 from lite_dil.online.groups import GroupSampler
 from lite_dil.online.options import ResolvedOnline
 from lite_dil.online.preflight import PREFLIGHT, preflight
@@ -139,8 +140,13 @@ def _open(opening: Opening, rewards: RewardSources) -> TrainingSession:
     if opening.resume:
         go_on(session, training, opening.resume, display)
     else:
-        with display.status(PREFLIGHT):
-            preflight(sampler, display.say)
+        try:
+            with display.status(PREFLIGHT):
+                preflight(sampler, display.say)
+        except BaseException as error:
+            if served:
+                ServedUntilTheEnd(served, display.say).failed(error)
+            raise
         begin(session, display)
     session.training = training
     return session
@@ -152,7 +158,8 @@ def _served(config: ResolvedConfig, backend: Backend, encoder: Encoder) -> Serve
         return None
     if backend.name == "mlx":
         raise UserError("--sampler: servers load adapters in PEFT's format, which --backend cuda and cpu write; leave it out")
-    return ServedPolicy(backend, config.sampler, cache_dir() / "served", encoder.end_ids())
+    rows = table_rows(encoder.tokenizer) or len(encoder.tokenizer)
+    return ServedPolicy(backend, config.sampler, cache_dir() / "served", encoder.end_ids(), rows)
 
 
 def _observers_of(

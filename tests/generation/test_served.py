@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ class Server(BaseHTTPRequestHandler):
     posts: list[tuple[str, dict[str, Any]]]
     given: list[list[int]]
     stale = False  # serve the first adapter for ever
-    silent = False  # return text without ids
+    unloads = True
+    change: Callable[[dict[str, Any]], object] = staticmethod(lambda choice: choice)  # what is returned for a choice
+    one = threading.Lock()  # a model is not safe in several threads
 
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -42,9 +44,11 @@ class Server(BaseHTTPRequestHandler):
                     kind.model.load_adapter(asked["lora_path"], asked["lora_name"])
             self._send(200, b"Success")
         elif self.path == "/v1/unload_lora_adapter":
-            self._send(200, b"Success")
+            self._send(*(200, b"Success") if kind.unloads else (500, b"no such thing"))
         else:
-            self._send(200, json.dumps({"choices": [self._choice(asked, i) for i in range(asked["n"])]}).encode())
+            with kind.one:
+                choices = [kind.change(self._choice(asked, i)) for i in range(asked["n"])]
+            self._send(200, json.dumps({"choices": choices}).encode())
 
     @torch.no_grad()
     def _choice(self, asked: dict[str, Any], index: int) -> dict[str, Any]:
@@ -59,7 +63,7 @@ class Server(BaseHTTPRequestHandler):
         kind.given.append(ids)
         ended = ids[-1] in asked["stop_token_ids"]
         choice = {"index": index, "text": "?", "finish_reason": "stop" if ended else "length"}
-        return choice if kind.silent else {**choice, "token_ids": ids, "logprobs": {"token_logprobs": logps}}
+        return {**choice, "token_ids": ids, "logprobs": {"token_logprobs": logps}}
 
     def _send(self, status: int, content: bytes) -> None:
         self.send_response(status)
@@ -102,23 +106,78 @@ def test_a_run_on_the_answers_of_a_server(flags: list[str], server: tuple[str, t
     # The adapter of each step, loaded before its answers; each was dropped when the next was there, the last at the end.
     names = [asked["lora_name"] for path, asked in kind.posts if path.endswith("/load_lora_adapter")]
     assert len(set(names)) == 3 and names == [a["lora_name"] for path, a in kind.posts if path.endswith("unload_lora_adapter")]
-    assert [a["model"] for path, a in kind.posts if path.endswith("completions")] == [name for name in names for _ in range(2)]
+    assert [a["model"] for path, a in kind.posts if path.endswith("completions")] == [name for name in names for _ in range(6)]
     assert not any((cache_dir() / "served").iterdir())
-    asked = next(a for path, a in kind.posts if path.endswith("completions"))
-    assert (asked["n"], asked["max_tokens"], asked["temperature"], asked["top_p"], asked["top_k"]) == (3, 5, 1, 1, -1)
+    asked = [a for path, a in kind.posts if path.endswith("completions")]
+    assert {(a["n"], a["max_tokens"], a["temperature"], a["top_p"], a["top_k"]) for a in asked} == {(1, 5, 1, 1, -1)}
+    assert sorted(row["seed"] % 2**31 for row in rows) == sorted(a["seed"] for a in asked)
     assert all(row["log_ratio"] == 0 for row in rows[:6]) and any(row["log_ratio"] != 0 for row in rows[6:])
     assert lines[-1]["grad_norm"] > 0
+
+
+def _with(**changed: Any) -> Callable[[dict[str, Any]], object]:
+    """Return a change of a choice: each named field through its function."""
+    return lambda choice: choice | {name: change(choice[name]) for name, change in changed.items()}
+
+
+def _logps(change: Callable[[list[float]], object]) -> Callable[[dict[str, Any]], object]:
+    return _with(logprobs=lambda logprobs: {"token_logprobs": change(logprobs["token_logprobs"])})
+
+
+def _shorter(choice: dict[str, Any]) -> dict[str, Any]:
+    """Cut a choice before its limit, which it says it has reached."""
+    few = {"token_ids": [token for token in choice["token_ids"][:2] if token > 2], "finish_reason": "length"}
+    few["token_ids"] = few["token_ids"] or [5]
+    return choice | few | {"logprobs": {"token_logprobs": [-1.0] * len(few["token_ids"])}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda choice: {"text": choice["text"]}, "no token_ids"),
+        (lambda choice: "text", "expected `choices` with one object"),
+        (_with(token_ids=lambda ids: ["1"] * len(ids)), "no token_ids"),
+        (_with(token_ids=lambda ids: [-1, *ids[1:]]), "token -1 is not one of the model's"),
+        (_with(token_ids=lambda ids: [10**6, *ids[1:]]), "token 1000000 is not one of the model's"),
+        (
+            _with(token_ids=lambda ids: [5] * 6, logprobs=lambda _: {"token_logprobs": [-1.0] * 6}),
+            "nor is as long as max_tokens 5",
+        ),
+        (_shorter, "nor is as long as max_tokens 5"),
+        (_with(logprobs=lambda _: None), "with one finite number for each token"),
+        (_with(logprobs=lambda _: [-1.0]), "with one finite number for each token"),
+        (_logps(lambda logps: logps[1:]), "with one finite number for each token"),
+        (_logps(lambda logps: [float("nan"), *logps[1:]]), "with one finite number for each token"),
+        (_logps(lambda logps: [float("-inf"), *logps[1:]]), "with one finite number for each token"),
+        (_logps(lambda logps: [value - 0.2 for value in logps]), "differ from the policy's by 0.2 nats"),
+    ],
+)
+def test_a_choice_that_cannot_be_the_policys_is_refused(
+    flags: list[str],
+    server: tuple[str, type[Server]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict[str, Any]], object],
+    said: str,
+) -> None:
+    url, kind = server
+    kind.change = staticmethod(change)
+    assert main(["train", *flags, "--sampler", url, "--output-dir", str(tmp_path / "run")]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    # The adapter has been dropped, although no step was taken.
+    assert [path for path, _ in kind.posts if path.endswith("adapter")] == ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
+    assert not any((cache_dir() / "served").iterdir())
 
 
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
         ("stale", "its log-probs differ from the policy's by"),
-        ("silent", "its choices have no token_ids"),
         ("gone", "cannot be reached"),
+        ("unloads", "/v1/unload_lora_adapter answers 500: no such thing"),
     ],
 )
-def test_what_is_not_the_policys_own_is_refused(
+def test_a_server_that_fails_is_named(
     flags: list[str],
     server: tuple[str, type[Server]],
     tmp_path: Path,
@@ -127,7 +186,8 @@ def test_what_is_not_the_policys_own_is_refused(
     said: str,
 ) -> None:
     url, kind = server
-    setattr(kind, fault, True)
+    setattr(kind, fault, fault != "unloads")
     url = "http://127.0.0.1:9" if fault == "gone" else url
     assert main(["train", *flags, "--sampler", url, "--output-dir", str(tmp_path / "run")]) == 2
     assert said in " ".join(capsys.readouterr().err.split())
+    assert not any((cache_dir() / "served").iterdir())
