@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lite_dil.backends.types import REFERENCE, Sampling
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.base.shares import interval
@@ -19,14 +18,11 @@ from lite_dil.data.options import DataOptions
 from lite_dil.data.reader import Problem, refuse
 from lite_dil.data.sources import records, split_sources
 from lite_dil.evaluation.statistics import compare_paired, holm, mean_interval, sentence
-from lite_dil.generation.batch_generator import BatchGenerator, Request, batched
-from lite_dil.generation.policy import Policy
-from lite_dil.generation.scoring import token_logps
+from lite_dil.evaluation.stored_model import StoredModel
+from lite_dil.generation.batch_generator import Request
 
 SUBSET = "subset"  # the column by which pairs are grouped
 _BINS = 5  # of calibration
-_TOGETHER = 64  # pairs scored between two moves of the progress bar
-_BATCH_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -65,18 +61,10 @@ def read_pairs(source: str, encoder: Encoder, options: DataOptions) -> Preferenc
     return found
 
 
-def pair_logps(
-    policy: Policy, adapter: str, examples: Sequence[Example], say: Callable[[str], None], step: Callable[[int], None]
-) -> np.ndarray:
+def pair_logps(model: StoredModel, examples: Sequence[Example]) -> np.ndarray:
     """Return the summed log-probs of the chosen and the rejected response, in nats, (pairs, 2) float64."""
-    values = []
-    with policy.backend.using(adapter):
-        for start in range(0, len(examples), _TOGETHER):
-            some = examples[start : start + _TOGETHER]
-            found = token_logps(policy.backend, [each.prompt for each in some], [each.responses for each in some], say)
-            values += [[float(tokens.sum(dtype="float64")) for tokens in both] for both in found]
-            step(len(some))
-    return np.array(values).reshape(-1, 2)
+    asked = [(each.prompt, response) for each in examples for response in each.responses]
+    return np.array([logp for logp, _ in model.log_likelihoods(asked)]).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -194,49 +182,36 @@ class DrawnTexts:
         return np.array([len(ids) - ended for ids, ended in zip(self.ids, self.ended, strict=True)], np.float64)
 
 
-def draw_texts(
-    policy: Policy, adapter: str, prompts: Sequence[tuple[int, ...]], tokens: int, seed: int, say: Callable[[str], None]
-) -> DrawnTexts:
+def draw_texts(model: StoredModel, prompts: Sequence[tuple[int, ...]], tokens: int, seed: int) -> DrawnTexts:
     """Return an answer of at most `tokens` tokens to each prompt."""
-    asked = [Request(prompt, tokens, int(digest(seed, prompt)[:16], 16)) for prompt in prompts]
-    place = {id(request): number for number, request in enumerate(asked)}
-    found: list[tuple[tuple[int, ...], bool]] = [((), False)] * len(asked)
-    generator = BatchGenerator(policy.backend, policy.encoder.end_ids(), say, Sampling(1.0))
-    with policy.backend.using(adapter):
-        for batch in batched(asked, _BATCH_TOKENS):
-            for request, (ids, end) in zip(batch, generator.draw(batch), strict=True):
-                found[place[id(request)]] = (*ids, *(() if end is None else (end,))), end is not None
-    return DrawnTexts([ids for ids, _ in found], [ended for _, ended in found])
+    found = model.draw([Request(prompt, tokens, int(digest(seed, prompt)[:16], 16)) for prompt in prompts])
+    ids = [(*answer.ids, *(() if answer.end is None else (answer.end,))) for answer in found]
+    return DrawnTexts(ids, [answer.end is not None for answer in found])
 
 
 def distance_figures(
-    policy: Policy,
-    adapter: str,
-    prompts: Sequence[tuple[int, ...]],
-    base: DrawnTexts,
-    own: DrawnTexts,
-    say: Callable[[str], None],
+    tuned: StoredModel, base: StoredModel, prompts: Sequence[tuple[int, ...]], answers: DrawnTexts, own: DrawnTexts
 ) -> dict[str, Any]:
     """Return the KL from the reference on an adapter's own answers, in nats per answer, and how their length changed.
 
     The KL is the mean of log pi - log pi_ref, which may come out below 0 by chance.
+
+    Args:
+        answers, own: of the base and of the adapter, to the prompts.
     """
-    sums = []
-    for name in (adapter, REFERENCE):
-        with policy.backend.using(name):
-            logps = token_logps(policy.backend, prompts, [[ids] for ids in own.ids], say)
-        sums.append(np.array([float(each.sum(dtype="float64")) for (each,) in logps]))
-    ratio, longer = sums[0] - sums[1], own.lengths - base.lengths
+    asked = list(zip(prompts, own.ids, strict=True))
+    policy, reference = (np.array([logp for logp, _ in model.log_likelihoods(asked)]) for model in (tuned, base))
+    ratio, longer = policy - reference, own.lengths - answers.lengths
     (kl_low, kl_high), (low, high) = mean_interval(ratio), mean_interval(longer)
     return {
         "answers": len(prompts),
         "kl": {"mean": float(ratio.mean()), "low": kl_low, "high": kl_high},
         "length": {
-            "base": float(base.lengths.mean()),
+            "base": float(answers.lengths.mean()),
             "tuned": float(own.lengths.mean()),
             "difference": float(longer.mean()),
             "low": low,
             "high": high,
         },
-        "cut": {"base": base.ended.count(False), "tuned": own.ended.count(False)},
+        "cut": {"base": answers.ended.count(False), "tuned": own.ended.count(False)},
     }

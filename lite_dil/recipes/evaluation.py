@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.evaluation import preferences
 from lite_dil.evaluation.benchmarks import harness, measure
 from lite_dil.evaluation.benchmarks.measure import BASE
-from lite_dil.evaluation.benchmarks.store import ResultStore
 from lite_dil.evaluation.benchmarks.tasks import is_file, load_tasks, parts_of
+from lite_dil.evaluation.store import ResultStore
+from lite_dil.evaluation.stored_model import StoredModel
 from lite_dil.generation import policy as policies
 from lite_dil.generation.conversation import context_limit
 from lite_dil.generation.policy import AdapterSource, Policy
@@ -38,7 +39,7 @@ from lite_dil.training.reference_cache import cache_folder
 
 _LONGEST = 2048  # tokens of a sequence, where a model's config does not say
 # What an option is where it is not given, by whether it belongs to --tasks or to --preferences.
-_OF_TASKS: dict[str, Any] = {"shots": None, "template": "auto", "store": None}
+_OF_TASKS: dict[str, Any] = {"shots": None, "template": "auto"}
 _OF_PREFERENCES: dict[str, Any] = {"samples": 32, "sample_tokens": 128, "seed": 0}
 
 
@@ -148,7 +149,8 @@ def evaluate(asked: EvaluationRequest, display: Display) -> Evaluated:
             "preferences": {},
         }
         pairs = _pairs(asked, policy) if asked.preferences else None
-        measured = _benchmarks(asked, policy, sides, loaded, display) if asked.tasks else {}
+        models = {side.name: _stored(asked, policy, side, display) for side in sides}
+        measured = _benchmarks(asked, models, loaded) if asked.tasks else {}
         if measured:
             tuned = {name: each for name, each in measured.items() if name != BASE}
             groups = {name: [task.task_name for task in group.get_all_tasks()] for name, group in loaded["groups"].items()}
@@ -156,7 +158,8 @@ def evaluate(asked: EvaluationRequest, display: Display) -> Evaluated:
             found["figures"] = measure.figures(measured[BASE], tuned, groups)
             found["own_figures"] = measure.own_figures(measured[BASE], tuned, found["figures"])
         if pairs is not None:
-            found["preferences"] = _preferences(asked, pairs, policy, sides, display)
+            rewards = {side.name: _reward(side) for side in sides[1:]}
+            found["preferences"] = _preferences(asked, pairs, models, rewards, display.say)
     names = {side.name: side.source for side in sides if side.source is not None}
     folder = files.folder_name(asked.key, asked.tasks, asked.preferences)
     places = files.places(names, asked.output, asked.parent, folder)
@@ -224,8 +227,8 @@ def _described(side: _Side) -> dict[str, Any]:
     return {"name": side.name, "adapter": str(adapter), "weights": adapter_print(adapter), "strength": side.source.strength}
 
 
-def _store(asked: EvaluationRequest, policy: Policy, side: _Side) -> ResultStore:
-    """Return the results of a model, whatever tasks they are of."""
+def _stored(asked: EvaluationRequest, policy: Policy, side: _Side, display: Display) -> StoredModel:
+    """Return a model with its results, whatever they are of, and say how many are known."""
     memo = cache_folder(ReferenceOptions())
     model = {
         "computed": f"{policy.backend.name} {policy.backend.identity} {policy.backend.layout}",
@@ -235,28 +238,28 @@ def _store(asked: EvaluationRequest, policy: Policy, side: _Side) -> ResultStore
     if side.source is not None:
         assert side.source.adapter is not None
         model |= {"adapter": fingerprint(side.source.adapter, memo), "strength": repr(side.source.strength)}
-    return ResultStore(asked.store or cache_dir() / "evaluation", model)
+    store = ResultStore(asked.store or cache_dir() / "evaluation", model)
+    display.say(f"{side.name}: {store.found:,} results are known" if store.found else f"{side.name}: no results are known")
+    if store.damaged:
+        display.say(f"{side.name}: {store.damaged:,} damaged results are computed again")
+    return StoredModel(policy, side.adapter, store, display.bar, display.say)
 
 
 def _benchmarks(
-    asked: EvaluationRequest, policy: Policy, sides: Sequence[_Side], loaded: dict[str, Any], display: Display
+    asked: EvaluationRequest, models: Mapping[str, StoredModel], loaded: dict[str, Any]
 ) -> dict[str, measure.TaskScores]:
     """Run the tasks on each model; return what was measured, by its name."""
     from lite_dil.evaluation.benchmarks.language_model import PolicyLM
 
     measured = {}
     assert asked.template is not None  # `_checked` has set it
-    for side in sides:
-        store = _store(asked, policy, side)
-        display.say(f"{side.name}: {store.found:,} results are known" if store.found else f"{side.name}: no results are known")
-        if store.damaged:
-            display.say(f"{side.name}: {store.damaged:,} damaged results are computed again")
+    for name, stored in models.items():
 
-        def model(chat: bool, side: _Side = side, store: ResultStore = store) -> PolicyLM:
-            return PolicyLM(policy, side.adapter, store, chat, display.bar, display.say)
+        def model(chat: bool, stored: StoredModel = stored) -> PolicyLM:
+            return PolicyLM(stored, chat)
 
-        chats = policy.encoder.rendering.chats
-        measured[side.name] = measure.measure_tasks(model, loaded, asked.template, asked.limit, chats)
+        chats = stored.policy.encoder.rendering.chats
+        measured[name] = measure.measure_tasks(model, loaded, asked.template, asked.limit, chats)
     return measured
 
 
@@ -266,31 +269,25 @@ def _pairs(asked: EvaluationRequest, policy: Policy) -> preferences.PreferencePa
 
 
 def _preferences(
-    asked: EvaluationRequest, pairs: preferences.PreferencePairs, policy: Policy, sides: Sequence[_Side], display: Display
+    asked: EvaluationRequest,
+    pairs: preferences.PreferencePairs,
+    models: Mapping[str, StoredModel],
+    rewards: Mapping[str, preferences.PairReward],
+    say: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
     """Return the figures of each adapter on pairs, by its name."""
     assert asked.sample_tokens is not None  # `_checked` has set it
     prompts = list(dict.fromkeys(each.prompt for each in pairs.examples))[: asked.samples]
-    logps, drawn, done = {}, {}, 0
-    display.say(f"{len(pairs.examples):,} pairs, and answers to {len(prompts):,} of their prompts")
-    with display.bar(len(sides) * len(pairs.examples), 0) as bar:
-
-        def step(number: int) -> None:
-            nonlocal done
-            done += number
-            bar.update(done, None)
-
-        for side in sides:
-            logps[side.name] = preferences.pair_logps(policy, side.adapter, pairs.examples, display.say, step)
-    for side in sides if prompts else ():
-        draw = policy, side.adapter, prompts, asked.sample_tokens, asked.data.seed, display.say
-        drawn[side.name] = preferences.draw_texts(*draw)
-    tuned = {side.name: logps[side.name] for side in sides[1:]}
-    rewards = {side.name: _reward(side) for side in sides[1:]}
-    found = preferences.preference_figures(pairs, logps[BASE], tuned, rewards)
-    for side in sides[1:] if prompts else ():
-        texts = drawn[BASE], drawn[side.name]
-        found[side.name]["distance"] = preferences.distance_figures(policy, side.adapter, prompts, *texts, display.say)
+    say(f"{len(pairs.examples):,} pairs, and answers to {len(prompts):,} of their prompts")
+    logps = {name: preferences.pair_logps(model, pairs.examples) for name, model in models.items()}
+    base = logps.pop(BASE)
+    found = preferences.preference_figures(pairs, base, logps, rewards)
+    if prompts:
+        draw = prompts, asked.sample_tokens, asked.data.seed
+        drawn = {name: preferences.draw_texts(model, *draw) for name, model in models.items()}
+        for name in logps:
+            answers = drawn[BASE], drawn[name]
+            found[name]["distance"] = preferences.distance_figures(models[name], models[BASE], prompts, *answers)
     return found
 
 

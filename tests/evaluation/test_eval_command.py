@@ -129,16 +129,17 @@ def test_what_is_known_is_not_computed_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Neither the base's nor an adapter's results; the items come out the same, in the run's own folder by default."""
+    """Neither the base's nor an adapter's results; items and figures come out the same."""
     tasks, copy = f"{files / 'choices.jsonl'},{files / 'sums.jsonl'}", tmp_path / "output"
 
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("it is known")
 
-    monkeypatch.setattr("lite_dil.evaluation.benchmarks.language_model.token_hits", never)
+    monkeypatch.setattr("lite_dil.evaluation.stored_model.token_hits", never)
     monkeypatch.setattr("lite_dil.generation.batch_generator.BatchGenerator.draw", never)
     argv = ["eval", "--adapter", str(runs[0]), "--tasks", tasks, "--shots", "1", "--store", str(done / "store")]
-    assert main([*argv, "--output", str(copy)]) == 0
+    pairs = ["--preferences", str(files / "pairs.jsonl"), "--samples", "3", "--sample-tokens", "6"]
+    assert main([*argv, *pairs, "--output", str(copy)]) == 0
     said = capsys.readouterr().out
     assert "asked: choices: 1-shot, no chat template, no BOS" in said and "no difference can be seen with n = 14" in said
     table = said.partition("Benchmarks")[2].partition("choices acc:")[0].splitlines()
@@ -146,8 +147,13 @@ def test_what_is_known_is_not_computed_again(
     names = ("base", runs[0].name)
     first = [{name: row["models"][name] for name in names} for row in samples(done)]
     assert [row["models"] for row in samples(copy)] == first
+    of_pairs = [(read_scores(folder) or {})["preferences"][runs[0].name] for folder in (done, copy)]
+    for name in ("subsets", "calibration", "distance"):
+        assert of_pairs[0][name] == of_pairs[1][name]
     with pytest.raises(AssertionError, match="it is known"):  # other examples in the prompt are other requests
         main([*argv[:-3], "0", *argv[-2:], "--output", str(tmp_path / "other")])
+    with pytest.raises(AssertionError, match="it is known"):  # and so are other answers of a model
+        main([*argv, *pairs, "--seed", "1", "--output", str(tmp_path / "other")])
 
 
 def test_an_evaluation_that_is_stopped_continues(
@@ -155,10 +161,10 @@ def test_an_evaluation_that_is_stopped_continues(
 ) -> None:
     """What was computed before is kept, and the result is that of one that was not stopped."""
     argv = ["eval", "--adapter", str(runs[0]), "--tasks", str(files / "choices.jsonl"), "--store", str(tmp_path / "store")]
-    monkeypatch.setattr("lite_dil.evaluation.benchmarks.language_model._SCORED_TOKENS", 1)
-    from lite_dil.evaluation.benchmarks import language_model
+    monkeypatch.setattr("lite_dil.evaluation.stored_model._SCORED_TOKENS", 1)
+    from lite_dil.evaluation import stored_model
 
-    real, calls = language_model.token_hits, list[int]()
+    real, calls = stored_model.token_hits, list[int]()
 
     def stopping(*given: Any) -> Any:
         if len(calls) == 5:
@@ -166,13 +172,13 @@ def test_an_evaluation_that_is_stopped_continues(
         calls.append(1)
         return real(*given)
 
-    monkeypatch.setattr(language_model, "token_hits", stopping)
+    monkeypatch.setattr(stored_model, "token_hits", stopping)
     assert main([*argv, "--output", str(tmp_path / "a")]) == 130
     assert "the same command continues" in capsys.readouterr().out and not (tmp_path / "a").exists()
     calls[:] = [0] * 10
     assert main([*argv, "--output", str(tmp_path / "a")]) == 0
     assert len(calls) == 10 + 2 * 14 - 5
-    monkeypatch.setattr(language_model, "token_hits", real)
+    monkeypatch.setattr(stored_model, "token_hits", real)
     assert main([*argv[:-1], str(tmp_path / "other"), "--output", str(tmp_path / "b")]) == 0
     one, other = (read_scores(tmp_path / name) for name in "ab")
     assert one is not None and other is not None and one.pop("made") < other.pop("made")
@@ -237,7 +243,7 @@ def test_requests_that_make_no_sense_are_refused(
         (["--tasks", tasks, "--samples", "3", "--max-rows", "5"], "--samples, --max-rows: only for --preferences"),
         (["--tasks", tasks, "--seed", "0"], "--seed: only for --preferences"),
         ([*adapter, "--preferences", pairs, "--shots", "1"], "--shots: only for --tasks"),
-        ([*adapter, "--preferences", pairs, "--template", "chat", "--store", "s"], "--template, --store: only for --tasks"),
+        ([*adapter, "--preferences", pairs, "--template", "chat"], "--template: only for --tasks"),
         (["--tasks", str(damaged)], "lm-eval cannot use it"),
         (["--tasks", str(away)], "the data cannot be downloaded or read"),
     ):
@@ -282,7 +288,7 @@ def test_evaluations_of_a_run_lie_side_by_side(
         ["--adapter", str(checkpoint), "--tasks", choices, "--strength", "0.5", "--limit", "4"],
         ["--adapter", str(checkpoint), "--tasks", choices, "--strength", "0.5", "--limit", "4"],  # once more
     ):
-        assert main(["eval", *argv, *(store if "--tasks" in argv else [])]) == 0
+        assert main(["eval", *argv, *store]) == 0
     found = read_evaluations(run)
     half = f"task/{checkpoint.name} x0.5"
     assert [each["adapters"][0]["name"] for each in found.current] == [half, "task", "task"] and not found.outdated
@@ -335,7 +341,7 @@ def test_bad_pairs_are_found_before_anything_is_computed(
     def never(*_: Any) -> Any:
         raise AssertionError("it computes")
 
-    monkeypatch.setattr("lite_dil.evaluation.benchmarks.language_model.token_hits", never)
+    monkeypatch.setattr("lite_dil.evaluation.stored_model.token_hits", never)
     argv = ["eval", "--adapter", str(runs[0]), "--tasks", str(files / "choices.jsonl"), "--store", str(tmp_path / "store")]
     assert main([*argv, "--preferences", str(tmp_path / "bad.jsonl")]) == 2
     assert "rejected" in capsys.readouterr().err

@@ -21,8 +21,9 @@ from lite_dil.base.errors import UserError
 from lite_dil.config import adapter_source
 from lite_dil.evaluation.benchmarks import harness
 from lite_dil.evaluation.benchmarks.measure import measure_tasks
-from lite_dil.evaluation.benchmarks.store import ResultStore
 from lite_dil.evaluation.benchmarks.tasks import load_tasks
+from lite_dil.evaluation.store import ResultStore
+from lite_dil.evaluation.stored_model import StoredModel
 from lite_dil.generation import policy as policies
 from lite_dil.generation.policy import Policy
 
@@ -115,7 +116,8 @@ def opened(run: Path, backend: str, layout: str, strength: float = 1.0) -> Itera
 
 
 def language_model(policy: Policy, adapter: str, store: ResultStore | None = None, chat: bool = False) -> PolicyLM:
-    return PolicyLM(policy, adapter, store or ResultStore(None, {}), chat, Silent().bar, lambda _: None)
+    stored = StoredModel(policy, adapter, store or ResultStore(None, {}), Silent().bar, lambda _: None)
+    return PolicyLM(stored, chat)
 
 
 def same(found: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -> None:

@@ -5,8 +5,7 @@ lm-eval is imported here at once, so that this file is imported only after `harn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm_eval import utils
@@ -19,17 +18,14 @@ from lite_dil.base.display import Bar
 from lite_dil.base.errors import UserError
 from lite_dil.base.hashing import digest
 from lite_dil.data.encoder import TokenIds
-from lite_dil.evaluation.benchmarks.store import Result, ResultStore
+from lite_dil.evaluation.stored_model import BATCH_TOKENS, StoredModel
 from lite_dil.generation.batch_generator import BatchGenerator, Request, batched
 from lite_dil.generation.policy import Policy
-from lite_dil.generation.scoring import token_hits
 from lite_dil.models.find import model_folder
 
 # A request for a log-likelihood as lm-eval encodes it: its two texts, and the tokens of each.
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
-_SCORED_TOKENS = 32768  # scored before they are kept
-_BATCH_TOKENS = 16384  # prompts plus room for responses, generated in one batch
 _NEW_TOKENS = 256  # where a task does not say, as in HFLM
 # Rope of these kinds gives a position the same angles whatever the length of the sequence.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -40,28 +36,17 @@ class PolicyLM(TemplateLM):
     """A policy, or its reference, that answers lm-eval's requests.
 
     Args:
-        policy: loaded with a layout that shares prompts, so that a question's choices share theirs.
-        adapter: the name of the adapter on the policy's backend; "reference" is the base.
-        store: has the results that are known, and takes new ones.
+        kept: the model.
         chat: whether the model's chat template is applied, whose end of turn then ends a generated text too.
-        bar: shows progress: `Display.bar`.
-        say: tells the user if memory holds less than a pass.
 
     Attributes:
         truncated: the task and the number of each item of which a context was cut at its start, to fit the model's.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        adapter: str,
-        store: ResultStore,
-        chat: bool,
-        bar: Callable[[int, int], AbstractContextManager[Bar]],
-        say: Callable[[str], None],
-    ) -> None:
+    def __init__(self, kept: StoredModel, chat: bool) -> None:
         super().__init__()
-        self.policy, self.adapter, self.store, self.chat, self.bar, self.say = policy, adapter, store, chat, bar, say
+        policy = kept.policy
+        self.kept, self.policy, self.chat = kept, policy, chat
         self.tokenizer = policy.encoder.tokenizer
         self.truncated = set[tuple[str | None, int | None]]()
         self._cut = list[bool]()  # of the requests that were scored last
@@ -143,32 +128,7 @@ class PolicyLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[TokenRequest], **_: Any) -> list[tuple[float, bool]]:
         asked = [self._fitted(context, continuation) for _, context, continuation in requests]
         self._cut = [len(fitted) < len(given) for (_, given, _), (fitted, _) in zip(requests, asked, strict=True)]
-        keys = [digest("loglikelihood", *each) for each in asked]
-        wanted: dict[TokenIds, dict[TokenIds, str]] = {}
-        for (context, continuation), key in zip(asked, keys, strict=True):
-            if key not in self.store.known:
-                wanted.setdefault(context, {})[continuation] = key
-        contexts = sorted(wanted, key=lambda context: (-len(context), context))
-        missing = sum(map(len, wanted.values()))
-        done = len(set(keys)) - missing
-        with self.bar(missing + done, done) as bar, self.policy.backend.using(self.adapter):
-            for part in _parts(contexts, wanted):
-                continuations = [list(wanted[context]) for context in part]
-                found = token_hits(self.policy.backend, part, continuations, self.say)
-                new: dict[str, Result] = {}
-                for context, several in zip(part, found, strict=True):
-                    for key, hits in zip(wanted[context].values(), several, strict=True):
-                        new[key] = float(hits[:, 0].sum(dtype="float64")), bool(hits[:, 1].all())
-                self._keep(new)
-                done += len(new)
-                bar.update(done, None)
-        return [self.store.known[key] for key in keys]  # type: ignore[misc]  # these keys have no texts
-
-    def _keep(self, new: dict[str, Result]) -> None:
-        try:
-            self.store.add(new)
-        except ValueError as error:
-            raise UserError(f"{self.adapter}: {error}; the weights of the model or of its adapter are damaged") from None
+        return self.kept.log_likelihoods(asked)
 
     def _fitted(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[TokenIds, TokenIds]:
         """Return both, the context cut at its start to what the model takes."""
@@ -195,12 +155,12 @@ class PolicyLM(TemplateLM):
                 number = 0
             keys.append(digest(first, number) if number else first)
             wanted[keys[-1]] = text._replace(number=number)
-        missing = {key: text for key, text in wanted.items() if key not in self.store.known}
+        missing = {key: text for key, text in wanted.items() if key not in self.kept.store.known}
         done = len(wanted) - len(missing)
-        with self.bar(len(wanted), done) as bar, self.policy.backend.using(self.adapter):
+        with self.kept.bar(len(wanted), done) as bar, self.policy.backend.using(self.kept.adapter):
             for alike in _alike(missing):
                 done = self._generate(alike, bar, done)
-        return [str(self.store.known[key]) for key in keys]
+        return [str(self.kept.store.known[key]) for key in keys]
 
     def _generate(self, alike: dict[str, _Text], bar: Bar, done: int) -> int:
         """Generate texts with the same settings, batch by batch, and keep each batch; return how many are done."""
@@ -209,15 +169,19 @@ class PolicyLM(TemplateLM):
         key_of = {id(request): key for request, key in zip(asked, alike, strict=True)}
         stops = [stop for stop in first.until if stop]
         generator = BatchGenerator(
-            self.policy.backend, first.ends, self.say, first.sampling, done=_stopped(self.tokenizer, stops) if stops else None
+            self.policy.backend,
+            first.ends,
+            self.kept.say,
+            first.sampling,
+            done=_stopped(self.tokenizer, stops) if stops else None,
         )
-        for batch in batched(asked, _BATCH_TOKENS):
+        for batch in batched(asked, BATCH_TOKENS):
             texts = (self.tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in generator.draw(batch))
             new = {
                 key_of[id(request)]: postprocess_generated_text(text, stops, None)
                 for request, text in zip(batch, texts, strict=True)
             }
-            self.store.add(new)
+            self.kept.store.add(new)
             done += len(new)
             bar.update(done, None)
         return done
@@ -254,19 +218,6 @@ class _Text(NamedTuple):
 
 def _item(request: Instance) -> tuple[str | None, int | None]:
     return request.task_name, request.doc_id
-
-
-def _parts(contexts: Sequence[TokenIds], wanted: Mapping[TokenIds, Mapping[TokenIds, str]]) -> Iterator[list[TokenIds]]:
-    """Yield contexts, some at a time."""
-    part, tokens = list[TokenIds](), 0
-    for context in contexts:
-        part.append(context)
-        tokens += len(context) + sum(map(len, wanted[context]))
-        if tokens >= _SCORED_TOKENS:
-            yield part
-            part, tokens = [], 0
-    if part:
-        yield part
 
 
 def _alike(texts: Mapping[str, _Text]) -> list[dict[str, _Text]]:

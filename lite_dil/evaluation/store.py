@@ -1,4 +1,4 @@
-"""What a model answered to the requests of benchmarks, on disk: computed once for all adapters, tasks and runs."""
+"""What a model answered in evaluations, on disk: computed once for all adapters, tasks, pairs and runs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lite_dil.backends.types import Generated
 from lite_dil.base.checked import mark_of, with_mark
 from lite_dil.base.formats import EVALUATION, KEY, check_format
 from lite_dil.base.hashing import digest
 from lite_dil.base.jsonl import JSONLines
 from lite_dil.base.strict_json import parse_json
 
-# A text that was generated; or a log-likelihood in nats, and whether greedy decoding would give the continuation.
-Result = str | tuple[float, bool]
+# A text that was generated; a log-likelihood in nats, and whether greedy decoding would give the continuation; or a response.
+Result = str | tuple[float, bool] | Generated
 
 
 class ResultStore:
@@ -51,8 +52,7 @@ class ResultStore:
                     check_format(row, EVALUATION, path)
                     continue
                 key, whole = mark_of(row, "key")
-                value = row["value"]
-                result: Result = value if isinstance(value, str) else (float(value[0]), bool(value[1]))
+                result = _result(row["value"])
             except (ValueError, KeyError, TypeError, IndexError):  # not JSON, or not one of our rows
                 whole = False
             if whole:
@@ -62,10 +62,20 @@ class ResultStore:
 
     def add(self, results: Mapping[str, Result]) -> None:
         """Keep results; they are on disk on return. Raises DiskFailed, and ValueError for one that is not finite."""
-        if any(not isinstance(value, str) and not math.isfinite(value[0]) for value in results.values()):
+        if not all(isinstance(value, str | Generated) or math.isfinite(value[0]) for value in results.values()):
             raise ValueError("a log-likelihood is not finite")
         new = {key: value for key, value in results.items() if key not in self.known}
         self.known |= new
         if self._file and new:
             rows = ({"value": value if isinstance(value, str) else list(value), "key": key} for key, value in new.items())
             self._file.add(*(with_mark(row, "key") for row in rows))
+
+
+def _result(value: Any) -> Result:
+    """Return a result from what JSON made of it. Raises TypeError, ValueError or IndexError if it is none."""
+    if isinstance(value, str):
+        return value
+    first, second = value
+    if isinstance(first, list):
+        return Generated([int(token) for token in first], None if second is None else int(second))
+    return float(first), bool(second)
