@@ -115,7 +115,8 @@ def parts(step: int, steps: int, line: dict[str, Any]) -> list[str]:
     found = [f"step {step}/{steps}"]
     if step < steps:
         found.append(f"{duration((steps - step) * line['seconds_per_step'])} left")
-    unit = "pairs" if "rewards/accuracies" in line or "accuracy" in line else "answers"
+    paired = "rewards/accuracies" in line or "accuracy" in line
+    unit = "prompts" if "completions/mean_length" in line else "pairs" if paired else "answers"
     found += [*figures(line, 2), f"{line['examples_per_second']:.2f} {unit}/s", f"{line['peak_memory_mb']:.0f} MB"]
     return found
 

@@ -59,6 +59,20 @@ def test_as_much_as_fits_the_most_important_first(width: int, there: list[str]) 
     assert len(line.rstrip()) <= width
 
 
+@pytest.mark.parametrize(
+    ("line", "unit"),
+    [
+        ({"rewards/accuracies": 0.5}, "pairs"),
+        ({}, "answers"),
+        ({"completions/mean_length": 8.0}, "prompts"),  # each with its --samples answers
+        ({"completions/mean_length": 8.0, "rewards/accuracies": 0.5}, "prompts"),
+    ],
+)
+def test_the_speed_names_what_a_step_counts(line: dict[str, float], unit: str) -> None:
+    bare = {"loss": 0.0, "examples_per_second": 1.234, "peak_memory_mb": 1.0, "seconds_per_step": 3.0}
+    assert f"1.23 {unit}/s" in shown(200, bare | line)
+
+
 def test_what_is_being_done_stands_beside_the_step() -> None:
     assert "step 40/200  evaluating ..." in shown(80, doing="evaluating")
 
