@@ -6,7 +6,8 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from copy import deepcopy
 from types import BuiltinFunctionType, FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,18 @@ def identity_of(function: Callable[..., Any]) -> str:
         ) from None
 
 
+class _Failed(Exception):
+    """The user's function raised `error`."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class _NoNumbers(Exception):
+    """The user's function returned something else than numbers."""
+
+
 class FunctionSource:
     """Calls ``function(prompts, completions, **columns)``, which returns one number for each completion.
 
@@ -58,17 +71,12 @@ class FunctionSource:
         import numpy as np
 
         try:
-            found = self._call(answers)
-        except UserError:
-            raise
-        except Exception as error:  # the user's function may raise anything
+            values = self._call(answers)
+        except _Failed as failed:
+            error = failed.error
             raise UserError(
-                f"--reward {self.name}: {type(error).__name__}: {first_line(error)}{self._where(answers)}"
+                f"--reward {self.name}: {type(error).__name__}: {first_line(error)}{_advice(error)}{self._where(answers)}"
             ) from error
-        try:
-            values = [_float(value) for value in found]
-        except (TypeError, ValueError):
-            raise UserError(f"--reward {self.name} returned {repr(found)[:80]}; expected a list of numbers") from None
         if len(values) != len(answers):
             raise UserError(
                 f"--reward {self.name} returned {len(values)} numbers for {len(answers)} completions; expected one for each"
@@ -78,28 +86,30 @@ class FunctionSource:
                 raise UserError(f"--reward {self.name} returned {value} for {each.place}: {each.response[:80]!r}")
         return np.array(values, np.float64)
 
-    def _call(self, answers: Sequence[Answered]) -> Any:
-        """Call the function in a thread, so that one that hangs can be left behind."""
+    def _call(self, answers: Sequence[Answered]) -> list[float]:
+        """Call the function in a thread, so that one that hangs can be left behind; raise `_Failed` if it raises."""
         arguments, result = self._arguments(answers), list[Any]()
-        failed = list[BaseException]()
 
         def work() -> None:
             try:
-                result.append(self._function(**arguments))
-            except BaseException as error:  # raised again below, in the caller's thread
-                failed.append(error)
+                result.append(_numbers(self._function(**arguments)))  # here, since a generator runs the user's code
+            except BaseException as error:  # whatever the user's function raises, SystemExit too; it is reported below
+                result.append(error)
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         thread.join(min(self._timeout, threading.TIMEOUT_MAX))
-        if thread.is_alive():
+        if not result:
             raise UserError(
                 f"--reward {self.name} took longer than {self._timeout:g} s for {len(answers)} completions; make it faster, "
                 "or give more time with --reward-timeout"
             )
-        if failed:
-            raise failed[0]
-        return result[0]
+        (found,) = result
+        if isinstance(found, _NoNumbers):
+            raise UserError(f"--reward {self.name} returned {found}; expected a list of numbers")
+        if isinstance(found, BaseException):
+            raise _Failed(found)
+        return list(found)
 
     def _arguments(self, answers: Sequence[Answered]) -> dict[str, Any]:
         names = dict.fromkeys(name for each in answers for name in each.columns)
@@ -109,13 +119,14 @@ class FunctionSource:
                 "rename it"
             )
         arguments = {
-            "prompts": [each.prompt if each.messages is None else list(each.messages) for each in answers],
+            "prompts": [each.prompt if each.messages is None else deepcopy(list(each.messages)) for each in answers],
             "completions": [
                 each.response if each.messages is None else [{"role": "assistant", "content": each.response}]
                 for each in answers
             ],
             "completion_ids": [list(each.response_ids) for each in answers],
-            **{name: [each.columns.get(name) for each in answers] for name in names},
+            # Copies, since the function may change what it is given.
+            **{name: [deepcopy(each.columns.get(name)) for each in answers] for name in names},
         }
         parameters = inspect.signature(self._function).parameters
         wanted = {name: each for name, each in parameters.items() if each.kind is not inspect.Parameter.VAR_POSITIONAL}
@@ -134,9 +145,22 @@ class FunctionSource:
         for each in answers:
             try:
                 self._call([each])
-            except Exception:  # the same error, or another one, of the user's function
+            except _Failed:  # with the same error, or another one
                 return f" ({each.place}: {each.response[:80]!r})"
         return ""
+
+
+def _numbers(found: Any) -> list[float]:
+    """Return what a function returned as numbers. Raises _NoNumbers if it is no list of them, in an order."""
+    if isinstance(found, str | bytes | Mapping | Set) or not isinstance(found, Iterable):
+        raise _NoNumbers(repr(found)[:80])
+    values = list(found)
+    if any(isinstance(value, str | bytes) for value in values):
+        raise _NoNumbers(repr(values)[:80])
+    try:
+        return [_float(value) for value in values]
+    except (TypeError, ValueError):
+        raise _NoNumbers(repr(values)[:80]) from None
 
 
 def _float(value: Any) -> float:
@@ -145,3 +169,13 @@ def _float(value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
+
+
+def _advice(error: BaseException) -> str:
+    """Return what to do about an error that is due to how the function is called."""
+    if isinstance(error, ValueError) and "signal" in str(error):  # Python's own message, and math_verify's
+        return (
+            ". The function uses signals, and is called in a thread that --reward-timeout can leave; turn off its own time "
+            "limit (math_verify: parsing_timeout=None and timeout_seconds=None)"
+        )
+    return ""

@@ -38,6 +38,9 @@ class TotalReward:
             for wrong in np.flatnonzero(~np.isfinite(found)).tolist():
                 raise UserError(f"--reward {source.name} is {found[wrong]} for {answers[wrong].place}")
             parts[source.name] = found
-            total += weight * found
+            with np.errstate(over="ignore", invalid="ignore"):  # refused below
+                total += weight * found
         total -= self.cut_penalty * np.array([not each.ended for each in answers])
+        for wrong in np.flatnonzero(~np.isfinite(total)).tolist():  # the parts are finite
+            raise UserError(f"--reward: the weighted sum is {total[wrong]} for {answers[wrong].place}; give smaller weights")
         return Rewarded(parts, total)

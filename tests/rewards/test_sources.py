@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
+import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,14 @@ def test_a_function_may_name_columns() -> None:
         (lambda texts: [None, 1.0], "expected a list of numbers"),
         (lambda texts: [0.0, -(10**400)], "returned -inf for q.jsonl line 1: 'b'"),
         (lambda texts: [{"a": 1}[text] for text in texts], r"KeyError: 'b' \(q.jsonl line 1: 'b'\)"),
+        (lambda texts: ({"a": 1}[text] for text in texts), r"KeyError: 'b' \(q.jsonl line 1: 'b'\)"),
+        (lambda texts: sys.exit(0), "SystemExit: 0"),
+        (lambda texts: signal.signal(signal.SIGALRM, signal.SIG_DFL), "called in a thread that --reward-timeout can leave"),
+        (lambda texts: "10", "returned '10'; expected a list of numbers"),
+        (lambda texts: b"10", "expected a list of numbers"),
+        (lambda texts: ["1", "0"], "expected a list of numbers"),
+        (lambda texts: {1.0, 2.0}, "expected a list of numbers"),
+        (lambda texts: {1.0: "a", 2.0: "b"}, "expected a list of numbers"),
     ],
 )
 def test_what_a_function_may_not_return(found: Any, message: str) -> None:
@@ -173,7 +183,27 @@ def test_what_a_function_may_not_return(found: Any, message: str) -> None:
 def test_a_function_that_hangs() -> None:
     with pytest.raises(UserError, match=r"took longer than 0.05 s for 1 completions"):
         FunctionSource("slow", lambda completions: time.sleep(1), timeout=0.05).rewards([answered("a")])
+    with pytest.raises(UserError, match=r"took longer than 0.05 s"):  # its generator, not the function, is slow
+        FunctionSource("slow", lambda completions: (time.sleep(1) for _ in completions), timeout=0.05).rewards([answered("a")])
     assert FunctionSource("quick", lambda completions: [1], timeout=1e12).rewards([answered("a")]).tolist() == [1.0]
+
+
+def test_a_function_changes_nothing_of_the_row() -> None:
+    def greedy(prompts: list[Any], completions: list[Any], tags: list[list[str]]) -> Iterator[int]:
+        for prompt, several in zip(prompts, tags, strict=True):
+            prompt.pop()
+            several.append("seen")
+        return (1 for _ in completions)
+
+    row = Answered("<user>Q", "yes", (1,), (2,), True, {"tags": ["a"]}, "", [{"role": "user", "content": "Q"}])
+    assert FunctionSource("greedy", greedy).rewards([row, row]).tolist() == [1.0, 1.0]
+    assert row.columns == {"tags": ["a"]} and row.messages == [{"role": "user", "content": "Q"}]
+
+
+def test_a_sum_that_is_not_finite_is_refused() -> None:
+    large = FunctionSource("large", lambda completions: [1e308 for _ in completions])
+    with pytest.raises(UserError, match=r"the weighted sum is inf for q.jsonl line 1; give smaller weights"):
+        TotalReward([(large, 10.0)])([answered("a")])
 
 
 def brief(completions: list[str]) -> list[float]:
