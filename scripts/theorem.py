@@ -18,17 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from theorem_page import TRIED, write_page
+from theorem_training import Measured, train
 from theorem_world import Held, Setting, World, questions
 
 import lite_dil as dil
 from lite_dil.base.files import replace_file
 from lite_dil.base.hashing import digest
 from lite_dil.base.signs import CHOSEN, REJECTED
-from lite_dil.batching.batch import Batch
-from lite_dil.config.options import build
 from lite_dil.data.encoder import Example
-from lite_dil.objectives.criterion import Criterion
-from lite_dil.training.step import micro_batches
 
 LOSSES: dict[str, dict[str, str | float]] = {
     "sft": {"loss": "sft"},
@@ -41,6 +38,7 @@ LOSSES: dict[str, dict[str, str | float]] = {
 }
 RATES = (1e-4, 2e-4, 5e-4)
 PAIRS = 8  # prompts of a step, each with an answer of either side
+ROW_TOKENS = 8192  # of a pass: a step is one
 MEASURED = (20, 40, 80, 160)  # steps after which the policy is measured, besides the last
 
 
@@ -68,7 +66,7 @@ class Trainings:
         self._prompts, self._held_out = list(prompts), held_out
         self._world: tuple[float, World] | None = None
         self._held: dict[int, Held] = {}
-        self._drawn: dict[tuple[int, int], list[tuple[Example, list[float]]]] = {}
+        self._drawn: dict[tuple[int, int], list[Example]] = {}
 
     @property
     def asked(self) -> str:
@@ -92,19 +90,16 @@ class Trainings:
             self._held[seed] = Held(world, world.pairs(some, 10**6 + seed), seed)
         return self._held[seed]
 
-    def examples(self, world: World, seed: int, step: int) -> list[tuple[Example, list[float]]]:
-        """Return a step's fresh pairs with the reference's log-probs of both answers; the same for all arms of a seed."""
+    def examples(self, world: World, seed: int, step: int) -> list[Example]:
+        """Return a step's fresh pairs; the same for all arms of a seed."""
         if (seed, step) not in self._drawn:
             order = np.random.default_rng([seed, 1]).permutation(len(self._prompts))[self._held_out :]
             some = [self._prompts[order[(PAIRS * (step - 1) + i) % len(order)]] for i in range(PAIRS)]
             drawn = world.pairs(some, 10**4 * seed + step)
-            pairs = [
+            self._drawn[seed, step] = [
                 Example(world.ids(prompt), (chosen, rejected), (CHOSEN, REJECTED))
                 for prompt, chosen, rejected in zip(drawn.prompts, drawn.chosen, drawn.rejected, strict=True)
             ]
-            with world.policy.backend.adapter_off():
-                logps = world.policy.backend.sequence_logps(Batch.of(pairs)).reshape(PAIRS, 2)
-            self._drawn[seed, step] = list(zip(pairs, logps.tolist(), strict=True))
         return self._drawn[seed, step]
 
     def run(self, arm: Arm) -> dict[str, Any]:
@@ -115,26 +110,23 @@ class Trainings:
             return found
         began = time.process_time()
         world = self.world(arm.clip)
-        held, backend = self.held(arm.seed, world), world.policy.fresh(arm.seed).backend
-        options = build(LOSSES[arm.loss] | {"logp_reduction": "sum"}, {})
-        criterion: Criterion | None = None
-        points, clipped, losses = list[dict[str, Any]](), 0, list[float]()
-        for step in range(1, arm.steps + 1):
-            pairs = self.examples(world, arm.seed, step)
-            batch, known = Batch.of([pair for pair, _ in pairs]), np.array([logps for _, logps in pairs], np.float32).ravel()
-            criterion = criterion or Criterion(options, [pair for pair, _ in pairs])
-            result = backend.step(micro_batches([batch], criterion, [known]), criterion, arm.rate)
-            clipped += result.grad_norm > arm.clip
-            losses.append(result.loss)
-            if step in MEASURED or step == arm.steps:
-                figures = {name: [round(value, 5) for value in values] for name, values in held.measure().items()}
-                points.append({"step": step, "answers": 2 * PAIRS * step, "clipped_steps": clipped} | figures)
+        held = self.held(arm.seed, world)
+        options = LOSSES[arm.loss] | {"logp_reduction": "sum", "learning_rate": arm.rate, "batch_size": PAIRS}
+        measured = Measured(held.measure, MEASURED)
+        pairs = [pair for step in range(1, arm.steps + 1) for pair in self.examples(world, arm.seed, step)]
+        train(world.policy.fresh(arm.seed), pairs, options | {"row_tokens": ROW_TOKENS}, measured)
+        clipped = np.cumsum([line["grad_norm"] > arm.clip for line in measured.lines])
+        points = [
+            {"step": step, "answers": 2 * PAIRS * step, "clipped_steps": int(clipped[step - 1])}
+            | {name: [round(value, 5) for value in values] for name, values in figures.items()}
+            for step, figures in measured.points.items()
+        ]
         done = arm._asdict() | {
             "setting": self.setting.name,
             "asked": self.asked,
             "start": held.start(),
             "points": points,
-            "losses": losses,
+            "losses": [line["loss"] for line in measured.lines],
         }
         done |= {"cpu_seconds": round(time.process_time() - began), "date": time.strftime("%Y-%m-%d")}
         replace_file(path, json.dumps(done))
@@ -149,6 +141,20 @@ def best_rate(trainings: Trainings, loss: str, clip: float, steps: int) -> float
     return min(RATES, key=lambda rate: float(np.mean(ends[rate]["kl_forward"])))
 
 
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 for options that make no sense or would be ignored."""
+    if args.temperature is not None and args.system is not None:
+        parser.error("--temperature is in place of --system; give one of them")
+    if args.rate is not None and args.rate_steps is not None:
+        parser.error("--rate-steps is of the trainings that choose the rates, and --rate sets it; give one of them")
+    if TRIED in args.seeds:
+        parser.error(f"--seeds: {TRIED} is the seed of the trainings that choose the rates; give another")
+    numbers = ("temperature", "rate", "clip", "tokens", "longest", "steps", "rate_steps", "held_out")
+    for name in numbers:
+        if (value := getattr(args, name)) is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} is {value:g}; expected a number above 0")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -157,7 +163,7 @@ def main() -> None:
     parser.add_argument("--model", help="model folder or hub id (default: the embedded one)")
     parser.add_argument("--longest", type=int, default=80, help="most characters of a question (default: 80)")
     parser.add_argument("--tokens", type=int, default=4, help="most tokens of an answer (default: 4)")
-    parser.add_argument("--system", default="Answer in one short sentence.", help="system prompt of pi_chosen")
+    parser.add_argument("--system", help=f"system prompt of pi_chosen (default: {Setting.brief!r})")
     parser.add_argument("--temperature", type=float, help="temperature of pi_chosen, in place of --system")
     parser.add_argument("--null", action="store_true", help="pi_chosen is pi_ref: what each loss does without a signal")
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES, metavar="LOSS", help="; ".join(LOSSES))
@@ -165,18 +171,19 @@ def main() -> None:
     parser.add_argument("--clip", type=float, default=1.0, help="--max-grad-norm (default: 1)")
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--rate", type=float, help="learning rate of every loss, in place of choosing one each")
-    parser.add_argument("--rate-steps", type=int, default=20, help="steps of the trainings that choose the rates")
+    parser.add_argument("--rate-steps", type=int, help="steps of the trainings that choose the rates (default: 20)")
     parser.add_argument("--held-out", type=int, default=48, help="prompts that are measured")
     parser.add_argument("--output", type=Path, default=Path("docs/theorem"), help="folder of the finished trainings")
     parser.add_argument("--page", type=Path, help="write the page and its figure, such as docs/theorem.md")
     args = parser.parse_args()
+    _check(parser, args)
     args.output.mkdir(parents=True, exist_ok=True)
-    brief = None if args.temperature else args.system
+    brief = None if args.temperature else args.system or Setting.brief
     setting = Setting(args.tokens, brief, args.temperature or 1.0)
     prompts = questions(args.prompts, args.longest)
     apart, rest = prompts[::5], [prompt for number, prompt in enumerate(prompts) if number % 5]
     tried = Trainings(setting, apart, args.held_out, args.output, args.model)
-    rates = {loss: args.rate or best_rate(tried, loss, args.clip, args.rate_steps) for loss in args.losses}
+    rates = {loss: args.rate or best_rate(tried, loss, args.clip, args.rate_steps or 20) for loss in args.losses}
     print("rates: " + ", ".join(f"{loss} {rate:g}" for loss, rate in rates.items()), flush=True)
     trainings = Trainings(replace(setting, null=args.null), rest, args.held_out, args.output, args.model)
     for seed in args.seeds:
