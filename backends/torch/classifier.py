@@ -69,8 +69,8 @@ class Classifier:
         self.device, self._name = torch.device(device), name
         self.model = out_of_memory.loaded(model, self.device, [], lambda: self._load(model, compute_dtype(dtype, device)))
         text = self.model.config.get_text_config()
-        # Without a pad token transformers reads the last token of a single sequence.
-        self.batched = text.pad_token_id is not None
+        # Without a pad token, which old configs write as -1, transformers reads the last token of a single sequence.
+        self.batched = text.pad_token_id is not None and text.pad_token_id >= 0
         self.longest = getattr(text, "max_position_embeddings", None)
 
     def _load(self, model: str, dtype: torch.dtype) -> Any:
@@ -120,7 +120,7 @@ class Classifier:
 @torch.no_grad()
 def _logits(model: Any, sequences: Sequence[Sequence[int]]) -> list[float]:
     """Return the one logit of each sequence, in a batch that is padded on the right."""
-    pad, longest = model.config.get_text_config().pad_token_id or 0, max(map(len, sequences))
+    pad, longest = max(0, model.config.get_text_config().pad_token_id or 0), max(map(len, sequences))
     ids = [[*each, *[pad] * (longest - len(each))] for each in sequences]
     mask = [[1] * len(each) + [0] * (longest - len(each)) for each in sequences]
     inputs = (torch.tensor(rows, device=model.device) for rows in (ids, mask))

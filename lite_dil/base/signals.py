@@ -28,7 +28,7 @@ class StopSignal:
         self.asked, self.text, self.signals, self.tell = False, text, signals, tell
 
     def __enter__(self) -> StopSignal:
-        self._before = {}
+        self._before, self._process = {}, os.getpid()
         for name in self.signals:
             try:
                 self._before[name] = signal.signal(name, self._ask)
@@ -41,6 +41,10 @@ class StopSignal:
             signal.signal(name, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker that the user's code forked ends as it would without this handler
+            signal.signal(number, self._before[signal.Signals(number)] or signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True

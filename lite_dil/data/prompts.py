@@ -37,6 +37,7 @@ _EXPECTED = "prompt, as text or messages; messages, or conversations; or the row
 _KINDS = {False: "plain text", True: "chat messages"}
 _FIRST_TURN = "prompts of several turns: only the first is asked"
 _ASKING = {"prompt", "messages", "conversations", "turns", "instruction", "input", "system"}  # columns that make the prompt
+_BESIDE = {"prompt", "system"}  # of those, what is read where there is a prompt
 _ASSISTANT = {"role": "assistant", "content": "x"}
 
 
@@ -128,7 +129,8 @@ def read_prompts(
                     raise value
                 draft = _draft(tidy(value, columns, about), options.data_format, chat)
                 check_prompt(draft.prompt)
-                others = {name: of for name, of in value.items() if name not in _ASKING and name != columns.get("prompt")}
+                own = _BESIDE if value.get(columns.get("prompt", "prompt")) else _ASKING
+                others = {name: of for name, of in value.items() if name not in own and name != columns.get("prompt")}
                 prompt = Prompt(draft.prompt, place, draft.tools, arguments=draft.arguments, columns=others)
                 if alike:
                     _check_alike(prompt, found.get(prompt.key))

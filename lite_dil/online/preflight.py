@@ -25,10 +25,13 @@ def preflight(sampler: GroupSampler, say: Callable[[str], None]) -> None:
         if isinstance(source, AnswerSource):
             for prompt in sampler.prompts:
                 source.right(prompt.columns, prompt.place)
-    if (own := _own_rewards(sampler)) is not None:
-        say(
-            f"reward of the data's own answers: mean {own.mean():.3g}, {own.min():.3g} to {own.max():.3g} over {len(own)} rows"
-        )
+    own, longer = _own_rewards(sampler)
+    if own.size:
+        extent = f"{own.min():.3g} to {own.max():.3g}"
+        say(f"reward of the data's own answers: mean {own.mean():.3g}, {extent} over {own.size} rows")
+    if longer:
+        limit = sampler.options.max_new_tokens
+        say(f"{longer} of the data's own answers are longer than --max-new-tokens {limit}, and were not rewarded")
     drawn = sampler.draw(1)
     rewards = drawn.rewards
     spread = int((~equal_groups(rewards)).sum())
@@ -45,14 +48,18 @@ def preflight(sampler: GroupSampler, say: Callable[[str], None]) -> None:
         )
 
 
-def _own_rewards(sampler: GroupSampler) -> np.ndarray | None:
-    """Return the rewards of the data's own answers, or None if it has none as text."""
-    answers, end = [], sampler.encoder.end_ids()[0]
+def _own_rewards(sampler: GroupSampler) -> tuple[np.ndarray, int]:
+    """Return the rewards of the data's own answers that are text, and how many are longer than drawn ones may be."""
+    answers, end, longer = [], sampler.encoder.end_ids()[0], 0
     for prompt in sampler.prompts[:_MOST]:
         text = next((prompt.columns[name] for name in _OWN if isinstance(prompt.columns.get(name), str)), "")
-        if text:
-            answers.append(sampler.answered(prompt, (*sampler.encoder.ids(text), end), True))
-    return sampler.reward(answers).total if answers else None
+        ids = (*sampler.encoder.ids(text), end)
+        if text and len(ids) <= sampler.options.max_new_tokens:
+            answers.append(sampler.answered(prompt, ids, True))
+        longer += len(ids) > sampler.options.max_new_tokens
+    together = len(sampler.asked(1)) * sampler.options.samples  # as many as a step has, for which --reward-timeout is
+    parts = [sampler.reward(answers[at : at + together]).total for at in range(0, len(answers), together)]
+    return np.concatenate([np.zeros(0), *parts]), longer
 
 
 def _reason(sampler: GroupSampler, drawn: DrawnGroups) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,18 @@ class RolloutsFile(Observer):
 
     writes = True
 
-    def __init__(self, folder: Path, training: OnlineTraining) -> None:
-        self._path, self._training = folder / ROLLOUTS, training
+    def __init__(self, folder: Path, training: OnlineTraining, say: Callable[[str], None]) -> None:
+        self._path, self._training, self._say = folder / ROLLOUTS, training, say
         self._file: JSONLines | None = None
         self._written = 0
 
     def started(self, event: Event) -> None:
         """Remove the answers of steps that will be taken again."""
         self._file = JSONLines(self._path, "the drawn answers")
-        kept = [row for row in map(_row, self._file.lines) if row is not None and row["step"] <= event.step]
+        found = [row for row in map(_row, self._file.lines) if row is not None]
+        if damaged := len(self._file.lines) - len(found):
+            self._say(f"warning: {self._path}: {damaged} damaged rows are removed")
+        kept = [row for row in found if row["step"] <= event.step]
         if len(kept) < len(self._file.lines):
             self._file.rewrite(kept)
         self._written = event.step

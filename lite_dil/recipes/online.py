@@ -169,7 +169,7 @@ def _observers_of(
     config, folder, backend, data = session.config, session.folder, session.backend, session.data
     shown, trackers = ShownSteps(display), Trackers(config, folder.path, session.logged, display.say)
     # The answers come before the checkpoint, so that those of all its steps are there.
-    rollouts = RolloutsFile(folder.path, training)
+    rollouts = RolloutsFile(folder.path, training, display.say)
     checkpoints = Checkpoints(folder, training.progress, session.save_state, session.save_adapter, config)
     answers = samples_of(session, shown, config.save_steps)
     card = ModelCard(AdapterSource(folder.adapter, folder, config))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -97,9 +97,8 @@ class ClassifierText:
         return self.encoder.ids(whole.removeprefix(read)) if whole.startswith(read) else ()
 
     def _chat(self, answer: Answered) -> TokenIds:
-        rendering, text = self.encoder.rendering, answer.response
-        for token in rendering.control:
-            text = text.replace(token, "")
+        rendering = self.encoder.rendering
+        text = _without(rendering.control, answer.response)
         messages = [*map(dict, answer.messages or ()), {"role": "assistant", "content": text}]
         whole = rendering.lay_out(messages, read_tools(answer.columns), add_generation_prompt=False)
         if self._exported:
@@ -108,13 +107,23 @@ class ClassifierText:
         return (*ids, self._eos) if self._exported and ids[-1] not in self.encoder.end_ids() else ids
 
     def _text(self, answer: Answered) -> TokenIds:
-        text = answer.response.replace(self.encoder.tokenizer.eos_token, "")
+        text = _without(self.encoder.tokenizer.all_special_tokens, answer.response)
         prompt = self.encoder.prompt_ids(answer.prompt, chat=False)
         return (*prompt, *(self.encoder.continuation(answer.prompt, text) if text else ()), self._eos)
 
     @property
     def _eos(self) -> int:
         return int(self.encoder.tokenizer.eos_token_id)
+
+
+def _without(tokens: Iterable[str], text: str) -> str:
+    """Leave tokens out of a text, and those that appear when others are left out."""
+    before = None
+    while before != text:
+        before = text
+        for token in tokens:
+            text = text.replace(token, "")
+    return text
 
 
 def _exported(folder: Path) -> dict[str, Any]:
@@ -147,8 +156,18 @@ class ClassifierReward:
         return self._name
 
     def rewards(self, answers: Sequence[Answered]) -> np.ndarray:
-        """Return the reward of each response's text, float64, (answers,); one that was cut is read as if it had ended."""
-        return self._scored(self.text.of_answers(answers))
+        """Return the reward of each response's text, float64, (answers,); one that was cut is read as if it had ended.
+
+        Raises UserError if one is longer than the model takes, which reads the prompts that --max-length cuts whole.
+        """
+        found, longest = self.text.of_answers(answers), self._model.longest
+        for each, ids in zip(answers, found, strict=True):
+            if longest is not None and len(ids) > longest:
+                raise UserError(
+                    f"{self.text.flag}: {each.place}: the prompt with a response has {len(ids)} of its tokens, and it takes "
+                    f"{longest}; leave the row out, or allow shorter responses (--max-new-tokens)"
+                )
+        return self._scored(found)
 
     def scores(self, examples: Sequence[Example]) -> list[np.ndarray]:
         """Return the scores of each example's responses, float64, (responses, 1); the examples are in its own tokens."""

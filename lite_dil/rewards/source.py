@@ -17,14 +17,14 @@ class Answered:
     """A response to be rewarded.
 
     Attributes:
-        prompt: the prompt's text as the model reads it.
+        prompt: the prompt's text; a chat as the policy reads it, plain text whole, also where --max-length cuts it.
         response: the response's text, without what ends it.
         prompt_ids: the tokens of the prompt.
         response_ids: the tokens of the response, with its end token if it has one. Never the text encoded again.
         ended: whether the response has its end token; if not, it was cut at the limit of tokens.
         columns: the other columns of the prompt's row.
         place: names the prompt's row in messages.
-        messages: the prompt as chat messages, if it is a chat.
+        messages: the prompt as chat messages, whole, if it is a chat.
     """
 
     prompt: str

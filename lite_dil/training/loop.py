@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from lite_dil.backends.types import StepResult
+from lite_dil.base.disk import DiskFailed
 from lite_dil.base.errors import OutOfMemory, TrainingDiverged, UserError
 from lite_dil.base.observer import Event, Observers
 from lite_dil.base.signals import StopSignal, to_stderr
@@ -158,10 +159,10 @@ def loop(training: Steps[T], observers: Observers, keep: Callable[[], Path], aga
 
     Raises:
         TrainingDiverged: the loss or its gradient is not finite; the state before that is saved.
-        UserError: memory does not hold a step or an evaluation; the last step is saved.
+        UserError: a step or an evaluation failed, such as for want of memory or by the reward; the last step is saved.
     """
     finite = Finite()
-    with _kept_where_memory_ends(training.progress, keep, again), StopSignal(tell=training.stopping) as stop:
+    with _kept(OutOfMemory, training.progress, keep, again), StopSignal(tell=training.stopping) as stop:
 
         def event(line: dict[str, Any] | None = None) -> Event:
             return Event(training.progress.step, training.steps, line, lambda: stop.asked)
@@ -169,7 +170,8 @@ def loop(training: Steps[T], observers: Observers, keep: Callable[[], Path], aga
         observers.started(event())
         while not is_finished(training) and not stop.asked:
             began, step = time.perf_counter(), training.progress.step + 1
-            taken = training.take(step, partial(observers.within_step, event()))
+            with _kept(UserError, training.progress, keep, again):
+                taken = training.take(step, partial(observers.within_step, event()))
             if not finite(taken.result):  # the weights are still those after the previous, finite step
                 kept = keep() if training.progress.step else None
                 raise TrainingDiverged(training.explain(step, taken, kept))
@@ -180,12 +182,15 @@ def loop(training: Steps[T], observers: Observers, keep: Callable[[], Path], aga
 
 
 @contextmanager
-def _kept_where_memory_ends(progress: Progress, keep: Callable[[], Path], again: str) -> Iterator[None]:
-    """If memory runs out in the block, save the last step and say so in the error."""
+def _kept(what: type[UserError], progress: Progress, keep: Callable[[], Path], again: str) -> Iterator[None]:
+    """If the block raises an error of this type, save the last step and say so in the error."""
     try:
         yield
-    except OutOfMemory as error:
-        if not progress.step:
+    except what as error:
+        if not progress.step or isinstance(error, (DiskFailed, _Kept)):
             raise
-        checkpoint = keep()
-        raise UserError(f"{error}. Step {progress.step} is saved: {checkpoint}; {again} continues from it") from None
+        raise _Kept(f"{error}. Step {progress.step} is saved: {keep()}; {again} continues from it") from error.__cause__
+
+
+class _Kept(UserError):
+    """An error after which the last step was saved."""

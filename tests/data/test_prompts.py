@@ -152,3 +152,18 @@ def test_a_prompt_is_found_again_in_a_row_of_its_own(tmp_path: Path) -> None:
     assert one.key != two.key
     for each in (one, two):
         assert key_of(json.loads(json.dumps(each.row(chosen="a", rejected="b")))) == each.key
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"prompt": "what is tea", "input": [1, 2], "turns": "two", "system": "be kind"}, {"input": [1, 2], "turns": "two"}),
+        ({"instruction": "what is", "input": "tea", "level": 3}, {"level": 3}),
+        ({"messages": [USER], "input": "x", "answer": "y"}, {"answer": "y"}),
+    ],
+)
+def test_the_other_columns_are_those_that_are_no_part_of_the_prompt(
+    row: dict[str, Any], columns: dict[str, Any], tmp_path: Path
+) -> None:
+    (found,) = read_prompts(str(write(tmp_path / "a.jsonl", row)), config(), False, lambda text: None)
+    assert found.columns == columns

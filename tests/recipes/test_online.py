@@ -36,6 +36,10 @@ def vowels(completions, **columns):
         os.environ["INTERRUPT_AFTER"] = str(int(left) - 1)
         if left == "1":
             os.kill(os.getpid(), signal.SIGINT)
+    if (left := os.environ.get("FAIL_AFTER")) is not None:
+        os.environ["FAIL_AFTER"] = str(int(left) - 1)
+        if left == "1":
+            raise ConnectionError("the judge does not answer")
     return [sum(letter in "ae" for letter in text) / (len(text) + 1) for text in texts]
 
 def same(completions, **columns):
@@ -171,6 +175,19 @@ def test_equal_rewards_take_no_step_at_all(
     assert all(np.allclose(value, b[name], rtol=1e-6) for name, value in a.items())  # no decay of the other half either
 
 
+def test_the_datas_own_answers_are_rewarded_before_training(
+    flags: list[str], questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that a drawn one could be: the others are longer than --max-new-tokens, here 6 with the end token."""
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    own = ["a e", "a", "z", " ".join(WORDS[:9]), " ".join(WORDS[:12]), ""]
+    questions.write_text("".join(json.dumps(row | {"response": text}) + "\n" for row, text in zip(rows, own, strict=True)))
+    run([*flags, "--loss", "rloo", "--max-steps", "1"], tmp_path / "run")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "reward of the data's own answers: mean 0.333, 0 to 0.5 over 3 rows" in said
+    assert "2 of the data's own answers are longer than --max-new-tokens 6, and were not rewarded" in said
+
+
 class Killed(BaseException):
     """Ends a run as a kill does: nothing is saved."""
 
@@ -197,11 +214,19 @@ def interrupted(flags: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("INTERRUPT_AFTER")
 
 
+def failed(flags: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAIL_AFTER", "4")
+    assert main(["train", *flags, "--save-steps", "100", "--output-dir", str(folder)]) == 2
+    monkeypatch.delenv("FAIL_AFTER")
+
+
 SEVERAL = ["--num-iterations", "2", "--kl-estimator", "k3", "--reward-scale", "running"]
 
 
 @pytest.mark.parametrize(
-    ("ended", "more"), [(killed, []), (interrupted, []), (interrupted, SEVERAL)], ids=["killed", "interrupted", "within a set"]
+    ("ended", "more"),
+    [(killed, []), (interrupted, []), (interrupted, SEVERAL), (failed, [])],
+    ids=["killed", "interrupted", "within a set", "failed"],
 )
 def test_a_resumed_run_is_the_same_to_the_bit(
     flags: list[str],
@@ -218,6 +243,9 @@ def test_a_resumed_run_is_the_same_to_the_bit(
     run(flags, tmp_path / "whole")
     ended(flags, tmp_path / "parts", monkeypatch)
     assert (tmp_path / "parts" / "checkpoints" / "step-3" / ANSWERS).is_file() == bool(more)
+    if ended is failed:
+        said = " ".join(capsys.readouterr().err.split())
+        assert "ConnectionError: the judge does not answer" in said and "Step 3 is saved" in said
     capsys.readouterr()
     assert main(["train", "--resume", str(tmp_path / "parts")]) == 2
     assert "which no file grants to run: give it again" in capsys.readouterr().err

@@ -337,7 +337,7 @@ def test_a_classifier_of_others_reads_its_whole_template(exported: Path, tmp_pat
     """ChatML ends in a line feed, behind which such a model is read; transformers' own pipeline is the oracle."""
     other = shutil.copytree(exported, tmp_path / "other", ignore=shutil.ignore_patterns("export.json"))
     chat = [{"role": "user", "content": "what is tea"}]
-    texts = ["the tea yes", "no", "the river is<|im_end|> red"]
+    texts = ["the tea yes", "no", "the river is<|im_<|im_end|>end|> red"]  # without the inner one the outer one appears
     answers = [Answered("", text, (), (), True, {}, "line 1", chat) for text in texts]
     source = ClassifierReward(ClassifierText(str(other), "--reward hf:x", print), "cpu", "float32", "x", print)
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(other).eval(), AutoTokenizer.from_pretrained(other)
@@ -351,6 +351,16 @@ def test_a_classifier_of_others_reads_its_whole_template(exported: Path, tmp_pat
     found = source.rewards(answers)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.std(found) > 0.01
+
+    config = json.loads((other / "config.json").read_text())
+    limit = max(len(source.text.of_answers([each])[0]) for each in answers) - 1
+    (other / "config.json").write_text(json.dumps(config | {"pad_token_id": -1, "max_position_embeddings": limit}))
+    old = ClassifierReward(ClassifierText(str(other), "--reward hf:x", print), "cpu", "float32", "x", print)
+    np.testing.assert_allclose(old.rewards(answers[1:2] * 2), expected[1], atol=1e-5)  # -1 is an old config's word for none
+    with pytest.raises(
+        UserError, match=rf"line 1: the prompt with a response has {limit + 1} of its tokens, .* takes {limit}"
+    ):
+        old.rewards(answers)
 
 
 # --- a held-out reward
