@@ -129,8 +129,7 @@ def read_prompts(
                     raise value
                 draft = _draft(tidy(value, columns, about), options.data_format, chat)
                 check_prompt(draft.prompt)
-                own = _BESIDE if value.get(columns.get("prompt", "prompt")) else _ASKING
-                others = {name: of for name, of in value.items() if name not in own and name != columns.get("prompt")}
+                others = _others(value, columns.get("prompt", "prompt"))
                 prompt = Prompt(draft.prompt, place, draft.tools, arguments=draft.arguments, columns=others)
                 if alike:
                     _check_alike(prompt, found.get(prompt.key))
@@ -165,6 +164,12 @@ def _check_kind(prompt: Prompt, first: Prompt) -> None:
             f"the prompt is {_KINDS[prompt.chat]}, but {first.place} has {_KINDS[first.chat]}; keep one kind in a file, or "
             "make all of them messages with --chat",
         )
+
+
+def _others(row: dict[str, Any], asked: str) -> dict[str, Any]:
+    """Return the columns that are no part of the prompt, which is in the column `asked`, if that has one."""
+    own = _BESIDE if row.get(asked) else _ASKING
+    return {name: value for name, value in row.items() if name not in own and name != asked}
 
 
 def _check_alike(prompt: Prompt, earlier: Prompt | None) -> None:
