@@ -68,6 +68,8 @@ class Classifier:
     def __init__(self, model: str, name: str, device: str, dtype: str) -> None:
         self.device, self._name = torch.device(device), name
         self.model = out_of_memory.loaded(model, self.device, [], lambda: self._load(model, compute_dtype(dtype, device)))
+        if isinstance(head := getattr(self.model, "score", None), torch.nn.Linear):  # 16 bits would make answers equal
+            head.float().register_forward_pre_hook(lambda _, inputs: tuple(state.float() for state in inputs))
         text = self.model.config.get_text_config()
         # Without a pad token, which old configs write as -1, transformers reads the last token of a single sequence.
         self.batched = text.pad_token_id is not None and text.pad_token_id >= 0

@@ -78,6 +78,12 @@ def _find(part: Part, config: ResolvedConfig, say: Callable[[str], None]) -> _Fo
         return ClassifierModel(part, config, say)
     found = find_reward(part.value, {"model": config.model, "backend": config.backend})
     found.description.cut_score(part.weight, found.adapter)
+    if found.options.load_in_4bit != config.load_in_4bit:
+        bits = [f"{'4' if packed else '16'}-bit" for packed in (found.options.load_in_4bit, config.load_in_4bit)]
+        say(
+            f"warning: --reward {part.value} was trained on the {bits[0]} base, and this run's is {bits[1]}: its scores are "
+            "not quite those that it was trained to give"
+        )
     if (own := found.options.chat_template_kwargs) != config.chat_template_kwargs:
         say(
             f"warning: --reward {part.value} was trained with --chat-template-kwargs {own or 'left out'}, and this run has "

@@ -25,6 +25,7 @@ _SAID = re.compile(
     r"\b(?i:answer|option|choice)\b(?:\W*(?i:is)\b\W*([A-H]|J|I(?! +[a-z]))|\W*([B-HJ]|[AI](?! +[a-z])))\b(?!['\u2019])"
 )
 _MARKED = re.compile(r"(?<!\w)(?:\(([A-J])\)|([A-J])[.):])(?!\w)")
+_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 _ALONE = re.compile(r"\W*([A-Ja-j])\W*")
 
 
@@ -69,8 +70,9 @@ class AnswerSource:
         return self._read(str(found)) if isinstance(found, (str, int, float)) and not isinstance(found, bool) else None
 
     def _given(self, answered: Answered) -> object:
-        """Return the answer of a response; None if it never stopped thinking, be it that the prompt began the thought."""
-        return None if _thinks(answered.prompt + answered.response) else self._read(answered.response)
+        """Return the answer of a response; None if it never stopped thinking; the prompt may end in an open thought."""
+        begun = "<think>" if answered.prompt.rstrip().endswith("<think>") else ""
+        return None if _thinks(begun + answered.response) else self._read(answered.response)
 
 
 def _decimal(value: int | float) -> Decimal | None:
@@ -134,18 +136,19 @@ def _numbers(text: str) -> list[str]:
 def choice(text: str) -> str | None:
     """Return the letter A to J of the answer, or None.
 
-    A letter alone, else the last capital one that follows "answer is" and the like, or is marked as (B), B., B: or B).
+    A letter alone; else the last capital one that follows "answer is" and the like; else the last one that follows "answer",
+    "option" or "choice", or is marked as (B), B., B: or B). LaTeX's text commands around it do not count.
     """
     part = last_part(text)
     if part is None:
         return None
+    part = _LATEX_TEXT.sub(r"\1", part)
     if alone := _ALONE.fullmatch(part):
         return alone[1].upper()
-    found = [
-        (one.start(one.lastindex or 0), str(one[one.lastindex or 0]))
-        for form in (_SAID, _MARKED)
-        for one in form.finditer(part)
-    ]
+    said = list(_SAID.finditer(part))
+    if stated := [one[1] for one in said if one[1]]:
+        return str(stated[-1])
+    found = [(one.start(one.lastindex or 0), str(one[one.lastindex or 0])) for one in [*said, *_MARKED.finditer(part)]]
     return max(found)[1] if found else None
 
 

@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from copy import deepcopy
 from types import BuiltinFunctionType, FunctionType
@@ -141,8 +142,11 @@ class FunctionSource:
         return {name: value for name, value in arguments.items() if name in wanted}
 
     def _where(self, answers: Sequence[Answered]) -> str:
-        """Return where the first response is on which the function fails by itself, for a message."""
+        """Return where the first response is on which the function fails by itself, for a message; give up when it is slow."""
+        began = time.monotonic()
         for each in answers:
+            if time.monotonic() - began > self._timeout:
+                break
             try:
                 self._call([each])
             except _Failed:  # with the same error, or another one

@@ -10,6 +10,8 @@ import numpy as np
 from lite_dil.base.errors import UserError
 from lite_dil.rewards.source import Answered, RewardSource
 
+LARGEST_REWARD = 1e18  # whose square is a float32
+
 
 class Rewarded(NamedTuple):
     """Rewards of responses: each source's own by name, and their weighted sum; each (answers,), float64."""
@@ -41,6 +43,9 @@ class TotalReward:
             with np.errstate(over="ignore", invalid="ignore"):  # refused below
                 total += weight * found
         total -= self.cut_penalty * np.array([not each.ended for each in answers])
-        for wrong in np.flatnonzero(~np.isfinite(total)).tolist():  # the parts are finite
-            raise UserError(f"--reward: the weighted sum is {total[wrong]} for {answers[wrong].place}; give smaller weights")
+        for wrong in np.flatnonzero(~(np.abs(total) < LARGEST_REWARD)).tolist():
+            raise UserError(
+                f"--reward: the weighted sum is {total[wrong]:.3g} for {answers[wrong].place}; give smaller weights, since "
+                f"training in float32 takes less than {LARGEST_REWARD:g}"
+            )
         return Rewarded(parts, total)

@@ -352,6 +352,11 @@ def test_a_classifier_of_others_reads_its_whole_template(exported: Path, tmp_pat
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.std(found) > 0.01
 
+    coarse = ClassifierReward(ClassifierText(str(other), "--reward hf:x", print), "cpu", "bfloat16", "x", print)
+    scores = torch.tensor(coarse.rewards(answers))  # the score itself is computed in float32
+    np.testing.assert_allclose(scores, expected, atol=0.05)
+    assert (scores.bfloat16().double() != scores).all()
+
     config = json.loads((other / "config.json").read_text())
     limit = max(len(source.text.of_answers([each])[0]) for each in answers) - 1
     (other / "config.json").write_text(json.dumps(config | {"pad_token_id": -1, "max_position_embeddings": limit}))

@@ -73,6 +73,11 @@ def test_numbers(text: str, found: str | None) -> None:
         ("Answer: A prime number", None),
         ("The ANSWER IS A because nothing else fits", "A"),
         ("(D) looks right, but the answer is B", "B"),
+        ("\\boxed{\\text{B}}", "B"),
+        ("The answer is \\text{(B)}.", "B"),
+        ("The answer is B, not C.", "B"),
+        ("The answer is (A) because (B) is wrong", "A"),
+        ("The answer is A. Wait: the answer is B", "B"),
     ],
 )
 def test_choices(text: str, found: str | None) -> None:
@@ -105,6 +110,7 @@ def test_numbers_of_a_column_are_exact(column: float, response: str) -> None:
         ("Q:<think>\n\n</think>\n\n", "4", 1.0),
         ("Q:<think>a</think>Q2:<think>\n", "5 or 4", 0.0),
         ("Q:", "<think>5</think>4", 1.0),
+        ("Q: Use <think> first.\nA:", "4", 1.0),
     ],
 )
 def test_a_thought_that_the_prompt_opens(prompt: str, response: str, reward: float) -> None:
@@ -204,6 +210,8 @@ def test_a_sum_that_is_not_finite_is_refused() -> None:
     large = FunctionSource("large", lambda completions: [1e308 for _ in completions])
     with pytest.raises(UserError, match=r"the weighted sum is inf for q.jsonl line 1; give smaller weights"):
         TotalReward([(large, 10.0)])([answered("a")])
+    with pytest.raises(UserError, match=r"the weighted sum is 1e\+39 for q.jsonl line 1"):
+        TotalReward([(large, 1e-269)])([answered("a")])
 
 
 def brief(completions: list[str]) -> list[float]:
