@@ -308,12 +308,14 @@ def read_by_kernels(base: Any) -> set[str]:
 
 
 def set_weights(model: Any, name: str, adapter: adapters.Adapter) -> None:
-    """Set the weights of the adapter `name` of a PEFT model."""
+    """Set the weights of the adapter `name` of a PEFT model, in float32; PEFT 0.18 makes a second one in the base's type."""
     modules = dict(model.get_base_model().named_modules())
     with torch.no_grad():
-        for layer, (a, b) in adapter.weights.items():
-            modules[layer].lora_A[name].weight.copy_(torch.from_numpy(a))
-            modules[layer].lora_B[name].weight.copy_(torch.from_numpy(b))
+        for layer, matrices in adapter.weights.items():
+            for part, values in zip((modules[layer].lora_A, modules[layer].lora_B), matrices, strict=True):
+                weight = part[name].weight
+                weight.data = weight.data.float()
+                weight.copy_(torch.from_numpy(values))
 
 
 def need_bitsandbytes() -> None:
