@@ -66,6 +66,14 @@ def test_the_rest_of_the_front_row(family: str, tmp_path: Path, monkeypatch: pyt
     assert not any(layer.rpartition(".")[2] in ("gate", "router") for layer in backend.adapters["policy"].layers)
 
 
+@pytest.mark.parametrize("family", ["minicpm3", "recurrent_gemma"])
+def test_what_mlx_lm_multiplies_by_is_mended(family: str, tmp_path: Path) -> None:
+    """A tied head's scale, which it leaves out, and the root of a width (of which the second size's is no whole number)."""
+    folder, data = zoo.make(family, tmp_path, 2), ragged()
+    logps = load("mlx", str(folder), max_length=4096).token_logps(data)
+    np.testing.assert_allclose(logps, token_logps(independent(folder), data), atol=1e-4)
+
+
 # As the hub has them, in the spelling of transformers 4.
 _ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _LONG = {"type": "longrope", "long_factor": [1 + 0.9 * i for i in range(48)], "short_factor": [1 + i / 16 for i in range(48)]}
@@ -135,7 +143,7 @@ def test_parts_that_only_their_owner_computes_with_are_left_alone() -> None:
 
     model = Parts()
     repairs.mend_gelu(model, {"hidden_act": "gelu"})
-    repairs.mend_constants(model)
+    repairs.mend_constants(model, "gemma3n")
     assert type(model) is Parts
 
 
