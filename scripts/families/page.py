@@ -38,7 +38,7 @@ decides it, but what is seen when a model is loaded.
 - On MLX, layers whose weights mlx-lm holds in another form than transformers get no adapter (dense Granite 4's MLP, the first
   dense layers of LFM2-MoE). A line at the start names them. On torch, and so also on MLX, some shared experts of Laguna get
   none, since PEFT would not find them again.
-- MiniCPM 3 with a tied head and RecurrentGemma are mended at load on MLX, where mlx-lm computes them otherwise than transformers.
+- On MLX, MiniCPM 3 with a tied head and RecurrentGemma are mended at load: mlx-lm computes them otherwise than transformers.
   Plain mlx-lm does not have that, so that exports of such a MiniCPM 3 for mlx-lm are refused; `--format merged` is whole.
 - With `--gradient-checkpointing full` a layer keeps only its input. It changes no result (the table's second size has it on).
 
