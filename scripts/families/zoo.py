@@ -249,7 +249,7 @@ _GROWING_WITH_THEM = (
     *("num_hidden_layers", "layer_types", "layers_block_type", "mlp_layer_types", "activation_sparsity_pattern"),
     *("no_rope_layers", "num_heads"),
 )
-_SAME_LAYERS = ("kimi_linear", "qwen4_exp_text")  # their layers are listed in other ways; only widths grow
+_SAME_LAYERS = ("glm4_moe_lite", "kimi_linear", "qwen4_exp_text")  # their layers are listed in other ways; only widths grow
 NAMES = sorted([*FAMILIES, *TOWERS])
 
 

@@ -43,7 +43,10 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Those of which mlx-lm's code has least in common with Llama's; of the others the log-probs suffice.
-WHOLE = ("gemma4", "glm4_moe_lite", "gpt_oss", "granitemoehybrid", "mistral3", "nemotron_h", "phi3", "qwen3_5_moe")
+WHOLE = (
+    *("deepseek_v3", "gemma4", "gemma4_text-moe", "glm4_moe_lite", "gpt_oss", "granitemoehybrid", "lfm2", "mistral3"),
+    *("nemotron_h", "phi3", "qwen3_5_moe", "qwen3_moe"),
+)
 
 
 @pytest.mark.parametrize(("family", "kind"), [row[:2] for row in FRONT_ROW if row[0] in WHOLE], ids=WHOLE)
