@@ -56,6 +56,7 @@ class HeadMismatch(UserError):
 
     def __init__(self, model: str, difference: float) -> None:
         super().__init__(
-            f"{model}: log-probs from the hidden states differ from the model's own by up to {difference:.3g} nats per token; "
-            "this architecture does something after its output head that lite-dil does not know. Please report it."
+            f"{model}: its own logits give log-probs that differ by up to {difference:.3g} nats per token from those that "
+            "lite-dil computes from its hidden states and output head, so training would be wrong: it does something to its "
+            "logits that lite-dil does not know. Take another --backend or model, and please report its model_type"
         )

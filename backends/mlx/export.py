@@ -66,7 +66,7 @@ def write_model(merged: Path, target: Path, bits: int | None) -> None:
         if bits:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints the bits per weight
                 model, config = quantize_model(model, config, GROUP_SIZE, bits)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(f"--format mlx: mlx-lm cannot load this model ({first_line(error)})") from None
     for path in merged.iterdir():  # the tokenizer and other files
         if path.is_dir() or not (path.name.startswith("model") or path.name == "config.json"):
@@ -120,7 +120,7 @@ def exported(folder: Path) -> Iterator[Exported]:
     """Load a folder by plain mlx-lm."""
     try:
         model, tokenizer, *_ = load_folder(str(folder), {"trust_remote_code": False}, lazy=True)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(f"mlx-lm cannot load the export ({first_line(error)})") from None
     if not mx.metal.is_available():
         model.set_dtype(mx.float32)  # the same numbers; on a CPU, quantised weights in bfloat16 are many times slower

@@ -1,4 +1,4 @@
-"""What some of mlx-lm's models compute otherwise: the form of GELU, constants in 16 bits, attention windows.
+"""What some of mlx-lm's models compute otherwise: the form of GELU, constants in 16 bits, attention windows, tied heads.
 
 What comes of it is not taken for granted: `lite_dil.backends.mlx.twin` compares it with transformers.
 """
@@ -16,6 +16,7 @@ from mlx_lm.models.base import create_attention_mask
 
 from lite_dil.backends.mlx.load import windows
 from lite_dil.backends.mlx.prefix import applied_windows, wrap_layers
+from lite_dil.models.logits import logit_transform
 
 # What transformers computes by each name of GELU: with erf, or its approximation with tanh.
 _GELUS = {"gelu": nn.gelu, "gelu_python": nn.gelu} | dict.fromkeys(
@@ -27,7 +28,8 @@ _NAMES = {"gelu", "gelu_approx"}
 def wrap(model: nn.Module, config: dict[str, Any], checkpointing: str) -> None:
     """Wrap the layers as `wrap_layers` does, and mend what the model does not read of its config."""
     mend_gelu(model, config.get("text_config") or config)
-    mend_constants(model)
+    mend_constants(model, str(config.get("model_type")))
+    mend_tied_head(model, config)
     wrap_layers(model, checkpointing)
     mend_windows(model, config)
 
@@ -40,9 +42,27 @@ def mend_gelu(model: nn.Module, config: dict[str, Any]) -> None:
     _rebind(model, _NAMES, {"nn": types.SimpleNamespace(**vars(nn) | dict.fromkeys(_NAMES, wanted))})
 
 
-def mend_constants(model: nn.Module) -> None:
-    """Keep constants in the model's own type: in float32 Gemma 3's embeddings are not multiplied by a root in 16 bits."""
+def mend_constants(model: nn.Module, kind: str) -> None:
+    """Have constants in transformers' type.
+
+    In float32 Gemma 3's embeddings are not multiplied by a root in 16 bits, but RecurrentGemma's (`kind`) are.
+    """
+    if kind == "recurrent_gemma":
+        root = types.SimpleNamespace(sqrt=lambda width: mx.array(width**0.5, mx.bfloat16).item())
+        _rebind(model, {"scale_by_sqrt_dim"}, {"math": root})
     _rebind(model, {"bfloat16"}, {"mx": types.SimpleNamespace(**vars(mx) | {"bfloat16": mx.float32})})
+
+
+def mend_tied_head(model: nn.Module, config: dict[str, Any]) -> None:
+    """Scale the logits of a tied MiniCPM 3 as transformers does; mlx-lm scales only those of a head of its own."""
+    if not config.get("dim_model_base") or not config.get("tie_word_embeddings"):
+        return
+    scale, kind = logit_transform(config).scale, type(model)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> mx.array:
+        return kind.__call__(self, *args, **kwargs) * scale
+
+    model.__class__ = type(kind.__name__, (kind,), {"__call__": call})
 
 
 def _rebind(model: nn.Module, used: Set[str], libraries: dict[str, Any]) -> None:

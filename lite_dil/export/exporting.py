@@ -283,7 +283,11 @@ class Export:
         library: Any = None if self.reader == "gguf" else registry.module(self.reader, "export")
         sequences = trained.sequences
         if self.format == "adapter":
-            config = self.source.options if self._same_library() else replace(self.source.options, dtype="auto")
+            config = self.source.options
+            if not self._same_library():
+                # What computed in float32 is compared in it: in 16 bits, rounding sends tokens of mixtures to other experts.
+                exact = trained.dtype == "float32" and not config.load_in_4bit
+                config = replace(config, dtype="float32" if exact else "auto")
             return trained.compare(library.adapter_logps(self.model, self.made, config, sequences), self._tolerance(trained))
         with library.exported(self.made) if library else self._opened(trained) as made:
             logps = made.logps(sequences)

@@ -138,6 +138,8 @@ class _Text:
                 kept = max(kept, value)
             elif _is_indices(key, value):
                 kept = max(kept, value[0] + 1)
+            elif key == "block_types" and isinstance(value, list):  # RecurrentGemma's, which repeat
+                kept = max(kept, len(value))
         shared = both.get("num_kv_shared_layers") or 0
         kept = min(max(2, kept), _MOST_LAYERS)
         if shared:
@@ -186,6 +188,8 @@ class _Text:
         }
         if key == "head_dim" and value == self.config.get("qk_rope_head_dim"):
             return _AT_MOST["qk_rope_head_dim"]
+        if key == "v_head_dim" and "dim_model_base" in self.config and self.new_heads:  # MiniCPM 3's, which mlx-lm computes
+            return self.new_hidden // self.new_heads
         if key in whole:
             return whole[key]
         if key in _WINDOWS:

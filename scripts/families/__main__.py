@@ -70,9 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.json:
                 args.json.write_text(json.dumps([asdict(one) for one in kept.values()], indent=1), encoding="utf-8")
     if not args.families and not args.backend and not args.quick:
-        from families.exact import GRADIENT, LOGPS
+        from families.exact import GRADIENT, LOGPS, ROUNDING
 
-        PAGE.write_text(page(results, (max(LOGPS.values()), max(GRADIENT.values()))), encoding="utf-8")
+        bounds = max(LOGPS.values()), max(GRADIENT.values()), ROUNDING
+        PAGE.write_text(page(results, bounds), encoding="utf-8")
         print(f"written: {PAGE}")
     print(_summary(results))
     return 0 if all(result.ok for result in results) else 1
@@ -88,6 +89,7 @@ def _line(result: Result) -> str:
     text = result.text or (
         f"{figures['layout']}: log-probs {figures['logps']:.1e}, gradients {figures['gradient']:.1e}, "
         f"saved {figures['reloaded']:.1e}, merged {figures['merged']:.1e}"
+        + (f", rounding widened the bound by {figures['rounding']:.1e}" if figures.get("rounding") else "")
     )
     return f"{result.family:24} {result.size} {result.backend:4} {result.status:8} {text}"
 

@@ -23,7 +23,8 @@ decides it, but what is seen when a model is loaded.
 - **trains**: exactly. A tiny checkpoint of the family, {sizes}, was trained for three steps and compared with transformers'
   own model and PEFT in float32: the log-ratio of a fresh adapter is 0 and its first lsif loss -1/2; log-probs of the base and
   of the trained model, the gradient of every adapter weight, the adapter saved and loaded by PEFT, and the merged export are
-  the same, within {logps} nats a token and {gradient} of a gradient's norm.
+  the same, within {logps} nats a token and {gradient} of a gradient's norm. Where log-probs differ by more, by no more than
+  twice float32's own error (at most {rounding} nats is put down to it), the table says by how much.
 - **refused**: the model is refused when it is loaded, in one sentence with a way out; the reasons are below the table.
 - **shared prompts**: each prompt is computed once for both of its responses. The others repeat it, which costs time and
   memory and changes no result.
@@ -37,6 +38,8 @@ decides it, but what is seen when a model is loaded.
 - On MLX, layers whose weights mlx-lm holds in another form than transformers get no adapter (dense Granite 4's MLP, the first
   dense layers of LFM2-MoE). A line at the start names them. On torch, and so also on MLX, some shared experts of Laguna get
   none, since PEFT would not find them again.
+- On MLX, MiniCPM 3 with a tied head and RecurrentGemma are mended at load: mlx-lm computes them otherwise than transformers.
+  Plain mlx-lm does not have that, so that exports of such a MiniCPM 3 for mlx-lm are refused; `--format merged` is whole.
 - With `--gradient-checkpointing full` a layer keeps only its input. It changes no result (the table's second size has it on).
 
 ## Weights that are packed already
@@ -60,11 +63,15 @@ Made by `python scripts/families` (`--quick` runs one size and prints it only).
 """
 
 
-def page(results: Sequence[Result], bounds: tuple[float, float]) -> str:
-    """Return the page. `bounds` are the largest accepted differences, of log-probs and of gradients."""
+def page(results: Sequence[Result], bounds: tuple[float, float, float]) -> str:
+    """Return the page.
+
+    Args:
+        bounds: the largest accepted differences, of log-probs and of gradients, and what of the first is put down to float32.
+    """
     of = {backend: [result for result in results if result.backend == backend] for backend in PACKAGES}
     sizes = "in two sizes" if any(result.size == 2 for result in results) else "in one size"
-    lines = [HEAD.format(logps=f"{bounds[0]:g}", gradient=f"{bounds[1]:g}", sizes=sizes)]
+    lines = [HEAD.format(logps=f"{bounds[0]:g}", gradient=f"{bounds[1]:g}", rounding=f"{bounds[2]:g}", sizes=sizes)]
     for backend, packages in PACKAGES.items():
         names = sorted({result.family for result in of[backend]})
         exact = sum(all(r.status == "exact" for r in of[backend] if r.family == name) for name in names)
@@ -80,6 +87,9 @@ def page(results: Sequence[Result], bounds: tuple[float, float]) -> str:
             found = [result for result in of[backend] if result.family == name]
             status = next((result.status for result in found if result.status != "exact"), "trains") if found else "not tried"
             layouts = {result.found["layout"] for result in found if result.found}
+            rounding = max((result.found.get("rounding", 0.0) for result in found if result.found), default=0.0)
+            if status == "trains" and rounding:
+                status += f" (rounding: {_furthest(found):.1g})"
             cells += [status, "yes" if layouts and "plain" not in layouts else "no" if layouts else ""]
             reasons += [(name, backend, result.text) for result in found if result.status != "exact"][:1]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -87,3 +97,8 @@ def page(results: Sequence[Result], bounds: tuple[float, float]) -> str:
         lines += ["", "## Refused", "", "| family | on | reason and way out |", "|---|---|---|"]
         lines += [f"| {name} | {TITLES[backend]} | {text.replace('--model MODEL: ', '')} |" for name, backend, text in reasons]
     return "\n".join(lines) + "\n"
+
+
+def _furthest(results: Sequence[Result]) -> float:
+    """Return the largest difference of a log-prob."""
+    return max(result.found[name] for result in results if result.found for name in ("logps", "reloaded", "merged"))

@@ -209,7 +209,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "qwen3_next": {**_LINEAR},
     "qwen4_exp_text": {},
-    "recurrent_gemma": {},
+    "recurrent_gemma": {"num_hidden_layers": 3, "num_key_value_heads": 1},  # the third layer attends
     "seed_oss": {},
     "smollm3": {"no_rope_layers": [1, 0]},
     "stablelm": {},
@@ -243,13 +243,13 @@ TOWERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
     "qwen2_5_vl": ("qwen2", {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}, _QWEN_VISION, _QWEN_IMAGES),
     "qwen3_5": ("qwen3_5_text", {}, _QWEN_VISION, _QWEN_IMAGES),
     "qwen3_5_moe": ("qwen3_5_moe_text", {}, _QWEN_VISION, _QWEN_IMAGES),
-    "qwen3_vl": ("qwen3", {}, {**_QWEN_VISION, "deepstack_visual_indexes": [0]}, _QWEN_IMAGES),
+    "qwen3_vl": ("qwen3", {"sliding_window": None}, {**_QWEN_VISION, "deepstack_visual_indexes": [0]}, _QWEN_IMAGES),
 }
 _GROWING_WITH_THEM = (
     *("num_hidden_layers", "layer_types", "layers_block_type", "mlp_layer_types", "activation_sparsity_pattern"),
     *("no_rope_layers", "num_heads"),
 )
-_SAME_LAYERS = ("kimi_linear", "qwen4_exp_text")  # their layers are listed in other ways; only widths grow
+_SAME_LAYERS = ("glm4_moe_lite", "kimi_linear", "qwen4_exp_text")  # their layers are listed in other ways; only widths grow
 NAMES = sorted([*FAMILIES, *TOWERS])
 
 
@@ -283,8 +283,10 @@ def _settings(name: str, size: int) -> dict[str, Any]:
     found |= FAMILIES[name]
     if name == "gpt_neox":  # as every Pythia has it
         found["intermediate_size"] = 4 * found["hidden_size"]
-    if name == "helium":  # its last projection is square
+    if name in ("helium", "cohere2", "recurrent_gemma"):  # whose last projection is square, in mlx-lm at least
         found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
+    if name == "minicpm3":  # as mlx-lm computes it, and MiniCPM3-4B has it
+        found["v_head_dim"] = found["hidden_size"] // found["num_attention_heads"]
     if size == 2:
         for key in _GROWING_WITH_THEM if name not in _SAME_LAYERS else ():
             if key in found:

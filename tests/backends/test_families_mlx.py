@@ -43,7 +43,10 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Those of which mlx-lm's code has least in common with Llama's; of the others the log-probs suffice.
-WHOLE = ("gemma4", "glm4_moe_lite", "gpt_oss", "granitemoehybrid", "mistral3", "nemotron_h", "phi3", "qwen3_5_moe")
+WHOLE = (
+    *("deepseek_v3", "gemma4", "gemma4_text-moe", "glm4_moe_lite", "gpt_oss", "granitemoehybrid", "lfm2", "mistral3"),
+    *("nemotron_h", "phi3", "qwen3_5_moe", "qwen3_moe"),
+)
 
 
 @pytest.mark.parametrize(("family", "kind"), [row[:2] for row in FRONT_ROW if row[0] in WHOLE], ids=WHOLE)
@@ -64,6 +67,14 @@ def test_the_rest_of_the_front_row(family: str, tmp_path: Path, monkeypatch: pyt
     backend = load("mlx", str(folder), max_length=4096)
     np.testing.assert_allclose(backend.token_logps(data), token_logps(independent(folder), data), atol=1e-4)
     assert not any(layer.rpartition(".")[2] in ("gate", "router") for layer in backend.adapters["policy"].layers)
+
+
+@pytest.mark.parametrize("family", ["minicpm3", "recurrent_gemma"])
+def test_what_mlx_lm_multiplies_by_is_mended(family: str, tmp_path: Path) -> None:
+    """A tied head's scale, which it leaves out, and the root of a width (of which the second size's is no whole number)."""
+    folder, data = zoo.make(family, tmp_path, 2), ragged()
+    logps = load("mlx", str(folder), max_length=4096).token_logps(data)
+    np.testing.assert_allclose(logps, token_logps(independent(folder), data), atol=1e-4)
 
 
 # As the hub has them, in the spelling of transformers 4.
@@ -135,7 +146,7 @@ def test_parts_that_only_their_owner_computes_with_are_left_alone() -> None:
 
     model = Parts()
     repairs.mend_gelu(model, {"hidden_act": "gelu"})
-    repairs.mend_constants(model)
+    repairs.mend_constants(model, "gemma3n")
     assert type(model) is Parts
 
 
