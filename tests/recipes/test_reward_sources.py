@@ -153,6 +153,14 @@ def test_policy_reference_and_head_do_not_disturb_each_other(
     policy.close()
 
 
+def _other_head(run: Path, to: Path) -> None:
+    """Copy a reward model, and change its head on purpose."""
+    shutil.copytree(run, to)
+    head = load_file(to / "adapter" / "head.safetensors")
+    save_file({**head, "bias": head["bias"] + 1}, to / "adapter" / "head.safetensors")
+    (to / "adapter" / DIGESTS).unlink()
+
+
 def test_a_run_is_resumed_with_the_same_head_only(
     flags: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,16 +173,39 @@ def test_a_run_is_resumed_with_the_same_head_only(
     assert main(["train", "--resume", str(tmp_path / "part")]) == 0
     assert metrics(tmp_path / "part") == whole and rollouts(tmp_path / "part") == rollouts(tmp_path / "whole")
     assert same_weights(tmp_path / "part" / "adapter", tmp_path / "whole" / "adapter")
-    shutil.rmtree(tmp_path / "part" / "adapter")
-    shutil.rmtree(tmp_path / "part" / "checkpoints" / "step-3")
-    adapter = tmp_path / "rm" / "adapter"
+    for gone in ("adapter", "checkpoints/step-3"):
+        shutil.rmtree(tmp_path / "part" / gone)
+    # The head's folder moves and gets another name.
+    (tmp_path / "rm").rename(tmp_path / "judge")
+    resume, source = ["train", "--resume", str(tmp_path / "part")], f"{tmp_path / 'judge'}"
+    for more, message in (
+        ([], f"{tmp_path / 'rm'} is not there; put it back, or give --reward {tmp_path / 'rm'} with its new place"),
+        (["--reward", f"{source}=2"], f"--reward is {source}=2, but the run has {tmp_path / 'rm'}"),
+        (["--reward", "answer:number"], "--reward is answer:number, but the run has"),
+        (["--reward", str(place / "other")], "--reward other is not the model that this run began with"),
+    ):
+        if more and "other" in more[1] and not (place / "other").exists():
+            _other_head(place / "rm", place / "other")
+        assert main([*resume, *more]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert main([*resume, "--reward", source]) == 0
+    assert "what was called rm is judge in metrics from here on" in " ".join(capsys.readouterr().out.split())
+    assert same_weights(tmp_path / "part" / "adapter", tmp_path / "whole" / "adapter")
+    assert metrics(tmp_path / "part")[-1]["rewards/judge/mean"] == whole[-1]["rewards/rm/mean"]
+    for gone in ("adapter", "checkpoints/step-3"):  # config.yaml has its new place, the older checkpoint the old one
+        shutil.rmtree(tmp_path / "part" / gone)
+    assert main(resume) == 0
+    assert same_weights(tmp_path / "part" / "adapter", tmp_path / "whole" / "adapter")
+    for gone in ("adapter", "checkpoints/step-3"):
+        shutil.rmtree(tmp_path / "part" / gone)
+    adapter = tmp_path / "judge" / "adapter"
     head = load_file(adapter / "head.safetensors")
     save_file({**head, "bias": head["bias"] + 1}, adapter / "head.safetensors")
     assert main(["train", "--resume", str(tmp_path / "part")]) == 2
     assert "head.safetensors is not what was written" in capsys.readouterr().err
     (adapter / DIGESTS).unlink()  # changed on purpose
     assert main(["train", "--resume", str(tmp_path / "part")]) == 2
-    assert "--reward rm is not the model that this run began with" in " ".join(capsys.readouterr().err.split())
+    assert "--reward judge is not the model that this run began with" in " ".join(capsys.readouterr().err.split())
     assert main(["train", "--resume", str(tmp_path / "part"), "--accept-changes"]) == 0
 
 
