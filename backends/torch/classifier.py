@@ -69,6 +69,7 @@ class Classifier:
         self.device, self._name = torch.device(device), name
         self.model = out_of_memory.loaded(model, self.device, [], lambda: self._load(model, compute_dtype(dtype, device)))
         text = self.model.config.get_text_config()
+        text.use_cache = False  # keys and values of all layers would be kept, and nothing reads them
         # Without a pad token transformers reads the last token of a single sequence.
         self.batched = text.pad_token_id is not None
         self.longest = getattr(text, "max_position_embeddings", None)

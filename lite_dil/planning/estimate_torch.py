@@ -24,7 +24,7 @@ from lite_dil.models.shape import Linear, ModelShape
 from lite_dil.planning.dense_layer import Layer, peak
 from lite_dil.planning.drawing import Drawing
 from lite_dil.planning.estimate import BYTES, FLOAT32, Estimate, Load, adapter_tensors, head_tensors, layout_for
-from lite_dil.planning.reward_models import reward_bytes
+from lite_dil.planning.reward_models import reward_bytes, rewarding_bytes
 
 # Share of reserved GPU memory lost to fragmentation, with expandable segments and without, by the allocator's statistics in
 # steps of an 8B Llama (docs/LOG.md).
@@ -212,6 +212,7 @@ class TorchStep:
             "reading prompts": reading,
             "drawing answers": drawing.on_torch(s, self.e),
             "scoring answers": {"temporaries": scoring},
+            "rewarding answers": {"temporaries": rewarding_bytes(self.config, self.e)},
         }
 
     def backward(self, several: bool) -> dict[str, dict[str, int]]:

@@ -53,7 +53,7 @@ def _about(plan: Plan) -> list[str]:
         f"{'--auto takes ' if plan.choice else ''}{how}. The largest pass: {_examples(plan)}.",
         *([f"For lite-dil reward --reward-loss {name_of(config.loss)}."] if is_reward(config.loss) else []),
         *([_drawing(Drawing.of(config))] if config.online else []),
-        *([f"Not counted, since its files are not here: {', '.join(missing)}."] if (missing := uncounted(config)) else []),
+        *([f"Not counted: {', '.join(missing)}."] if (missing := uncounted(config)) else []),
     ]
 
 
