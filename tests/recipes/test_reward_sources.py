@@ -218,6 +218,7 @@ def test_a_run_is_resumed_with_the_same_head_only(
         ("{place}/dpo", "is no reward model: it has no reward.json"),
         ("implicit:{place}/none", "no such folder; expected that of a run of lite-dil train"),
         ("implicit:{place}/peft", "nothing there says which beta it was trained with; give it as the weight"),
+        ("implicit:{place}/peft=0.1", "was trained on another base than"),
         ("hf:{place}/none", "--reward hf:{place}/none: no such folder, and not a hub id"),
         ("hf:{tiny}", "it has 2 labels; expected a reward model, which has one"),
         ("{place}/rm,{place}/rm", "is there twice"),
@@ -284,9 +285,16 @@ def test_an_implicit_reward_is_beta_times_the_log_ratio(
     assert lines[0]["reward"] == pytest.approx(2 * np.mean(expected), abs=4e-4)
 
 
-def test_the_weight_is_beta_where_nothing_says_it(flags: list[str], short: str, place: Path, tmp_path: Path) -> None:
+def test_the_weight_is_beta_where_nothing_says_it(
+    flags: list[str], short: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = shutil.copytree(place / "dpo" / "adapter", tmp_path / "peft", ignore=shutil.ignore_patterns(DIGESTS))
     run([*flags, "--reward", f"implicit:{source}=1", "--max-steps", "1"], tmp_path / "a")
+    assert "warning" not in capsys.readouterr().out
+    about = json.loads((source / "adapter_config.json").read_text()) | {"base_model_name_or_path": "some/other"}
+    (source / "adapter_config.json").write_text(json.dumps(about))
+    run([*flags, "--reward", f"implicit:{source}=1", "--max-steps", "1"], tmp_path / "c")
+    assert "its base is called some/other, and no hash of that is there" in " ".join(capsys.readouterr().out.split())
     run([*flags, "--reward", f"implicit:{place / 'dpo'}", "--max-steps", "1"], tmp_path / "b")
     found = [np.array([row["reward"] for row in rollouts(tmp_path / name)]) for name in "ab"]
     np.testing.assert_allclose(0.3 * found[0], found[1], atol=1e-6)
