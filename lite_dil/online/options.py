@@ -50,7 +50,10 @@ class OnlineOptions:
         f"draw a group whose answers all have the same reward again, at most this many times a step (default: {REFILL})",
     )
     target_kl: float | None = option(
-        "online", None, "end the training when the answers' mean log-ratio to the reference, in nats, is above this"
+        "online",
+        None,
+        "end the training when the KL from the reference, in nats an answer, is above this before a step: the mean log-ratio "
+        "of new answers, or an estimate of as much before a further step on the same ones",
     )
     sampler: str | None = option(
         "online",
