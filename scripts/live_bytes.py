@@ -23,6 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lite_dil.backends import registry
+from lite_dil.backends.types import Head
 from lite_dil.base.errors import UserError
 from lite_dil.batching.batch import Batch
 from lite_dil.config.options import add_flags, build
@@ -31,6 +32,8 @@ from lite_dil.data.encoder import Example
 from lite_dil.models.find import resolve_model
 from lite_dil.models.listing import ListedModel
 from lite_dil.objectives.criterion import Criterion
+from lite_dil.objectives.reward_criterion import RewardCriterion
+from lite_dil.objectives.reward_table import is_reward
 from lite_dil.planning.estimate import Estimate, Load
 from lite_dil.planning.estimate_mlx import MLXStep
 from lite_dil.planning.known import read_model
@@ -116,7 +119,10 @@ def measure(config: ResolvedConfig, load: Load) -> Measured:
     else:
         said = estimate(resolved, shape, name, backend.dtype_name, load)
     examples = random_examples(load, shape.vocabulary)
-    criterion, batches = Criterion(config, examples), [Batch.of(examples)] * config.gradient_accumulation_steps
+    criterion = RewardCriterion(config, examples) if is_reward(config.loss) else Criterion(config, examples)
+    if isinstance(criterion, RewardCriterion):
+        backend.set_head(Head(criterion.outputs))
+    batches = [Batch.of(examples)] * config.gradient_accumulation_steps
 
     def step() -> None:
         backend.step(micro_batches(batches, criterion), criterion, 1e-5)

@@ -71,6 +71,7 @@ class Classifier:
         if isinstance(head := getattr(self.model, "score", None), torch.nn.Linear):  # 16 bits would make answers equal
             head.float().register_forward_pre_hook(lambda _, inputs: tuple(state.float() for state in inputs))
         text = self.model.config.get_text_config()
+        text.use_cache = False  # keys and values of all layers would be kept, and nothing reads them
         # Without a pad token, which old configs write as -1, transformers reads the last token of a single sequence.
         self.batched = text.pad_token_id is not None and text.pad_token_id >= 0
         self.longest = getattr(text, "max_position_embeddings", None)

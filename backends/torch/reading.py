@@ -20,6 +20,11 @@ from lite_dil.models.logits import LogitTransform
 from lite_dil.objectives.loss import SUMS
 
 
+def ends_of(layout: Plain | Packed) -> np.ndarray:
+    """Return the indices of the states of each response's last token, (responses,)."""
+    return layout.own_index[layout.end_index]
+
+
 class StateReader:
     """Lays out batches and reads a decoder's hidden states with the active adapter.
 
@@ -53,10 +58,7 @@ class StateReader:
     def scores(self, batch: Batch, head: ScoreHead) -> Tensor:
         """Return a head's outputs, (responses, outputs) or (tokens, outputs)."""
 
-        def index(layout: Plain | Packed) -> np.ndarray:
-            return layout.own_index[layout.end_index] if head.at_end else layout.own_index
-
-        return head(self.states(batch, index)[0])
+        return head(self.states(batch, ends_of if head.at_end else lambda layout: layout.own_index)[0])
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """Put an array on the device."""

@@ -33,7 +33,7 @@ from lite_dil.backends.torch.layers import layers_of
 from lite_dil.backends.torch.load import decoder_of, keeps_float32, linear_layers
 from lite_dil.backends.torch.lora import Switch, add_lora
 from lite_dil.backends.torch.probing import adaptable
-from lite_dil.backends.torch.reading import StateReader
+from lite_dil.backends.torch.reading import StateReader, ends_of
 from lite_dil.backends.torch.row import PackedRow, Scores, Unsupported
 from lite_dil.backends.types import POLICY
 from lite_dil.batching.batch import Batch
@@ -308,7 +308,7 @@ class _Act:
             record = _Record(gauge, self.weights)
             hooks = [hook for number in self.shown for hook in record.watch(number, self.layers[number])]
             try:
-                hidden = self.reader.states(batch, lambda layout: layout.hidden_index)[0]
+                hidden = self.reader.states(batch, ends_of if of.scores else lambda layout: layout.hidden_index)[0]
                 record.forward_done()
                 if of.mode != "none":
                     total = hidden.sum()

@@ -21,7 +21,8 @@ from lite_dil.base.version import __version__
 from lite_dil.cli.own_code import reward_functions
 from lite_dil.cli.own_loss import load_loss, named_file
 from lite_dil.cli.parser import Parser
-from lite_dil.config.options import Once, add_flags, build, read_yaml
+from lite_dil.cli.reward import add_loss, loss_of
+from lite_dil.config.options import Once, add_flags, build, chosen, read_yaml
 from lite_dil.config.resume import resumed
 from lite_dil.config.train_config import FIELDS, POLICY_FIELDS, ResolvedConfig, flag
 from lite_dil.data.sources import EMBEDDED
@@ -43,7 +44,7 @@ tokens. Exit code 2 if train would stop.
 """
 _PLAN = """\
 Show whether a run fits into memory, and what would help, before the model is downloaded: only its config.json is read.
-Takes the flags of train. Exit code: 0 if it fits, 1 if it does not, 2 for errors.
+Takes the flags of train, and with --reward-loss those of reward. Exit code: 0 if it fits, 1 if it does not, 2 for errors.
 
   lite-dil plan --model meta-llama/Llama-3.1-8B-Instruct --4bit --memory 12
 """
@@ -140,7 +141,7 @@ def parsers() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
         ("demo", _DEMO, "train the embedded model and see its answers before and after"),
     ):
         command = add(name, text, help)
-        add_flags(command, _DATA_FLAGS if name == "data" else POLICY_FIELDS)
+        add_flags(command, {"data": _DATA_FLAGS, "plan": FIELDS}.get(name, POLICY_FIELDS))
         group = command.add_argument_group("files")
         group.add_argument("--config", metavar="FILE.yaml", help="options as 'key: value' lines; flags override them")
         if name != "demo":
@@ -237,6 +238,7 @@ def _add_file(command: argparse.ArgumentParser) -> None:
 def _add_plan(command: argparse.ArgumentParser) -> None:
     """Add the flags of `lite-dil plan` that train does not have."""
     group = command.add_argument_group("plan")
+    add_loss(group, "plan for lite-dil reward with this loss")
     group.add_argument(
         "--memory",
         metavar="GB",
@@ -250,14 +252,18 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     rate = group.add_mutually_exclusive_group()
     rate.add_argument("--tokens-per-second", metavar="X", help="training speed, to estimate the time of an epoch")
     rate.add_argument("--like", metavar="RUN_FOLDER", help="use the speed of this earlier run")
-    rate.add_argument("--measure", action="store_true", help="load the model and take a few steps here, to know its speed")
+    rate.add_argument(
+        "--measure",
+        action="store_true",
+        help="load the model and take a few steps here, with drawn answers too, to know its speed",
+    )
     group.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
 
 
 def _config(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[ResolvedConfig, Path | None, set[str]]:
     """Merge flags, YAML, a resumed run's options and the defaults, in this order; return also the options the user set."""
     given, base = _options(args)
-    fixed = _chosen(given, base)
+    fixed = chosen(given, base)
     if not args.resume:
         if args.accept_changes:
             raise UserError("--accept-changes belongs to --resume, which is missing")
@@ -276,14 +282,14 @@ def _options(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     given = {name: value for name, value in vars(args).items() if name in FIELDS}
     if args.own_loss is not None:
         given["loss"] = args.own_loss.identity
+    if reward := loss_of(args):  # of plan
+        if "loss" in given:
+            raise UserError(
+                f"--reward-loss {args.reward_loss} plans for lite-dil reward, and --loss for lite-dil train; give one"
+            )
+        given |= reward
     given |= {name: resolved(given[name], args.functions) for name in ("reward", "eval_reward") if name in given}
     return given, read_yaml(Path(args.config)) if args.config else {}
-
-
-def _chosen(given: dict[str, Any], base: dict[str, Any]) -> set[str]:
-    """Return the options that --auto does not change: flags, and options that a file sets to a non-default value."""
-    options = given | {name: value for name, value in base.items() if value != FIELDS[name].default}
-    return {name for name, value in options.items() if value != "auto"}
 
 
 def _show_plan(args: argparse.Namespace) -> int:
@@ -291,7 +297,7 @@ def _show_plan(args: argparse.Namespace) -> int:
     from lite_dil.cli import plan
 
     given, base = _options(args)
-    return plan.run(args, build(given, base), _chosen(given, base))
+    return plan.run(args, build(given, base), chosen(given, base))
 
 
 def _show_data(args: argparse.Namespace) -> int:

@@ -18,8 +18,6 @@ def run(args: argparse.Namespace, config: ResolvedConfig, given: Set[str]) -> in
     """Print the plan for the flags; return 0 if the run fits, else 1."""
     from rich.console import Console
 
-    if config.online and args.measure:
-        raise UserError("--measure takes steps on given answers; give the folder of an on-policy run with --like")
     size, rate = _number(args.memory, "--memory"), _number(args.tokens_per_second, "--tokens-per-second")
     host = _number(args.host_memory, "--host-memory")
     if args.measure and size is not None:
@@ -31,7 +29,7 @@ def run(args: argparse.Namespace, config: ResolvedConfig, given: Set[str]) -> in
         from lite_dil.recipes.measure import measure
 
         display = Terminal(Console(stderr=True, highlight=False, soft_wrap=True))
-        plan = with_rate(plan, measure(config, display, given, Given(loss=args.own_loss)))
+        plan = with_rate(plan, measure(config, display, given, Given(loss=args.own_loss, rewards=args.functions)))
     print(json.dumps(plan.as_json(), indent=2) if args.json else "\n".join(lines(plan)))
     return 0 if plan.fits else 1
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lite_dil.base import shell
 from lite_dil.base.errors import UserError
-from lite_dil.config.options import Once, add_flags, build, read_yaml
+from lite_dil.config.options import Once, add_flags, build, chosen, read_yaml
 from lite_dil.config.resume import resumed
 from lite_dil.config.train_config import FIELDS, NOT_OF_REWARDS
 from lite_dil.models.options import trusting
@@ -32,15 +32,10 @@ _FLAGS = [
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    listed = ", ".join(f"{name} ({objective.title})" for name, objective in REWARDS.items())
     parser.add_argument(
         "data", nargs="?", metavar="FILE", action=Once, default=argparse.SUPPRESS, help="the data, as --data names it"
     )
-    parser.add_argument(
-        "--reward-loss",
-        metavar="{" + ",".join(REWARDS) + "}",
-        help=f"the loss; see docs/rewards.md: {listed} (default: bt)",
-    )
+    add_loss(parser, "the loss", " (default: bt)")
     add_flags(parser, _FLAGS)
     group = parser.add_argument_group("files")
     group.add_argument("--config", metavar="FILE.yaml", help="options as 'key: value' lines; flags override them")
@@ -59,6 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_loss(parser: argparse.ArgumentParser | argparse._ArgumentGroup, what: str, default: str = "") -> None:
+    """Add --reward-loss, with `what` it is and its `default` for the help."""
+    listed = ", ".join(f"{name} ({objective.title})" for name, objective in REWARDS.items())
+    help_text = f"{what}; see docs/rewards.md: {listed}{default}"
+    parser.add_argument("--reward-loss", metavar="{" + ",".join(REWARDS) + "}", help=help_text)
+
+
+def loss_of(args: argparse.Namespace) -> dict[str, str]:
+    """Return the option that --reward-loss stands for; nothing if it is not given. Raises UserError for an unknown loss."""
+    name = getattr(args, "reward_loss", None)
+    if name is not None and name not in REWARDS:
+        raise UserError(f"--reward-loss {name}: expected one of {', '.join(REWARDS)}")
+    return {} if name is None else {"loss": identity(name)}
+
+
 def run(args: argparse.Namespace) -> int:
     """Train; return the exit code."""
     from lite_dil.cli.progress import Terminal
@@ -66,12 +76,8 @@ def run(args: argparse.Namespace) -> int:
     from lite_dil.recipes.reward import train_reward
 
     display = Terminal()
-    given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in FIELDS}
+    given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in FIELDS} | loss_of(args)
     base = read_yaml(Path(args.config)) if args.config else {}
-    if args.reward_loss is not None:
-        if args.reward_loss not in REWARDS:
-            raise UserError(f"--reward-loss {args.reward_loss}: expected one of {', '.join(REWARDS)}")
-        given["loss"] = identity(args.reward_loss)
     new = {"loss": identity("bt")}
     if args.resume:
         config, checkpoint = resumed(given, base, args.resume, display.say, args.accept_changes, new=new)
@@ -79,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--accept-changes belongs to --resume, which is missing")
     else:
         config, checkpoint = build(given, new | base), None
-    trained = train_reward(config, display, checkpoint, given=Given(accept_changes=args.accept_changes))
+    objects = Given(accept_changes=args.accept_changes)
+    trained = train_reward(config, display, checkpoint, given=objects, fixed=chosen(given, base))
     if not trained.stopped:
         folder, trust = str(trained.folder), trusting(config)
         display.say("next:")

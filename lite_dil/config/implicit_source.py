@@ -13,6 +13,7 @@ from lite_dil.config.adapter_source import find
 from lite_dil.config.resume import trained_with
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.generation.policy import AdapterSource, Policy
+from lite_dil.models.adapter_config import read_config
 from lite_dil.models.fingerprint import base_of, fingerprint
 from lite_dil.objectives.table import objective_of
 from lite_dil.rewards.heads import add_files
@@ -35,6 +36,7 @@ class ImplicitModel:
         beta: multiplies its log-ratio.
         mean: whether the log-ratio is averaged over the tokens.
         weights: a hash of its base's weights; "" if nothing says it.
+        base: the name of its base, where nothing says the weights; "" if nothing names it.
         reference: a hash of the initial adapter that it was trained against; "" for the bare base.
         identity: a hash of its files.
     """
@@ -46,6 +48,7 @@ class ImplicitModel:
     weights: str
     reference: str
     identity: str
+    base: str
 
     def open(self, policy: Policy, config: ResolvedConfig, progress: Progress, say: Any) -> ImplicitReward:
         """Add it to the base of a policy in training.
@@ -53,12 +56,19 @@ class ImplicitModel:
         Args:
             progress: has what identifies the run's base and initial adapter.
 
-        Raises UserError if it was trained on another base, or against another reference.
+        Raises UserError if it was trained on another base, or against another reference. What cannot be told is said.
         """
         where = f"--reward {self.part}"
         base = progress.base or base_of(policy.model, cache_folder(ReferenceOptions()))
-        if self.weights and self.weights != base["weights"]:
+        weights = self.weights or self._weights_of_base()
+        if weights and weights != base["weights"]:
             raise UserError(f"{where} was trained on another base than {config.model}; give one that was trained on this base")
+        if not weights and self.base != config.model:
+            named = f"its base is called {self.base}" if self.base else "nothing names its base"
+            say(
+                f"warning: {where}: {named}, and no hash of that is there to compare with {config.model}; its log-ratio is a "
+                "reward only on the base that it was trained on"
+            )
         if self.reference != (progress.init_adapter if config.reference == INITIAL else ""):
             own = "the initial adapter of its run" if self.reference else "the bare base"
             raise UserError(
@@ -68,6 +78,12 @@ class ImplicitModel:
         name = f"implicit-{digest(self.identity)[:16]}"
         add_files(policy.backend, name, self.adapter)
         return ImplicitReward(policy.backend, name, self.beta, self.mean, self.part.name, say)
+
+    def _weights_of_base(self) -> str:
+        """Return a hash of the weights of the base that only a name tells; "" if it is not in a folder here."""
+        if not self.base or not any(Path(self.base).glob("*.safetensors")):
+            return ""
+        return str(base_of(self.base, cache_folder(ReferenceOptions()))["weights"])
 
 
 def find_implicit(part: Part, config: ResolvedConfig) -> ImplicitModel:
@@ -83,13 +99,14 @@ def find_implicit(part: Part, config: ResolvedConfig) -> ImplicitModel:
     options = trained_with(source.adapter, source.run) if source.run else trained_options(source.adapter)
     progress, identity = _progress(source), fingerprint(source.adapter, cache_folder(ReferenceOptions()))
     weights = str(progress.base.get("weights", ""))
+    base = str(options.get("model") or read_config(source.adapter).model or "")
     if "beta" not in options:
         if not part.given:
             raise UserError(
                 f"{where}: nothing there says which beta it was trained with; give it as the weight, such as "
                 f"implicit:{part.value}=0.1"
             )
-        return ImplicitModel(part, source.adapter, 1.0, False, weights, "", identity)
+        return ImplicitModel(part, source.adapter, 1.0, False, weights, "", identity, base)
     loss, divergence = options["loss"], options.get("divergence")
     if not objective_of(loss).reference:
         raise UserError(f"{where} was trained by {loss}, which has no reference: its log-ratio is no reward")
@@ -99,7 +116,7 @@ def find_implicit(part: Part, config: ResolvedConfig) -> ImplicitModel:
     if options["reference"] == INITIAL and not (reference := progress.init_adapter):
         raise UserError(f"{where}: its run has no checkpoint left, which says what it was trained against; keep one")
     mean = options["logp_reduction"] == "mean"
-    return ImplicitModel(part, source.adapter, float(options["beta"]), mean, weights, reference, identity)
+    return ImplicitModel(part, source.adapter, float(options["beta"]), mean, weights, reference, identity, base)
 
 
 def _progress(source: AdapterSource) -> Progress:

@@ -6,7 +6,7 @@ import argparse
 import json
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if problems:
         raise UserError(gather(problems, f"{path}:"))
     return checked
+
+
+def chosen(given: Mapping[str, Any], base: Mapping[str, Any]) -> set[str]:
+    """Return the options that --auto does not change: flags, and options that a file sets to a non-default value."""
+    options = {**given, **{name: value for name, value in base.items() if value != FIELDS[name].default}}
+    return {name for name, value in options.items() if value != "auto"}
 
 
 def build(given: dict[str, Any], base: dict[str, Any]) -> ResolvedConfig:

@@ -11,10 +11,11 @@ from typing import Any
 from lite_dil.base.display import unheard
 from lite_dil.base.errors import UserError, gather
 from lite_dil.base.formats import NewerFormat
-from lite_dil.base.option import READ, WRITTEN
+from lite_dil.base.option import READ, SOURCES, WRITTEN
 from lite_dil.config.options import build, read_yaml
 from lite_dil.config.train_config import FIELDS, FREE_ON_RESUME, SPLIT, ResolvedConfig, flag
 from lite_dil.data.rows import is_rows_name
+from lite_dil.rewards.spec import gone, moved
 from lite_dil.runs.folder import RunFolder, find_checkpoint, trained_options
 from lite_dil.runs.options_file import OPTIONS_FILE
 from lite_dil.runs.seal import Damaged, recorded
@@ -48,7 +49,7 @@ def other_options(folder: Path, written: Mapping[str, Any]) -> str:
         options = None
     for name, value in (options or {}).items():
         fixed = name in FIELDS.keys() - FREE_ON_RESUME - SPLIT and FIELDS[name].metadata["kind"] != READ
-        if fixed and checkpoint and written.get(name) != value:
+        if fixed and checkpoint and not _same(name, written.get(name), value):
             now = written.get(name, "missing")
             return f"{folder / OPTIONS_FILE} is not what {checkpoint.name} records: {name} was {value}, and is {now}"
     return ""
@@ -84,10 +85,11 @@ def saved_config(checkpoint: Path, say: Callable[[str], None] = unheard, accept:
         f"{name} was {options[name]}, and is {written.get(name, 'missing')}"
         for name in options
         # A run may move; of what it reads the content is compared.
-        if name not in written or (written[name] != options[name] and FIELDS[name].metadata["kind"] not in (READ, WRITTEN))
+        if name not in written
+        or (not _same(name, written[name], options[name]) and FIELDS[name].metadata["kind"] not in (READ, WRITTEN))
     ]
     for name in options.keys() & written.keys():
-        if written[name] != options[name] and FIELDS[name].metadata["kind"] == READ:
+        if written[name] != options[name] and FIELDS[name].metadata["kind"] in (READ, SOURCES):
             say(f"{path}: {name} is {written[name]}; {checkpoint.name} records {options[name]}")
     if changes and not accept:
         raise UserError(
@@ -136,10 +138,28 @@ def resumed(
     given, base = ({n: v for n, v in options.items() if v != "auto" and n != "output_dir"} for options in (given, base))
     # Only the user says where to write: the run may come from another machine, or from somebody else.
     own = {name: value for name, value in saved.items() if name not in paths_of(saved)[1]}
+    _check_places(own, given | base, where)
     # The choices of --auto are saved; it chooses again only if it is given again.
     config = build(given, own | {"auto": False} | base | {"output_dir": str(run)})
     check_same_run(config, saved, where)
     return config, checkpoint
+
+
+def _same(name: str, value: Any, before: Any) -> bool:
+    """Return whether an option has the value that it had, or names the same models in other places."""
+    if FIELDS[name].metadata["kind"] == SOURCES and isinstance(value, str) and isinstance(before, str):
+        return value == before or moved(value, before)
+    return bool(value == before)
+
+
+def _check_places(own: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if models that the run's `own` options name are not where they were, and `new` does not say where."""
+    for name in (name for name, field in FIELDS.items() if field.metadata["kind"] == SOURCES):
+        if name not in new and own.get(name) and (lost := gone(own[name])):
+            raise UserError(
+                f"--resume {where}: {', '.join(lost)} is not there; put it back, or give {flag(name)} {own[name]} with its "
+                "new place: what is there is compared with what the run began with"
+            )
 
 
 def paths_of(saved: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -161,7 +181,7 @@ def check_same_run(config: ResolvedConfig, saved: dict[str, Any], where: str) ->
     problems = [
         f"{flag(name)} is {value}, but the run has {saved[name]}"
         for name, value in config.as_dict().items()
-        if name not in free and name in saved and value != saved[name]
+        if name not in free and name in saved and not _same(name, value, saved[name])
     ]
     examples, before = (math.prod(options[name] for name in SPLIT) for options in (config.as_dict(), config.as_dict() | saved))
     if examples != before:

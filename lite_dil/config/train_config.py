@@ -217,7 +217,6 @@ NOT_OF_REWARDS = {
     "sample_max_tokens": "belongs to --sample-rejected, which a reward model does not take",
     "report_samples": "answers prompts, which a reward model cannot",
     "unsloth": "is not offered for a reward model's head",
-    "auto": "estimates a policy's steps, not a reward model's",
     **dict.fromkeys(
         (each.name for each in dataclasses.fields(OnlineOptions)),
         "is of a policy's own answers; a reward model learns from the data's",

@@ -54,6 +54,7 @@ class Rehearsal:
         targets: the adapted layers' names, all of `rank`.
         fused: use the fused layers.
         prompts, responses: lengths in tokens, as in a batch.
+        scores: a reward model's head reads the state that ends each response; otherwise those that predict tokens are read.
     """
 
     device: str
@@ -66,6 +67,7 @@ class Rehearsal:
     dropout: float
     prompts: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
+    scores: bool = False
 
 
 @dataclass(frozen=True)

@@ -83,3 +83,17 @@ def equal_groups(rewards: np.ndarray) -> np.ndarray:
 def best_and_worst(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the index of each group's best and worst answer, each (groups,); the first of equals."""
     return rewards.argmax(1), rewards.argmin(1)
+
+
+def moved_kl(moved: np.ndarray, log_ratios: np.ndarray) -> float:
+    """Return an estimate of KL(pi, pi_ref) in nats an answer, from answers that an earlier policy pi_old drew.
+
+    The mean of ``w (log(pi / pi_ref) - 1) + pi_ref / pi_old``, w = pi / pi_old: w and pi_ref / pi_old have the mean 1, so that
+    the expectation is the KL; no term is below 0, also where pi has left the answers and w is about 0.
+
+    Args:
+        moved: log(pi / pi_old) of each answer, float64.
+        log_ratios: log(pi_old / pi_ref) of each answer, float64, of the same shape.
+    """
+    with np.errstate(over="ignore"):  # infinite where pi is e^709 times as likely to give an answer
+        return float((np.exp(moved) * (moved + log_ratios - 1) + np.exp(-log_ratios)).mean())

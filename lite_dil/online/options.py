@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lite_dil.base.option import FREE, WRITTEN, option
+from lite_dil.base.option import FREE, SOURCES, WRITTEN, option
 from lite_dil.objectives.options import ObjectiveOptions
 
 GROUP_SIZES, ANSWER_TOKENS, REFILL = {"rloo": 8, "dpo": 2}, 256, 1  # defaults
@@ -25,6 +25,7 @@ class OnlineOptions:
         "implicit:ADAPTER is beta times the log-ratio of a trained policy; hf:MODEL is a sequence classifier with one label "
         "(cuda, cpu); several with weights are summed, as in answer:number,rewards.py:brief=0.2",
         metavar="SOURCE[=WEIGHT],...",
+        kind=SOURCES,
     )
     eval_reward: str | None = option(
         "online",
@@ -32,6 +33,7 @@ class OnlineOptions:
         "a second reward of the same answers that is not trained on, as --reward takes it: if it falls while the trained one "
         "rises, the reward is gamed",
         metavar="SOURCE[=WEIGHT],...",
+        kind=SOURCES,
     )
     samples: int | None = option(
         "online", None, f"answers drawn for each prompt (default: {', '.join(f'{n} for {k}' for k, n in GROUP_SIZES.items())})"
@@ -48,7 +50,10 @@ class OnlineOptions:
         f"draw a group whose answers all have the same reward again, at most this many times a step (default: {REFILL})",
     )
     target_kl: float | None = option(
-        "online", None, "end the training when the answers' mean log-ratio to the reference, in nats, is above this"
+        "online",
+        None,
+        "end the training when the KL from the reference, in nats an answer, is above this before a step: the mean log-ratio "
+        "of new answers, or an estimate of as much before a further step on the same ones",
     )
     sampler: str | None = option(
         "online",

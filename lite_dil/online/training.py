@@ -15,13 +15,14 @@ from lite_dil.backends.types import MicroBatch, StepResult
 from lite_dil.base.errors import OutOfMemory
 from lite_dil.base.signs import CHOSEN, REJECTED
 from lite_dil.batching.batch import Batch
-from lite_dil.batching.schedule import LargestPass, batch_tokens
+from lite_dil.batching.schedule import LargestPass, batch_tokens, row_tokens
 from lite_dil.data.encoder import Example
+from lite_dil.generation.scoring import token_logps
 from lite_dil.objectives.criterion import Criterion
 from lite_dil.objectives.loss import Loss
 from lite_dil.objectives.options import ResolvedObjective
 from lite_dil.objectives.table import ONLINE
-from lite_dil.online.credit import Spread, equal_groups
+from lite_dil.online.credit import Spread, equal_groups, moved_kl
 from lite_dil.online.groups import DrawnGroups, GroupSampler
 from lite_dil.online.kept_answers import read_answers, write_answers
 from lite_dil.online.loss import Surrogate
@@ -64,7 +65,8 @@ class OnlineTraining:
     """The state of an on-policy training in the loop, a `lite_dil.training.loop.Steps`.
 
     Args:
-        target_kl: the training ends when the mean log-ratio of a step's answers is above it; None for no limit.
+        target_kl: the training ends when the policy's KL from its reference, in nats an answer, is above it before a step;
+            None for no limit.
 
     Attributes:
         last: the step taken last.
@@ -97,14 +99,8 @@ class OnlineTraining:
     def take(self, step: int, tell: Callable[[int, int], None]) -> TakenOnline:
         """Take a step; the last one, without an update, if the policy is too far from its reference."""
         drawn = self.sampler.draw(step)
-        distance = float(drawn.log_ratios.mean())
-        too_far = self._target_kl is not None and distance > self._target_kl
-        if too_far:
-            self._say(
-                f"the mean log-ratio of the answers is {distance:.3g} nats, above --target-kl {self._target_kl:g}: the "
-                f"training ends with step {step}, which changes nothing"
-            )
         update, spread = step - self.schedule.first(step), Spread.of(self.progress.reward_spread)
+        too_far = self._target_kl is not None and self._too_far(drawn, step, update, self._target_kl)
         if not update:
             spread = spread.including(drawn.rewards)
         advantages = advantages_of(drawn, self.sampler.options, self.objective.beta, spread)
@@ -114,6 +110,34 @@ class OnlineTraining:
         self.largest.add(batches_of(work))
         self.last = TakenOnline(step, update, drawn, advantages, spread, skipped, loss, work, result, too_far)
         return self.last
+
+    def _too_far(self, drawn: DrawnGroups, step: int, update: int, most: float) -> bool:
+        """Return whether the policy is further than `most` from its reference, and say so.
+
+        After an update on the same answers these are no longer the policy's own, so it is weighed how likely they are by now.
+        """
+        what, distance = "mean log-ratio of the answers", float(drawn.log_ratios.mean())
+        if update:
+            what, distance = "KL from the reference", moved_kl(self._moved(drawn), drawn.log_ratios)
+        if distance <= most:
+            return False
+        self._say(
+            f"the {what} is {distance:.3g} nats, above --target-kl {most:g}: the training ends with step {step}, which "
+            "changes nothing"
+        )
+        return True
+
+    def _moved(self, drawn: DrawnGroups) -> np.ndarray:
+        """Return log(pi / pi_old) of each answer, (groups, K) float64, by passes without gradients."""
+        prompts = [group.prompt.ids for group in drawn.groups]
+        answers = [[one.ids for one in group.rollouts] for group in drawn.groups]
+        now = token_logps(self.backend, prompts, answers, self._say, row_tokens(self.schedule.options))
+        return np.array(
+            [
+                [np.sum(new - one.logps, dtype=np.float64) for new, one in zip(several, group.rollouts, strict=True)]
+                for several, group in zip(now, drawn.groups, strict=True)
+            ]
+        )
 
     def _useful(self, drawn: DrawnGroups, advantages: np.ndarray, update: int) -> np.ndarray:
         """Return whether each group has a gradient, (groups,)."""

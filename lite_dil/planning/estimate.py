@@ -16,6 +16,7 @@ from lite_dil.models.adapters import match, select_targets
 from lite_dil.models.header import read_header
 from lite_dil.models.listing import ListedModel
 from lite_dil.models.shape import ModelShape
+from lite_dil.objectives.reward_table import is_reward, reward_objective
 
 AnyModel = ModelShape | ListedModel  # of a known dense family, or listed by transformers
 
@@ -76,6 +77,11 @@ class Load:
         return sum(map(sum, self.responses))
 
     @cached_property
+    def answers(self) -> int:
+        """Number of responses."""
+        return sum(map(len, self.responses))
+
+    @cached_property
     def read_positions(self) -> int:
         """Number of tokens in a packed row whose last hidden states are read, those that predict a response token."""
         return sum(1 + sum(answers) - len(answers) for answers in self.responses)
@@ -92,7 +98,7 @@ class Estimate:
         embeddings: the embedding table.
         head: the output head; 0 if it is the table.
         norms: norm weights, and anything else that is loaded and not used.
-        adapter: LoRA's float32 weights.
+        adapter: LoRA's float32 weights, with a reward model's head.
         reference: a frozen second adapter; otherwise the reference is the same model and needs nothing.
         rewards: adapters, heads and classifiers that reward the policy's own answers.
         gradients: the adapter's gradients that exist at this moment.
@@ -168,6 +174,14 @@ def adapter_tensors(config: ResolvedConfig, shape: AnyModel) -> dict[str, tuple[
     assert rank and targets  # filled in by TrainConfig.resolved
     chosen = select_targets(shape.adaptable, targets, shape.experts_each)
     return {name: ((rank, into), (out, rank)) for name, (out, into) in chosen.items()}
+
+
+def head_tensors(config: ResolvedConfig, shape: AnyModel) -> tuple[tuple[int, int], ...]:
+    """Return the shapes of the weight and the bias of a reward model's head; nothing for a policy's training."""
+    if not is_reward(config.loss):
+        return ()
+    outputs = reward_objective(config.loss).outputs
+    return (outputs, shape.hidden), (outputs, 1)
 
 
 def _shapes_only(path: Path) -> dict[str, np.ndarray]:

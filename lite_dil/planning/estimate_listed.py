@@ -87,11 +87,14 @@ class ListedStep(TorchStep):
         keeps = sum(turn.keeps for turn in profile.layers)
         # What the last norm keeps and makes is part of the profile, and `head_phase` adds it too.
         normed = 2 * final if self.layout == "packed" else 2 * self.tokens * self.shape.hidden * self.e
-        found = {"head": self.head_phase(max(0, keeps + profile.around - normed))}
+        if self.head:
+            found = {"head": {"activations": keeps + profile.around, "temporaries": self.scored()}}
+        else:
+            found = {"head": self.head_phase(max(0, keeps + profile.around - normed))}
+            # The targets' rows of the head, and their copy, while a chunk's logits are there.
+            chunk = chunk_tokens(self.shape.vocabulary, TORCH_CHUNK["cuda" if self.cuda else "cpu"])
+            found["head"]["temporaries"] += min(self.load.answer_tokens, chunk) * self.shape.hidden * self.e
         found["head"]["gradients"] = self.adapter if several else 0
-        # The targets' rows of the head, and their copy, while a chunk's logits are there.
-        chunk = chunk_tokens(self.shape.vocabulary, TORCH_CHUNK["cuda" if self.cuda else "cpu"])
-        found["head"]["temporaries"] += min(self.load.answer_tokens, chunk) * self.shape.hidden * self.e
         after, kept, moments = self._gradients_after(), 0, []
         for number, turn in enumerate(profile.layers):
             name = {self.shape.layers - 1: "last layer", 0: "first layer"}.get(number, f"layer {number + 1}")
@@ -169,7 +172,16 @@ class ListedStep(TorchStep):
         device = "cuda" if self.cuda else "cpu"
         targets = tuple(self.tensors)
         return Rehearsal(
-            device, self.dtype, mode, self.layout, targets, self.rank, fused, float(self.config.lora_dropout), *lengths
+            device,
+            self.dtype,
+            mode,
+            self.layout,
+            targets,
+            self.rank,
+            fused,
+            float(self.config.lora_dropout),
+            *lengths,
+            scores=bool(self.head),
         )
 
     def _unpacked(self, number: int) -> int:

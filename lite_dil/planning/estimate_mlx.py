@@ -31,7 +31,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.shape import Linear, ModelShape
 from lite_dil.planning.drawing import Drawing
-from lite_dil.planning.estimate import BYTES, FLOAT32, Estimate, Load, adapter_tensors, layout_for
+from lite_dil.planning.estimate import BYTES, FLOAT32, Estimate, Load, adapter_tensors, head_tensors, layout_for
 from lite_dil.planning.reward_models import reward_bytes
 
 WIDTH = 20  # mlx/utils.h: MLX_BFS_MAX_WIDTH
@@ -122,7 +122,8 @@ class MLXStep:
         tensors = adapter_tensors(config, shape)
         self.rank = next(iter(tensors.values()))[0][0]
         self.targets = {".".join(name.split(".")[-2:]) for name in tensors}
-        self.adapter = sum(rows * columns for pair in tensors.values() for rows, columns in pair) * FLOAT32
+        self.head = head_tensors(config, shape)
+        self.adapter = sum(a * b for pair in (*tensors.values(), self.head) for a, b in pair) * FLOAT32
 
     def frozen(self, linear: Linear, bits: int | None = None) -> int:
         """Return the bytes of a linear layer of the base: unquantised, or in groups with a scale and a bias each."""
@@ -192,7 +193,7 @@ class MLXStep:
         # An MLP is few operations, so it is recomputed as soon as its result exists: the last one next to the head.
         early = 0 if full else sum(stage.keeps for again, group in self._groups(last) for stage in group if again)
         yield Moment("head", early, 0, NO_WORK)
-        yield from self._head()
+        yield from self._scores(blocks[-1].tokens) if self.head else self._head()
         late = 0  # what the next layer left waiting
         for stages in reversed(layers):
             for again, group in reversed(self._groups(stages)):
@@ -217,9 +218,11 @@ class MLXStep:
         if self.layout == "plain":
             length = self._up(load.longest)
             return [Block(rows * length, [(length, length)] * rows, 1)]
-        prompts, responses = self._up(max(1, sum(load.prompts) - len(load.prompts))), self._up(load.answer_tokens)
+        own = int(bool(self.head))  # a reward model's head reads the last token's own state
+        prompts = self._up(max(1, sum(load.prompts) - len(load.prompts)))
+        responses = self._up(load.answer_tokens + own * rows)
         if self.pads_attention:
-            columns, width = max(1, self._up(max(load.prompts)) - 1), self._up(max(map(max, load.responses)))
+            columns, width = max(1, self._up(max(load.prompts)) - 1), self._up(max(map(max, load.responses)) + own)
             alone, after = [(columns, columns)] * len(load.prompts), [(width, columns + width)] * rows
             return [Block(prompts, alone, 1), Block(responses, after, 1)]
 
@@ -228,7 +231,9 @@ class MLXStep:
             stops = [min(start + MLX_QUERIES, length) for start in range(0, length, MLX_QUERIES)]
             return [((stop - 1) % MLX_QUERIES + 1, past + stop) for stop in stops]
 
-        answers = [(n, prompt - 1) for prompt, several in zip(load.prompts, load.responses, strict=True) for n in several]
+        answers = [
+            (n + own, prompt - 1) for prompt, several in zip(load.prompts, load.responses, strict=True) for n in several
+        ]
         alone = [call for prompt in load.prompts for call in cut(prompt - 1, 0)]
         after = [call for answer in answers for call in cut(*answer)]
         return [Block(prompts, alone, max(1, len(alone))), Block(responses, after, len(after))]
@@ -321,6 +326,13 @@ class MLXStep:
         # Calls do not wait for each other, so MLX, breadth first, takes up to WIDTH of them at once.
         work = Work(backward, 34 * -(-block.calls // WIDTH))
         return Stage(result + both + scores * (1 + cap), Work(result + both, 24 * block.calls), work)
+
+    def _scores(self, tokens: int) -> Iterator[Moment]:
+        """Yield a reward model's head: the last norm of all states and its gradient, of which few are read."""
+        norm = self._norm(tokens * self.shape.hidden)
+        yield Moment("head", norm.keeps, 0, norm.forward)
+        yield Moment("head", 0, norm.keeps, norm.backward)
+        yield Moment("head", 0, 0, Work(0, CRITERION))
 
     def _head(self) -> Iterator[Moment]:
         """Yield the chunks of tokens whose logits are computed: shifted, exponentials and gradients in float32, and casts."""

@@ -23,8 +23,8 @@ from lite_dil.config.train_config import ResolvedConfig
 from lite_dil.models.shape import Linear, ModelShape
 from lite_dil.planning.dense_layer import Layer, peak
 from lite_dil.planning.drawing import Drawing
-from lite_dil.planning.estimate import BYTES, FLOAT32, Estimate, Load, adapter_tensors, layout_for
-from lite_dil.planning.reward_models import reward_bytes
+from lite_dil.planning.estimate import BYTES, FLOAT32, Estimate, Load, adapter_tensors, head_tensors, layout_for
+from lite_dil.planning.reward_models import reward_bytes, rewarding_bytes
 
 # Share of reserved GPU memory lost to fragmentation, with expandable segments and without, by the allocator's statistics in
 # steps of an 8B Llama (docs/LOG.md).
@@ -48,7 +48,9 @@ class TorchStep:
         self.tokens = load.tokens(self.layout, FLEX_BLOCK if self.cuda else 1)
         self.tensors = adapter_tensors(config, shape)
         self.rank = next(iter(self.tensors.values()))[0][0]
-        self.adapter = sum(rows * columns for pair in self.tensors.values() for rows, columns in pair) * FLOAT32
+        self.head = head_tensors(config, shape)
+        self.sizes = [rows * columns for tensors in (*self.tensors.values(), self.head) for rows, columns in tensors]
+        self.adapter = sum(self.sizes) * FLOAT32
         self.linears = shape.linears()
         self.prepare()
 
@@ -109,7 +111,7 @@ class TorchStep:
         of fewer than 4096 parameters, and pages it for those of 100000 or more.
         """
         here = paged = 0
-        for size in (rows * columns for pair in self.tensors.values() for rows, columns in pair):
+        for size in self.sizes:
             if not self.eight_bit or size < 4096:
                 here += 2 * size * FLOAT32
                 continue
@@ -210,12 +212,15 @@ class TorchStep:
             "reading prompts": reading,
             "drawing answers": drawing.on_torch(s, self.e),
             "scoring answers": {"temporaries": scoring},
+            "rewarding answers": {"temporaries": rewarding_bytes(self.config, self.e)},
         }
 
     def backward(self, several: bool) -> dict[str, dict[str, int]]:
         """Return the head's phase, when everything is kept, and the backward passes of the layers that may be the peak."""
         s, full = self.shape, self.mode == "full"
-        read = self.load.read_positions if self.layout == "packed" else None
+        read = None
+        if self.layout == "packed":
+            read = self.load.answers if self.head else self.load.read_positions
         layer, last = Layer(self, self.tokens), Layer(self, self.tokens, read)
         # A recomputed layer keeps only its input, on the device or in the computer's memory.
         away = full and self.config.offload_activations
@@ -225,7 +230,8 @@ class TorchStep:
             tables += 2 * self.tokens * self.load.longest * self.e
         # The embeddings have no gradient, so the first norm keeps nothing.
         frozen = 0 if full or layer.input_kept_by_linears else layer.ops()[0].keeps
-        found = {"head": self.head_phase(each * (s.layers - 1) + top + tables - frozen)}
+        kept = each * (s.layers - 1) + top + tables - frozen
+        found = {"head": self.scoring(kept) if self.head else self.head_phase(kept)}
         found["head"]["gradients"] = self.adapter if several else 0
         again = 0
         if full:  # its result, its input if nothing in it keeps that, and the next layer's input, already fetched
@@ -238,6 +244,18 @@ class TorchStep:
                 "gradients": self.adapter if several else (s.layers - 1 - number) * self.adapter // s.layers,
             }
         return found
+
+    def scoring(self, kept: int) -> dict[str, int]:
+        """Return what a reward model's head holds on top of `kept`: the state that ends each response, in float32 too."""
+        stream, final = (n * self.shape.hidden * self.e for n in (self.tokens, self.load.answers))
+        if self.layout == "packed":
+            return {"activations": kept + 2 * final, "temporaries": self.scored()}
+        # All states pass the last norm; the gradient of those that are read is written into zeros of full size.
+        return {"activations": kept + stream + final, "temporaries": 2 * stream + self.scored()}
+
+    def scored(self) -> int:
+        """Return what a reward model's head makes of the states that it reads: a copy in float32 and its gradient."""
+        return 2 * self.load.answers * self.shape.hidden * FLOAT32
 
     def head_phase(self, kept: int) -> dict[str, int]:
         """Return the worst moment of _TokenLogps on top of `kept`: a chunk of logits, arrays made from it, and the sums."""

@@ -23,13 +23,14 @@ from lite_dil.data.reader import refuse
 from lite_dil.data.sources import EMBEDDED, is_local, looks_like_file, split_sources
 from lite_dil.models.find import EMBEDDED_MODEL
 from lite_dil.models.listing import ListedModel
+from lite_dil.objectives.reward_table import is_reward
 from lite_dil.objectives.table import objective_of
 from lite_dil.planning import auto, fit
 from lite_dil.planning.estimate import BYTES, AnyModel, Estimate, Load
 from lite_dil.planning.known import read_model
 from lite_dil.planning.memory import memory_here, memory_of, nvidia_gpu
 from lite_dil.runs.history import read_metrics
-from lite_dil.runs.rates import Rate, Setting, known, named
+from lite_dil.runs.rates import POLICY_RATE, REWARD_RATE, SAMPLED_RATE, Rate, Setting, known, named
 
 _WEIGHTS = (".safetensors", ".bin")
 CARDS = (8, 12, 16, 24)
@@ -203,7 +204,12 @@ def planned_backend(name: str, memory_given: bool) -> tuple[str, str]:
 
 def setting_of(config: ResolvedConfig, model: fit.Model) -> Setting:
     """Return what the rate of a planned run depends on; the layout may be "auto"."""
-    return Setting(named(config.model), model.backend, model.dtype, config.load_in_4bit, config.layout)
+    return Setting(named(config.model), model.backend, model.dtype, config.load_in_4bit, config.layout, kind_of(config))
+
+
+def kind_of(config: ResolvedConfig) -> str:
+    """Return which kind of training it is, for its rate."""
+    return REWARD_RATE if is_reward(config.loss) else SAMPLED_RATE if config.online else POLICY_RATE
 
 
 def with_rate(plan: Plan, rate: Rate) -> Plan:

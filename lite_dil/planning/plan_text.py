@@ -9,6 +9,7 @@ from lite_dil.base.display import duration
 from lite_dil.base.memory import GIB, on_wsl
 from lite_dil.base.text import count
 from lite_dil.models.listing import ListedModel, packed_words
+from lite_dil.objectives.reward_table import is_reward, name_of
 from lite_dil.planning.auto import TUNABLE
 from lite_dil.planning.drawing import Drawing
 from lite_dil.planning.fit import gigabytes
@@ -50,8 +51,9 @@ def _about(plan: Plan) -> list[str]:
         *([_LISTED] if isinstance(shape, ListedModel) else []),
         *(["On WSL the optimiser's state stays on the GPU, and more is lost between tensors."] if wsl else []),
         f"{'--auto takes ' if plan.choice else ''}{how}. The largest pass: {_examples(plan)}.",
+        *([f"For lite-dil reward --reward-loss {name_of(config.loss)}."] if is_reward(config.loss) else []),
         *([_drawing(Drawing.of(config))] if config.online else []),
-        *([f"Not counted, since its files are not here: {', '.join(missing)}."] if (missing := uncounted(config)) else []),
+        *([f"Not counted: {', '.join(missing)}."] if (missing := uncounted(config)) else []),
     ]
 
 
@@ -75,7 +77,9 @@ def _drawing(drawing: Drawing) -> str:
 
 def _table(plan: Plan) -> list[str]:
     estimate = plan.estimate
-    parts = estimate.components
+    parts, with_head = estimate.components, ", with a head" if is_reward(plan.config.loss) else ""
+    logits = "" if parts["logits"] else "none at the fullest moment"
+    reference = "the initial adapter" if parts["reference"] else "the same model, its adapter off"
     shown = [
         (
             "weights",
@@ -85,15 +89,15 @@ def _table(plan: Plan) -> list[str]:
         (
             "adapter",
             parts["adapter"],
-            f"LoRA of rank {rank}, float32" if (rank := plan.config.lora_r) else "the initial one, float32",
+            (f"LoRA of rank {rank}, float32" if (rank := plan.config.lora_r) else "the initial one, float32") + with_head,
         ),
-        ("gradients", parts["gradients"], "of the adapter alone"),
+        ("gradients", parts["gradients"], f"of the adapter{' and its head' if with_head else ''} alone"),
         ("optimiser", parts["optimizer"], "AdamW's state"),
         *([("drawn answers", parts["cache"], "their keys and values")] if parts["cache"] else []),
         ("activations", parts["activations"], "kept for the backward pass"),
-        ("logits chunk", parts["logits"], "" if parts["logits"] else "none at the fullest moment"),
+        *([("logits chunk", parts["logits"], logits)] if not with_head else []),
         ("temporaries", parts["temporaries"], f"at the fullest moment: {estimate.phase}"),
-        ("reference", parts["reference"], "the initial adapter" if parts["reference"] else "the same model, its adapter off"),
+        *([("reference", parts["reference"], reference)] if not with_head else []),
         *([("rewards", parts["rewards"], "models that reward")] if parts["rewards"] else []),
         ("fragmentation", parts["reserve"], "lost between tensors"),
     ]
@@ -151,8 +155,7 @@ def _time(plan: Plan) -> str:
         f"Steps: {epoch.steps:,}, over {count(epoch.examples, 'example')} an epoch. " if epoch.steps and epoch.examples else ""
     )
     if not epoch.rate:
-        measure = "" if plan.config.online else "--measure takes a few steps here, "
-        return f"{steps}Time: not known; {measure}--like RUN_FOLDER uses the rate of an earlier run."
+        return f"{steps}Time: not known; --measure takes a few steps here, --like RUN_FOLDER uses the rate of an earlier run."
     if epoch.run_seconds is None:
         return f"Time: at {epoch.rate}; of a run not known without --data FILE."
     most, lengths = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lite_dil.runs.folder import RunFolder
 from lite_dil.runs.progress import Progress, read_progress
 from lite_dil.training.reference_cache import cache_folder
 
-_FOLLOWED = ("data", "eval_data", "model", "init_adapter")  # paths whose content is recognised
+_REWARDS = ("reward", "eval_reward")
 
 
 def say_paths(config: ResolvedConfig, saved: Mapping[str, Any], say: Callable[[str], None]) -> None:
@@ -76,13 +77,29 @@ class Inputs:
             changes.append(f"--init-adapter {config.init_adapter} is not what this run began with")
         self._check(changes)
         if self.resume:
-            self._follow()
+            self._follow(
+                {
+                    "data": saved.fingerprint,
+                    "eval_data": saved.held_out,
+                    "model": saved.base,
+                    "init_adapter": saved.init_adapter,
+                }
+            )
 
     def rewards(self, progress: Progress, found: Mapping[str, str]) -> None:
         """Put the hashes of the models that reward answers into `progress`. Raises UserError if they were others."""
-        progress.rewards, saved = dict(found), self.saved.rewards
-        changed = [name for name, value in found.items() if self.resume and saved.get(name) != value]
-        self._check([f"--reward {name} is not the model that this run began with" for name in changed])
+        progress.rewards, saved = dict(found), list(self.saved.rewards.items())
+        if not self.resume:
+            return
+        # By place: a folder that has moved may have another name.
+        pairs = [(name, value, *before) for (name, value), before in zip_longest(found.items(), saved, fillvalue=("", ""))]
+        self._check(
+            [f"--reward {name} is not the model that this run began with" for name, now, _, old in pairs if now != old]
+        )
+        for name, _, before, _ in pairs:
+            if name != before:
+                self._say(f"--reward: what was called {before} is {name} in metrics from here on")
+        self._follow(dict.fromkeys(_REWARDS, "known"))
 
     def drawn(self, progress: Progress, examples: Sequence[Example]) -> None:
         """Put the fingerprint of the examples with drawn responses into `progress`. Raises UserError if it was another one."""
@@ -99,21 +116,19 @@ class Inputs:
         for change in changes:
             self._say(f"accepted: {change}")
 
-    def _follow(self) -> None:
-        """Write new places of what is read into config.yaml, so that later commands find them."""
-        config, folder, saved = self.config, self.folder, self.saved
-        anew = [name for name in _FOLLOWED if getattr(config, name) != folder.options.get(name)]
-        known = {
-            "data": saved.fingerprint,
-            "eval_data": saved.held_out,
-            "model": saved.base,
-            "init_adapter": saved.init_adapter,
-        }
+    def _follow(self, known: Mapping[str, Any]) -> None:
+        """Write new places of what is read into config.yaml, so that later commands find them.
+
+        Args:
+            known: what the run has recorded of each, by option.
+        """
+        config, folder = self.config, self.folder
+        anew = [name for name in known if getattr(config, name) != folder.options.get(name)]
         for name in (name for name in anew if not known[name]):
             path = getattr(config, name)
             self._say(f"warning: this run recorded nothing of its {flag(name)}; whether {path} is the same is unknown")
         if anew:
-            folder.create(folder.options | {name: getattr(config, name) for name in _FOLLOWED})
+            folder.create(folder.options | {name: getattr(config, name) for name in known})
 
 
 def _changes_of_base(before: dict[str, Any], now: dict[str, Any], model: str) -> Iterator[str]:

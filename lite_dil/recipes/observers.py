@@ -12,6 +12,7 @@ from lite_dil.evaluation.pairs import PairsFile
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.planning.estimate import Load
 from lite_dil.planning.fit import memory_line
+from lite_dil.planning.plan import kind_of
 from lite_dil.recipes.session import TrainingSession
 from lite_dil.reports.card import ModelCard
 from lite_dil.reports.health import Health
@@ -76,7 +77,9 @@ class ShownSteps(Observer):
 def setting_of(session: TrainingSession) -> Setting:
     """Return what the rate of a run depends on."""
     config, backend = session.config, session.backend
-    return Setting(named(config.model), config.backend, backend.dtype_name, config.load_in_4bit, backend.layout)
+    return Setting(
+        named(config.model), config.backend, backend.dtype_name, config.load_in_4bit, backend.layout, kind_of(config)
+    )
 
 
 def samples_of(session: TrainingSession, shown: ShownSteps, often: int | None) -> SampleAnswers:
@@ -99,19 +102,13 @@ def observers_of(
     session: TrainingSession, training: Training, display: Display, own: Sequence[Observer]
 ) -> tuple[Observers, Checkpoints]:
     """Return the observers of a policy's run in order, and separately the one that saves, which comes before slow ones."""
-    config, folder, backend, data = session.config, session.folder, session.backend, session.data
+    config, folder, data = session.config, session.folder, session.data
     held_out = HeldOut(training.passes, data.held_out, config, config, session.own_loss) if data.held_out else None
-
-    def memory() -> str:
-        if training.largest.batch is None:
-            return ""
-        peak, before = backend.peak_memory_mb() * 2**20, session.policy.memory_before * 2**20
-        return memory_line(session.taken_config(), session.policy.model, Load.of(training.largest.batch), peak, before)
 
     def results(shown: ShownSteps, often: int | None) -> list[Observer]:
         return [samples_of(session, shown, often), ModelCard(AdapterSource(folder.adapter, folder, config))]
 
-    return watching_of(session, training, display, held_out, results, memory, own)
+    return watching_of(session, training, display, held_out, results, own)
 
 
 def watching_of(
@@ -120,7 +117,6 @@ def watching_of(
     display: Display,
     held_out: HeldOutData | None,
     results: Callable[[ShownSteps, int | None], list[Observer]],
-    memory: Callable[[], str],
     own: Sequence[Observer],
 ) -> tuple[Observers, Checkpoints]:
     """Return the observers that every run has with those of its kind, and separately the one that saves.
@@ -128,8 +124,14 @@ def watching_of(
     Args:
         held_out: measures held-out data; None if there is none.
         results: makes those that show what was learned, given the display's and the steps between evaluations.
-        memory: returns a line on the run's memory.
     """
+
+    def memory() -> str:
+        if training.largest.batch is None:
+            return ""
+        peak, before = backend.peak_memory_mb() * 2**20, session.policy.memory_before * 2**20
+        return memory_line(session.taken_config(), session.policy.model, Load.of(training.largest.batch), peak, before)
+
     config, folder, backend = session.config, session.folder, session.backend
     shown, trackers = ShownSteps(display), Trackers(config, folder.path, session.logged, display.say)
     metrics = MetricsLog([folder.log, trackers.log])

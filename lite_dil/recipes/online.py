@@ -64,7 +64,7 @@ def train(
         TrainingDiverged: the loss or gradient became non-finite; earlier checkpoints are good.
     """
     rewards = RewardSources(config, given)
-    recipe = Recipe(config.loss, "", partial(_open, rewards=rewards), _observers_of, _again(config))
+    recipe = Recipe(config.loss, "", partial(open_online, rewards=rewards), _observers_of, _again(config))
     return run_training(recipe, config, display, resume, None, observers, given)
 
 
@@ -117,7 +117,7 @@ class _Questions:
         return RunData(examples, [], [], shown, [facts], config, others)
 
 
-def _open(opening: Opening, rewards: RewardSources) -> TrainingSession:
+def open_online(opening: Opening, rewards: RewardSources) -> TrainingSession:
     """Read the prompts, load the models, and see what the reward makes of the first answers; or continue from a checkpoint."""
     questions, display = _Questions(), opening.display
 

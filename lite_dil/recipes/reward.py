@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import partial
 from pathlib import Path
 
@@ -38,15 +38,16 @@ def train_reward(
     resume: Path | None = None,
     observers: Sequence[Observer] = (),
     given: Given = NOTHING_GIVEN,
+    fixed: Set[str] | None = None,
 ) -> Run:
     """Train a reward model by `config`, from the start or from the checkpoint `resume`; see `preference.train`."""
     if not is_reward(config.loss):
         raise UserError(f"{config.loss} trains a policy, which is lite-dil train, or dil.train")
-    recipe = Recipe(folder_name(config.loss), "reward", _open, _observe)
-    return run_training(recipe, config, display, resume, None, observers, given)
+    recipe = Recipe(folder_name(config.loss), "reward", open_reward, _observe)
+    return run_training(recipe, config, display, resume, fixed, observers, given)
 
 
-def _open(opening: Opening) -> TrainingSession:
+def open_reward(opening: Opening) -> TrainingSession:
     """Read the data, load the model and give its adapter a head; go on from the checkpoint if there is one."""
     display = opening.display
     session, progress, _ = load_session(opening)
@@ -80,7 +81,7 @@ def _observe(
 ) -> tuple[Observers, Checkpoints]:
     config, held_out = session.config, session.data.held_out
     measured = HeldOutScores(training.passes, held_out, config, config) if held_out else None
-    return watching_of(session, training, display, measured, lambda shown, often: [], lambda: "", own)
+    return watching_of(session, training, display, measured, lambda shown, often: [], own)
 
 
 def _describe(session: TrainingSession, training: Training, folder: Path) -> None:

@@ -20,7 +20,7 @@ from lite_dil.data.messages import Message, read_tools
 from lite_dil.models.find import folder_of, load_tokenizer, resolve_model
 from lite_dil.rewards.source import Answered
 
-_TOKENS = 4096  # maximum tokens of a pass, padding included
+PASS_TOKENS = 4096  # maximum tokens of a pass, padding included
 _EXPORT = "export.json"
 
 
@@ -180,7 +180,7 @@ class ClassifierReward:
         values = np.zeros(len(sequences))
         order = sorted(range(len(sequences)), key=lambda at: len(sequences[at]))
         while order:
-            some = order[: max(1, _TOKENS // len(sequences[order[-1]]))]
+            some = order[: max(1, PASS_TOKENS // len(sequences[order[-1]]))]
             passes = self._halving.run(self._model.scores, [sequences[at] for at in some])
             values[some], order = np.concatenate(passes) + self.text.bias, order[len(some) :]
         return values

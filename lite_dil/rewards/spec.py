@@ -71,15 +71,42 @@ def joined(*texts: str | None) -> str:
 
 def parse(text: str) -> list[Part]:
     """Return the parts of text such as ``answer:number,rewards.py:brief=0.2``. Raises UserError."""
-    parts = [_part(piece.strip()) for piece in text.split(",")]
+    parts = _parts(text, _is_there)
     for name, count in Counter(part.name for part in parts).items():
         if count > 1:
             raise UserError(f"--reward: {name!r} is there twice; its metrics could not be told apart")
     return parts
 
 
-def _part(piece: str) -> Part:
-    source, factor = _weighted(piece)
+def moved(text: str, saved: str) -> bool:
+    """Return whether two texts differ at most in where models are, of which nothing needs to be there. Raises UserError."""
+    now, before = (
+        [(part.kind, part.weight, "" if part.kind in MODELS else part.value) for part in _parts(each, _anything)]
+        for each in (text, saved)
+    )
+    return now == before
+
+
+def gone(text: str) -> list[str]:
+    """Return the folders in a run's text that are not there. Raises UserError."""
+    parts = _parts(text, _anything)
+    return [part.value for part in parts if part.kind in (REWARD_RUN, IMPLICIT) and not _is_there(part.value)]
+
+
+def _is_there(folder: str) -> bool:
+    return Path(folder).is_dir()
+
+
+def _anything(folder: str) -> bool:
+    return bool(folder)
+
+
+def _parts(text: str, there: Callable[[str], bool]) -> list[Part]:
+    return [_part(piece.strip(), there) for piece in text.split(",")]
+
+
+def _part(piece: str, there: Callable[[str], bool]) -> Part:
+    source, factor = _weighted(piece, there)
     given = source != piece
     kind, _, value = source.partition(":")
     if kind == "answer":
@@ -89,7 +116,7 @@ def _part(piece: str) -> Part:
     if kind == HF and value:
         return Part(HF, value, factor)
     if kind == IMPLICIT:
-        if not value or not Path(value).is_dir():
+        if not value or not there(value):
             raise UserError(f"--reward {source}: no such folder; expected that of a run of lite-dil train, or of an adapter")
         return Part(IMPLICIT, value, factor, given)
     if _FUNCTION.fullmatch(source):
@@ -99,12 +126,12 @@ def _part(piece: str) -> Part:
         return Part("file", source, factor)
     if source.endswith(".py"):
         raise UserError(f"--reward {source}: name the function in it, as {source}:brief")
-    if not source or not Path(source).is_dir():
+    if not source or not there(source):
         raise UserError(f"--reward {source or piece!r}: expected {_EXPECTED}")
     return Part(REWARD_RUN, source, factor)
 
 
-def _weighted(piece: str) -> tuple[str, float]:
+def _weighted(piece: str, there: Callable[[str], bool]) -> tuple[str, float]:
     """Return a source and its weight. Raises UserError if what follows the last "=" is neither a weight nor part of a path."""
     source, equals, number = piece.rpartition("=")
     if not equals:
@@ -114,7 +141,7 @@ def _weighted(piece: str) -> tuple[str, float]:
     except ValueError:
         whole = re.match(r"answer:|.*\.py:\w+$", source)  # a source before the "=", so that 1/2 is a wrong weight
         folder = piece.removeprefix(f"{IMPLICIT}:").removeprefix(f"{HF}:")
-        if not whole and (re.search(r"[/\\]|\.py", number) or Path(folder).is_dir()):
+        if not whole and (re.search(r"[/\\]|\.py", number) or there(folder)):
             return piece, 1.0
         factor = math.nan
     if not math.isfinite(factor) or factor == 0:

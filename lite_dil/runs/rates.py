@@ -18,21 +18,30 @@ from lite_dil.base.strict_json import parse_json
 from lite_dil.models.find import cache_dir
 
 LEAST = 5  # steps after the first, which compiles
+POLICY_RATE, REWARD_RATE, SAMPLED_RATE = "policy", "reward model", "drawn answers"
 _MOST = 50  # rates that are kept, the newest
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a rate was measured with. `model` is a hub id, or a folder with its whole path; `layout` may be "auto"."""
+    """What a rate was measured with.
+
+    Attributes:
+        model: a hub id, or a folder with its whole path.
+        layout: may be "auto".
+        kind: `POLICY_RATE` on given responses, `REWARD_RATE`, a reward model, or `SAMPLED_RATE`, whose rate is not kept.
+    """
 
     model: str
     backend: str
     dtype: str
     load_in_4bit: bool
     layout: str
+    kind: str = POLICY_RATE
 
     def __str__(self) -> str:
-        return f"{self.backend}, {self.dtype}{', 4 bits' if self.load_in_4bit else ''}, {self.layout} layout"
+        trained = "" if self.kind == POLICY_RATE else f"{self.kind}, "
+        return f"{trained}{self.backend}, {self.dtype}{', 4 bits' if self.load_in_4bit else ''}, {self.layout} layout"
 
 
 @dataclass(frozen=True)
@@ -55,10 +64,10 @@ def named(model: str) -> str:
 
 
 def known(model: str, setting: Setting | None = None) -> Rate | None:
-    """Return the newest rate of a model, with this setting if one is given; None if there is none."""
+    """Return the newest rate of a model, with this setting or for a policy in any; None if there is none."""
     for rate in reversed(_read()):
         taken = replace(setting, layout=rate.setting.layout) if setting and setting.layout == "auto" else setting
-        if rate.setting.model == named(model) and taken in (None, rate.setting):
+        if rate.setting.model == named(model) and (taken == rate.setting if taken else rate.setting.kind == POLICY_RATE):
             return rate
     return None
 

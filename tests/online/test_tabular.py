@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from lite_dil.online.credit import Spread, best_and_worst, by_group, equal_groups, leave_one_out, regularised
+from lite_dil.online.credit import Spread, best_and_worst, by_group, equal_groups, leave_one_out, moved_kl, regularised
 from lite_dil.online.loss import POLICY_GRADIENT, Surrogate, bounded, is_clipped
 
 BETA, K = 0.5, 3
@@ -236,6 +236,18 @@ def test_a_samplers_own_log_probs_move_a_policy_without_rewards() -> None:
 
     assert after(0.0) == 0
     assert after(1e-4) > 0.1
+
+
+def test_the_kl_of_a_moved_policy_from_answers_of_an_earlier_one() -> None:
+    """The expectation over all answers is the KL, and no term is below 0, also of a policy that has left the answers."""
+    draw = np.random.default_rng(0)
+    for scale in (0.3, 3.0, 30.0):
+        now, old, reference = (x - np.logaddexp.reduce(x) for x in draw.normal(size=(3, 6)) * [[scale], [1.0], [1.0]])
+        terms = np.array([moved_kl(np.array([a]), np.array([f])) for a, f in zip(now - old, old - reference, strict=True)])
+        assert (np.exp(old) * terms).sum() == pytest.approx((np.exp(now) * (now - reference)).sum(), rel=1e-9)
+        assert terms.min() >= -1e-12
+    assert moved_kl(np.array([-40.0]), np.array([0.0])) == pytest.approx(1.0)
+    assert moved_kl(np.array([800.0]), np.array([0.0])) == np.inf
 
 
 def test_advantages_by_hand() -> None:

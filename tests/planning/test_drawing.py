@@ -12,9 +12,10 @@ import torch
 from conftest import config
 from live_bytes import mlx_peak_bytes, nothing, peak_bytes, random_examples
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lite_dil.backends import registry
+from lite_dil.backends.torch.classifier import Classifier
 from lite_dil.backends.types import MicroBatch
 from lite_dil.base.errors import UserError
 from lite_dil.base.memory import GIB, Memory
@@ -28,7 +29,7 @@ from lite_dil.planning.drawing import Drawing
 from lite_dil.planning.estimate import Load
 from lite_dil.planning.estimate_mlx import MLXStep
 from lite_dil.planning.peak import estimate
-from lite_dil.planning.reward_models import reward_bytes, uncounted
+from lite_dil.planning.reward_models import reward_bytes, rewarding_bytes, uncounted
 
 ONLINE: dict[str, Any] = {"loss": "rloo", "reward": "answer:number", "samples": 8, "max_new_tokens": 40, "max_length": 300}
 
@@ -143,4 +144,59 @@ def test_models_that_reward_are_counted(model: str, tmp_path: Path, capsys: pyte
     flags = ["--data", str(tmp_path / "q.jsonl"), "--model", model, "--loss", "rloo", "--reward", f"{reward},hf:some/one"]
     (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "one", "answer": "1"}) + "\n")
     assert main(["plan", *flags]) == 0
-    assert "Not counted, since its files are not here: hf:some/one." in capsys.readouterr().out
+    assert "Not counted: hf:some/one (its files are not here)." in " ".join(capsys.readouterr().out.split())
+
+
+def test_each_weight_is_counted_once_and_a_hub_id_in_its_cache(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards beside a consolidated file; adapters in both formats; a checkpoint; the hub's cache."""
+    snapshot = tmp_path / "hub" / "models--some--one" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "hub" / "models--some--one" / "refs").mkdir()
+    (tmp_path / "hub" / "models--some--one" / "refs" / "main").write_text("0" * 40)
+    (snapshot / "config.json").write_text((Path(model) / "config.json").read_text())
+    save_file({"a": torch.zeros(11)}, snapshot / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.zeros(13)}, snapshot / "model-00002-of-00002.safetensors")
+    save_file({"a": torch.zeros(11), "b": torch.zeros(13)}, snapshot / "consolidated.safetensors")
+    names = {name: f"model-0000{at}-of-00002.safetensors" for at, name in enumerate("ab", 1)}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    adapter = tmp_path / "run" / "checkpoints" / "step-3" / "adapters" / "policy"
+    adapter.mkdir(parents=True)
+    for name in ("adapter_model", "adapters", "head"):
+        save_file({"w": torch.zeros(17)}, adapter / f"{name}.safetensors")
+    for reward, expected in (
+        ("hf:some/one", 2 * 24),
+        (str(adapter.parent.parent), 4 * 34),
+        (f"implicit:{snapshot}", 0),  # no adapter
+        ("hf:some/other", 0),
+    ):
+        made = config(**ONLINE | {"reward": reward}, model=model)
+        assert (reward_bytes(made, 2), bool(uncounted(made))) == (expected, not expected)
+    (snapshot / "model-00002-of-00002.safetensors").unlink()  # half a download
+    made = config(**ONLINE | {"reward": "hf:some/one"}, model=model)
+    assert reward_bytes(made, 2) == 0 and uncounted(made) == ["hf:some/one (its files are not here)"]
+
+
+def test_a_classifiers_pass_is_within_a_few_percent(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 2048, "num_labels": 1}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096}
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(
+        AutoConfig.for_model("llama", **sizes, **heads, pad_token_id=1)
+    ).save_pretrained(tmp_path)
+    scorer = Classifier(str(tmp_path), "--reward", "cpu", "float32")
+    for length, rows in ((300, 13), (1500, 2)):  # the MLP is the peak, and attention with its mask
+        sequences = [[3 + (7 * i + j) % 2000 for j in range(length - i)] for i in range(rows)]
+        before = peak_bytes(nothing)
+        measured = peak_bytes(lambda some=sequences: scorer.scores(some)) - before
+        made = config(**ONLINE | {"reward": f"hf:{tmp_path}", "max_length": length}, model=str(tmp_path), batch_size=8)
+        ratio = rewarding_bytes(made, 4) / measured
+        print(f"{length}: {ratio:.3f} of {measured / 2**20:.1f} MiB")
+        assert 0.99 <= ratio <= 1.05
+    found = estimate(made, read_shape(str(tmp_path)), "cpu", "float32", Load.worst(made))
+    assert dict(found.phases)["rewarding answers"] > rewarding_bytes(made, 4)
+    (tmp_path / "config.json").write_text('{"dim": 7}')
+    assert uncounted(made) == [f"hf:{tmp_path} (its passes, of a kind not known here)"]

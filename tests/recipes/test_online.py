@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,18 @@ def test_target_kl_ends_the_training(flags: list[str], tmp_path: Path, capsys: p
     assert main(["train", "--resume", str(tmp_path / "run"), *again]) == 0
     assert "the run is finished" in capsys.readouterr().out
     assert metrics(tmp_path / "run") == lines
+
+
+def test_target_kl_is_looked_at_before_each_step_on_the_same_answers(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--loss", "rloo", "--num-iterations", "4", "--learning-rate", "0.05"]
+    lines = run([*flags, *more, "--target-kl", "0.01"], tmp_path / "run")
+    said = " ".join(capsys.readouterr().out.split())
+    assert 1 < len(lines) < 4 and lines[-1]["grad_norm"] == 0  # within the first set of answers
+    assert re.search(r"the KL from the reference is \S+ nats, above --target-kl 0.01: the training ends with step", said)
+    # Up to there nothing differs from a run without a limit.
+    assert run([*flags, *more], tmp_path / "free")[: len(lines) - 1] == lines[:-1]
 
 
 def test_a_prompt_with_two_right_answers_is_refused(

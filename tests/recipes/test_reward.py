@@ -185,7 +185,7 @@ def test_responses_without_their_end_are_left_out_and_said(
 def test_options_that_do_not_apply_are_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("policy.yaml").write_text("loss: dpo\n")
     Path("reward.yaml").write_text("reward_loss: bt\n")
-    Path("samples.yaml").write_text("reward_loss: bt\nreport_samples: 2\nauto: true\n")
+    Path("samples.yaml").write_text("reward_loss: bt\nreport_samples: 2\n")
     assert main(argv) == 2
     assert message in capsys.readouterr().err
 

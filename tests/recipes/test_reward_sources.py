@@ -153,6 +153,14 @@ def test_policy_reference_and_head_do_not_disturb_each_other(
     policy.close()
 
 
+def _other_head(run: Path, to: Path) -> None:
+    """Copy a reward model, and change its head on purpose."""
+    shutil.copytree(run, to)
+    head = load_file(to / "adapter" / "head.safetensors")
+    save_file({**head, "bias": head["bias"] + 1}, to / "adapter" / "head.safetensors")
+    (to / "adapter" / DIGESTS).unlink()
+
+
 def test_a_run_is_resumed_with_the_same_head_only(
     flags: list[str], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,16 +173,39 @@ def test_a_run_is_resumed_with_the_same_head_only(
     assert main(["train", "--resume", str(tmp_path / "part")]) == 0
     assert metrics(tmp_path / "part") == whole and rollouts(tmp_path / "part") == rollouts(tmp_path / "whole")
     assert same_weights(tmp_path / "part" / "adapter", tmp_path / "whole" / "adapter")
-    shutil.rmtree(tmp_path / "part" / "adapter")
-    shutil.rmtree(tmp_path / "part" / "checkpoints" / "step-3")
-    adapter = tmp_path / "rm" / "adapter"
+    for gone in ("adapter", "checkpoints/step-3"):
+        shutil.rmtree(tmp_path / "part" / gone)
+    # The head's folder moves and gets another name.
+    (tmp_path / "rm").rename(tmp_path / "judge")
+    resume, source = ["train", "--resume", str(tmp_path / "part")], f"{tmp_path / 'judge'}"
+    for more, message in (
+        ([], f"{tmp_path / 'rm'} is not there; put it back, or give --reward {tmp_path / 'rm'} with its new place"),
+        (["--reward", f"{source}=2"], f"--reward is {source}=2, but the run has {tmp_path / 'rm'}"),
+        (["--reward", "answer:number"], "--reward is answer:number, but the run has"),
+        (["--reward", str(place / "other")], "--reward other is not the model that this run began with"),
+    ):
+        if more and "other" in more[1] and not (place / "other").exists():
+            _other_head(place / "rm", place / "other")
+        assert main([*resume, *more]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert main([*resume, "--reward", source]) == 0
+    assert "what was called rm is judge in metrics from here on" in " ".join(capsys.readouterr().out.split())
+    assert same_weights(tmp_path / "part" / "adapter", tmp_path / "whole" / "adapter")
+    assert metrics(tmp_path / "part")[-1]["rewards/judge/mean"] == whole[-1]["rewards/rm/mean"]
+    for gone in ("adapter", "checkpoints/step-3"):  # config.yaml has its new place, the older checkpoint the old one
+        shutil.rmtree(tmp_path / "part" / gone)
+    assert main(resume) == 0
+    assert same_weights(tmp_path / "part" / "adapter", tmp_path / "whole" / "adapter")
+    for gone in ("adapter", "checkpoints/step-3"):
+        shutil.rmtree(tmp_path / "part" / gone)
+    adapter = tmp_path / "judge" / "adapter"
     head = load_file(adapter / "head.safetensors")
     save_file({**head, "bias": head["bias"] + 1}, adapter / "head.safetensors")
     assert main(["train", "--resume", str(tmp_path / "part")]) == 2
     assert "head.safetensors is not what was written" in capsys.readouterr().err
     (adapter / DIGESTS).unlink()  # changed on purpose
     assert main(["train", "--resume", str(tmp_path / "part")]) == 2
-    assert "--reward rm is not the model that this run began with" in " ".join(capsys.readouterr().err.split())
+    assert "--reward judge is not the model that this run began with" in " ".join(capsys.readouterr().err.split())
     assert main(["train", "--resume", str(tmp_path / "part"), "--accept-changes"]) == 0
 
 
@@ -187,6 +218,7 @@ def test_a_run_is_resumed_with_the_same_head_only(
         ("{place}/dpo", "is no reward model: it has no reward.json"),
         ("implicit:{place}/none", "no such folder; expected that of a run of lite-dil train"),
         ("implicit:{place}/peft", "nothing there says which beta it was trained with; give it as the weight"),
+        ("implicit:{place}/peft=0.1", "was trained on another base than"),
         ("hf:{place}/none", "--reward hf:{place}/none: no such folder, and not a hub id"),
         ("hf:{tiny}", "it has 2 labels; expected a reward model, which has one"),
         ("{place}/rm,{place}/rm", "is there twice"),
@@ -253,9 +285,16 @@ def test_an_implicit_reward_is_beta_times_the_log_ratio(
     assert lines[0]["reward"] == pytest.approx(2 * np.mean(expected), abs=4e-4)
 
 
-def test_the_weight_is_beta_where_nothing_says_it(flags: list[str], short: str, place: Path, tmp_path: Path) -> None:
+def test_the_weight_is_beta_where_nothing_says_it(
+    flags: list[str], short: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = shutil.copytree(place / "dpo" / "adapter", tmp_path / "peft", ignore=shutil.ignore_patterns(DIGESTS))
     run([*flags, "--reward", f"implicit:{source}=1", "--max-steps", "1"], tmp_path / "a")
+    assert "warning" not in capsys.readouterr().out
+    about = json.loads((source / "adapter_config.json").read_text()) | {"base_model_name_or_path": "some/other"}
+    (source / "adapter_config.json").write_text(json.dumps(about))
+    run([*flags, "--reward", f"implicit:{source}=1", "--max-steps", "1"], tmp_path / "c")
+    assert "its base is called some/other, and no hash of that is there" in " ".join(capsys.readouterr().out.split())
     run([*flags, "--reward", f"implicit:{place / 'dpo'}", "--max-steps", "1"], tmp_path / "b")
     found = [np.array([row["reward"] for row in rollouts(tmp_path / name)]) for name in "ab"]
     np.testing.assert_allclose(0.3 * found[0], found[1], atol=1e-6)
