@@ -14,19 +14,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from theorem_page import TRIED, write_page
 from theorem_training import Measured, train
-from theorem_world import Held, Setting, World, questions
+from theorem_world import Held, Ids, Setting, World, questions
 
 import lite_dil as dil
 from lite_dil.base.files import replace_file
 from lite_dil.base.hashing import digest
-from lite_dil.base.signs import CHOSEN, REJECTED
-from lite_dil.data.encoder import Example
 
+TokenRow: TypeAlias = dict[str, Ids]
 LOSSES: dict[str, dict[str, str | float]] = {
     "sft": {"loss": "sft"},
     "ukl": {"loss": "ukl"},
@@ -66,7 +65,7 @@ class Trainings:
         self._prompts, self._held_out = list(prompts), held_out
         self._world: tuple[float, World] | None = None
         self._held: dict[int, Held] = {}
-        self._drawn: dict[tuple[int, int], list[Example]] = {}
+        self._drawn: dict[tuple[int, int], list[TokenRow]] = {}
 
     @property
     def asked(self) -> str:
@@ -90,14 +89,14 @@ class Trainings:
             self._held[seed] = Held(world, world.pairs(some, 10**6 + seed), seed)
         return self._held[seed]
 
-    def examples(self, world: World, seed: int, step: int) -> list[Example]:
+    def rows(self, world: World, seed: int, step: int) -> list[TokenRow]:
         """Return a step's fresh pairs; the same for all arms of a seed."""
         if (seed, step) not in self._drawn:
             order = np.random.default_rng([seed, 1]).permutation(len(self._prompts))[self._held_out :]
             some = [self._prompts[order[(PAIRS * (step - 1) + i) % len(order)]] for i in range(PAIRS)]
             drawn = world.pairs(some, 10**4 * seed + step)
             self._drawn[seed, step] = [
-                Example(world.ids(prompt), (chosen, rejected), (CHOSEN, REJECTED))
+                {"prompt_ids": world.ids(prompt), "chosen_ids": chosen, "rejected_ids": rejected}
                 for prompt, chosen, rejected in zip(drawn.prompts, drawn.chosen, drawn.rejected, strict=True)
             ]
         return self._drawn[seed, step]
@@ -113,7 +112,7 @@ class Trainings:
         held = self.held(arm.seed, world)
         options = LOSSES[arm.loss] | {"logp_reduction": "sum", "learning_rate": arm.rate, "batch_size": PAIRS}
         measured = Measured(held.measure, MEASURED)
-        pairs = [pair for step in range(1, arm.steps + 1) for pair in self.examples(world, arm.seed, step)]
+        pairs = [pair for step in range(1, arm.steps + 1) for pair in self.rows(world, arm.seed, step)]
         train(world.policy.fresh(arm.seed), pairs, options | {"row_tokens": ROW_TOKENS}, measured)
         clipped = np.cumsum([line["grad_norm"] > arm.clip for line in measured.lines])
         points = [
