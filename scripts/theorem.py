@@ -146,12 +146,18 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--temperature is in place of --system; give one of them")
     if args.rate is not None and args.rate_steps is not None:
         parser.error("--rate-steps is of the trainings that choose the rates, and --rate sets it; give one of them")
+    if args.null and args.rate is not None and (args.system is not None or args.temperature is not None):
+        parser.error("--null makes pi_chosen pi_ref, and --rate chooses no rate: --system and --temperature would be ignored")
+    if args.system == "":
+        parser.error("--system is empty; expected the system prompt of pi_chosen")
+    if min(args.seeds) < 0:
+        parser.error(f"--seeds: {min(args.seeds)} is below 0; expected integers from 0 on")
     if TRIED in args.seeds:
         parser.error(f"--seeds: {TRIED} is the seed of the trainings that choose the rates; give another")
     numbers = ("temperature", "rate", "clip", "tokens", "longest", "steps", "rate_steps", "held_out")
     for name in numbers:
-        if (value := getattr(args, name)) is not None and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} is {value:g}; expected a number above 0")
+        if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} is {value:g}; expected a finite number above 0")
 
 
 def main() -> None:
@@ -181,6 +187,10 @@ def main() -> None:
     setting = Setting(args.tokens, brief, args.temperature or 1.0)
     prompts = questions(args.prompts, args.longest)
     apart, rest = prompts[::5], [prompt for number, prompt in enumerate(prompts) if number % 5]
+    if (fewest := min(len(apart), len(rest))) <= args.held_out:
+        parser.error(
+            f"--held-out {args.held_out} leaves nothing to train on: there are {fewest} prompts; give fewer, or more data"
+        )
     tried = Trainings(setting, apart, args.held_out, args.output, args.model)
     rates = {loss: args.rate or best_rate(tried, loss, args.clip, args.rate_steps or 20) for loss in args.losses}
     print("rates: " + ", ".join(f"{loss} {rate:g}" for loss, rate in rates.items()), flush=True)
