@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -148,6 +149,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--rate-steps is of the trainings that choose the rates, and --rate sets it; give one of them")
     if args.null and args.rate is not None and (args.system is not None or args.temperature is not None):
         parser.error("--null makes pi_chosen pi_ref, and --rate chooses no rate: --system and --temperature would be ignored")
+    if not args.prompts.is_file():
+        parser.error(f"--prompts {args.prompts}: there is no such file")
     if args.system == "":
         parser.error("--system is empty; expected the system prompt of pi_chosen")
     if min(args.seeds) < 0:
@@ -187,7 +190,7 @@ def main() -> None:
     setting = Setting(args.tokens, brief, args.temperature or 1.0)
     prompts = questions(args.prompts, args.longest)
     apart, rest = prompts[::5], [prompt for number, prompt in enumerate(prompts) if number % 5]
-    if (fewest := min(len(apart), len(rest))) <= args.held_out:
+    if (fewest := min(map(len, (rest,) if args.rate else (apart, rest)))) <= args.held_out:
         parser.error(
             f"--held-out {args.held_out} leaves nothing to train on: there are {fewest} prompts; give fewer, or more data"
         )
@@ -203,4 +206,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except dil.UserError as error:
+        print(f"theorem.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

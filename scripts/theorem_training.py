@@ -9,7 +9,6 @@ from typing import Any
 
 import lite_dil as dil
 from lite_dil.base.streams import epoch_order
-from lite_dil.config.train_config import TrainConfig
 from lite_dil.generation.policy import Policy
 
 
@@ -41,6 +40,7 @@ def train(policy: Policy, pairs: Sequence[Mapping[str, Any]], options: dict[str,
     options = options | {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "logging_steps": 1, "reference_cache": "off"}
     options |= {"epochs": 1, "gradient_accumulation_steps": 1, "eval_fraction": 0.0, "report_samples": 0}
     longest = max(len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs)
-    assert longest <= TrainConfig.max_length, f"a pair of {longest} tokens would be cut to {TrainConfig.max_length}"
+    if longest > (most := policy.options.max_length):
+        raise dil.UserError(f"a pair of {longest} tokens would be cut to {most}; give a smaller --tokens or --longest")
     with tempfile.TemporaryDirectory() as folder:
         dil.train(policy, rows, observers=[measured], output_dir=Path(folder) / "run", **options)
