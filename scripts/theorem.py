@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from theorem_page import TRIED, write_page
 from theorem_training import Measured, train
-from theorem_world import Held, Setting, World, questions
+from theorem_world import Held, Ids, Setting, World, questions
 
 import lite_dil as dil
 from lite_dil.base.files import replace_file
 from lite_dil.base.hashing import digest
-from lite_dil.base.signs import CHOSEN, REJECTED
-from lite_dil.data.encoder import Example
 
+TokenRow: TypeAlias = dict[str, Ids]
 LOSSES: dict[str, dict[str, str | float]] = {
     "sft": {"loss": "sft"},
     "ukl": {"loss": "ukl"},
@@ -66,7 +66,7 @@ class Trainings:
         self._prompts, self._held_out = list(prompts), held_out
         self._world: tuple[float, World] | None = None
         self._held: dict[int, Held] = {}
-        self._drawn: dict[tuple[int, int], list[Example]] = {}
+        self._drawn: dict[tuple[int, int], list[TokenRow]] = {}
 
     @property
     def asked(self) -> str:
@@ -90,14 +90,14 @@ class Trainings:
             self._held[seed] = Held(world, world.pairs(some, 10**6 + seed), seed)
         return self._held[seed]
 
-    def examples(self, world: World, seed: int, step: int) -> list[Example]:
+    def rows(self, world: World, seed: int, step: int) -> list[TokenRow]:
         """Return a step's fresh pairs; the same for all arms of a seed."""
         if (seed, step) not in self._drawn:
             order = np.random.default_rng([seed, 1]).permutation(len(self._prompts))[self._held_out :]
             some = [self._prompts[order[(PAIRS * (step - 1) + i) % len(order)]] for i in range(PAIRS)]
             drawn = world.pairs(some, 10**4 * seed + step)
             self._drawn[seed, step] = [
-                Example(world.ids(prompt), (chosen, rejected), (CHOSEN, REJECTED))
+                {"prompt_ids": world.ids(prompt), "chosen_ids": chosen, "rejected_ids": rejected}
                 for prompt, chosen, rejected in zip(drawn.prompts, drawn.chosen, drawn.rejected, strict=True)
             ]
         return self._drawn[seed, step]
@@ -113,7 +113,7 @@ class Trainings:
         held = self.held(arm.seed, world)
         options = LOSSES[arm.loss] | {"logp_reduction": "sum", "learning_rate": arm.rate, "batch_size": PAIRS}
         measured = Measured(held.measure, MEASURED)
-        pairs = [pair for step in range(1, arm.steps + 1) for pair in self.examples(world, arm.seed, step)]
+        pairs = [pair for step in range(1, arm.steps + 1) for pair in self.rows(world, arm.seed, step)]
         train(world.policy.fresh(arm.seed), pairs, options | {"row_tokens": ROW_TOKENS}, measured)
         clipped = np.cumsum([line["grad_norm"] > arm.clip for line in measured.lines])
         points = [
@@ -147,12 +147,20 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--temperature is in place of --system; give one of them")
     if args.rate is not None and args.rate_steps is not None:
         parser.error("--rate-steps is of the trainings that choose the rates, and --rate sets it; give one of them")
+    if args.null and args.rate is not None and (args.system is not None or args.temperature is not None):
+        parser.error("--null makes pi_chosen pi_ref, and --rate chooses no rate: --system and --temperature would be ignored")
+    if not args.prompts.is_file():
+        parser.error(f"--prompts {args.prompts}: there is no such file")
+    if args.system == "":
+        parser.error("--system is empty; expected the system prompt of pi_chosen")
+    if min(args.seeds) < 0:
+        parser.error(f"--seeds: {min(args.seeds)} is below 0; expected integers from 0 on")
     if TRIED in args.seeds:
         parser.error(f"--seeds: {TRIED} is the seed of the trainings that choose the rates; give another")
     numbers = ("temperature", "rate", "clip", "tokens", "longest", "steps", "rate_steps", "held_out")
     for name in numbers:
-        if (value := getattr(args, name)) is not None and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} is {value:g}; expected a number above 0")
+        if (value := getattr(args, name)) is not None and not 0 < value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} is {value:g}; expected a finite number above 0")
 
 
 def main() -> None:
@@ -182,6 +190,10 @@ def main() -> None:
     setting = Setting(args.tokens, brief, args.temperature or 1.0)
     prompts = questions(args.prompts, args.longest)
     apart, rest = prompts[::5], [prompt for number, prompt in enumerate(prompts) if number % 5]
+    if (fewest := min(map(len, (rest,) if args.rate else (apart, rest)))) <= args.held_out:
+        parser.error(
+            f"--held-out {args.held_out} leaves nothing to train on: there are {fewest} prompts; give fewer, or more data"
+        )
     tried = Trainings(setting, apart, args.held_out, args.output, args.model)
     rates = {loss: args.rate or best_rate(tried, loss, args.clip, args.rate_steps or 20) for loss in args.losses}
     print("rates: " + ", ".join(f"{loss} {rate:g}" for loss, rate in rates.items()), flush=True)
@@ -194,4 +206,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except dil.UserError as error:
+        print(f"theorem.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,33 +1,18 @@
-"""A training on token ids, measured on the way: the recipe of preference training, with data that no row could express."""
+"""A training on fresh pairs, given as token ids, in their order; measured on the way."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lite_dil.api.training import decided
-from lite_dil.base.display import Display, Silent
-from lite_dil.base.hashing import digest
-from lite_dil.base.observer import Event, Observer, Observers
-from lite_dil.batching.schedule import Schedule
-from lite_dil.config.options import build
-from lite_dil.config.train_config import ResolvedConfig
-from lite_dil.data.encoder import Encoder, Example
-from lite_dil.data.rows import rows_name
+import lite_dil as dil
+from lite_dil.base.streams import epoch_order
 from lite_dil.generation.policy import Policy
-from lite_dil.recipes.given import Given
-from lite_dil.recipes.read_data import RunData
-from lite_dil.recipes.running import Recipe, Watched, run_training
-from lite_dil.recipes.session import Opening, TrainingSession, open_session
-from lite_dil.runs.checkpoints import Checkpoints
-from lite_dil.runs.metrics_log import MetricsLog
 
 
-class Measured(Observer):
+class Measured(dil.Observer):
     """Measures the policy after some steps and the last, and collects the metrics of all.
 
     Attributes:
@@ -39,7 +24,7 @@ class Measured(Observer):
         self._measure, self._steps = measure, steps
         self.lines, self.points = list[dict[str, Any]](), dict[int, dict[str, Any]]()
 
-    def after_step(self, event: Event) -> None:
+    def after_step(self, event: dil.Event) -> None:
         """Take the step's metrics, and measure if it is time."""
         assert event.line is not None  # each step is logged
         self.lines.append(event.line)
@@ -47,26 +32,15 @@ class Measured(Observer):
             self.points[event.step] = self._measure()
 
 
-def train(policy: Policy, pairs: Sequence[Example], options: dict[str, Any], measured: Measured) -> None:
+def train(policy: Policy, pairs: Sequence[Mapping[str, Any]], options: dict[str, Any], measured: Measured) -> None:
     """Train the policy's adapter once on the pairs, in their order, with a constant rate; its run's folder is not kept."""
-    given = decided(policy, "theorem.py") | options
-    given |= {"data": rows_name(digest([(pair.prompt, pair.responses) for pair in pairs])), "gradient_accumulation_steps": 1}
-    given |= {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "logging_steps": 1, "reference_cache": "off"}
+    assert policy.options is not None
+    order = epoch_order(policy.options.seed, 0).permutation(len(pairs)).tolist()  # in which the epoch takes the rows
+    rows = [pair for _, pair in sorted(zip(order, pairs, strict=True), key=lambda both: both[0])]
+    options = options | {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "logging_steps": 1, "reference_cache": "off"}
+    options |= {"epochs": 1, "gradient_accumulation_steps": 1, "eval_fraction": 0.0, "report_samples": 0}
+    longest = max(len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs)
+    if longest > (most := policy.options.max_length):
+        raise dil.UserError(f"a pair of {longest} tokens would be cut to {most}; give a smaller --tokens or --longest")
     with tempfile.TemporaryDirectory() as folder:
-        config = build(given | {"output_dir": str(Path(folder) / "run")}, {})
-        order = Schedule(config, pairs).order(0)
-        shuffled = [pair for _, pair in sorted(zip(order.tolist(), pairs, strict=True), key=lambda both: both[0])]
-        recipe = Recipe("theorem", "", partial(_open, pairs=shuffled), _watched)
-        run_training(recipe, config, Silent(), None, None, [measured], Given(policy))
-
-
-def _open(opening: Opening, pairs: Sequence[Example]) -> TrainingSession:
-    def read(encoder: Encoder, config: ResolvedConfig, say: Callable[[str], None], given: Given) -> RunData:
-        return RunData(pairs, [], [], [], [], config)
-
-    return open_session(replace(opening, read=read))
-
-
-def _watched(session: TrainingSession, training: Any, display: Display, own: Sequence[Observer]) -> Watched:
-    checkpoints = Checkpoints(session.folder, training.progress, session.save_state, session.save_adapter, session.config)
-    return Observers([MetricsLog([session.folder.log]), *own, checkpoints]), checkpoints
+        dil.train(policy, rows, observers=[measured], output_dir=Path(folder) / "run", **options)

@@ -11,12 +11,17 @@ from rich.padding import Padding
 from rich.text import Text
 
 from lite_dil.base.text import count, visible
-from lite_dil.data.formats import FORMATS
+from lite_dil.data.formats import FORMATS, kind_of_prompts
 from lite_dil.planning.how_long import in_words
 
 # Tokens shown from the start and from the end of a text that is too long to show whole.
 _PROMPT, _ANSWER = (40, 60), (160, 80)
 _STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
+_LAID_OUT = {
+    "chat messages": ", laid out by the model's chat template",
+    "plain text": ", no chat template",
+    "token ids": ", trained as they are",
+}
 _FORMS = {"pairs": "pairs", "unpaired": "single answers with labels", "demonstrations": "demonstrations"}
 
 
@@ -86,7 +91,8 @@ class Show:
             self._line(f"columns not read: {', '.join(map(str, source['unread']))}", indent=2)
 
     def _answers(self, found: dict[str, Any]) -> None:
-        kind = "chat messages, laid out by the model's chat template" if found["chat"] else "plain text, no chat template"
+        kind = kind_of_prompts(found["chat"], [source["format"] for source in found["sources"]])
+        kind += _LAID_OUT[kind]
         numbers = found["answers"]
         sides = f": {numbers['chosen']:,} good and {numbers['rejected']:,} bad" if found["form"] == "unpaired" else ""
         self._line()

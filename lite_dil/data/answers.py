@@ -11,7 +11,7 @@ from lite_dil.base.errors import UserError
 from lite_dil.base.signs import CHOSEN
 from lite_dil.data.columns import Columns, learn, tidy
 from lite_dil.data.compared import BETTER
-from lite_dil.data.draft import Draft
+from lite_dil.data.draft import Draft, refuse_ids
 from lite_dil.data.files import RowError
 from lite_dil.data.format_readers import LISTS, QUESTIONS, text_of
 from lite_dil.data.formats import format_of, read
@@ -91,6 +91,7 @@ def _row(row: Any, place: str, format: str, chat: bool) -> AnswerRow:
     if not isinstance(row, Columns):
         raise RowError("not an object", f"expected a JSON object with 'prompt' and 'completion', found {kind_of(row)}")
     draft, labels = _draft(row, format, chat)
+    refuse_ids(draft)
     check_prompt(draft.prompt)
     said = row.get("id")
     return AnswerRow(

@@ -21,6 +21,7 @@ from lite_dil.data.messages import is_message, kind_of
 _LISTS = {
     *("tools", "history", "conversations", "messages", "responses", "completions", "answers", "candidates", "generations"),
     *("outputs", "scores", "overall_scores", "ratings", "rewards", "ranks", "turns"),
+    *("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids"),
 }
 _SAID = ("response", "answer", "completion", "output", "text", "reply", "message", "messages", "conversation", "conversations")
 # Other names of fields: chosen_response (argilla), rejected_response and rejected_messages (ms-swift), chosen_messages

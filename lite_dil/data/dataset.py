@@ -17,7 +17,7 @@ from lite_dil.base.streams import row_draws
 from lite_dil.base.text import count
 from lite_dil.data.encoder import Encoder, Example, truncate
 from lite_dil.data.files import RowError
-from lite_dil.data.formats import FORMATS
+from lite_dil.data.formats import FORMATS, kind_of_prompts
 from lite_dil.data.options import DataOptions
 from lite_dil.data.reader import MARGIN, Problem, Reader, Row, check_kept, parse_columns
 from lite_dil.data.rows import DATA, Rows
@@ -188,9 +188,10 @@ def _read(
                 except RowError as error:
                     refused.append((before, Problem(error.kind, row.place, str(error))))
                     continue
-                writer.append(example, whole, None if watch else row.prompt)
+                shown = encoder.spelled(row)
+                writer.append(example, whole, None if watch else shown.prompt)
                 if watch:
-                    watch(row, whole, example)
+                    watch(shown, whole, example)
             for before, problem in reversed(refused):
                 reader.problems.insert(before, problem)
         kept, problems = len(writer) - first, reader.problems
@@ -206,8 +207,7 @@ def _check(sources: list[Source], options: DataOptions, strict: bool) -> None:
         check_kept(source.name, source.problems, source.notes, source.kept, options.skip_bad_rows)
     used = [source for source in sources if source.kept]
     for source in used:
-        if (source.form, source.chat) != (used[0].form, used[0].chat):
-            one, other = _kind(used[0]), _kind(source)
+        if (other := _kind(source)) != (one := _kind(used[0])):
             raise UserError(f"--data: {used[0].name} has {one} and {source.name} {other}; train on one kind at a time")
 
 
@@ -253,7 +253,7 @@ def _needed(example: Example) -> int:
 def _cut(whole: Example, max_length: int) -> Example:
     """Cut an example. Raises RowError if a pair's responses differ only in what is cut off: nothing is learned from it."""
     cut, *_ = truncate(whole, max_length)
-    if len(cut.signs) < 2 or cut.responses[0] != cut.responses[1]:
+    if len(cut.signs) < 2 or cut.responses[0] != cut.responses[1] or whole.responses[0] == whole.responses[1]:
         return cut
     same = len(cut.responses[0])
     while whole.responses[0][same : same + 1] == whole.responses[1][same : same + 1]:
@@ -289,7 +289,7 @@ def _weights(data: str | Rows) -> list[float]:
 
 
 def _kind(source: Source) -> str:
-    return f"{source.form} of {'chat messages' if source.chat else 'plain text'}"
+    return f"{source.form} of {kind_of_prompts(source.chat, [source.format])}"
 
 
 def epoch_rows(rows: int, weight: float) -> tuple[int, int]:
@@ -311,7 +311,8 @@ def describe(data: DataSet) -> str:
     """Return a line that says how the rows were read."""
     formats = dict.fromkeys(source.format for source in data.sources)
     titles = "; ".join(f"{FORMATS[name].title} ({name})" for name in formats)
-    return f"{'chat messages' if data.chat else 'plain text, no chat template'}, read as {titles}"
+    kind = kind_of_prompts(data.chat, formats)
+    return f"{kind}{', no chat template' if kind == 'plain text' else ''}, read as {titles}"
 
 
 def remarks(data: DataSet) -> list[str]:

@@ -27,6 +27,13 @@ class Draft(NamedTuple):
     notes: tuple[str, ...] = ()
     labelled: bool = False  # the sign comes from a label
     arguments: dict[str, Any] | None = None
+    ids: tuple[tuple[int, ...], ...] = ()  # the prompt's token ids and each response's, in place of texts
+
+
+def refuse_ids(draft: Draft) -> None:
+    """Raise RowError if a row has token ids where texts are needed."""
+    if draft.ids:
+        raise RowError("token ids", "the row has token ids, which only training and held-out data may be; expected text")
 
 
 class Tie(RowError):

@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from lite_dil.base.errors import UserError
@@ -19,7 +19,7 @@ from lite_dil.data.rendering import Rendering
 from lite_dil.data.segments import Segments
 from lite_dil.models.find import load_tokenizer
 from lite_dil.models.options import ModelOptions
-from lite_dil.models.table import beyond_table
+from lite_dil.models.table import beyond_table, table_rows
 
 TokenIds = tuple[int, ...]
 
@@ -109,7 +109,7 @@ class Encoder:
 
     def encode_all(self, rows: Sequence[Row], notes: Counter[str] | None = None) -> list[Example | RowError]:
         """Return for each row what `encode` returns or raises; many rows at once take half the time."""
-        rendered = [self._rendered(row) for row in rows]
+        rendered = [None if row.ids else self._rendered(row) for row in rows]
         texts = list[list[str]]()  # as segments: of each row the prompt, its last segment, and that with each response
         for text in rendered:
             if isinstance(text, _Rendered):
@@ -124,8 +124,40 @@ class Encoder:
                 if notes is not None and isinstance(found[-1], Example):
                     notes.update(text.notes)
             else:
-                found.append(text)
+                found.append(text or self._as_given(row, notes))
         return found
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        # The model's table may have rows that the tokenizer has no text for, and a sampler draws them too.
+        return table_rows(self.tokenizer) or max(self.tokenizer.get_vocab().values()) + 1
+
+    @cached_property
+    def _ends(self) -> frozenset[int]:
+        return frozenset(self.end_ids())
+
+    def _as_given(self, row: Row, notes: Counter[str] | None) -> Example | RowError:
+        """Return a row of token ids: nothing is put in front of them, or at their end."""
+        fields = ("prompt_ids", "chosen_ids", "rejected_ids") if row.form == "pairs" else ("prompt_ids", "completion_ids")
+        for name, ids in zip(fields, row.ids, strict=True):
+            if max(ids) >= self._vocabulary:
+                return RowError(
+                    "token ids",
+                    f"field {name!r} has the token {max(ids)}, which the model lacks; expected ids from 0 to "
+                    f"{self._vocabulary - 1}",
+                )
+        prompt, *responses = row.ids
+        if notes is not None and any(response[-1] not in self._ends for response in responses):
+            notes["token ids of a response without an end token at its end: the model does not learn to end there"] += 1
+        return Example(prompt, tuple(responses), row.signs, row.place, row.margin)
+
+    def spelled(self, row: Row) -> Row:
+        """Return a row with texts for people: those of its token ids, if it has some."""
+        if not row.ids:
+            return row
+        prompt, *responses = row.ids
+        answers = tuple(continuation_text(self.tokenizer, prompt, response) for response in responses)
+        return replace(row, prompt=continuation_text(self.tokenizer, (), prompt), answers=answers)
 
     def _example(self, row: Row, text: _Rendered, ids: tuple[int, ...], others: list[tuple[int, ...]]) -> Example | RowError:
         """Return a row's tokens; `ids` are its prompt's, `others` those of its last segment, alone and with each response."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 from lite_dil.base.errors import nearest
 from lite_dil.base.signs import CHOSEN, REJECTED
+from lite_dil.data.arguments import FIELD
 from lite_dil.data.columns import is_word, question_of
 from lite_dil.data.draft import PAIR, TIES, Draft, Raw, Tie
 from lite_dil.data.files import Cell, RowError
@@ -18,7 +20,13 @@ LISTS = ("responses", "completions", "answers", "candidates", "generations", "ou
 TEXTS = ("response", "completion", "answer", "text", "content", "output", "generation")
 SCORE_FIELDS = ("score", "overall_score", "rating", "reward")
 QUESTIONS = ("prompt", "instruction", "question", "query")
+ID_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
 _NOTHING: tuple[Any, ...] = (None, "", [])
+_WORDS = (
+    *("prompt", "chosen", "rejected", "completion", "messages", "conversations", "instruction", "system", "history", "tools"),
+    FIELD,
+)
+_AGREED = "'chosen_ids' and 'rejected_ids' are the same tokens, as two draws may be: kept"
 _REPEATED = "responses that began with the whole prompt: removed it"
 
 
@@ -290,6 +298,36 @@ def _score(row: Raw, item: Any, field: str, number: int) -> float:
         f"{field}[{number}] has no score; expected one of {', '.join((*SCORE_FIELDS, 'rank'))} there, or a list "
         f"of them next to {field!r}",
     )
+
+
+def of_ids(row: Raw) -> Draft:
+    """Read a row of token ids, trained as they are: a pair, or one response with or without a label. Raises RowError."""
+    pair = "chosen_ids" in row or "rejected_ids" in row
+    fields = ID_FIELDS[:3] if pair else (ID_FIELDS[0], ID_FIELDS[3])
+    _need(row, fields)
+    for name in (*_WORDS, *(ID_FIELDS[3:] if pair else ())):
+        if row.get(name) not in _NOTHING:
+            raise RowError(
+                "beside token ids",
+                f"field {name!r} beside {fields[1]!r}: token ids are trained as they are, with nothing else; remove one of "
+                "the two, or --data-format preference (or another) reads the text",
+            )
+    ids = tuple(_read_ids(row[name], name) for name in fields)
+    if pair:
+        notes = (_AGREED,) if ids[1] == ids[2] else ()
+        return Draft("", ("", ""), PAIR, notes=notes, ids=ids)
+    label = next((name for name in ("kto_tag", "label") if name in row), "")
+    return Draft("", ("",), (_label(row, label) if label else CHOSEN,), labelled=bool(label), ids=ids)
+
+
+def _read_ids(value: Any, name: str) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        found = kind_of(value) if value else "empty"
+        raise RowError("token ids", f"field {name!r} is {found}; expected a list of one or more token ids")
+    for number, each in enumerate(value):
+        if isinstance(each, bool) or not isinstance(each, Integral) or each < 0:
+            raise RowError("token ids", f"{name}[{number}] is {str(each)[:40]!r}; expected a token id, an integer from 0 on")
+    return tuple(map(int, value))
 
 
 # --- helpers ---

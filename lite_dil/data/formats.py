@@ -13,7 +13,7 @@ from lite_dil.data.arguments import FIELD, read_arguments
 from lite_dil.data.columns import refuse_unreadable
 from lite_dil.data.draft import Draft, Raw
 from lite_dil.data.files import RowError
-from lite_dil.data.format_readers import LISTS, QUESTIONS, SCORE_FIELDS, TEXTS, is_pair
+from lite_dil.data.format_readers import ID_FIELDS, LISTS, QUESTIONS, SCORE_FIELDS, TEXTS, is_pair
 from lite_dil.data.messages import Completion, Message, is_message, kind_of, read_messages, read_text, read_tools
 from lite_dil.data.splitting import is_transcript, transcript_prompt
 
@@ -26,6 +26,10 @@ class Format:
     fields: tuple[str, ...]
     fits: Callable[[Raw], bool]
     read: Callable[[Raw], Draft]
+
+
+def _fits_ids(row: Raw) -> bool:
+    return isinstance(row.get(ID_FIELDS[0]), (list, tuple))  # a --sample-file has rejected_ids beside its texts
 
 
 def _fits_hh(row: Raw) -> bool:
@@ -63,6 +67,7 @@ def _is_list(value: Any) -> bool:
 
 
 FORMATS: dict[str, Format] = {
+    "ids": Format("token ids", ID_FIELDS[:3], _fits_ids, readers.of_ids),  # first, so that text beside them is refused
     "hh": Format("raw HH transcripts, 'Human:' and 'Assistant:'", ("chosen", "rejected"), _fits_hh, readers.of_hh),
     "sharegpt": Format("ShareGPT / LLaMA-Factory conversations", ("conversations",), _fits_sharegpt, readers.of_sharegpt),
     "alpaca": Format("Alpaca instructions", ("instruction", "output"), _fits_alpaca, readers.of_alpaca),
@@ -88,6 +93,7 @@ ROW_FIELDS = sorted(
     | {
         *LISTS,
         *QUESTIONS,
+        *ID_FIELDS,
         *(f"{name}s" for name in (*SCORE_FIELDS, "rank")),
         "input",
         "system",
@@ -113,6 +119,11 @@ def format_of(row: Raw) -> str:
     return next((name for name, spec in FORMATS.items() if spec.fits(row)), "")
 
 
+def kind_of_prompts(chat: bool, formats: Iterable[str]) -> str:
+    """Return in words what the prompts of a data set are, which was read in these formats."""
+    return "token ids" if "ids" in formats else "chat messages" if chat else "plain text"
+
+
 def prompts_only(row: Raw) -> bool:
     """Return whether a row has a prompt and nothing that may be a response to it."""
     if any(row.get(name) not in (None, "", []) for name in _RESPONSES) or any(name in compared.SIDES_OF for name in row):
@@ -132,6 +143,10 @@ def read(row: Any, name: str, chat: bool = False) -> Draft:
         )
     refuse_unreadable(row)
     draft = spec.read(row)
+    if draft.ids:
+        if chat:
+            raise RowError("beside token ids", "--chat makes messages of text, and the row has token ids; leave it out")
+        return draft
     draft = draft._replace(tools=draft.tools or read_tools(row), arguments=read_arguments(row))
     if chat and isinstance(draft.prompt, str):
         turns = transcript_prompt(draft.prompt) or [{"role": "user", "content": draft.prompt.strip()}]

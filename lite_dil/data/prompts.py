@@ -15,7 +15,7 @@ from lite_dil.base.hashing import digest
 from lite_dil.data.arguments import FIELD
 from lite_dil.data.columns import Columns, learn, refuse_unreadable, tidy
 from lite_dil.data.compared import BETTER
-from lite_dil.data.draft import Draft, Tie
+from lite_dil.data.draft import Draft, Tie, refuse_ids
 from lite_dil.data.encoder import Encoder, continuation_text, encoder_of
 from lite_dil.data.files import PlacedRow, RowError, text_lines
 from lite_dil.data.formats import format_of, read
@@ -282,4 +282,5 @@ def _draft(row: Any, format: str, chat: bool) -> Draft:
         hint = f"; if it is {near!r}: --columns prompt={near}" if near else ""
         raise RowError("no field 'prompt'", f"no field 'prompt'; the row has {', '.join(map(str, row)) or 'none'}{hint}")
     draft = read(row, format_of(row) if format == "auto" else format, chat)
+    refuse_ids(draft)
     return draft._replace(notes=(*draft.notes, *notes))

@@ -39,7 +39,8 @@ class Row:
     A pair has one of each, an unpaired row a single response, a demonstration a single chosen one. With `chat` the prompt is a
     list of messages, rendered by the model's chat template with the `tools` and the row's own `arguments` of the template;
     otherwise it is plain text that the responses continue. `margin` is by how much the reward of a pair's chosen response
-    should be above the other's, where it is read. `place` is where the row came from, for error messages.
+    should be above the other's, where it is read. With `ids`, the token ids of the prompt and of each response, there is no
+    text. `place` is where the row came from, for error messages.
     """
 
     prompt: str | list[Message]
@@ -50,6 +51,7 @@ class Row:
     tools: list[dict[str, Any]] | None = field(default=None, compare=False)
     arguments: dict[str, Any] | None = field(default=None, compare=False)
     margin: float = 0.0
+    ids: tuple[tuple[int, ...], ...] = ()
 
     @property
     def chat(self) -> bool:
@@ -314,13 +316,15 @@ def _margin(value: Any) -> float:
 
 def _checked(draft: Draft, place: str) -> Row:
     """Return a draft as a row, or raise RowError if nothing can be learned from it."""
+    form = "pairs" if len(draft.signs) > 1 else "unpaired" if draft.labelled else "demonstrations"
+    if draft.ids:  # two draws of a sampler may agree
+        return Row(draft.prompt, draft.answers, draft.signs, place, form, ids=draft.ids)
     check_prompt(draft.prompt)
     for answer, sign in zip(draft.answers, draft.signs, strict=True):
         said = answer if isinstance(answer, str) else answer["content"]
         if not said.strip() and not (isinstance(answer, dict) and answer.get("tool_calls")):
             side = "" if len(draft.signs) == 1 else "chosen " if sign == CHOSEN else "rejected "
             raise RowError("empty response", f"the {side}response is empty; write one or remove the row")
-    form = "pairs" if len(draft.signs) > 1 else "unpaired" if draft.labelled else "demonstrations"
     if form == "pairs" and same_text(draft.answers[0]) == same_text(draft.answers[1]):
         raise RowError(
             "identical responses", "'chosen' and 'rejected' are the same text: no preference to learn; remove the row"

@@ -62,8 +62,9 @@ class _Classifier(NamedTuple):
             return None
         config = read_object(folder / _CONFIG)
         text: dict[str, Any] = {**config, **(config.get("text_config") or {})}
-        found = [text.get(name) for name in ("hidden_size", "intermediate_size", "num_attention_heads")]
-        if not all(type(number) is int and number > 0 for number in found):
+        names = ("hidden_size", "intermediate_size", "num_attention_heads")
+        found = [number for name in names if type(number := text.get(name)) is int and number > 0]
+        if len(found) < len(names):
             return None
         hidden, intermediate, heads = found
         each = text.get("head_dim") or hidden // heads

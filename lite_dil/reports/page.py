@@ -8,6 +8,7 @@ from typing import Any
 
 from lite_dil.base.display import duration
 from lite_dil.config.train_config import FIELDS, TrainConfig, flag
+from lite_dil.data.formats import kind_of_prompts
 from lite_dil.objectives.own import shown
 from lite_dil.reports import html, outcome
 from lite_dil.reports.charts import Drawn, charts, draw, draw_margins
@@ -210,10 +211,10 @@ def _answer_lengths(record: RunRecord) -> str:
 
 
 def _data(data: dict[str, Any]) -> _Rows:
-    number = data["answers"]
+    number, formats = data["answers"], [source["format"] for source in data["sources"]]
     rows = [
         ["source", data["source"]],
-        ["form", f"{data['form']}, {'chat messages' if data['chat'] else 'plain text'}"],
+        ["form", f"{data['form']}, {kind_of_prompts(data['chat'], formats)}"],
         ["examples per epoch", f"{data['examples']:,}"],
         ["responses", f"{number['chosen']:,} chosen, {number['rejected']:,} rejected" if any(number.values()) else "drawn"],
         ["cut by --max-length", f"{data['prompts_cut']:,} prompts, {data['answers_cut']:,} responses"],

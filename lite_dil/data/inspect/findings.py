@@ -241,7 +241,8 @@ def _refusal(options: InspectOptions, data: DataSet, survey: Survey) -> str:
 def _warnings(options: InspectOptions, found: dict[str, Any], data: DataSet, has_template: bool) -> list[str]:
     """Return what does not stop training but may harm it."""
     warnings = []
-    if has_template and not found["chat"] and not any(mark["as_token"] for mark in found["marks"]):
+    ids = any(source.format == "ids" for source in data.sources)
+    if has_template and not found["chat"] and not ids and not any(mark["as_token"] for mark in found["marks"]):
         warnings.append(
             "the prompts are plain text, which the responses continue without the model's chat template; a model for chat "
             "learns more from messages: --chat makes user messages of the prompts"

@@ -81,7 +81,7 @@ class Survey:
         self.examples_cut += bool(answers_cut or prompt_cut)
         if len(self.two_prompts) < 2 and (not self.two_prompts or self.two_prompts[0].prompt != cut.prompt):
             self.two_prompts.append(cut)
-        for mark in sorted({mark for text in _texts(row) for mark in _MARKS.findall(text)}):
+        for mark in sorted({mark for text in (() if row.ids else _texts(row)) for mark in _MARKS.findall(text)}):
             if mark in self.marks or len(self.marks) < _KINDS_OF_MARKS:
                 self.marks[mark] += 1
                 self.first_with.setdefault(mark, row.place)

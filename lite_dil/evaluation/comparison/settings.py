@@ -287,7 +287,7 @@ def _split(rows: list[Row], source: str, config: ResolvedConfig) -> tuple[list[R
 
 def _prompt_digest(row: Row) -> bytes:
     """Return 8 bytes that name a prompt; chat templates may drop white space around a message, so it does not count there."""
-    prompt: Any = row.prompt
+    prompt: Any = row.ids[0] if row.ids else row.prompt
     if row.chat:
         prompt = [(message.get("role"), (message.get("content") or "").strip()) for message in prompt]
     return blake2([json.dumps(prompt).encode()], 8)
@@ -296,14 +296,17 @@ def _prompt_digest(row: Row) -> bytes:
 def as_json(row: Row) -> str:
     """Return a row as a line of JSON Lines, in its original form."""
     said = [answer if isinstance(answer, dict) else {"role": "assistant", "content": answer} for answer in row.answers]
-    answers: list[Any] = [[message] for message in said] if row.chat else list(row.answers)
+    answers: list[Any] = [[message] for message in said] if row.chat else list(row.ids[1:] or row.answers)
     fields: dict[str, Any]
     if row.form == "pairs":
         fields = {"chosen": answers[0], "rejected": answers[1]}
     else:
         fields = {"completion": answers[0]} | ({"label": row.signs[0] > 0} if row.form == "unpaired" else {})
     further = {name: value for name, value in (("tools", row.tools), (FIELD, row.arguments)) if value}
-    return json.dumps({"prompt": row.prompt, **fields, **further}, ensure_ascii=False) + "\n"
+    whole = {"prompt": row.ids[0] if row.ids else row.prompt, **fields}
+    if row.ids:
+        whole = {name if name == "label" else f"{name}_ids": value for name, value in whole.items()}
+    return json.dumps(whole | further, ensure_ascii=False) + "\n"
 
 
 def digest_of(rows: list[Row]) -> str:
