@@ -39,6 +39,7 @@ PAIRS = [
 LOGPS = {"cpu": 5e-5, "mlx": 1e-4}  # nats of one token
 ROUNDING = 3e-4  # nats: no more than this is put down to float32
 GRADIENT = {"cpu": 1e-4, "mlx": 1e-3}  # of the gradient's norm, for each weight
+GRADIENT_ROUNDING = 4e-4  # of it, likewise
 
 
 @dataclass
@@ -87,6 +88,9 @@ def check(model: Path, backend: str, place: Path, **more: Any) -> Found:
         tuned = PeftModel.from_pretrained(base, adapter, is_trainable=True).eval()
     found.reloaded = float(np.abs(token_logps(tuned, batch).numpy() - ours).max())
     found.gradient, found.targets = compare(gradients, gradients_of(tuned, batch))
+    bound_of_gradient = GRADIENT[backend]
+    if found.gradient > bound_of_gradient:
+        bound_of_gradient += min(2 * gradient_noise(tuned, batch), GRADIENT_ROUNDING)
     found.merged = float(np.abs(token_logps(independent(merged), batch).numpy() - ours).max())
     if not np.abs(ours - reference).max() > 1e-3:
         found.wrong.append("three steps changed nothing")
@@ -98,7 +102,7 @@ def check(model: Path, backend: str, place: Path, **more: Any) -> Found:
         ("log-probs", found.logps, bound_of_logps),
         ("the saved adapter's log-probs", found.reloaded, bound_of_logps),
         ("the merged model's log-probs", found.merged, bound_of_logps),
-        ("gradients", found.gradient, GRADIENT[backend]),
+        ("gradients", found.gradient, bound_of_gradient),
     ):
         if not value <= bound:
             found.wrong.append(f"{what} {value:.2g} off, {bound:.2g} allowed")
@@ -132,6 +136,14 @@ def noise(model: Any, batch: Batch) -> float:
     model.set_experts_implementation("eager")  # grouped products take no float64
     before = token_logps(model, batch)
     return float((token_logps(model.double(), batch) - before).abs().max())
+
+
+def gradient_noise(model: Any, batch: Batch) -> float:
+    """Return float32's own error of a model's gradients, which is then in float64; see `compare`."""
+    model.get_base_model().set_experts_implementation("eager")  # grouped products take no float64
+    before = gradients_of(model, batch)
+    found, _ = compare(before, gradients_of(model.double(), batch))
+    return found
 
 
 def sequences(model: Any, batch: Batch) -> list[torch.Tensor]:

@@ -263,6 +263,10 @@ def make(name: str, folder: Path, size: int = 1) -> Path:
         if vision:
             grown = {"out_hidden_size": 64 * size} if vision is _QWEN_VISION or "depth" in vision else {}
             settings["vision_config"] = {**vision, **grown}
+        rope = settings["text_config"].get("rope_parameters") or {}
+        if "mrope_section" in rope:  # together half of a head's width
+            rope = {**rope, "mrope_section": [part * size for part in rope["mrope_section"]]}
+            settings["text_config"]["rope_parameters"] = rope
         if not name.startswith("mistral3"):  # whose text model may be of several types
             del settings["text_config"]["model_type"]
         config = CONFIG_MAPPING[name.partition("-")[0]](**settings)
