@@ -17,16 +17,17 @@ TITLES = {"cpu": "CUDA, CPU", "mlx": "MLX"}
 HEAD = """# Models
 
 Which families of models train, on CUDA and CPU (torch) and on MLX. Find yours in the table: its name is `model_type` in the
-model's config.json, with `_text` where the text model has a name of its own. What is not there may train all the same: no list
-decides it, but what is seen when a model is loaded.
+model's config.json; `_text` is the text model alone, where that has a name of its own. What is not there may train all the
+same: what decides is a check when a model is loaded, not a list.
 
 - **trains**: exactly. A tiny checkpoint of the family, {sizes}, was trained for three steps and compared with transformers'
   own model and PEFT in float32: the log-ratio of a fresh adapter is 0 and its first lsif loss -1/2; log-probs of the base and
   of the trained model, the gradient of every adapter weight, the adapter saved and loaded by PEFT, and the merged export are
   the same, within {logps} nats a token and {gradient} of a gradient's norm. Where log-probs differ by more, by no more than
   twice float32's own error (at most {rounding} nats is put down to it), the table says by how much.
-- **refused**: the model is refused when it is loaded, in one sentence with a way out; the reasons are below the table.
-- **shared prompts**: each prompt is computed once for both of its responses. The others repeat it, which costs time and
+- **refused**: the tiny checkpoint was refused when it was loaded, in one sentence; the reasons are below the table. A reason
+  that names a setting (a window, a width) is about that checkpoint, and may not hold for yours.
+- **shared prompts**: each prompt is computed once for both of its responses. Other families repeat it, which costs time and
   memory and changes no result.
 
 ## What is left out
@@ -77,7 +78,7 @@ def page(results: Sequence[Result], bounds: tuple[float, float, float]) -> str:
         exact = sum(all(r.status == "exact" for r in of[backend] if r.family == name) for name in names)
         versions = ", ".join(f"{package} {version(package)}" for package in packages)
         both = sum(any(r.size == 2 for r in of[backend] if r.family == name) for name in names)
-        lines.append(f"- {TITLES[backend]}: {exact} of {len(names)} train, {both} of them tried in two sizes ({versions}).")
+        lines.append(f"- {TITLES[backend]}: {exact} of {len(names)} train, {both} were tried in two sizes ({versions}).")
     lines += [f"- Python {platform.python_version()}.", ""]
     lines += ["| family | CUDA, CPU | shared prompts | MLX | shared prompts |", "|---|---|---|---|---|"]
     reasons = []
