@@ -287,7 +287,7 @@ def _settings(name: str, size: int) -> dict[str, Any]:
     found |= FAMILIES[name]
     if name == "gpt_neox":  # as every Pythia has it
         found["intermediate_size"] = 4 * found["hidden_size"]
-    if name in ("helium", "cohere2", "internlm3", "mixtral", "recurrent_gemma"):  # whose last projection is square, in mlx-lm at least
+    if name in ("helium", "cohere2", "internlm3", "mixtral", "recurrent_gemma"):  # its last projection is square, by mlx-lm
         found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
     if name == "minicpm3":  # as mlx-lm computes it, and MiniCPM3-4B has it
         found["v_head_dim"] = found["hidden_size"] // found["num_attention_heads"]
