@@ -83,6 +83,15 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_no_heading_is_there_twice() -> None:
+    """On a page, or in the changes of a version: a part that is there twice is what a merge leaves."""
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")
+    for name, text in [*((path.name, text) for path, text in PAGES.items()), *(("CHANGELOG.md", part) for part in changes)]:
+        headings = re.findall(r"^#+ .+", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
+        twice = {heading for heading in headings if headings.count(heading) > 1}
+        assert not twice, f"{name}: {', '.join(sorted(twice))}"
+
+
 def test_the_example_data_and_config_train(tiny: str, tmp_path: Path) -> None:
     """The example rows and the example config, on a tiny model."""
     pairs, *others = [block for language, block in BLOCKS[ROOT / "docs" / "data.md"] if language == "json"]
