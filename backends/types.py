@@ -113,6 +113,11 @@ class Generated(NamedTuple):
     ids: list[int]
     end: int | None
 
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """The tokens with the end token, if there is one."""
+        return (*self.ids,) if self.end is None else (*self.ids, self.end)
+
     @classmethod
     def of(cls, tokens: list[int], end_ids: Sequence[int]) -> Generated:
         """Cut generated tokens at the first of `end_ids`."""

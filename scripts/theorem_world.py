@@ -86,7 +86,7 @@ class World:
                     seeds,
                     Sampling(temperature, 1.0),
                 )
-                found += [(*answer.ids, *(() if answer.end is None else (answer.end,))) for answer in answers]
+                found += [answer.whole for answer in answers]
         return found
 
     def pairs(self, questions: Sequence[str], seed: int) -> Drawn:

@@ -253,6 +253,20 @@ def tiny_tied(shared: Callable[[str, Make], Path]) -> str:
 
 
 @pytest.fixture(scope="session")
+def llama(shared: Callable[[str, Make], Path]) -> str:
+    """A checkpoint large enough to measure its memory."""
+
+    def make(folder: Path) -> None:
+        sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 2048}
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096}
+        torch.manual_seed(0)
+        made = LlamaConfig(**sizes, **heads, bos_token_id=0, eos_token_id=2, pad_token_id=2)
+        LlamaForCausalLM(made).save_pretrained(folder)
+
+    return str(shared("small-llama", make))
+
+
+@pytest.fixture(scope="session")
 def checkpoints(tiny: str, tiny_tied: str, shared: Callable[[str, Make], Path]) -> dict[str, str]:
     """Checkpoints that differ in their heads, biases and tokenizers."""
 

@@ -128,8 +128,8 @@ class Encoder:
         return found
 
     @cached_property
-    def _vocabulary(self) -> int:
-        # The model's table may have rows that the tokenizer has no text for, and a sampler draws them too.
+    def vocabulary(self) -> int:
+        """The number of token ids; the model's table may have rows that the tokenizer has no text for, and may draw them."""
         return table_rows(self.tokenizer) or max(self.tokenizer.get_vocab().values()) + 1
 
     @cached_property
@@ -140,11 +140,11 @@ class Encoder:
         """Return a row of token ids: nothing is put in front of them, or at their end."""
         fields = ("prompt_ids", "chosen_ids", "rejected_ids") if row.form == "pairs" else ("prompt_ids", "completion_ids")
         for name, ids in zip(fields, row.ids, strict=True):
-            if max(ids) >= self._vocabulary:
+            if max(ids) >= self.vocabulary:
                 return RowError(
                     "token ids",
                     f"field {name!r} has the token {max(ids)}, which the model lacks; expected ids from 0 to "
-                    f"{self._vocabulary - 1}",
+                    f"{self.vocabulary - 1}",
                 )
         prompt, *responses = row.ids
         if notes is not None and any(response[-1] not in self._ends for response in responses):

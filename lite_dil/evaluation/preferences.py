@@ -185,8 +185,7 @@ class DrawnTexts:
 def draw_texts(model: StoredModel, prompts: Sequence[tuple[int, ...]], tokens: int, seed: int) -> DrawnTexts:
     """Return an answer of at most `tokens` tokens to each prompt."""
     found = model.draw([Request(prompt, tokens, int(digest(seed, prompt)[:16], 16)) for prompt in prompts])
-    ids = [(*answer.ids, *(() if answer.end is None else (answer.end,))) for answer in found]
-    return DrawnTexts(ids, [answer.end is not None for answer in found])
+    return DrawnTexts([answer.whole for answer in found], [answer.end is not None for answer in found])
 
 
 def distance_figures(

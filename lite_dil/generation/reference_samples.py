@@ -94,8 +94,8 @@ def add_samples(
                 return None
             with backend.adapter_off():
                 answers = generator.draw(batch)
-            for draw, (ids, end) in zip(batch, answers, strict=True):
-                file.add(draw, (*ids, *(() if end is None else (end,))))
+            for draw, answer in zip(batch, answers, strict=True):
+                file.add(draw, answer.whole)
             bar.update(number, None)
 
     drawn = [file.known[draw.key] for draw in wanted]

@@ -63,7 +63,7 @@ def rollouts(
     for batch in batched(list(chain.from_iterable(rows)), ROWS * row_tokens):
         found.update(zip(batch, draw(batch), strict=True))
     answers = [[found[each] for each in several] for several in rows]
-    ids = [[(*answer.ids, *(() if answer.end is None else (answer.end,))) for answer in several] for several in answers]
+    ids = [[answer.whole for answer in several] for several in answers]
     logps = compared_logps(backend, prompts, ids, say, row_tokens)
     return [
         [Rollout(one, both[:, 0], both[:, 1], answer.end is not None) for one, both, answer in zip(*columns, strict=True)]

@@ -40,7 +40,7 @@ class ServedPolicy:
         url: of the server, http or https; its paths are below /v1.
         folder: in which adapters are written for the server; those it no longer needs are removed.
         ends: the tokens that end a response.
-        vocabulary: rows of the model's embedding table.
+        vocabulary: the number of token ids.
     """
 
     def __init__(self, backend: Backend, url: str, folder: Path, ends: Sequence[int], vocabulary: int) -> None:
@@ -147,8 +147,7 @@ class ServedPolicy:
                 f"--sampler {self.url}: a choice of {len(ids)} tokens with finish_reason {choice.get('finish_reason')!r} "
                 f"neither ends with one of the end tokens {list(self.ends)} nor is as long as max_tokens {wanted.room}"
             )
-        kept = (*generated.ids, *(() if generated.end is None else (generated.end,)))
-        self._logps[wanted.prompt, kept] = logps
+        self._logps[wanted.prompt, generated.whole] = logps
         return generated
 
     def _ask(self, path: str, content: dict[str, Any], read: Callable[[str], _T]) -> _T:

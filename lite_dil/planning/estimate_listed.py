@@ -8,7 +8,6 @@ taken as linear, which is not too little where the peak is the highest of parts 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
@@ -191,13 +190,12 @@ class ListedStep(TorchStep):
 
     def _gradients_after(self) -> list[int]:
         """Return for each layer the bytes of the gradients of the layers behind it."""
-        found = [0] * (self.shape.layers + 1)
+        found = [0] * self.shape.layers
         for name, pair in self.tensors.items():
-            if (number := layer_number(name, self.shape.stem)) > 0:
-                found[number - 1] += _size(pair) * FLOAT32
-        return [*accumulate(reversed(found))][:0:-1]
+            for number in range(layer_number(name, self.shape.stem)):
+                found[number] += _size(pair) * FLOAT32
+        return found
 
 
 def _size(pair: tuple[tuple[int, ...], tuple[int, ...]]) -> int:
-    (rows, columns), (others, more) = pair
-    return rows * columns + others * more
+    return sum(rows * columns for rows, columns in pair)

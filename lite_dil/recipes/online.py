@@ -24,7 +24,6 @@ from lite_dil.data.rows import rows_name
 from lite_dil.generation.policy import AdapterSource
 from lite_dil.generation.served import ServedPolicy
 from lite_dil.models.find import cache_dir
-from lite_dil.models.table import table_rows
 from lite_dil.online.groups import GroupSampler
 from lite_dil.online.options import ResolvedOnline
 from lite_dil.online.preflight import PREFLIGHT, preflight
@@ -158,8 +157,7 @@ def _served(config: ResolvedConfig, backend: Backend, encoder: Encoder) -> Serve
         return None
     if backend.name == "mlx":
         raise UserError("--sampler: servers load adapters in PEFT's format, which --backend cuda and cpu write; leave it out")
-    rows = table_rows(encoder.tokenizer) or len(encoder.tokenizer)
-    return ServedPolicy(backend, config.sampler, cache_dir() / "served", encoder.end_ids(), rows)
+    return ServedPolicy(backend, config.sampler, cache_dir() / "served", encoder.end_ids(), encoder.vocabulary)
 
 
 def _observers_of(

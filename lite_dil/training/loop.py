@@ -187,10 +187,6 @@ def _kept(what: type[UserError], progress: Progress, keep: Callable[[], Path], a
     try:
         yield
     except what as error:
-        if not progress.step or isinstance(error, (DiskFailed, _Kept)):
+        if not progress.step or isinstance(error, DiskFailed):
             raise
-        raise _Kept(f"{error}. Step {progress.step} is saved: {keep()}; {again} continues from it") from error.__cause__
-
-
-class _Kept(UserError):
-    """An error after which the last step was saved."""
+        raise UserError(f"{error}. Step {progress.step} is saved: {keep()}; {again} continues from it") from error.__cause__

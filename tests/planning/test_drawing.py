@@ -12,7 +12,7 @@ import torch
 from conftest import config
 from live_bytes import mlx_peak_bytes, nothing, peak_bytes, random_examples
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lite_dil.backends import registry
 from lite_dil.backends.torch.classifier import Classifier
@@ -34,27 +34,15 @@ from lite_dil.planning.reward_models import reward_bytes, rewarding_bytes, uncou
 ONLINE: dict[str, Any] = {"loss": "rloo", "reward": "answer:number", "samples": 8, "max_new_tokens": 40, "max_length": 300}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 2048}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096}
-    folder = str(tmp_path_factory.mktemp("model"))
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("llama", **sizes, **heads, bos_token_id=0, eos_token_id=2, pad_token_id=2)
-    ).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("backend_name", "options"), [("cpu", {}), ("cpu", {"dtype": "bfloat16", "load_in_4bit": True}), ("mlx", {})]
 )
-def test_drawing_is_within_a_few_percent(model: str, backend_name: str, options: dict[str, Any]) -> None:
-    made = config(**ONLINE, model=model, batch_size=2, gradient_accumulation_steps=1, optim="adamw", **options)
+def test_drawing_is_within_a_few_percent(llama: str, backend_name: str, options: dict[str, Any]) -> None:
+    made = config(**ONLINE, model=llama, batch_size=2, gradient_accumulation_steps=1, optim="adamw", **options)
     peak = peak_bytes if backend_name == "cpu" else mlx_peak_bytes
     gc.collect()
     before = peak(nothing)
-    backend = registry.load(backend_name, made, model, made, made)
+    backend = registry.load(backend_name, made, llama, made, made)
     part = Batch.of(random_examples(Load((9,), ((5, 5),)), 2048))
     backend.step([MicroBatch(part, {"weights": torch.ones(2).numpy()})], POLICY_GRADIENT, 1e-5)  # the optimiser's state
     drawing = Drawing.of(made)
@@ -66,9 +54,9 @@ def test_drawing_is_within_a_few_percent(model: str, backend_name: str, options:
     )
     assert min(len(one.ids) for one in found) > 30
     if backend_name == "mlx":
-        said = MLXStep(made, read_shape(model), backend.dtype_name, Load.worst(made), metal=False).estimate()
+        said = MLXStep(made, read_shape(llama), backend.dtype_name, Load.worst(made), metal=False).estimate()
     else:
-        said = estimate(made, read_shape(model), backend_name, backend.dtype_name, Load.worst(made))
+        said = estimate(made, read_shape(llama), backend_name, backend.dtype_name, Load.worst(made))
     ratio = dict(said.phases)["drawing answers"] / measured
     print(f"{ratio:.3f} of {measured / 2**20:.1f} MiB")
     assert ratio == pytest.approx(1, abs=0.05)
@@ -90,11 +78,11 @@ def test_an_8b_models_keys_and_values_by_pencil() -> None:
     assert drawing.on_torch(shape, 2)["cache"] == 16 * 1023 * 2 * 8 * 128 * 32 * 2
 
 
-def test_plan_of_an_on_policy_run(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_of_an_on_policy_run(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{n} + 1?", "answer": n + 1}) + "\n" for n in range(6)))
     flags = (
-        f"--model {model} --backend cpu --loss rloo --reward answer:number --samples 8 --max-new-tokens 40 --max-length 300"
+        f"--model {llama} --backend cpu --loss rloo --reward answer:number --samples 8 --max-new-tokens 40 --max-length 300"
     )
     flags += f" --data {data} --batch-size 2 --gradient-accumulation-steps 1 --num-iterations 2"
     assert main(["plan", *flags.split(), "--memory", "4"]) == 0
@@ -103,9 +91,9 @@ def test_plan_of_an_on_policy_run(model: str, tmp_path: Path, capsys: pytest.Cap
     assert "The largest pass: 15 answers of 40 tokens to 2 prompts" in said
     assert "Steps: 6, over 6 examples an epoch" in said  # three sets of answers, two steps on each
     # With as many keys as queries they take more than training does.
-    wide = json.loads((Path(model) / "config.json").read_text()) | {"num_key_value_heads": 8}
+    wide = json.loads((Path(llama) / "config.json").read_text()) | {"num_key_value_heads": 8}
     (tmp_path / "config.json").write_text(json.dumps(wide))
-    other = [*flags.replace(model, str(tmp_path)).split(), "--gradient-checkpointing", "full", "--dtype", "float32"]
+    other = [*flags.replace(llama, str(tmp_path)).split(), "--gradient-checkpointing", "full", "--dtype", "float32"]
     assert main(["plan", *other, "--memory", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["components"]["cache"] == 2 * 4 * 16 * 299 * 256 * 4
@@ -115,8 +103,8 @@ def test_plan_of_an_on_policy_run(model: str, tmp_path: Path, capsys: pytest.Cap
     assert "an on-policy run with --like" in " ".join(capsys.readouterr().err.split())
 
 
-def test_auto_splits_a_step_so_that_drawing_fits(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = config(**{**ONLINE, "max_length": 2000}, model=model, backend="cpu", dtype="float32", batch_size=16, optim="adamw")
+def test_auto_splits_a_step_so_that_drawing_fits(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = config(**{**ONLINE, "max_length": 2000}, model=llama, backend="cpu", dtype="float32", batch_size=16, optim="adamw")
     prompts = [Example(tuple(range(200)), (), (), "here")]
 
     def chosen(gigabytes: float) -> Any:
@@ -131,31 +119,31 @@ def test_auto_splits_a_step_so_that_drawing_fits(model: str, monkeypatch: pytest
         chosen(0.01)
 
 
-def test_models_that_reward_are_counted(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_that_reward_are_counted(llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A head's adapter in float32 by its run, a classifier in the type of the computation; others are named."""
     (tmp_path / "rm" / "adapter").mkdir(parents=True)
     save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, tmp_path / "rm" / "adapter" / "adapter_model.safetensors")
     save_file({"score": torch.zeros(11)}, tmp_path / "rm" / "adapter" / "head.safetensors")
     reward = f"answer:number,{tmp_path / 'rm'}"
-    made = config(**ONLINE | {"reward": reward, "eval_reward": f"hf:{model}"}, model=model, dtype="bfloat16")
-    weights = sum(each.numel() for path in Path(model).glob("*.safetensors") for each in load_file(path).values())
+    made = config(**ONLINE | {"reward": reward, "eval_reward": f"hf:{llama}"}, model=llama, dtype="bfloat16")
+    weights = sum(each.numel() for path in Path(llama).glob("*.safetensors") for each in load_file(path).values())
     assert reward_bytes(made, 2) == 4 * (15 + 7 + 11) + 2 * weights and not uncounted(made)
-    assert estimate(made, read_shape(model), "cpu", "bfloat16", Load((9,), ((5, 5),))).rewards == reward_bytes(made, 2)
-    flags = ["--data", str(tmp_path / "q.jsonl"), "--model", model, "--loss", "rloo", "--reward", f"{reward},hf:some/one"]
+    assert estimate(made, read_shape(llama), "cpu", "bfloat16", Load((9,), ((5, 5),))).rewards == reward_bytes(made, 2)
+    flags = ["--data", str(tmp_path / "q.jsonl"), "--model", llama, "--loss", "rloo", "--reward", f"{reward},hf:some/one"]
     (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "one", "answer": "1"}) + "\n")
     assert main(["plan", *flags]) == 0
     assert "Not counted: hf:some/one (its files are not here)." in " ".join(capsys.readouterr().out.split())
 
 
 def test_each_weight_is_counted_once_and_a_hub_id_in_its_cache(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards beside a consolidated file; adapters in both formats; a checkpoint; the hub's cache."""
     snapshot = tmp_path / "hub" / "models--some--one" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (tmp_path / "hub" / "models--some--one" / "refs").mkdir()
     (tmp_path / "hub" / "models--some--one" / "refs" / "main").write_text("0" * 40)
-    (snapshot / "config.json").write_text((Path(model) / "config.json").read_text())
+    (snapshot / "config.json").write_text((Path(llama) / "config.json").read_text())
     save_file({"a": torch.zeros(11)}, snapshot / "model-00001-of-00002.safetensors")
     save_file({"b": torch.zeros(13)}, snapshot / "model-00002-of-00002.safetensors")
     save_file({"a": torch.zeros(11), "b": torch.zeros(13)}, snapshot / "consolidated.safetensors")
@@ -173,10 +161,10 @@ def test_each_weight_is_counted_once_and_a_hub_id_in_its_cache(
         (f"implicit:{snapshot}", 0),  # no adapter
         ("hf:some/other", 0),
     ):
-        made = config(**ONLINE | {"reward": reward}, model=model)
+        made = config(**ONLINE | {"reward": reward}, model=llama)
         assert (reward_bytes(made, 2), bool(uncounted(made))) == (expected, not expected)
     (snapshot / "model-00002-of-00002.safetensors").unlink()  # half a download
-    made = config(**ONLINE | {"reward": "hf:some/one"}, model=model)
+    made = config(**ONLINE | {"reward": "hf:some/one"}, model=llama)
     assert reward_bytes(made, 2) == 0 and uncounted(made) == ["hf:some/one (its files are not here)"]
 
 

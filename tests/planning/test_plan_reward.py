@@ -7,29 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import config, write_pairs
 from families import zoo
 from live_bytes import measure
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lite_dil.cli.main import main
 from lite_dil.planning.estimate import Load
 from lite_dil.runs import rates
 
 LOAD = Load((160, 60), ((120, 80), (40, 100)))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 2048}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 4096}
-    folder = str(tmp_path_factory.mktemp("model"))
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("llama", **sizes, **heads, bos_token_id=0, eos_token_id=2, pad_token_id=2)
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -42,10 +28,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
     ids=str,
 )
-def test_within_five_percent_and_not_below(model: str, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_within_five_percent_and_not_below(llama: str, tmp_path: Path, options: dict[str, Any]) -> None:
     options = dict(options)
     name = options.pop("zoo", None)
-    made = str(zoo.make(name, tmp_path)) if name else model
+    made = str(zoo.make(name, tmp_path)) if name else llama
     base = {"loss": "reward:bt", "model": made, "gradient_accumulation_steps": 1, "optim": "adamw"}
     found = measure(config(**{**base, **options}), LOAD)
     said = found.estimate
@@ -62,8 +48,8 @@ def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
     return found
 
 
-def test_the_head_is_part_of_the_adapter_and_there_are_no_logits(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--model", model, "--backend", "cpu", "--memory", "4")
+def test_the_head_is_part_of_the_adapter_and_there_are_no_logits(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--model", llama, "--backend", "cpu", "--memory", "4")
     policy, reward = (planned(capsys, *flags, *more)["components"] for more in ((), ("--reward-loss", "bt-variance")))
     assert reward["adapter"] - policy["adapter"] == 4 * 2 * (256 + 1)
     assert reward["optimizer"] - policy["optimizer"] == 2 * 4 * 2 * (256 + 1) and reward["logits"] == 0
@@ -85,8 +71,8 @@ def test_the_head_is_part_of_the_adapter_and_there_are_no_logits(model: str, cap
         (("--label-smoothing", "0.1"), "--label-smoothing belongs to --reward-loss bt"),
     ],
 )
-def test_what_is_refused(model: str, flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--model", model, "--memory", "4", *flags]) == 2
+def test_what_is_refused(llama: str, flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", llama, "--memory", "4", *flags]) == 2
     assert message in capsys.readouterr().err
 
 

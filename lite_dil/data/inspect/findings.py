@@ -52,6 +52,7 @@ from lite_dil.base.streams import named
 from lite_dil.base.text import count
 from lite_dil.data.dataset import DataSet, Source, halved, load
 from lite_dil.data.encoder import Encoder, Example
+from lite_dil.data.formats import kind_of_prompts
 from lite_dil.data.held_out import split
 from lite_dil.data.inspect.pieces import pieces
 from lite_dil.data.inspect.survey import Survey, enough_for, length_bias, lengths
@@ -241,8 +242,8 @@ def _refusal(options: InspectOptions, data: DataSet, survey: Survey) -> str:
 def _warnings(options: InspectOptions, found: dict[str, Any], data: DataSet, has_template: bool) -> list[str]:
     """Return what does not stop training but may harm it."""
     warnings = []
-    ids = any(source.format == "ids" for source in data.sources)
-    if has_template and not found["chat"] and not ids and not any(mark["as_token"] for mark in found["marks"]):
+    plain = kind_of_prompts(found["chat"], [source.format for source in data.sources]) == "plain text"
+    if has_template and plain and not any(mark["as_token"] for mark in found["marks"]):
         warnings.append(
             "the prompts are plain text, which the responses continue without the model's chat template; a model for chat "
             "learns more from messages: --chat makes user messages of the prompts"

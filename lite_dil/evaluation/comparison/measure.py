@@ -71,8 +71,7 @@ class Probe:
                 drawn = self.backend.generate(prompts, self.tokens, self.ends, seeds)
             ratios: list[float | None] = [None] * len(prompts)
             if not reference:
-                whole = [(*ids, *(() if end is None else (end,))) for ids, end in drawn]
-                scored = [Example(prompt, (ids,), (CHOSEN,)) for prompt, ids in zip(prompts, whole, strict=True)]
+                scored = [Example(prompt, (one.whole,), (CHOSEN,)) for prompt, one in zip(prompts, drawn, strict=True)]
                 both = zip(self.logps(scored), self.logps(scored, reference=True), strict=True)
                 ratios = [policy[0] - base[0] for policy, base in both]
             for prompt, (ids, end), ratio in zip(prompts, drawn, ratios, strict=True):
